@@ -1,0 +1,1 @@
+"""What two rooms share: paths, randomness, views, taps, errors."""
