@@ -1,3 +1,53 @@
-"""jaxlm: language models under fine-tuning, in JAX."""
+"""jaxlm: language models under fine-tuning, in JAX.
+
+    import jaxlm
+    from jaxlm import zo
+
+    lm = jaxlm.from_pretrained("path-or-hub-id")
+
+Everything below is loaded when it is first read, so that `import jaxlm` costs next to nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxlm import core, data, evaluation, models, studies, train, zo
+    from jaxlm.core.citation import cite
+    from jaxlm.models import from_pretrained, save_pretrained
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "cite",
+    "core",
+    "data",
+    "evaluation",
+    "from_pretrained",
+    "models",
+    "save_pretrained",
+    "studies",
+    "train",
+    "zo",
+]
+
+_FUNCTIONS = {
+    "cite": "jaxlm.core.citation",
+    "from_pretrained": "jaxlm.models",
+    "save_pretrained": "jaxlm.models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FUNCTIONS:
+        value = getattr(importlib.import_module(_FUNCTIONS[name]), name)
+        globals()[name] = value
+        return value
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
