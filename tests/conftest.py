@@ -1,0 +1,36 @@
+"""One environment for every test: eight CPU devices, no network, annotations checked."""
+
+import importlib.util
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_legacy_prng_key", "error")
+
+# Every module of jaxlm imported from here on checks its annotations at each call.
+install_import_hook("jaxlm", "beartype.beartype")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    header = [f"jax {jax.__version__}: {jax.device_count()} {jax.default_backend()} devices"]
+    if config.option.markexpr == "not slow":
+        header.append("tests that take minutes are left out; they run with: pytest -m slow")
+    return header
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("torch") and importlib.util.find_spec("torch") is None:
+        pytest.skip("needs PyTorch: pip install 'jaxlm[parity]'")
+    if item.get_closest_marker("multidevice") and jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices, found {jax.device_count()}")
+    if item.get_closest_marker("gpu") and jax.default_backend() == "cpu":
+        pytest.skip("needs an accelerator: JAX_PLATFORMS=cuda pytest -m gpu")

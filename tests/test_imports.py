@@ -1,0 +1,180 @@
+"""What may import what, what `import jaxlm` costs, and that every public name can be read."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jaxtyping import TypeCheckError
+
+import jaxlm
+
+PACKAGE = Path(__file__).parents[1] / "jaxlm"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Lowest first: a room imports only from the floors below its own, and from itself.
+FLOORS = (
+    {"typing"},
+    {"core"},
+    {"sharding"},
+    {"models", "peft"},
+    {"zo", "kernels", "influence", "dynamics"},
+    {"data", "evaluation"},
+    {"train"},
+    {"studies"},
+    {"cli"},
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+TEXT_LIBRARIES = {"transformers", "tokenizers", "datasets", "safetensors"}
+HEAVY = [*sorted(TEXT_LIBRARIES), "torch", "flax", "optax", "orbax"]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, *, top_level: bool = False) -> Iterator[tuple[str, int]]:
+    """Absolute name and line of what a module imports; with `top_level`, of what runs at import."""
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package.pop()
+    todo: list[ast.AST] = [ast.parse(path.read_text())]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base += node.module.split(".") if node.module else []
+            yield from ((".".join([*base, alias.name]), node.lineno) for alias in node.names)
+        elif top_level and runs_later(node):
+            continue
+        todo.extend(ast.iter_child_nodes(node))
+
+
+def runs_later(node: ast.AST) -> bool:
+    if isinstance(node, ast.If):
+        return "TYPE_CHECKING" in ast.dump(node.test)
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def places(path: Path, found: list[tuple[str, int]]) -> list[str]:
+    return [f"{path.relative_to(PACKAGE.parent)}:{line} imports {name}" for name, line in found]
+
+
+def python(code: str, *arguments: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_a_room_imports_only_from_the_floors_below(path: Path):
+    room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if room == "__init__":
+        return
+    assert room in FLOOR_OF, f"say in FLOORS on which floor jaxlm/{room} stands"
+    wrong = []
+    for name, line in imports(path):
+        root, _, rest = name.partition(".")
+        other = rest.partition(".")[0]
+        if root == "jaxlm" and other != room and FLOOR_OF.get(other, -1) >= FLOOR_OF[room]:
+            wrong.append((name, line))
+    assert not wrong, places(path, wrong)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_a_library_is_imported_only_where_it_belongs(path: Path):
+    room = path.relative_to(PACKAGE).parts[0]
+    handles_text = room in {"data", "cli"} or path == PACKAGE / "models" / "hf.py"
+    wrong = [
+        (name, line)
+        for name, line in imports(path)
+        if (root := name.partition(".")[0]) == "torch"
+        or (root == "flax" and room != "models")
+        or (root in TEXT_LIBRARIES and not handles_text)
+    ]
+    assert not wrong, places(path, wrong)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_text_libraries_are_imported_inside_functions(path: Path):
+    found = imports(path, top_level=True)
+    wrong = [(name, line) for name, line in found if name.partition(".")[0] in TEXT_LIBRARIES]
+    assert not wrong, places(path, wrong)
+
+
+def test_import_is_light():
+    code = (
+        "import json, sys, time, jax; start = time.perf_counter(); import jaxlm;"
+        "print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]))"
+    )
+    runs = [json.loads(python(code)) for _ in range(3)]
+    loaded = {name.partition(".")[0] for name in runs[0][1]}
+    assert not loaded & set(HEAVY)
+    assert min(seconds for seconds, _ in runs) < 0.3
+
+
+READ_EVERY_NAME = """
+import importlib, json, pkgutil, sys
+import jaxlm
+
+found = {}
+
+def read(package):
+    for name in package.__all__:
+        value = getattr(package, name)
+        kind = [type(value).__name__, *(getattr(value, a, "") for a in ("__module__", "__name__"))]
+        assert found.setdefault(f"{package.__name__}.{name}", kind) == kind, (name, found, kind)
+
+def read_all(names):
+    for module in map(importlib.import_module, names):
+        if hasattr(module, "__all__"):
+            read(module)
+
+rooms = [m.name for m in pkgutil.iter_modules(jaxlm.__path__, "jaxlm.") if m.ispkg]
+if sys.argv[1] == "names first":
+    read_all(["jaxlm", *rooms])
+modules = [m.name for m in pkgutil.walk_packages(jaxlm.__path__, "jaxlm.")]
+read_all([*modules, "jaxlm"])
+read_all(["jaxlm", *modules])
+print(json.dumps(found))
+"""
+
+
+def test_every_public_name_reads_the_same_in_both_import_orders():
+    names_first = json.loads(python(READ_EVERY_NAME, "names first"))
+    modules_first = json.loads(python(READ_EVERY_NAME, "modules first"))
+    assert names_first == modules_first
+    assert "jaxlm.from_pretrained" in names_first
+
+
+def test_every_room_is_an_attribute():
+    code = (
+        "import jaxlm; print(*(n for n in jaxlm.__all__ if hasattr(getattr(jaxlm, n), '__path__')))"
+    )
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert set(python(code).split()) == rooms - {"cli"}
+
+
+def test_an_unknown_attribute_says_so():
+    with pytest.raises(AttributeError, match="module 'jaxlm' has no attribute 'nothing'"):
+        _ = jaxlm.nothing
+
+
+def test_the_tests_check_annotations():
+    with pytest.raises(TypeCheckError):
+        jaxlm.cite(3)
