@@ -1,0 +1,116 @@
+"""A view is what the model sees in place of a stored leaf, made just before use, one layer at a time.
+
+`view(path, leaf, layer, *, rows=None) -> leaf'` runs inside the scan over layers, so only one layer of
+`leaf'` is ever alive. `path` is a Python string, `layer` a traced int32 or None outside `layers`. `rows`
+(indices, or a pair (start, size), on axis 0) says that only `leaf[rows]` is needed.
+
+Views are frozen dataclasses registered as pytrees, so they cross `jit` and `vmap`.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxlm.core.prng import Rows
+
+
+class View(Protocol):
+    """What a view is: a function from a stored leaf to the leaf that the model uses."""
+
+    def __call__(self, path: str, leaf: Any, layer: Array | None, *, rows: Rows = None) -> Any: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRankSum:
+    """`weight + left @ right.T`, kept apart so that a dense layer reads `weight` once.
+
+    Attributes:
+      weight: [in, out].
+      left: [in, rank].
+      right: [out, rank].
+    """
+
+    weight: Array
+    left: Array
+    right: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self):
+        return self.weight.dtype
+
+    def __add__(self, delta: Array) -> "LowRankSum":
+        return dataclasses.replace(self, weight=add(self.weight, delta))
+
+    def dot(self, x: Array) -> Array:
+        """`x @ weight + (x @ left) @ right.T`."""
+        return x @ self.weight + (x @ self.left) @ self.right.T
+
+    def dense(self) -> Array:
+        """The sum as one array, in the dtype of `weight`."""
+        return add(self.weight, self.left @ self.right.T)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """A leaf of which the rows were already taken, on its way to the next of several views."""
+
+    value: Any
+
+
+def take(leaf: Any, rows: Rows) -> Any:
+    """Returns `leaf[rows]` on axis 0, for arrays and `LowRankSum`; a `Taken` leaf is unwrapped."""
+    if isinstance(leaf, Taken):
+        return leaf.value
+    if rows is None:
+        return leaf
+    if isinstance(leaf, LowRankSum):
+        return LowRankSum(take(leaf.weight, rows), take(leaf.left, rows), leaf.right)
+    if isinstance(rows, tuple):
+        return lax.dynamic_slice_in_dim(leaf, *rows, axis=0)
+    return jnp.take(leaf, rows, axis=0, mode="clip")
+
+
+def add(leaf: Any, delta: Array) -> Any:
+    """`leaf + delta`, summed in at least float32 and rounded once to the dtype of `leaf`."""
+    if isinstance(leaf, LowRankSum):
+        return leaf + delta
+    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    return (leaf.astype(wide) + delta.astype(wide)).astype(leaf.dtype)
+
+
+def apply(
+    view: View | None, path: str, leaf: Any, layer: Array | None, *, rows: Rows = None
+) -> Any:
+    """Returns what the model sees of `leaf`; without a view, the leaf itself."""
+    return take(leaf, rows) if view is None else view(path, leaf, layer, rows=rows)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Composed:
+    """Views applied in order, the first one nearest to the stored leaf."""
+
+    views: tuple[Any, ...]
+
+    def __call__(self, path: str, leaf: Any, layer: Array | None, *, rows: Rows = None) -> Any:
+        for view in self.views:
+            leaf = view(path, leaf, layer, rows=rows)
+            if rows is not None:
+                leaf = Taken(leaf)
+        return take(leaf, rows)
+
+
+def compose(*views: View | None) -> View | None:
+    """Joins views, the first nearest to the stored leaf; None stands for the identity."""
+    kept = tuple(view for view in views if view is not None)
+    return kept[0] if len(kept) == 1 else Composed(kept) if kept else None

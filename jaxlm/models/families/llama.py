@@ -1,0 +1,91 @@
+"""Llama: rotary positions, RMSNorm, gated SiLU, grouped queries.
+
+References: Llama, arXiv:2302.13971.
+"""
+
+from typing import Any
+
+from jaxlm.models.config import ModelConfig
+from jaxlm.models.families import Name, layer_norm, linear, take
+
+ARCHITECTURES = {"LlamaForCausalLM": "lm"}
+PREFIX = "model."
+
+
+def read_config(hf: dict[str, Any]) -> ModelConfig:
+    """Our configuration from a HF Llama config."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    take({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, "rope_type", "default")
+    take(hf, "hidden_act", "silu")
+    heads, width = hf["num_attention_heads"], hf["hidden_size"]
+    return ModelConfig(
+        family="llama",
+        kind="decoder",
+        head="lm",
+        vocab_size=hf["vocab_size"],
+        hidden_size=width,
+        num_layers=hf["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=hf.get("num_key_value_heads") or heads,
+        head_size=hf.get("head_dim") or width // heads,
+        intermediate_size=hf["intermediate_size"],
+        max_positions=hf.get("max_position_embeddings", 2048),
+        embedding_size=width,
+        activation="silu",
+        gated_mlp=True,
+        norm="rmsnorm",
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        positions="rotary",
+        rope_theta=rope.get("rope_theta") or hf.get("rope_theta", 10000.0),
+        attention_bias=hf.get("attention_bias", False),
+        output_bias=hf.get("attention_bias", False),
+        mlp_bias=hf.get("mlp_bias", False),
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        bos_id=hf.get("bos_token_id"),
+        eos_id=hf.get("eos_token_id"),
+        pad_id=hf.get("pad_token_id"),
+    )
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """The HF Llama config of ours."""
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_positions,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_id,
+        "pad_token_id": config.pad_id,
+    }
+
+
+def names(config: ModelConfig) -> list[Name]:
+    """Our paths and their HF names, without the prefix `model.`."""
+    block = "layers.{layer}."
+    rows = [Name("embed.tokens.embedding", "embed_tokens.weight")]
+    for part in "qkvo":
+        path = f"layers.attention.{part}_proj"
+        rows += linear(path, f"{block}self_attn.{part}_proj", config.attention_bias)
+    for part in ("gate", "up", "down"):
+        rows += linear(f"layers.mlp.{part}_proj", f"{block}mlp.{part}_proj", config.mlp_bias)
+    rows += layer_norm("layers.attention_norm", block + "input_layernorm", bias=False)
+    rows += layer_norm("layers.mlp_norm", block + "post_attention_layernorm", bias=False)
+    return rows + layer_norm("final_norm", "norm", bias=False)
+
+
+def head_names(config: ModelConfig) -> list[Name]:
+    """The names of what stands outside the prefix."""
+    return [] if config.tie_embeddings else [Name("lm_head.embedding", "lm_head.weight")]

@@ -1,0 +1,112 @@
+"""The shapes of a model's parameters, and their random initialisation."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxlm.core.prng import leaf_key
+from jaxlm.models.config import ModelConfig
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _linear(path: str, size_in: int, size_out: int, bias: bool) -> Shapes:
+    shapes: Shapes = {path + ".kernel": (size_in, size_out)}
+    return shapes | ({path + ".bias": (size_out,)} if bias else {})
+
+
+def _norm(path: str, config: ModelConfig) -> Shapes:
+    if not config.norm_affine:
+        return {}
+    shapes: Shapes = {path + ".scale": (config.hidden_size,)}
+    return shapes | ({path + ".bias": (config.hidden_size,)} if config.norm == "layernorm" else {})
+
+
+def _embed_shapes(config: ModelConfig) -> Shapes:
+    width = config.hidden_size
+    shapes: Shapes = {"embed.tokens.embedding": (config.vocab_size, config.embedding_size)}
+    if config.positions == "learned":
+        table = config.max_positions + config.position_offset
+        shapes["embed.positions.embedding"] = (table, width)
+    if config.token_types:
+        shapes["embed.token_types.embedding"] = (config.token_types, width)
+    if config.embedding_norm:
+        shapes |= _norm("embed.norm", config)
+    if config.embedding_size != width:
+        shapes |= _linear("embed.project_in", config.embedding_size, width, False)
+        shapes |= _linear("embed.project_out", width, config.embedding_size, False)
+    return shapes
+
+
+def _layer_shapes(config: ModelConfig) -> Shapes:
+    width, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_heads * config.head_size
+    keys = config.num_kv_heads * config.head_size
+    shapes = _norm("layers.attention_norm", config) | _norm("layers.mlp_norm", config)
+    for name, size in (("q", queries), ("k", keys), ("v", keys)):
+        shapes |= _linear(f"layers.attention.{name}_proj", width, size, config.attention_bias)
+    shapes |= _linear("layers.attention.o_proj", queries, width, config.output_bias)
+    if config.gated_mlp:
+        shapes |= _linear("layers.mlp.gate_proj", width, inner, config.mlp_bias)
+    shapes |= _linear("layers.mlp.up_proj", width, inner, config.mlp_bias)
+    shapes |= _linear("layers.mlp.down_proj", inner, width, config.mlp_bias)
+    return {path: (config.num_layers, *shape) for path, shape in shapes.items()}
+
+
+def _head_shapes(config: ModelConfig) -> Shapes:
+    width = config.hidden_size
+    shapes: Shapes = {}
+    if config.head == "mlm":
+        shapes |= _linear("mlm.dense", width, width, True) | _norm("mlm.norm", config)
+        shapes["lm_head.bias"] = (config.vocab_size,)
+    if config.head in ("lm", "mlm") and not config.tie_embeddings:
+        shapes["lm_head.embedding"] = (config.vocab_size, config.embedding_size)
+    if config.pooled:
+        shapes |= _linear("pooler", width, width, True)
+    if config.head == "classifier":
+        shapes |= _linear("classifier", width, config.num_labels, True)
+    return shapes
+
+
+def param_shapes(config: ModelConfig) -> Shapes:
+    """Path -> shape of every parameter of a model."""
+    final = _norm("final_norm", config) if config.final_norm else {}
+    return _embed_shapes(config) | _layer_shapes(config) | final | _head_shapes(config)
+
+
+def nest(flat: dict[str, Array]) -> dict:
+    """Turns `{"a.b": x}` into `{"a": {"b": x}}`."""
+    tree: dict = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def _initial(path: str, shape: tuple[int, ...], config: ModelConfig, key: Array, dtype):
+    name = path.rsplit(".", 1)[1]
+    if name in ("scale", "bias"):
+        return jnp.full(shape, float(name == "scale"), dtype)
+    depth = (
+        math.sqrt(2 * config.num_layers)
+        if path.endswith(("o_proj.kernel", "down_proj.kernel"))
+        else 1
+    )
+    return (0.02 / depth * jax.random.normal(leaf_key(key, path), shape)).astype(dtype)
+
+
+def init_params(config: ModelConfig, key: Array, dtype="float32") -> dict:
+    """Random parameters: N(0, 0.02^2), residual outputs divided by sqrt(2 L), scales 1, biases 0.
+
+    Args:
+      config: the model.
+      key: typed PRNG key; each leaf draws from `leaf_key(key, path)`.
+      dtype: of every leaf.
+    """
+    shapes = param_shapes(config)
+    return nest({p: _initial(p, shape, config, key, dtype) for p, shape in shapes.items()})

@@ -1,0 +1,114 @@
+"""The only places where a parameter is read: each passes through the view before use and the tap after.
+
+`params` is a nested dict that resolves whole paths; inside the scan it holds one layer's slice.
+Shapes: B batch, T length, D model width, V vocabulary.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxlm.core import taps, views
+from jaxlm.core.paths import lookup
+from jaxlm.models.config import ModelConfig
+
+HEAD_BLOCK = 2**24
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every read of a parameter carries along: configuration, view, tap and layer."""
+
+    config: ModelConfig
+    view: Any = None
+    tap: Any = None
+    layer: Array | None = None
+
+    def read(self, params, path: str, rows=None) -> Any:
+        """The leaf at `path` as the model sees it, or None where the tree has no such leaf."""
+        leaf = lookup(params, path)
+        if leaf is None:
+            return None
+        return views.apply(self.view, path, leaf, self.layer, rows=rows)
+
+    def out(self, path: str, op: taps.Op, x: Array, y: Array) -> Array:
+        return taps.apply(self.tap, path, op, x, y, self.layer)
+
+
+def dense(params, path: str, x, ctx: Context):
+    """`x @ kernel + bias` with kernel [in, out]; the bias is optional in the tree."""
+    kernel = ctx.read(params, path + ".kernel")
+    y = kernel.dot(x) if isinstance(kernel, views.LowRankSum) else x @ kernel
+    return add_bias(params, path, ctx.out(path + ".kernel", "dense", x, y), ctx)
+
+
+def add_bias(params, path: str, x, ctx: Context):
+    """`x + bias`, or `x` where the tree has no bias at `path`."""
+    bias = ctx.read(params, path + ".bias")
+    if bias is None:
+        return x
+    return ctx.out(path + ".bias", "bias", x, x + _broadcast(bias, x))
+
+
+def norm(params, path: str, x, ctx: Context):
+    """LayerNorm or RMSNorm over the last axis, statistics in float32; scale and bias are optional."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if ctx.config.norm == "layernorm":
+        wide = wide - wide.mean(-1, keepdims=True)
+    wide = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + ctx.config.norm_eps)
+    y = wide.astype(x.dtype)
+    scale = ctx.read(params, path + ".scale")
+    if scale is not None:
+        y = ctx.out(path + ".scale", "scale", y, y * _broadcast(scale, y))
+    return add_bias(params, path, y, ctx)
+
+
+def embed(params, path: str, ids_BxT, ctx: Context):
+    """Rows of an embedding table; only the rows in use pass through the view."""
+    y = ctx.read(params, path + ".embedding", rows=ids_BxT)
+    return ctx.out(path + ".embedding", "embed", ids_BxT, y)
+
+
+def head(params, path: str, x, ctx: Context, token_ids=None):
+    """Logits `x @ embedding.T`, for all tokens or for `token_ids` only.
+
+    A table of more than 2**24 elements is consumed in blocks of rows, so that a view never makes a
+    second one.
+    """
+    leaf = lookup(params, path + ".embedding")
+    blocked = token_ids is None and ctx.view is not None and leaf.size > HEAD_BLOCK
+    if blocked:
+        y = _blocked_head(params, path, x, ctx, leaf.shape)
+    else:
+        rows = ctx.read(params, path + ".embedding", rows=token_ids)
+        y = x @ rows.T
+    return ctx.out("lm_head", "head", x, y)
+
+
+def _blocked_head(params, path, x, ctx, shape):
+    vocab, width = shape
+    size = HEAD_BLOCK // width
+    count = vocab // size
+
+    def block(start, size):
+        return x @ ctx.read(params, path + ".embedding", rows=(start, size)).T
+
+    logits = lax.map(lambda i: block(i * size, size), jnp.arange(count))
+    logits = jnp.moveaxis(logits, 0, -2).reshape(*x.shape[:-1], count * size)
+    if vocab == count * size:
+        return logits
+    return jnp.concatenate([logits, block(count * size, vocab - count * size)], axis=-1)
+
+
+def _broadcast(vector, x):
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
