@@ -1,0 +1,67 @@
+"""jaxlm: study and fine-tune language models by their gradients, or without them.
+
+usage: jaxlm COMMAND [config.yaml] [--dotted.path=value ...]
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from jaxlm.core.errors import UserError
+
+COMMANDS = {
+    "finetune": "fine-tune a model on a task; without arguments, the quickstart",
+    "evaluate": "accuracy of a model, as it is, on a task",
+    "pretrain": "train a causal language model from scratch on text",
+    "convert": "load a model or a run folder and save it in the Hugging Face layout",
+    "info": "versions, devices and memory; with a model, its parameter table",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, or 2 for a mistake that the user can fix."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [a for a in args if a != "--debug"]
+    if debug:
+        _run(args)
+        return 0
+    try:
+        _run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(__doc__.strip(), "\n\ncommands:")
+        for name, line in COMMANDS.items():
+            print(f"  {name:<10}{line}")
+        print("\n`jaxlm COMMAND --help` says more; --debug shows the traceback of an error.")
+        return
+    command, *rest = args
+    if command == "--version":
+        import jaxlm
+
+        print(jaxlm.__version__)
+        return
+    if command not in COMMANDS:
+        raise UserError(f"unknown command '{command}'; choose one of {', '.join(COMMANDS)}")
+    module = importlib.import_module(f"jaxlm.cli.{command}")
+    if "--help" in rest or "-h" in rest:
+        print((module.__doc__ or "").strip())
+        return
+    module.run(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

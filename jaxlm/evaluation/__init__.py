@@ -1,0 +1,11 @@
+"""Evaluation: how well a model chooses among options."""
+
+from jaxlm.evaluation.classification import (
+    accuracy,
+    calibrate,
+    majority_accuracy,
+    option_scores,
+    score_split,
+)
+
+__all__ = ["accuracy", "calibrate", "majority_accuracy", "option_scores", "score_split"]

@@ -1,0 +1,133 @@
+"""Choice among options: scores, accuracy, and calibration on unlabelled text."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxlm.typing import Batch, Params
+
+Apply = Callable[..., Any]
+"""The forward pass of a `LanguageModel`: `lm.apply`."""
+
+
+def token_log_probs(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """Log-probabilities of `targets` under `logits`, in at least float32."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    return jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+
+
+def option_scores(
+    apply: Apply,
+    token_ids: Int[Any, " C"] | None,
+    params: Params,
+    batch: Batch,
+    *,
+    view: Any = None,
+) -> Float[Array, "B C"]:
+    r"""Scores the options of each example; the highest is the prediction.
+
+    With label words of one token the score is the word's logit at the position that predicts it. Else
+    it is the mean log-probability of the option's tokens, $\frac1{|o|}\sum_k \log p(o_k \mid x, o_{<k})$.
+    Their softmax over options is the same where every option is one token.
+
+    Args:
+        apply: the model's forward pass.
+        token_ids: the label words' tokens; None for options of several tokens.
+        params: the model's parameters.
+        batch: as collated by `jaxlm.data`.
+        view: see `jaxlm.core.views`.
+
+    Returns:
+        Scores in at least float32.
+    """
+    batch = {name: jnp.asarray(value) for name, value in batch.items()}
+    if token_ids is not None:
+        logits_BxC = apply(
+            params,
+            batch["input_ids"],
+            batch["attention_mask"],
+            token_type_ids=batch.get("token_type_ids"),
+            positions=batch["positions"],
+            token_ids=jnp.asarray(token_ids),
+            view=view,
+        )
+        return logits_BxC.astype(jnp.promote_types(logits_BxC.dtype, jnp.float32))
+    examples, options = batch["positions"].shape[:2]
+    names = ("input_ids", "attention_mask", "positions", "targets", "target_mask")
+    ids, attention, positions, targets, mask = (
+        batch[name].reshape(examples * options, -1) for name in names
+    )
+    logits = apply(params, ids, attention, positions=positions, view=view)
+    means = jnp.sum(token_log_probs(logits, targets) * mask, axis=-1) / jnp.sum(mask, axis=-1)
+    return means.reshape(examples, options)
+
+
+def score_split(
+    scorer: Callable[[Params, Batch], Any],
+    params: Params,
+    encoded: Any,
+    split: Literal["train", "validation", "test"],
+    *,
+    batch_size: int,
+) -> tuple[Float[np.ndarray, "N C"], Int[np.ndarray, " N"]]:
+    """Scores every example of a split, in the order of the split.
+
+    Args:
+        scorer: compiled `(params, batch) -> [B, C]`.
+        params: the model's parameters.
+        encoded: a `jaxlm.data.EncodedTask`.
+        split: which examples.
+        batch_size: examples in a forward pass.
+
+    Returns:
+        (scores, labels).
+    """
+    labels = np.array([example.label for example in getattr(encoded, split)], np.int32)
+    scores = np.zeros((len(labels), len(encoded.labels)), np.float32)
+    for batch in encoded.eval_batches(split, batch_size=batch_size):
+        index = batch.pop("index")
+        real = index >= 0
+        scores[index[real]] = np.asarray(scorer(params, batch))[real]
+    return scores, labels
+
+
+def accuracy(scores: Float[Any, "N C"], labels: Int[Any, " N"]) -> float:
+    """Share of examples whose label has the highest score; the first of equals is taken.
+
+    >>> accuracy(np.array([[1.0, 2.0], [3.0, 0.0]]), np.array([1, 1]))
+    0.5
+    """
+    return float(np.mean(np.argmax(scores, axis=1) == labels))
+
+
+def calibrate(
+    scores: Float[Any, "N C"], unlabelled: Float[Any, "M C"]
+) -> Float[np.ndarray, "N C"]:
+    r"""Takes from each option what unlabelled text gives it: $\tilde s_c - \mathrm{median}\,\tilde u_c$.
+
+    $\tilde s$ are scores centred over the options of an example. With two options this thresholds their
+    difference at its median over the unlabelled text.
+
+    Args:
+        scores: scores of the examples to predict.
+        unlabelled: scores of other text of the task, labels unknown.
+
+    Returns:
+        Calibrated scores.
+
+    >>> calibrate(np.array([[0.0, 5.0]]), np.array([[0.0, 4.0], [0.0, 6.0], [0.0, 7.0]]))
+    array([[ 0.5, -0.5]])
+    """
+    scores, unlabelled = np.asarray(scores), np.asarray(unlabelled)
+    usual = unlabelled - unlabelled.mean(axis=1, keepdims=True)
+    return scores - scores.mean(axis=1, keepdims=True) - np.median(usual, axis=0)
+
+
+def majority_accuracy(train_labels: Int[Any, " N"], labels: Int[Any, " M"]) -> float:
+    """Accuracy of always answering with the most frequent training label."""
+    return float(np.mean(np.asarray(labels) == np.bincount(np.asarray(train_labels)).argmax()))

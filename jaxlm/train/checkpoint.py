@@ -1,0 +1,82 @@
+"""Checkpoints of a run: the latest and the best, written aside and renamed, by orbax.
+
+A checkpoint holds the whole training state (parameters, optimizer state, random key) and a small JSON
+record. A process killed while it writes one leaves the former one in force.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxlm.core.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints in one folder, named by their step.
+
+    Attributes:
+        folder: where they are; made by the first save.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder).absolute()
+        options = ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=False,
+            lightweight_initialize=True,
+            save_root_metadata=False,
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint, None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
+        """Writes the checkpoint of `step`, then removes all others but the best.
+
+        Args:
+            step: number of updates done.
+            state: pytree of arrays.
+            record: JSON values; `record["best_step"]`, where given, names the checkpoint to keep
+                beside this one.
+        """
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
+        )
+        self._manager.save(step, args=args, force=True)
+        for old in list(self._manager.all_steps()):
+            if old not in (step, record.get("best_step")):
+                self._manager.delete(old)
+
+    def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
+        """Reads the checkpoint of `step` (None: the latest) into a tree shaped as `like`.
+
+        Returns:
+            (step, state, record), or None where there is no checkpoint.
+
+        Raises:
+            UserError: the checkpoint does not fit `like`, or its files are damaged.
+        """
+        step = self.latest_step if step is None else step
+        if step is None:
+            return None
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore()
+        )
+        try:
+            found = self._manager.restore(step, args=args)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise UserError(
+                f"{self.folder / str(step)}: this checkpoint cannot be read "
+                f"({str(error).splitlines()[0]}); remove the run folder to start again"
+            ) from error
+        return step, found["state"], found["record"]
+
+    def close(self) -> None:
+        """Frees the threads of the manager."""
+        self._manager.close()

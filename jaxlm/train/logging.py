@@ -1,0 +1,113 @@
+"""What a run writes beside its checkpoints: metrics, a log, JSON records, progress on the terminal."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes a file under a temporary name and renames it, so that it is whole or absent."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes one JSON object, whole or not at all."""
+    write_atomic(path, json.dumps(record, indent=2) + "\n")
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line, each with its `step`.
+
+    Attributes:
+        path: the file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, *records: Mapping[str, Any]) -> None:
+        """Adds lines and hands them to the operating system."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+
+    def cut(self, step: int | None) -> None:
+        """Keeps the lines up to `step` (None: no line); a line half written is dropped."""
+        if self.path.exists():
+            kept = [] if step is None else [r for r in self.read() if r["step"] <= step]
+            write_atomic(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def read(self) -> list[dict[str, Any]]:
+        """The whole lines of the file."""
+        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+
+class Progress:
+    """One line of progress: a live one on a terminal, plain lines elsewhere; both go to the log.
+
+    Attributes:
+        total: steps in all.
+        log: file that keeps every line with its time, or None.
+    """
+
+    def __init__(self, total: int, *, start: int = 0, log: Path | None = None, quiet: bool = False):
+        self.total = total
+        self.log = log
+        self._quiet = quiet
+        self._stream: TextIO = sys.stderr
+        self._live = None
+        self._last = 0.0
+        self._begin = (time.perf_counter(), start)
+
+    def __enter__(self) -> "Progress":
+        if not self._quiet and self._stream.isatty():
+            from rich import progress as bars
+            from rich.console import Console
+
+            columns = (
+                bars.TextColumn("step"),
+                bars.MofNCompleteColumn(),
+                bars.BarColumn(bar_width=24),
+                bars.TextColumn("{task.fields[line]}"),
+                bars.TimeRemainingColumn(),
+            )
+            self._live = bars.Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._live.add_task("", total=self.total, completed=self._begin[1], line="")
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows the state of the run after `step` steps; plain lines come every few seconds."""
+        begin, first = self._begin
+        rate = (step - first) / max(time.perf_counter() - begin, 1e-9)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        shown += f"  {rate:.3g} steps/s"
+        if self._live is not None:
+            self._live.update(self._task, completed=step, line=shown)
+        if time.perf_counter() - self._last > 5 or step == self.total:
+            self._last = time.perf_counter()
+            self.say(f"step {step}/{self.total}  {shown}", screen=self._live is None)
+
+    def say(self, line: str, *, screen: bool = True) -> None:
+        """Writes a line to the log and, unless told otherwise, to the screen."""
+        if self.log is not None:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(time.strftime("%Y-%m-%d %H:%M:%S  ") + line + "\n")
+        if screen and not self._quiet:
+            if self._live is not None:
+                self._live.console.print(line)
+            else:
+                print(line, file=self._stream, flush=True)  # noqa: T201

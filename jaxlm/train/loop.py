@@ -1,0 +1,213 @@
+"""The training loop: several steps in one dispatch, checkpoints from which a run goes on exactly."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.core.errors import UserError
+from jaxlm.train.checkpoint import Checkpoints
+from jaxlm.train.logging import Metrics, Progress
+from jaxlm.train.state import Method, Program, TrainState, many_steps
+from jaxlm.typing import Batch, Params, PRNGKey
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long a run is and how often it looks up.
+
+    Attributes:
+        steps: updates in all.
+        eval_every: steps between evaluations.
+        checkpoint_every: steps between checkpoints; one is also written where validation is best.
+        log_every: steps in one dispatch; the host reads their metrics together.
+    """
+
+    steps: int
+    eval_every: int = 100
+    checkpoint_every: int = 100
+    log_every: int = 10
+
+    def __post_init__(self):
+        if self.steps < 0:
+            raise UserError(f"steps is {self.steps}; use 0 or more")
+        for name in ("eval_every", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; use 1 or more")
+
+    def dispatches(self, start: int) -> Iterator[tuple[int, int]]:
+        """(first step, number of steps) of each dispatch from `start`, the same for a resumed run."""
+        while start < self.steps:
+            every = (self.log_every, self.eval_every, self.checkpoint_every)
+            end = min(self.steps, *(start - start % n + n for n in every))
+            yield start, end - start
+            start = end
+
+
+class Record(NamedTuple):
+    """What a checkpoint holds beside the state.
+
+    Attributes:
+        seconds: wall time of the run so far, all its processes together.
+        best_step: step of the best validation accuracy so far.
+        best_accuracy: that accuracy.
+    """
+
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_accuracy: float | None = None
+
+
+class Outcome(NamedTuple):
+    """Result of `fit`.
+
+    Attributes:
+        state: after the last step.
+        record: see `Record`.
+        peak_bytes: memory of the largest compiled program.
+        infos: what the steps of this process returned, each a dict of scalars with its `step`.
+    """
+
+    state: TrainState
+    record: Record
+    peak_bytes: int
+    infos: list[dict[str, Any]]
+
+
+def fit(
+    method: Method,
+    params: Params,
+    batches: Callable[[int, int], Batch],
+    config: LoopConfig,
+    *,
+    key: PRNGKey,
+    evaluate: Callable[[Params], float] | None = None,
+    checkpoints: Checkpoints | None = None,
+    metrics: Metrics | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Trains; goes on from the latest checkpoint where there is one.
+
+    The parameters given are donated: their buffers are gone after the call.
+
+    Args:
+        method: see `jaxlm.train.state.method`.
+        params: where training starts.
+        batches: `(first, count) -> batches of the steps from first`, stacked on axis 0; a pure function.
+        config: length and schedule.
+        key: of the optimizer's randomness.
+        evaluate: validation accuracy of parameters; the best are kept in the checkpoints.
+        checkpoints: where states are saved; None keeps nothing.
+        metrics: where the scalars of each step go.
+        progress: shows them.
+
+    Raises:
+        UserError: the loss or the parameters are no longer finite. The last checkpoint is from before.
+    """
+    loop = _Loop(config, evaluate, checkpoints, metrics, progress)
+    state = TrainState(params, method.init(params, key))
+    restored = checkpoints.restore(state) if checkpoints else None
+    if restored is None:
+        start = 0
+        loop.look_up(0, state)
+    else:
+        start, state, saved = restored
+        loop.record = Record(**saved)
+        loop.saved = start
+    run = Program(many_steps(method.step), donate=(0,))
+    flight: list[tuple[int, Any]] = []
+    for first, count in config.dispatches(start):
+        state, infos = run(state, batches(first, count))
+        flight.append((first, infos))
+        step = first + count
+        due = step == config.steps or not (step % config.eval_every and step % config.checkpoint_every)
+        while len(flight) > (0 if due else 1):
+            loop.write(*flight.pop(0))
+        if due:
+            loop.look_up(step, state)
+    return Outcome(state, loop.elapsed(), run.peak_bytes, loop.infos)
+
+
+class _Loop:
+    """The part of `fit` that talks to the outside."""
+
+    def __init__(
+        self,
+        config: LoopConfig,
+        evaluate: Callable[[Params], float] | None,
+        checkpoints: Checkpoints | None,
+        metrics: Metrics | None,
+        progress: Progress | None,
+    ):
+        self.config = config
+        self.evaluate = evaluate
+        self.checkpoints = checkpoints
+        self.metrics = metrics
+        self.progress = progress
+        self.record = Record()
+        self.saved: int | None = None
+        self.infos: list[dict[str, Any]] = []
+        self._begin = time.perf_counter()
+        self._finite = jax.jit(
+            lambda tree: jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
+        )
+
+    def elapsed(self) -> Record:
+        """The record with the time until now."""
+        seconds = self.record.seconds + time.perf_counter() - self._begin
+        return self.record._replace(seconds=seconds)
+
+    def write(self, first: int, infos: dict[str, Any]) -> None:
+        """Takes the metrics of one dispatch from the device and writes them down."""
+        host = jax.device_get(infos)
+        count = len(host["loss"])
+        lines = [
+            {"step": first + i + 1, **{name: _plain(value[i]) for name, value in host.items()}}
+            for i in range(count)
+        ]
+        bad = next((line for line in lines if not np.isfinite(line["loss"])), None)
+        good = lines[: lines.index(bad)] if bad else lines
+        self.infos += good
+        if self.metrics:
+            self.metrics.append(*good)
+        if bad:
+            self._stop(f"the loss is {bad['loss']} at step {bad['step']}")
+        if self.progress:
+            shown = ("loss", "accuracy")
+            means = {name: float(np.mean(host[name])) for name in shown if name in host}
+            self.progress.update(first + count, means)
+
+    def look_up(self, step: int, state: TrainState) -> None:
+        """Evaluates and saves, as the schedule has it."""
+        if not self._finite(state.params):
+            self._stop(f"a parameter is not finite after step {step}")
+        last, config = step == self.config.steps, self.config
+        save = last or step % config.checkpoint_every == 0
+        if self.evaluate and (last or step % config.eval_every == 0):
+            value = self.evaluate(state.params)
+            if self.metrics:
+                self.metrics.append({"step": step, "validation_accuracy": value})
+            if self.progress:
+                self.progress.say(f"step {step}/{config.steps}  validation accuracy {value:.4f}")
+            best = self.record.best_accuracy
+            if best is None or value > best:
+                self.record = self.record._replace(best_step=step, best_accuracy=value)
+                save = True
+        if self.checkpoints and save:
+            self.checkpoints.save(step, state, self.elapsed()._asdict())
+            self.saved = step
+
+    def _stop(self, what: str) -> None:
+        kept = ""
+        if self.checkpoints and self.saved is not None:
+            kept = f"; the checkpoint of step {self.saved} is kept in {self.checkpoints.folder}"
+        raise UserError(f"{what}{kept}; lower optimizer.learning_rate")
+
+
+def _plain(value: Any) -> Any:
+    """A JSON number, or a list of them."""
+    return np.asarray(value, np.float64).tolist()

@@ -1,0 +1,63 @@
+"""Losses of a language model: choice among options, and the next token.
+
+Both are `loss_fn(params, batch, *, key=None, view=None) -> (loss, aux)`, so every optimizer takes them;
+`view` reaches the model and spares a copy of the parameters.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Int
+
+from jaxlm.evaluation.classification import Apply, option_scores, token_log_probs
+from jaxlm.typing import Batch, LossFn, Params
+
+
+def classification_objective(apply: Apply, token_ids: Int[Any, " C"] | None = None) -> LossFn:
+    r"""Cross-entropy over options, $-\log \mathrm{softmax}(s)_y$, averaged over the batch.
+
+    Args:
+        apply: the model's forward pass, `lm.apply`.
+        token_ids: the label words' tokens, `encoded.token_ids`; None for options of several tokens.
+
+    Returns:
+        `loss_fn(params, batch, *, key=None, view=None) -> (loss, {"accuracy", "count"})`. Rows with
+        weight 0 count in neither.
+    """
+
+    def loss_fn(params: Params, batch: Batch, *, key: Any = None, view: Any = None) -> Any:
+        del key
+        scores_BxC = option_scores(apply, token_ids, params, batch, view=view)
+        labels, weights = jnp.asarray(batch["labels"]), batch["weights"]
+        losses = -token_log_probs(scores_BxC, labels)
+        count = jnp.sum(weights)
+        hits = (jnp.argmax(scores_BxC, axis=-1) == labels) * weights
+        loss = jnp.sum(losses * weights) / count
+        return loss, {"accuracy": jnp.sum(hits) / count, "count": count}
+
+    return loss_fn
+
+
+def lm_objective(apply: Apply) -> LossFn:
+    r"""Cross-entropy of the next token, in nats a token.
+
+    Args:
+        apply: the model's forward pass, `lm.apply`.
+
+    Returns:
+        `loss_fn(params, batch, *, key=None, view=None) -> (loss, {"tokens"})` on a batch of `input_ids`
+        [B, T] and, optionally, `attention_mask` [B, T] and `weights` [B, T]: the weight of a token as
+        a target. The first token is never a target.
+    """
+
+    def loss_fn(params: Params, batch: Batch, *, key: Any = None, view: Any = None) -> Any:
+        del key
+        ids = jnp.asarray(batch["input_ids"])
+        mask = batch.get("attention_mask")
+        weights = batch.get("weights", jnp.ones(ids.shape) if mask is None else mask)[:, 1:]
+        logits_BxTxV = apply(params, ids, mask, view=view)[:, :-1]
+        losses = -token_log_probs(logits_BxTxV, ids[:, 1:])
+        tokens = jnp.sum(weights)
+        return jnp.sum(losses * weights) / tokens, {"tokens": tokens}
+
+    return loss_fn

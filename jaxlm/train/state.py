@@ -1,0 +1,161 @@
+"""What training is made of: a state, a method that moves it, programs that know their memory."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxlm import zo
+from jaxlm.core import paths
+from jaxlm.train.optimizers import FirstOrder, Mezo, Optimizer
+from jaxlm.typing import Batch, LossFn, Params, PRNGKey
+
+
+class TrainState(NamedTuple):
+    """Everything that changes in training.
+
+    Attributes:
+        params: the model's parameters.
+        opt_state: the optimizer's state; a random key is part of it.
+    """
+
+    params: Params
+    opt_state: Any
+
+
+class Method(NamedTuple):
+    """What the loop needs of an optimizer.
+
+    Attributes:
+        init: `(params, key) -> opt_state`.
+        step: `(params, opt_state, batch) -> (params, opt_state, info)`; info maps names to scalars and
+            holds `loss`.
+        forwards: forward passes in a step.
+        backwards: backward passes in a step.
+    """
+
+    init: Callable[[Params, PRNGKey], Any]
+    step: Callable[[Params, Any, Batch], tuple[Params, Any, dict[str, Any]]]
+    forwards: int
+    backwards: int
+
+
+def method(optimizer: Optimizer, loss_fn: LossFn, steps: int) -> Method:
+    """Turns the configuration of an optimizer into a `Method`.
+
+    Args:
+        optimizer: one of `jaxlm.train.optimizers`.
+        loss_fn: `(params, batch, *, key=None, view=None) -> (loss, aux)`, aux a dict of scalars.
+        steps: length of the run, for the learning-rate schedule.
+    """
+    if isinstance(optimizer, Mezo):
+        return _zeroth_order(optimizer, loss_fn, steps)
+    if isinstance(optimizer, FirstOrder):
+        return first_order(optimizer.transform(steps), loss_fn, select=optimizer.select)
+    raise TypeError(f"{type(optimizer).__name__} is no optimizer of jaxlm.train.optimizers")
+
+
+def _zeroth_order(config: Mezo, loss_fn: LossFn, steps: int) -> Method:
+    opt = zo.mezo(
+        learning_rate=config.rate(steps),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        sampler=getattr(zo, config.sampler)(),
+        num_directions=config.num_directions,
+        select=config.select,
+    )
+
+    def step(params: Params, opt_state: Any, batch: Batch) -> tuple[Params, Any, dict[str, Any]]:
+        params, opt_state, info = opt.step(loss_fn, params, opt_state, batch)
+        aux = {name: jnp.mean(value) for name, value in (info.aux or {}).items()}
+        named = {"loss": info.loss, **aux, "projected_grad": info.projected_grad}
+        return params, opt_state, named
+
+    return Method(opt.init, step, forwards=2 * config.num_directions, backwards=0)
+
+
+def first_order(
+    transform: optax.GradientTransformation, loss_fn: LossFn, *, select: paths.Select = None
+) -> Method:
+    """A `Method` from an optax transformation; only the selected parameters get gradients and state.
+
+    Args:
+        transform: updates are added to the parameters.
+        loss_fn: see `method`.
+        select: parameters to train, see `jaxlm.core.paths.matcher`.
+    """
+
+    def init(params: Params, key: PRNGKey) -> Any:
+        del key
+        return transform.init(paths.split(params, select)[0])
+
+    def step(params: Params, opt_state: Any, batch: Batch) -> tuple[Params, Any, dict[str, Any]]:
+        trained, frozen = paths.split(params, select)
+        value_and_grad = jax.value_and_grad(
+            lambda part: loss_fn(paths.merge(part, frozen), batch), has_aux=True
+        )
+        (loss, aux), grads = value_and_grad(trained)
+        updates, opt_state = transform.update(grads, opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
+        info = {"loss": loss, **aux, "grad_norm": optax.tree.norm(grads)}
+        return paths.merge(trained, frozen), opt_state, info
+
+    return Method(init, step, forwards=1, backwards=1)
+
+
+def many_steps(step: Callable[..., Any]) -> Callable[[TrainState, Batch], Any]:
+    """`(state, batches) -> (state, infos)`: one step for each entry of the batches' leading axis."""
+
+    def run(state: TrainState, batches: Batch) -> tuple[TrainState, dict[str, Any]]:
+        def body(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+            params, opt_state, info = step(state.params, state.opt_state, batch)
+            return TrainState(params, opt_state), info
+
+        return lax.scan(body, state, batches)
+
+    return run
+
+
+class Program:
+    """A function compiled once for each shape of its arguments, and the memory that this takes.
+
+    Attributes:
+        peak_bytes: arguments + outputs + temporaries - aliased, of the largest compilation so far.
+        compile_seconds: time spent compiling so far.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, donate: tuple[int, ...] = ()):
+        self.peak_bytes = 0
+        self.compile_seconds = 0.0
+        self._function = jax.jit(function, donate_argnums=donate)
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        leaves, structure = jax.tree.flatten(args)
+        shapes = tuple((jnp.shape(leaf), leaf.dtype) for leaf in leaves)
+        program = self._compiled.get((structure, shapes))
+        if program is None:
+            begin = time.perf_counter()
+            program = self._function.lower(*args).compile()
+            self._compiled[structure, shapes] = program
+            self.compile_seconds += time.perf_counter() - begin
+            self.peak_bytes = max(self.peak_bytes, _peak_bytes(program))
+        return program(*args)
+
+
+def _peak_bytes(program: Any) -> int:
+    use = program.memory_analysis()
+    if use is None:
+        return 0
+    total = use.argument_size_in_bytes + use.output_size_in_bytes + use.temp_size_in_bytes
+    return int(total - use.alias_size_in_bytes)
+
+
+def device_peak_bytes() -> int | None:
+    """The highest memory use that the first device reports; None where it does not (CPU)."""
+    stats = jax.local_devices()[0].memory_stats()
+    return None if stats is None else stats.get("peak_bytes_in_use")
