@@ -1,0 +1,47 @@
+"""Few examples of each class, drawn by a seed."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxlm.core.errors import UserError
+
+
+def draw_per_class(
+    labels: Sequence[int], k: int, *, seed: int, names: Sequence[str], skip: int = 0
+) -> list[int]:
+    """Indices of k examples of every class.
+
+    Each class is permuted by a PCG64 generator keyed by (seed, class), and the places
+    `skip, ..., skip + k - 1` of the permutation are taken. So a draw with `skip=k` holds k more of
+    each class, none of them in the draw with `skip=0`: a held-out set.
+
+    Args:
+        labels: class of each example.
+        k: examples per class.
+        seed: a whole number, 0 or more.
+        names: the label words, for the number of classes and for messages.
+        skip: places of the permutation to leave out.
+
+    Returns:
+        Increasing indices into `labels`, k per class.
+
+    Raises:
+        UserError: a class has fewer than `skip + k` examples.
+
+    >>> draw_per_class([0, 1, 0, 1, 0, 1], 1, seed=0, names=["terrible", "great"])
+    [0, 3]
+    """
+    places = np.asarray(labels)
+    chosen: list[int] = []
+    for label, name in enumerate(names):
+        members = np.flatnonzero(places == label)
+        if len(members) < skip + k:
+            asked = f"{skip} training and {k} held-out examples" if skip else f"{k} examples"
+            raise UserError(
+                f"task.k asks for {asked} of every class, but task.train has {len(members)} of "
+                f"{name!r}: lower task.k or give more examples."
+            )
+        generator = np.random.Generator(np.random.PCG64([seed, label]))
+        chosen += generator.permutation(members)[skip : skip + k].tolist()
+    return sorted(chosen)

@@ -1,0 +1,146 @@
+"""Tasks: where the examples are, the template, and the label words."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from jaxlm.core.errors import UserError
+from jaxlm.data.sources import SHIPPED, SPLITS
+from jaxlm.data.templates import Template
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A classification task, as the YAML key `task` holds it.
+
+    Attributes:
+        name: name of the task.
+        train: file or data set with the training examples (`read_rows` says which); None for none.
+        validation: the same, or "hold_out": k per class of what train leaves.
+        test: the same.
+        template: see `Template`.
+        labels: the label words, in the order of the classes.
+        label_field: field that holds the class: its index, its label word, or its name in
+            `classes`.
+        classes: names of the classes in the data, in the order of `labels`.
+        fields: fields that *sent_0*, *sent_1*, ... of an LM-BFF template stand for.
+        k: examples of every class to train on; None for all.
+        max_length: tokens to which an example is cut; None for as many as the model takes.
+
+    Raises:
+        UserError: a value of the wrong type, an empty or repeated label word, fewer than two of
+            them, `classes` of another length, or "hold_out" without k.
+    """
+
+    name: str
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    template: str = ""
+    labels: tuple[str, ...] = ()
+    label_field: str = "label"
+    classes: tuple[str | int, ...] | None = None
+    fields: tuple[str, ...] | None = None
+    k: int | None = None
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("name", "template", "label_field"):
+            _check_type(key, getattr(self, key), (str,), "text")
+        for key in SPLITS:
+            _check_type(
+                key, getattr(self, key), (str, type(None)), "the name of a file or data set"
+            )
+        for key in ("labels", "classes", "fields"):
+            value = getattr(self, key)
+            if value is not None or key == "labels":
+                _check_type(key, value, (list, tuple), "a list")
+                allowed = (str, int) if key == "classes" else (str,)
+                for item in value:
+                    _check_type(key, item, allowed, "text: put it in quotes")
+                object.__setattr__(self, key, tuple(value))
+        for key in ("k", "max_length"):
+            value = getattr(self, key)
+            _check_type(key, value, (int, type(None)), "a whole number")
+            if value is not None and value < 1:
+                raise UserError(f"task.{key} is {value}: give a whole number of at least 1.")
+        Template.parse(self.template)
+        self._check_labels()
+        if self.validation == "hold_out" and self.k is None:
+            raise UserError("task.validation is hold_out, but task.k is not given: give task.k.")
+
+    def _check_labels(self) -> None:
+        for number, label in enumerate(self.labels, start=1):
+            if not label.strip():
+                raise UserError(
+                    f"task.labels: word {number} is empty: give a word for every class."
+                )
+        if len(self.labels) < 2:
+            raise UserError(
+                f"task.labels has {len(self.labels)} words: give one for each class, at least two."
+            )
+        for key in ("labels", "classes"):
+            words = [str(word) for word in getattr(self, key) or ()]
+            for word in words:
+                if words.count(word) > 1:
+                    raise UserError(f"task.{key} has {word!r} twice: give every class its own.")
+        if self.classes is not None and len(self.classes) != len(self.labels):
+            raise UserError(
+                f"task.classes has {len(self.classes)} names for {len(self.labels)} labels: give "
+                "one for each label, in the same order."
+            )
+
+
+def _check_type(key: str, value: object, types: tuple[type, ...], wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, types):
+        raise UserError(f"task.{key} holds {value!r}, which is not {wanted}.")
+
+
+def shipped_names() -> list[str]:
+    """Names of the tasks that come with the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob("*/task.yaml"))
+
+
+def shipped_task(name: str) -> TaskConfig:
+    """The configuration of a task that comes with the package.
+
+    >>> shipped_task("subj").test
+    'jaxlm:subj/test.jsonl.gz'
+    """
+    return task_config({"name": name})
+
+
+def task_config(values: Mapping[str, Any]) -> TaskConfig:
+    """Makes a task's configuration from a mapping, as YAML gives it.
+
+    Where `name` is that of a shipped task, the keys that are not given are that task's; a key given
+    as None counts as given.
+
+    Raises:
+        UserError: an unknown or missing key, or a bad value.
+    """
+    known = [field.name for field in fields(TaskConfig)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean task.{near[0]}?" if near else f"use one of {', '.join(known)}."
+            raise UserError(f"task.{key} is not a key of a task: {hint}")
+    name = values.get("name")
+    shipped = _shipped_values(name) if name in shipped_names() else {}
+    merged = {**shipped, **values}
+    for key in ("name", "template", "labels"):
+        if key not in merged:
+            raise UserError(
+                f"task.{key} is missing: give it, or the name of a shipped task "
+                f"({', '.join(shipped_names())})."
+            )
+    return TaskConfig(**merged)
+
+
+def _shipped_values(name: str) -> dict[str, Any]:
+    import yaml
+
+    content = yaml.safe_load((SHIPPED / name / "task.yaml").read_text(encoding="utf-8"))
+    splits = {split: f"jaxlm:{name}/{split}.jsonl.gz" for split in SPLITS}
+    return {"name": name, **splits, **content["task"]}

@@ -1,0 +1,215 @@
+"""Templates: how the fields of an example and a label word become one string.
+
+Two syntaxes are read. In braces, `"{text} It was {label}"`: `{label}` (or `{mask}`) is the place of
+the label word, every other brace names a field, `{{` and `}}` are literal braces. In LM-BFF's,
+`*cls**sent_0*_It_was*mask*.*sep+*`: pieces between stars are keywords or literal text, `_` is a
+space.
+"""
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from jaxlm.core.errors import UserError
+
+_LABEL_NAMES = ("label", "mask")
+_SENTENCE = re.compile(r"(\+?)sent([lu]?)(-?)_(\d+)")
+_STARRED = re.compile(r"\*sent_(\d+)\*")
+_KEYWORD = re.compile(r"\*(?:cls|mask|sep\+?|\+?sent[lu]?-?_\d+)\*")
+_USUAL_NAMES: tuple[tuple[str, ...], ...] = (
+    ("text",),
+    ("sentence",),
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+)
+
+
+@dataclass(frozen=True)
+class Field:
+    """The place of an example's field, with LM-BFF's changes of its text.
+
+    Attributes:
+        name: the field's name in the data.
+        first_letter: "keep", "lower" or "upper".
+        drop_last: leave out the last character (a full stop, as a rule).
+    """
+
+    name: str
+    first_letter: str = "keep"
+    drop_last: bool = False
+
+    def text(self, value: str) -> str:
+        if self.drop_last:
+            value = value[:-1]
+        if self.first_letter == "lower":
+            return value[:1].lower() + value[1:]
+        if self.first_letter == "upper":
+            return value[:1].upper() + value[1:]
+        return value
+
+
+Part = str | Field
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A string made from a template, with the character spans of its parts.
+
+    Attributes:
+        text: the whole string.
+        label: (start, end) of the label word.
+        fields: (start, end) of each field, in the order of the template.
+    """
+
+    text: str
+    label: tuple[int, int]
+    fields: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Template:
+    """The parts before and after the label word.
+
+    >>> template = Template.parse("{text} It was {label}.")
+    >>> template.render({"text": "A joy."}, "great").text
+    'A joy. It was great.'
+    """
+
+    before: tuple[Part, ...]
+    after: tuple[Part, ...]
+
+    @property
+    def field_names(self) -> tuple[str, ...]:
+        """Names of the fields, each once, in order of appearance."""
+        parts = self.before + self.after
+        return tuple(dict.fromkeys(part.name for part in parts if isinstance(part, Field)))
+
+    @classmethod
+    def parse(cls, text: str) -> "Template":
+        """Reads a template in either syntax.
+
+        The fields of an LM-BFF template are named *sent_0*, *sent_1*, ... until `with_names`.
+
+        Raises:
+            UserError: no place of the label or several, or a malformed template.
+        """
+        lm_bff = _KEYWORD.search(text) is not None
+        parts = _parse_stars(text) if lm_bff else _parse_braces(text)
+        places = [i for i, part in enumerate(parts) if part is None]
+        where = "*mask*" if lm_bff else "{label}"
+        if not places:
+            raise UserError(
+                f"task.template {text!r} has no {where}: put it where the label word stands."
+            )
+        if len(places) > 1:
+            raise UserError(f"task.template {text!r} has several places of the label: keep one.")
+        before = tuple(part for part in parts[: places[0]] if part)
+        after = tuple(part for part in parts[places[0] + 1 :] if part)
+        return cls(before, after)
+
+    def with_names(self, names: Sequence[str] | None, columns: Sequence[str]) -> "Template":
+        """Gives the sentences of an LM-BFF template the names of the data's fields.
+
+        Args:
+            names: the fields that *sent_0*, *sent_1*, ... stand for; without it, the usual names
+                that the data have: text or sentence; premise and hypothesis or sentence1 and
+                sentence2.
+            columns: the fields of the data.
+
+        Raises:
+            UserError: too few names, or no usual ones.
+        """
+        sentences = [match for name in self.field_names if (match := _STARRED.fullmatch(name))]
+        if not sentences:
+            return self
+        count = 1 + max(int(match[1]) for match in sentences)
+        usual = [s for s in _USUAL_NAMES if len(s) == count and set(s) <= set(columns)]
+        given = names or next(iter(usual), ())
+        if len(given) < count:
+            raise UserError(
+                f"task.fields names {len(given)} fields, but task.template has {count} sentences: "
+                "name the field of each."
+            )
+
+        def named(part: Part) -> Part:
+            if isinstance(part, str):
+                return part
+            match = _STARRED.fullmatch(part.name)
+            return part if match is None else replace(part, name=given[int(match[1])])
+
+        return Template(tuple(map(named, self.before)), tuple(map(named, self.after)))
+
+    def render(self, fields: Mapping[str, str], label: str) -> Rendered:
+        """Fills in the fields and a label word."""
+        text = ""
+        spans: list[tuple[int, int]] = []
+        for part in self.before:
+            text, spans = _append(text, spans, part, fields)
+        start = len(text)
+        text += label
+        end = len(text)
+        for part in self.after:
+            text, spans = _append(text, spans, part, fields)
+        return Rendered(text, (start, end), tuple(spans))
+
+
+def _append(
+    text: str, spans: list[tuple[int, int]], part: Part, fields: Mapping[str, str]
+) -> tuple[str, list[tuple[int, int]]]:
+    if isinstance(part, str):
+        return text + part, spans
+    longer = text + part.text(fields[part.name])
+    return longer, [*spans, (len(text), len(longer))]
+
+
+def _parse_braces(text: str) -> list[Part | None]:
+    """Parts of a template in braces; None is the label's place."""
+    parts: list[Part | None] = []
+    try:
+        pieces = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise UserError(
+            f"task.template {text!r} has an unmatched brace: write {{{{ or }}}} for a literal one."
+        ) from error
+    for literal, name, spec, conversion in pieces:
+        parts.append(literal)
+        if name is None:
+            continue
+        if not name or spec or conversion:
+            raise UserError(
+                f"task.template {text!r} has a brace that is not a field's name alone: "
+                "write {name}, and {{ or }} for a literal brace."
+            )
+        parts.append(None if name in _LABEL_NAMES else Field(name))
+    return parts
+
+
+def _parse_stars(text: str) -> list[Part | None]:
+    """Parts of a template in LM-BFF's syntax; None is the label's place.
+
+    The label word is " " + word there, so exactly one space stands before the mask.
+    """
+    parts: list[Part | None] = []
+    ended = False
+    for piece in text.split("*"):
+        if not piece or piece == "cls":
+            continue
+        if ended:
+            raise UserError(
+                f"task.template {text!r} goes on after *sep+*: leave out all but the last *sep+*."
+            )
+        if piece in ("sep", "sep+"):
+            ended = True
+        elif piece == "mask":
+            last = parts[-1] if parts else None
+            if not (isinstance(last, str) and last.endswith(" ")):
+                parts.append(" ")
+            parts.append(None)
+        elif match := _SENTENCE.fullmatch(piece):
+            first_letter = {"": "keep", "l": "lower", "u": "upper"}[match[2]]
+            parts.append(" " if match[1] else "")
+            parts.append(Field(f"*sent_{match[4]}*", first_letter, bool(match[3])))
+        else:
+            parts.append(piece.replace("_", " "))
+    return parts
