@@ -80,6 +80,14 @@ def take(leaf: Any, rows: Rows) -> Any:
     return jnp.take(leaf, rows, axis=0, mode="clip")
 
 
+def shape_of(leaf: Any, rows: Rows) -> tuple[int, ...]:
+    """The shape of the whole leaf; a `Taken` one has lost its length, and gets 1 in its place."""
+    if not isinstance(leaf, Taken):
+        return leaf.shape
+    index_dims = 1 if isinstance(rows, tuple) else jnp.ndim(rows)
+    return (1, *leaf.value.shape[index_dims:])
+
+
 def add(leaf: Any, delta: Array) -> Any:
     """`leaf + delta`, summed in at least float32 and rounded once to the dtype of `leaf`."""
     if isinstance(leaf, LowRankSum):
