@@ -1,19 +1,23 @@
 """Configurations: a YAML file and `--dotted.path=value` flags become a frozen dataclass.
 
-Every scalar stays text until the declared type of its field converts it. So `1e-3` is a number where a
-number is wanted, `yes` and `no` are words where words are wanted, and a flag is read like the file.
+Every scalar stays text until the declared type of its field converts it. So `1e-3` is a number
+where a number is wanted, `yes` and `no` are words where words are wanted, and a flag is read like
+the file.
 """
 
 import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from jaxlm.core.errors import UserError
+from jaxlm.train.run_folder import differences, to_dict
+
+__all__ = ["build", "differences", "load", "parse_args", "read_yaml", "split_args", "to_dict"]
 
 T = TypeVar("T")
 
@@ -22,47 +26,68 @@ class _Flag(str):
     """A value from the command line; parsed as YAML only where a list or a section is wanted."""
 
 
-def parse_args(args: Sequence[str]) -> tuple[str | None, dict[str, str]]:
-    """Splits `[config.yaml] --dotted.path=value ...` into the file and the overrides.
-
-    `--config config.yaml` names the file too, and `--path value` is read like `--path=value`.
+def split_args(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Splits arguments into words and flags; `--name value` is read like `--name=value`.
 
     Raises:
-        UserError: two files, or a flag without a value.
+        UserError: a flag without a value.
     """
-    files: list[str] = []
-    overrides: dict[str, str] = {}
+    words: list[str] = []
+    flags: dict[str, str] = {}
     rest = list(args)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            files.append(word)
+            words.append(word)
             continue
         key, equals, value = word[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise UserError(f"--{key} has no value; write --{key}=value")
+                raise UserError(f"--{key} has no value: write --{key}=value.")
             value = rest.pop(0)
-        if key == "config":
-            files.append(value)
-        else:
-            overrides[key.replace("-", "_")] = _Flag(value)
+        flags[key.replace("-", "_")] = _Flag(value)
+    return words, flags
+
+
+def parse_args(args: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """Splits `[config.yaml] --dotted.path=value ...` into the file and the overrides.
+
+    `--config config.yaml` names the file too.
+
+    Raises:
+        UserError: two files, or a flag without a value.
+    """
+    files, overrides = split_args(args)
+    if "config" in overrides:
+        files.append(str(overrides.pop("config")))
     if len(files) > 1:
-        raise UserError(f"two configuration files, {files[0]} and {files[1]}; give one")
+        raise UserError(f"two configuration files, {files[0]} and {files[1]}: give one.")
     return (files[0] if files else None), overrides
 
 
-def load(cls: type[T], path: str | None, overrides: Mapping[str, str] | None = None) -> T:
+def load(
+    cls: type[T],
+    path: str | Path | None,
+    overrides: Mapping[str, str] | None = None,
+    *,
+    only: Container[str] | None = None,
+) -> T:
     """Reads `path` (None: nothing but defaults), applies the overrides, and builds `cls`.
+
+    Args:
+        cls: see `build`.
+        path: YAML file.
+        overrides: dotted path to text.
+        only: first-level keys of the file that are read; None for all.
 
     Raises:
         UserError: the file is missing or no YAML, a key is unknown, or a value does not fit.
     """
-    where = path or "command line"
     data = read_yaml(path) if path else {}
+    data = {key: value for key, value in data.items() if only is None or key in only}
     for dotted, value in (overrides or {}).items():
         _put(data, dotted, value)
-    return build(cls, data, where)
+    return build(cls, data, str(path or "command line"))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -72,34 +97,44 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such configuration file") from None
+        raise UserError(
+            f"{path}: there is no such file: give the path of a configuration."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"{path}: cannot be read as a configuration ({reason})") from None
+        raise UserError(f"{path}: cannot be read ({reason}): give a YAML file.") from None
     try:
         data = yaml.load(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise UserError(
-            f"{path}{line}: not valid YAML; text with braces, colons or # needs quotes"
+            f"{path}{line}: not valid YAML: put text with braces, colons or # in quotes."
         ) from None
     if data is None or data == "":
         return {}
     if not isinstance(data, dict):
-        raise UserError(f"{path}: a configuration is a list of `key: value` lines")
+        raise UserError(f"{path}: not a configuration: write it as lines `key: value`.")
     return data
 
 
-def build(cls: type[T], data: Mapping[str, Any], where: str, section: str = "") -> T:
+def build(
+    cls: type[T],
+    data: Mapping[str, Any],
+    where: str,
+    section: str = "",
+    make: Callable[..., T] | None = None,
+) -> T:
     """Builds the frozen dataclass `cls` from text values.
 
     Args:
         cls: the dataclass. A field with metadata `registry` (name to dataclass) is built as the
-            dataclass that its `name` key chooses, the first one where there is none.
+            dataclass that its `name` key chooses, the first one where there is none; one with
+            metadata `make` is built by that function from the mapping of its converted values.
         data: key to text, list or mapping.
         where: the file, for messages.
         section: dotted path of this dataclass in the file, for messages.
+        make: function of the mapping of values to call in place of `cls`.
 
     Raises:
         UserError: an unknown or missing key, or a value that does not fit.
@@ -110,36 +145,34 @@ def build(cls: type[T], data: Mapping[str, Any], where: str, section: str = "") 
     values: dict[str, Any] = {}
     for name, value in data.items():
         if name not in fields:
-            raise UserError(f"{where}: unknown key '{prefix}{name}'; {_offer(name, fields)}")
-        kind = hints[name]
-        registry = fields[name].metadata.get("registry")
-        if registry:
+            raise UserError(f"{where}: unknown key '{prefix}{name}': {_offer(name, fields)}")
+        kind, extra = hints[name], fields[name].metadata
+        if "registry" in extra:
             value = _section(value, where, prefix + name)
-            chosen = value.get("name", next(iter(registry)))
-            if chosen not in registry:
-                known = ", ".join(registry)
-                raise UserError(f"{where}: unknown {name} '{chosen}'; choose one of {known}")
-            kind = registry[chosen]
-        values[name] = _convert(value, kind, where, prefix + name)
-    for name, f in fields.items():
-        default = f.default is not MISSING or f.default_factory is not MISSING
-        if name not in values and not default:
-            raise UserError(f"{where}: {prefix}{name} is missing; add it")
+            kind = _chosen(extra["registry"], value, where, name)
+        if "make" in extra:
+            value = _section(value, where, prefix + name)
+            values[name] = build(kind, value, where, prefix + name, extra["make"])
+        else:
+            values[name] = _convert(value, kind, where, prefix + name)
     try:
+        if make is not None:
+            return make(values)
+        for name, f in fields.items():
+            default = f.default is not MISSING or f.default_factory is not MISSING
+            if name not in values and not default:
+                raise UserError(f"{prefix}{name} is missing: add it.")
         return cls(**values)
     except UserError as error:
-        raise UserError(f"{where}: {prefix}{error}") from None
+        raise UserError(f"{where}: {error}") from None
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as plain values for YAML: tuples become lists."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-    return cast(dict[str, Any], plain(dataclasses.asdict(config)))
+def _chosen(registry: Mapping[str, Any], section: dict[str, Any], where: str, name: str) -> Any:
+    chosen = section.get("name", next(iter(registry)))
+    if chosen not in registry:
+        known = ", ".join(registry)
+        raise UserError(f"{where}: unknown {name} '{chosen}': choose one of {known}.")
+    return registry[chosen]
 
 
 def _put(data: dict[str, Any], dotted: str, value: str) -> None:
@@ -147,13 +180,15 @@ def _put(data: dict[str, Any], dotted: str, value: str) -> None:
     for name in sections:
         data = data.setdefault(name, {})
         if not isinstance(data, dict):
-            raise UserError(f"command line: --{dotted} is below '{name}', which is no section")
+            raise UserError(
+                f"command line: --{dotted} is below {name}, which is no section: correct it."
+            )
     data[last] = value
 
 
 def _offer(key: str, known: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'?" if near else "the keys are " + ", ".join(known)
+    return f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(known)}."
 
 
 def _section(value: Any, where: str, dotted: str) -> dict[str, Any]:
@@ -162,7 +197,7 @@ def _section(value: Any, where: str, dotted: str) -> dict[str, Any]:
     if isinstance(value, str) and value:
         value = {"name": value}
     if not isinstance(value, dict):
-        raise UserError(f"{where}: {dotted} must be a section of keys, not {_show(value)}")
+        raise UserError(f"{where}: {dotted} is {_show(value)}: give a section of keys.")
     return value
 
 
@@ -181,7 +216,7 @@ def _convert(value: Any, kind: Any, where: str, dotted: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value in ("null", "~", "") and type(None) in arguments:
             return None
-        (kind,) = (a for a in arguments if a is not type(None))
+        kind = next(a for a in arguments if a is not type(None))
         return _convert(value, kind, where, dotted)
     if dataclasses.is_dataclass(kind):
         data = _section(value, where, dotted)
@@ -189,19 +224,21 @@ def _convert(value: Any, kind: Any, where: str, dotted: str) -> Any:
     if origin is tuple:
         value = _parse_flag(value) if isinstance(value, _Flag) else value
         if not isinstance(value, list):
-            raise UserError(f"{where}: {dotted} must be a list [a, b], not {_show(value)}")
-        return tuple(_convert(v, arguments[0], where, f"{dotted}[{i}]") for i, v in enumerate(value))
+            raise UserError(f"{where}: {dotted} is {_show(value)}: give a list [a, b].")
+        return tuple(
+            _convert(v, arguments[0], where, f"{dotted}[{i}]") for i, v in enumerate(value)
+        )
     if origin is Literal:
         if value not in arguments:
             known = ", ".join(arguments)
-            raise UserError(f"{where}: {dotted} is '{value}'; choose one of {known}")
+            raise UserError(f"{where}: {dotted} is '{value}': choose one of {known}.")
         return str(value)
     if isinstance(value, str):
         try:
             return _SCALARS[kind](str(value))
         except (ValueError, KeyError):
             pass
-    raise UserError(f"{where}: {dotted} must be {_WORDS[kind]}, not {_show(value)}")
+    raise UserError(f"{where}: {dotted} is {_show(value)}: give {_WORDS[kind]}.")
 
 
 def _whole(text: str) -> int:
@@ -212,7 +249,12 @@ def _whole(text: str) -> int:
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-_SCALARS = {int: _whole, float: float, bool: {"true": True, "false": False}.__getitem__, str: str}
+_SCALARS: dict[Any, Callable[[str], Any]] = {
+    int: _whole,
+    float: float,
+    bool: {"true": True, "false": False}.__getitem__,
+    str: str,
+}
 
 
 def _show(value: Any) -> str:

@@ -55,7 +55,7 @@ def _run(args: list[str]) -> None:
         print(jaxlm.__version__)
         return
     if command not in COMMANDS:
-        raise UserError(f"unknown command '{command}'; choose one of {', '.join(COMMANDS)}")
+        raise UserError(f"unknown command '{command}': choose one of {', '.join(COMMANDS)}.")
     module = importlib.import_module(f"jaxlm.cli.{command}")
     if "--help" in rest or "-h" in rest:
         print((module.__doc__ or "").strip())

@@ -31,9 +31,9 @@ def option_scores(
 ) -> Float[Array, "B C"]:
     r"""Scores the options of each example; the highest is the prediction.
 
-    With label words of one token the score is the word's logit at the position that predicts it. Else
-    it is the mean log-probability of the option's tokens, $\frac1{|o|}\sum_k \log p(o_k \mid x, o_{<k})$.
-    Their softmax over options is the same where every option is one token.
+    With label words of one token the score is the word's logit at the position that predicts it.
+    Else it is the mean log-probability of the option's tokens, $\frac1{|o|}\sum_k \log p(o_k \mid
+    x, o_{<k})$. Their softmax over options is the same where every option is one token.
 
     Args:
         apply: the model's forward pass.
@@ -105,13 +105,11 @@ def accuracy(scores: Float[Any, "N C"], labels: Int[Any, " N"]) -> float:
     return float(np.mean(np.argmax(scores, axis=1) == labels))
 
 
-def calibrate(
-    scores: Float[Any, "N C"], unlabelled: Float[Any, "M C"]
-) -> Float[np.ndarray, "N C"]:
-    r"""Takes from each option what unlabelled text gives it: $\tilde s_c - \mathrm{median}\,\tilde u_c$.
+def calibrate(scores: Float[Any, "N C"], unlabelled: Float[Any, "M C"]) -> Float[np.ndarray, "N C"]:
+    r"""Takes from each option its median on other text: $\tilde s_c - \mathrm{med}\,\tilde u_c$.
 
-    $\tilde s$ are scores centred over the options of an example. With two options this thresholds their
-    difference at its median over the unlabelled text.
+    $\tilde s$ are scores centred over the options of an example. With two options this thresholds
+    their difference at its median over the unlabelled text.
 
     Args:
         scores: scores of the examples to predict.

@@ -1,7 +1,7 @@
 """Checkpoints of a run: the latest and the best, written aside and renamed, by orbax.
 
-A checkpoint holds the whole training state (parameters, optimizer state, random key) and a small JSON
-record. A process killed while it writes one leaves the former one in force.
+A checkpoint holds the whole training state (parameters, optimizer state, random key) and a small
+JSON record. A process killed while it writes one leaves the former one in force.
 """
 
 from pathlib import Path
@@ -65,17 +65,30 @@ class Checkpoints:
         if step is None:
             return None
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore()
+        found = self._read(
+            step, state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore()
         )
+        return step, found["state"], found["record"]
+
+    def _read(self, step: int, **items: Any) -> Any:
         try:
-            found = self._manager.restore(step, args=args)
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise UserError(
                 f"{self.folder / str(step)}: this checkpoint cannot be read "
-                f"({str(error).splitlines()[0]}); remove the run folder to start again"
+                f"({str(error).splitlines()[0]}): remove the run's folder to start again."
             ) from error
-        return step, found["state"], found["record"]
+
+    def best(self) -> Any | None:
+        """The state of the best checkpoint, or of the latest, as plain dicts and host arrays."""
+        if self.latest_step is None:
+            return None
+        record = self._read(self.latest_step, record=ocp.args.JsonRestore())["record"]
+        step = record.get("best_step")
+        found = self._read(
+            self.latest_step if step is None else step, state=ocp.args.StandardRestore()
+        )
+        return found["state"]
 
     def close(self) -> None:
         """Frees the threads of the manager."""

@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints: metrics, a log, JSON records, progress on the terminal."""
+"""What a run writes beside its checkpoints: metrics, a log, JSON records, progress."""
 
 import json
 import os
@@ -64,7 +64,7 @@ class Progress:
         self.log = log
         self._quiet = quiet
         self._stream: TextIO = sys.stderr
-        self._live = None
+        self._live: Any = None
         self._last = 0.0
         self._begin = (time.perf_counter(), start)
 
@@ -81,7 +81,9 @@ class Progress:
                 bars.TimeRemainingColumn(),
             )
             self._live = bars.Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._live.add_task("", total=self.total, completed=self._begin[1], line="")
+            self._task = self._live.add_task(
+                "", total=self.total, completed=self._begin[1], line=""
+            )
             self._live.start()
         return self
 
@@ -110,4 +112,4 @@ class Progress:
             if self._live is not None:
                 self._live.console.print(line)
             else:
-                print(line, file=self._stream, flush=True)  # noqa: T201
+                print(line, file=self._stream, flush=True)

@@ -1,4 +1,4 @@
-"""The training loop: several steps in one dispatch, checkpoints from which a run goes on exactly."""
+"""The training loop: several steps in one dispatch, and exact resumption from checkpoints."""
 
 import dataclasses
 import time
@@ -34,13 +34,13 @@ class LoopConfig:
 
     def __post_init__(self):
         if self.steps < 0:
-            raise UserError(f"steps is {self.steps}; use 0 or more")
+            raise UserError(f"steps is {self.steps}: give 0 or more.")
         for name in ("eval_every", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; use 1 or more")
+                raise UserError(f"{name} is {getattr(self, name)}: give 1 or more.")
 
     def dispatches(self, start: int) -> Iterator[tuple[int, int]]:
-        """(first step, number of steps) of each dispatch from `start`, the same for a resumed run."""
+        """(first step, number of steps) of each dispatch; a resumed run has the same."""
         while start < self.steps:
             every = (self.log_every, self.eval_every, self.checkpoint_every)
             end = min(self.steps, *(start - start % n + n for n in every))
@@ -97,7 +97,8 @@ def fit(
     Args:
         method: see `jaxlm.train.state.method`.
         params: where training starts.
-        batches: `(first, count) -> batches of the steps from first`, stacked on axis 0; a pure function.
+        batches: `(first, count) -> batches of the steps from first`, stacked on axis 0; a pure
+            function.
         config: length and schedule.
         key: of the optimizer's randomness.
         evaluate: validation accuracy of parameters; the best are kept in the checkpoints.
@@ -106,7 +107,8 @@ def fit(
         progress: shows them.
 
     Raises:
-        UserError: the loss or the parameters are no longer finite. The last checkpoint is from before.
+        UserError: the loss or the parameters are no longer finite. The last checkpoint is from
+            before.
     """
     loop = _Loop(config, evaluate, checkpoints, metrics, progress)
     state = TrainState(params, method.init(params, key))
@@ -124,7 +126,9 @@ def fit(
         state, infos = run(state, batches(first, count))
         flight.append((first, infos))
         step = first + count
-        due = step == config.steps or not (step % config.eval_every and step % config.checkpoint_every)
+        due = step == config.steps or not (
+            step % config.eval_every and step % config.checkpoint_every
+        )
         while len(flight) > (0 if due else 1):
             loop.write(*flight.pop(0))
         if due:
@@ -205,7 +209,7 @@ class _Loop:
         kept = ""
         if self.checkpoints and self.saved is not None:
             kept = f"; the checkpoint of step {self.saved} is kept in {self.checkpoints.folder}"
-        raise UserError(f"{what}{kept}; lower optimizer.learning_rate")
+        raise UserError(f"{what}{kept}: lower optimizer.learning_rate.")
 
 
 def _plain(value: Any) -> Any:

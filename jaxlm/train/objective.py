@@ -1,7 +1,7 @@
 """Losses of a language model: choice among options, and the next token.
 
-Both are `loss_fn(params, batch, *, key=None, view=None) -> (loss, aux)`, so every optimizer takes them;
-`view` reaches the model and spares a copy of the parameters.
+Both are `loss_fn(params, batch, *, key=None, view=None) -> (loss, aux)`, so every optimizer takes
+them; `view` reaches the model and spares a copy of the parameters.
 """
 
 from typing import Any
@@ -45,9 +45,9 @@ def lm_objective(apply: Apply) -> LossFn:
         apply: the model's forward pass, `lm.apply`.
 
     Returns:
-        `loss_fn(params, batch, *, key=None, view=None) -> (loss, {"tokens"})` on a batch of `input_ids`
-        [B, T] and, optionally, `attention_mask` [B, T] and `weights` [B, T]: the weight of a token as
-        a target. The first token is never a target.
+        `loss_fn(params, batch, *, key=None, view=None) -> (loss, {"tokens"})` on a batch of
+        `input_ids` [B, T] and, optionally, `attention_mask` [B, T] and `weights` [B, T]: the weight
+        of a token as a target. The first token is never a target.
     """
 
     def loss_fn(params: Params, batch: Batch, *, key: Any = None, view: Any = None) -> Any:

@@ -1,7 +1,7 @@
 """The optimizers that a configuration may name.
 
-`optimizer: {name: adamw, learning_rate: 1e-3}` chooses a dataclass of `OPTIMIZERS` and fills it. The
-classes hold numbers only; `jaxlm.train.state.method` turns one into a training step.
+`optimizer: {name: adamw, learning_rate: 1e-3}` chooses a dataclass of `OPTIMIZERS` and fills it.
+The classes hold numbers only; `jaxlm.train.state.method` turns one into a training step.
 """
 
 import math
@@ -18,7 +18,7 @@ def _check(name: str, value: float | None, *, positive: bool = False, below: flo
     if not (low and value < below):
         least = "a positive number" if positive else "a number from 0"
         most = "" if below == math.inf else f" to below {below:g}"
-        raise UserError(f"{name} is {value:g}; use {least}{most}")
+        raise UserError(f"optimizer.{name} is {value:g}: give {least}{most}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,8 @@ class Optimizer:
         schedule: constant, or linear down to 0 after the last step.
         warmup: steps over which the learning rate rises from 0.
         weight_decay: decoupled decay; biases and norms are not decayed.
-        select: regular expression searched in parameter paths; the other parameters stay as they are.
+        select: regular expression searched in parameter paths; the other parameters stay as they
+            are.
     """
 
     name: str
@@ -83,7 +84,7 @@ class Mezo(Optimizer):
         super().__post_init__()
         _check("eps", self.eps, positive=True)
         if self.num_directions < 1:
-            raise UserError(f"num_directions is {self.num_directions}; use 1 or more")
+            raise UserError(f"optimizer.num_directions is {self.num_directions}: give 1 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +190,8 @@ class Muon(FirstOrder):
         """See `FirstOrder`; Adam's rate is given relative to `learning_rate`."""
         from optax import contrib
 
-        # scale_by_learning_rate follows and brings the sign, so these rates are negative and relative.
+        # scale_by_learning_rate follows and brings the sign, so these rates are negative and
+        # relative.
         ratio = self.adam_learning_rate / self.learning_rate if self.learning_rate else 1.0
         return contrib.muon(
             -1.0,

@@ -32,8 +32,8 @@ class Method(NamedTuple):
 
     Attributes:
         init: `(params, key) -> opt_state`.
-        step: `(params, opt_state, batch) -> (params, opt_state, info)`; info maps names to scalars and
-            holds `loss`.
+        step: `(params, opt_state, batch) -> (params, opt_state, info)`; info maps names to scalars
+            and holds `loss`.
         forwards: forward passes in a step.
         backwards: backward passes in a step.
     """
@@ -81,7 +81,7 @@ def _zeroth_order(config: Mezo, loss_fn: LossFn, steps: int) -> Method:
 def first_order(
     transform: optax.GradientTransformation, loss_fn: LossFn, *, select: paths.Select = None
 ) -> Method:
-    """A `Method` from an optax transformation; only the selected parameters get gradients and state.
+    """A `Method` from an optax transformation, with gradients and state of what is selected.
 
     Args:
         transform: updates are added to the parameters.
@@ -108,7 +108,7 @@ def first_order(
 
 
 def many_steps(step: Callable[..., Any]) -> Callable[[TrainState, Batch], Any]:
-    """`(state, batches) -> (state, infos)`: one step for each entry of the batches' leading axis."""
+    """`(state, batches) -> (state, infos)`: one step for each entry of axis 0 of the batches."""
 
     def run(state: TrainState, batches: Batch) -> tuple[TrainState, dict[str, Any]]:
         def body(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:

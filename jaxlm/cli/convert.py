@@ -1,0 +1,32 @@
+"""Load a model or a run and save it in the Hugging Face layout.
+
+usage: jaxlm convert SOURCE TARGET [--dtype=float32|bfloat16]
+
+SOURCE is a folder with config.json and safetensors, a hub id, or the folder of a run of
+`jaxlm finetune`, of which the tested parameters are taken. TARGET is a new folder.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxlm.cli.config import split_args
+from jaxlm.core.errors import UserError
+
+
+def run(args: Sequence[str]) -> None:
+    """The command `jaxlm convert`."""
+    words, flags = split_args(args)
+    dtype = flags.pop("dtype", "float32")
+    if len(words) != 2 or flags:
+        raise UserError("convert takes SOURCE, TARGET and --dtype: see jaxlm convert --help.")
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype is '{dtype}': choose one of float32, bfloat16.")
+    source, target = words
+    if Path(target).exists():
+        raise UserError(f"{target} is there already: give a new folder.")
+
+    from jaxlm.models import save_pretrained
+    from jaxlm.train.run import load_model
+
+    save_pretrained(load_model(source, param_dtype=dtype), target)
+    print(f"{source} -> {target} ({dtype})")

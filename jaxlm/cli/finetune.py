@@ -1,0 +1,73 @@
+"""Fine-tune a model on a task; without arguments, the quickstart.
+
+usage: jaxlm finetune                                        the quickstart, without a network
+       jaxlm finetune config.yaml [--dotted.path=value ...]
+       jaxlm finetune --task.name=subj --output=runs/subj [--dotted.path=value ...]
+
+A configuration:
+
+  model: path-or-hub-id          # left out: the model that comes with jaxlm
+  task: {name: subj}             # mr or subj; or your own files:
+  # task: {name: trec, train: train.jsonl, validation: hold_out, test: test.jsonl, k: 16,
+  #        template: "{text} This asks about a {label}.", labels: [word, thing, person]}
+  optimizer: {name: mezo, learning_rate: 1e-3, eps: 1e-3}      # or sgd, adam, adamw, muon
+  steps: 500
+  batch_size: 16
+  seed: 0
+  output: runs/subj              # the run's folder
+
+More keys: eval_every, checkpoint_every, log_every, eval_batch_size, param_dtype, and under
+optimizer schedule, warmup, weight_decay, select, num_directions, sampler. The same command goes on
+with a run that was stopped and shows the table of one that is finished; `--resume=never` refuses
+both.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlm.cli import config as configs
+from jaxlm.core.errors import UserError
+
+
+def run(args: Sequence[str]) -> None:
+    """The command `jaxlm finetune`."""
+    if not args:
+        from jaxlm.studies import quickstart
+
+        quickstart.run(quickstart.load_config())
+        return
+    from jaxlm.train.run import FinetuneConfig, finetune
+
+    path, overrides = configs.parse_args(args)
+    resume = overrides.pop("resume", "auto")
+    if resume not in ("auto", "never"):
+        raise UserError(f"--resume is '{resume}': choose one of auto, never.")
+    config = configs.load(FinetuneConfig, path, overrides)
+    if resume == "never" and (Path(config.output) / "config.yaml").exists():
+        raise UserError(f"output {config.output}: there is a run already: choose another output.")
+    show(finetune(config, base_dir=Path(path).parent if path else None), config.output)
+
+
+def show(summary: dict[str, Any], output: str) -> None:
+    """Prints the table of a finished run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def percent(value: float | None) -> str:
+        return "none" if value is None else f"{100 * value:.1f} %"
+
+    table = Table(title=f"{summary['task']}: {summary['model']}", show_header=False)
+    rows = {
+        "zero-shot test accuracy": percent(summary["zero_shot"]["accuracy"]),
+        "validation accuracy": percent(summary["validation"]["accuracy"]),
+        "test accuracy": percent(summary["test"]["accuracy"]),
+        "steps (tested)": f"{summary['steps']} ({summary['tested_step']})",
+        "forwards, backwards": f"{summary['forwards']}, {summary['backwards']}",
+        "peak memory": f"{summary['peak_memory_bytes'] / 2**20:.0f} MiB",
+        "seconds": f"{summary['seconds']:.1f}",
+        "folder": output,
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)

@@ -1,0 +1,58 @@
+"""Versions, devices and memory for a bug report; with a model, its parameter table.
+
+usage: jaxlm info [MODEL]
+
+MODEL is a folder, a hub id, or the folder of a run.
+"""
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+
+from jaxlm.cli.config import split_args
+from jaxlm.core.errors import UserError
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
+
+
+def run(args: Sequence[str]) -> None:
+    """The command `jaxlm info`."""
+    words, flags = split_args(args)
+    if len(words) > 1 or flags:
+        raise UserError("info takes at most one MODEL: see jaxlm info --help.")
+    import jax
+
+    import jaxlm
+
+    print(f"jaxlm {jaxlm.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print("  ".join(f"{name} {metadata.version(name)}" for name in _PACKAGES))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    print(f"{os.cpu_count()} CPU cores, {memory:.1f} GiB memory")
+    for device in jax.devices():
+        stats = device.memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        size = f", {limit / 2**30:.1f} GiB" if limit else ""
+        print(f"device {device.id}: {device.platform} {device.device_kind}{size}")
+    if words:
+        _parameters(words[0])
+
+
+def _parameters(name: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from jaxlm.core.paths import flatten
+    from jaxlm.train.run import load_model
+
+    lm = load_model(name)
+    table = Table(title=f"{name}: {lm.config.family} {lm.config.kind}")
+    for column in ("path", "shape", "parameters"):
+        table.add_column(column, justify="left" if column == "path" else "right")
+    total = 0
+    for leaf in flatten(lm.params)[0]:
+        total += leaf.value.size
+        table.add_row(leaf.path, "x".join(map(str, leaf.value.shape)), f"{leaf.value.size:,}")
+    table.add_section()
+    table.add_row("total", "", f"{total:,}")
+    Console().print(table)

@@ -1,0 +1,187 @@
+"""Fine-tuning from a configuration to a summary: data, model, zero-shot, training, test."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxlm.core.errors import UserError
+from jaxlm.data import TaskConfig, load_task, prepare, task_config
+from jaxlm.train.loop import LoopConfig
+from jaxlm.train.optimizers import OPTIMIZERS, Mezo, Optimizer
+from jaxlm.train.run_folder import RunFolder, to_dict
+
+SHIPPED_MODEL = Path(__file__).parent.parent / "assets" / "model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(LoopConfig):
+    """A fine-tuning run.
+
+    Attributes:
+        model: folder or hub id; null means the model that comes with the package.
+        task: the task, or the name of a shipped one.
+        optimizer: one of `jaxlm.train.optimizers.OPTIMIZERS`, by its name.
+        batch_size: training examples in a step.
+        eval_batch_size: examples in a forward pass of evaluation.
+        seed: of the k examples drawn, the order of the batches, and the optimizer's randomness.
+        param_dtype: of the parameters.
+        output: the run's folder.
+    """
+
+    model: str | None = None
+    task: TaskConfig = field(metadata={"make": task_config})
+    optimizer: Optimizer = field(default=Mezo(), metadata={"registry": OPTIMIZERS})
+    steps: int = 500
+    batch_size: int = 16
+    eval_batch_size: int = 64
+    seed: int = 0
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    output: str
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("batch_size", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give 1 or more.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}: give a number from 0 to 2**32 - 1.")
+        if not self.output:
+            raise UserError("output is empty: give the folder of the run.")
+
+
+def finetune(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[str, Any]:
+    """Runs `config` in its folder, goes on with it, or returns the summary of the finished run.
+
+    The folder is made only when the configuration, the data and the model are known to be good.
+
+    Args:
+        config: the run.
+        base_dir: where the relative paths of the task start, before the working directory.
+
+    Returns:
+        What `summary.json` holds.
+
+    Raises:
+        UserError: see `load_task`, `jaxlm.from_pretrained`, `RunFolder.check` and `fit`.
+    """
+    folder = RunFolder(config.output)
+    folder.check(config)
+    summary = folder.summary()
+    if summary is not None:
+        return summary
+    task = load_task(config.task, seed=config.seed, base_dir=base_dir)
+    for split in ("train", "test"):
+        if not getattr(task, split):
+            raise UserError(f"task has no {split} examples: give task.{split}.")
+
+    lm = load_model(config.model, param_dtype=config.param_dtype)
+    encoded = prepare(task, lm.tokenizer, kind=lm.config.kind, max_length=lm.config.max_positions)
+    lm = with_head(lm, len(encoded.labels), seed=config.seed)
+    folder.create(config)
+    summary = _run(config, folder, lm, encoded)
+    folder.finish(summary)
+    return summary
+
+
+def load_model(name: str | Path | None, *, param_dtype: str = "float32") -> Any:
+    """A language model from a folder, a hub id, a run's folder, or (None) from the package.
+
+    A run gives its best parameters on validation, or the last ones where it had no validation.
+
+    Raises:
+        UserError: there is no model there, or the run has no checkpoint.
+    """
+    from jaxlm.models import from_pretrained
+
+    stored = RunFolder(name).config() if name is not None else None
+    if stored is None:
+        return from_pretrained(SHIPPED_MODEL if name is None else name, param_dtype=param_dtype)
+    import jax
+
+    from jaxlm.train.checkpoint import Checkpoints
+
+    lm = load_model(stored["model"], param_dtype=stored["param_dtype"])
+    found = Checkpoints(RunFolder(str(name)).checkpoints).best()
+    if found is None:
+        raise UserError(f"{name}: the run has no checkpoint: start it again.")
+    lm = with_head(lm, len(stored["task"]["labels"]), seed=stored["seed"])
+    return lm.replace(params=jax.tree.map(lambda x: x.astype(param_dtype), found["params"]))
+
+
+def with_head(lm: Any, num_labels: int, *, seed: int) -> Any:
+    """The model itself, or an encoder without a masked-token head with a new classifier on top."""
+    head, labels = lm.config.head, lm.config.num_labels
+    if head in ("lm", "mlm") or (head == "classifier" and labels == num_labels):
+        return lm
+    import jax
+
+    from jaxlm.models import add_classifier
+
+    return add_classifier(lm, num_labels, jax.random.key(seed))
+
+
+def _run(config: FinetuneConfig, folder: RunFolder, lm: Any, encoded: Any) -> dict[str, Any]:
+    import functools
+
+    import jax
+
+    from jaxlm.evaluation import accuracy, option_scores, score_split
+    from jaxlm.train.checkpoint import Checkpoints
+    from jaxlm.train.logging import Progress
+    from jaxlm.train.loop import fit
+    from jaxlm.train.objective import classification_objective
+    from jaxlm.train.state import Program, device_peak_bytes, method
+
+    scorer = Program(functools.partial(option_scores, lm.apply, encoded.token_ids))
+
+    def evaluate(split: Literal["validation", "test"], params: Any) -> float:
+        size = config.eval_batch_size
+        return accuracy(*score_split(scorer, params, encoded, split, batch_size=size))
+
+    checkpoints = Checkpoints(folder.checkpoints)
+    start = checkpoints.latest_step
+    folder.metrics.cut(start)
+    with Progress(config.steps, start=start or 0, log=folder.log) as progress:
+        progress.say(f"start from step {start}" if start is not None else f"start {folder.path}")
+        if start is None:
+            zero_shot = evaluate("test", lm.params)
+            folder.metrics.append({"step": 0, "zero_shot_accuracy": zero_shot})
+            progress.say(f"zero-shot test accuracy {zero_shot:.4f}")
+        else:
+            zero_shot = folder.metrics.read()[0]["zero_shot_accuracy"]
+        loss_fn = classification_objective(lm.apply, encoded.token_ids)
+        outcome = fit(
+            method(config.optimizer, loss_fn, config.steps),
+            lm.params,
+            lambda first, count: encoded.batches(
+                first, count, batch_size=config.batch_size, seed=config.seed
+            ),
+            config,
+            key=jax.random.key(config.seed),
+            evaluate=functools.partial(evaluate, "validation") if encoded.validation else None,
+            checkpoints=checkpoints,
+            metrics=folder.metrics,
+            progress=progress,
+        )
+        state, record = outcome.state, outcome.record
+        best = checkpoints.restore(state, record.best_step)
+        params = state.params if best is None else best[1].params
+        checkpoints.close()
+        test = evaluate("test", params)
+        progress.say(f"test accuracy {test:.4f}")
+    per_step = method(config.optimizer, loss_fn, config.steps)
+    return {
+        "model": config.model or "shipped",
+        "task": config.task.name,
+        "zero_shot": {"accuracy": zero_shot},
+        "validation": {"accuracy": record.best_accuracy},
+        "test": {"accuracy": test},
+        "tested_step": config.steps if record.best_step is None else record.best_step,
+        "steps": config.steps,
+        "forwards": per_step.forwards * config.steps,
+        "backwards": per_step.backwards * config.steps,
+        "seconds": record.seconds,
+        "peak_memory_bytes": max(outcome.peak_bytes, scorer.peak_bytes),
+        "device_peak_bytes": device_peak_bytes(),
+        "config": to_dict(config),
+    }
