@@ -3,9 +3,12 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -30,7 +33,8 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-TEXT_LIBRARIES = {"transformers", "tokenizers", "datasets", "safetensors"}
+TEXT_LIBRARIES = {"datasets", "huggingface_hub", "pyarrow"}
+TEXT_LIBRARIES |= {"safetensors", "tokenizers", "transformers"}
 HEAVY = [*sorted(TEXT_LIBRARIES), "torch", "flax", "optax", "orbax"]
 
 
@@ -115,6 +119,17 @@ def test_text_libraries_are_imported_inside_functions(path: Path):
     found = imports(path, top_level=True)
     wrong = [(name, line) for name, line in found if name.partition(".")[0] in TEXT_LIBRARIES]
     assert not wrong, places(path, wrong)
+
+
+def test_every_imported_library_is_a_declared_dependency():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[^\w-]", line)[0] for line in project["dependencies"]}
+    provided_by = packages_distributions()
+    for path in MODULES:
+        roots = {name.partition(".")[0]: line for name, line in imports(path)}
+        for root in roots.keys() - sys.stdlib_module_names - {"jaxlm"}:
+            names = {name.lower().replace("_", "-") for name in provided_by.get(root, [root])}
+            assert names & declared, places(path, [(root, roots[root])])
 
 
 def test_import_is_light():
