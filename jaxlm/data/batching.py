@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Int32
 
 from jaxlm.core.errors import UserError
 from jaxlm.data.encoding import Encoded, Kind, encode_all
@@ -68,7 +69,7 @@ def prepare(
     )
 
 
-def _label_words(examples: Sequence[Encoded]) -> np.ndarray | None:
+def _label_words(examples: Sequence[Encoded]) -> Int32[np.ndarray, "C"] | None:
     """The label words' tokens, if in every example the options differ in one last token alone."""
     words = examples[0].targets
     for each in examples:
@@ -133,7 +134,7 @@ class EncodedTask:
     """
 
     labels: tuple[str, ...]
-    token_ids: np.ndarray | None
+    token_ids: Int32[np.ndarray, "C"] | None
     pad_id: int
     buckets: tuple[int, ...]
     train: tuple[Encoded, ...]

@@ -1,6 +1,7 @@
 """Tokens of a prompt with each of its label words, and which of them are scored."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,13 +44,13 @@ class _Row:
         ids: tokens with special tokens.
         types: segment of each token.
         scored: places of the label's tokens (encoder), or of all from the label on (decoder).
-        fields: places of each field's tokens; only for a row that is to be truncated.
+        fields: gives the places of each field's tokens; only a row that is too long is asked.
     """
 
     ids: list[int]
     types: list[int]
     scored: range
-    fields: tuple[range, ...] = ()
+    fields: Callable[[], Sequence[range]]
 
 
 def encode(
@@ -79,13 +80,13 @@ def encode_all(
 
     Each string is tokenised once as a whole, with the special tokens that the tokenizer adds, but
     without one after the end for a decoder. A decoder scores every token that ends after the first
-    character of the label word, so that a space before it counts with the word, and what the
-    template has after the label is scored too. An encoder reads its mask token in place of the
+    character of the label word, so that a space in its first token counts with the word, and what
+    the template has after the label is scored too. An encoder reads its mask token in place of the
     label word, which must be one token. Too many tokens: tokens are removed one by one from the end
     of the field that has the most.
 
-    A tokenizer without character offsets is asked for the tokens of the string without the label,
-    and the number of tokens more is the number scored.
+    With a tokenizer that gives no character offsets, a decoder scores what follows the tokens that
+    the string has in common with the prompt alone.
 
     Args:
         template: the template.
@@ -107,7 +108,7 @@ def encode_all(
     for start in range(0, len(examples), size):
         chunk = examples[start : start + size]
         rendered = [template.render(x.fields, label) for x in chunk for label in labels]
-        rows = read(tokenizer, rendered, kind, room)
+        rows = read(tokenizer, rendered, kind)
         for i, example in enumerate(chunk):
             options = rows[i * len(labels) : (i + 1) * len(labels)]
             if room is not None and max(len(row.ids) for row in options) > room:
@@ -115,9 +116,7 @@ def encode_all(
             yield _join(options, example, labels, tokenizer, kind)
 
 
-def _read_offsets(
-    tokenizer: Any, rendered: Sequence[Rendered], kind: Kind, room: int | None
-) -> list[_Row]:
+def _read_offsets(tokenizer: Any, rendered: Sequence[Rendered], kind: Kind) -> list[_Row]:
     """Rows by the character offsets of a fast tokenizer."""
     texts = [each.text for each in rendered]
     encodings = tokenizer(texts, return_attention_mask=False, verbose=False).encodings
@@ -134,68 +133,76 @@ def _read_offsets(
         first = last
         while first and not special[first - 1] and spans[first - 1][1] > each.label[0]:
             first -= 1
-        fields: tuple[range, ...] = ()
-        if room is not None and end > room:
-            fields = tuple(_covered(each.text, spans[:end], *field) for field in each.fields)
         scored = range(first, end if kind == "decoder" else last)
+        fields = functools.partial(_fields_by_offsets, each, spans[:end])
         rows.append(_Row(ids[:end], encoding.type_ids[:end], scored, fields))
     return rows
 
 
-def _covered(text: str, spans: Sequence[tuple[int, int]], start: int, end: int) -> range:
-    """Places of the tokens inside text[start:end]; a space before the first of them is allowed."""
-    inside = [
-        i
-        for i, (first, last) in enumerate(spans)
-        if start < last <= end and not text[first:start].strip()
-    ]
-    return range(inside[0], inside[-1] + 1) if inside else range(0)
+def _fields_by_offsets(each: Rendered, spans: Sequence[tuple[int, int]]) -> list[range]:
+    """Places of the tokens inside each field; a space before the first of them is allowed."""
+    places = []
+    for start, end in each.fields:
+        inside = [
+            i
+            for i, (first, last) in enumerate(spans)
+            if start < last <= end and not each.text[first:start].strip()
+        ]
+        places.append(range(inside[0], inside[-1] + 1) if inside else range(0))
+    return places
 
 
-def _read_prefixes(
-    tokenizer: Any, rendered: Sequence[Rendered], kind: Kind, room: int | None
-) -> list[_Row]:
-    """Rows by the numbers of tokens of prefixes, for a tokenizer without offsets."""
-
-    def tokens(text: str) -> list[int]:
-        return list(tokenizer(text, verbose=False)["input_ids"])
-
-    def body(text: str) -> list[int]:
-        ids = tokens(text)
-        special = tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
-        while ids and special[len(ids) - 1]:
-            ids.pop()
-        return ids
-
+def _read_prefixes(tokenizer: Any, rendered: Sequence[Rendered], kind: Kind) -> list[_Row]:
+    """Rows by comparison with the tokens of the prompt alone, for a tokenizer without offsets."""
+    tokens = functools.partial(_tokens, tokenizer)
+    body = functools.partial(_tokens_before_end, tokenizer)
     rows = []
     for each in rendered:
         start, end = each.label
         if kind == "decoder":
             ids = body(each.text)
-            scored = range(len(body(each.text[:start].rstrip(" "))), len(ids))
+            scored = range(_first_difference(ids, body(each.text[:start])), len(ids))
         else:
             ids = tokens(each.text)
-            masked = tokens(each.text[:start] + tokenizer.mask_token + each.text[end:])
-            differ = (
-                i for i, pair in enumerate(zip(ids, masked, strict=False)) if len(set(pair)) > 1
-            )
-            first = next(differ, 0)
+            masked = tokens(each.text[:start].rstrip(" ") + tokenizer.mask_token + each.text[end:])
+            first = _first_difference(ids, masked)
             scored = range(first, first + len(ids) - len(masked) + 1)
         types = tokenizer(each.text, verbose=False).get("token_type_ids") or [0] * len(ids)
-        fields: tuple[range, ...] = ()
-        if room is not None and len(ids) > room:
-            fields = tuple(
-                range(len(body(each.text[:first].rstrip(" "))), len(body(each.text[:last])))
-                for first, last in each.fields
-            )
+        fields = functools.partial(_fields_by_prefixes, each, body)
         rows.append(_Row(ids, list(types)[: len(ids)], scored, fields))
     return rows
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, verbose=False)["input_ids"])
+
+
+def _tokens_before_end(tokenizer: Any, text: str) -> list[int]:
+    """Tokens without the special ones after the end."""
+    ids = _tokens(tokenizer, text)
+    special = tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
+    while ids and special[len(ids) - 1]:
+        ids.pop()
+    return ids
+
+
+def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def _fields_by_prefixes(each: Rendered, body: Callable[[str], list[int]]) -> list[range]:
+    """Places of the tokens of each field, a space before it among them."""
+    return [
+        range(len(body(each.text[:start].rstrip(" "))), len(body(each.text[:end])))
+        for start, end in each.fields
+    ]
 
 
 def _truncate(options: Sequence[_Row], room: int) -> list[_Row]:
     """Removes tokens from the fields' ends, the same number from every option."""
     longest = max(options, key=lambda row: len(row.ids))
-    kept = [len(field) for field in longest.fields]
+    kept = [len(field) for field in longest.fields()]
     excess = len(longest.ids) - room
     if sum(kept) < excess:
         raise UserError(
@@ -206,7 +213,7 @@ def _truncate(options: Sequence[_Row], room: int) -> list[_Row]:
         kept[kept.index(max(kept))] -= 1
     shorter = []
     for row in options:
-        gone = {i for field, keep in zip(row.fields, kept, strict=True) for i in field[keep:]}
+        gone = {i for field, keep in zip(row.fields(), kept, strict=True) for i in field[keep:]}
         left = [i for i in range(len(row.ids)) if i not in gone]
         scored = [place for place, i in enumerate(left) if i in row.scored]
         shorter.append(
@@ -214,6 +221,7 @@ def _truncate(options: Sequence[_Row], room: int) -> list[_Row]:
                 [row.ids[i] for i in left],
                 [row.types[i] for i in left],
                 range(scored[0], scored[-1] + 1) if scored else range(0),
+                row.fields,
             )
         )
     return shorter

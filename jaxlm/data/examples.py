@@ -110,9 +110,8 @@ def _label(row: Row, config: TaskConfig) -> int:
     classes = [str(word) for word in config.classes or ()]
     if name in classes:
         return classes.index(name)
-    found = {config.labels.index(name)} if name in config.labels else set()
-    if name.isascii() and name.isdigit() and int(name) < len(config.labels):
-        found.add(int(name))
+    indices = [str(i) for i in range(len(config.labels))]
+    found = {words.index(name) for words in (config.labels, indices) if name in words}
     if len(found) > 1:
         raise UserError(
             f"{row.where}: label {value!r} may be an index or a label word: name the classes in "

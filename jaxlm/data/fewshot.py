@@ -30,7 +30,7 @@ def draw_per_class(
         UserError: a class has fewer than `skip + k` examples.
 
     >>> draw_per_class([0, 1, 0, 1, 0, 1], 1, seed=0, names=["terrible", "great"])
-    [0, 3]
+    [4, 5]
     """
     places = np.asarray(labels)
     chosen: list[int] = []

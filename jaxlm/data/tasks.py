@@ -10,7 +10,7 @@ from jaxlm.data.sources import SHIPPED, SPLITS
 from jaxlm.data.templates import Template
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskConfig:
     """A classification task, as the YAML key `task` holds it.
 
@@ -37,8 +37,8 @@ class TaskConfig:
     train: str | None = None
     validation: str | None = None
     test: str | None = None
-    template: str = ""
-    labels: tuple[str, ...] = ()
+    template: str
+    labels: tuple[str, ...]
     label_field: str = "label"
     classes: tuple[str | int, ...] | None = None
     fields: tuple[str, ...] | None = None
@@ -46,23 +46,8 @@ class TaskConfig:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("name", "template", "label_field"):
-            _check_type(key, getattr(self, key), (str,), "text")
-        for key in SPLITS:
-            _check_type(
-                key, getattr(self, key), (str, type(None)), "the name of a file or data set"
-            )
-        for key in ("labels", "classes", "fields"):
-            value = getattr(self, key)
-            if value is not None or key == "labels":
-                _check_type(key, value, (list, tuple), "a list")
-                allowed = (str, int) if key == "classes" else (str,)
-                for item in value:
-                    _check_type(key, item, allowed, "text: put it in quotes")
-                object.__setattr__(self, key, tuple(value))
         for key in ("k", "max_length"):
             value = getattr(self, key)
-            _check_type(key, value, (int, type(None)), "a whole number")
             if value is not None and value < 1:
                 raise UserError(f"task.{key} is {value}: give a whole number of at least 1.")
         Template.parse(self.template)
@@ -92,11 +77,6 @@ class TaskConfig:
             )
 
 
-def _check_type(key: str, value: object, types: tuple[type, ...], wanted: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, types):
-        raise UserError(f"task.{key} holds {value!r}, which is not {wanted}.")
-
-
 def shipped_names() -> list[str]:
     """Names of the tasks that come with the package."""
     return sorted(path.parent.name for path in SHIPPED.glob("*/task.yaml"))
@@ -118,7 +98,7 @@ def task_config(values: Mapping[str, Any]) -> TaskConfig:
     as None counts as given.
 
     Raises:
-        UserError: an unknown or missing key, or a bad value.
+        UserError: an unknown or missing key, a value of the wrong type, or as `TaskConfig`.
     """
     known = [field.name for field in fields(TaskConfig)]
     for key in values:
@@ -135,7 +115,36 @@ def task_config(values: Mapping[str, Any]) -> TaskConfig:
                 f"task.{key} is missing: give it, or the name of a shipped task "
                 f"({', '.join(shipped_names())})."
             )
-    return TaskConfig(**merged)
+    return TaskConfig(**{key: _typed(key, value) for key, value in merged.items()})
+
+
+_KEYS = {
+    **dict.fromkeys(("name", "template", "label_field"), ((str,), "text: put it in quotes")),
+    **dict.fromkeys(SPLITS, ((str, type(None)), "the name of a file or data set")),
+    **dict.fromkeys(("k", "max_length"), ((int, type(None)), "a whole number")),
+}
+_LISTS = {"labels": (str,), "classes": (str, int), "fields": (str,)}
+
+
+def _typed(key: str, value: Any) -> Any:
+    """The value of a key, with lists as tuples.
+
+    Raises:
+        UserError: a value of the wrong type.
+    """
+    if key in _KEYS:
+        types, wanted = _KEYS[key]
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise UserError(f"task.{key} is {value!r}, which is not {wanted}.")
+        return value
+    if value is None and key != "labels":
+        return None
+    if not isinstance(value, list | tuple):
+        raise UserError(f"task.{key} is {value!r}, which is not a list.")
+    for item in value:
+        if not isinstance(item, _LISTS[key]) or isinstance(item, bool):
+            raise UserError(f"task.{key} holds {item!r}, which is not text: put it in quotes.")
+    return tuple(value)
 
 
 def _shipped_values(name: str) -> dict[str, Any]:

@@ -1,0 +1,214 @@
+import numpy as np
+import pytest
+
+from jaxlm.core.errors import UserError
+from jaxlm.data import Encoded, EncodedTask, Example, Task, TaskConfig, Template, collate, prepare
+
+LABELS = ("great", "bad")
+
+
+def task(texts, test=(), template="{text} it was {label}", labels=LABELS, **changes) -> Task:
+    def examples(split):
+        return tuple(Example({"text": text}, i % 2, f"x:{i}") for i, text in enumerate(split))
+
+    config = TaskConfig(name="mine", template=template, labels=labels, **changes)
+    return Task(config, Template.parse(template), examples(texts), (), examples(test))
+
+
+def numbered(count: int, *, lengths: tuple[int, ...] = (3,)) -> EncodedTask:
+    """An encoded task whose example i has i as its first token."""
+    rows = [
+        Encoded(i % 2, ((i, *[7] * (lengths[i % len(lengths)] - 1)),), ((1,),), ())
+        for i in range(count)
+    ]
+    return EncodedTask(
+        labels=LABELS,
+        token_ids=np.asarray([5, 6], np.int32),
+        pad_id=0,
+        buckets=(4, 8),
+        train=tuple(rows),
+        validation=(),
+        test=tuple(rows),
+    )
+
+
+def test_label_words(bpe) -> None:
+    encoded = prepare(task(["fun", "fun fun fun"], test=["it"]), bpe, kind="decoder")
+    assert encoded.form == "label_words"
+    assert bpe.convert_ids_to_tokens(encoded.token_ids.tolist()) == ["Ġgreat", "Ġbad"]
+    assert encoded.token_ids.dtype == np.int32
+    batch = next(encoded.eval_batches("train", batch_size=3))
+    fun, more, it, was = bpe("fun fun it was")["input_ids"]
+    long, short = [fun, more, more, it, was], [fun, it, was]
+    np.testing.assert_array_equal(
+        batch["input_ids"], [[*long, 0, 0, 0], [*short, *[0] * 5], [*long, 0, 0, 0]]
+    )
+    np.testing.assert_array_equal(batch["attention_mask"].sum(1), [5, 3, 5])
+    np.testing.assert_array_equal(batch["attention_mask"][1], [1, 1, 1, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(batch["positions"], [4, 2, 4])
+    np.testing.assert_array_equal(batch["labels"][:2], [1, 0])
+    np.testing.assert_array_equal(batch["weights"], [1, 1, 0])
+    np.testing.assert_array_equal(batch["index"], [1, 0, -1])
+    assert {key: value.dtype for key, value in batch.items()} == {
+        "input_ids": np.int32,
+        "attention_mask": np.int32,
+        "positions": np.int32,
+        "labels": np.int32,
+        "weights": np.float32,
+        "index": np.int32,
+    }
+
+
+def test_options(bpe) -> None:
+    labels = ("great", "bad it", "grey")
+    encoded = prepare(task(["fun", "fun fun"], labels=labels), bpe, kind="decoder")
+    assert encoded.form == "options"
+    assert encoded.token_ids is None
+    batch = encoded.batch(0, batch_size=2, seed=0)
+    assert batch["input_ids"].shape == (2, 3, 8)
+    assert batch["targets"].shape == batch["positions"].shape == (2, 3, 2)
+    row = 0 if batch["labels"][0] == 0 else 1  # the example "fun"
+    np.testing.assert_array_equal(batch["attention_mask"][row].sum(-1), [3, 4, 4])
+    np.testing.assert_array_equal(batch["positions"][row], [[2, 0], [2, 3], [2, 3]])
+    np.testing.assert_array_equal(batch["target_mask"][row], [[1, 0], [1, 1], [1, 1]])
+    names = [bpe.convert_ids_to_tokens(ids.tolist()) for ids in batch["targets"][row]]
+    assert names == [["Ġgreat", "<pad>"], ["Ġbad", "Ġit"], ["Ġgre", "y"]]
+    assert batch["target_mask"].dtype == batch["weights"].dtype == np.float32
+    assert batch["targets"].dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("template", "labels"),
+    [
+        ("{text} it was {label}.", LABELS),  # scored after the label
+        ("{text} it was {label}", ("bad", "bad it")),  # a common first token
+        ("{text} it was {label}", ("great", "grey")),  # two tokens
+        ("{text} it was {label}", ("great", "awful")),  # another prompt
+    ],
+)
+def test_one_row_for_all_words_only_where_it_is_the_same(bpe, template, labels) -> None:
+    encoded = prepare(task(["fun"], template=template, labels=labels), bpe, kind="decoder")
+    assert encoded.form == "options"
+
+
+def test_one_example_decides_for_the_whole_task(bpe_bos) -> None:
+    """The label "reat" is one token after " g", and another number of tokens after "x"."""
+    template = "{text}{label}"
+    words = ("reat", "un")
+    encoded = prepare(task([" g", "x"], template=template, labels=words), bpe_bos, kind="decoder")
+    assert encoded.form == "options"
+
+
+def test_encoder(wordpiece) -> None:
+    encoded = prepare(
+        task(["fun fun", "it"], template="{text} was {mask}."), wordpiece, kind="encoder"
+    )
+    assert encoded.form == "label_words"
+    batch = next(encoded.eval_batches("train", batch_size=2))
+    tokens = wordpiece.convert_ids_to_tokens(batch["input_ids"][1].tolist())
+    assert tokens == ["[CLS]", "it", "was", "[MASK]", ".", "[SEP]", "[PAD]", "[PAD]"]
+    np.testing.assert_array_equal(batch["positions"], [4, 3])
+    np.testing.assert_array_equal(batch["token_type_ids"], np.zeros((2, 8)))
+    assert wordpiece.convert_ids_to_tokens(encoded.token_ids.tolist()) == list(LABELS)
+
+
+def test_max_length_is_the_smaller_of_task_and_model(bpe) -> None:
+    given = task(["fun " * 50], max_length=20)
+    for limit, length in ((None, 20), (30, 20), (10, 10)):
+        encoded = prepare(given, bpe, kind="decoder", max_length=limit)
+        assert encoded.buckets == (length,)
+        assert len(encoded.train[0].input_ids[0]) == length
+
+
+def test_few_buckets_that_hold_everything(bpe) -> None:
+    lengths = np.random.default_rng(0).geometric(0.05, 300)
+    encoded = prepare(task(["fun" + " fun" * n for n in lengths]), bpe, kind="decoder")
+    assert len(encoded.buckets) <= 4
+    assert encoded.buckets == tuple(sorted(set(encoded.buckets)))
+    assert encoded.buckets[-1] >= lengths.max() + 3 > encoded.buckets[-1] - 8
+    shapes = {batch["input_ids"].shape for batch in encoded.eval_batches("train", batch_size=16)}
+    shapes |= {encoded.batch(i, batch_size=16, seed=0)["input_ids"].shape for i in range(30)}
+    assert shapes <= {(16, bucket) for bucket in encoded.buckets}
+
+
+def test_every_epoch_has_every_example_once() -> None:
+    encoded = numbered(10)
+    stream = np.concatenate(
+        [encoded.batch(i, batch_size=4, seed=0)["input_ids"][:, 0] for i in range(5)]
+    )
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
+    assert stream[:10].tolist() != stream[10:].tolist()
+
+
+def test_a_batch_depends_on_seed_and_step_alone() -> None:
+    first, again = numbered(10), numbered(10)
+    late = again.batch(7, batch_size=4, seed=1)
+    for i in range(8):
+        early = first.batch(i, batch_size=4, seed=1)
+    for key in early:
+        np.testing.assert_array_equal(early[key], late[key])
+    other = again.batch(7, batch_size=4, seed=2)
+    assert other["input_ids"].tolist() != late["input_ids"].tolist()
+
+
+def test_a_batch_larger_than_the_data_repeats_it() -> None:
+    batch = numbered(3).batch(0, batch_size=7, seed=0)
+    first = batch["input_ids"][:, 0].tolist()
+    assert sorted(first[:3]) == sorted(first[3:6]) == [0, 1, 2]
+    np.testing.assert_array_equal(batch["weights"], np.ones(7))
+
+
+def test_one_example() -> None:
+    encoded = numbered(1)
+    assert encoded.batch(5, batch_size=2, seed=0)["input_ids"][:, 0].tolist() == [0, 0]
+    (batch,) = encoded.eval_batches("test", batch_size=4)
+    np.testing.assert_array_equal(batch["weights"], [1, 0, 0, 0])
+    np.testing.assert_array_equal(batch["index"], [0, -1, -1, -1])
+
+
+def test_stacked_batches_are_the_single_ones() -> None:
+    encoded = numbered(10, lengths=(2, 3, 4, 4, 4, 8))
+    stacked = encoded.batches(3, 4, batch_size=2, seed=5)
+    assert stacked["input_ids"].shape == (4, 2, 8)
+    assert stacked["labels"].shape == (4, 2)
+    for i in range(4):
+        single = encoded.batch(3 + i, batch_size=2, seed=5)
+        for key, value in single.items():
+            width = value.shape[-1]
+            np.testing.assert_array_equal(stacked[key][i][..., :width], value)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 10, 16])
+def test_evaluation_sees_every_example_once(batch_size: int) -> None:
+    encoded = numbered(10, lengths=(2, 8, 4))
+    seen = []
+    for batch in encoded.eval_batches("test", batch_size=batch_size):
+        assert len(batch["labels"]) == batch_size
+        real = batch["weights"] == 1
+        np.testing.assert_array_equal(batch["index"][real], batch["input_ids"][real, 0])
+        assert (batch["index"][~real] == -1).all()
+        assert (batch["labels"][real] == batch["index"][real] % 2).all()
+        seen += batch["index"][real].tolist()
+    assert sorted(seen) == list(range(10))
+
+
+def test_evaluation_of_no_examples() -> None:
+    assert list(numbered(2).eval_batches("validation", batch_size=4)) == []
+
+
+def test_no_training_examples() -> None:
+    with pytest.raises(UserError) as caught:
+        numbered(0).batch(0, batch_size=1, seed=0)
+    assert str(caught.value) == "there are no training examples: give task.train."
+
+
+def test_no_tokenizer() -> None:
+    with pytest.raises(UserError) as caught:
+        prepare(task(["fun"]), None, kind="decoder")
+    assert str(caught.value) == ("the model has no tokenizer: add tokenizer.json to its folder.")
+
+
+def test_row_longer_than_the_buckets() -> None:
+    row = Encoded(0, ((1, 2, 3),), ((1,),), ())
+    with pytest.raises(ValueError, match="a row has 3 tokens, but the longest bucket is 2"):
+        collate([row], form="label_words", buckets=(2,), num_targets=1, pad_id=0)

@@ -1,0 +1,242 @@
+import gzip
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from jaxlm.core.errors import UserError
+from jaxlm.data.sources import read_rows
+
+ROWS = [{"text": "a joy", "label": 1}, {"text": "naïve, 東京", "label": 0}]
+
+
+def values(source: str, folder: Path, key: str = "train") -> list[dict]:
+    return [dict(row.values) for row in read_rows(source, key=key, base_dir=folder)]
+
+
+def write(folder: Path, name: str, text: str) -> str:
+    data = text.encode()
+    (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return name
+
+
+JSONL = '{"text": "a joy", "label": 1}\n\n{"text": "naïve, 東京", "label": 0}'
+CSV = 'text,label\r\na joy,1\r\n"naïve, 東京",0\r\n'
+TSV = "text\tlabel\na joy\t1\n\nnaïve, 東京\t0\n"
+STRINGS = [{"text": "a joy", "label": "1"}, {"text": "naïve, 東京", "label": "0"}]
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [("a.jsonl", JSONL, ROWS), ("a.csv", CSV, STRINGS), ("a.tsv", TSV, STRINGS)],
+)
+def test_text_formats(tmp_path, ending: str, start: str, name: str, text: str, expected) -> None:
+    assert values(write(tmp_path, name + ending, start + text), tmp_path) == expected
+
+
+def test_jsonl_lines_end_at_newlines_alone(tmp_path) -> None:
+    source = write(tmp_path, "a.jsonl", '{"text": "a\u2028b"}\r\n{"text": "c"}\r\n')
+    assert values(source, tmp_path) == [{"text": "a\u2028b"}, {"text": "c"}]
+
+
+def test_csv_values_may_hold_newlines(tmp_path) -> None:
+    rows = read_rows(
+        write(tmp_path, "a.csv", 'text,label\n"a\nb",0\nc,1\n'), key="train", base_dir=tmp_path
+    )
+    assert [(row.values["text"], row.number) for row in rows] == [("a\nb", 2), ("c", 4)]
+
+
+def test_parquet(tmp_path) -> None:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    assert values("a.parquet", tmp_path) == ROWS
+
+
+def test_where(tmp_path) -> None:
+    rows = read_rows(write(tmp_path, "a.jsonl", JSONL), key="train", base_dir=tmp_path)
+    assert [row.where for row in rows] == ["a.jsonl, line 1", "a.jsonl, line 3"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    rows = read_rows("a.parquet", key="train", base_dir=tmp_path)
+    assert [row.where for row in rows] == ["a.parquet, row 1", "a.parquet, row 2"]
+
+
+def test_folder_of_the_yaml_file_first_then_the_working_directory(tmp_path, monkeypatch) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder, text in ((here, '{"text": "here"}'), (there, '{"text": "there"}')):
+        folder.mkdir()
+        write(folder, "a.jsonl", text)
+    monkeypatch.chdir(here)
+    assert values("a.jsonl", there) == [{"text": "there"}]
+    (there / "a.jsonl").unlink()
+    assert values("a.jsonl", there) == [{"text": "here"}]
+    assert [row.values["text"] for row in read_rows("a.jsonl", key="train")] == ["here"]
+    assert values(str(here / "a.jsonl"), there) == [{"text": "here"}]
+
+
+@pytest.fixture
+def hub_folder(tmp_path, monkeypatch) -> Path:
+    """A data set as a repository of the hub holds it: two configurations, two splits."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "pair"
+    folder.mkdir()
+    for config in ("one", "two"):
+        for split in ("train", "validation"):
+            table = pyarrow.Table.from_pylist([{"text": f"{config} {split} {i}"} for i in range(3)])
+            pyarrow.parquet.write_table(table, folder / f"{config}-{split}.parquet")
+    configs = "".join(
+        f"- config_name: {config}\n  data_files:\n"
+        + "".join(
+            f"  - split: {split}\n    path: {config}-{split}.parquet\n"
+            for split in ("train", "validation")
+        )
+        for config in ("one", "two")
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    return folder
+
+
+def test_data_set(hub_folder) -> None:
+    base = hub_folder.parent
+    assert values("pair/two", base)[0] == {"text": "two train 0"}
+    assert values("pair/one", base, "validation")[2] == {"text": "one validation 2"}
+    assert values("pair/one:validation", base, "test")[0] == {"text": "one validation 0"}
+    assert values("pair/one:train[1:2]", base, "test") == [{"text": "one train 1"}]
+    rows = read_rows("pair/two", key="train", base_dir=base)
+    assert rows[2].where == "pair/two, row 3"
+    for source, split in (("pair/three", "train"), ("pair/one", "test")):
+        with pytest.raises(UserError) as caught:
+            values(source, base, split)
+        assert str(caught.value) == (
+            f"task.{split}: {source!r} is neither a file nor a data set with a split {split!r} "
+            "that can be loaded: check the name and the network, or name another split after a "
+            "colon."
+        )
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "none.jsonl",
+            "task.test: there is no file 'none.jsonl': give a path relative to the YAML file or to "
+            "the working directory, or the name of a data set.",
+        ),
+        (
+            "jaxlm:subj/none.jsonl.gz",
+            "task.test: there is no file 'jaxlm:subj/none.jsonl.gz': give a path relative to the "
+            "YAML file or to the working directory, or the name of a data set.",
+        ),
+        (
+            "nobody-has-this/none",
+            "task.test: 'nobody-has-this/none' is neither a file nor a data set with a split "
+            "'test' that can be loaded: check the name and the network, or name another split "
+            "after a colon.",
+        ),
+    ],
+)
+def test_missing(tmp_path, source: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_rows(source, key="test", base_dir=tmp_path)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        (
+            "a.jsonl",
+            b"",
+            "task.train: a.jsonl is empty: give a file with at least one example.",
+        ),
+        (
+            "a.jsonl",
+            b"\n \n",
+            "task.train: a.jsonl is empty: give a file with at least one example.",
+        ),
+        (
+            "a.csv",
+            b"text,label\n",
+            "task.train: a.csv is empty: give a file with at least one example.",
+        ),
+        (
+            "a.parquet",
+            b"",
+            "task.train: a.parquet is empty: give a file with at least one example.",
+        ),
+        (
+            "a.jsonl.gz",
+            b"",
+            "task.train: a.jsonl.gz is empty: give a file with at least one example.",
+        ),
+        (
+            "a.jsonl",
+            b"\x80\x04\x95",
+            "a.jsonl is not a text file in UTF-8: save it as UTF-8.",
+        ),
+        (
+            "a.csv",
+            b"text\nab\0c\n",
+            "a.csv is not a text file in UTF-8: save it as UTF-8.",
+        ),
+        (
+            "a.parquet",
+            b"PAR1 but no more",
+            "a.parquet is not a Parquet file: write it anew.",
+        ),
+        (
+            "a.jsonl.gz",
+            b'{"text": "plain"}\n',
+            "task.train: a.jsonl.gz is not a whole gzip file: write it anew.",
+        ),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "cut short"}\n')[:-9],
+            "task.train: a.jsonl.gz is not a whole gzip file: write it anew.",
+        ),
+        (
+            "a.txt",
+            b"text",
+            "task.train: the ending of 'a.txt' is not a known one: use .jsonl, .csv, .tsv or "
+            ".parquet.",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": \n',
+            'a.jsonl, line 2 is not a JSON object: write {"name": value} on each.',
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n["text"]\n',
+            'a.jsonl, line 2 is not a JSON object: write {"name": value} on each.',
+        ),
+        (
+            "a.jsonl",
+            b"[" * 100_000,
+            'a.jsonl, line 1 is not a JSON object: write {"name": value} on each.',
+        ),
+        (
+            "a.csv",
+            b"text,label\na,0\nb, c,1\n",
+            "a.csv, line 3 has 3 values for 2 columns: quote a value that holds the delimiter.",
+        ),
+        ("a.csv", b"text,text\na,0\n", "a.csv, line 1 names a column twice: rename one."),
+    ],
+)
+def test_unreadable(tmp_path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        read_rows(name, key="train", base_dir=tmp_path)
+    assert str(caught.value) == message
+
+
+def test_a_folder_with_the_name_of_a_file(tmp_path) -> None:
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(UserError) as caught:
+        read_rows("a.jsonl", key="train", base_dir=tmp_path)
+    assert str(caught.value) == (
+        "task.train: a.jsonl cannot be read (Is a directory): give a readable file."
+    )
