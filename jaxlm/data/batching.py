@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.encoding import Encoded, Kind, encode_all
+from jaxlm.data.encoding import Encoded, encode_all
 from jaxlm.data.examples import Task
+from jaxlm.data.tokens import Kind
 
 Split = Literal["train", "validation", "test"]
 Batch = dict[str, np.ndarray]

@@ -1,15 +1,14 @@
 """Tokens of a prompt with each of its label words, and which of them are scored."""
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from jaxlm.core.errors import UserError
 from jaxlm.data.examples import Example
-from jaxlm.data.templates import Rendered, Template
+from jaxlm.data.templates import Template
+from jaxlm.data.tokens import Kind, Row, read_tokens
 
-Kind = Literal["decoder", "encoder"]
 Tokens = tuple[int, ...]
 _CHUNK = 4096  # strings a call of the tokenizer
 
@@ -34,23 +33,6 @@ class Encoded:
     positions: tuple[Tokens, ...]
     targets: tuple[Tokens, ...]
     token_type_ids: tuple[Tokens, ...] | None = None
-
-
-@dataclass(frozen=True)
-class _Row:
-    """Tokens of one string.
-
-    Attributes:
-        ids: tokens with special tokens.
-        types: segment of each token.
-        scored: places of the label's tokens (encoder), or of all from the label on (decoder).
-        fields: gives the places of each field's tokens; only a row that is too long is asked.
-    """
-
-    ids: list[int]
-    types: list[int]
-    scored: range
-    fields: Callable[[], Sequence[range]]
 
 
 def encode(
@@ -102,13 +84,12 @@ def encode_all(
     """
     if kind == "encoder" and tokenizer.mask_token_id is None:
         raise UserError("the tokenizer has no mask token: give an encoder with one, or a decoder.")
-    read = _read_offsets if getattr(tokenizer, "is_fast", False) else _read_prefixes
     room = None if max_length is None else max_length + (kind == "decoder")
     size = max(1, _CHUNK // len(labels))
     for start in range(0, len(examples), size):
         chunk = examples[start : start + size]
         rendered = [template.render(x.fields, label) for x in chunk for label in labels]
-        rows = read(tokenizer, rendered, kind)
+        rows = read_tokens(tokenizer, rendered, kind)
         for i, example in enumerate(chunk):
             options = rows[i * len(labels) : (i + 1) * len(labels)]
             if room is not None and max(len(row.ids) for row in options) > room:
@@ -116,90 +97,7 @@ def encode_all(
             yield _join(options, example, labels, tokenizer, kind)
 
 
-def _read_offsets(tokenizer: Any, rendered: Sequence[Rendered], kind: Kind) -> list[_Row]:
-    """Rows by the character offsets of a fast tokenizer."""
-    texts = [each.text for each in rendered]
-    encodings = tokenizer(texts, return_attention_mask=False, verbose=False).encodings
-    rows = []
-    for each, encoding in zip(rendered, encodings, strict=True):
-        ids, spans = encoding.ids, encoding.offsets
-        special = encoding.special_tokens_mask
-        end = len(ids)
-        while kind == "decoder" and end and special[end - 1]:
-            end -= 1
-        last = end
-        while last and (special[last - 1] or spans[last - 1][0] >= each.label[1]):
-            last -= 1
-        first = last
-        while first and not special[first - 1] and spans[first - 1][1] > each.label[0]:
-            first -= 1
-        scored = range(first, end if kind == "decoder" else last)
-        fields = functools.partial(_fields_by_offsets, each, spans[:end])
-        rows.append(_Row(ids[:end], encoding.type_ids[:end], scored, fields))
-    return rows
-
-
-def _fields_by_offsets(each: Rendered, spans: Sequence[tuple[int, int]]) -> list[range]:
-    """Places of the tokens inside each field; a space before the first of them is allowed."""
-    places = []
-    for start, end in each.fields:
-        inside = [
-            i
-            for i, (first, last) in enumerate(spans)
-            if start < last <= end and not each.text[first:start].strip()
-        ]
-        places.append(range(inside[0], inside[-1] + 1) if inside else range(0))
-    return places
-
-
-def _read_prefixes(tokenizer: Any, rendered: Sequence[Rendered], kind: Kind) -> list[_Row]:
-    """Rows by comparison with the tokens of the prompt alone, for a tokenizer without offsets."""
-    tokens = functools.partial(_tokens, tokenizer)
-    body = functools.partial(_tokens_before_end, tokenizer)
-    rows = []
-    for each in rendered:
-        start, end = each.label
-        if kind == "decoder":
-            ids = body(each.text)
-            scored = range(_first_difference(ids, body(each.text[:start])), len(ids))
-        else:
-            ids = tokens(each.text)
-            masked = tokens(each.text[:start].rstrip(" ") + tokenizer.mask_token + each.text[end:])
-            first = _first_difference(ids, masked)
-            scored = range(first, first + len(ids) - len(masked) + 1)
-        types = tokenizer(each.text, verbose=False).get("token_type_ids") or [0] * len(ids)
-        fields = functools.partial(_fields_by_prefixes, each, body)
-        rows.append(_Row(ids, list(types)[: len(ids)], scored, fields))
-    return rows
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, verbose=False)["input_ids"])
-
-
-def _tokens_before_end(tokenizer: Any, text: str) -> list[int]:
-    """Tokens without the special ones after the end."""
-    ids = _tokens(tokenizer, text)
-    special = tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
-    while ids and special[len(ids) - 1]:
-        ids.pop()
-    return ids
-
-
-def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
-
-
-def _fields_by_prefixes(each: Rendered, body: Callable[[str], list[int]]) -> list[range]:
-    """Places of the tokens of each field, a space before it among them."""
-    return [
-        range(len(body(each.text[:start].rstrip(" "))), len(body(each.text[:end])))
-        for start, end in each.fields
-    ]
-
-
-def _truncate(options: Sequence[_Row], room: int) -> list[_Row]:
+def _truncate(options: Sequence[Row], room: int) -> list[Row]:
     """Removes tokens from the fields' ends, the same number from every option."""
     longest = max(options, key=lambda row: len(row.ids))
     kept = [len(field) for field in longest.fields()]
@@ -217,7 +115,7 @@ def _truncate(options: Sequence[_Row], room: int) -> list[_Row]:
         left = [i for i in range(len(row.ids)) if i not in gone]
         scored = [place for place, i in enumerate(left) if i in row.scored]
         shorter.append(
-            _Row(
+            Row(
                 [row.ids[i] for i in left],
                 [row.types[i] for i in left],
                 range(scored[0], scored[-1] + 1) if scored else range(0),
@@ -228,7 +126,7 @@ def _truncate(options: Sequence[_Row], room: int) -> list[_Row]:
 
 
 def _join(
-    options: Sequence[_Row], example: Example, labels: Sequence[str], tokenizer: Any, kind: Kind
+    options: Sequence[Row], example: Example, labels: Sequence[str], tokenizer: Any, kind: Kind
 ) -> Encoded:
     """Checks the options of one example and puts them together."""
     inputs: list[Tokens] = []
@@ -260,13 +158,11 @@ def _join(
             inputs.append(tuple(row.ids[:-1]))
             positions.append(tuple(i - 1 for i in row.scored))
         targets.append(scored)
-    options_seen = [*zip(inputs, targets, strict=True)]
-    for c, label in enumerate(labels):
-        twin = options_seen.index(options_seen[c])
-        if twin < c:
-            raise UserError(
-                f"task.labels: {labels[twin]!r} and {label!r} are the same tokens: change one."
-            )
+    seen: dict[tuple[Tokens, Tokens], str] = {}
+    for label, option in zip(labels, zip(inputs, targets, strict=True), strict=True):
+        twin = seen.setdefault(option, label)
+        if twin != label:
+            raise UserError(f"task.labels: {twin!r} and {label!r} are the same tokens: change one.")
     types = None
     if kind == "encoder" and "token_type_ids" in tokenizer.model_input_names:
         types = tuple(tuple(row.types) for row in options)
