@@ -1,0 +1,27 @@
+"""Train a causal language model from scratch on a folder of text.
+
+usage: jaxlm pretrain config.yaml [--dotted.path=value ...]
+
+The configuration names the sizes of the model, a tokenizer, a corpus of `<domain>.jsonl[.gz]`
+files with their shares, and an optimizer; configs/pretrain/tiny.yaml is an example. The run's
+folder `output` holds config.yaml, metrics.jsonl, log.txt, checkpoints/ and, at the end,
+summary.json and model/, a model in the Hugging Face layout. The same command goes on with a run
+that was stopped and shows the summary of one that is finished.
+"""
+
+import json
+from collections.abc import Sequence
+
+from jaxlm.cli import config as configs
+from jaxlm.core.errors import UserError
+from jaxlm.train.pretraining import PretrainConfig, pretrain
+
+
+def run(args: Sequence[str]) -> None:
+    """The command `jaxlm pretrain`."""
+    path, overrides = configs.parse_args(args)
+    if path is None and not overrides:
+        raise UserError("pretrain has no configuration: give configs/pretrain/tiny.yaml, say.")
+    summary = pretrain(configs.load(PretrainConfig, path, overrides))
+    shown = {key: value for key, value in summary.items() if key != "config"}
+    print(json.dumps(shown, indent=2))

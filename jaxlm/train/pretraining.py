@@ -1,0 +1,264 @@
+"""Pretraining from a configuration to a model in the Hugging Face layout."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.core.errors import UserError
+from jaxlm.data import corpus as corpora
+from jaxlm.evaluation.perplexity import next_token_losses, perplexity
+from jaxlm.models import LanguageModel, ModelConfig, init_params, save_pretrained
+from jaxlm.train.checkpoint import Checkpoints
+from jaxlm.train.logging import Progress
+from jaxlm.train.optimizers import OPTIMIZERS, FirstOrder
+from jaxlm.train.run_folder import RunFolder, to_dict
+from jaxlm.train.state import Program, method
+from jaxlm.typing import Batch, Params
+
+_FIRST_ORDER = {name: cls for name, cls in OPTIMIZERS.items() if issubclass(cls, FirstOrder)}
+_STYLES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "activation": "silu",
+        "gated_mlp": True,
+        "norm": "rmsnorm",
+        "norm_eps": 1e-6,
+        "positions": "rotary",
+        "attention_bias": False,
+        "output_bias": False,
+        "mlp_bias": False,
+    },
+    "gpt2": {"activation": "gelu_tanh"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSizes:
+    """The sizes of a decoder; its other choices are those of its family.
+
+    Attributes:
+        family: llama or gpt2.
+        hidden_size: an even multiple of `num_heads`.
+        num_layers: transformer blocks.
+        num_heads: attention heads.
+        intermediate_size: width inside the MLPs.
+        max_positions: longest sequence.
+        tie_embeddings: one table for the tokens and the head.
+    """
+
+    family: Literal["llama", "gpt2"] = "llama"
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    max_positions: int = 512
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        sizes = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions")
+        _check_positive(self, *sizes)
+        if self.hidden_size % (2 * self.num_heads):
+            raise UserError(
+                f"hidden_size is {self.hidden_size}: give an even multiple of num_heads, "
+                f"{self.num_heads}."
+            )
+
+    def build(self, tokenizer: Any) -> ModelConfig:
+        """The whole configuration, for the vocabulary of `tokenizer`."""
+        return ModelConfig(
+            **asdict(self),
+            **_STYLES[self.family],
+            kind="decoder",
+            head="lm",
+            vocab_size=len(tokenizer),
+            embedding_size=self.hidden_size,
+            num_kv_heads=self.num_heads,
+            head_size=self.hidden_size // self.num_heads,
+            bos_id=tokenizer.bos_token_id,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Where the text is, and the domains with their shares.
+
+    Attributes:
+        path: folder of `<domain>.jsonl[.gz]` files.
+        domains: see `jaxlm.data.corpus.Domain`.
+        held_out: domain of `path` to measure bits per byte on, and not among `domains`; or null.
+    """
+
+    path: str
+    domains: tuple[corpora.Domain, ...]
+    held_out: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """A pretraining run.
+
+    Attributes:
+        model: sizes; the vocabulary is the tokenizer's.
+        tokenizer: folder with a tokenizer.json.
+        corpus: the text.
+        optimizer: a first-order one of `jaxlm.train.optimizers.OPTIMIZERS`, by its name.
+        steps: updates in all.
+        batch_size: windows in a step.
+        seq_len: predicted tokens in a window.
+        seed: of the initial parameters and the order of the text.
+        log_every: steps over which a line of metrics.jsonl takes the mean of the loss.
+        eval_every: steps between measurements on held-out text, a multiple of `log_every`.
+        checkpoint_every: steps between checkpoints, a multiple of `log_every`.
+        output: the run's folder.
+    """
+
+    model: DecoderSizes
+    tokenizer: str
+    corpus: CorpusConfig
+    optimizer: FirstOrder = field(metadata={"registry": _FIRST_ORDER})
+    steps: int
+    batch_size: int = 32
+    seq_len: int = 128
+    seed: int = 0
+    log_every: int = 20
+    eval_every: int = 200
+    checkpoint_every: int = 200
+    output: str
+
+    def __post_init__(self) -> None:
+        every = ("eval_every", "checkpoint_every")
+        _check_positive(self, "steps", "batch_size", "seq_len", "log_every", *every)
+        for name in every:
+            if getattr(self, name) % self.log_every:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}: give a multiple of log_every, "
+                    f"{self.log_every}."
+                )
+        if self.seq_len > self.model.max_positions:
+            raise UserError(
+                f"seq_len is {self.seq_len}: give at most model.max_positions, "
+                f"{self.model.max_positions}."
+            )
+
+
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} is {getattr(config, name)}: give 1 or more.")
+
+
+def pretrain(config: PretrainConfig) -> dict[str, Any]:
+    """Runs `config` in its folder, goes on with it, or returns the summary of the finished run.
+
+    Args:
+        config: the run.
+
+    Returns:
+        What `summary.json` holds.
+
+    Raises:
+        UserError: see `jaxlm.data.corpus` and `RunFolder.check`; the loss is not finite.
+    """
+    folder = RunFolder(config.output)
+    folder.check(config)
+    summary = folder.summary()
+    if summary is not None:
+        return summary
+    from transformers import AutoTokenizer
+
+    if not (Path(config.tokenizer) / "tokenizer.json").is_file():
+        raise UserError(f"tokenizer {config.tokenizer}: there is no tokenizer.json: train one.")
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+    model = config.model.build(tokenizer)
+    lm = LanguageModel(model, init_params(model, jax.random.key(config.seed)), tokenizer)
+    source = Path(config.corpus.path)
+    paths = [corpora.find(source, domain.name) for domain in config.corpus.domains]
+    apart = corpora.find(source, config.corpus.held_out) if config.corpus.held_out else None
+
+    folder.create(config)
+    cache = folder.path / "tokens"
+    windows = corpora.Windows(
+        [corpora.cached(path, tokenizer, cache) for path in paths],
+        config.corpus.domains,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        seed=config.seed,
+    )
+    measure = None
+    if apart is not None:
+        held_out = corpora.cached(apart, tokenizer, cache / "held_out")
+        measure = perplexity(
+            lm.apply,
+            corpora.all_windows(held_out, config.seq_len),
+            held_out.size,
+            batch_size=config.batch_size,
+        )
+    summary = _train(config, folder, lm, windows, measure)
+    folder.finish(summary)
+    return summary
+
+
+def _train(
+    config: PretrainConfig,
+    folder: RunFolder,
+    lm: LanguageModel,
+    windows: corpora.Windows,
+    measure: Callable[[Params], dict[str, float]] | None,
+) -> dict[str, Any]:
+    def loss_fn(params: Params, batch: Batch) -> Any:
+        return jnp.mean(next_token_losses(lm.apply, params, batch["input_ids"])), {}
+
+    way = method(config.optimizer, loss_fn, config.steps)
+    step_program = Program(way.step, donate=(0, 1))
+    params, opt_state = lm.params, way.init(lm.params, jax.random.key(config.seed))
+    checkpoints = Checkpoints(folder.checkpoints)
+    restored = checkpoints.restore([params, opt_state])
+    first, seconds = 0, 0.0
+    if restored is not None:
+        first, (params, opt_state), record = restored
+        seconds = record["seconds"]
+    folder.metrics.cut(first)
+
+    begin = time.perf_counter() - seconds
+    row: dict[str, Any] = folder.metrics.read()[-1] if first else {}
+    losses: list[jax.Array] = []
+    with Progress(config.steps, start=first, log=folder.log) as progress:
+        for step in range(first + 1, config.steps + 1):
+            params, opt_state, info = step_program(params, opt_state, windows.batch(step - 1))
+            losses.append(info["loss"])
+            last = step == config.steps
+            if step % config.log_every and not last:
+                continue
+            loss = float(np.mean(jax.device_get(losses)))
+            losses.clear()
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} at step {step}: lower the learning rate.")
+            tokens = step * config.batch_size * config.seq_len
+            row = {"step": step, "loss": loss, "tokens": tokens}
+            if measure and (last or step % config.eval_every == 0):
+                row |= {f"held_out_{name}": value for name, value in measure(params).items()}
+            seconds = time.perf_counter() - begin
+            folder.metrics.append(row | {"seconds": round(seconds, 1)})
+            progress.update(step, {k: v for k, v in row.items() if k not in ("step", "tokens")})
+            if last or step % config.checkpoint_every == 0:
+                checkpoints.save(step, [params, opt_state], {"seconds": seconds})
+    checkpoints.close()
+    save_pretrained(lm, folder.path / "model", params)
+    return {
+        **{name: value for name, value in row.items() if name not in ("step", "seconds")},
+        "steps": config.steps,
+        "seconds": round(seconds, 1),
+        "peak_memory_bytes": step_program.peak_bytes,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "model": str(folder.path / "model"),
+        "config": to_dict(config),
+    }
