@@ -45,7 +45,7 @@ def split_args(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{key} has no value: write --{key}=value.")
             value = rest.pop(0)
-        flags[key.replace("-", "_")] = _Flag(value)
+        flags[key.replace("-", "_")] = value
     return words, flags
 
 
@@ -86,7 +86,7 @@ def load(
     data = read_yaml(path) if path else {}
     data = {key: value for key, value in data.items() if only is None or key in only}
     for dotted, value in (overrides or {}).items():
-        _put(data, dotted, value)
+        _put(data, dotted, _Flag(value))
     return build(cls, data, str(path or "command line"))
 
 

@@ -1,6 +1,7 @@
 """Fine-tune a model on a task; without arguments, the quickstart.
 
-usage: jaxlm finetune                                        the quickstart, without a network
+usage: jaxlm finetune                                      the quickstart, without a network
+       jaxlm finetune quickstart [--dotted.path=value ...]   the same with other settings
        jaxlm finetune config.yaml [--dotted.path=value ...]
        jaxlm finetune --task.name=subj --output=runs/subj [--dotted.path=value ...]
 
@@ -29,17 +30,17 @@ from typing import Any
 from jaxlm.cli import config as configs
 from jaxlm.core.errors import UserError
 
+QUICKSTART = Path(__file__).parent.parent / "assets" / "quickstart.yaml"
+
 
 def run(args: Sequence[str]) -> None:
     """The command `jaxlm finetune`."""
-    if not args:
-        from jaxlm.studies import quickstart
-
-        quickstart.run(quickstart.load_config())
+    path, overrides = configs.parse_args(args)
+    if path == "quickstart" or not args:
+        _quickstart(overrides)
         return
     from jaxlm.train.run import FinetuneConfig, finetune
 
-    path, overrides = configs.parse_args(args)
     resume = overrides.pop("resume", "auto")
     if resume not in ("auto", "never"):
         raise UserError(f"--resume is '{resume}': choose one of auto, never.")
@@ -47,6 +48,24 @@ def run(args: Sequence[str]) -> None:
     if resume == "never" and (Path(config.output) / "config.yaml").exists():
         raise UserError(f"output {config.output}: there is a run already: choose another output.")
     show(finetune(config, base_dir=Path(path).parent if path else None), config.output)
+
+
+def _quickstart(overrides: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from jaxlm.studies import quickstart
+
+    config = configs.load(quickstart.QuickstartConfig, QUICKSTART, overrides)
+    model = config.model or "the shipped model"
+    table = Table(title=f"{config.task.name} with {model}")
+    for column in ("", "test accuracy", "forwards", "backwards", "peak memory", "seconds"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in quickstart.run(config):
+        memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB"
+        cells = (f"{100 * row.accuracy:.1f} %", str(row.forwards), str(row.backwards), memory)
+        table.add_row(row.method, *cells, f"{row.seconds:.1f}")
+    Console().print(table)
 
 
 def show(summary: dict[str, Any], output: str) -> None:

@@ -79,16 +79,21 @@ class Checkpoints:
                 f"({str(error).splitlines()[0]}): remove the run's folder to start again."
             ) from error
 
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints."""
+        return list(self._manager.all_steps())
+
+    def read(self, step: int) -> Any:
+        """The state of one checkpoint as plain dicts and lists of arrays."""
+        return self._read(step, state=ocp.args.StandardRestore())["state"]
+
     def best(self) -> Any | None:
-        """The state of the best checkpoint, or of the latest, as plain dicts and host arrays."""
+        """The state of the best checkpoint, or of the latest where none is called so; see `read`."""
         if self.latest_step is None:
             return None
         record = self._read(self.latest_step, record=ocp.args.JsonRestore())["record"]
         step = record.get("best_step")
-        found = self._read(
-            self.latest_step if step is None else step, state=ocp.args.StandardRestore()
-        )
-        return found["state"]
+        return self.read(self.latest_step if step is None else step)
 
     def close(self) -> None:
         """Frees the threads of the manager."""

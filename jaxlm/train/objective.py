@@ -21,7 +21,7 @@ def classification_objective(apply: Apply, token_ids: Int[Any, " C"] | None = No
         token_ids: the label words' tokens, `encoded.token_ids`; None for options of several tokens.
 
     Returns:
-        `loss_fn(params, batch, *, key=None, view=None) -> (loss, {"accuracy", "count"})`. Rows with
+        `loss_fn(params, batch, *, key=None, view=None) -> (loss, {"accuracy"})`. Rows with
         weight 0 count in neither.
     """
 
@@ -33,7 +33,7 @@ def classification_objective(apply: Apply, token_ids: Int[Any, " C"] | None = No
         count = jnp.sum(weights)
         hits = (jnp.argmax(scores_BxC, axis=-1) == labels) * weights
         loss = jnp.sum(losses * weights) / count
-        return loss, {"accuracy": jnp.sum(hits) / count, "count": count}
+        return loss, {"accuracy": jnp.sum(hits) / count}
 
     return loss_fn
 

@@ -1,0 +1,1 @@
+"""Whole experiments that join the rooms below."""

@@ -1,0 +1,241 @@
+"""The quickstart: one model and one task, by forward passes alone and by everything beside them.
+
+What a pretrained model knows about a task shows in its zero-shot accuracy, raw and calibrated. MeZO
+adds what labels teach by forward passes; from random parameters of the same shape it shows how much of
+that rests on pretraining. Adam and a linear probe say what gradients and plain features would give.
+"""
+
+import dataclasses
+import functools
+import time
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from jaxlm.core.errors import UserError
+from jaxlm.data import EncodedTask, TaskConfig, load_task, prepare, task_config
+from jaxlm.train.loop import LoopConfig
+from jaxlm.train.optimizers import OPTIMIZERS, Optimizer
+from jaxlm.typing import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One row of training.
+
+    Attributes:
+        optimizer: see `jaxlm.train.optimizers`.
+        steps: updates.
+        batch_size: examples in a step.
+    """
+
+    optimizer: Optimizer = field(metadata={"registry": OPTIMIZERS})
+    steps: int
+    batch_size: int = 32
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """The quickstart's settings; `jaxlm/assets/quickstart.yaml` holds those of the shipped model.
+
+    Attributes:
+        model: folder or hub id; null means the model that comes with the package.
+        task: the task.
+        seed: of the batches, of MeZO's directions and of the random initialisation.
+        unlabelled: training texts, labels unused, on whose scores zero-shot is calibrated.
+        eval_batch_size: examples in a forward pass of evaluation.
+        log_every: steps in one dispatch.
+        mezo: MeZO from the pretrained parameters.
+        random_init: MeZO from random parameters.
+        adam: Adam from the pretrained parameters.
+    """
+
+    model: str | None = None
+    task: TaskConfig = field(metadata={"make": task_config})
+    seed: int = 0
+    unlabelled: int = 1000
+    eval_batch_size: int = 50
+    log_every: int = 10
+    mezo: Training
+    random_init: Training
+    adam: Training
+
+
+class Setting(NamedTuple):
+    """A model and a task, ready to be scored and trained.
+
+    Attributes:
+        config: see `QuickstartConfig`.
+        lm: the model.
+        encoded: the task in the model's tokens.
+        scorer: compiled `(params, batch) -> scores`.
+    """
+
+    config: QuickstartConfig
+    lm: Any
+    encoded: EncodedTask
+    scorer: Any
+
+
+class Row(NamedTuple):
+    """One line of the table.
+
+    Attributes:
+        method: its name.
+        accuracy: on the test split.
+        forwards: forward passes over a batch, those of the test not counted.
+        backwards: backward passes over a batch.
+        peak_bytes: memory of the largest compiled program; None where there is none.
+        seconds: wall time with compilation and test.
+    """
+
+    method: str
+    accuracy: float
+    forwards: int
+    backwards: int
+    peak_bytes: int | None
+    seconds: float
+
+
+def setting(config: QuickstartConfig) -> Setting:
+    """Loads the model and the task.
+
+    Raises:
+        UserError: see `load_task`, `jaxlm.from_pretrained`, `jaxlm.data.prepare`.
+    """
+    from jaxlm.evaluation import option_scores
+    from jaxlm.train.run import load_model, with_head
+    from jaxlm.train.state import Program
+
+    task = load_task(config.task, seed=config.seed)
+    lm = load_model(config.model)
+    encoded = prepare(task, lm.tokenizer, kind=lm.config.kind, max_length=lm.config.max_positions)
+    lm = with_head(lm, len(encoded.labels), seed=config.seed)
+    scorer = Program(functools.partial(option_scores, lm.apply, encoded.token_ids))
+    return Setting(config, lm, encoded, scorer)
+
+
+def run(config: QuickstartConfig, *, quiet: bool = False) -> list[Row]:
+    """Every row of the table, in its order."""
+    where = setting(config)
+    rows = [majority(where), *zero_shot(where)]
+    rows.append(train(where, "MeZO", config.mezo, where.lm.params, quiet=quiet))
+    fresh = random_params(where, config.seed)
+    rows.append(train(where, "MeZO, random init", config.random_init, fresh, quiet=quiet))
+    rows.append(train(where, "Adam", config.adam, where.lm.params, quiet=quiet))
+    return [*rows, probe(where)]
+
+
+def majority(where: Setting) -> Row:
+    """Always the most frequent training label."""
+    from jaxlm.evaluation import majority_accuracy
+
+    begin = time.perf_counter()
+    labels = [[each.label for each in split] for split in (where.encoded.train, where.encoded.test)]
+    return Row("majority class", majority_accuracy(*labels), 0, 0, None, _since(begin))
+
+
+def zero_shot(where: Setting) -> tuple[Row, Row]:
+    """The pretrained model as it is; and calibrated at the median scores of unlabelled text."""
+    from jaxlm.evaluation import accuracy, calibrate
+
+    begin = time.perf_counter()
+    scores, labels = _score(where, where.lm.params, "test")
+    raw = Row("zero-shot", accuracy(scores, labels), 0, 0, where.scorer.peak_bytes, _since(begin))
+    few = where.encoded.train[: where.config.unlabelled]
+    part = where._replace(encoded=dataclasses.replace(where.encoded, train=few))
+    unlabelled, _ = _score(part, where.lm.params, "train")
+    calibrated = accuracy(calibrate(scores, unlabelled), labels)
+    passes = -(-len(few) // where.config.eval_batch_size)
+    row = Row("zero-shot, calibrated", calibrated, passes, 0, raw.peak_bytes, _since(begin))
+    return raw, row
+
+
+def train(
+    where: Setting,
+    name: str,
+    training: Training,
+    params: Params,
+    *,
+    seed: int | None = None,
+    quiet: bool = False,
+) -> Row:
+    """Trains from `params`, which stay as they are, and tests the last parameters."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxlm.evaluation import accuracy
+    from jaxlm.train.logging import Progress
+    from jaxlm.train.loop import fit
+    from jaxlm.train.objective import classification_objective
+    from jaxlm.train.state import method
+
+    begin = time.perf_counter()
+    seed = where.config.seed if seed is None else seed
+    steps = training.steps
+    loss_fn = classification_objective(where.lm.apply, where.encoded.token_ids)
+    chosen = method(training.optimizer, loss_fn, steps)
+    with Progress(steps, quiet=quiet) as progress:
+        progress.say(f"{name}: {steps} steps of {training.batch_size} texts")
+        outcome = fit(
+            chosen,
+            jax.tree.map(jnp.copy, params),
+            functools.partial(where.encoded.batches, batch_size=training.batch_size, seed=seed),
+            LoopConfig(
+                steps=steps,
+                eval_every=steps,
+                checkpoint_every=steps,
+                log_every=where.config.log_every,
+            ),
+            key=jax.random.key(seed),
+            progress=progress,
+        )
+    result = accuracy(*_score(where, outcome.state.params, "test"))
+    passes = (chosen.forwards * steps, chosen.backwards * steps)
+    return Row(name, result, *passes, outcome.peak_bytes, _since(begin))
+
+
+def random_params(where: Setting, seed: int) -> Params:
+    """Random parameters in the shape of the model."""
+    import jax
+
+    from jaxlm.models import init_params
+
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    dtype = jax.tree.leaves(where.lm.params)[0].dtype
+    return init_params(where.lm.config, key, dtype)
+
+
+def probe(where: Setting) -> Row:
+    """Logistic regression on the mean of the token embeddings, standardised."""
+    import numpy as np
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    begin = time.perf_counter()
+    table = np.asarray(where.lm.params["embed"]["tokens"]["embedding"], np.float32)
+
+    def features(split: Any) -> tuple[Any, list[int]]:
+        means = [table[list(each.input_ids[0])].mean(axis=0) for each in split]
+        return np.stack(means), [each.label for each in split]
+
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    model.fit(*features(where.encoded.train))
+    result = float(model.score(*features(where.encoded.test)))
+    return Row("logistic regression on embeddings", result, 0, 0, None, _since(begin))
+
+
+def _score(where: Setting, params: Params, split: Any) -> Any:
+    from jaxlm.evaluation import score_split
+
+    size = where.config.eval_batch_size
+    return score_split(where.scorer, params, where.encoded, split, batch_size=size)
+
+
+def _since(begin: float) -> float:
+    return time.perf_counter() - begin

@@ -1,0 +1,99 @@
+"""A random model of some thousand parameters with its own tokenizer, and a task that fits it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+GOOD = ("bright", "fine", "lovely", "warm")
+BAD = ("dull", "cold", "dreary", "stale")
+
+
+def sentences(count: int) -> list[dict[str, str | int]]:
+    """Short sentences of two classes that differ in one word."""
+    words = (GOOD, BAD)
+    return [
+        {"text": f"the {words[i % 2][i // 2 % 4]} film number {i % 7}", "label": i % 2}
+        for i in range(count)
+    ]
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "the", "film", "number", "it", "was", "good", "bad", *GOOD, *BAD]
+    vocabulary = {word: i for i, word in enumerate([*words, *"0123456789"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def make_model(folder: Path) -> Path:
+    import jax
+
+    from jaxlm.models import LanguageModel, ModelConfig, init_params, save_pretrained
+
+    tokenizer = make_tokenizer()
+    config = ModelConfig(
+        family="llama",
+        kind="decoder",
+        head="lm",
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        head_size=8,
+        intermediate_size=32,
+        max_positions=32,
+        embedding_size=16,
+        activation="silu",
+        gated_mlp=True,
+        norm="rmsnorm",
+        positions="rotary",
+        attention_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+    )
+    params = init_params(config, jax.random.key(0))
+    save_pretrained(LanguageModel(config, params, tokenizer), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def write_run(folder: Path, model: Path) -> Path:
+    """A configuration in `folder` whose task lies beside it."""
+    for name, count in (("train", 40), ("validation", 16), ("test", 16)):
+        write_jsonl(folder / f"{name}.jsonl", sentences(count))
+    path = folder / "run.yaml"
+    path.write_text(f"""\
+model: {model}
+task: {{name: tiny, train: train.jsonl, validation: validation.jsonl, test: test.jsonl,
+       template: "{{text}} it was {{label}}", labels: [good, bad]}}
+optimizer: {{name: mezo, learning_rate: 1.0e-2, eps: 1e-3}}
+steps: 12
+batch_size: 8
+eval_every: 6
+checkpoint_every: 4
+log_every: 2
+seed: 0
+output: {folder / "run"}
+""")
+    return path
+
+
+@pytest.fixture
+def run_yaml(tmp_path: Path, tiny_model: Path) -> Path:
+    return write_run(tmp_path, tiny_model)

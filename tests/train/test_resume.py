@@ -1,0 +1,148 @@
+"""A run that is killed and started again ends with the numbers of one that was never killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from tests.tiny import write_run
+
+from jaxlm.core.errors import UserError
+from jaxlm.train.checkpoint import Checkpoints
+from jaxlm.train.logging import Metrics
+
+STEPS = 120
+
+
+def launch(path: Path) -> subprocess.Popen:
+    flags = [f"--steps={STEPS}", "--eval-every=20", "--checkpoint-every=10"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxlm.cli.main", "finetune", str(path), *flags],
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(path.parents[1] / "programs"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        },
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def lines(path: Path) -> int:
+    file = path.parent / "run" / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def kill_after(path: Path, count: int, delay: float) -> None:
+    """Starts the run and kills it a moment after metrics.jsonl has `count` lines."""
+    process = launch(path)
+    deadline = time.monotonic() + 120
+    while lines(path) < count:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (path.parent / "run" / "summary.json").exists()
+
+
+def finish(path: Path) -> None:
+    process = launch(path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
+def plain(leaf) -> np.ndarray:
+    key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if key else leaf)
+
+
+def final(path: Path):
+    folder = path.parent / "run"
+    checkpoints = Checkpoints(folder / "checkpoints")
+    steps = sorted(checkpoints.steps())
+    leaves = [plain(leaf) for step in steps for leaf in jax.tree.leaves(checkpoints.read(step))]
+    summary = json.loads((folder / "summary.json").read_text())
+    return steps, leaves, (folder / "metrics.jsonl").read_text(), summary
+
+
+def without_clock(summary: dict) -> dict:
+    config = {key: value for key, value in summary["config"].items() if key != "output"}
+    return {key: value for key, value in summary.items() if key != "seconds"} | {"config": config}
+
+
+def test_kill_9_at_three_random_moments(tmp_path, tiny_model):
+    paths = []
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        paths.append(write_run(tmp_path / name, tiny_model))
+    finish(paths[0])
+    moments = random.Random(time.time_ns())
+    for first in (1, 45, 90):
+        kill_after(paths[1], first + moments.randrange(30), moments.random() * 0.05)
+    finish(paths[1])
+    (steps, leaves, metrics, summary), killed = map(final, paths)
+    assert killed[0] == steps
+    for a, b in zip(leaves, killed[1], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert killed[2] == metrics
+    assert without_clock(killed[3]) == without_clock(summary)
+
+
+def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.append(*({"step": i, "loss": 0.5} for i in range(1, 6)))
+    with metrics.path.open("a") as file:
+        file.write('{"step": 6, "lo')
+    metrics.cut(3)
+    assert [record["step"] for record in metrics.read()] == [1, 2, 3]
+    metrics.cut(None)
+    assert metrics.path.read_text() == ""
+
+
+def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    key = jax.random.key(1)
+    for step, best in ((0, 0), (5, 5), (10, 5), (15, 5)):
+        state = {"params": {"w": np.full(3, step, np.float32)}, "key": key}
+        checkpoints.save(step, state, {"best_step": best})
+    assert sorted(checkpoints.steps()) == [5, 15]
+    step, state, record = Checkpoints(tmp_path).restore(state)
+    assert (step, record) == (15, {"best_step": 5})
+    np.testing.assert_array_equal(state["params"]["w"], 15.0)
+    assert jax.random.key_data(state["key"]).tolist() == jax.random.key_data(key).tolist()
+    np.testing.assert_array_equal(Checkpoints(tmp_path).best()["params"]["w"], 5.0)
+
+
+def test_a_save_cut_short_leaves_the_former_checkpoint(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    state = {"w": np.ones(3, np.float32)}
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir()
+    assert Checkpoints(tmp_path).restore(state)[0] == 1
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    state = {"w": np.ones(3, np.float32)}
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+    for file in (tmp_path / "1" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    try:
+        Checkpoints(tmp_path).restore(state)
+    except UserError as error:
+        assert str(tmp_path / "1") in str(error)
+    else:
+        raise AssertionError("a damaged checkpoint was read")

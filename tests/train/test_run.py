@@ -1,0 +1,110 @@
+"""A whole run in one process: what it writes, and that it learns."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tests.tiny import sentences, write_jsonl, write_run
+
+from jaxlm.cli import config as configs
+from jaxlm.core.errors import UserError
+from jaxlm.train.run import FinetuneConfig, finetune, load_model
+
+ADAM = {"optimizer.name": "adam", "optimizer.learning_rate": 0.02}
+
+
+def start(path, **overrides):
+    flags = {key: str(value) for key, value in overrides.items()}
+    return finetune(configs.load(FinetuneConfig, path, flags), base_dir=path.parent)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory):
+    """(configuration, summary) of a run of 12 steps of MeZO."""
+    path = write_run(tmp_path_factory.mktemp("finished"), tiny_model)
+    return path, start(path)
+
+
+def test_a_run_writes_its_folder(finished):
+    folder = finished[0].parent / "run"
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "log.txt"}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines if "loss" in r] == list(range(1, 13))
+    assert [r["step"] for r in lines if "validation_accuracy" in r] == [0, 6, 12]
+
+
+def test_the_summary_says_what_happened(finished):
+    path, summary = finished
+    assert json.loads((path.parent / "run" / "summary.json").read_text()) == summary
+    assert (summary["steps"], summary["forwards"], summary["backwards"]) == (12, 24, 0)
+    assert summary["peak_memory_bytes"] > 0
+    assert summary["seconds"] > 0
+    assert summary["model"] == summary["config"]["model"]
+    assert summary["config"]["optimizer"]["eps"] == 1e-3
+    for name in ("zero_shot", "validation", "test"):
+        assert 0 <= summary[name]["accuracy"] <= 1
+
+
+def test_the_best_parameters_on_validation_are_tested(finished):
+    path, summary = finished
+    text = (path.parent / "run" / "metrics.jsonl").read_text()
+    records = [json.loads(line) for line in text.splitlines()]
+    validation = {r["step"]: r.get("validation_accuracy", -1) for r in records}
+    best = max(validation, key=validation.__getitem__)
+    assert (summary["tested_step"], summary["validation"]["accuracy"]) == (best, validation[best])
+
+
+def test_a_finished_run_is_returned_and_not_touched(finished):
+    path, summary = finished
+    before = {p: p.stat().st_mtime_ns for p in (path.parent / "run").rglob("*")}
+    assert start(path) == summary
+    assert {p: p.stat().st_mtime_ns for p in (path.parent / "run").rglob("*")} == before
+
+
+def test_adam_learns_and_without_validation_the_last_parameters_are_tested(run_yaml):
+    summary = start(run_yaml, steps=60, checkpoint_every=60, log_every=20, **ADAM | {
+        "task.validation": "null", "eval_every": 60,
+    })  # fmt: skip
+    assert summary["validation"]["accuracy"] is None
+    assert summary["tested_step"] == 60
+    assert (summary["forwards"], summary["backwards"]) == (60, 60)
+    assert summary["test"]["accuracy"] == 1.0
+
+
+def test_validation_held_out_and_paths_beside_the_configuration(run_yaml, monkeypatch):
+    elsewhere = run_yaml.parent / "elsewhere"
+    elsewhere.mkdir()
+    write_jsonl(elsewhere / "train.jsonl", sentences(2)[:1])
+    monkeypatch.chdir(elsewhere)
+    summary = start(run_yaml, steps=1, **ADAM, **{"task.validation": "hold_out", "task.k": 4})
+    assert summary["validation"]["accuracy"] is not None
+
+
+def test_select_trains_nothing_else(run_yaml, tiny_model):
+    start(run_yaml, steps=2, **ADAM, **{"optimizer.select": "norm", "task.validation": "null"})
+    before = load_model(tiny_model).params
+    after = load_model(run_yaml.parent / "run").params
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), before, after)
+    assert not same["final_norm"]["scale"]
+    assert same["embed"]["tokens"]["embedding"]
+    assert same["layers"]["mlp"]["up_proj"]["kernel"]
+
+
+def test_options_of_several_tokens(run_yaml):
+    assert start(run_yaml, steps=2, **ADAM, **{"task.labels": "[good good, bad]"})["steps"] == 2
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(run_yaml):
+    overrides = {**ADAM, "optimizer.learning_rate": 1e38, "optimizer.weight_decay": 1e10}
+    with pytest.raises(UserError, match=r"the checkpoint of step 0 is kept"):
+        start(run_yaml, **overrides)
+    params = load_model(run_yaml.parent / "run").params
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    assert not (run_yaml.parent / "run" / "summary.json").exists()
+
+
+def test_zero_steps_test_the_model_as_it_is(run_yaml):
+    summary = start(run_yaml, steps=0)
+    assert summary["test"] == summary["zero_shot"]
