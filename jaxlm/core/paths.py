@@ -1,8 +1,9 @@
 """Every parameter has a path: `layers.attention.q_proj.kernel`.
 
-Selection, noise, sharding, weight decay and export all speak of these strings. A leaf under `layers` is
-stacked: its leading axis is the layer. In an unstacked tree an integer stands right after `layers`; it
-is taken out of the path and becomes the layer, so that both trees name a parameter alike.
+Selection, noise, sharding, weight decay and export all speak of these strings. A leaf under
+`layers` is stacked: its leading axis is the layer. In an unstacked tree an integer stands right
+after `layers`; it is taken out of the path and becomes the layer, so that both trees name a
+parameter alike.
 """
 
 import re
@@ -65,7 +66,7 @@ def flatten(tree) -> tuple[list[Leaf], Any]:
 
 
 def map_with_path(function: Callable[..., Any], tree, *rest):
-    """Maps `function(leaf, *others)` over the leaves of `tree` (a `Leaf`) and of `rest` (plain values)."""
+    """Maps `function(leaf, *others)` over the `Leaf`s of `tree` and the plain values of `rest`."""
     leaves, structure = flatten(tree)
     others = [structure.flatten_up_to(other) for other in rest]
     return structure.unflatten(function(*items) for items in zip(leaves, *others, strict=True))
@@ -77,7 +78,7 @@ def path_hash(path: str) -> int:
 
 
 def check_unique_hashes(tree) -> None:
-    """Raises ValueError if two different paths of `tree` share a hash, since they would share noise."""
+    """Raises ValueError if two paths of `tree` share a hash, since they would share noise."""
     seen: dict[int, str] = {}
     for leaf in flatten(tree)[0]:
         other = seen.setdefault(path_hash(leaf.path), leaf.path)
@@ -115,7 +116,7 @@ def mask(tree, select: Select):
 
 
 def split(tree, select: Select):
-    """Splits a tree into `(selected, rest)`, each shaped like `tree` with None in the other's places.
+    """Splits a tree into `(selected, rest)`, each with None in the other's places.
 
     >>> split({"a": 1, "b": 2}, "a")
     ({'a': 1, 'b': None}, {'a': None, 'b': 2})

@@ -1,8 +1,8 @@
 """A tap is an identity on activations that sends something out through the backward pass.
 
-`tap(path, op, x, y, layer) -> y` stands at every place where a parameter is used: `x` goes in, `y` comes
-out, `op` says how. `factors` uses it to return, from one backward pass, the two factors of every
-per-example gradient; none of the gradients themselves is formed.
+`tap(path, op, x, y, layer) -> y` stands at every place where a parameter is used: `x` goes in, `y`
+comes out, `op` says how. `factors` uses it to return, from one backward pass, the two factors of
+every per-example gradient; none of the gradients themselves is formed.
 
 | op      | parameter         | per-example gradient from factors (A, B)             |
 |---------|-------------------|------------------------------------------------------|
@@ -15,7 +15,7 @@ per-example gradient; none of the gradients themselves is formed.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,9 @@ from jaxtyping import Array
 Op = Literal["dense", "head", "bias", "scale", "embed"]
 
 
+@runtime_checkable
 class Tap(Protocol):
-    """What a tap is. `layers` is a pytree with leading axis L that rides the scan with the layers."""
+    """What a tap is; the leading axis of `layers`, a pytree, is scanned with the layers."""
 
     layers: Any
 
@@ -96,9 +97,9 @@ def factors(
       cotangent: like f's value; ones if None.
 
     Returns:
-      `{path: (A, B)}` with A what entered and B the gradient with respect to what left the parameter's
-      operation, both with the batch axis first, and the layer axis before it under `layers`. Ids of an
-      embedding come back as exact integers in float32.
+      `{path: (A, B)}` with A what entered and B the gradient with respect to what left the
+      parameter's operation, both with the batch axis first, and the layer axis before it under
+      `layers`. Ids of an embedding come back as exact integers in float32.
     """
     shapes = _ShapeTap()
     out = jax.eval_shape(lambda p, v: f(p, v, tap=shapes), params, x)

@@ -1,14 +1,15 @@
-"""A view is what the model sees in place of a stored leaf, made just before use, one layer at a time.
+"""A view is what the model sees in place of a stored leaf, made just before use.
 
-`view(path, leaf, layer, *, rows=None) -> leaf'` runs inside the scan over layers, so only one layer of
-`leaf'` is ever alive. `path` is a Python string, `layer` a traced int32 or None outside `layers`. `rows`
-(indices, or a pair (start, size), on axis 0) says that only `leaf[rows]` is needed.
+`view(path, leaf, layer, *, rows=None) -> leaf'` runs inside the scan over layers, so only one layer
+of `leaf'` is ever alive. `path` is a Python string, `layer` a traced int32 or None outside
+`layers`. `rows` (indices, or a pair (start, size), on axis 0) says that only `leaf[rows]` is
+needed.
 
 Views are frozen dataclasses registered as pytrees, so they cross `jit` and `vmap`.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxtyping import Array
 from jaxlm.core.prng import Rows
 
 
+@runtime_checkable
 class View(Protocol):
     """What a view is: a function from a stored leaf to the leaf that the model uses."""
 
@@ -84,7 +86,7 @@ def shape_of(leaf: Any, rows: Rows) -> tuple[int, ...]:
     """The shape of the whole leaf; a `Taken` one has lost its length, and gets 1 in its place."""
     if not isinstance(leaf, Taken):
         return leaf.shape
-    index_dims = 1 if isinstance(rows, tuple) else jnp.ndim(rows)
+    index_dims = rows.ndim if isinstance(rows, jax.Array) else 1
     return (1, *leaf.value.shape[index_dims:])
 
 

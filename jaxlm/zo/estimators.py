@@ -4,10 +4,10 @@ Simultaneous perturbation (SPSA) measures the slope of a loss along random direc
 
     g_j = (L(θ + ε z_j) - L(θ - ε z_j)) / 2ε,        ∇L ≈ 1/n Σ_j g_j z_j.
 
-The directions are never stored. Each element of z_j is a function of (key, path, layer, index), made
-where a weight is read and made again where it is updated. An objective with a keyword `view` sees
-`W + ε z` one layer at a time and needs the memory of inference; one without is called on a perturbed
-copy of the parameters, one copy alive at a time.
+The directions are never stored. Each element of z_j is a function of (key, path, layer, index),
+made where a weight is read and made again where it is updated. An objective with a keyword `view`
+sees `W + ε z` one layer at a time and needs the memory of inference; one without is called on a
+perturbed copy of the parameters, one copy alive at a time.
 
 References: Spall, "Multivariate stochastic approximation using a simultaneous perturbation gradient
 approximation", 1992; Malladi et al., "Fine-Tuning Language Models with Just Forward Passes",
@@ -15,6 +15,7 @@ arXiv:2305.17333.
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -49,14 +50,17 @@ class Perturbation:
         if not paths.matcher(self.select)(path):
             return views.take(leaf, rows)
         shape = views.shape_of(leaf, rows)
+        z = _direction(self.key, self.sampler, path, shape, layer, rows)
         seen = views.take(leaf, rows)
-        return views.add(seen, self.scale * _direction(self, path, shape, layer, rows))
+        return views.add(seen, self.scale * z)
 
 
-def _direction(owner, path: str, shape, layer=None, rows: prng.Rows = None) -> Float[Array, "..."]:
+def _direction(
+    key: Array, sampler: Sampler, path: str, shape, layer=None, rows: prng.Rows = None
+) -> Float[Array, "..."]:
     """z of one leaf. The barrier keeps later fusions from changing its last bits."""
-    key = prng.leaf_key(owner.key, path, layer)
-    return lax.optimization_barrier(owner.sampler.sample(key, shape, rows))
+    noise = sampler.sample(prng.leaf_key(key, path, layer), shape, rows)
+    return lax.optimization_barrier(noise)
 
 
 @jax.tree_util.register_dataclass
@@ -129,8 +133,8 @@ def spsa(
     2P if it has none, or with `materialize_params=True`.
 
     Args:
-      loss_fn: `loss_fn(params, *args, [key], [view]) -> loss` or `(loss, aux)`, a scalar loss. `key` is
-        passed if it is among the parameters, the same for all evaluations of the estimate.
+      loss_fn: `loss_fn(params, *args, [key], [view]) -> loss` or `(loss, aux)`, a scalar loss.
+        `key` is passed if it is among the parameters, the same for all evaluations of the estimate.
       params: any pytree of arrays.
       *args: what `loss_fn` takes besides, usually one batch.
       key: typed PRNG key of this estimate.
@@ -182,12 +186,12 @@ def _direction_key(key: Array, direction) -> Array:
 def gradient_block(
     est: SPSAEstimate, path: str, shape, layer=None, rows: prng.Rows = None
 ) -> Float[Array, "..."]:
-    """`1/n Σ_j g_j z_j` for one leaf of the given shape, or for some of its rows, in float32 or wider."""
+    """`1/n Σ_j g_j z_j` for a leaf of the given shape, or some of its rows, at least in float32."""
     count = est.projected_grad.shape[0]
 
     def term(j):
-        owner = Perturbation(_direction_key(est.key, j), 1.0, est.sampler)
-        return est.projected_grad[j] / count * _direction(owner, path, shape, layer, rows)
+        z = _direction(_direction_key(est.key, j), est.sampler, path, shape, layer, rows)
+        return est.projected_grad[j] / count * z
 
     if count == 1:
         return term(0)
@@ -207,9 +211,10 @@ def materialize(est: SPSAEstimate, params: Any) -> Any:
             return jnp.zeros_like(leaf.value)
         if leaf.stacked:
             count, *shape = leaf.value.shape
-            block = lambda layer: gradient_block(est, leaf.path, tuple(shape), layer)  # noqa: E731
+            block = functools.partial(gradient_block, est, leaf.path, tuple(shape))
             return lax.map(block, jnp.arange(count)).astype(_wide(leaf.value))
-        return gradient_block(est, leaf.path, leaf.value.shape, leaf.layer).astype(_wide(leaf.value))
+        whole = gradient_block(est, leaf.path, leaf.value.shape, leaf.layer)
+        return whole.astype(_wide(leaf.value))
 
     return paths.map_with_path(gradient, params)
 
@@ -230,8 +235,8 @@ def value_and_grad(
     """A drop-in for `jax.value_and_grad` that uses forward passes alone.
 
     Returns:
-      `f(params, *args, key) -> (loss, grads)`, or `((loss, aux), grads)` with `has_aux`, where `loss` is
-      the mean over both signs and `grads` is like `params`. See `spsa` for the arguments.
+      `f(params, *args, key) -> (loss, grads)`, or `((loss, aux), grads)` with `has_aux`, where
+      `loss` is the mean over both signs and `grads` is like `params`. See `spsa` for the arguments.
     """
 
     def function(params, *args, key):

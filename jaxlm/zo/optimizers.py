@@ -4,12 +4,13 @@ One step draws z, measures g = (L(θ + εz) - L(θ - εz)) / 2ε, and moves
 
     θ ← θ - η (1/n Σ_j g_j z_j + λ θ).
 
-`mezo` makes the update in place, block by block, drawing z again. `scale_by_spsa` is the same estimate
-as an optax transformation, for chains with momentum, clipping or any other rule; it holds a gradient.
+`mezo` makes the update in place, block by block, drawing z again. `scale_by_spsa` is the same
+estimate as an optax transformation, for chains with momentum, clipping or any other rule; it holds
+a gradient.
 
-References: Malladi et al., arXiv:2305.17333. Differences from the authors' code: parameters are never
-perturbed in place, the two losses are subtracted in float32, the reported loss is the mean of both
-signs, and weight decay spares biases and norms by their path.
+References: Malladi et al., arXiv:2305.17333. Differences from the authors' code: parameters are
+never perturbed in place, the two losses are subtracted in float32, the reported loss is the mean of
+both signs, and weight decay spares biases and norms by their path.
 """
 
 from collections.abc import Callable
@@ -106,8 +107,8 @@ def mezo(
       decay: parameters that are decayed; by default all but those named bias, scale or norm.
 
     Returns:
-      `(init, step)`. `step` is pure; `jit_step` compiles it with donated buffers, so that its memory is
-      that of the two forward passes.
+      `(init, step)`. `step` is pure; `jit_step` compiles it with donated buffers, so that its
+      memory is that of the two forward passes.
 
     Raises:
       ValueError: if eps is not positive, or (from init) if `select` takes nothing.
@@ -140,9 +141,7 @@ def mezo(
         )
         rate = _value(learning_rate, state.step)
         params = descend(est, params, rate, weight_decay, decay)
-        info = MezoInfo(
-            est.loss, est.loss_plus, est.loss_minus, est.projected_grad, rate, est.aux
-        )
+        info = MezoInfo(est.loss, est.loss_plus, est.loss_minus, est.projected_grad, rate, est.aux)
         return params, MezoState(state.step + 1, state.key), info
 
     return ZerothOrderOptimizer(init, step)
@@ -157,8 +156,8 @@ def descend(
 ) -> Any:
     """Returns `θ - η (1/n Σ_j g_j z_j + λ θ)`, made over layers and blocks of rows.
 
-    Under `jit` with donated parameters this happens in place: beside the parameters only one block and
-    its noise are alive.
+    Under `jit` with donated parameters this happens in place: beside the parameters only one block
+    and its noise are alive.
     """
     takes, decays = paths.matcher(est.select), paths.matcher(decay)
 
@@ -208,7 +207,7 @@ def _over_rows(moved, value, layer):
 
 
 def jit_step(opt: ZerothOrderOptimizer, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles `step(params, state, batch) -> params, state, info` and donates `params` and `state`.
+    """Compiles `step(params, state, batch) -> params, state, info`, donating params and state.
 
     The arrays passed in are gone after the call; use what it returns.
     """
@@ -245,8 +244,8 @@ def scale_by_spsa(
     """The SPSA estimate as the first link of an optax chain.
 
     `update(None, state, params, *, value_fn)` ignores the incoming updates and returns
-    `1/n Σ_j g_j z_j`. `value_fn(params)`, or `value_fn(params, *, view)`, is the loss on the current
-    batch. Memory: one gradient beside the parameters.
+    `1/n Σ_j g_j z_j`. `value_fn(params)`, or `value_fn(params, *, view)`, is the loss on the
+    current batch. Memory: one gradient beside the parameters.
 
     Args:
       eps, sampler, num_directions, select: see `spsa`.
@@ -275,7 +274,7 @@ def scale_by_spsa(
     def update(updates, state, params=None, *, value_fn, **extra):
         del updates, extra
         if params is None:
-            raise ValueError("scale_by_spsa needs params: update(None, state, params, value_fn=...)")
+            raise ValueError("scale_by_spsa needs update(None, state, params, value_fn=...)")
         est = spsa(
             value_fn,
             params,

@@ -1,7 +1,7 @@
-"""Distributions of the perturbation z; each draws one leaf, or some rows of it, from (key, index)."""
+"""Distributions of the perturbation z, drawn leaf by leaf or some rows at a time."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from jaxlm.core import prng
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """A distribution with mean 0 and covariance I over the elements of a leaf."""
 
