@@ -1,8 +1,9 @@
 """The quickstart: one model and one task, by forward passes alone and by everything beside them.
 
 What a pretrained model knows about a task shows in its zero-shot accuracy, raw and calibrated. MeZO
-adds what labels teach by forward passes; from random parameters of the same shape it shows how much of
-that rests on pretraining. Adam and a linear probe say what gradients and plain features would give.
+adds what labels teach by forward passes; from random parameters of the same shape it shows how much
+of that rests on pretraining. Adam and a linear probe say what gradients and plain features would
+give.
 """
 
 import dataclasses

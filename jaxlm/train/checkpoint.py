@@ -88,7 +88,7 @@ class Checkpoints:
         return self._read(step, state=ocp.args.StandardRestore())["state"]
 
     def best(self) -> Any | None:
-        """The state of the best checkpoint, or of the latest where none is called so; see `read`."""
+        """The state of the best checkpoint, or of the latest where none is called so."""
         if self.latest_step is None:
             return None
         record = self._read(self.latest_step, record=ocp.args.JsonRestore())["record"]

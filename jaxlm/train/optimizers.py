@@ -5,6 +5,7 @@ The classes hold numbers only; `jaxlm.train.state.method` turns one into a train
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,6 +47,12 @@ class Optimizer:
         _check("learning_rate", self.learning_rate)
         _check("weight_decay", self.weight_decay)
         _check("warmup", self.warmup)
+        try:
+            re.compile(self.select or "")
+        except re.error as error:
+            raise UserError(
+                f"optimizer.select is '{self.select}': give a regular expression ({error})."
+            ) from None
 
     def rate(self, steps: int) -> Any:
         """The learning rate as a number or an optax schedule over `steps` steps."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.data import TaskConfig, load_task, prepare, task_config
 from jaxlm.train.loop import LoopConfig
@@ -77,6 +78,10 @@ def finetune(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[st
     lm = load_model(config.model, param_dtype=config.param_dtype)
     encoded = prepare(task, lm.tokenizer, kind=lm.config.kind, max_length=lm.config.max_positions)
     lm = with_head(lm, len(encoded.labels), seed=config.seed)
+    try:
+        paths.mask(lm.params, config.optimizer.select)
+    except ValueError as error:
+        raise UserError(f"optimizer.{error}: correct it.") from None
     folder.create(config)
     summary = _run(config, folder, lm, encoded)
     folder.finish(summary)

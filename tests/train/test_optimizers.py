@@ -46,7 +46,10 @@ def descend(transform, steps=4):
         (Sgd(learning_rate=0.1), optax.sgd(0.1)),
         (Sgd(learning_rate=0.1, momentum=0.9), optax.sgd(0.1, momentum=0.9)),
         (Adam(learning_rate=0.1), optax.adam(0.1)),
-        (Adam(learning_rate=0.1, weight_decay=0.3), optax.adamw(0.1, weight_decay=0.3, mask=decay_mask)),
+        (
+            Adam(learning_rate=0.1, weight_decay=0.3),
+            optax.adamw(0.1, weight_decay=0.3, mask=decay_mask),
+        ),
         (
             Adam(learning_rate=0.1, clip=0.5),
             optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.1)),
@@ -61,7 +64,9 @@ def descend(transform, steps=4):
     ids=["sgd", "momentum", "adam", "adamw", "clip", "muon"],
 )  # fmt: skip
 def test_transform_is_that_of_optax(ours, theirs):
-    for a, b in zip(*map(jax.tree.leaves, (descend(ours.transform(4)), descend(theirs))), strict=True):
+    for a, b in zip(
+        *map(jax.tree.leaves, (descend(ours.transform(4)), descend(theirs))), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 

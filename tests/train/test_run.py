@@ -5,11 +5,11 @@ import json
 import jax
 import numpy as np
 import pytest
-from tests.tiny import sentences, write_jsonl, write_run
 
 from jaxlm.cli import config as configs
 from jaxlm.core.errors import UserError
 from jaxlm.train.run import FinetuneConfig, finetune, load_model
+from tests.tiny import sentences, write_jsonl, write_run
 
 ADAM = {"optimizer.name": "adam", "optimizer.learning_rate": 0.02}
 

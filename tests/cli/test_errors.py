@@ -1,0 +1,327 @@
+"""Every mistake of a user ends in one sentence and exit code 2, and damages nothing.
+
+Each row breaks a run that works (`tests.tiny.write_run`) in one place. FOLDER in a sentence is the
+folder of the configuration.
+"""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxlm.cli.main import main
+from tests.tiny import write_run
+
+Break = Callable[[Path], list[str] | None]
+
+
+def train_text(content: str | bytes) -> Break:
+    def apply(folder: Path) -> None:
+        data = content if isinstance(content, bytes) else content.encode()
+        (folder / "train.jsonl").write_bytes(data)
+
+    return apply
+
+
+def flags(*words: str) -> Break:
+    return lambda folder: [word.replace("FOLDER", str(folder)) for word in words]
+
+
+def model_without(folder: Path) -> list[str]:
+    (folder / "model" / "model.safetensors").unlink()
+    return [f"--model={folder / 'model'}"]
+
+
+def model_with_pickle(folder: Path) -> list[str]:
+    model_without(folder)
+    (folder / "model" / "pytorch_model.bin").write_bytes(b"\x80\x02")
+    return [f"--model={folder / 'model'}"]
+
+
+def model_truncated(folder: Path) -> list[str]:
+    weights = folder / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return [f"--model={folder / 'model'}"]
+
+
+def model_of_another_shape(folder: Path) -> list[str]:
+    from safetensors.numpy import load_file, save_file
+
+    weights = folder / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] = np.ones(17, np.float32)
+    save_file(tensors, weights)
+    return [f"--model={folder / 'model'}"]
+
+
+def output_below_a_file(folder: Path) -> list[str]:
+    (folder / "file").write_text("kept")
+    return [f"--output={folder / 'file' / 'run'}"]
+
+
+def output_with_other_files(folder: Path) -> list[str]:
+    (folder / "run").mkdir()
+    (folder / "run" / "thesis.tex").write_text("kept")
+    return []
+
+
+def run_of_another_configuration(folder: Path) -> list[str]:
+    import yaml
+
+    from jaxlm.cli.config import load
+    from jaxlm.train.run import FinetuneConfig
+    from jaxlm.train.run_folder import to_dict
+
+    (folder / "run").mkdir()
+    config = to_dict(load(FinetuneConfig, folder / "run.yaml"))
+    (folder / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    return ["--optimizer.eps=0.5"]
+
+
+def no_output(folder: Path) -> None:
+    text = (folder / "run.yaml").read_text()
+    (folder / "run.yaml").write_text(text[: text.index("output:")])
+
+
+def not_yaml(folder: Path) -> None:
+    (folder / "run.yaml").write_text("task: {text} x {")
+
+
+GOOD = '{"text": "a", "label": 0}\n'
+ROWS: dict[str, tuple[Break, str]] = {
+    "missing configuration": (
+        flags("--config=no.yaml"),
+        "no.yaml: there is no such file: give the path of a configuration.",
+    ),
+    "missing file": (
+        flags("--task.train=no.jsonl"),
+        "task.train: there is no file 'no.jsonl': give a path relative to the YAML file or "
+        "to the working directory, or the name of a data set.",
+    ),
+    "empty file": (
+        train_text(""),
+        "task.train: train.jsonl is empty: give a file with at least one example.",
+    ),
+    "binary file": (
+        train_text(b"\x00\xff\xfe\x00"),
+        "train.jsonl is not a text file in UTF-8: save it as UTF-8.",
+    ),
+    "line that is not JSON": (
+        train_text(GOOD + "{text: 1}\n"),
+        'train.jsonl, line 2 is not a JSON object: write {"name": value} on each.',
+    ),
+    "line that is no object": (
+        train_text(GOOD + "[1]\n"),
+        'train.jsonl, line 2 is not a JSON object: write {"name": value} on each.',
+    ),
+    "missing field": (
+        train_text(GOOD + '{"txt": "a", "label": 0}\n'),
+        "train.jsonl, line 2 has no field 'text', which task.template names: its fields are "
+        "'txt', 'label'.",
+    ),
+    "label outside the list": (
+        train_text(GOOD + '{"text": "a", "label": 2}\n'),
+        "train.jsonl, line 2: label 2 is not one of good, bad nor an index from 0 to 1: "
+        "correct it, or name the classes in task.classes.",
+    ),
+    "empty label word": (
+        flags('--task.labels=[good, ""]'),
+        "run.yaml: task.labels: word 2 is empty: give a word for every class.",
+    ),
+    "template without label": (
+        flags("--task.template={text} it was"),
+        "run.yaml: task.template '{text} it was' has no {label}: put it where the label word "
+        "stands.",
+    ),
+    "unknown key": (
+        flags("--batchsize=3"),
+        "run.yaml: unknown key 'batchsize': did you mean 'batch_size'?",
+    ),
+    "unknown key in a section": (
+        flags("--optimizer.lerning_rate=3"),
+        "run.yaml: unknown key 'optimizer.lerning_rate': did you mean 'learning_rate'?",
+    ),
+    "empty key": (
+        flags("--output="),
+        "run.yaml: output is empty: give the folder of the run.",
+    ),
+    "missing key": (
+        no_output,
+        "run.yaml: output is missing: add it.",
+    ),
+    "wrong type": (
+        flags("--steps=many"),
+        "run.yaml: steps is 'many': give a whole number.",
+    ),
+    "list for a number": (
+        flags("--task.k=[1]"),
+        "run.yaml: task.k is '[1]': give a whole number.",
+    ),
+    "text for a list": (
+        flags("--task.labels=good"),
+        "run.yaml: task.labels is 'good': give a list [a, b].",
+    ),
+    "negative steps": (
+        flags("--steps=-3"),
+        "run.yaml: steps is -3: give 0 or more.",
+    ),
+    "no batch": (
+        flags("--batch_size=0"),
+        "run.yaml: batch_size is 0: give 1 or more.",
+    ),
+    "eps 0": (
+        flags("--optimizer.eps=0"),
+        "run.yaml: optimizer.eps is 0: give a positive number.",
+    ),
+    "unknown optimizer": (
+        flags("--optimizer.name=adamm"),
+        "run.yaml: unknown optimizer 'adamm': choose one of mezo, sgd, adam, adamw, muon.",
+    ),
+    "unknown choice": (
+        flags("--optimizer.schedule=cosine"),
+        "run.yaml: optimizer.schedule is 'cosine': choose one of constant, linear.",
+    ),
+    "k larger than a class": (
+        flags("--task.k=21"),
+        "task.k asks for 21 examples of every class, but task.train has 20 of 'good': lower "
+        "task.k or give more examples.",
+    ),
+    "held out of too few": (
+        flags("--task.k=11", "--task.validation=hold_out"),
+        "task.k asks for 11 training and 11 held-out examples of every class, but task.train "
+        "has 20 of 'good': lower task.k or give more examples.",
+    ),
+    "model folder missing": (
+        flags("--model=FOLDER/no"),
+        "model folder FOLDER/no does not exist; give a folder or a hub id",
+    ),
+    "model without safetensors": (
+        model_without,
+        "model folder FOLDER/model has no model.safetensors; download it again",
+    ),
+    "model with a pickle": (
+        model_with_pickle,
+        "model folder FOLDER/model has only the pickle pytorch_model.bin, which is never "
+        "read; convert it to safetensors",
+    ),
+    "truncated safetensors": (
+        model_truncated,
+        "FOLDER/model/model.safetensors is truncated or not a safetensors file; download it again",
+    ),
+    "wrong shape": (
+        model_of_another_shape,
+        "FOLDER/model: model.norm.weight has the shape [17], which is not what config.json "
+        "says; one of them is wrong",
+    ),
+    "output below a file": (
+        output_below_a_file,
+        "output FOLDER/file/run: FOLDER/file is no folder: choose another output.",
+    ),
+    "output with other files": (
+        output_with_other_files,
+        "output FOLDER/run: the folder has files but no run: choose another output.",
+    ),
+    "run of another configuration": (
+        run_of_another_configuration,
+        "output FOLDER/run: the run there has optimizer.eps = 0.001, not 0.5: choose another "
+        "output or remove the folder.",
+    ),
+    "select takes nothing": (
+        flags("--optimizer.select=nothing"),
+        "optimizer.select='nothing' takes no parameter; paths are embed.tokens.embedding, "
+        "final_norm.scale, layers.attention.k_proj.kernel, layers.attention.o_proj.kernel, "
+        "layers.attention.q_proj.kernel, layers.attention.v_proj.kernel, "
+        "layers.attention_norm.scale, layers.mlp.down_proj.kernel, ...: correct it.",
+    ),
+    "bad pattern": (
+        flags("--optimizer.select=("),
+        "run.yaml: optimizer.select is '(': give a regular expression (missing ), "
+        "unterminated subpattern at position 0).",
+    ),
+    "not YAML": (
+        not_yaml,
+        "run.yaml line 1: not valid YAML: put text with braces, colons or # in quotes.",
+    ),
+    "unknown resume": (
+        flags("--resume=maybe"),
+        "--resume is 'maybe': choose one of auto, never.",
+    ),
+    "two configurations": (
+        flags("run.yaml"),
+        "two configuration files, run.yaml and run.yaml: give one.",
+    ),
+    "flag without value": (
+        flags("--steps"),
+        "--steps has no value: write --steps=value.",
+    ),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_model: Path) -> Path:
+    write_run(tmp_path, tiny_model)
+    shutil.copytree(tiny_model, tmp_path / "model")
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_mistake_is_one_sentence(name, folder, tiny_model, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    breaks, expected = ROWS[name]
+    extra = breaks(folder) or []
+    before = contents(folder)
+    words = [] if any(word.startswith("--config") for word in extra) else ["run.yaml"]
+    assert main(["finetune", *words, *extra]) == 2
+    said = capsys.readouterr()
+    assert said.err.replace(str(folder), "FOLDER") == f"error: {expected}\n"
+    assert said.out == ""
+    assert contents(folder) == before
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(folder, capsys):
+    rates = ["--optimizer.name=adam", "--optimizer.learning_rate=1e38"]
+    decay = "--optimizer.weight_decay=1e10"
+    assert main(["finetune", str(folder / "run.yaml"), *rates, decay]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].replace(str(folder), "FOLDER") == (
+        "error: the loss is nan at step 2; the checkpoint of step 0 is kept in "
+        "FOLDER/run/checkpoints: lower optimizer.learning_rate."
+    )
+    assert [path.name for path in (folder / "run" / "checkpoints").iterdir()] == ["0"]
+
+
+@pytest.mark.parametrize("name", ["negative steps", "missing file", "model folder missing"])
+def test_the_installed_command(name, folder):
+    command = shutil.which("jaxlm", path=str(Path(sys.executable).parent))
+    assert command is not None, "install the package: pip install -e ."
+    breaks, expected = ROWS[name]
+    words = [command, "finetune", "run.yaml", *(breaks(folder) or [])]
+    done = subprocess.run(
+        words, cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.replace(str(folder), "FOLDER") == f"error: {expected}\n"
+    shown = subprocess.run(
+        [*words, "--debug"], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert shown.returncode == 1
+    assert "Traceback" in shown.stderr
+
+
+def test_an_unknown_command_and_help(capsys):
+    assert main(["finetone"]) == 2
+    assert capsys.readouterr().err == (
+        "error: unknown command 'finetone': choose one of finetune, evaluate, pretrain, convert, "
+        "info.\n"
+    )
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in ("finetune", "evaluate", "convert", "info"))

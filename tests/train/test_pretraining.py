@@ -1,0 +1,126 @@
+"""Pretraining end to end on a few thousand parameters."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm.cli import config as configs
+from jaxlm.cli.main import main
+from jaxlm.core.errors import UserError
+from jaxlm.data.corpus import Windows
+from jaxlm.train.pretraining import PretrainConfig, pretrain
+from tests.tiny import make_tokenizer, sentences
+
+YAML = """\
+model: {{family: llama, hidden_size: 16, num_layers: 2, num_heads: 2, intermediate_size: 16,
+        max_positions: 32}}
+tokenizer: {folder}/tokenizer
+corpus:
+  path: {folder}/corpus
+  held_out: held_out/films
+  domains: [{{name: films, weight: 1}}, {{name: more, weight: 1, final_weight: 2}}]
+optimizer: {{name: muon, learning_rate: 1.0e-2, schedule: linear, warmup: 4}}
+steps: 30
+batch_size: 4
+seq_len: 12
+seed: 0
+log_every: 2
+eval_every: 10
+checkpoint_every: 6
+output: {folder}/run
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<s>"})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "corpus" / "held_out").mkdir(parents=True)
+    for name, count in (("films", 60), ("more", 50), ("held_out/films", 20)):
+        lines = "".join(json.dumps({"text": row["text"]}) + "\n" for row in sentences(count))
+        (tmp_path / "corpus" / f"{name}.jsonl").write_text(lines)
+    (tmp_path / "tiny.yaml").write_text(YAML.format(folder=tmp_path))
+    return tmp_path
+
+
+def load(folder: Path, **overrides: str) -> PretrainConfig:
+    return configs.load(PretrainConfig, str(folder / "tiny.yaml"), overrides)
+
+
+def metrics(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_it_learns_and_leaves_a_model(folder):
+    summary = pretrain(load(folder))
+    rows = metrics(folder / "run")
+    assert [row["step"] for row in rows] == list(range(2, 31, 2))
+    assert [row["step"] for row in rows if "held_out_loss" in row] == [10, 20, 30]
+    assert rows[-1]["tokens"] == 30 * 4 * 12
+    assert rows[0]["loss"] == pytest.approx(np.log(27), rel=0.05)  # 27 tokens, all alike at first
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    size = sum(len(row["text"]) for row in sentences(20))
+    nats = rows[-1]["held_out_bits_per_byte"] * np.log(2) * size
+    assert nats / rows[-1]["held_out_loss"] == pytest.approx(5 * 20)  # words of each sentence
+    assert summary["held_out_loss"] == rows[-1]["held_out_loss"] < rows[4]["held_out_loss"]
+    lm = jaxlm.from_pretrained(folder / "run" / "model")
+    assert summary["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(lm.params))
+    assert lm.tokenizer is not None
+    assert summary == json.loads((folder / "run" / "summary.json").read_text())
+
+
+def test_a_stopped_run_goes_on_to_the_same_numbers(folder, monkeypatch):
+    pretrain(load(folder, output=str(folder / "whole")))
+    batch = Windows.batch
+    for stop in (3, 14, 27):
+
+        def stopping(self, step, stop=stop):
+            if step == stop:
+                raise KeyboardInterrupt
+            return batch(self, step)
+
+        monkeypatch.setattr(Windows, "batch", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(load(folder))
+    monkeypatch.setattr(Windows, "batch", batch)
+    pretrain(load(folder))
+    assert metrics(folder / "run") == metrics(folder / "whole")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        one, other = (folder / run / "model" / name for run in ("run", "whole"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_finished_run_is_shown_again_and_another_configuration_refused(folder, capsys):
+    arguments = ["pretrain", str(folder / "tiny.yaml"), "--steps=4"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    (folder / "corpus" / "films.jsonl").unlink()
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == shown
+    assert main([*arguments, "--batch_size=5"]) == 2
+    assert "batch_size = 4, not 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"steps": "0"}, "steps is 0: give 1 or more"),
+        ({"model.num_heads": "3"}, "hidden_size is 16: give an even multiple of num_heads, 3"),
+        ({"model.num_layers": "0"}, "num_layers is 0: give 1 or more"),
+        ({"eval_every": "3"}, "eval_every is 3: give a multiple of log_every, 2"),
+        ({"seq_len": "33"}, "seq_len is 33: give at most model.max_positions, 32"),
+        ({"tokenizer": "nowhere"}, "tokenizer nowhere: there is no tokenizer.json: train one"),
+        ({"corpus.held_out": "none"}, "has no none.jsonl or none.jsonl.gz: write it there"),
+        ({"optimizer.name": "mezo"}, "unknown optimizer 'mezo'"),
+        ({"optimizer.learning_rate": "1e30"}, "the loss is nan at step"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(folder, overrides, message):
+    with pytest.raises(UserError, match=message):
+        pretrain(load(folder, **overrides))
