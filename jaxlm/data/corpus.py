@@ -10,12 +10,13 @@ import functools
 import gzip
 import itertools
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from jaxlm.core.errors import UserError
 
@@ -58,7 +59,7 @@ class Tokens:
       size: bytes of the text as the tokenizer's normaliser leaves it (lower-cased, say).
     """
 
-    ids: Int[np.ndarray, "N"]
+    ids: Integer[np.ndarray, "N"]
     starts: Int[np.ndarray, "S"]
     boundary: int
     size: int
@@ -89,8 +90,7 @@ def tokenize(path: Path, tokenizer: Any) -> Tokens:
     starts: list[np.ndarray] = []
     total = size = 0
     documents = _documents(path)
-    while chunk := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
-        lines = [[line for line in text.split("\n") if line.strip()] for text in chunk]
+    while lines := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
         texts = [" ".join(document) for document in lines]
         encoded = tokenizer(
             texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -111,15 +111,17 @@ def tokenize(path: Path, tokenizer: Any) -> Tokens:
     return Tokens(np.concatenate(ids), np.unique(np.concatenate(starts)), boundary, size)
 
 
-def _documents(path: Path) -> Iterator[str]:
+def _documents(path: Path) -> Iterator[list[str]]:
+    """The lines of each document that are not empty."""
     number = 0
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as records:
         try:
             for record in records:
                 if record.strip():
-                    yield json.loads(record)["text"]
+                    text = json.loads(record)["text"]
+                    yield [line for line in text.split("\n") if line.strip()]
                 number += 1
-        except (ValueError, KeyError, TypeError, EOFError, gzip.BadGzipFile):
+        except (ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, zlib.error):
             where = f"{path}, line {number + 1},"
             raise UserError(f'{where} is no document: write {{"text": "..."}} on each.') from None
 

@@ -1,0 +1,160 @@
+"""Tokenised corpora and the windows drawn from them."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from jaxlm.core.errors import UserError
+from jaxlm.data import corpus
+
+WORDS = [f"w{i}" for i in range(200)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, token of `w7` = 8, <eos> = 0."""
+    vocabulary = {"<eos>": 0} | {word: i + 1 for i, word in enumerate(WORDS)}
+    model = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    model.normalizer = normalizers.Lowercase()
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>")
+
+
+def write(path: Path, *documents: str) -> Path:
+    text = "".join(json.dumps({"text": document}) + "\n" for document in documents)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_tokens_know_their_documents_sentences_and_bytes(tmp_path, tokenizer, name):
+    path = write(tmp_path / name, "w0 W1\n w2\n\nw3 w4", "", "w5", "W6\nw7")
+    tokens = corpus.tokenize(path, tokenizer)
+    assert tokens.ids.dtype == np.uint16
+    assert tokens.ids.tolist() == [0, 1, 2, 3, 4, 5, 0, 6, 0, 7, 8]
+    assert tokens.starts.tolist() == [1, 3, 4, 7, 9, 10]
+    assert tokens.size == len("w0 w1  w2 w3 w4") + len("w5") + len("w6 w7")
+
+
+def test_bytes_are_those_of_the_normalised_text(tmp_path, tokenizer):
+    tokens = corpus.tokenize(write(tmp_path / "a.jsonl", "\u0130 w1"), tokenizer)
+    assert tokens.size == len("\u0130 w1".lower().encode()) != len("\u0130 w1".encode())
+
+
+def test_a_cached_domain_is_mapped_and_equal(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl.gz", "w0 w1\nw2", "w3")
+    fresh = corpus.tokenize(path, tokenizer)
+    first = corpus.cached(path, tokenizer, tmp_path / "cache")
+    path.unlink()
+    again = corpus.cached(path, tokenizer, tmp_path / "cache")
+    for tokens in (first, again):
+        assert isinstance(tokens.ids, np.memmap)
+        np.testing.assert_array_equal(tokens.ids, fresh.ids)
+        np.testing.assert_array_equal(tokens.starts, fresh.starts)
+        assert (tokens.boundary, tokens.size) == (fresh.boundary, fresh.size)
+
+
+def domain(first: int, sentences: int, length: int = 4) -> corpus.Tokens:
+    """Documents of two sentences of `length` tokens; token ids count up from `first`."""
+    ids, starts = [], []
+    for i in range(sentences):
+        if i % 2 == 0:
+            ids.append(0)
+        starts.append(len(ids))
+        ids += range(first + i * length, first + (i + 1) * length)
+    return corpus.Tokens(np.array(ids, np.uint16), np.array(starts), 0, len(ids))
+
+
+def windows(**changes) -> corpus.Windows:
+    options = {"steps": 50, "batch_size": 8, "seq_len": 6, "seed": 3} | changes
+    domains = [corpus.Domain("a", 3.0, 1.0), corpus.Domain("b", 1.0, 3.0)]
+    return corpus.Windows([domain(1, 40), domain(1001, 60)], domains, **options)
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step():
+    one, other = windows(), windows()
+    later = [other.batch(step)["input_ids"] for step in (40, 7, 0)]
+    for step, ids in zip((40, 7, 0), later, strict=True):
+        assert ids.dtype == np.int32
+        assert ids.shape == (8, 7)
+        np.testing.assert_array_equal(one.batch(step)["input_ids"], ids)
+    assert not np.array_equal(windows(seed=4).batch(0)["input_ids"], later[2])
+
+
+def test_windows_start_with_the_boundary_and_a_sentence_and_then_follow_the_text():
+    drawn = windows()
+    texts = [tokens.ids.tolist() * 2 for tokens in drawn.tokens]
+    firsts = {int(t.ids[s]) for t in drawn.tokens for s in t.starts}
+    for step in range(drawn.steps):
+        for row in drawn.batch(step)["input_ids"].tolist():
+            assert row[0] == 0
+            assert row[1] in firsts
+            text = texts[row[1] > 1000]
+            place = text.index(row[1])
+            assert row[1:] == text[place : place + 6]
+
+
+def test_shares_move_from_weight_to_final_weight():
+    drawn = windows(steps=2000)
+    of_b = drawn.plan[0] == 1
+    for part, expected in ((of_b[:500], 0.25 + 0.5 * 0.125), (of_b[-500:], 0.75 - 0.5 * 0.125)):
+        error = np.sqrt(expected * (1 - expected) / part.size)
+        assert abs(part.mean() - expected) < 4.5 * error
+
+
+def test_an_epoch_sees_the_text_about_equally_often():
+    tokens = domain(1, 400)
+    drawn = corpus.Windows(
+        [tokens], [corpus.Domain("a", 1.0)], steps=75, batch_size=4, seq_len=6, seed=0
+    )
+    assert len(tokens.ids) // 6 == 300  # 75 * 4: one epoch
+    seen = np.bincount(
+        np.concatenate([drawn.batch(step)["input_ids"][:, 1:].ravel() for step in range(75)]),
+        minlength=1601,
+    )[1:]
+    assert seen.max() <= 3
+    assert (seen == 0).mean() < 0.2
+    drawn_at_random = 1 - 1 / np.e
+    assert (seen > 0).mean() > drawn_at_random + 0.1
+
+
+def test_all_windows_hold_every_token_once_as_a_target():
+    tokens = domain(1, 7)
+    cut = corpus.all_windows(tokens, 5)
+    assert cut["input_ids"].shape == (-(-len(tokens.ids) // 5), 6)
+    targets = cut["input_ids"][:, 1:][cut["weights"] == 1]
+    np.testing.assert_array_equal(targets, tokens.ids[tokens.ids != 0])
+
+
+def test_mistakes_are_told_in_one_sentence(tmp_path, tokenizer):
+    good = '{"text": "w1"}\n'
+    bad = {
+        "json": (good + "nonsense\n", ", line 2, is no document"),
+        "field": (good + good + '{"words": 1}\n', ", line 3, is no document"),
+        "number": ('{"text": 1}\n', ", line 1, is no document"),
+        "empty": ("\n", " has no text"),
+    }
+    for name, (text, message) in bad.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            corpus.tokenize(path, tokenizer)
+    broken = tmp_path / "broken.jsonl.gz"
+    broken.write_bytes(gzip.compress(good.encode() * 100)[:-20])
+    with pytest.raises(UserError, match="is no document"):
+        corpus.tokenize(broken, tokenizer)
+    with pytest.raises(UserError, match=r"has no missing.jsonl or missing.jsonl.gz"):
+        corpus.find(tmp_path, "missing")
+    with pytest.raises(UserError, match="weight of domain 'a' is -1: give 0 or more"):
+        corpus.Domain("a", -1.0)
+    endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(UserError, match="has no eos_token"):
+        corpus.tokenize(tmp_path / "json.jsonl", endless)
