@@ -22,9 +22,9 @@ class ModelConfig:
       position_offset: index of the first position in the table (OPT 2, RoBERTa 2).
       token_types: number of segment embeddings, 0 for none.
       norm_position: norm before each sublayer (`pre`) or after the residual sum (`post`).
-      pooled: the classifier reads tanh(dense(first token)) as BERT and RoBERTa do.
+      pooled: there is a pooler, tanh(dense(first token)), which the classifier reads.
       num_labels: classes of the classifier.
-      bos_id, eos_id, pad_id: special token ids, or None.
+      bos_id, eos_id, pad_id: special token ids, or None; the first where HF lists several.
     """
 
     family: str

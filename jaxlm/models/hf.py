@@ -4,9 +4,12 @@ Only safetensors and JSON are read; never pickle, never remote code.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -16,13 +19,12 @@ import numpy as np
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import flatten
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.families import MODULES, Name, family
+from jaxlm.models.families import MODULES, Name, family, take
 from jaxlm.models.initialise import nest, param_shapes
 from jaxlm.models.language_model import LanguageModel
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
-_OLD_NAMES = ((".gamma", ".weight"), (".beta", ".bias"))
 
 
 def from_pretrained(
@@ -31,40 +33,38 @@ def from_pretrained(
     """Loads a model from a local folder or a hub id.
 
     Args:
-      name_or_path: folder with config.json, one or several safetensors files and, if there is one, a
-        tokenizer; or the id of such a repository on the Hugging Face hub.
+      name_or_path: folder with config.json, one or several safetensors files and, if there is
+        one, a tokenizer; or the id of such a repository on the Hugging Face hub.
       param_dtype: dtype of every parameter.
       mesh: a `jax.sharding.Mesh` over which the parameters are replicated; None leaves them on the
         default device.
 
     Returns:
-      The model; `tokenizer` is None where the folder has none. An encoder without a masked-token head
-      comes back with `config.head == "none"` (or "classifier" where it has one).
+      The model; `tokenizer` is None where the folder has none. `config.head` of an encoder is
+      "mlm", "classifier" or "none" by what the checkpoint holds.
 
     Raises:
       UserError: folder missing, unknown architecture, no safetensors, truncated file, wrong shape.
     """
     folder = _resolve(name_or_path)
-    hf = _read_json(folder / CONFIG)
-    config, module = _config(hf, folder)
+    config, module = _config(folder)
     where = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with contextlib.ExitStack() as stack:
-        read = _reader(folder, stack)
-        config, table = _match_head(config, module, read, folder)
-        flat = _load(config, table, read, folder, jnp.dtype(param_dtype), where)
+        checkpoint = _Checkpoint(folder, module, _open(folder, stack))
+        config = checkpoint.match_head(config)
+        flat = {
+            path: jax.device_put(checkpoint.leaf(config, path, jnp.dtype(param_dtype)), where)
+            for path in param_shapes(config)
+        }
     return LanguageModel(config, nest(flat), _tokenizer(folder))
 
 
 def _resolve(name_or_path) -> Path:
-    folder = Path(name_or_path)
+    folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
     text = str(name_or_path)
-    if (
-        text.startswith((".", "/", "~"))
-        or text.count("/") > 1
-        or os.environ.get("HF_HUB_OFFLINE") == "1"
-    ):
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise UserError(f"model folder {text} does not exist; give a folder or a hub id")
     from huggingface_hub import snapshot_download
 
@@ -72,10 +72,9 @@ def _resolve(name_or_path) -> Path:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
         return Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:
-        reason = type(error).__name__
         raise UserError(
-            f"model {text} is neither a folder nor could it be had from the hub ({reason}); "
-            "check the name and the network"
+            f"model {text} is neither a folder nor could it be had from the hub "
+            f"({type(error).__name__}); check the name and the network"
         ) from error
 
 
@@ -90,107 +89,122 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON; download it again") from error
 
 
-def _config(hf: dict[str, Any], folder: Path):
+def _config(folder: Path) -> tuple[ModelConfig, ModuleType]:
+    hf, path = _read_json(folder / CONFIG), folder / CONFIG
     try:
         module = family(hf.get("model_type", ""))
-    except KeyError:
-        raise UserError(
-            f"{folder / CONFIG} has model_type {hf.get('model_type')!r}; "
-            f"known are {', '.join(sorted(MODULES))}"
-        ) from None
+    except KeyError as error:
+        known = ", ".join(MODULES)
+        raise UserError(f"{path} has the model_type {error}; supported are {known}") from None
     try:
+        take(hf, "quantization_config", None)
         return module.read_config(hf), module
     except KeyError as error:
-        raise UserError(f"{folder / CONFIG} lacks the key {error}; complete it") from None
+        raise UserError(f"{path} lacks the key {error}; complete it") from None
     except ValueError as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
-def _reader(folder: Path, stack: contextlib.ExitStack):
-    """Returns `{name: handle}` over all safetensors files of a folder, opened lazily."""
-    from safetensors import SafetensorError, safe_open
-
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        files = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
-    else:
-        files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(
-            path.name for path in folder.glob("*.pt")
-        )
-        if pickles:
+        names = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
+        for name in names:
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"{folder / INDEX} names {name}, which is missing; download it again"
+                )
+        return [folder / name for name in names]
+    for ending in ("bin", "pt", "pth"):
+        for path in sorted(folder.glob(f"*.{ending}")):
             raise UserError(
-                f"model folder {folder} has only the pickle {pickles[0]}, which is never read; "
+                f"model folder {folder} has only the pickle {path.name}, which is never read; "
                 "convert it to safetensors"
             )
-        raise UserError(f"model folder {folder} has no safetensors file; add {WEIGHTS}")
-    handles: dict[str, Any] = {}
-    for file in files:
-        if not (folder / file).is_file():
-            raise UserError(f"{folder / INDEX} names {file}, which is missing; download it again")
+    raise UserError(f"model folder {folder} has no {WEIGHTS}; download it again")
+
+
+def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, tuple[Any, str]]:
+    """Every tensor's name, with the open file that holds it and its name there."""
+    from safetensors import SafetensorError, safe_open
+
+    tensors = {}
+    for path in _weight_files(folder):
         try:
-            handle = stack.enter_context(safe_open(folder / file, framework="numpy"))
+            file = stack.enter_context(safe_open(path, framework="numpy"))
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{folder / file} is truncated or not a safetensors file; download it again"
+                f"{path} is truncated or not a safetensors file; download it again"
             ) from error
-        for name in handle.keys():  # noqa: SIM118 - the handle is no dict
-            for old, new in _OLD_NAMES:
-                if name.endswith(old):
-                    handles[name.removesuffix(old) + new] = (handle, name)
-            handles[name] = (handle, name)
-    return handles
+        for name in file.keys():  # noqa: SIM118 - the file is no dict
+            tensors[_modern(name)] = file, name
+    return tensors
 
 
-def _match_head(config: ModelConfig, module, handles, folder: Path):
-    """Settles the head by what the checkpoint holds, and finds how its names are prefixed."""
-    if hasattr(module, "match_head"):
-        config = module.match_head(config, handles)
-    first = module.names(config)[0].hf
-    prefix = module.PREFIX if module.PREFIX + first in handles else ""
-    if prefix + first not in handles:
-        raise UserError(
-            f"model folder {folder} has no tensor {module.PREFIX + first}; "
-            f"its weights are not those of a {config.family} model"
-        )
-    return config, _table(config, module, prefix)
+def _modern(name: str) -> str:
+    """Today's name of a tensor: the oldest checkpoints call a norm's weights gamma and beta."""
+    for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
 
 
-def _table(config: ModelConfig, module, prefix: str) -> dict[str, Name]:
-    rows = [Name(n.path, prefix + n.hf, n.transpose, n.part) for n in module.names(config)]
-    return {row.path: row for row in (*rows, *module.head_names(config))}
+@dataclasses.dataclass(frozen=True)
+class _Checkpoint:
+    """The open files of a model, read by our paths."""
 
+    folder: Path
+    module: ModuleType
+    tensors: dict[str, tuple[Any, str]]
 
-def _load(config, table, handles, folder, dtype, where) -> dict[str, jax.Array]:
-    flat = {}
-    for path, shape in param_shapes(config).items():
-        row = table[path]
-        stacked = path.startswith("layers.")
-        one = shape[1:] if stacked else shape
-        host = np.empty(shape, dtype)
-        for layer in range(config.num_layers if stacked else 1):
-            value = _tensor(row, layer, handles, folder)
-            if value.shape != one:
+    def find(self, config: ModelConfig, path: str, layer: int = 0) -> tuple[Name, str] | None:
+        """The first name of a leaf that the checkpoint holds, with or without the prefix."""
+        for row in self.module.names(config):
+            name = row.hf.format(layer=layer)
+            for known in (name, name.removeprefix(self.module.PREFIX)):
+                if row.path == path and known in self.tensors:
+                    return row, known
+        return None
+
+    def match_head(self, config: ModelConfig) -> ModelConfig:
+        """Settles the head of an encoder by what the checkpoint holds."""
+        if config.kind == "decoder":
+            return config
+        if self.find(config, "mlm.dense.kernel"):
+            return dataclasses.replace(config, head="mlm")
+        classifier = dataclasses.replace(config, head="classifier", pooled=True)
+        bias = self.find(classifier, "classifier.bias")
+        if bias and self.find(classifier, "pooler.kernel"):
+            return dataclasses.replace(classifier, num_labels=self.tensor(bias[1]).shape[0])
+        return dataclasses.replace(config, pooled=self.find(config, "pooler.kernel") is not None)
+
+    def tensor(self, name: str) -> np.ndarray:
+        file, stored = self.tensors[name]
+        return file.get_tensor(stored)
+
+    def leaf(self, config: ModelConfig, path: str, dtype) -> np.ndarray:
+        """One of our leaves, its layers stacked."""
+        host = np.empty(param_shapes(config)[path], dtype)
+        for layer, block in enumerate(host if path.startswith("layers.") else host[None]):
+            found = self.find(config, path, layer)
+            if found is None:
+                names = (row.hf for row in self.module.names(config) if row.path == path)
                 raise UserError(
-                    f"{folder}: {row.hf.format(layer=layer)} gives {path} the shape "
-                    f"{list(value.shape)}, {CONFIG} asks for {list(one)}; one of them is wrong"
+                    f"model folder {self.folder} has no tensor {next(names).format(layer=layer)}; "
+                    f"its weights are incomplete, or not those of a {config.family} model"
                 )
-            host[layer if stacked else ...] = value
-        flat[path] = jax.device_put(host, where)
-    return flat
-
-
-def _tensor(row: Name, layer: int, handles, folder: Path) -> np.ndarray:
-    name = row.hf.format(layer=layer)
-    if name not in handles:
-        raise UserError(f"model folder {folder} has no tensor {name}; the checkpoint is incomplete")
-    handle, stored = handles[name]
-    value = handle.get_tensor(stored)
-    if row.transpose:
-        value = value.T
-    index, count = row.part
-    width = value.shape[-1] // count if value.ndim else 1
-    return value[..., index * width : (index + 1) * width] if count > 1 else value
+            row, name = found
+            stored, (index, count) = self.tensor(name), row.part
+            value = stored.T if row.transpose else stored
+            wanted = (*block.shape[:-1], count * block.shape[-1])
+            if value.shape != wanted:
+                raise UserError(
+                    f"{self.folder}: {name} has the shape {list(stored.shape)}, {CONFIG} asks for "
+                    f"{list(wanted[::-1] if row.transpose else wanted)}; one of them is wrong"
+                )
+            block[...] = np.split(value, count, axis=-1)[index]
+        return host
 
 
 def _tokenizer(folder: Path):
@@ -198,7 +212,13 @@ def _tokenizer(folder: Path):
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(
+            f"the tokenizer in {folder} cannot be read ({type(error).__name__}); "
+            "download its files again"
+        ) from error
 
 
 def save_pretrained(lm: LanguageModel, directory: str | os.PathLike, params=None) -> None:
@@ -206,50 +226,53 @@ def save_pretrained(lm: LanguageModel, directory: str | os.PathLike, params=None
 
     Args:
       lm: the model; its tokenizer is written too.
-      directory: created if missing. Every file is written under a temporary name and renamed.
+      directory: created if missing. Weights and configuration are written under a temporary name
+        and renamed.
       params: in place of `lm.params`.
 
     Raises:
-      UserError: if the directory cannot be written.
+      UserError: if the directory cannot be written, or `params` are not those of this model.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     folder = Path(directory)
-    params = lm.params if params is None else params
+    flat = {leaf.path: leaf.value for leaf in flatten(lm.params if params is None else params)[0]}
     module = family(lm.config.family)
-    tensors = _export(lm.config, module, {leaf.path: leaf.value for leaf in flatten(params)[0]})
+    tensors = _export(lm.config, module, flat)
     dtype = str(next(iter(tensors.values())).dtype)
-    hf = {**module.write_config(lm.config), "dtype": dtype}
+    text = json.dumps({**module.write_config(lm.config), "dtype": dtype}, indent=2) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / (WEIGHTS + ".tmp")
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.replace(folder / WEIGHTS)
-        temporary = folder / (CONFIG + ".tmp")
-        temporary.write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
-        temporary.replace(folder / CONFIG)
+        _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
+        _replace(folder / CONFIG, lambda path: path.write_text(text))
         if lm.tokenizer is not None:
             lm.tokenizer.save_pretrained(folder)
-    except OSError as error:
-        raise UserError(f"cannot write the model to {folder}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write the model to {folder}: {reason}; choose another") from error
 
 
-def _export(config: ModelConfig, module, flat) -> dict[str, np.ndarray]:
-    parts: dict[str, list[np.ndarray]] = {}
-    table = _table(config, module, module.PREFIX)
-    for path, shape in param_shapes(config).items():
-        row = table[path]
-        host = np.asarray(flat[path])
-        if host.shape != shape:
-            raise UserError(
-                f"{path} has the shape {list(host.shape)}, the model asks for {list(shape)}"
-            )
-        for layer, value in enumerate(host if path.startswith("layers.") else host[None]):
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    temporary.replace(path)
+
+
+def _export(config: ModelConfig, module: ModuleType, flat) -> dict[str, np.ndarray]:
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    shapes = param_shapes(config)
+    for row in module.names(config):
+        if row.path not in shapes:
+            continue
+        if np.shape(flat.get(row.path)) != shapes[row.path]:
+            raise UserError(f"the parameters have no {row.path} of shape {list(shapes[row.path])}")
+        host = np.asarray(flat[row.path])
+        name = row.hf.removeprefix(module.PREFIX) if config.head == "none" else row.hf
+        for layer, value in enumerate(host if row.path.startswith("layers.") else host[None]):
             value = value.T if row.transpose else value
-            parts.setdefault(row.hf.format(layer=layer), []).append(value)
+            parts.setdefault(name.format(layer=layer), {})[row.part[0]] = value
     return {
-        name: np.ascontiguousarray(
-            np.concatenate(values, axis=-1) if len(values) > 1 else values[0]
-        )
-        for name, values in parts.items()
+        name: np.ascontiguousarray(np.concatenate([p for _, p in sorted(part.items())], axis=-1))
+        for name, part in parts.items()
     }

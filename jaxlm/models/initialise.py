@@ -88,7 +88,10 @@ def nest(flat: dict[str, Array]) -> dict:
     return tree
 
 
-def _initial(path: str, shape: tuple[int, ...], config: ModelConfig, key: Array, dtype):
+def init_leaf(
+    path: str, shape: tuple[int, ...], config: ModelConfig, key: Array, dtype="float32"
+) -> Array:
+    """One leaf of `init_params`."""
     name = path.rsplit(".", 1)[1]
     if name in ("scale", "bias"):
         return jnp.full(shape, float(name == "scale"), dtype)
@@ -109,4 +112,4 @@ def init_params(config: ModelConfig, key: Array, dtype="float32") -> dict:
       dtype: of every leaf.
     """
     shapes = param_shapes(config)
-    return nest({p: _initial(p, shape, config, key, dtype) for p, shape in shapes.items()})
+    return nest({p: init_leaf(p, shape, config, key, dtype) for p, shape in shapes.items()})

@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 
+from jaxlm.core.paths import flatten
 from jaxlm.models import transformer
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.initialise import init_params
+from jaxlm.models.initialise import init_leaf, nest, param_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +39,25 @@ class LanguageModel:
 
 
 def add_classifier(lm: LanguageModel, num_labels: int, key: jax.Array) -> LanguageModel:
-    """Puts a new classifier on the first token of an encoder; the pooler, if any, is kept.
+    """Puts a new classifier on the first token of an encoder, in place of any head.
 
     Args:
-      lm: an encoder.
+      lm: an encoder; its pooler is kept, or a new one made.
       num_labels: number of classes.
-      key: of the new head's random initialisation.
+      key: of the random initialisation of what is new.
+
+    Raises:
+      ValueError: for a decoder, which is prompted instead.
     """
     if lm.config.kind != "encoder":
-        raise ValueError("a classifier head needs an encoder; decoders are prompted instead")
+        raise ValueError("a classifier needs an encoder; a decoder is prompted instead")
     config = dataclasses.replace(lm.config, head="classifier", num_labels=num_labels, pooled=True)
-    dtype = jax.tree.leaves(lm.params)[0].dtype
-    fresh = init_params(dataclasses.replace(config, num_layers=1), key, dtype)
-    params = {name: node for name, node in lm.params.items() if name not in ("mlm", "lm_head")}
-    params = {"pooler": fresh["pooler"], **params, "classifier": fresh["classifier"]}
-    return dataclasses.replace(lm, config=config, params=params)
+    flat = {leaf.path: leaf.value for leaf in flatten(lm.params)[0]}
+    dtype = flat["embed.tokens.embedding"].dtype
+    new = {
+        path: init_leaf(path, shape, config, key, dtype)
+        for path, shape in param_shapes(config).items()
+        if path not in flat or path.startswith("classifier.")
+    }
+    params = {path: new[path] if path in new else flat[path] for path in param_shapes(config)}
+    return dataclasses.replace(lm, config=config, params=nest(params))

@@ -1,4 +1,4 @@
-"""The only places where a parameter is read: each passes through the view before use and the tap after.
+"""The only places where a parameter is read: through the view before use and the tap after.
 
 `params` is a nested dict that resolves whole paths; inside the scan it holds one layer's slice.
 Shapes: B batch, T length, D model width, V vocabulary.
@@ -61,7 +61,7 @@ def add_bias(params, path: str, x, ctx: Context):
 
 
 def norm(params, path: str, x, ctx: Context):
-    """LayerNorm or RMSNorm over the last axis, statistics in float32; scale and bias are optional."""
+    """LayerNorm or RMSNorm over the last axis, statistics in float32; scale and bias if stored."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if ctx.config.norm == "layernorm":
         wide = wide - wide.mean(-1, keepdims=True)

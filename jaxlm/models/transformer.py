@@ -16,6 +16,7 @@ import dataclasses
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxlm.models import attention
@@ -37,7 +38,7 @@ def _embed(params, ctx: Context, input_ids, position_ids, token_type_ids):
         x = x + embed(params, "embed.positions", position_ids + config.position_offset, ctx)
     if config.token_types:
         types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        x = x + embed(params, "embed.token_types", types, ctx)
+        x = x + embed(params, "embed.token_types", jnp.asarray(types), ctx)
     return norm(params, "embed.norm", x, ctx) if config.embedding_norm else x
 
 
@@ -83,28 +84,38 @@ def _block(params, x_BxTxD, ctx: Context, position_ids, mask):
 def hidden(
     config: ModelConfig,
     params,
-    input_ids: Int[Array, "B T"],
-    attention_mask: Int[Array, "B T"] | None = None,
+    input_ids: Int[ArrayLike, "B T"],
+    attention_mask: Int[ArrayLike, "B T"] | None = None,
     *,
-    position_ids: Int[Array, "B T"] | None = None,
-    token_type_ids: Int[Array, "B T"] | None = None,
+    position_ids: Int[ArrayLike, "B T"] | None = None,
+    token_type_ids: Int[ArrayLike, "B T"] | None = None,
     view=None,
     tap=None,
 ) -> Float[Array, "B T D"]:
-    """Hidden states after the last layer and the final norm; arguments as in `apply`."""
+    """Hidden states after the last layer and the final norm; arguments as in `apply`.
+
+    Raises:
+      ValueError: if the batch is longer than a table of learned positions.
+    """
     input_ids = jnp.asarray(input_ids)
+    length = input_ids.shape[1]
+    if config.positions == "learned" and length > config.max_positions:
+        raise ValueError(
+            f"the batch has {length} tokens a row, the model {config.max_positions} positions; "
+            "truncate it"
+        )
     mask_BxT = jnp.ones_like(input_ids) if attention_mask is None else jnp.asarray(attention_mask)
-    if position_ids is None:
-        position_ids = positions_from_mask(mask_BxT)
+    derived = positions_from_mask(mask_BxT) if position_ids is None else position_ids
+    positions_BxT = jnp.asarray(derived)
     ctx = Context(config, view, tap)
-    x = _embed(params, ctx, input_ids, position_ids, token_type_ids)
+    x = _embed(params, ctx, input_ids, positions_BxT, token_type_ids)
     mask_BxTxT = attention.mask(mask_BxT, causal=config.kind == "decoder")
 
     def body(x, scanned):
         layer_params, layer, tap_slice = scanned
         layer_tap = tap if tap_slice is None else dataclasses.replace(tap, layers=tap_slice)
         layer_ctx = Context(config, view, layer_tap, layer)
-        return _block({"layers": layer_params}, x, layer_ctx, position_ids, mask_BxTxT), None
+        return _block({"layers": layer_params}, x, layer_ctx, positions_BxT, mask_BxTxT), None
 
     layers = jnp.arange(config.num_layers, dtype=jnp.int32)
     x, _ = lax.scan(body, x, (params["layers"], layers, tap.layers if tap is not None else None))
@@ -114,13 +125,13 @@ def hidden(
 def apply(
     config: ModelConfig,
     params,
-    input_ids: Int[Array, "B T"],
-    attention_mask: Int[Array, "B T"] | None = None,
+    input_ids: Int[ArrayLike, "B T"],
+    attention_mask: Int[ArrayLike, "B T"] | None = None,
     *,
-    position_ids: Int[Array, "B T"] | None = None,
-    token_type_ids: Int[Array, "B T"] | None = None,
-    positions: Int[Array, "B"] | Int[Array, "B K"] | None = None,
-    token_ids: Int[Array, "C"] | None = None,
+    position_ids: Int[ArrayLike, "B T"] | None = None,
+    token_type_ids: Int[ArrayLike, "B T"] | None = None,
+    positions: Int[ArrayLike, "B"] | Int[ArrayLike, "B K"] | None = None,
+    token_ids: Int[ArrayLike, "C"] | None = None,
     view=None,
     tap=None,
 ) -> Float[Array, "..."]:
@@ -153,10 +164,8 @@ def apply(
     )
     ctx = Context(config, view, tap)
     if config.head == "classifier":
-        first = x[:, 0]
-        if config.pooled:
-            first = jnp.tanh(dense(params, "pooler", first, ctx))
-        return dense(params, "classifier", first, ctx)
+        pooled = jnp.tanh(dense(params, "pooler", x[:, 0], ctx))
+        return dense(params, "classifier", pooled, ctx)
     if config.head == "none":
         raise ValueError("this model has no head; use hidden() or jaxlm.models.add_classifier")
     if positions is not None:

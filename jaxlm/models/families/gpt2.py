@@ -6,17 +6,25 @@ References: Radford et al., "Language Models are Unsupervised Multitask Learners
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.families import Name, layer_norm, take
+from jaxlm.models.families import (
+    Name,
+    layer_norm,
+    read_activation,
+    read_special_ids,
+    take,
+    write_activation,
+    write_special_ids,
+)
 
-ARCHITECTURES = {"GPT2LMHeadModel": "lm"}
 PREFIX = "transformer."
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
     """Our configuration from a HF GPT-2 config."""
     take(hf, "scale_attn_weights", True)
     take(hf, "scale_attn_by_inverse_layer_idx", False)
+    take(hf, "reorder_and_upcast_attn", False)
+    take(hf, "add_cross_attention", False)
     width, heads = hf["n_embd"], hf["n_head"]
     return ModelConfig(
         family="gpt2",
@@ -31,18 +39,15 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
         intermediate_size=hf.get("n_inner") or 4 * width,
         max_positions=hf["n_positions"],
         embedding_size=width,
-        activation=_ACTIVATIONS[hf.get("activation_function", "gelu_new")],
+        activation=read_activation(hf, "activation_function", "gelu_new"),
         norm_eps=hf.get("layer_norm_epsilon", 1e-5),
         tie_embeddings=hf.get("tie_word_embeddings", True),
-        bos_id=hf.get("bos_token_id"),
-        eos_id=hf.get("eos_token_id"),
-        pad_id=hf.get("pad_token_id"),
+        **read_special_ids(hf),
     )
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """The HF GPT-2 config of ours."""
-    activation = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}[config.activation]
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -52,42 +57,32 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "n_head": config.num_heads,
         "n_inner": config.intermediate_size,
         "n_positions": config.max_positions,
-        "activation_function": activation,
+        "activation_function": write_activation(config.activation),
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": config.bos_id,
-        "eos_token_id": config.eos_id,
-        "pad_token_id": config.pad_id,
+        **write_special_ids(config),
     }
 
 
 def names(config: ModelConfig) -> list[Name]:
-    """Our paths and their HF names, without the prefix `transformer.`."""
+    """Our paths and their HF names."""
+    block = PREFIX + "h.{layer}."
     rows = [
-        Name("embed.tokens.embedding", "wte.weight"),
-        Name("embed.positions.embedding", "wpe.weight"),
+        Name("embed.tokens.embedding", PREFIX + "wte.weight"),
+        Name("embed.positions.embedding", PREFIX + "wpe.weight"),
+        Name("lm_head.embedding", "lm_head.weight"),
     ]
-    block = "h.{layer}."
     for i, part in enumerate("qkv"):
-        path = f"layers.attention.{part}_proj."
-        rows += [
-            Name(path + "kernel", block + "attn.c_attn.weight", part=(i, 3)),
-            Name(path + "bias", block + "attn.c_attn.bias", part=(i, 3)),
-        ]
+        path, hf = f"layers.attention.{part}_proj.", block + "attn.c_attn."
+        rows += [Name(path + "kernel", hf + "weight", part=(i, 3))]
+        rows += [Name(path + "bias", hf + "bias", part=(i, 3))]
     for path, hf in (
         ("layers.attention.o_proj.", "attn.c_proj."),
         ("layers.mlp.up_proj.", "mlp.c_fc."),
         ("layers.mlp.down_proj.", "mlp.c_proj."),
     ):
-        rows += [
-            Name(path + "kernel", block + hf + "weight"),
-            Name(path + "bias", block + hf + "bias"),
-        ]
+        rows += [Name(path + "kernel", block + hf + "weight")]
+        rows += [Name(path + "bias", block + hf + "bias")]
     rows += layer_norm("layers.attention_norm", block + "ln_1")
     rows += layer_norm("layers.mlp_norm", block + "ln_2")
-    return rows + layer_norm("final_norm", "ln_f")
-
-
-def head_names(config: ModelConfig) -> list[Name]:
-    """The names of what stands outside the prefix."""
-    return [] if config.tie_embeddings else [Name("lm_head.embedding", "lm_head.weight")]
+    return rows + layer_norm("final_norm", PREFIX + "ln_f")

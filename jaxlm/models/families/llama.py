@@ -6,9 +6,17 @@ References: Llama, arXiv:2302.13971.
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.families import Name, layer_norm, linear, take
+from jaxlm.models.families import (
+    Name,
+    layer_norm,
+    linear,
+    read_activation,
+    read_special_ids,
+    take,
+    write_activation,
+    write_special_ids,
+)
 
-ARCHITECTURES = {"LlamaForCausalLM": "lm"}
 PREFIX = "model."
 
 
@@ -16,7 +24,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     """Our configuration from a HF Llama config."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     take({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, "rope_type", "default")
-    take(hf, "hidden_act", "silu")
+    take(hf, "pretraining_tp", 1)
     heads, width = hf["num_attention_heads"], hf["hidden_size"]
     return ModelConfig(
         family="llama",
@@ -31,7 +39,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
         intermediate_size=hf["intermediate_size"],
         max_positions=hf.get("max_position_embeddings", 2048),
         embedding_size=width,
-        activation="silu",
+        activation=read_activation(hf, "hidden_act", "silu"),
         gated_mlp=True,
         norm="rmsnorm",
         norm_eps=hf.get("rms_norm_eps", 1e-6),
@@ -41,9 +49,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
         output_bias=hf.get("attention_bias", False),
         mlp_bias=hf.get("mlp_bias", False),
         tie_embeddings=hf.get("tie_word_embeddings", False),
-        bos_id=hf.get("bos_token_id"),
-        eos_id=hf.get("eos_token_id"),
-        pad_id=hf.get("pad_token_id"),
+        **read_special_ids(hf),
     )
 
 
@@ -60,32 +66,27 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_size,
         "intermediate_size": config.intermediate_size,
         "max_position_embeddings": config.max_positions,
-        "hidden_act": "silu",
+        "hidden_act": write_activation(config.activation),
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": config.bos_id,
-        "eos_token_id": config.eos_id,
-        "pad_token_id": config.pad_id,
+        **write_special_ids(config),
     }
 
 
 def names(config: ModelConfig) -> list[Name]:
-    """Our paths and their HF names, without the prefix `model.`."""
-    block = "layers.{layer}."
-    rows = [Name("embed.tokens.embedding", "embed_tokens.weight")]
+    """Our paths and their HF names."""
+    block = PREFIX + "layers.{layer}."
+    rows = [
+        Name("embed.tokens.embedding", PREFIX + "embed_tokens.weight"),
+        Name("lm_head.embedding", "lm_head.weight"),
+    ]
     for part in "qkvo":
-        path = f"layers.attention.{part}_proj"
-        rows += linear(path, f"{block}self_attn.{part}_proj", config.attention_bias)
+        rows += linear(f"layers.attention.{part}_proj", f"{block}self_attn.{part}_proj")
     for part in ("gate", "up", "down"):
-        rows += linear(f"layers.mlp.{part}_proj", f"{block}mlp.{part}_proj", config.mlp_bias)
-    rows += layer_norm("layers.attention_norm", block + "input_layernorm", bias=False)
-    rows += layer_norm("layers.mlp_norm", block + "post_attention_layernorm", bias=False)
-    return rows + layer_norm("final_norm", "norm", bias=False)
-
-
-def head_names(config: ModelConfig) -> list[Name]:
-    """The names of what stands outside the prefix."""
-    return [] if config.tie_embeddings else [Name("lm_head.embedding", "lm_head.weight")]
+        rows += linear(f"layers.mlp.{part}_proj", f"{block}mlp.{part}_proj")
+    rows += layer_norm("layers.attention_norm", block + "input_layernorm")
+    rows += layer_norm("layers.mlp_norm", block + "post_attention_layernorm")
+    return rows + layer_norm("final_norm", PREFIX + "norm")

@@ -1,0 +1,53 @@
+"""RoBERTa: BERT with positions that start behind the padding id, and heads of its own.
+
+References: RoBERTa, arXiv:1907.11692.
+"""
+
+import dataclasses
+from typing import Any
+
+from jaxlm.models.config import ModelConfig
+from jaxlm.models.families import Name, bert, layer_norm, linear, take
+
+PREFIX = "roberta."
+
+
+def read_config(hf: dict[str, Any]) -> ModelConfig:
+    """Our configuration from a HF RoBERTa config; the checkpoint settles the head."""
+    take(hf, "hidden_act", "gelu")
+    config = bert.read_config(hf)
+    pad = 1 if config.pad_id is None else config.pad_id
+    return dataclasses.replace(
+        config,
+        family="roberta",
+        max_positions=config.max_positions - pad - 1,
+        position_offset=pad + 1,
+        pad_id=pad,
+    )
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """The HF RoBERTa config of ours."""
+    hf = bert.write_config(config)
+    return {
+        **hf,
+        "model_type": "roberta",
+        "architectures": [name.replace("Bert", "Roberta") for name in hf["architectures"]],
+        "max_position_embeddings": config.max_positions + config.position_offset,
+        "pad_token_id": config.position_offset - 1,
+    }
+
+
+def names(config: ModelConfig) -> list[Name]:
+    """Our paths and their HF names; the classifier has a pooler of its own."""
+    pooler = "classifier.dense" if config.head == "classifier" else PREFIX + "pooler.dense"
+    return [
+        *bert.encoder_names(PREFIX),
+        *linear("mlm.dense", "lm_head.dense"),
+        *layer_norm("mlm.norm", "lm_head.layer_norm"),
+        Name("lm_head.embedding", "lm_head.decoder.weight"),
+        Name("lm_head.bias", "lm_head.decoder.bias"),
+        Name("lm_head.bias", "lm_head.bias"),
+        *linear("pooler", pooler),
+        *linear("classifier", "classifier.out_proj"),
+    ]

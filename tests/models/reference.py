@@ -1,0 +1,114 @@
+"""What transformers computes: random small models of every family, inputs and outputs."""
+
+import numpy as np
+
+DECODER = {"vocab_size": 37, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+GPT2 = {**DECODER, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 16}
+LLAMA = {
+    **DECODER,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 20,
+    "max_position_embeddings": 16,
+}
+OPT = {
+    **DECODER,
+    "hidden_size": 24,
+    "word_embed_proj_dim": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "ffn_dim": 20,
+    "max_position_embeddings": 16,
+}
+BERT = {
+    "vocab_size": 37,
+    "pad_token_id": 0,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 20,
+    "max_position_embeddings": 16,
+}
+ROBERTA = {**BERT, "pad_token_id": 1, "max_position_embeddings": 18, "type_vocab_size": 1}
+PROJECTED = {"do_layer_norm_before": False, "word_embed_proj_dim": 10}
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}}
+
+# name -> class in transformers, its configuration.
+CASES: dict[str, tuple[str, dict]] = {
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "gpt2-untied": ("GPT2LMHeadModel", {**GPT2, "tie_word_embeddings": False}),
+    "gpt2-relu": ("GPT2LMHeadModel", {**GPT2, "activation_function": "relu", "n_inner": 20}),
+    "llama": ("LlamaForCausalLM", {**LLAMA, "num_key_value_heads": 2, "head_dim": 10, **ROPE}),
+    "llama-odd": ("LlamaForCausalLM", {**LLAMA, "num_attention_heads": 3}),
+    "llama-one-kv-head": ("LlamaForCausalLM", {**LLAMA, "num_key_value_heads": 1}),
+    "llama-tied": ("LlamaForCausalLM", {**LLAMA, "tie_word_embeddings": True}),
+    "llama-biases": ("LlamaForCausalLM", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
+    "llama-gelu": ("LlamaForCausalLM", {**LLAMA, "hidden_act": "gelu", "rms_norm_eps": 1e-2}),
+    "opt": ("OPTForCausalLM", OPT),
+    "opt-post-norm": ("OPTForCausalLM", {**OPT, "do_layer_norm_before": False}),
+    "opt-projected": ("OPTForCausalLM", {**OPT, **PROJECTED}),
+    "opt-untied": ("OPTForCausalLM", {**OPT, **PROJECTED, "tie_word_embeddings": False}),
+    "opt-no-bias": ("OPTForCausalLM", {**OPT, "enable_bias": False}),
+    "opt-no-affine": ("OPTForCausalLM", {**OPT, "layer_norm_elementwise_affine": False}),
+    "opt-no-final-norm": ("OPTForCausalLM", {**OPT, "_remove_final_layer_norm": True}),
+    "bert": ("BertForMaskedLM", BERT),
+    "bert-untied": ("BertForMaskedLM", {**BERT, "tie_word_embeddings": False}),
+    "bert-three-types": ("BertForMaskedLM", {**BERT, "type_vocab_size": 3, "hidden_act": "relu"}),
+    "bert-pretraining": ("BertForPreTraining", BERT),
+    "bert-base": ("BertModel", BERT),
+    "bert-classifier": ("BertForSequenceClassification", {**BERT, "num_labels": 3}),
+    "roberta": ("RobertaForMaskedLM", ROBERTA),
+    "roberta-untied": ("RobertaForMaskedLM", {**ROBERTA, "tie_word_embeddings": False}),
+    "roberta-pad-3": ("RobertaForMaskedLM", {**ROBERTA, "pad_token_id": 3}),
+    "roberta-base": ("RobertaModel", {**ROBERTA, "type_vocab_size": 2}),
+    "roberta-classifier": ("RobertaForSequenceClassification", {**ROBERTA, "num_labels": 4}),
+}
+
+
+def make_model(name: str):
+    """The model of a case, every parameter random: a bias of zero would hide a mistake."""
+    import torch
+    import transformers
+
+    architecture, options = CASES[name]
+    cls = getattr(transformers, architecture)
+    torch.manual_seed(len(name))
+    model = cls(cls.config_class(**options, attn_implementation="eager")).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = parameter.ndim == 1 and parameter.mean() == 1
+            parameter.normal_(float(scale), 0.3)
+    return model
+
+
+def make_inputs(model) -> dict[str, np.ndarray]:
+    """Four rows: whole, padded on the right, padded on the left, a single token."""
+    config = model.config
+    rng = np.random.default_rng(0)
+    mask = np.ones((4, 9), np.int32)
+    mask[1, 6:] = mask[2, :4] = mask[3, 1:] = 0
+    ids = rng.integers(4, config.vocab_size, mask.shape)
+    inputs = {"input_ids": np.where(mask, ids, config.pad_token_id), "attention_mask": mask}
+    types = getattr(config, "type_vocab_size", 1)
+    if types > 1:
+        inputs["token_type_ids"] = rng.integers(0, types, mask.shape)
+    return {key: value.astype(np.int32) for key, value in inputs.items()}
+
+
+def outputs(model, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """Logits, or the last hidden states of a model without a head, at float32.
+
+    OPT and RoBERTa derive positions from the padding themselves; the others are told.
+    """
+    import torch
+
+    tensors = {key: torch.from_numpy(value).long() for key, value in inputs.items()}
+    if model.config.model_type not in ("opt", "roberta"):
+        tensors["position_ids"] = (tensors["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        out = model(**tensors)
+    for key in ("logits", "prediction_logits", "last_hidden_state"):
+        if key in out:
+            return out[key].float().numpy()
+    raise KeyError(f"{type(model).__name__} gives {list(out)}")
