@@ -70,6 +70,19 @@ class Tokens:
         return np.concatenate([[self.boundary], self.ids[index]]).astype(np.int32)
 
 
+def read_tokenizer(folder: Path) -> Any:
+    """The transformers tokenizer in `folder`.
+
+    Raises:
+      UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"tokenizer {folder}: there is no tokenizer.json: train one.")
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def tokenize(path: Path, tokenizer: Any) -> Tokens:
     """Tokenises one file of documents; within a document, line ends become spaces.
 

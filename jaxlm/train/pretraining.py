@@ -172,11 +172,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     summary = folder.summary()
     if summary is not None:
         return summary
-    from transformers import AutoTokenizer
-
-    if not (Path(config.tokenizer) / "tokenizer.json").is_file():
-        raise UserError(f"tokenizer {config.tokenizer}: there is no tokenizer.json: train one.")
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+    tokenizer = corpora.read_tokenizer(Path(config.tokenizer))
     model = config.model.build(tokenizer)
     lm = LanguageModel(model, init_params(model, jax.random.key(config.seed)), tokenizer)
     source = Path(config.corpus.path)
