@@ -84,9 +84,12 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"model folder {path.parent} has no {path.name}; it is not in the HF layout"
         )
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON; download it again") from error
+        found = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} does not hold one JSON object; download it again")
+    return found
 
 
 def _config(folder: Path) -> tuple[ModelConfig, ModuleType]:
@@ -103,13 +106,15 @@ def _config(folder: Path) -> tuple[ModelConfig, ModuleType]:
         raise UserError(f"{path} lacks the key {error}; complete it") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+    except TypeError as error:
+        raise UserError(f"{path} has a value of the wrong type; download it again") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        names = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
+        names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
         for name in names:
             if not (folder / name).is_file():
                 raise UserError(

@@ -74,7 +74,7 @@ def write_activation(activation: Activation) -> str:
     return next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == activation)
 
 
-def read_special_ids(hf: dict[str, Any]) -> dict[str, int | None]:
+def read_special_ids(hf: dict[str, Any]) -> dict[str, Any]:
     """`bos_id`, `eos_id` and `pad_id` for `ModelConfig`; the first where HF lists several."""
     ids = {name: hf.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return {f"{name}_id": i[0] if isinstance(i, list) else i for name, i in ids.items()}

@@ -57,7 +57,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """The HF BERT config of ours."""
-    hf = {
+    hf: dict[str, Any] = {
         "model_type": "bert",
         "architectures": [_ARCHITECTURES[config.head]],
         "vocab_size": config.vocab_size,

@@ -1,0 +1,57 @@
+"""The Linen module and the free functions are one model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm.models import init_params
+from jaxlm.models.linen import Transformer
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = ("gpt2", "llama", "opt-projected", "bert", "bert-base", "roberta-classifier")
+IDS = jnp.array([[5, 6, 7, 1], [8, 9, 10, 11]])
+MASK = jnp.array([[1, 1, 1, 0], [1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_tree_and_same_numbers(name: str):
+    lm = jaxlm.from_pretrained(GOLDEN / name)
+    module = Transformer(lm.config)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), IDS)["params"]
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, lm.params)
+    found = jax.jit(module.apply)({"params": lm.params}, IDS, MASK)
+    wanted = jax.jit(lm.hidden if lm.config.head == "none" else lm.apply)(lm.params, IDS, MASK)
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_initial_values_have_the_same_distribution():
+    config = jaxlm.from_pretrained(GOLDEN / "bert").config
+    made = Transformer(config, "bfloat16").init(jax.random.key(0), IDS)["params"]
+    for a, b in zip(
+        *map(jax.tree.leaves, (made, init_params(config, jax.random.key(1)))), strict=True
+    ):
+        assert a.dtype == jnp.bfloat16
+        assert jnp.isclose(a.mean(dtype="float32"), b.mean(), atol=0.01)
+        assert jnp.isclose(a.std(dtype="float32"), b.std(), rtol=0.2, atol=1e-3)
+
+
+def test_tabulate_and_options():
+    lm = jaxlm.from_pretrained(GOLDEN / "gpt2")
+    module = Transformer(lm.config)
+    table = module.tabulate(jax.random.key(0), IDS, console_kwargs={"width": 200})
+    assert "q_proj" in table
+    assert f"{sum(x.size for x in jax.tree.leaves(lm.params)):,}" in table
+    options = {"positions": jnp.array([2, 3]), "token_ids": jnp.array([4, 5, 6])}
+    found = module.apply({"params": lm.params}, IDS, MASK, **options)
+    np.testing.assert_array_equal(found, lm.apply(lm.params, IDS, MASK, **options))
+
+
+def test_models_do_not_import_flax():
+    code = "import sys, jaxlm.models; assert 'flax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
