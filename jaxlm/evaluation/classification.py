@@ -17,8 +17,8 @@ Apply = Callable[..., Any]
 def token_log_probs(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
     """Log-probabilities of `targets` under `logits`, in at least float32."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    log_probs = jax.nn.log_softmax(logits, axis=-1)
-    return jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def option_scores(

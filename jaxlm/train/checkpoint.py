@@ -17,13 +17,15 @@ class Checkpoints:
     """The checkpoints in one folder, named by their step.
 
     Attributes:
-        folder: where they are; made by the first save.
+        folder: where they are; `read_only` leaves what another process is writing there alone.
     """
 
-    def __init__(self, folder: Path | str):
+    def __init__(self, folder: Path | str, *, read_only: bool = False):
         self.folder = Path(folder).absolute()
         options = ocp.CheckpointManagerOptions(
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
             enable_async_checkpointing=False,
             lightweight_initialize=True,
             save_root_metadata=False,

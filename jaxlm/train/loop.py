@@ -53,13 +53,13 @@ class Record(NamedTuple):
 
     Attributes:
         seconds: wall time of the run so far, all its processes together.
-        best_step: step of the best validation accuracy so far.
-        best_accuracy: that accuracy.
+        best_step: step of the highest value of what is maximized, so far.
+        best_value: that value.
     """
 
     seconds: float = 0.0
     best_step: int | None = None
-    best_accuracy: float | None = None
+    best_value: float | None = None
 
 
 class Outcome(NamedTuple):
@@ -85,7 +85,8 @@ def fit(
     config: LoopConfig,
     *,
     key: PRNGKey,
-    evaluate: Callable[[Params], float] | None = None,
+    evaluate: Callable[[Params], dict[str, float]] | None = None,
+    maximize: str | None = None,
     checkpoints: Checkpoints | None = None,
     metrics: Metrics | None = None,
     progress: Progress | None = None,
@@ -101,7 +102,8 @@ def fit(
             function.
         config: length and schedule.
         key: of the optimizer's randomness.
-        evaluate: validation accuracy of parameters; the best are kept in the checkpoints.
+        evaluate: named numbers of parameters, for the metrics.
+        maximize: the number of `evaluate` whose best parameters are kept in the checkpoints.
         checkpoints: where states are saved; None keeps nothing.
         metrics: where the scalars of each step go.
         progress: shows them.
@@ -110,7 +112,7 @@ def fit(
         UserError: the loss or the parameters are no longer finite. The last checkpoint is from
             before.
     """
-    loop = _Loop(config, evaluate, checkpoints, metrics, progress)
+    loop = _Loop(config, evaluate, maximize, checkpoints, metrics, progress)
     state = TrainState(params, method.init(params, key))
     restored = checkpoints.restore(state) if checkpoints else None
     if restored is None:
@@ -142,13 +144,15 @@ class _Loop:
     def __init__(
         self,
         config: LoopConfig,
-        evaluate: Callable[[Params], float] | None,
+        evaluate: Callable[[Params], dict[str, float]] | None,
+        maximize: str | None,
         checkpoints: Checkpoints | None,
         metrics: Metrics | None,
         progress: Progress | None,
     ):
         self.config = config
         self.evaluate = evaluate
+        self.maximize = maximize
         self.checkpoints = checkpoints
         self.metrics = metrics
         self.progress = progress
@@ -192,14 +196,15 @@ class _Loop:
         last, config = step == self.config.steps, self.config
         save = last or step % config.checkpoint_every == 0
         if self.evaluate and (last or step % config.eval_every == 0):
-            value = self.evaluate(state.params)
+            values = self.evaluate(state.params)
             if self.metrics:
-                self.metrics.append({"step": step, "validation_accuracy": value})
+                self.metrics.append({"step": step, **values})
             if self.progress:
-                self.progress.say(f"step {step}/{config.steps}  validation accuracy {value:.4f}")
-            best = self.record.best_accuracy
-            if best is None or value > best:
-                self.record = self.record._replace(best_step=step, best_accuracy=value)
+                shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+                self.progress.say(f"step {step}/{config.steps}  {shown}")
+            best, value = self.record.best_value, values.get(self.maximize or "")
+            if value is not None and (best is None or value > best):
+                self.record = self.record._replace(best_step=step, best_value=value)
                 save = True
         if self.checkpoints and save:
             self.checkpoints.save(step, state, self.elapsed()._asdict())

@@ -55,7 +55,8 @@ def lm_objective(apply: Apply) -> LossFn:
         ids = jnp.asarray(batch["input_ids"])
         mask = batch.get("attention_mask")
         weights = batch.get("weights", jnp.ones(ids.shape) if mask is None else mask)[:, 1:]
-        logits_BxTxV = apply(params, ids, mask, view=view)[:, :-1]
+        seen = None if mask is None else mask[:, :-1]
+        logits_BxTxV = apply(params, ids[:, :-1], seen, view=view)
         losses = -token_log_probs(logits_BxTxV, ids[:, 1:])
         tokens = jnp.sum(weights)
         return jnp.sum(losses * weights) / tokens, {"tokens": tokens}

@@ -12,7 +12,9 @@ from typing import Any, Literal
 from jaxlm.core.errors import UserError
 
 
-def _check(name: str, value: float | None, *, positive: bool = False, below: float = math.inf):
+def _check(
+    name: str, value: float | int | None, *, positive: bool = False, below: float = math.inf
+):
     if value is None:
         return
     low = value > 0 if positive else value >= 0

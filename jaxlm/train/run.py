@@ -106,7 +106,7 @@ def load_model(name: str | Path | None, *, param_dtype: str = "float32") -> Any:
     from jaxlm.train.checkpoint import Checkpoints
 
     lm = load_model(stored["model"], param_dtype=stored["param_dtype"])
-    found = Checkpoints(RunFolder(str(name)).checkpoints).best()
+    found = Checkpoints(RunFolder(str(name)).checkpoints, read_only=True).best()
     if found is None:
         raise UserError(f"{name}: the run has no checkpoint: start it again.")
     lm = with_head(lm, len(stored["task"]["labels"]), seed=stored["seed"])
@@ -143,6 +143,9 @@ def _run(config: FinetuneConfig, folder: RunFolder, lm: Any, encoded: Any) -> di
         size = config.eval_batch_size
         return accuracy(*score_split(scorer, params, encoded, split, batch_size=size))
 
+    def validate(params: Any) -> dict[str, float]:
+        return {"validation_accuracy": evaluate("validation", params)}
+
     checkpoints = Checkpoints(folder.checkpoints)
     start = checkpoints.latest_step
     folder.metrics.cut(start)
@@ -163,7 +166,8 @@ def _run(config: FinetuneConfig, folder: RunFolder, lm: Any, encoded: Any) -> di
             ),
             config,
             key=jax.random.key(config.seed),
-            evaluate=functools.partial(evaluate, "validation") if encoded.validation else None,
+            evaluate=validate if encoded.validation else None,
+            maximize="validation_accuracy",
             checkpoints=checkpoints,
             metrics=folder.metrics,
             progress=progress,
@@ -179,7 +183,7 @@ def _run(config: FinetuneConfig, folder: RunFolder, lm: Any, encoded: Any) -> di
         "model": config.model or "shipped",
         "task": config.task.name,
         "zero_shot": {"accuracy": zero_shot},
-        "validation": {"accuracy": record.best_accuracy},
+        "validation": {"accuracy": record.best_value},
         "test": {"accuracy": test},
         "tested_step": config.steps if record.best_step is None else record.best_step,
         "steps": config.steps,

@@ -1,0 +1,79 @@
+"""evaluate, convert and info on a tiny model and on a run of it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.cli.main import main
+from jaxlm.models import from_pretrained
+from tests.tiny import write_run
+
+TASK = ("train.jsonl", "validation.jsonl", "test.jsonl")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory):
+    path = write_run(tmp_path_factory.mktemp("run"), tiny_model)
+    words = ["--optimizer.name=adam", "--optimizer.learning_rate=0.02", "--steps=40"]
+    assert main(["finetune", str(path), *words, "--log_every=20", "--eval_every=20"]) == 0
+    return path
+
+
+def evaluate(capsys, *words):
+    assert main(["evaluate", *map(str, words)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_table_of_a_run(run, capsys):
+    capsys.readouterr()
+    words = ["--optimizer.name=adam", "--optimizer.learning_rate=0.02", "--steps=40"]
+    assert main(["finetune", str(run), *words, "--log_every=20", "--eval_every=20"]) == 0
+    shown = capsys.readouterr().out
+    assert "test accuracy" in shown
+    assert "40, 40" in shown
+    assert main(["finetune", str(run), *words, "--resume=never"]) == 2
+
+
+def test_evaluate_a_run_is_the_test_of_its_summary(run, capsys, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    result = evaluate(capsys, run.parent / "run")
+    summary = json.loads((run.parent / "run" / "summary.json").read_text())
+    assert result["accuracy"] == summary["test"]["accuracy"] == 1.0
+    assert (result["examples"], result["majority_accuracy"]) == (16, 0.5)
+
+
+def test_evaluate_a_configuration_is_zero_shot(run, capsys):
+    result = evaluate(capsys, run, "--split=validation")
+    summary = json.loads((run.parent / "run" / "summary.json").read_text())
+    assert result["model"] == summary["model"]
+    assert result["split"] == "validation"
+    assert 0 <= result["calibrated_accuracy"] <= 1
+    assert evaluate(capsys, run)["accuracy"] == summary["zero_shot"]["accuracy"]
+
+
+def test_convert_a_run_to_a_model_folder(run, tmp_path, capsys):
+    target = tmp_path / "model"
+    assert main(["convert", str(run.parent / "run"), str(target), "--dtype=bfloat16"]) == 0
+    lm = from_pretrained(target, param_dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(lm.params)} == {"bfloat16"}
+    task = [f"--task.{name.split('.')[0]}={run.parent / name}" for name in TASK]
+    words = ["--task.name=t", "--task.template={text} it was {label}", "--task.labels=[good, bad]"]
+    assert evaluate(capsys_clear(capsys), target, *task, *words)["accuracy"] == 1.0
+    assert main(["convert", str(run.parent / "run"), str(target)]) == 2
+
+
+def capsys_clear(capsys):
+    capsys.readouterr()
+    return capsys
+
+
+def test_info_lists_the_parameters(tiny_model, capsys):
+    assert main(["info", str(tiny_model)]) == 0
+    shown = capsys.readouterr().out
+    total = sum(np.size(leaf) for leaf in jax.tree.leaves(from_pretrained(tiny_model).params))
+    assert f"jax {jax.__version__}" in shown
+    assert "layers.attention.q_proj.kernel" in shown
+    assert f"{total:,}" in shown
+    assert main(["info", "a", "b"]) == 2

@@ -1,0 +1,156 @@
+"""Scores and accuracies against sums written out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.evaluation import accuracy, calibrate, majority_accuracy, option_scores, score_split
+from jaxlm.evaluation.classification import token_log_probs
+from jaxlm.train.objective import classification_objective, lm_objective
+
+VOCABULARY = 7
+
+
+def apply(params, ids, mask=None, *, positions=None, token_ids=None, view=None, **unused):
+    """A model whose logits at a place depend on the token there alone."""
+    logits = params["table"][ids]
+    if positions is not None:
+        index = positions.reshape(positions.shape[0], -1)
+        logits = jnp.take_along_axis(logits, index[..., None], axis=1)
+        logits = logits.reshape(*positions.shape, -1)
+    return logits if token_ids is None else logits[..., token_ids]
+
+
+@pytest.fixture
+def params():
+    return {"table": jax.random.normal(jax.random.key(0), (VOCABULARY, VOCABULARY))}
+
+
+def label_words_batch():
+    return {
+        "input_ids": np.array([[1, 2, 0], [3, 4, 5], [1, 1, 1]], np.int32),
+        "attention_mask": np.array([[1, 1, 0], [1, 1, 1], [1, 1, 1]], np.int32),
+        "positions": np.array([1, 2, 0], np.int32),
+        "labels": np.array([1, 0, 1], np.int32),
+        "weights": np.array([1, 1, 0], np.float32),
+    }
+
+
+def options_batch(words, batch):
+    """The same examples written out as an option for each label word."""
+    shape = (len(batch["labels"]), len(words))
+    ids = np.repeat(batch["input_ids"][:, None], len(words), axis=1)
+    mask = np.repeat(batch["attention_mask"][:, None], len(words), axis=1)
+    positions = np.broadcast_to(batch["positions"][:, None, None], (*shape, 1))
+    targets = np.broadcast_to(np.asarray(words, np.int32)[None, :, None], (*shape, 1))
+    return batch | {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "positions": positions,
+        "targets": targets,
+        "target_mask": np.ones((*shape, 1), np.float32),
+    }
+
+
+def test_label_words_are_scored_by_their_logits(params):
+    batch = label_words_batch()
+    scores = option_scores(apply, np.array([5, 2]), params, batch)
+    table = np.asarray(params["table"])
+    np.testing.assert_array_equal(scores, table[[2, 5, 1]][:, [5, 2]])
+
+
+def test_options_are_scored_by_the_mean_log_probability_of_their_tokens(params):
+    batch = {
+        "input_ids": np.array([[[1, 2, 3], [1, 2, 4]]], np.int32),
+        "attention_mask": np.ones((1, 2, 3), np.int32),
+        "positions": np.array([[[1, 2], [1, 0]]], np.int32),
+        "targets": np.array([[[3, 6], [4, 0]]], np.int32),
+        "target_mask": np.array([[[1, 1], [1, 0]]], np.float32),
+        "labels": np.array([0], np.int32),
+        "weights": np.ones(1, np.float32),
+    }
+    table = np.asarray(params["table"], np.float64)
+    logp = table - np.log(np.exp(table).sum(-1, keepdims=True))
+    expected = [[(logp[2, 3] + logp[3, 6]) / 2, logp[2, 4]]]
+    np.testing.assert_allclose(option_scores(apply, None, params, batch), expected, rtol=1e-5)
+
+
+def test_one_token_options_and_label_words_give_one_loss(params):
+    words, batch = [5, 2], label_words_batch()
+    one, aux = classification_objective(apply, np.asarray(words))(params, batch)
+    other, other_aux = classification_objective(apply)(params, options_batch(words, batch))
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+    np.testing.assert_array_equal(aux["accuracy"], other_aux["accuracy"])
+
+
+def test_rows_of_weight_0_do_not_count(params):
+    batch, words = label_words_batch(), np.array([5, 2])
+    loss, aux = classification_objective(apply, words)(params, batch)
+    fewer = {name: value[:2] for name, value in batch.items()}
+    expected, expected_aux = classification_objective(apply, words)(params, fewer)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert aux["accuracy"] == expected_aux["accuracy"]
+
+
+def test_lm_loss_is_the_mean_surprise_of_all_but_the_first_token(params):
+    ids = np.array([[1, 2, 3], [4, 5, 6]], np.int32)
+    table = np.asarray(params["table"], np.float64)
+    logp = table - np.log(np.exp(table).sum(-1, keepdims=True))
+    loss, aux = lm_objective(apply)(params, {"input_ids": ids})
+    expected = -np.mean([logp[1, 2], logp[2, 3], logp[4, 5], logp[5, 6]])
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert aux["tokens"] == 4
+    mask = np.array([[1, 1, 0], [1, 1, 1]], np.int32)
+    loss, aux = lm_objective(apply)(params, {"input_ids": ids, "attention_mask": mask})
+    np.testing.assert_allclose(loss, -np.mean([logp[1, 2], logp[4, 5], logp[5, 6]]), rtol=1e-5)
+    assert aux["tokens"] == 3
+
+
+def test_log_probabilities_of_bfloat16_logits_are_float32():
+    logits = jnp.array([[1.0, 2.0, 4.0]], jnp.bfloat16)
+    result = token_log_probs(logits, jnp.array([2]))
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, [4 - np.log(np.exp([1, 2, 4]).sum())], rtol=1e-6)
+
+
+def test_accuracy_is_the_share_of_highest_scores():
+    scores = np.array([[1.0, 2.0, 0.0], [3.0, 0.0, 1.0], [0.0, 0.0, 5.0]])
+    assert accuracy(scores, np.array([1, 0, 1])) == pytest.approx(2 / 3)
+
+
+def test_calibration_of_two_options_thresholds_their_difference_at_its_median():
+    rng = np.random.default_rng(0)
+    scores, unlabelled = (rng.normal(size=(n, 2)) + np.array([0, 3]) for n in (50, 20))
+    threshold = np.median(unlabelled[:, 1] - unlabelled[:, 0])
+    expected = scores[:, 1] - scores[:, 0] > threshold
+    np.testing.assert_array_equal(calibrate(scores, unlabelled).argmax(axis=1), expected)
+
+
+def test_calibration_takes_a_constant_preference_away():
+    rng = np.random.default_rng(1)
+    scores = rng.normal(size=(99, 4))
+    biased = scores + np.array([0.0, 5.0, -2.0, 1.0]) + rng.normal(size=(99, 1))
+    np.testing.assert_allclose(calibrate(biased, biased), calibrate(scores, scores), atol=1e-12)
+
+
+def test_majority_is_that_of_the_training_labels():
+    assert majority_accuracy([0, 1, 1], [1, 1, 0, 1]) == 0.75
+
+
+def test_a_split_is_scored_in_its_own_order(params):
+    class Encoded:
+        labels = ("a", "b")
+        test = tuple(type("E", (), {"label": i % 2}) for i in range(3))
+
+        def eval_batches(self, split, *, batch_size):
+            for index in ([2, 0], [1, -1]):
+                rows = np.array([max(i, 0) for i in index], np.int32)
+                yield {"input_ids": rows, "index": np.array(index, np.int32)}
+
+    def scorer(params, batch):
+        return jnp.stack([batch["input_ids"], -jnp.asarray(batch["input_ids"])], axis=1) * 1.0
+
+    scores, labels = score_split(scorer, params, Encoded(), "test", batch_size=2)
+    np.testing.assert_array_equal(scores, [[0, 0], [1, -1], [2, -2]])
+    np.testing.assert_array_equal(labels, [0, 1, 0])
