@@ -133,10 +133,13 @@ def run(config: QuickstartConfig, *, quiet: bool = False) -> list[Row]:
 
 def majority(where: Setting) -> Row:
     """Always the most frequent training label."""
+    import numpy as np
+
     from jaxlm.evaluation import majority_accuracy
 
     begin = time.perf_counter()
-    labels = [[each.label for each in split] for split in (where.encoded.train, where.encoded.test)]
+    splits = (where.encoded.train, where.encoded.test)
+    labels = (np.array([each.label for each in split]) for split in splits)
     return Row("majority class", majority_accuracy(*labels), 0, 0, None, _since(begin))
 
 

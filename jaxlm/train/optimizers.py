@@ -139,7 +139,7 @@ class Sgd(FirstOrder):
 
     def __post_init__(self):
         super().__post_init__()
-        _check("momentum", self.momentum, below=1)
+        _check("momentum", self.momentum, below=1.0)
 
     def scale(self) -> Any:
         """See `FirstOrder`."""
@@ -165,8 +165,8 @@ class Adam(FirstOrder):
 
     def __post_init__(self):
         super().__post_init__()
-        _check("b1", self.b1, below=1)
-        _check("b2", self.b2, below=1)
+        _check("b1", self.b1, below=1.0)
+        _check("b2", self.b2, below=1.0)
         _check("eps", self.eps, positive=True)
 
     def scale(self) -> Any:
@@ -192,7 +192,7 @@ class Muon(FirstOrder):
 
     def __post_init__(self):
         super().__post_init__()
-        _check("momentum", self.momentum, below=1)
+        _check("momentum", self.momentum, below=1.0)
         _check("adam_learning_rate", self.adam_learning_rate)
 
     def scale(self) -> Any:

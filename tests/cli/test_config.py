@@ -8,6 +8,7 @@ import pytest
 
 from jaxlm.cli import config as configs
 from jaxlm.core.errors import UserError
+from jaxlm.train.run import FinetuneConfig
 
 
 @dataclass(frozen=True)
@@ -119,3 +120,11 @@ def test_a_dictionary_and_back(tmp_path):
     assert configs.to_dict(config)["words"] == ["a", "b"]
     other = load(tmp_path, "words: [a, b]\ninner: {rate: 3}")
     assert list(configs.differences(config, other)) == [("inner.rate", 2.0, 3.0)]
+
+
+@pytest.mark.parametrize("name", ["subj", "mr_few_shot", "opt125m_sst2"])
+def test_the_examples_are_configurations(name):
+    path = Path(__file__).parents[2] / "configs" / "mezo" / f"{name}.yaml"
+    config = configs.load(FinetuneConfig, path)
+    assert config.optimizer.name == "mezo"
+    assert len(config.task.labels) == 2

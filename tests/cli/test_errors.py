@@ -214,8 +214,8 @@ ROWS: dict[str, tuple[Break, str]] = {
     ),
     "wrong shape": (
         model_of_another_shape,
-        "FOLDER/model: model.norm.weight has the shape [17], which is not what config.json "
-        "says; one of them is wrong",
+        "FOLDER/model: model.norm.weight has the shape [17], config.json asks for [16]; one of "
+        "them is wrong",
     ),
     "output below a file": (
         output_below_a_file,

@@ -135,7 +135,7 @@ def test_calibration_takes_a_constant_preference_away():
 
 
 def test_majority_is_that_of_the_training_labels():
-    assert majority_accuracy([0, 1, 1], [1, 1, 0, 1]) == 0.75
+    assert majority_accuracy(np.array([0, 1, 1]), np.array([1, 1, 0, 1])) == 0.75
 
 
 def test_a_split_is_scored_in_its_own_order(params):
