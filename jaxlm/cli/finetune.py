@@ -58,9 +58,13 @@ def _quickstart(overrides: dict[str, str]) -> None:
 
     config = configs.load(quickstart.QuickstartConfig, QUICKSTART, overrides)
     model = config.model or "the shipped model"
-    table = Table(title=f"{config.task.name} with {model}")
-    for column in ("", "test accuracy", "forwards", "backwards", "peak memory", "seconds"):
-        table.add_column(column, justify="right" if column else "left")
+    table = Table(
+        title=f"{config.task.name}, {model}",
+        caption="accuracy on the test split; passes over a batch to train or to calibrate; memory of the "
+        "largest compiled program; logistic regression reads the mean of the token embeddings",
+    )
+    for column in ("", "accuracy", "forwards", "backwards", "memory", "seconds"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row in quickstart.run(config):
         memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB"
         cells = (f"{100 * row.accuracy:.1f} %", str(row.forwards), str(row.backwards), memory)

@@ -231,7 +231,7 @@ def probe(where: Setting) -> Row:
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     model.fit(*features(where.encoded.train))
     result = float(model.score(*features(where.encoded.test)))
-    return Row("logistic regression on embeddings", result, 0, 0, None, _since(begin))
+    return Row("logistic regression", result, 0, 0, None, _since(begin))
 
 
 def _score(where: Setting, params: Params, split: Any) -> Any:

@@ -25,7 +25,6 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=not read_only,
             create=not read_only,
-            read_only=read_only,
             enable_async_checkpointing=False,
             lightweight_initialize=True,
             save_root_metadata=False,

@@ -32,10 +32,10 @@ def test_every_row(flags):
         "MeZO",
         "MeZO, random init",
         "Adam",
-        "logistic regression on embeddings",
+        "logistic regression",
     ]
     assert rows["majority class"].accuracy == 0.5
-    assert rows["logistic regression on embeddings"].accuracy == 1.0
+    assert rows["logistic regression"].accuracy == 1.0
     assert rows["Adam"].accuracy == 1.0
     passes = {name: (row.forwards, row.backwards) for name, row in rows.items()}
     assert passes["zero-shot, calibrated"] == (1, 0)
