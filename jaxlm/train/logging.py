@@ -91,12 +91,12 @@ class Progress:
         if self._live is not None:
             self._live.stop()
 
-    def update(self, step: int, values: Mapping[str, float]) -> None:
+    def update(self, step: int, values: Mapping[str, float], peak_bytes: int = 0) -> None:
         """Shows the state of the run after `step` steps; plain lines come every few seconds."""
         begin, first = self._begin
         rate = (step - first) / max(time.perf_counter() - begin, 1e-9)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        shown += f"  {rate:.3g} steps/s"
+        shown += f"  {rate:.3g} steps/s" + (f"  {peak_bytes / 2**20:.0f} MiB" if peak_bytes else "")
         if self._live is not None:
             self._live.update(self._task, completed=step, line=shown)
         if time.perf_counter() - self._last > 5 or step == self.total:

@@ -132,7 +132,7 @@ def fit(
             step % config.eval_every and step % config.checkpoint_every
         )
         while len(flight) > (0 if due else 1):
-            loop.write(*flight.pop(0))
+            loop.write(*flight.pop(0), run.peak_bytes)
         if due:
             loop.look_up(step, state)
     return Outcome(state, loop.elapsed(), run.peak_bytes, loop.infos)
@@ -169,7 +169,7 @@ class _Loop:
         seconds = self.record.seconds + time.perf_counter() - self._begin
         return self.record._replace(seconds=seconds)
 
-    def write(self, first: int, infos: dict[str, Any]) -> None:
+    def write(self, first: int, infos: dict[str, Any], peak_bytes: int) -> None:
         """Takes the metrics of one dispatch from the device and writes them down."""
         host = jax.device_get(infos)
         count = len(host["loss"])
@@ -187,7 +187,7 @@ class _Loop:
         if self.progress:
             shown = ("loss", "accuracy")
             means = {name: float(np.mean(host[name])) for name in shown if name in host}
-            self.progress.update(first + count, means)
+            self.progress.update(first + count, means, peak_bytes)
 
     def look_up(self, step: int, state: TrainState) -> None:
         """Evaluates and saves, as the schedule has it."""
