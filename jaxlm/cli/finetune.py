@@ -60,8 +60,8 @@ def _quickstart(overrides: dict[str, str]) -> None:
     model = config.model or "the shipped model"
     table = Table(
         title=f"{config.task.name}, {model}",
-        caption="accuracy on the test split; passes over a batch to train or to calibrate; memory of "
-        "the largest compiled program; logistic regression reads the mean of the token embeddings",
+        caption="accuracy on the test split; passes over a batch to train or to calibrate; memory "
+        "of the largest compiled program; logistic regression reads mean token embeddings",
     )
     for column in ("", "accuracy", "forwards", "backwards", "memory", "seconds"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)

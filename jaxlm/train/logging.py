@@ -110,6 +110,6 @@ class Progress:
                 file.write(time.strftime("%Y-%m-%d %H:%M:%S  ") + line + "\n")
         if screen and not self._quiet:
             if self._live is not None:
-                self._live.console.print(line)
+                self._live.console.print(line, highlight=False)
             else:
                 print(line, file=self._stream, flush=True)
