@@ -27,11 +27,7 @@ class _Flag(str):
 
 
 def split_args(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Splits arguments into words and flags; `--name value` is read like `--name=value`.
-
-    Raises:
-        UserError: a flag without a value.
-    """
+    """Splits arguments into words and flags; `--name value` is read like `--name=value`."""
     words: list[str] = []
     flags: dict[str, str] = {}
     rest = list(args)
@@ -50,13 +46,7 @@ def split_args(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def parse_args(args: Sequence[str]) -> tuple[str | None, dict[str, str]]:
-    """Splits `[config.yaml] --dotted.path=value ...` into the file and the overrides.
-
-    `--config config.yaml` names the file too.
-
-    Raises:
-        UserError: two files, or a flag without a value.
-    """
+    """Splits `[config.yaml | --config config.yaml] --dotted.path=value ...` into file and flags."""
     files, overrides = split_args(args)
     if "config" in overrides:
         files.append(str(overrides.pop("config")))
@@ -135,9 +125,6 @@ def build(
         where: the file, for messages.
         section: dotted path of this dataclass in the file, for messages.
         make: function of the mapping of values to call in place of `cls`.
-
-    Raises:
-        UserError: an unknown or missing key, or a value that does not fit.
     """
     fields = {f.name: f for f in dataclasses.fields(cast(Any, cls)) if f.init}
     hints = typing.get_type_hints(cls)
