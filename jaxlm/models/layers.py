@@ -45,10 +45,16 @@ class Context:
         return taps.apply(self.tap, path, op, x, y, self.layer)
 
 
+def matmul(x, kernel):
+    """`x @ kernel` over one flat axis of rows, of which XLA's CPU gradient is twice as fast."""
+    rows = x.reshape(-1, x.shape[-1]) @ kernel
+    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 def dense(params, path: str, x, ctx: Context):
     """`x @ kernel + bias` with kernel [in, out]; the bias is optional in the tree."""
     kernel = ctx.read(params, path + ".kernel")
-    y = kernel.dot(x) if isinstance(kernel, views.LowRankSum) else x @ kernel
+    y = kernel.dot(x) if isinstance(kernel, views.LowRankSum) else matmul(x, kernel)
     return add_bias(params, path, ctx.out(path + ".kernel", "dense", x, y), ctx)
 
 
@@ -91,7 +97,7 @@ def head(params, path: str, x, ctx: Context, token_ids=None):
         y = _blocked_head(params, path, x, ctx, leaf.shape)
     else:
         rows = ctx.read(params, path + ".embedding", rows=token_ids)
-        y = x @ rows.T
+        y = matmul(x, rows.T)
     return ctx.out("lm_head", "head", x, y)
 
 

@@ -177,6 +177,7 @@ def apply(
         x = norm(params, "mlm.norm", x, ctx)
     if config.embedding_size != config.hidden_size:
         x = dense(params, "embed.project_out", x, ctx)
+    token_ids = None if token_ids is None else jnp.asarray(token_ids)
     table = "embed.tokens" if config.tie_embeddings else "lm_head"
     logits = head(params, table, x, ctx, token_ids)
     bias = ctx.read(params, "lm_head.bias", rows=token_ids)

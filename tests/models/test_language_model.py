@@ -1,0 +1,122 @@
+"""Models as users hold them: restricted heads, padding, positions, classifiers, random weights."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm.core.paths import flatten
+from jaxlm.models import add_classifier, init_params, param_shapes
+
+GOLDEN = Path(__file__).parent / "golden"
+IDS = jnp.array([[5, 6, 7, 8], [8, 9, 10, 11]])
+
+
+def load(name: str):
+    return jaxlm.from_pretrained(GOLDEN / name)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt-projected", "bert-untied"])
+def test_positions_and_token_ids_restrict_the_head(name: str):
+    lm = load(name)
+    apply = jax.jit(lm.apply)
+    whole = apply(lm.params, IDS)
+    tokens = np.array([30, 4, 5])
+    for positions in (np.array([2, 0]), np.array([[2, 1], [3, 3]])):
+        rows = np.arange(2).reshape(2, *(1,) * (positions.ndim - 1))
+        wanted = whole[rows, positions]
+        found = apply(lm.params, IDS, positions=positions)
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+        found = apply(lm.params, IDS, positions=positions, token_ids=tokens)
+        np.testing.assert_allclose(found, wanted[..., tokens], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "bert", "roberta"])
+def test_padding_on_either_side_changes_nothing(name: str):
+    lm = load(name)
+    apply = jax.jit(lm.apply)
+    wanted = apply(lm.params, IDS)
+    pad = jnp.full((2, 3), 33)
+    mask = jnp.ones_like(IDS)
+    right = apply(lm.params, jnp.hstack([IDS, pad]), jnp.hstack([mask, 0 * pad]))[:, :4]
+    left = apply(lm.params, jnp.hstack([pad, IDS]), jnp.hstack([0 * pad, mask]))[:, 3:]
+    np.testing.assert_allclose(right, wanted, atol=2e-5)
+    np.testing.assert_allclose(left, wanted, atol=2e-5)
+
+
+def test_positions_given_by_hand():
+    lm = load("gpt2")
+    positions = jnp.array([[0, 1, 2, 3], [4, 5, 6, 7]])
+    apply = jax.jit(lm.apply)
+    shifted = apply(lm.params, IDS, position_ids=positions)
+    plain = apply(lm.params, IDS)
+    np.testing.assert_allclose(shifted[0], plain[0], atol=1e-5)
+    assert jnp.abs(shifted[1] - plain[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "roberta"])
+def test_a_batch_longer_than_the_position_table_is_refused(name: str):
+    lm = load(name)
+    jax.eval_shape(lm.apply, lm.params, jnp.ones((1, 16), int))
+    with pytest.raises(ValueError, match="the batch has 17 tokens a row, the model 16 positions"):
+        jax.eval_shape(lm.apply, lm.params, jnp.ones((1, 17), int))
+
+
+def test_rotary_positions_have_no_table_to_outgrow():
+    lm = load("llama")
+    assert jax.eval_shape(lm.apply, lm.params, jnp.ones((1, 17), int)).shape == (1, 17, 37)
+
+
+@pytest.mark.parametrize("name", ["bert", "bert-base", "bert-classifier", "roberta"])
+def test_a_new_classifier_keeps_the_encoder(name: str, tmp_path: Path):
+    old = load(name)
+    lm = add_classifier(old, 2, jax.random.key(0))
+    assert (lm.config.head, lm.config.num_labels) == ("classifier", 2)
+    assert lm.apply(lm.params, IDS).shape == (2, 2)
+    shapes = {leaf.path: leaf.value.shape for leaf in flatten(lm.params)[0]}
+    assert shapes == param_shapes(lm.config)
+    before = {leaf.path: leaf.value for leaf in flatten(old.params)[0]}
+    for leaf in flatten(lm.params)[0]:
+        if leaf.path.startswith("classifier") or leaf.path not in before:
+            assert leaf.path.startswith(("classifier", "pooler"))
+        else:
+            assert leaf.value is before[leaf.path]
+    jaxlm.save_pretrained(lm, tmp_path)
+    assert jaxlm.from_pretrained(tmp_path).config == lm.config
+
+
+def test_a_decoder_has_no_classifier_and_an_encoder_without_head_no_logits():
+    with pytest.raises(ValueError, match="a classifier needs an encoder"):
+        add_classifier(load("gpt2"), 2, jax.random.key(0))
+    lm = load("bert-base")
+    with pytest.raises(ValueError, match="this model has no head"):
+        lm.apply(lm.params, IDS)
+
+
+def test_random_parameters():
+    config = load("llama-biases").config
+    params = {leaf.path: leaf.value for leaf in flatten(init_params(config, jax.random.key(0)))[0]}
+    assert {path: leaf.shape for path, leaf in params.items()} == param_shapes(config)
+    for path, leaf in params.items():
+        if path.endswith("scale"):
+            assert (leaf == 1).all()
+        elif path.endswith("bias"):
+            assert (leaf == 0).all()
+        else:
+            output = path.endswith(("o_proj.kernel", "down_proj.kernel"))
+            wanted = 0.01 if output else 0.02
+            # 4.5 standard errors of a standard deviation, and of a mean.
+            assert abs(leaf.std() / wanted - 1) < 4.5 / np.sqrt(2 * leaf.size)
+            assert abs(leaf.mean() / wanted) < 4.5 / np.sqrt(leaf.size)
+    half = init_params(config, jax.random.key(0), "bfloat16")
+    for leaf in flatten(half)[0]:
+        np.testing.assert_array_equal(leaf.value, params[leaf.path].astype("bfloat16"))
+
+
+def test_replace_keeps_the_rest():
+    lm = load("gpt2")
+    other = lm.replace(params={})
+    assert (other.config, other.params) == (lm.config, {})
