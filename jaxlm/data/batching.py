@@ -111,18 +111,18 @@ class EncodedTask:
     A batch is a dict of arrays, padded on the right (B examples, C label words, T one of `buckets`,
     K the most tokens scored in any option of the task):
 
-    ================ ======= ============== =========== ============================================
-    key              dtype   label_words    options     meaning
-    ================ ======= ============== =========== ============================================
-    input_ids        int32   [B, T]         [B, C, T]   tokens
-    attention_mask   int32   [B, T]         [B, C, T]   1 for tokens, 0 for padding
-    token_type_ids   int32   [B, T]         [B, C, T]   segments, where an encoder's tokenizer gives
-    them positions        int32   [B]            [B, C, K]   place whose logits predict the target
-    targets          int32                  [B, C, K]   tokens scored target_mask      float32
-    [B, C, K]   1 for targets, 0 for padding labels           int32   [B]            [B]
-    class weights          float32 [B]            [B]         1 for examples, 0 for rows that fill a
-    batch ================ ======= ============== ===========
-    ================================================
+    ============== ======= =========== ========= ==================================
+    key            dtype   label_words options   meaning
+    ============== ======= =========== ========= ==================================
+    input_ids      int32   [B, T]      [B, C, T] tokens
+    attention_mask int32   [B, T]      [B, C, T] 1 for tokens, 0 for padding
+    token_type_ids int32   [B, T]      [B, C, T] segments, if the tokenizer has them
+    positions      int32   [B]         [B, C, K] place whose logits predict a target
+    targets        int32               [B, C, K] tokens scored
+    target_mask    float32             [B, C, K] 1 for targets, 0 for padding
+    labels         int32   [B]         [B]       class
+    weights        float32 [B]         [B]       1 for examples, 0 for filling rows
+    ============== ======= =========== ========= ==================================
 
     Attributes:
         labels: the label words.

@@ -41,9 +41,8 @@ class Row:
 def read_rows(source: str, *, key: str, base_dir: Path | None = None) -> list[Row]:
     """Reads every row of a file or of a split of a data set.
 
-    A file is looked for in `base_dir` first, then in the working directory; its format follows from
-    its
-    ending: .jsonl, .csv, .tsv or .parquet, the text formats also with .gz. `jaxlm:` stands for the
+    A file is looked for in `base_dir` first, then in the working directory; its ending says its
+    format: .jsonl, .csv, .tsv or .parquet, the text formats also with .gz. `jaxlm:` stands for the
     folder of the shipped tasks. Everything else is a data set: a folder, `name`, `name/config` or
     `namespace/name/config`, and the split `key`, or the one after a colon:
     `nyu-mll/glue/sst2:validation`.
