@@ -26,7 +26,7 @@ from jaxlm.zo.estimators import SPSAEstimate, gradient_block, materialize, spsa
 from jaxlm.zo.samplers import Gaussian, Sampler
 
 BLOCK = 2**22
-NO_DECAY = r"(^|[._])(bias|scale)$|norm"
+NO_DECAY = r"(^|[._])(bias|scale)(\.value)?$|norm"
 ScalarOrSchedule = float | Array | Callable[[Array], Any]
 
 
