@@ -1,0 +1,85 @@
+"""What every benchmark shares: interleaved timing, the compiler's account of memory, the last line."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "jaxlm", "numpy", "optax", "flax", "torch", "transformers")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that are installed."""
+    installed = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def device() -> str:
+    """The first device in words, and how many there are."""
+    first = jax.devices()[0]
+    return f"{first.device_kind} ({first.platform}) x {jax.device_count()}"
+
+
+def compiled(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+    """Lowers and compiles a jitted function; returns it and the seconds it took."""
+    start = time.perf_counter()
+    program = function.lower(*args).compile()
+    return program, time.perf_counter() - start
+
+
+def peak_bytes(program: Any) -> int:
+    """Arguments, outputs and temporaries of a compiled program, less what outputs alias."""
+    memory = program.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return held - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall-clock time of one call, until its arrays are there."""
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1
+) -> dict[str, float]:
+    """Median seconds of each function; they take turns, so that a busy machine slows all alike."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(warm_up + repeats):
+        for name, function in functions.items():
+            elapsed = seconds(function)
+            if turn >= warm_up:
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of equal keys as aligned columns; floats with four significant digits."""
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = [list(rows[0])] + [[cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *rest in lines:
+        cells = [text.rjust(width) for text, width in zip(rest, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]))
+
+
+def print_report(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints the last line of a benchmark: one JSON object."""
+    report = {"benchmark": benchmark, "device": device(), "versions": versions(), "rows": rows}
+    print(json.dumps(report, default=lambda number: number.item()))
