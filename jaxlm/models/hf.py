@@ -24,17 +24,19 @@ from jaxlm.models.initialise import nest, param_shapes
 from jaxlm.models.language_model import LanguageModel
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+SHIPPED = Path(__file__).parent.parent / "assets" / "model"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 
 
 def from_pretrained(
-    name_or_path: str | os.PathLike, param_dtype="float32", mesh=None
+    name_or_path: str | os.PathLike | None = None, param_dtype="float32", mesh=None
 ) -> LanguageModel:
     """Loads a model from a local folder or a hub id.
 
     Args:
       name_or_path: folder with config.json, one or several safetensors files and, if there is
-        one, a tokenizer; or the id of such a repository on the Hugging Face hub.
+        one, a tokenizer; or the id of such a repository on the Hugging Face hub; None for the
+        small model that comes with the package.
       param_dtype: dtype of every parameter.
       mesh: a `jax.sharding.Mesh` over which the parameters are replicated; None leaves them on the
         default device.
@@ -46,7 +48,7 @@ def from_pretrained(
     Raises:
       UserError: folder missing, unknown architecture, no safetensors, truncated file, wrong shape.
     """
-    folder = _resolve(name_or_path)
+    folder = SHIPPED if name_or_path is None else _resolve(name_or_path)
     config, module = _config(folder)
     where = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with contextlib.ExitStack() as stack:

@@ -11,8 +11,6 @@ from jaxlm.train.loop import LoopConfig
 from jaxlm.train.optimizers import OPTIMIZERS, Mezo, Optimizer
 from jaxlm.train.run_folder import RunFolder, to_dict
 
-SHIPPED_MODEL = Path(__file__).parent.parent / "assets" / "model"
-
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(LoopConfig):
@@ -100,7 +98,7 @@ def load_model(name: str | Path | None, *, param_dtype: str = "float32") -> Any:
 
     stored = RunFolder(name).config() if name is not None else None
     if stored is None:
-        return from_pretrained(SHIPPED_MODEL if name is None else name, param_dtype=param_dtype)
+        return from_pretrained(name, param_dtype=param_dtype)
     import jax
 
     from jaxlm.train.checkpoint import Checkpoints
