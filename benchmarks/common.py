@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, the compiler's account of memory, the last line."""
+"""What every benchmark shares: interleaved timing, memory by the compiler, the last line."""
 
 import json
 import platform

@@ -1,0 +1,245 @@
+"""How good a gradient do forward passes give, layer by layer?
+
+usage: python -m benchmarks.estimator_quality [--quick] [--model PATH] [--task mr] [--plot FILE]
+
+On one training batch of a task, for every layer of the shipped model (or another, or a random tiny
+one if neither is there): the cosine between the mean of n estimates and the gradient, for n from 1
+to 1024, beside the cosine that theory expects,
+
+    sqrt(n / (n + 1 + d r)),    r = ||gradient||^2 / ||gradient of the layer||^2,
+
+with d the layer's parameters; for the whole model that is sqrt(n / (n + d + 1)). One estimate
+scatters about it by 1/sqrt(d). And the slope along a random direction within the layer by central
+differences, beside `jax.jvp`. The last line is one JSON object.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import common
+from jaxlm import data, zo
+from jaxlm.core import paths
+from jaxlm.core.errors import UserError
+from jaxlm.models import LanguageModel, ModelConfig, init_params
+from jaxlm.train.objective import classification_objective
+from jaxlm.train.run import load_model
+
+TINY = ModelConfig(
+    family="gpt2",
+    kind="decoder",
+    head="lm",
+    vocab_size=512,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_size=16,
+    intermediate_size=256,
+    max_positions=64,
+    embedding_size=64,
+    activation="gelu_tanh",
+)
+Tree = Any
+
+
+def problem(model: str | None, task: str) -> tuple[str, LanguageModel, Any, Any]:
+    """Name, model, objective and one batch of 32 training examples."""
+    try:
+        lm = load_model(model)
+    except UserError as missing:
+        if model is not None:
+            raise
+        print(f"a random tiny model, since {missing}")
+        lm = LanguageModel(TINY, init_params(TINY, jax.random.key(0)))
+    if lm.tokenizer is None:
+        ids = np.random.default_rng(0).integers(0, lm.config.vocab_size, (32, 32), np.int32)
+        batch = {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids),
+            "positions": np.full(32, 31, np.int32),
+            "labels": np.arange(32, dtype=np.int32) % 2,
+            "weights": np.ones(32, np.float32),
+        }
+        return "random", lm, classification_objective(lm.apply, np.array([5, 9])), batch
+    config = dataclasses.replace(data.shipped_task(task), max_length=64)
+    loaded = data.load_task(config, seed=0)
+    limit = lm.config.max_positions
+    encoded = data.prepare(loaded, lm.tokenizer, kind=lm.config.kind, max_length=limit)
+    batch = encoded.batch(0, batch_size=32, seed=0)
+    return model or "shipped", lm, classification_objective(lm.apply, encoded.token_ids), batch
+
+
+def layers(params: Tree) -> tuple[list[str], Tree]:
+    """Names of the parts of a model, and for each leaf the part of each entry of its first axis."""
+    names: list[str] = []
+
+    def parts(leaf):
+        if leaf.stacked:
+            mine = [f"layer {i}" for i in range(leaf.value.shape[0])]
+        else:
+            mine = [leaf.path.split(".")[0]]
+        names.extend(name for name in mine if name not in names)
+        return np.array([names.index(name) for name in mine])
+
+    return names, paths.map_with_path(parts, params)
+
+
+def inner(parts: Tree, count: int, a: Tree, b: Tree) -> jax.Array:
+    """The inner product of two trees within each part, and after those the whole one."""
+    sums = jnp.zeros(count)
+    for part, x, y in zip(*map(jax.tree.leaves, (parts, a, b)), strict=True):
+        sums = sums.at[part].add((x * y).reshape(len(part), -1).sum(1))
+    return jnp.append(sums, sums.sum())
+
+
+def only(parts: Tree, tree: Tree, part: jax.Array) -> Tree:
+    """The tree with zeros outside one part; as it is for the part after the last."""
+    last = 1 + max(int(leaf.max()) for leaf in jax.tree.leaves(parts))
+
+    def kept(own, x):
+        own = own.reshape(len(own), *(1,) * (x.ndim - 1))
+        return jnp.where((own == part) | (part == last), x, 0)
+
+    return jax.tree.map(kept, parts, tree)
+
+
+def cosines(loss, params: Tree, gradient: Tree, parts: Tree, count: int, most: int, sampler):
+    """{n: cosine in each part of the mean of n estimates to the gradient}, n a power of two."""
+    key = jax.random.key(1)
+
+    @jax.jit
+    def add(total, first, last):
+        def one_more(j, total):
+            est = zo.spsa(loss, params, key=jax.random.fold_in(key, j), sampler=sampler)
+            return jax.tree.map(jnp.add, total, zo.materialize(est, params))
+
+        return jax.lax.fori_loop(first, last, one_more, total)
+
+    @jax.jit
+    def cosine(total):
+        lengths = [jnp.sqrt(inner(parts, count, tree, tree)) for tree in (total, gradient)]
+        return inner(parts, count, total, gradient) / (lengths[0] * lengths[1])
+
+    total, n, found = jax.tree.map(jnp.zeros_like, gradient), 0, {}
+    while n < most:
+        total, n = add(total, n, max(1, 2 * n)), max(1, 2 * n)
+        found[n] = np.asarray(cosine(total))
+    return found
+
+
+def slopes(loss, params: Tree, parts: Tree, count: int, directions: int, eps: float, sampler):
+    """Central differences and exact slopes [parts + 1, directions] along z within each part."""
+
+    @jax.jit
+    def along(key, part):
+        whole = zo.SPSAEstimate(*[jnp.ones(1)] * 4, key, None, sampler, eps)
+        z = only(parts, zo.materialize(whole, params), part)
+        moved = lambda scale: loss(jax.tree.map(lambda w, z: w + scale * z, params, z))  # noqa: E731
+        return (moved(eps) - moved(-eps)) / (2 * eps), jax.jvp(loss, (params,), (z,))[1]
+
+    keys = jax.random.split(jax.random.key(2), directions)
+    found = [[along(key, part) for key in keys] for part in range(count + 1)]
+    return np.moveaxis(np.array(found), -1, 0)
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each part of the model and one for all of it."""
+    name, lm, objective, batch = problem(options.model, options.task)
+    loss = lambda params, view=None: objective(params, batch, view=view)[0]  # noqa: E731
+    sampler = {"gaussian": zo.gaussian(), "rademacher": zo.rademacher()}[options.sampler]
+    names, parts = layers(lm.params)
+    count = len(names)
+    most, directions = (32, 3) if options.quick else (1024, 10)
+    gradient = jax.jit(jax.grad(loss))(lm.params)
+    found = cosines(loss, lm.params, gradient, parts, count, most, sampler)
+    measured, exact = slopes(loss, lm.params, parts, count, directions, options.eps, sampler)
+    squares = np.asarray(inner(parts, count, gradient, gradient))
+    ones = jax.tree.map(jnp.ones_like, gradient)
+    sizes = np.asarray(inner(parts, count, ones, ones))
+    rows = []
+    for i, part in enumerate([*names, "all"]):
+        effective = sizes[i] * squares[-1] / squares[i]
+        error = np.sqrt(np.mean((measured[i] - exact[i]) ** 2) / np.mean(exact[i] ** 2))
+        rows.append(
+            {
+                "layer": part,
+                "model": name,
+                "parameters": int(sizes[i]),
+                "gradient_norm": float(np.sqrt(squares[i])),
+                "cosine": {str(n): float(cosine[i]) for n, cosine in found.items()},
+                "expected": {str(n): float(np.sqrt(n / (n + 1 + effective))) for n in found},
+                "projected": measured[i].tolist(),
+                "jvp": exact[i].tolist(),
+                "slope_error": float(error),
+            }
+        )
+    return rows
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """The cosine at the first, a middle and the last n, and the error of the slopes."""
+    shown = list(rows[0]["cosine"])
+    shown = [shown[0], shown[len(shown) // 2], shown[-1]]
+    common.print_table(
+        [
+            {
+                "layer": row["layer"],
+                "parameters": row["parameters"],
+                "gradient norm": row["gradient_norm"],
+                **{f"cos, n={n}": row["cosine"][n] for n in shown},
+                f"expected, n={shown[-1]}": row["expected"][shown[-1]],
+                "projected": row["projected"][0],
+                "jvp": row["jvp"][0],
+                "relative error": row["slope_error"],
+            }
+            for row in rows
+        ]
+    )
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Cosines over n, and projected gradients over exact slopes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, row in enumerate(rows):
+        n = [int(n) for n in row["cosine"]]
+        left.plot(n, list(row["cosine"].values()), f"C{i}o-", ms=3, lw=1, label=row["layer"])
+        left.plot(n, list(row["expected"].values()), f"C{i}--", lw=0.8)
+        right.plot(row["jvp"], row["projected"], f"C{i}o", ms=4, label=row["layer"])
+    left.set(xscale="log", xlabel="directions averaged")
+    left.set(ylabel="cosine to the gradient (dashed: expected)")
+    left.set_yscale("symlog", linthresh=1e-3)
+    slopes = [value for row in rows for value in row["jvp"]]
+    right.plot([min(slopes), max(slopes)], [min(slopes), max(slopes)], "k-", lw=0.6)
+    right.set(xlabel="exact slope along z (jvp)", ylabel="projected gradient")
+    right.legend(fontsize=8)
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="32 directions in place of 1024")
+    parser.add_argument("--model", help="folder, hub id or run; the shipped model if not given")
+    parser.add_argument("--task", default="subj", choices=data.shipped_names())
+    parser.add_argument("--sampler", default="gaussian", choices=["gaussian", "rademacher"])
+    parser.add_argument("--eps", type=float, default=1e-3)
+    parser.add_argument("--plot", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    rows = measure(options)
+    print_rows(rows)
+    if options.plot:
+        plot(rows, options.plot)
+    common.print_report("estimator_quality", rows)
+
+
+if __name__ == "__main__":
+    main()
