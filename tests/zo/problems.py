@@ -1,0 +1,97 @@
+"""Small losses with parameters of every kind: stacked, unstacked, scalar, biases and norms."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm import zo
+from jaxlm.models import LanguageModel, ModelConfig, init_params
+
+SHAPES = {"layers": {"w": (2, 3), "norm": {"scale": (2, 1)}}, "head": {"w": (2, 2), "bias": (2,)}}
+
+
+def small_params(dtype=jnp.float32):
+    """14 numbers of size one."""
+    leaves, structure = jax.tree.flatten(SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+    keys = jax.random.split(jax.random.key(99), len(leaves))
+    drawn = [jax.random.normal(key, shape) for key, shape in zip(keys, leaves, strict=True)]
+    return structure.unflatten([x.astype(dtype) for x in drawn])
+
+
+def flat(params):
+    return jnp.concatenate([x.ravel() for x in jax.tree.leaves(params)])
+
+
+def quadratic(params, batch):
+    """A quadratic form that mixes all coordinates."""
+    x = flat(params)
+    shifted = x - batch
+    mixed = shifted + 0.5 * jnp.roll(shifted, 1)
+    return 0.5 * jnp.sum(jnp.arange(1, x.size + 1) / x.size * mixed**2)
+
+
+def nonlinear(params, batch):
+    """Third and higher derivatives everywhere."""
+    x = flat(params)
+    return jnp.log1p(jnp.exp(jnp.sin(x) @ jnp.cos(jnp.roll(x, 1)))) + 0.1 * jnp.sum(
+        (x - batch) ** 4
+    )
+
+
+def directions(params, key, **options):
+    """z of one direction, as a tree like params."""
+    est = zo.spsa(lambda params: jnp.float32(0), params, key=key, **options)
+    return zo.materialize(dataclasses.replace(est, projected_grad=jnp.ones(1)), params)
+
+
+@functools.cache
+def small_decoder(dtype: str = "float32") -> LanguageModel:
+    config = ModelConfig(
+        family="gpt2",
+        kind="decoder",
+        head="lm",
+        vocab_size=50,
+        hidden_size=12,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        head_size=6,
+        intermediate_size=20,
+        max_positions=16,
+        embedding_size=12,
+        activation="gelu_tanh",
+        norm="rmsnorm",
+        attention_bias=False,
+        output_bias=False,
+    )
+    return LanguageModel(config, init_params(config, jax.random.key(0), dtype))
+
+
+def label_word_loss(lm: LanguageModel, token_ids):
+    """Cross-entropy over label words at the last token; takes a view."""
+
+    def loss_fn(params, batch, *, view=None):
+        logits = lm.apply(
+            params,
+            batch["input_ids"],
+            batch["attention_mask"],
+            positions=batch["positions"],
+            token_ids=jnp.asarray(token_ids),
+            view=view,
+        )
+        log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+        return -jnp.take_along_axis(log_probs, batch["labels"][:, None], 1).mean()
+
+    return loss_fn
+
+
+def token_batch(rows: int, length: int, vocabulary: int):
+    ids = jax.random.randint(jax.random.key(4), (rows, length), 0, vocabulary)
+    return {
+        "input_ids": ids,
+        "attention_mask": jnp.ones_like(ids),
+        "positions": jnp.full((rows,), length - 1),
+        "labels": jnp.arange(rows) % 2,
+    }

@@ -1,0 +1,286 @@
+"""SPSA estimates against closed forms, and their independence of how parameters are laid out."""
+
+import dataclasses
+from collections import OrderedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxlm import zo
+from tests.zo.problems import (
+    directions,
+    flat,
+    label_word_loss,
+    nonlinear,
+    quadratic,
+    small_decoder,
+    small_params,
+    token_batch,
+)
+
+SAMPLERS = (zo.gaussian(), zo.rademacher())
+BATCH = jnp.float32(0.25)
+
+
+def spsa(loss_fn, params, *args, key, **options) -> zo.SPSAEstimate:
+    return jax.jit(lambda *args: zo.spsa(loss_fn, *args, key=key, **options))(params, *args)
+
+
+compiled_directions = jax.jit(directions, static_argnames="sampler")
+
+
+def leaves_equal(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def over_keys(function, count: int):
+    return jax.jit(jax.vmap(function))(jax.random.split(jax.random.key(2026), count))
+
+
+def assert_mean(samples, expected):
+    """Every mean over axis 0 is within 4.5 standard errors."""
+    samples = np.asarray(samples, np.float64)
+    error = samples.std(0, ddof=1) / np.sqrt(len(samples))
+    assert (np.abs(samples.mean(0) - np.asarray(expected)) <= 4.5 * error).all()
+
+
+@pytest.mark.parametrize("loss_fn", [quadratic, nonlinear])
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+@pytest.mark.parametrize("n", [1, 4])
+def test_the_estimate_is_unbiased(loss_fn, sampler, n):
+    params = small_params()
+
+    def estimate(key):
+        est = zo.spsa(loss_fn, params, BATCH, key=key, sampler=sampler, num_directions=n)
+        return flat(zo.materialize(est, params))
+
+    assert_mean(over_keys(estimate, 4096), flat(jax.grad(loss_fn)(params, BATCH)))
+
+
+@pytest.mark.parametrize(("sampler", "extra"), [(zo.gaussian(), 1), (zo.rademacher(), -1)])
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("d", [2, 16])
+def test_the_second_moment_is_that_of_the_theory(sampler, extra, n, d):
+    slope = jnp.linspace(0.5, 2, d)
+    params = {"w": jnp.zeros(d)}
+
+    def ratio(key):
+        est = zo.spsa(lambda p: p["w"] @ slope, params, key=key, sampler=sampler, num_directions=n)
+        return jnp.sum(zo.materialize(est, params)["w"] ** 2) / jnp.sum(slope**2)
+
+    assert_mean(over_keys(ratio, 4096), (d + n + extra) / n)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+def test_central_differences_tend_to_the_derivative_as_eps_squared(sampler):
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), small_params())
+        key, batch = jax.random.key(8), jnp.float64(0.25)
+
+        @jax.jit
+        def slopes(params):
+            along = lambda eps: zo.spsa(  # noqa: E731
+                nonlinear, params, batch, key=key, eps=eps, sampler=sampler
+            ).projected_grad[0]
+            z = jax.tree.map(jnp.float64, directions(params, key, sampler=sampler))
+            exact = jax.jvp(lambda params: nonlinear(params, batch), (params,), (z,))[1]
+            return exact, jnp.stack([along(2.0**-power) for power in (6, 8, 10, 12)])
+
+        exact, central = slopes(params)
+        assert central.dtype == jnp.float64
+        errors = np.abs(central - exact)
+        np.testing.assert_allclose(errors[:-1] / errors[1:], 16, rtol=0.05)
+        assert errors[-1] < 1e-5 * abs(exact)
+
+
+def tree(stacked: bool):
+    kernel, norm = jnp.zeros((4, 8, 6)), jnp.zeros((4, 6))
+    layers = {"mlp": {"kernel": kernel}, "norm": {"scale": norm}}
+    if not stacked:
+        layers = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(4)]
+    return {"embed": jnp.zeros((16, 6)), "layers": layers, "temperature": jnp.zeros(())}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_stacked_and_unstacked_layers_get_the_same_noise(sampler, compiled):
+    make = lambda params: directions(params, jax.random.key(1), sampler=sampler)  # noqa: E731
+    make = jax.jit(make) if compiled else make
+    stacked, unstacked = make(tree(True)), make(tree(False))
+    joined = jax.tree.map(lambda *x: jnp.stack(x), *unstacked["layers"])
+    leaves_equal(stacked, unstacked | {"layers": joined})
+    assert len(np.unique(flat(stacked))) > 100 or isinstance(sampler, zo.Rademacher)
+    assert not np.array_equal(joined["mlp"]["kernel"][0], joined["mlp"]["kernel"][1])
+
+
+def test_the_order_of_a_dict_changes_no_noise():
+    params = OrderedDict(a=jnp.zeros((3, 2)), b=OrderedDict(c=jnp.zeros(5), d=jnp.zeros(2)))
+    swapped = OrderedDict(b=OrderedDict(d=jnp.zeros(2), c=jnp.zeros(5)), a=jnp.zeros((3, 2)))
+    assert jax.tree.structure(params) != jax.tree.structure(swapped)
+    key = jax.random.key(0)
+    first, second = compiled_directions(params, key), compiled_directions(swapped, key)
+    leaves_equal(
+        [first["a"], *first["b"].values()], [second["a"], second["b"]["c"], second["b"]["d"]]
+    )
+    alone = compiled_directions({"b": {"c": jnp.zeros(5)}}, key)
+    leaves_equal(alone["b"]["c"], first["b"]["c"])
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+def test_sharded_parameters_get_the_same_noise_and_estimate(sampler):
+    mesh = jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,))
+    params = {"w": jnp.ones((16, 6)), "layers": {"k": jnp.ones((3, 4, 24))}, "b": jnp.ones(5)}
+    specs = {"w": PartitionSpec("devices"), "layers": {"k": PartitionSpec(None, None, "devices")}}
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs | {"b": PartitionSpec()})
+    make = lambda params: directions(params, jax.random.key(1), sampler=sampler)  # noqa: E731
+    spread = jax.jit(make, out_shardings=shardings)(jax.device_put(params, shardings))
+    assert len(spread["w"].sharding.device_set) == 8
+    leaves_equal(spread, jax.jit(make)(params))
+
+    estimate = jax.jit(lambda params: zo.spsa(quadratic, params, BATCH, key=jax.random.key(1)))
+    alone, together = estimate(params), estimate(jax.device_put(params, shardings))
+    np.testing.assert_allclose(together.loss_plus, alone.loss_plus, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("sampler", "n"), [(zo.gaussian(), 3), (zo.rademacher(), 1)], ids=repr)
+def test_a_view_sees_what_perturbed_parameters_are(sampler, n):
+    lm = small_decoder()
+    loss_fn, batch = label_word_loss(lm, [3, 7]), token_batch(4, 9, 50)
+
+    def estimate(materialize_params):
+        return jax.jit(
+            lambda params: zo.spsa(
+                loss_fn,
+                params,
+                batch,
+                key=jax.random.key(6),
+                eps=1e-2,
+                sampler=sampler,
+                num_directions=n,
+                materialize_params=materialize_params,
+            )
+        )(lm.params)
+
+    lean, plain = estimate(False), estimate(True)
+    assert lean.loss_plus.shape == (n,)
+    np.testing.assert_allclose(lean.loss_plus, plain.loss_plus, rtol=2e-6)
+    np.testing.assert_allclose(lean.loss_minus, plain.loss_minus, rtol=2e-6)
+    np.testing.assert_allclose(lean.loss, plain.loss, rtol=2e-6)
+    np.testing.assert_allclose(lean.projected_grad, plain.projected_grad, atol=2e-4)
+    moved = np.abs(lean.loss_plus - lean.loss_minus)
+    assert (moved > 1e-4).all()
+
+
+def test_the_losses_and_their_difference_are_what_they_say():
+    params, key = small_params(), jax.random.key(4)
+    est = spsa(quadratic, params, BATCH, key=key, eps=0.125, num_directions=2)
+    z = compiled_directions(params, key)
+    at = lambda s: quadratic(jax.tree.map(lambda w, z: w + s * z, params, z), BATCH)  # noqa: E731
+    np.testing.assert_allclose(est.loss_plus[0], at(0.125), rtol=1e-6)
+    np.testing.assert_allclose(est.loss_minus[0], at(-0.125), rtol=1e-6)
+    np.testing.assert_array_equal(est.projected_grad, (est.loss_plus - est.loss_minus) / 0.25)
+    np.testing.assert_allclose(est.loss, (est.loss_plus + est.loss_minus).mean() / 2, rtol=1e-6)
+
+
+def test_n_directions_are_averaged():
+    params = {"w": jnp.ones(5), "layers": {"k": jnp.ones((2, 3))}}
+    est = spsa(quadratic, params, BATCH, key=jax.random.key(4), num_directions=3)
+    total, materialize = jax.tree.map(jnp.zeros_like, params), jax.jit(zo.materialize)
+    for j in range(3):
+        only = dataclasses.replace(est, projected_grad=est.projected_grad * (jnp.arange(3) == j))
+        total = jax.tree.map(jnp.add, total, materialize(only, params))
+    found = materialize(est, params)
+    np.testing.assert_allclose(flat(found), flat(total), rtol=1e-5, atol=1e-7)
+
+
+def test_select_moves_only_what_it_takes():
+    params = small_params()
+
+    def loss_fn(moved):
+        frozen = [
+            moved["layers"]["w"] - params["layers"]["w"],
+            moved["head"]["w"] - params["head"]["w"],
+        ]
+        return quadratic(moved, BATCH), sum(jnp.abs(x).max() for x in frozen)
+
+    est = spsa(loss_fn, params, key=jax.random.key(0), select=r"scale|bias")
+    assert est.aux == 0
+    grads = zo.materialize(est, params)
+    for path in (("layers", "w"), ("head", "w")):
+        assert not np.any(grads[path[0]][path[1]])
+    whole = compiled_directions(params, jax.random.key(0))
+    np.testing.assert_allclose(
+        grads["head"]["bias"], est.projected_grad[0] * whole["head"]["bias"], rtol=1e-6
+    )
+
+
+def test_the_loss_gets_one_key_for_all_its_evaluations():
+    def loss_fn(params, batch, *, key):
+        return jax.random.uniform(key), {"drawn": jax.random.uniform(key)}
+
+    run = jax.jit(lambda key: zo.spsa(loss_fn, {"w": jnp.ones(2)}, None, key=key, num_directions=3))
+    first, second = run(jax.random.key(0)), run(jax.random.key(1))
+    assert len(np.unique(np.concatenate([first.loss_plus, first.loss_minus]))) == 1
+    assert not first.projected_grad.any()
+    assert first.loss != second.loss
+
+
+def test_what_stands_beside_the_loss_is_averaged():
+    def loss_fn(params):
+        return jnp.float32(1), {
+            "w": params["w"],
+            "positive": params["w"] > 0,
+            "count": jnp.int32(4),
+        }
+
+    est = spsa(loss_fn, {"w": jnp.float32(0)}, key=jax.random.key(0), num_directions=4)
+    assert est.aux["w"] == 0
+    assert est.aux["positive"] == 0.5
+    assert est.aux["count"] == 4
+    assert {x.dtype for x in jax.tree.leaves(est.aux)} == {jnp.dtype("float32")}
+
+
+def test_value_and_grad_is_a_drop_in():
+    params = small_params()
+    est = spsa(quadratic, params, BATCH, key=jax.random.key(0), num_directions=2)
+    function = jax.jit(zo.value_and_grad(quadratic, num_directions=2))
+    value, grads = function(params, BATCH, key=jax.random.key(0))
+    assert value == est.loss
+    leaves_equal(grads, jax.jit(zo.materialize)(est, params))
+    with_aux = jax.jit(zo.value_and_grad(lambda p, b: (quadratic(p, b), b), has_aux=True))
+    (_, aux), grads = with_aux(params, BATCH, key=jax.random.key(0))
+    assert aux == BATCH
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+
+
+def test_half_precision_parameters_are_read_and_measured_in_float32():
+    params = small_params(jnp.bfloat16)
+    est = spsa(lambda p: flat(p).sum(), params, key=jax.random.key(0), eps=2.0**-3)
+    assert est.projected_grad.dtype == jnp.float32
+    assert {x.dtype for x in jax.tree.leaves(zo.materialize(est, params))} == {jnp.dtype("float32")}
+
+
+def test_a_loss_that_is_not_a_number_gives_no_slope():
+    est = zo.spsa(lambda p: p["w"].sum() * jnp.nan, {"w": jnp.ones(3)}, key=jax.random.key(0))
+    assert np.isnan(est.projected_grad).all()
+    assert np.isnan(est.loss)
+
+
+def test_a_loss_of_several_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"scalar, not an array of shape \(3,\)"):
+        zo.spsa(lambda params: params["w"], {"w": jnp.ones(3)}, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, zo.gaussian("threefry"), zo.rademacher("threefry")])
+def test_samplers_are_static_and_cross_jit(sampler):
+    assert jax.tree.leaves(sampler) == []
+    assert isinstance(sampler, zo.Sampler)
+    z = jax.jit(lambda sampler, key: sampler.sample(key, (200, 10)))(sampler, jax.random.key(0))
+    assert z.dtype == jnp.float32
+    assert abs(float(z.mean())) < 4.5 / 2000**0.5
+    assert hash(sampler) == hash(dataclasses.replace(sampler))
