@@ -120,11 +120,13 @@ def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
     return total
 
 
+@jax.jit
 def _inverse_normal(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """z with `erf(z / sqrt(2)) = x` to 1e-4, for float32 |x| < 1.
 
     Multiplications and additions only, which XLA fuses with the bits before and the update after:
-    `lax.erf_inv` makes two more arrays of the leaf's size, and takes longer.
+    `lax.erf_inv` makes two more arrays of the leaf's size, and takes longer. Compiled by itself
+    where nothing else is, since the rounding of `a * b + c` depends on compilation.
     """
     size = jnp.abs(x)
     word = lax.bitcast_convert_type(1 - size, jnp.int32)
