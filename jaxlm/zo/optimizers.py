@@ -169,7 +169,6 @@ def descend(
         def moved(value, shape, layer, rows):
             update = gradient_block(est, leaf.path, shape, layer, rows)
             if rate:
-                update = lax.optimization_barrier(update)  # of a*b + c*d, either product may fuse
                 update = update + rate * value.astype(update.dtype)
             change = -learning_rate * update
             return jnp.where(change == 0, value, views.add(value, change))  # -0.0 + 0.0 is 0.0
