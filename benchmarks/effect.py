@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import print_report
-
 from jaxlm.cli import config as configs
 from jaxlm.studies import quickstart
 

@@ -116,6 +116,14 @@ def _materialized(view: Perturbation, params):
     return paths.map_with_path(leaf_view, params)
 
 
+def check(eps: float, num_directions: int) -> None:
+    """Raises ValueError for an ε that is not positive, or no direction at all."""
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, not {eps}")
+    if num_directions < 1:
+        raise ValueError(f"num_directions must be at least 1, not {num_directions}")
+
+
 def spsa(
     loss_fn: Callable[..., Any],
     params: Any,
@@ -147,11 +155,17 @@ def spsa(
     Returns:
       The estimate, as scalars.
 
+    Raises:
+      ValueError: if eps is not positive, there is no direction, `select` takes nothing, or the loss
+        is not a scalar.
+
     >>> loss = lambda params: (params["w"] ** 2).sum()
     >>> est = spsa(loss, {"w": jnp.ones(3)}, key=jax.random.key(0))
     >>> est.projected_grad.shape
     (1,)
     """
+    check(eps, num_directions)
+    paths.mask(params, select)
     lean = _accepts(loss_fn, "view") and not materialize_params
     over_signs = (lambda f, x: jax.vmap(f)(x)) if lean else lax.map
     signs = jnp.array([eps, -eps], jnp.float32)
@@ -170,7 +184,7 @@ def spsa(
         loss=losses.mean(),
         loss_plus=plus,
         loss_minus=minus,
-        projected_grad=(plus - minus) / (2 * eps),
+        projected_grad=(plus - minus) / (signs[0] - signs[1]),
         key=key,
         aux=jax.tree.map(lambda x: x.astype(jnp.result_type(x, jnp.float32)).mean((0, 1)), aux),
         sampler=sampler,

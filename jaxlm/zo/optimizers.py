@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxlm.core import paths, views
-from jaxlm.zo.estimators import SPSAEstimate, gradient_block, materialize, spsa
+from jaxlm.core import paths
+from jaxlm.zo.estimators import SPSAEstimate, check, gradient_block, materialize, spsa
 from jaxlm.zo.samplers import Gaussian, Sampler
 
 BLOCK = 2**22
@@ -73,13 +73,6 @@ class ZerothOrderOptimizer(NamedTuple):
     step: Callable[..., Any]
 
 
-def _check(eps: float, num_directions: int) -> None:
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, not {eps}")
-    if num_directions < 1:
-        raise ValueError(f"num_directions must be at least 1, not {num_directions}")
-
-
 def _value(learning_rate: ScalarOrSchedule, step) -> Array:
     value = learning_rate(step) if callable(learning_rate) else learning_rate
     return jnp.asarray(value, jnp.float32)
@@ -121,7 +114,7 @@ def mezo(
     >>> int(state.step)
     1
     """
-    _check(eps, num_directions)
+    check(eps, num_directions)
 
     def init(params, key):
         paths.check_unique_hashes(params)
@@ -168,10 +161,12 @@ def descend(
 
         def moved(value, shape, layer, rows):
             update = gradient_block(est, leaf.path, shape, layer, rows)
+            old = value.astype(jnp.promote_types(value.dtype, update.dtype))
+            # One product in each sum, so that no compiler has two ways to contract it.
+            new = old - learning_rate * update
             if rate:
-                update = update + rate * value.astype(update.dtype)
-            change = -learning_rate * update
-            return jnp.where(change == 0, value, views.add(value, change))  # -0.0 + 0.0 is 0.0
+                new = new - learning_rate * rate * old
+            return jnp.where(new == old, value, new.astype(value.dtype))
 
         return _over_blocks(moved, leaf)
 
@@ -263,7 +258,7 @@ def scale_by_spsa(
     """
     import optax
 
-    _check(eps, num_directions)
+    check(eps, num_directions)
 
     def init(params):
         paths.check_unique_hashes(params)

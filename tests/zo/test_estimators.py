@@ -284,3 +284,19 @@ def test_samplers_are_static_and_cross_jit(sampler):
     assert z.dtype == jnp.float32
     assert abs(float(z.mean())) < 4.5 / 2000**0.5
     assert hash(sampler) == hash(dataclasses.replace(sampler))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eps": 0.0}, "eps must be positive, not 0.0"),
+        ({"num_directions": 0}, "num_directions must be at least 1, not 0"),
+        ({"select": "nothing"}, "select='nothing' takes no parameter; paths are w"),
+    ],
+)
+def test_settings_that_estimate_nothing_are_refused(options, message):
+    def loss(params):
+        return params["w"].sum()
+
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        zo.spsa(loss, {"w": jnp.ones(2)}, key=jax.random.key(0), **options)
