@@ -20,6 +20,7 @@ from typing import Any, Literal
 from jaxlm.cli import config as configs
 from jaxlm.core.errors import UserError
 from jaxlm.data import TaskConfig, load_task, prepare, task_config
+from jaxlm.train.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +43,22 @@ def run(args: Sequence[str]) -> None:
     """The command `jaxlm evaluate`."""
     path, overrides = configs.parse_args(args)
     file = Path(path) if path else None
+    offsets = None
     if file is not None and file.suffix not in (".yaml", ".yml"):
         overrides.setdefault("model", str(path))
-        stored = file / "config.yaml"
-        file = stored if stored.exists() and "task.name" not in overrides else None
+        own_task = (file / "config.yaml").exists() and "task.name" not in overrides
+        offsets = RunFolder(file).option_offsets() if own_task else None
+        file = file / "config.yaml" if own_task else None
     known = {f.name for f in fields(EvaluateConfig)}
     config = configs.load(EvaluateConfig, file, overrides, only=known)
-    print(json.dumps(evaluate(config, base_dir=file.parent if file else None), indent=2))
+    base_dir = file.parent if file else None
+    print(json.dumps(evaluate(config, base_dir=base_dir, offsets=offsets), indent=2))
 
 
-def evaluate(config: EvaluateConfig, *, base_dir: Path | None = None) -> dict[str, Any]:
-    """Scores one split and returns the accuracies."""
+def evaluate(
+    config: EvaluateConfig, *, base_dir: Path | None = None, offsets: Any = None
+) -> dict[str, Any]:
+    """Scores one split, less `offsets` if there are any, and returns the accuracies."""
     task = load_task(config.task, seed=config.seed, base_dir=base_dir)
     if not getattr(task, config.split):
         raise UserError(f"task has no {config.split} examples: give task.{config.split}.")
@@ -65,7 +71,9 @@ def evaluate(config: EvaluateConfig, *, base_dir: Path | None = None) -> dict[st
     if lm.config.head == "none":
         raise UserError(f"{config.model} has no head to evaluate: fine-tune it first.")
     encoded = prepare(task, lm.tokenizer, kind=lm.config.kind, max_length=lm.config.max_positions)
-    scorer = Program(functools.partial(evaluation.option_scores, lm.apply, encoded.token_ids))
+    scorer = Program(
+        functools.partial(evaluation.option_scores, lm.apply, encoded.token_ids, offsets=offsets)
+    )
     score = functools.partial(
         evaluation.score_split, scorer, lm.params, encoded, batch_size=config.eval_batch_size
     )

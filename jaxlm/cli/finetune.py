@@ -17,10 +17,10 @@ A configuration:
   seed: 0
   output: runs/subj              # the run's folder
 
-More keys: eval_every, checkpoint_every, log_every, eval_batch_size, param_dtype, and under
-optimizer schedule, warmup, weight_decay, select, num_directions, sampler. The same command goes on
-with a run that was stopped and shows the table of one that is finished; `--resume=never` refuses
-both.
+More keys: calibrate (start from calibrated scores), eval_every, checkpoint_every, log_every,
+eval_batch_size, param_dtype, and under optimizer schedule, warmup, weight_decay, select,
+num_directions, sampler. The same command goes on with a run that was stopped and shows the table of
+one that is finished; `--resume=never` refuses both.
 """
 
 from collections.abc import Sequence
@@ -83,6 +83,7 @@ def show(summary: dict[str, Any], output: str) -> None:
     table = Table(title=f"{summary['task']}: {summary['model']}", show_header=False)
     rows = {
         "zero-shot test accuracy": percent(summary["zero_shot"]["accuracy"]),
+        "zero-shot, calibrated": percent(summary["zero_shot"]["calibrated_accuracy"]),
         "validation accuracy": percent(summary["validation"]["accuracy"]),
         "test accuracy": percent(summary["test"]["accuracy"]),
         "steps (tested)": f"{summary['steps']} ({summary['tested_step']})",

@@ -27,6 +27,7 @@ def option_scores(
     params: Params,
     batch: Batch,
     *,
+    offsets: Float[Any, " C"] | None = None,
     view: Any = None,
 ) -> Float[Array, "B C"]:
     r"""Scores the options of each example; the highest is the prediction.
@@ -40,6 +41,7 @@ def option_scores(
         token_ids: the label words' tokens; None for options of several tokens.
         params: the model's parameters.
         batch: as collated by `jaxlm.data`.
+        offsets: taken from the scores, `calibration_offsets(...)`.
         view: see `jaxlm.core.views`.
 
     Returns:
@@ -56,7 +58,8 @@ def option_scores(
             token_ids=jnp.asarray(token_ids),
             view=view,
         )
-        return logits_BxC.astype(jnp.promote_types(logits_BxC.dtype, jnp.float32))
+        scores = logits_BxC.astype(jnp.promote_types(logits_BxC.dtype, jnp.float32))
+        return scores if offsets is None else scores - jnp.asarray(offsets)[None]
     examples, options = batch["positions"].shape[:2]
     names = ("input_ids", "attention_mask", "positions", "targets", "target_mask")
     ids, attention, positions, targets, mask = (
@@ -64,7 +67,8 @@ def option_scores(
     )
     logits = apply(params, ids, attention, positions=positions, view=view)
     means = jnp.sum(token_log_probs(logits, targets) * mask, axis=-1) / jnp.sum(mask, axis=-1)
-    return means.reshape(examples, options)
+    scores = means.reshape(examples, options)
+    return scores if offsets is None else scores - jnp.asarray(offsets)[None]
 
 
 def score_split(
@@ -105,11 +109,26 @@ def accuracy(scores: Float[Any, "N C"], labels: Int[Any, " N"]) -> float:
     return float(np.mean(np.argmax(scores, axis=1) == labels))
 
 
-def calibrate(scores: Float[Any, "N C"], unlabelled: Float[Any, "M C"]) -> Float[np.ndarray, "N C"]:
-    r"""Takes from each option its median on other text: $\tilde s_c - \mathrm{med}\,\tilde u_c$.
+def calibration_offsets(unlabelled: Float[Any, "M C"]) -> Float[np.ndarray, " C"]:
+    r"""How much a model prefers each option whatever the text: $\mathrm{med}_m\,\tilde u_{mc}$.
 
-    $\tilde s$ are scores centred over the options of an example. With two options this thresholds
-    their difference at its median over the unlabelled text.
+    $\tilde u$ are scores centred over the options of a text. A model that is trained on scores less
+    these offsets starts from its calibrated predictions, and has no such preference to unlearn.
+
+    Args:
+        unlabelled: scores of text of the task; labels are not needed.
+
+    >>> calibration_offsets(np.array([[0.0, 4.0], [0.0, 6.0], [0.0, 7.0]]))
+    array([-3.,  3.])
+    """
+    unlabelled = np.asarray(unlabelled)
+    return np.median(unlabelled - unlabelled.mean(axis=1, keepdims=True), axis=0)
+
+
+def calibrate(scores: Float[Any, "N C"], unlabelled: Float[Any, "M C"]) -> Float[np.ndarray, "N C"]:
+    r"""Centres scores over the options and takes `calibration_offsets(unlabelled)` from them.
+
+    With two options this thresholds their difference at its median over the unlabelled text.
 
     Args:
         scores: scores of the examples to predict.
@@ -121,9 +140,8 @@ def calibrate(scores: Float[Any, "N C"], unlabelled: Float[Any, "M C"]) -> Float
     >>> calibrate(np.array([[0.0, 5.0]]), np.array([[0.0, 4.0], [0.0, 6.0], [0.0, 7.0]]))
     array([[ 0.5, -0.5]])
     """
-    scores, unlabelled = np.asarray(scores), np.asarray(unlabelled)
-    usual = unlabelled - unlabelled.mean(axis=1, keepdims=True)
-    return scores - scores.mean(axis=1, keepdims=True) - np.median(usual, axis=0)
+    scores = np.asarray(scores)
+    return scores - scores.mean(axis=1, keepdims=True) - calibration_offsets(unlabelled)
 
 
 def majority_accuracy(train_labels: Int[Any, " N"], labels: Int[Any, " M"]) -> float:

@@ -6,7 +6,6 @@ of that rests on pretraining. Adam and a linear probe say what gradients and pla
 give.
 """
 
-import dataclasses
 import functools
 import time
 from dataclasses import dataclass, field
@@ -47,7 +46,8 @@ class QuickstartConfig:
         model: folder or hub id; null means the model that comes with the package.
         task: the task.
         seed: of the batches, of MeZO's directions and of the random initialisation.
-        unlabelled: training texts, labels unused, on whose scores zero-shot is calibrated.
+        unlabelled: training texts, labels unused, on whose scores a model is calibrated.
+        calibrate: whether training starts from the calibrated scores of its first parameters.
         eval_batch_size: examples in a forward pass of evaluation.
         log_every: steps in one dispatch.
         mezo: MeZO from the pretrained parameters.
@@ -59,6 +59,7 @@ class QuickstartConfig:
     task: TaskConfig = field(metadata={"make": task_config})
     seed: int = 0
     unlabelled: int = 1000
+    calibrate: bool = False
     eval_batch_size: int = 50
     log_every: int = 10
     mezo: Training
@@ -145,16 +146,13 @@ def majority(where: Setting) -> Row:
 
 def zero_shot(where: Setting) -> tuple[Row, Row]:
     """The pretrained model as it is; and calibrated at the median scores of unlabelled text."""
-    from jaxlm.evaluation import accuracy, calibrate
+    from jaxlm.evaluation import accuracy
 
     begin = time.perf_counter()
-    scores, labels = _score(where, where.lm.params, "test")
+    scores, labels = _score(where, where.lm.params)
     raw = Row("zero-shot", accuracy(scores, labels), 0, 0, where.scorer.peak_bytes, _since(begin))
-    few = where.encoded.train[: where.config.unlabelled]
-    part = where._replace(encoded=dataclasses.replace(where.encoded, train=few))
-    unlabelled, _ = _score(part, where.lm.params, "train")
-    calibrated = accuracy(calibrate(scores, unlabelled), labels)
-    passes = -(-len(few) // where.config.eval_batch_size)
+    offsets, passes = _offsets(where, where.lm.params)
+    calibrated = accuracy(scores - offsets, labels)
     row = Row("zero-shot, calibrated", calibrated, passes, 0, raw.peak_bytes, _since(begin))
     return raw, row
 
@@ -171,6 +169,7 @@ def train(
     """Trains from `params`, which stay as they are, and tests the last parameters."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from jaxlm.evaluation import accuracy
     from jaxlm.train.logging import Progress
@@ -181,7 +180,10 @@ def train(
     begin = time.perf_counter()
     seed = where.config.seed if seed is None else seed
     steps = training.steps
-    loss_fn = classification_objective(where.lm.apply, where.encoded.token_ids)
+    offsets, passes = np.zeros(len(where.encoded.labels), np.float32), 0
+    if where.config.calibrate:
+        offsets, passes = _offsets(where, params)
+    loss_fn = classification_objective(where.lm.apply, where.encoded.token_ids, offsets=offsets)
     chosen = method(training.optimizer, loss_fn, steps)
     with Progress(steps, quiet=quiet) as progress:
         progress.say(f"{name}: {steps} steps of {training.batch_size} texts")
@@ -198,9 +200,11 @@ def train(
             key=jax.random.key(seed),
             progress=progress,
         )
-    result = accuracy(*_score(where, outcome.state.params, "test"))
-    passes = (chosen.forwards * steps, chosen.backwards * steps)
-    return Row(name, result, *passes, outcome.peak_bytes, _since(begin))
+    scores, labels = _score(where, outcome.state.params)
+    result = accuracy(scores - offsets, labels)
+    passes += chosen.forwards * steps
+    backwards = chosen.backwards * steps
+    return Row(name, result, passes, backwards, outcome.peak_bytes, _since(begin))
 
 
 def random_params(where: Setting, seed: int) -> Params:
@@ -234,11 +238,19 @@ def probe(where: Setting) -> Row:
     return Row("logistic regression", result, 0, 0, None, _since(begin))
 
 
-def _score(where: Setting, params: Params, split: Any) -> Any:
+def _score(where: Setting, params: Params) -> Any:
     from jaxlm.evaluation import score_split
 
     size = where.config.eval_batch_size
-    return score_split(where.scorer, params, where.encoded, split, batch_size=size)
+    return score_split(where.scorer, params, where.encoded, "test", batch_size=size)
+
+
+def _offsets(where: Setting, params: Params) -> tuple[Any, int]:
+    from jaxlm.train.run import option_offsets
+
+    size, texts = where.config.eval_batch_size, where.config.unlabelled
+    offsets = option_offsets(where.scorer, params, where.encoded, batch_size=size, texts=texts)
+    return offsets, -(-min(texts, len(where.encoded.train)) // size)
 
 
 def _since(begin: float) -> float:

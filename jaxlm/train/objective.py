@@ -7,18 +7,24 @@ them; `view` reaches the model and spares a copy of the parameters.
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxlm.evaluation.classification import Apply, option_scores, token_log_probs
 from jaxlm.typing import Batch, LossFn, Params
 
 
-def classification_objective(apply: Apply, token_ids: Int[Any, " C"] | None = None) -> LossFn:
+def classification_objective(
+    apply: Apply,
+    token_ids: Int[Any, " C"] | None = None,
+    *,
+    offsets: Float[Any, " C"] | None = None,
+) -> LossFn:
     r"""Cross-entropy over options, $-\log \mathrm{softmax}(s)_y$, averaged over the batch.
 
     Args:
         apply: the model's forward pass, `lm.apply`.
         token_ids: the label words' tokens, `encoded.token_ids`; None for options of several tokens.
+        offsets: taken from the scores; see `jaxlm.evaluation.calibration_offsets`.
 
     Returns:
         `loss_fn(params, batch, *, key=None, view=None) -> (loss, {"accuracy"})`. Rows with
@@ -27,7 +33,7 @@ def classification_objective(apply: Apply, token_ids: Int[Any, " C"] | None = No
 
     def loss_fn(params: Params, batch: Batch, *, key: Any = None, view: Any = None) -> Any:
         del key
-        scores_BxC = option_scores(apply, token_ids, params, batch, view=view)
+        scores_BxC = option_scores(apply, token_ids, params, batch, offsets=offsets, view=view)
         labels, weights = jnp.asarray(batch["labels"]), batch["weights"]
         losses = -token_log_probs(scores_BxC, labels)
         count = jnp.sum(weights)

@@ -1,5 +1,6 @@
 """Fine-tuning from a configuration to a summary: data, model, zero-shot, training, test."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,8 @@ class FinetuneConfig(LoopConfig):
         model: folder or hub id; null means the model that comes with the package.
         task: the task, or the name of a shipped one.
         optimizer: one of `jaxlm.train.optimizers.OPTIMIZERS`, by its name.
+        calibrate: whether scores are taken less the first model's `option_offsets`, in training and
+            after it, so that training starts from calibrated zero-shot.
         batch_size: training examples in a step.
         eval_batch_size: examples in a forward pass of evaluation.
         seed: of the k examples drawn, the order of the batches, and the optimizer's randomness.
@@ -30,6 +33,7 @@ class FinetuneConfig(LoopConfig):
     model: str | None = None
     task: TaskConfig = field(metadata={"make": task_config})
     optimizer: Optimizer = field(default=Mezo(), metadata={"registry": OPTIMIZERS})
+    calibrate: bool = False
     steps: int = 500
     batch_size: int = 16
     eval_batch_size: int = 64
@@ -123,6 +127,24 @@ def with_head(lm: Any, num_labels: int, *, seed: int) -> Any:
     return add_classifier(lm, num_labels, jax.random.key(seed))
 
 
+def option_offsets(
+    scorer: Any, params: Any, encoded: Any, *, batch_size: int, texts: int = 1000
+) -> Any:
+    """Calibration offsets [C] of `params` on the first training texts, whose labels are not used.
+
+    Args:
+        scorer: compiled `(params, batch) -> [B, C]`, without offsets.
+        params: the model's parameters.
+        encoded: a `jaxlm.data.EncodedTask`.
+        batch_size: examples in a forward pass.
+        texts: how many texts.
+    """
+    from jaxlm.evaluation import calibration_offsets, score_split
+
+    few = dataclasses.replace(encoded, train=encoded.train[:texts])
+    return calibration_offsets(score_split(scorer, params, few, "train", batch_size=batch_size)[0])
+
+
 def _run(config: FinetuneConfig, folder: RunFolder, lm: Any, encoded: Any) -> dict[str, Any]:
     import functools
 
@@ -136,10 +158,12 @@ def _run(config: FinetuneConfig, folder: RunFolder, lm: Any, encoded: Any) -> di
     from jaxlm.train.state import Program, device_peak_bytes, method
 
     scorer = Program(functools.partial(option_scores, lm.apply, encoded.token_ids))
+    offsets = None
 
     def evaluate(split: Literal["validation", "test"], params: Any) -> float:
         size = config.eval_batch_size
-        return accuracy(*score_split(scorer, params, encoded, split, batch_size=size))
+        scores, labels = score_split(scorer, params, encoded, split, batch_size=size)
+        return accuracy(scores if offsets is None else scores - offsets, labels)
 
     def validate(params: Any) -> dict[str, float]:
         return {"validation_accuracy": evaluate("validation", params)}
@@ -150,12 +174,19 @@ def _run(config: FinetuneConfig, folder: RunFolder, lm: Any, encoded: Any) -> di
     with Progress(config.steps, start=start or 0, log=folder.log) as progress:
         progress.say(f"start from step {start}" if start is not None else f"start {folder.path}")
         if start is None:
-            zero_shot = evaluate("test", lm.params)
-            folder.metrics.append({"step": 0, "zero_shot_accuracy": zero_shot})
-            progress.say(f"zero-shot test accuracy {zero_shot:.4f}")
+            first = {"step": 0, "zero_shot_accuracy": evaluate("test", lm.params)}
+            if config.calibrate:
+                offsets = option_offsets(
+                    scorer, lm.params, encoded, batch_size=config.eval_batch_size
+                )
+                first["calibrated_accuracy"] = evaluate("test", lm.params)
+                first["option_offsets"] = offsets.tolist()
+            folder.metrics.append(first)
+            progress.say(f"zero-shot test accuracy {first['zero_shot_accuracy']:.4f}")
         else:
-            zero_shot = folder.metrics.read()[0]["zero_shot_accuracy"]
-        loss_fn = classification_objective(lm.apply, encoded.token_ids)
+            offsets = folder.option_offsets()
+        zero_shot = folder.metrics.read()[0]
+        loss_fn = classification_objective(lm.apply, encoded.token_ids, offsets=offsets)
         outcome = fit(
             method(config.optimizer, loss_fn, config.steps),
             lm.params,
@@ -180,7 +211,10 @@ def _run(config: FinetuneConfig, folder: RunFolder, lm: Any, encoded: Any) -> di
     return {
         "model": config.model or "shipped",
         "task": config.task.name,
-        "zero_shot": {"accuracy": zero_shot},
+        "zero_shot": {
+            "accuracy": zero_shot["zero_shot_accuracy"],
+            "calibrated_accuracy": zero_shot.get("calibrated_accuracy"),
+        },
         "validation": {"accuracy": record.best_value},
         "test": {"accuracy": test},
         "tested_step": config.steps if record.best_step is None else record.best_step,

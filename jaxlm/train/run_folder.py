@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from jaxlm.core.errors import UserError
 from jaxlm.train.logging import Metrics, write_atomic, write_json
 
@@ -96,6 +98,12 @@ class RunFolder:
 
         file = self.path / "config.yaml"
         return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def option_offsets(self) -> np.ndarray | None:
+        """What the run takes from the score of each option, [C]; None where it takes nothing."""
+        rows = self.metrics.read() if self.metrics.path.exists() else []
+        offsets = rows[0].get("option_offsets") if rows else None
+        return None if offsets is None else np.asarray(offsets, np.float32)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`; the run is then finished."""

@@ -93,6 +93,20 @@ def test_rows_of_weight_0_do_not_count(params):
     assert aux["accuracy"] == expected_aux["accuracy"]
 
 
+@pytest.mark.parametrize("form", ["label_words", "options"])
+def test_offsets_are_taken_from_scores_and_so_from_the_loss(params, form):
+    words, batch = np.array([5, 2]), label_words_batch()
+    ids, batch = (words, batch) if form == "label_words" else (None, options_batch(words, batch))
+    offsets = np.array([0.5, -2.0], np.float32)
+    plain = np.asarray(option_scores(apply, ids, params, batch), np.float64)
+    shifted = plain - offsets
+    scores = option_scores(apply, ids, params, batch, offsets=offsets)
+    np.testing.assert_allclose(scores, shifted, rtol=1e-6)
+    logp = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    loss, _ = classification_objective(apply, ids, offsets=offsets)(params, batch)
+    np.testing.assert_allclose(loss, -(logp[0, 1] + logp[1, 0]) / 2, rtol=1e-5)
+
+
 def test_lm_loss_is_the_mean_surprise_of_all_but_the_first_token(params):
     ids = np.array([[1, 2, 3], [4, 5, 6]], np.int32)
     table = np.asarray(params["table"], np.float64)

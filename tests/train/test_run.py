@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+import jaxlm.train.run
 from jaxlm.cli import config as configs
+from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.train.run import FinetuneConfig, finetune, load_model
 from tests.tiny import sentences, write_jsonl, write_run
@@ -96,6 +98,38 @@ def test_options_of_several_tokens(run_yaml):
     assert start(run_yaml, steps=2, **ADAM, **{"task.labels": "[good good, bad]"})["steps"] == 2
 
 
+def test_a_calibrated_run_starts_from_calibrated_zero_shot_and_keeps_its_offsets(
+    run_yaml, capsys, monkeypatch
+):
+    summary = start(run_yaml, steps=0, calibrate="true")
+    raw, calibrated = (summary["zero_shot"][key] for key in ("accuracy", "calibrated_accuracy"))
+    assert summary["test"]["accuracy"] == calibrated != raw
+    monkeypatch.chdir(run_yaml.parent)
+    capsys.readouterr()
+    assert main(["evaluate", "run"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == calibrated
+
+
+def test_a_calibrated_run_that_goes_on_takes_the_offsets_it_began_with(run_yaml, monkeypatch):
+    whole = {
+        "steps": 4,
+        "checkpoint_every": 2,
+        "eval_every": 2,
+        "log_every": 2,
+        "calibrate": "true",
+    }
+    first = start(run_yaml, **whole)
+    folder = run_yaml.parent / "run"
+    (folder / "summary.json").unlink()
+    monkeypatch.setattr(jaxlm.train.run, "option_offsets", None)
+    again = start(run_yaml, **whole)
+    assert {**first, "seconds": 0} == {
+        **again,
+        "seconds": 0,
+        "peak_memory_bytes": first["peak_memory_bytes"],
+    }
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(run_yaml):
     overrides = {**ADAM, "optimizer.learning_rate": 1e38, "optimizer.weight_decay": 1e10}
     with pytest.raises(UserError, match=r"the checkpoint of step 0 is kept"):
@@ -107,4 +141,4 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(run_
 
 def test_zero_steps_test_the_model_as_it_is(run_yaml):
     summary = start(run_yaml, steps=0)
-    assert summary["test"] == summary["zero_shot"]
+    assert summary["test"]["accuracy"] == summary["zero_shot"]["accuracy"]
