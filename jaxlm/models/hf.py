@@ -202,15 +202,17 @@ class _Checkpoint:
                     f"its weights are incomplete, or not those of a {config.family} model"
                 )
             row, name = found
-            stored, (index, count) = self.tensor(name), row.part
+            stored = self.tensor(name)
             value = stored.T if row.transpose else stored
-            wanted = (*block.shape[:-1], count * block.shape[-1])
+            wanted = (*block.shape[:-1], row.part[1] * block.shape[-1])
             if value.shape != wanted:
                 raise UserError(
                     f"{self.folder}: {name} has the shape {list(stored.shape)}, {CONFIG} asks for "
                     f"{list(wanted[::-1] if row.transpose else wanted)}; one of them is wrong"
                 )
-            block[...] = np.split(value, count, axis=-1)[index]
+            index, count = row.part
+            grouped = value.reshape(*block.shape[:-1], row.groups, count, -1)
+            block[...] = grouped[..., index, :].reshape(block.shape)
         return host
 
 
@@ -267,7 +269,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _export(config: ModelConfig, module: ModuleType, flat) -> dict[str, np.ndarray]:
-    parts: dict[str, dict[int, np.ndarray]] = {}
+    tensors: dict[str, np.ndarray] = {}
     shapes = param_shapes(config)
     for row in module.names(config):
         if row.path not in shapes:
@@ -276,10 +278,17 @@ def _export(config: ModelConfig, module: ModuleType, flat) -> dict[str, np.ndarr
             raise UserError(f"the parameters have no {row.path} of shape {list(shapes[row.path])}")
         host = np.asarray(flat[row.path])
         name = row.hf.removeprefix(module.PREFIX) if config.head == "none" else row.hf
+        index, count = row.part
         for layer, value in enumerate(host if row.path.startswith("layers.") else host[None]):
-            value = value.T if row.transpose else value
-            parts.setdefault(name.format(layer=layer), {})[row.part[0]] = value
-    return {
-        name: np.ascontiguousarray(np.concatenate([p for _, p in sorted(part.items())], axis=-1))
-        for name, part in parts.items()
-    }
+            shape = (*value.shape[:-1], count * value.shape[-1])
+            tensor = tensors.setdefault(
+                name.format(layer=layer),
+                np.empty(shape[::-1] if row.transpose else shape, host.dtype),
+            )
+            whole = tensor.T if row.transpose else tensor
+            grouped = value.reshape(*value.shape[:-1], row.groups, -1)
+            size = grouped.shape[-1]
+            for group in range(row.groups):
+                start = (group * count + index) * size
+                whole[..., start : start + size] = grouped[..., group, :]
+    return tensors

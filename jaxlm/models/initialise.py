@@ -17,11 +17,12 @@ def _linear(path: str, size_in: int, size_out: int, bias: bool) -> Shapes:
     return shapes | ({path + ".bias": (size_out,)} if bias else {})
 
 
-def _norm(path: str, config: ModelConfig) -> Shapes:
+def _norm(path: str, config: ModelConfig, size: int | None = None) -> Shapes:
     if not config.norm_affine:
         return {}
-    shapes: Shapes = {path + ".scale": (config.hidden_size,)}
-    return shapes | ({path + ".bias": (config.hidden_size,)} if config.norm == "layernorm" else {})
+    shape = (config.hidden_size if size is None else size,)
+    shapes: Shapes = {path + ".scale": shape}
+    return shapes | ({path + ".bias": shape} if config.norm == "layernorm" else {})
 
 
 def _embed_shapes(config: ModelConfig) -> Shapes:
@@ -45,6 +46,13 @@ def _layer_shapes(config: ModelConfig) -> Shapes:
     queries = config.num_heads * config.head_size
     keys = config.num_kv_heads * config.head_size
     shapes = _norm("layers.attention_norm", config) | _norm("layers.mlp_norm", config)
+    if config.norm_position == "both":
+        shapes |= _norm("layers.attention_out_norm", config) | _norm("layers.mlp_out_norm", config)
+    if config.query_key_norm is not None:
+        whole = config.query_key_norm == "all"
+        for name, size in (("q", queries), ("k", keys)):
+            path = f"layers.attention.{name}_norm"
+            shapes |= _norm(path, config, size if whole else config.head_size)
     for name, size in (("q", queries), ("k", keys), ("v", keys)):
         shapes |= _linear(f"layers.attention.{name}_proj", width, size, config.attention_bias)
     shapes |= _linear("layers.attention.o_proj", queries, width, config.output_bias)
@@ -94,7 +102,7 @@ def init_leaf(
     """One leaf of `init_params`."""
     name = path.rsplit(".", 1)[1]
     if name in ("scale", "bias"):
-        return jnp.full(shape, float(name == "scale"), dtype)
+        return jnp.full(shape, 1 - config.norm_offset if name == "scale" else 0.0, dtype)
     depth = (
         math.sqrt(2 * config.num_layers)
         if path.endswith(("o_proj.kernel", "down_proj.kernel"))

@@ -39,7 +39,9 @@ class Context:
         leaf = lookup(params, path)
         if leaf is None:
             return None
-        return views.apply(self.view, path, leaf, self.layer, rows=rows)
+        seen = views.apply(self.view, path, leaf, self.layer, rows=rows)
+        dtype = self.config.compute_dtype
+        return seen if dtype is None else jax.tree.map(lambda x: x.astype(dtype), seen)
 
     def out(self, path: str, op: taps.Op, x: Array, y: Array) -> Array:
         return taps.apply(self.tap, path, op, x, y, self.layer)
@@ -75,6 +77,8 @@ def norm(params, path: str, x, ctx: Context):
     y = wide.astype(x.dtype)
     scale = ctx.read(params, path + ".scale")
     if scale is not None:
+        if ctx.config.norm_offset:
+            scale = scale + jnp.asarray(ctx.config.norm_offset, scale.dtype)
         y = ctx.out(path + ".scale", "scale", y, y * _broadcast(scale, y))
     return add_bias(params, path, y, ctx)
 

@@ -6,6 +6,7 @@ The parameter tree, with a leading axis L on every leaf under `layers`:
     embed.token_types.embedding [S, D]  embed.norm.{scale, bias} [D]
     embed.project_in.kernel [E, D]      embed.project_out.kernel [D, E]
     layers.attention.{q,k,v,o}_proj.{kernel, bias}    layers.attention_norm.{scale, bias}
+    layers.attention.{q,k}_norm.scale                 layers.{attention,mlp}_out_norm.scale
     layers.mlp.{gate,up,down}_proj.{kernel, bias}     layers.mlp_norm.{scale, bias}
     final_norm.{scale, bias}            lm_head.{embedding [V, E], bias [V]}
     mlm.dense.{kernel, bias}            mlm.norm.{scale, bias}
@@ -13,15 +14,52 @@ The parameter tree, with a leading axis L on every leaf under `layers`:
 """
 
 import dataclasses
+import functools
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxlm.models import attention
+from jaxlm.models import rotary
+from jaxlm.models.attention import IMPLEMENTATIONS, Mask
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.layers import ACTIVATIONS, Context, dense, embed, head, norm
+
+EVERYTHING = 2**30
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("keys", "values", "mask", "positions", "length"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The keys and values of the tokens that were read, of at most S tokens a row.
+
+    Attributes:
+      keys, values: [L, B, G, S, K].
+      mask: int32 [B, S], 1 at tokens.
+      positions: int32 [B, S], positions of the tokens.
+      length: int32, how many of the S places are taken.
+    """
+
+    keys: Float[Array, "L B G S K"]
+    values: Float[Array, "L B G S K"]
+    mask: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    length: Int[Array, ""]
+
+
+def empty_cache(config: ModelConfig, batch: int, size: int, dtype: Any) -> Cache:
+    """A cache for `size` tokens in each of `batch` rows."""
+    shape = (config.num_layers, batch, config.num_kv_heads, size, config.head_size)
+    row = jnp.zeros((batch, size), jnp.int32)
+    values = jnp.zeros(shape, dtype)
+    return Cache(values, values, row, row, jnp.zeros((), jnp.int32))
 
 
 def positions_from_mask(attention_mask: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -32,6 +70,8 @@ def positions_from_mask(attention_mask: Int[Array, "B T"]) -> Int[Array, "B T"]:
 def _embed(params, ctx: Context, input_ids, position_ids, token_type_ids):
     config = ctx.config
     x = embed(params, "embed.tokens", input_ids, ctx)
+    if config.embedding_scale is not None:
+        x = x * jnp.asarray(config.embedding_scale, x.dtype)
     if config.embedding_size != config.hidden_size:
         x = dense(params, "embed.project_in", x, ctx)
     if config.positions == "learned":
@@ -42,21 +82,52 @@ def _embed(params, ctx: Context, input_ids, position_ids, token_type_ids):
     return norm(params, "embed.norm", x, ctx) if config.embedding_norm else x
 
 
-def _attention(params, x_BxTxD, ctx: Context, position_ids, mask):
+def _queries_keys_values(params, x_BxTxD, ctx: Context, turns):
     config = ctx.config
     batch, length, _ = x_BxTxD.shape
-    heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
-    q, k, v = (
-        dense(params, f"layers.attention.{name}_proj", x_BxTxD, ctx).reshape(
-            batch, length, count, config.head_size
-        )
-        for name, count in heads.items()
-    )
-    if config.positions == "rotary":
-        q = attention.rotate(q, position_ids, config.rope_theta)
-        k = attention.rotate(k, position_ids, config.rope_theta)
-    out = attention.attend(q, k, v, mask).reshape(batch, length, -1)
-    return dense(params, "layers.attention.o_proj", out, ctx)
+
+    def project(name, heads):
+        y = dense(params, f"layers.attention.{name}_proj", x_BxTxD, ctx)
+        if config.clip_qkv is not None:
+            y = jnp.clip(y, -config.clip_qkv, config.clip_qkv)
+        if config.query_key_norm == "all" and name != "v":
+            y = norm(params, f"layers.attention.{name}_norm", y, ctx)
+        y = y.reshape(batch, length, heads, config.head_size)
+        if config.query_key_norm == "head" and name != "v":
+            y = norm(params, f"layers.attention.{name}_norm", y, ctx)
+        return y if turns is None or name == "v" else rotary.rotate(y, *turns)
+
+    groups = config.num_kv_heads
+    return project("q", config.num_heads), project("k", groups), project("v", groups)
+
+
+def _attention(params, x_BxTxD, ctx: Context, turns, mask, cached):
+    config = ctx.config
+    q, k, v = _queries_keys_values(params, x_BxTxD, ctx, turns)
+    if cached is not None:
+        cached, k, v = _extend(cached, ctx.layer, k, v)
+    scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
+    attend = IMPLEMENTATIONS[config.attention]
+    out = attend(q, k, v, mask, scale=scale, cap=config.attention_cap)
+    out = out.reshape(*x_BxTxD.shape[:2], -1)
+    return dense(params, "layers.attention.o_proj", out, ctx), cached
+
+
+def _extend(cached, layer, k, v):
+    """Writes one layer's keys and values behind those there; returns all of that layer's."""
+    keys, values, length = cached
+    zero = jnp.zeros((), jnp.int32)
+    start = (layer, zero, zero, length, zero)
+
+    def write(store, new):
+        new = jnp.swapaxes(new, 1, 2)[None].astype(store.dtype)
+        store = lax.dynamic_update_slice(store, new, start)
+        one = lax.dynamic_index_in_dim(store, layer, keepdims=False)
+        return store, jnp.swapaxes(one, 1, 2)
+
+    keys, k = write(keys, k)
+    values, v = write(values, v)
+    return (keys, values, length), k, v
 
 
 def _mlp(params, x_BxTxD, ctx: Context):
@@ -69,16 +140,58 @@ def _mlp(params, x_BxTxD, ctx: Context):
     return dense(params, "layers.mlp.down_proj", up, ctx)
 
 
-def _block(params, x_BxTxD, ctx: Context, position_ids, mask):
-    def sublayer(x, name, function):
-        if ctx.config.norm_position == "pre":
-            return x + function(norm(params, name, x, ctx))
-        return norm(params, name, x + function(x), ctx)
+def _block(params, x_BxTxD, ctx: Context, turns, mask, cached):
+    where = ctx.config.norm_position
 
-    x_BxTxD = sublayer(
-        x_BxTxD, "layers.attention_norm", lambda x: _attention(params, x, ctx, position_ids, mask)
-    )
-    return sublayer(x_BxTxD, "layers.mlp_norm", lambda x: _mlp(params, x, ctx))
+    def before(name, x):
+        return norm(params, f"layers.{name}_norm", x, ctx) if where in ("pre", "both") else x
+
+    def after(name, x, y):
+        if where == "post":
+            return norm(params, f"layers.{name}_norm", x + y, ctx)
+        if where != "pre":
+            suffix = "out_norm" if where == "both" else "norm"
+            y = norm(params, f"layers.{name}_{suffix}", y, ctx)
+        return x + y
+
+    attended, cached = _attention(params, before("attention", x_BxTxD), ctx, turns, mask, cached)
+    if ctx.config.parallel:
+        return x_BxTxD + attended + _mlp(params, before("mlp", x_BxTxD), ctx), cached
+    x = after("attention", x_BxTxD, attended)
+    return after("mlp", x, _mlp(params, before("mlp", x), ctx)), cached
+
+
+def _remat(config: ModelConfig, body):
+    """`body` of the scan with its checkpointing."""
+    if config.remat == "none":
+        return body
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policy = policy if config.remat == "dots" else None
+    return jax.checkpoint(body, prevent_cse=False, policy=policy)
+
+
+def _layers(params, x, ctx: Context, position_ids, mask: Mask, cached):
+    """The scan over layers and the final norm; `cached` is (keys, values, length) or None."""
+    config, view, tap = ctx.config, ctx.view, ctx.tap
+    turns = rotary.table(config, position_ids, x.dtype) if config.positions == "rotary" else None
+    windows = None
+    if any(config.windowed):
+        sizes = [config.window if local else EVERYTHING for local in config.windowed]
+        windows = jnp.asarray(sizes, jnp.int32)
+    shared = mask.dense() if windows is None and config.attention != "blockwise" else mask
+
+    def body(carry, scanned):
+        layer_params, layer, window, tap_slice = scanned
+        layer_tap = tap if tap_slice is None else dataclasses.replace(tap, layers=tap_slice)
+        layer_ctx = Context(config, view, layer_tap, layer)
+        seen = shared if window is None else dataclasses.replace(mask, window=window)
+        x, cached = carry
+        return _block({"layers": layer_params}, x, layer_ctx, turns, seen, cached), None
+
+    layers = jnp.arange(config.num_layers, dtype=jnp.int32)
+    scanned = (params["layers"], layers, windows, tap.layers if tap is not None else None)
+    (x, cached), _ = lax.scan(_remat(config, body), (x, cached), scanned)
+    return norm(params, "final_norm", x, ctx) if config.final_norm else x, cached
 
 
 def hidden(
@@ -109,17 +222,48 @@ def hidden(
     positions_BxT = jnp.asarray(derived)
     ctx = Context(config, view, tap)
     x = _embed(params, ctx, input_ids, positions_BxT, token_type_ids)
-    mask_BxTxT = attention.mask(mask_BxT, causal=config.kind == "decoder")
+    mask = Mask(mask_BxT, positions_BxT, positions_BxT, causal=config.kind == "decoder")
+    return _layers(params, x, ctx, positions_BxT, mask, None)[0]
 
-    def body(x, scanned):
-        layer_params, layer, tap_slice = scanned
-        layer_tap = tap if tap_slice is None else dataclasses.replace(tap, layers=tap_slice)
-        layer_ctx = Context(config, view, layer_tap, layer)
-        return _block({"layers": layer_params}, x, layer_ctx, positions_BxT, mask_BxTxT), None
 
-    layers = jnp.arange(config.num_layers, dtype=jnp.int32)
-    x, _ = lax.scan(body, x, (params["layers"], layers, tap.layers if tap is not None else None))
-    return norm(params, "final_norm", x, ctx) if config.final_norm else x
+def extend(
+    config: ModelConfig,
+    params,
+    input_ids: Int[ArrayLike, "B T"],
+    attention_mask: Int[ArrayLike, "B T"] | None,
+    cache: Cache,
+    *,
+    view=None,
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Reads T more tokens of every row behind those of the cache, which must have T free places.
+
+    Args:
+      config: a decoder.
+      params: its parameters.
+      input_ids: token ids.
+      attention_mask: 1 for tokens, 0 for padding on either side; None means no padding.
+      cache: of `empty_cache`, or of an earlier call.
+      view: see `jaxlm.core.views`.
+
+    Returns:
+      (hidden states of the new tokens, the cache with them).
+    """
+    input_ids = jnp.asarray(input_ids)
+    mask_BxT = jnp.ones_like(input_ids) if attention_mask is None else jnp.asarray(attention_mask)
+    mask_BxT = mask_BxT.astype(jnp.int32)
+    before = cache.mask.sum(axis=1, keepdims=True)
+    positions_BxT = jnp.maximum(before + jnp.cumsum(mask_BxT, axis=1) - 1, 0)
+
+    def write(store, new):
+        return lax.dynamic_update_slice_in_dim(store, new, cache.length, axis=1)
+
+    keys, positions = write(cache.mask, mask_BxT), write(cache.positions, positions_BxT)
+    mask = Mask(keys, positions_BxT, positions, first=cache.length)
+    ctx = Context(config, view)
+    x = _embed(params, ctx, input_ids, positions_BxT, None)
+    cached = (cache.keys, cache.values, cache.length)
+    x, (k, v, _) = _layers(params, x, ctx, positions_BxT, mask, cached)
+    return x, Cache(k, v, keys, positions, cache.length + input_ids.shape[1])
 
 
 def apply(
@@ -172,6 +316,20 @@ def apply(
         positions = jnp.asarray(positions)
         index = positions.reshape(positions.shape[0], -1, 1)
         x = jnp.take_along_axis(x, index, axis=1).reshape(*positions.shape, x.shape[-1])
+    return logits(config, params, x, token_ids=token_ids, view=view, tap=tap)
+
+
+def logits(
+    config: ModelConfig,
+    params,
+    x: Float[Array, "*B D"],
+    *,
+    token_ids: Int[ArrayLike, "C"] | None = None,
+    view=None,
+    tap=None,
+) -> Float[Array, "*B V"]:
+    """Logits of the head on hidden states; C in the place of V with `token_ids`."""
+    ctx = Context(config, view, tap)
     if config.head == "mlm":
         x = ACTIVATIONS[config.activation](dense(params, "mlm.dense", x, ctx))
         x = norm(params, "mlm.norm", x, ctx)
@@ -179,9 +337,12 @@ def apply(
         x = dense(params, "embed.project_out", x, ctx)
     token_ids = None if token_ids is None else jnp.asarray(token_ids)
     table = "embed.tokens" if config.tie_embeddings else "lm_head"
-    logits = head(params, table, x, ctx, token_ids)
+    y = head(params, table, x, ctx, token_ids)
     bias = ctx.read(params, "lm_head.bias", rows=token_ids)
-    if bias is None:
-        return logits
-    bias = bias.reshape((1,) * (logits.ndim - 1) + bias.shape)
-    return ctx.out("lm_head.bias", "bias", logits, logits + bias)
+    if bias is not None:
+        bias = bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+        y = ctx.out("lm_head.bias", "bias", y, y + bias)
+    if config.logit_cap is not None:
+        wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+        y = (config.logit_cap * jnp.tanh(wide / config.logit_cap)).astype(y.dtype)
+    return y

@@ -31,7 +31,36 @@ BERT = {
     "max_position_embeddings": 16,
 }
 ROBERTA = {**BERT, "pad_token_id": 1, "max_position_embeddings": 18, "type_vocab_size": 1}
+NEOX = {
+    **DECODER,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 20,
+    "max_position_embeddings": 16,
+}
+GEMMA = {**LLAMA, "head_dim": 6, "num_key_value_heads": 2}
+GEMMA2 = {**GEMMA, "query_pre_attn_scalar": 12, "sliding_window": 4, "num_hidden_layers": 3}
+GROUPED = {**LLAMA, "num_key_value_heads": 2}
+QWEN3 = {**GROUPED, "head_dim": 10}
 PROJECTED = {"do_layer_norm_before": False, "word_embed_proj_dim": 10}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 40,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 40,
+}
+LONG = {"max_position_embeddings": 160}
+LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}}
 
 # name -> class in transformers, its configuration.
@@ -45,6 +74,49 @@ CASES: dict[str, tuple[str, dict]] = {
     "llama-tied": ("LlamaForCausalLM", {**LLAMA, "tie_word_embeddings": True}),
     "llama-biases": ("LlamaForCausalLM", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
     "llama-gelu": ("LlamaForCausalLM", {**LLAMA, "hidden_act": "gelu", "rms_norm_eps": 1e-2}),
+    "llama-rope-linear": ("LlamaForCausalLM", {**LLAMA, "rope_parameters": LINEAR}),
+    "llama-rope-llama3": ("LlamaForCausalLM", {**LLAMA, "rope_parameters": LLAMA3}),
+    "llama-rope-yarn": (
+        "LlamaForCausalLM",
+        {**LLAMA, **LONG, "head_dim": 16, "rope_parameters": YARN},
+    ),
+    "mistral": ("MistralForCausalLM", {**GROUPED, "sliding_window": 4}),
+    "mistral-no-window": ("MistralForCausalLM", {**GROUPED, "sliding_window": None}),
+    "mistral-head-size": ("MistralForCausalLM", {**GROUPED, "head_dim": 10, "sliding_window": 1}),
+    "qwen2": ("Qwen2ForCausalLM", {**GROUPED, **ROPE}),
+    "qwen2-tied": ("Qwen2ForCausalLM", {**GROUPED, "tie_word_embeddings": True}),
+    "qwen2-window": ("Qwen2ForCausalLM", {**GROUPED, **WINDOW}),
+    "qwen2-yarn": ("Qwen2ForCausalLM", {**GROUPED, **LONG, "rope_parameters": YARN}),
+    "qwen3": ("Qwen3ForCausalLM", {**QWEN3, **ROPE}),
+    "qwen3-biases": ("Qwen3ForCausalLM", {**QWEN3, "attention_bias": True}),
+    "qwen3-window-tied": ("Qwen3ForCausalLM", {**QWEN3, **WINDOW, "tie_word_embeddings": True}),
+    "olmo": ("OlmoForCausalLM", GROUPED),
+    "olmo-clipped": ("OlmoForCausalLM", {**LLAMA, "clip_qkv": 0.5}),
+    "olmo2": ("Olmo2ForCausalLM", GROUPED),
+    "olmo2-biases": ("Olmo2ForCausalLM", {**LLAMA, "attention_bias": True, **ROPE}),
+    "gemma": ("GemmaForCausalLM", GEMMA),
+    "gemma-head-size": ("GemmaForCausalLM", {**GEMMA, "head_dim": 10, "num_key_value_heads": 1}),
+    "gemma-untied": ("GemmaForCausalLM", {**GEMMA, "tie_word_embeddings": False}),
+    "gemma2": ("Gemma2ForCausalLM", GEMMA2),
+    "gemma2-no-caps": (
+        "Gemma2ForCausalLM",
+        {**GEMMA2, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
+    "gemma2-small-caps": (
+        "Gemma2ForCausalLM",
+        {**GEMMA2, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0},
+    ),
+    "gemma2-biases": ("Gemma2ForCausalLM", {**GEMMA2, "attention_bias": True}),
+    "gpt_neox": ("GPTNeoXForCausalLM", NEOX),
+    "gpt_neox-sequential": ("GPTNeoXForCausalLM", {**NEOX, "use_parallel_residual": False}),
+    "gpt_neox-half-rotary": (
+        "GPTNeoXForCausalLM",
+        {**NEOX, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+    ),
+    "gpt_neox-no-bias-tied": (
+        "GPTNeoXForCausalLM",
+        {**NEOX, "attention_bias": False, "tie_word_embeddings": True},
+    ),
     "opt": ("OPTForCausalLM", OPT),
     "opt-post-norm": ("OPTForCausalLM", {**OPT, "do_layer_norm_before": False}),
     "opt-projected": ("OPTForCausalLM", {**OPT, **PROJECTED}),

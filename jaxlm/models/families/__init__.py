@@ -8,12 +8,27 @@ written.
 
 import dataclasses
 import importlib
+import math
 from types import ModuleType
 from typing import Any
 
-from jaxlm.models.config import Activation, ModelConfig
+from jaxlm.models.config import Activation, ModelConfig, RopeScaling
 
-MODULES = ("bert", "gpt2", "llama", "opt", "roberta")
+MODULES = (
+    "bert",
+    "gemma",
+    "gemma2",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "olmo",
+    "olmo2",
+    "opt",
+    "qwen2",
+    "qwen3",
+    "roberta",
+)
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -34,12 +49,14 @@ class Name:
       transpose: torch keeps Linear weights as [out, in], we as [in, out].
       part: (i, n): our leaf is the i-th of n equal parts of the HF tensor, on its last axis after
         the transpose.
+      groups: the parts stand side by side in each of so many equal groups of that axis.
     """
 
     path: str
     hf: str
     transpose: bool = False
     part: tuple[int, int] = (0, 1)
+    groups: int = 1
 
 
 def linear(path: str, hf: str) -> list[Name]:
@@ -83,6 +100,79 @@ def read_special_ids(hf: dict[str, Any]) -> dict[str, Any]:
 def write_special_ids(config: ModelConfig) -> dict[str, int | None]:
     """The HF keys of the special token ids."""
     return {f"{name}_token_id": getattr(config, name + "_id") for name in ("bos", "eos", "pad")}
+
+
+def read_rope(hf: dict[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` for `ModelConfig`, from old and new HF configs."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    theta = rope.get("rope_theta") or hf.get("rope_theta", 10000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": theta}
+    if kind not in ("linear", "llama3", "yarn"):
+        raise ValueError(f"rope_type={kind!r} is not supported, only default, linear, llama3, yarn")
+    scaling = RopeScaling(kind, float(rope["factor"]))
+    if kind != "linear":
+        original = rope.get("original_max_position_embeddings") or hf["max_position_embeddings"]
+        scaling = dataclasses.replace(scaling, original_positions=original)
+    if kind == "llama3":
+        slow, fast = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+        scaling = dataclasses.replace(scaling, slow=slow, fast=fast)
+    if kind == "yarn":
+        given = rope.get("attention_factor")
+        scaling = dataclasses.replace(
+            scaling,
+            slow=float(rope.get("beta_slow") or 1),
+            fast=float(rope.get("beta_fast") or 32),
+            attention_factor=float(_yarn_attention(rope) if given is None else given),
+            truncate=rope.get("truncate", True),
+        )
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _yarn_attention(rope: dict[str, Any]) -> float:
+    """The factor of cosines and sines that YaRN derives where the config names none."""
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
+
+    one, all_dims = rope.get("mscale"), rope.get("mscale_all_dim")
+    return scale(one) / scale(all_dims) if one and all_dims else scale(1.0)
+
+
+def write_rope(config: ModelConfig) -> dict[str, Any]:
+    """The HF `rope_parameters`."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    scaling = config.rope_scaling
+    if scaling is None:
+        return rope
+    rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "linear":
+        return rope
+    rope["original_max_position_embeddings"] = scaling.original_positions
+    if scaling.kind == "llama3":
+        return rope | {"low_freq_factor": scaling.slow, "high_freq_factor": scaling.fast}
+    return rope | {
+        "beta_slow": scaling.slow,
+        "beta_fast": scaling.fast,
+        "attention_factor": scaling.attention_factor,
+        "truncate": scaling.truncate,
+    }
+
+
+def read_windows(hf: dict[str, Any], default: tuple[bool, ...]) -> dict[str, Any]:
+    """`window` and `windowed` for `ModelConfig`; `default` where the config has no layer types."""
+    window, kinds = hf.get("sliding_window"), hf.get("layer_types")
+    windowed = default if kinds is None else tuple(x == "sliding_attention" for x in kinds)
+    if window is None or not any(windowed):
+        return {}
+    return {"window": window, "windowed": windowed}
+
+
+def write_layer_types(config: ModelConfig) -> list[str]:
+    """The HF `layer_types`."""
+    windowed = config.windowed or (False,) * config.num_layers
+    return ["sliding_attention" if local else "full_attention" for local in windowed]
 
 
 def family(model_type: str) -> ModuleType:

@@ -1,6 +1,6 @@
-"""Llama: rotary positions, RMSNorm, gated SiLU, grouped queries.
+"""Llama 1 to 3: rotary positions, RMSNorm, gated SiLU, grouped queries.
 
-References: Llama, arXiv:2302.13971.
+References: Llama, arXiv:2302.13971; Llama 3, arXiv:2407.21783.
 """
 
 from typing import Any
@@ -11,9 +11,11 @@ from jaxlm.models.families import (
     layer_norm,
     linear,
     read_activation,
+    read_rope,
     read_special_ids,
     take,
     write_activation,
+    write_rope,
     write_special_ids,
 )
 
@@ -22,8 +24,6 @@ PREFIX = "model."
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
     """Our configuration from a HF Llama config."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    take({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, "rope_type", "default")
     take(hf, "pretraining_tp", 1)
     heads, width = hf["num_attention_heads"], hf["hidden_size"]
     return ModelConfig(
@@ -44,11 +44,11 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
         norm="rmsnorm",
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         positions="rotary",
-        rope_theta=rope.get("rope_theta") or hf.get("rope_theta", 10000.0),
         attention_bias=hf.get("attention_bias", False),
         output_bias=hf.get("attention_bias", False),
         mlp_bias=hf.get("mlp_bias", False),
         tie_embeddings=hf.get("tie_word_embeddings", False),
+        **read_rope(hf),
         **read_special_ids(hf),
     )
 
@@ -68,7 +68,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "hidden_act": write_activation(config.activation),
         "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": write_rope(config),
         "attention_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,
         "tie_word_embeddings": config.tie_embeddings,

@@ -1,0 +1,52 @@
+"""Gemma 2: Gemma with norms on both sides, soft caps, and a window in every other layer.
+
+References: Gemma 2, arXiv:2408.00118.
+"""
+
+from typing import Any
+
+from jaxlm.models.config import ModelConfig
+from jaxlm.models.families import Name, gemma, layer_norm, llama, read_windows, write_layer_types
+
+PREFIX = llama.PREFIX
+
+
+def read_config(hf: dict[str, Any]) -> ModelConfig:
+    """Our configuration from a HF Gemma 2 config."""
+    config = gemma.read_config({"hidden_activation": "gelu_pytorch_tanh", **hf})
+    alternate = tuple(layer % 2 == 0 for layer in range(config.num_layers))
+    return config.replace(
+        family="gemma2",
+        norm_position="both",
+        attention_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
+        attention_cap=hf.get("attn_logit_softcapping", 50.0),
+        logit_cap=hf.get("final_logit_softcapping", 30.0),
+        **read_windows({"sliding_window": 4096, **hf}, alternate),
+    )
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """The HF Gemma 2 config of ours."""
+    hf = gemma.write_config(config)
+    assert config.attention_scale is not None
+    return hf | {
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        "hidden_activation": hf.pop("hidden_act"),
+        "query_pre_attn_scalar": round(config.attention_scale**-2),
+        "attn_logit_softcapping": config.attention_cap,
+        "final_logit_softcapping": config.logit_cap,
+        "sliding_window": config.window,
+        "layer_types": write_layer_types(config),
+    }
+
+
+def names(config: ModelConfig) -> list[Name]:
+    """Our paths and their HF names."""
+    block = PREFIX + "layers.{layer}."
+    rows = [row for row in llama.names(config) if "_norm." not in row.path]
+    rows += layer_norm("layers.attention_norm", block + "input_layernorm")
+    rows += layer_norm("layers.attention_out_norm", block + "post_attention_layernorm")
+    rows += layer_norm("layers.mlp_norm", block + "pre_feedforward_layernorm")
+    rows += layer_norm("layers.mlp_out_norm", block + "post_feedforward_layernorm")
+    return rows + layer_norm("final_norm", PREFIX + "norm")

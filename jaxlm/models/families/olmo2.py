@@ -1,0 +1,36 @@
+"""OLMo 2: Llama with norms after the sublayers, and one over all queries and over all keys.
+
+References: OLMo 2, arXiv:2501.00656.
+"""
+
+from typing import Any
+
+from jaxlm.models.config import ModelConfig
+from jaxlm.models.families import Name, layer_norm, llama
+
+PREFIX = llama.PREFIX
+
+
+def read_config(hf: dict[str, Any]) -> ModelConfig:
+    """Our configuration from a HF OLMo 2 config."""
+    config = llama.read_config({"rms_norm_eps": 1e-5, **hf})
+    return config.replace(family="olmo2", norm_position="after", query_key_norm="all")
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """The HF OLMo 2 config of ours."""
+    return llama.write_config(config) | {
+        "model_type": "olmo2",
+        "architectures": ["Olmo2ForCausalLM"],
+    }
+
+
+def names(config: ModelConfig) -> list[Name]:
+    """Our paths and their HF names."""
+    block = PREFIX + "layers.{layer}."
+    rows = [row for row in llama.names(config) if "_norm." not in row.path]
+    for part in "qk":
+        rows += layer_norm(f"layers.attention.{part}_norm", f"{block}self_attn.{part}_norm")
+    rows += layer_norm("layers.attention_norm", block + "post_attention_layernorm")
+    rows += layer_norm("layers.mlp_norm", block + "post_feedforward_layernorm")
+    return rows + layer_norm("final_norm", PREFIX + "norm")

@@ -1,0 +1,37 @@
+"""Qwen3: Llama with an RMSNorm of each head's queries and keys.
+
+References: Qwen3, arXiv:2505.09388.
+"""
+
+from typing import Any
+
+from jaxlm.models.config import ModelConfig
+from jaxlm.models.families import Name, layer_norm, llama, qwen2
+
+PREFIX = llama.PREFIX
+
+
+def read_config(hf: dict[str, Any]) -> ModelConfig:
+    """Our configuration from a HF Qwen3 config."""
+    config = llama.read_config({"max_position_embeddings": 32768, "head_dim": 128, **hf})
+    return config.replace(
+        family="qwen3", query_key_norm="head", **qwen2.windows(hf, config.num_layers)
+    )
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """The HF Qwen3 config of ours."""
+    return (
+        llama.write_config(config)
+        | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+        | qwen2.write_windows(config)
+    )
+
+
+def names(config: ModelConfig) -> list[Name]:
+    """Our paths and their HF names."""
+    attention = PREFIX + "layers.{layer}.self_attn."
+    rows = llama.names(config)
+    for part in "qk":
+        rows += layer_norm(f"layers.attention.{part}_norm", f"{attention}{part}_norm")
+    return rows

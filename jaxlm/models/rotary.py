@@ -1,0 +1,71 @@
+"""Rotary position embeddings, with the stretched frequencies of long contexts.
+
+References: RoFormer, arXiv:2104.09864; the half-split layout is that of Llama. YaRN,
+arXiv:2309.00071.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxlm.models.config import ModelConfig, RopeScaling
+
+
+def frequencies(config: ModelConfig) -> Float[np.ndarray, " R"]:
+    r"""Radians a position of pair r, $\theta^{-2r/(2R)}$ over 2R rotary elements, stretched."""
+    size = config.rotary_size or config.head_size
+    plain = config.rope_theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain
+    if scaling.kind == "linear":
+        return plain / scaling.factor
+    kept = (_yarn_kept if scaling.kind == "yarn" else _llama3_kept)(scaling, config, plain)
+    return plain * kept + plain / scaling.factor * (1 - kept)
+
+
+def _llama3_kept(scaling: RopeScaling, config: ModelConfig, plain: np.ndarray) -> np.ndarray:
+    """Share of each frequency that stays: linear in its turns, between `slow` and `fast`."""
+    turns = scaling.original_positions * plain / (2 * np.pi)
+    return np.clip((turns - scaling.slow) / (scaling.fast - scaling.slow), 0, 1)
+
+
+def _yarn_kept(scaling: RopeScaling, config: ModelConfig, plain: np.ndarray) -> np.ndarray:
+    """Share of each frequency that stays: linear in its index, between the pairs of the bounds."""
+    size = 2 * len(plain)
+
+    def pair(turns: float) -> float:
+        wanted = scaling.original_positions / (turns * 2 * math.pi)
+        return size * math.log(wanted) / (2 * math.log(config.rope_theta))
+
+    low, high = pair(scaling.fast), pair(scaling.slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    return 1 - np.clip((np.arange(size // 2) - low) / (max(high - low, 1e-3)), 0, 1)
+
+
+def table(
+    config: ModelConfig, position_ids: Int[Array, "B T"], dtype: jnp.dtype
+) -> tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]:
+    """Cosines and sines of every position, in at least float32."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    turns = jnp.asarray(frequencies(config), wide)[None, None, None]
+    angles = position_ids[:, :, None, None].astype(wide) * turns
+    factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(
+    x_BxTxHxK: Float[Array, "B T H K"],
+    cos: Float[Array, "B T 1 R"],
+    sin: Float[Array, "B T 1 R"],
+) -> Float[Array, "B T H K"]:
+    """Turns the pairs (r, r + R) of the first 2R elements of each head; the others stay."""
+    half = cos.shape[-1]
+    wide = x_BxTxHxK.astype(cos.dtype)
+    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    turned = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(turned, axis=-1).astype(x_BxTxHxK.dtype)
