@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jaxlm.core.paths import flatten
-from jaxlm.models import transformer
+from jaxlm.models import generation, scoring, transformer
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.initialise import init_leaf, nest, param_shapes
 
@@ -32,6 +32,16 @@ class LanguageModel:
     def hidden(self, params, input_ids, attention_mask=None, **options):
         """Hidden states [B, T, D]; see `jaxlm.models.transformer.hidden`."""
         return transformer.hidden(self.config, params, input_ids, attention_mask, **options)
+
+    def log_probs(self, params, input_ids, attention_mask=None, **options):
+        """Log-probabilities [B, T - 1] of every token but the first; see `jaxlm.models.scoring`."""
+        return scoring.next_token_log_probs(
+            self.config, params, input_ids, attention_mask, **options
+        )
+
+    def generate(self, params, input_ids, attention_mask=None, **options):
+        """New tokens; see `jaxlm.models.generation.generate`."""
+        return generation.generate(self.config, params, input_ids, attention_mask, **options)
 
     def replace(self, **changes) -> "LanguageModel":
         """A copy with some attributes changed: `lm.replace(params=trained)`."""

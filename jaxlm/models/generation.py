@@ -1,0 +1,300 @@
+"""Sampling from a decoder: a prompt is read once, then one compiled loop draws token after token.
+
+Shapes: B prompts, N new tokens, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxlm.models.config import ModelConfig
+from jaxlm.models.scoring import last_token, log_probs_of, repeat
+from jaxlm.models.transformer import Cache, empty_cache, extend, logits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn; the filters apply in the order of the attributes.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: only the k most likely tokens, and those as likely as the k-th; None for all.
+      top_p: only the most likely tokens whose mass reaches p; the first is always in
+        (arXiv:1904.09751).
+      min_p: only tokens at least p times as likely as the first (arXiv:2407.01082).
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature}: give 0 or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}: give 1 or more, or None")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: give more than 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}: give 0 to 1")
+
+
+def filter_logits(scores: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """Logits at the temperature, -inf where the filters leave a token out."""
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)) / sampling.temperature
+    if sampling.top_k is not None:
+        least = lax.top_k(scores, min(sampling.top_k, scores.shape[-1]))[0][:, -1:]
+        scores = jnp.where(scores >= least, scores, -jnp.inf)
+    if sampling.top_p < 1:
+        ordered = jnp.flip(jnp.sort(scores, axis=-1), axis=-1)
+        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+        before = jnp.pad(before[:, :-1], ((0, 0), (1, 0)))
+        least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), -1, keepdims=True)
+        scores = jnp.where(scores >= least, scores, -jnp.inf)
+    if sampling.min_p > 0:
+        least = jnp.max(scores, axis=-1, keepdims=True) + jnp.log(sampling.min_p)
+        scores = jnp.where(scores >= least, scores, -jnp.inf)
+    return scores
+
+
+def draw(scores: Float[Array, "B V"], sampling: Sampling, key: Array | None) -> Int[Array, " B"]:
+    """One token a row; `key` is not used at temperature 0."""
+    if sampling.temperature == 0:
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    assert key is not None
+    return jax.random.categorical(key, filter_logits(scores, sampling)).astype(jnp.int32)
+
+
+class Generated(NamedTuple):
+    """New tokens.
+
+    Attributes:
+      tokens: int32 [B, N]; the stop token is the last one of a row, padding follows it.
+      log_probs: float32 [B, N], of the tokens under the model itself, at temperature 1 and without
+        filters; 0 at padding.
+      lengths: int32 [B], tokens of a row, its stop token counted.
+    """
+
+    tokens: Int[Array, "B N"]
+    log_probs: Float[Array, "B N"]
+    lengths: Int[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A generation on its way.
+
+    Attributes:
+      cache: what was read.
+      token: the last token of each row, not read yet.
+      done: rows that drew a stop token.
+      step: tokens drawn.
+      found: the tokens so far.
+      key: of the draws; that of token n is `fold_in(key, n)`.
+    """
+
+    cache: Cache
+    token: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    step: Int[Array, ""]
+    found: Generated
+    key: Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    config: ModelConfig
+    sampling: Sampling
+    stop_ids: tuple[int, ...]
+    pad_id: int
+
+
+def _record(state: State, scores: Float[Array, "B V"], static: _Static) -> State:
+    key = None if state.key is None else jax.random.fold_in(state.key, state.step)
+    token = jnp.where(state.done, static.pad_id, draw(scores, static.sampling, key))
+    log_probs = jnp.where(state.done, 0, log_probs_of(scores, token))
+    tokens, scored, lengths = state.found
+
+    def write(store, new):
+        return lax.dynamic_update_slice_in_dim(
+            store, new[:, None].astype(store.dtype), state.step, axis=1
+        )
+
+    found = Generated(write(tokens, token), write(scored, log_probs), lengths + ~state.done)
+    stops = jnp.asarray(static.stop_ids, jnp.int32)
+    done = state.done | jnp.any(token[:, None] == stops[None], axis=1)
+    return dataclasses.replace(state, token=token, done=done, step=state.step + 1, found=found)
+
+
+@functools.partial(jax.jit, static_argnames=("static", "max_new_tokens", "num_samples"))
+def _start(static, params, input_ids, mask, key, view, *, max_new_tokens, num_samples):
+    config = static.config
+    batch, length = input_ids.shape
+    dtype = config.compute_dtype or params["embed"]["tokens"]["embedding"].dtype
+    cache = empty_cache(config, batch, length + max_new_tokens - 1, dtype)
+    x, cache = extend(config, params, input_ids, mask, cache, view=view)
+    scores = logits(config, params, last_token(x, mask), view=view)
+    rows = batch * num_samples
+    found = Generated(
+        jnp.full((rows, max_new_tokens), static.pad_id, jnp.int32),
+        jnp.zeros((rows, max_new_tokens), jnp.float32),
+        jnp.zeros(rows, jnp.int32),
+    )
+    zeros = jnp.zeros(rows, jnp.int32)
+    state = State(
+        repeat(cache, num_samples), zeros, zeros > 0, jnp.zeros((), jnp.int32), found, key
+    )
+    return _record(state, jnp.repeat(scores, num_samples, axis=0), static)
+
+
+@functools.partial(jax.jit, static_argnames="static", donate_argnames="state")
+def _advance(static, params, state, until, view):
+    def more(state):
+        return (state.step < until) & ~jnp.all(state.done)
+
+    def one(state):
+        alive = (~state.done).astype(jnp.int32)[:, None]
+        token = state.token[:, None]
+        x, cache = extend(static.config, params, token, alive, state.cache, view=view)
+        scores = logits(static.config, params, x[:, 0], view=view)
+        return _record(dataclasses.replace(state, cache=cache), scores, static)
+
+    return lax.while_loop(more, one, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """`generate` in two steps, for those who want the tokens as they come.
+
+    >>> generator = Generator(lm.config, stop_ids=(0,))                        # doctest: +SKIP
+    >>> state = generator.start(params, ids, mask, max_new_tokens=64)          # doctest: +SKIP
+    >>> state = generator.advance(params, state, 8)  # state.found has 9 tokens  # doctest: +SKIP
+
+    Attributes:
+      config: a decoder.
+      sampling: how tokens are drawn.
+      stop_ids: tokens that end a row.
+    """
+
+    config: ModelConfig
+    sampling: Sampling = Sampling()
+    stop_ids: tuple[int, ...] = ()
+
+    def start(
+        self,
+        params: Any,
+        input_ids: Int[ArrayLike, "B T"],
+        attention_mask: Int[ArrayLike, "B T"] | None = None,
+        *,
+        max_new_tokens: int,
+        num_samples: int = 1,
+        key: Array | None = None,
+        view: Any = None,
+    ) -> State:
+        """Reads the prompts and draws the first token; arguments as in `generate`."""
+        mask = np.ones(np.shape(input_ids), np.int32) if attention_mask is None else attention_mask
+        self._check(np.asarray(input_ids), np.asarray(mask), max_new_tokens, num_samples, key)
+        return _start(
+            self._static(),
+            params,
+            jnp.asarray(input_ids),
+            jnp.asarray(mask),
+            key,
+            view,
+            max_new_tokens=max_new_tokens,
+            num_samples=num_samples,
+        )
+
+    def advance(self, params: Any, state: State, count: int, *, view: Any = None) -> State:
+        """Draws up to `count` more tokens, fewer where every row is done; `state` is donated."""
+        until = jnp.minimum(state.step + count, state.found.tokens.shape[1])
+        return _advance(self._static(), params, state, until, view)
+
+    def _static(self) -> _Static:
+        pad_id = self.config.pad_id
+        stop = self.stop_ids[0] if self.stop_ids else 0
+        return _Static(
+            self.config, self.sampling, self.stop_ids, stop if pad_id is None else pad_id
+        )
+
+    def _check(self, ids, mask, max_new_tokens, num_samples, key):
+        config = self.config
+        if config.kind != "decoder" or config.head != "lm":
+            raise ValueError(f"a {config.family} model with head '{config.head}' does not generate")
+        if max_new_tokens < 1 or num_samples < 1:
+            raise ValueError("max_new_tokens and num_samples are 1 or more")
+        if ids.shape[0] == 0 or (mask.sum(axis=1) == 0).any():
+            raise ValueError("a prompt is empty; give at least one token, such as the bos_id")
+        if ids.min() < 0 or ids.max() >= config.vocab_size:
+            raise ValueError(
+                f"a prompt has a token outside the vocabulary of {config.vocab_size}; is the "
+                "tokenizer that of the model?"
+            )
+        needed = int(mask.sum(axis=1).max()) + max_new_tokens - 1
+        if config.positions == "learned" and needed > config.max_positions:
+            raise ValueError(
+                f"prompt and new tokens take {needed} positions, the model has "
+                f"{config.max_positions}; shorten the prompt or max_new_tokens"
+            )
+        if self.sampling.temperature > 0 and key is None:
+            raise ValueError("sampling needs a key; give key=jax.random.key(0) or temperature 0")
+
+
+def generate(
+    config: ModelConfig,
+    params: Any,
+    input_ids: Int[ArrayLike, "B T"],
+    attention_mask: Int[ArrayLike, "B T"] | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    num_samples: int = 1,
+    key: Array | None = None,
+    eos_id: int | Sequence[int] | None = None,
+    view: Any = None,
+) -> Generated:
+    """Continues prompts; compiled once for each shape and choice.
+
+    Args:
+      config: a decoder.
+      params: its parameters.
+      input_ids: token ids of the prompts.
+      attention_mask: 1 for tokens, 0 for padding on either side; None means no padding.
+      max_new_tokens: N.
+      temperature, top_k, top_p, min_p: see `Sampling`.
+      num_samples: draws for each prompt, in adjacent rows; the prompt is read once for all.
+      key: of the draws, unless the temperature is 0.
+      eos_id: token or tokens that end a row; None for the model's.
+      view: see `jaxlm.core.views`.
+
+    Raises:
+      ValueError: empty prompt, token outside the vocabulary, no room in the table of positions, no
+        key, impossible settings.
+    """
+    stop = config.eos_id if eos_id is None else eos_id
+    stop_ids = () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    generator = Generator(config, sampling, stop_ids)
+    state = generator.start(
+        params,
+        input_ids,
+        attention_mask,
+        max_new_tokens=max_new_tokens,
+        num_samples=num_samples,
+        key=key,
+        view=view,
+    )
+    return generator.advance(params, state, max_new_tokens, view=view).found

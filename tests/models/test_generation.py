@@ -1,0 +1,163 @@
+"""Generation against transformers, against the whole forward pass, and against the softmax."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import jaxlm
+from jaxlm.models import LanguageModel, ModelConfig, generation, init_params
+from jaxlm.models.generation import Generator, Sampling, filter_logits
+from tests.models import reference
+
+CONFIG = ModelConfig(
+    family="llama", kind="decoder", head="lm", vocab_size=29, hidden_size=16, num_layers=2,
+    num_heads=2, num_kv_heads=1, head_size=8, intermediate_size=12, max_positions=32,
+    embedding_size=16, activation="silu", gated_mlp=True, norm="rmsnorm", positions="rotary",
+    attention_bias=False, output_bias=False, mlp_bias=False,
+)  # fmt: skip
+PROMPTS = np.array([[3, 4, 5, 6], [7, 8, 0, 0], [0, 0, 0, 9]])
+MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 1]])
+
+
+@pytest.fixture(scope="module")
+def lm():
+    params = init_params(CONFIG, jax.random.key(1))
+    return LanguageModel(CONFIG, jax.tree.map(lambda x: 20 * x if x.ndim > 1 else x, params))
+
+
+def by_whole_passes(lm, prompt, count):
+    """Greedy tokens and their log-probabilities without any cache."""
+    ids, scored = list(prompt), []
+    for _ in range(count):
+        logits = lm.apply(lm.params, np.array([ids]))[0, -1]
+        ids.append(int(jnp.argmax(logits)))
+        scored.append(float(jax.nn.log_softmax(logits)[ids[-1]]))
+    return ids[len(prompt) :], scored
+
+
+@pytest.mark.parametrize("attention", ["xla", "blockwise"])
+def test_greedy_tokens_are_those_of_whole_forward_passes(lm, attention):
+    lm = lm.replace(config=lm.config.replace(attention=attention))
+    found = lm.generate(lm.params, PROMPTS, MASK, max_new_tokens=7, eos_id=())
+    for row, (prompt, mask) in enumerate(zip(PROMPTS, MASK, strict=True)):
+        tokens, scored = by_whole_passes(lm, prompt[mask > 0], 7)
+        assert found.tokens[row].tolist() == tokens
+        np.testing.assert_allclose(found.log_probs[row], scored, rtol=1e-4, atol=1e-5)
+    assert found.lengths.tolist() == [7, 7, 7]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "case",
+    ["gpt2", "llama", "llama-rope-llama3", "mistral", "qwen2-window", "qwen3", "olmo-clipped",
+     "olmo2", "gemma", "gemma2", "gpt_neox", "opt", "opt-projected"],
+)  # fmt: skip
+def test_greedy_tokens_of_transformers(case, tmp_path):
+    import torch
+
+    model = reference.make_model(case)
+    model.save_pretrained(tmp_path)
+    lm = jaxlm.from_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 9, 32)
+    mask = (np.arange(8)[None] >= 8 - lengths[:, None]).astype(np.int32)
+    ids = np.where(mask, rng.integers(4, 37, (32, 8)), model.config.pad_token_id)
+
+    def theirs(stop):
+        return model.generate(
+            torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), max_new_tokens=8,
+            do_sample=False, eos_token_id=stop, pad_token_id=1,
+        )[:, 8:].numpy()  # fmt: skip
+
+    stop = int(theirs(None)[0, 4])
+    wanted, ours = theirs(stop), lm.generate(lm.params, ids, mask, max_new_tokens=8, eos_id=stop)
+    for row, length in enumerate(ours.lengths):
+        assert ours.tokens[row, :length].tolist() == wanted[row, :length].tolist()
+        assert length == 8 or ours.tokens[row, length - 1] == stop
+
+
+def test_a_stop_token_ends_its_row_and_leaves_the_others(lm):
+    free = lm.generate(lm.params, PROMPTS, MASK, max_new_tokens=7, eos_id=())
+    stop = int(free.tokens[0, 2])
+    found = lm.generate(lm.params, PROMPTS, MASK, max_new_tokens=7, eos_id=[stop, 28])
+    for row in range(3):
+        hits = np.flatnonzero(np.isin(free.tokens[row], [stop, 28]))
+        length = hits[0] + 1 if len(hits) else 7
+        assert found.lengths[row] == length
+        assert found.tokens[row, :length].tolist() == free.tokens[row, :length].tolist()
+        assert (found.log_probs[row, length:] == 0).all()
+
+
+def test_steps_of_a_generator_make_the_same_tokens(lm):
+    options = {"temperature": 1.0, "key": jax.random.key(3)}
+    whole = lm.generate(lm.params, PROMPTS, MASK, max_new_tokens=9, eos_id=(), **options)
+    generator = Generator(lm.config, Sampling(temperature=1.0))
+    state = generator.start(lm.params, PROMPTS, MASK, max_new_tokens=9, key=jax.random.key(3))
+    for count in (1, 3, 100):
+        state = generator.advance(lm.params, state, count)
+    assert int(state.step) == 9
+    np.testing.assert_array_equal(state.found.tokens, whole.tokens)
+
+
+def test_sampled_tokens_follow_the_softmax(lm):
+    draws = 4096
+    found = lm.generate(
+        lm.params, PROMPTS[:1], max_new_tokens=1, temperature=2.0, num_samples=draws, eos_id=(),
+        key=jax.random.key(0),
+    )  # fmt: skip
+    logits = np.asarray(lm.apply(lm.params, PROMPTS[:1])[0, -1], np.float64)
+    expected = np.exp(logits / 2) / np.exp(logits / 2).sum() * draws
+    counts = np.bincount(found.tokens[:, 0], minlength=CONFIG.vocab_size)
+    large = expected > 5
+    seen, wanted = counts[large], expected[large]
+    if not large.all():
+        seen, wanted = (np.append(x[large], x[~large].sum()) for x in (counts, expected))
+    assert large.sum() > 5
+    assert stats.chisquare(seen, wanted).pvalue > 1e-4
+    scored = jax.nn.log_softmax(jnp.asarray(logits))[found.tokens[:, 0]]
+    np.testing.assert_allclose(found.log_probs[:, 0], scored, rtol=1e-4)
+
+
+def test_filters_keep_what_they_name():
+    probabilities = np.array([[0.4, 0.3, 0.2, 0.1]])
+
+    def kept(**options):
+        scores = filter_logits(jnp.log(probabilities), Sampling(temperature=1.0, **options))
+        return np.flatnonzero(np.isfinite(scores[0])).tolist()
+
+    assert kept(top_k=2) == [0, 1]
+    assert kept(top_k=9) == [0, 1, 2, 3]
+    assert kept(top_p=0.39) == [0]
+    assert kept(top_p=0.41) == [0, 1]
+    assert kept(top_p=0.71) == [0, 1, 2]
+    assert kept(min_p=0.45) == [0, 1, 2]
+    assert kept(min_p=1.0) == [0]
+    assert kept(top_k=3, top_p=0.75) == [0, 1]
+    assert kept(top_p=1.0) == [0, 1, 2, 3]
+
+
+def test_bad_input_is_refused(lm):
+    call = lm.generate
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        call(lm.params, PROMPTS, MASK * np.array([[1], [1], [0]]), max_new_tokens=2)
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        call(lm.params, PROMPTS[:0], MASK[:0], max_new_tokens=2)
+    with pytest.raises(ValueError, match="outside the vocabulary of 29"):
+        call(lm.params, PROMPTS + 28, MASK, max_new_tokens=2)
+    with pytest.raises(ValueError, match="sampling needs a key"):
+        call(lm.params, PROMPTS, MASK, max_new_tokens=2, temperature=1.0)
+    with pytest.raises(ValueError, match="are 1 or more"):
+        call(lm.params, PROMPTS, MASK, max_new_tokens=0)
+    learned = lm.replace(config=dataclasses.replace(lm.config, positions="learned"))
+    with pytest.raises(ValueError, match="take 33 positions, the model has 32"):
+        learned.generate(lm.params, PROMPTS, MASK, max_new_tokens=30)
+    encoder = lm.replace(config=dataclasses.replace(lm.config, kind="encoder"))
+    with pytest.raises(ValueError, match="does not generate"):
+        encoder.generate(lm.params, PROMPTS, MASK, max_new_tokens=2)
+    for options in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"min_p": 2.0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            generation.Sampling(**options)

@@ -1,0 +1,105 @@
+"""Log-probabilities against the whole softmax in float64, and the memory that they save."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.models import LanguageModel, scoring
+from tests.models.test_generation import CONFIG, MASK, PROMPTS, lm
+
+__all__ = ["lm"]
+IDS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 9))
+SEEN = np.array([[1] * 9, [1] * 6 + [0] * 3, [0] * 2 + [1] * 7])
+
+
+def dense(config, params, ids, mask=None):
+    logits = LanguageModel(config, params).apply(params, ids, mask)
+    return jnp.take_along_axis(
+        jax.nn.log_softmax(logits[:, :-1]), jnp.asarray(ids)[:, 1:, None], axis=-1
+    )[..., 0]
+
+
+@pytest.mark.parametrize("block", [1, 7, 24, 1000])
+def test_blocks_are_the_dense_softmax_in_value_and_gradient(lm, block):
+    real = SEEN[:, 1:] * SEEN[:, :-1]
+
+    def ours(params):
+        scored = scoring.next_token_log_probs(CONFIG, params, IDS, SEEN, block=block)
+        return (scored * real).sum()
+
+    def theirs(params):
+        return (dense(CONFIG, params, IDS, SEEN) * real).sum()
+
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), lm.params)
+        value, grad = jax.value_and_grad(ours)(params)
+        expected, wanted = jax.value_and_grad(theirs)(params)
+        assert value.dtype == jnp.float64
+        np.testing.assert_allclose(value, expected, rtol=1e-12)
+        for a, b in zip(jax.tree.leaves(grad), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12)
+
+
+def test_memory_does_not_grow_with_length_times_vocabulary():
+    config = CONFIG.replace(vocab_size=2**16, num_layers=1)
+    params = jax.eval_shape(lambda: scoring_params(config))
+
+    def temporaries(length, block):
+        def loss(params, ids):
+            scored = scoring.next_token_log_probs(config, params, ids, block=block)
+            return scored.sum()
+
+        ids = jax.ShapeDtypeStruct((4, length), jnp.int32)
+        compiled = jax.jit(jax.grad(loss)).lower(params, ids).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(65, 32), temporaries(257, 32)
+    grown = 4 * 192 * config.vocab_size * 4
+    assert long - short < 0.1 * grown
+    assert temporaries(257, 4 * 256) - temporaries(65, 4 * 64) > grown
+
+
+def scoring_params(config):
+    from jaxlm.models import init_params
+
+    return init_params(config, jax.random.key(0))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_sequences_count_the_tokens_of_the_completion(lm, reduction):
+    completion = np.zeros_like(IDS)
+    completion[0, 4:7] = completion[1, 2:] = 1
+    found = scoring.sequence_log_probs(
+        CONFIG, lm.params, IDS, SEEN, completion, reduction=reduction
+    )
+    each = np.asarray(dense(CONFIG, lm.params, IDS, SEEN))
+    parts = [each[0, 3:6], each[1, 1:5], np.zeros(1)]
+    wanted = [part.sum() if reduction == "sum" else part.mean() for part in parts]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    grad = jax.grad(
+        lambda p: scoring.sequence_log_probs(CONFIG, p, IDS, SEEN, completion, reduction=reduction)[
+            2
+        ]
+    )(lm.params)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(grad))
+
+
+def test_continuations_share_a_prompt_and_equal_whole_sequences(lm):
+    rng = np.random.default_rng(1)
+    for length in (1, 3):
+        options = rng.integers(0, CONFIG.vocab_size, (3, 4, length))
+        found = scoring.continuation_log_probs(CONFIG, lm.params, PROMPTS, MASK, options)
+        assert found.shape == (3, 4, length)
+        for row, (prompt, mask) in enumerate(zip(PROMPTS, MASK, strict=True)):
+            start = prompt[mask > 0]
+            ids = np.stack([np.concatenate([start, option]) for option in options[row]])
+            wanted = dense(CONFIG, lm.params, ids)[:, len(start) - 1 :]
+            np.testing.assert_allclose(found[row], wanted, atol=2e-5)
+
+
+def test_log_probabilities_of_bfloat16_logits_are_float32():
+    logits = jnp.array([[1.0, 2.0, 4.0]], jnp.bfloat16)
+    result = scoring.log_probs_of(logits, jnp.array([2]))
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, [4 - np.log(np.exp([1, 2, 4]).sum())], rtol=1e-6)
