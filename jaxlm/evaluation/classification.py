@@ -3,22 +3,15 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxlm.models.scoring import log_probs_of, reduce_log_probs
 from jaxlm.typing import Batch, Params
 
 Apply = Callable[..., Any]
 """The forward pass of a `LanguageModel`: `lm.apply`."""
-
-
-def token_log_probs(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    """Log-probabilities of `targets` under `logits`, in at least float32."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def option_scores(
@@ -66,7 +59,7 @@ def option_scores(
         batch[name].reshape(examples * options, -1) for name in names
     )
     logits = apply(params, ids, attention, positions=positions, view=view)
-    means = jnp.sum(token_log_probs(logits, targets) * mask, axis=-1) / jnp.sum(mask, axis=-1)
+    means = reduce_log_probs(log_probs_of(logits, targets), mask, "mean")
     scores = means.reshape(examples, options)
     return scores if offsets is None else scores - jnp.asarray(offsets)[None]
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.transformer import Cache, empty_cache, extend, hidden, logits
@@ -37,7 +37,7 @@ def head_log_probs(
 ) -> Float[Array, "*B"]:
     """Log-probabilities of targets from hidden states, a block of tokens at a time.
 
-    The backward pass computes a block's logits again.
+    Where there are several blocks, the backward pass computes the logits of each again.
 
     Args:
       config: the model.
@@ -51,7 +51,6 @@ def head_log_probs(
     block = max(1, BLOCK // config.vocab_size) if block is None else block
     flat_x, flat_targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
 
-    @jax.checkpoint
     def score(params, view, x, targets):
         return log_probs_of(logits(config, params, x, view=view), targets)
 
@@ -60,6 +59,7 @@ def head_log_probs(
     excess = -count % block
     blocks_x = jnp.pad(flat_x, ((0, excess), (0, 0))).reshape(-1, block, x.shape[-1])
     blocks_targets = jnp.pad(flat_targets, (0, excess)).reshape(-1, block)
+    score = jax.checkpoint(score)
     scored = lax.map(lambda pair: score(params, view, *pair), (blocks_x, blocks_targets))
     return scored.reshape(-1)[:count].reshape(targets.shape)
 
@@ -94,7 +94,7 @@ def next_token_log_probs(
 
 def reduce_log_probs(
     log_probs: Float[Array, "*B T"],
-    mask: Int[ArrayLike, "*B T"],
+    mask: Num[ArrayLike, "*B T"],
     reduction: Literal["sum", "mean"] = "sum",
 ) -> Float[Array, "*B"]:
     """Sum or mean over the tokens of a mask; 0 where it has none.

@@ -4,12 +4,14 @@ Both are `loss_fn(params, batch, *, key=None, view=None) -> (loss, aux)`, so eve
 them; `view` reaches the model and spares a copy of the parameters.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from jaxlm.evaluation.classification import Apply, option_scores, token_log_probs
+from jaxlm.evaluation.classification import Apply, option_scores
+from jaxlm.models.scoring import log_probs_of
 from jaxlm.typing import Batch, LossFn, Params
 
 
@@ -35,7 +37,7 @@ def classification_objective(
         del key
         scores_BxC = option_scores(apply, token_ids, params, batch, offsets=offsets, view=view)
         labels, weights = jnp.asarray(batch["labels"]), batch["weights"]
-        losses = -token_log_probs(scores_BxC, labels)
+        losses = -log_probs_of(scores_BxC, labels)
         count = jnp.sum(weights)
         hits = (jnp.argmax(scores_BxC, axis=-1) == labels) * weights
         loss = jnp.sum(losses * weights) / count
@@ -44,11 +46,11 @@ def classification_objective(
     return loss_fn
 
 
-def lm_objective(apply: Apply) -> LossFn:
+def lm_objective(log_probs: Callable[..., Any]) -> LossFn:
     r"""Cross-entropy of the next token, in nats a token.
 
     Args:
-        apply: the model's forward pass, `lm.apply`.
+        log_probs: those of every token but the first, `lm.log_probs`.
 
     Returns:
         `loss_fn(params, batch, *, key=None, view=None) -> (loss, {"tokens"})` on a batch of
@@ -61,9 +63,7 @@ def lm_objective(apply: Apply) -> LossFn:
         ids = jnp.asarray(batch["input_ids"])
         mask = batch.get("attention_mask")
         weights = batch.get("weights", jnp.ones(ids.shape) if mask is None else mask)[:, 1:]
-        seen = None if mask is None else mask[:, :-1]
-        logits_BxTxV = apply(params, ids[:, :-1], seen, view=view)
-        losses = -token_log_probs(logits_BxTxV, ids[:, 1:])
+        losses = -log_probs(params, ids, mask, view=view)
         tokens = jnp.sum(weights)
         return jnp.sum(losses * weights) / tokens, {"tokens": tokens}
 

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core.errors import UserError
 from jaxlm.data import corpus as corpora
-from jaxlm.evaluation.perplexity import next_token_losses, perplexity
+from jaxlm.evaluation.perplexity import perplexity
 from jaxlm.models import LanguageModel, ModelConfig, init_params, save_pretrained
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.logging import Progress
+from jaxlm.train.objective import lm_objective
 from jaxlm.train.optimizers import OPTIMIZERS, FirstOrder
 from jaxlm.train.run_folder import RunFolder, to_dict
 from jaxlm.train.state import Program, method
-from jaxlm.typing import Batch, Params
+from jaxlm.typing import Params
 
 _FIRST_ORDER = {name: cls for name, cls in OPTIMIZERS.items() if issubclass(cls, FirstOrder)}
 _STYLES: dict[str, dict[str, Any]] = {
@@ -193,7 +193,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     if apart is not None:
         held_out = corpora.cached(apart, tokenizer, cache / "held_out")
         measure = perplexity(
-            lm.apply,
+            lm.log_probs,
             corpora.all_windows(held_out, config.seq_len),
             held_out.size,
             batch_size=config.batch_size,
@@ -210,10 +210,7 @@ def _train(
     windows: corpora.Windows,
     measure: Callable[[Params], dict[str, float]] | None,
 ) -> dict[str, Any]:
-    def loss_fn(params: Params, batch: Batch) -> Any:
-        return jnp.mean(next_token_losses(lm.apply, params, batch["input_ids"])), {}
-
-    way = method(config.optimizer, loss_fn, config.steps)
+    way = method(config.optimizer, lm_objective(lm.log_probs), config.steps)
     step_program = Program(way.step, donate=(0, 1))
     params, opt_state = lm.params, way.init(lm.params, jax.random.key(config.seed))
     checkpoints = Checkpoints(folder.checkpoints)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm.evaluation import accuracy, calibrate, majority_accuracy, option_scores, score_split
-from jaxlm.evaluation.classification import token_log_probs
+from jaxlm.models.scoring import log_probs_of
 from jaxlm.train.objective import classification_objective, lm_objective
 
 VOCABULARY = 7
@@ -20,6 +20,10 @@ def apply(params, ids, mask=None, *, positions=None, token_ids=None, view=None, 
         logits = jnp.take_along_axis(logits, index[..., None], axis=1)
         logits = logits.reshape(*positions.shape, -1)
     return logits if token_ids is None else logits[..., token_ids]
+
+
+def log_probs(params, ids, mask=None, *, view=None):
+    return log_probs_of(apply(params, ids[:, :-1]), ids[:, 1:])
 
 
 @pytest.fixture
@@ -111,21 +115,14 @@ def test_lm_loss_is_the_mean_surprise_of_all_but_the_first_token(params):
     ids = np.array([[1, 2, 3], [4, 5, 6]], np.int32)
     table = np.asarray(params["table"], np.float64)
     logp = table - np.log(np.exp(table).sum(-1, keepdims=True))
-    loss, aux = lm_objective(apply)(params, {"input_ids": ids})
+    loss, aux = lm_objective(log_probs)(params, {"input_ids": ids})
     expected = -np.mean([logp[1, 2], logp[2, 3], logp[4, 5], logp[5, 6]])
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert aux["tokens"] == 4
     mask = np.array([[1, 1, 0], [1, 1, 1]], np.int32)
-    loss, aux = lm_objective(apply)(params, {"input_ids": ids, "attention_mask": mask})
+    loss, aux = lm_objective(log_probs)(params, {"input_ids": ids, "attention_mask": mask})
     np.testing.assert_allclose(loss, -np.mean([logp[1, 2], logp[4, 5], logp[5, 6]]), rtol=1e-5)
     assert aux["tokens"] == 3
-
-
-def test_log_probabilities_of_bfloat16_logits_are_float32():
-    logits = jnp.array([[1.0, 2.0, 4.0]], jnp.bfloat16)
-    result = token_log_probs(logits, jnp.array([2]))
-    assert result.dtype == jnp.float32
-    np.testing.assert_allclose(result, [4 - np.log(np.exp([1, 2, 4]).sum())], rtol=1e-6)
 
 
 def test_accuracy_is_the_share_of_highest_scores():
