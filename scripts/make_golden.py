@@ -18,7 +18,8 @@ from tests.models import reference
 GOLDEN = Path(__file__).parents[1] / "tests" / "models" / "golden"
 NAMES = (
     *("gpt2", "llama", "llama-biases", "opt", "opt-projected", "bert", "bert-untied", "bert-base"),
-    *("bert-classifier", "roberta", "roberta-classifier"),
+    *("bert-classifier", "roberta", "roberta-classifier", "llama-rope-llama3", "mistral"),
+    *("qwen2", "qwen3", "olmo-clipped", "olmo2", "gemma", "gemma2", "gpt_neox"),
 )
 
 

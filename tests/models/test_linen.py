@@ -1,5 +1,6 @@
 """The Linen module and the free functions are one model."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.models import init_params
+from jaxlm.models import init_params, transformer
 from jaxlm.models.linen import Transformer
 
 GOLDEN = Path(__file__).parent / "golden"
-NAMES = ("gpt2", "llama", "opt-projected", "bert", "bert-base", "roberta-classifier")
+NAMES = (
+    *("gpt2", "llama", "opt-projected", "bert", "bert-base", "roberta-classifier", "mistral"),
+    *("qwen2", "qwen3", "olmo-clipped", "olmo2", "gemma", "gemma2", "gpt_neox"),
+)
 IDS = jnp.array([[5, 6, 7, 1], [8, 9, 10, 11]])
 MASK = jnp.array([[1, 1, 1, 0], [1, 1, 1, 1]])
 
@@ -28,6 +32,33 @@ def test_same_tree_and_same_numbers(name: str):
     found = jax.jit(module.apply)({"params": lm.params}, IDS, MASK)
     wanted = jax.jit(lm.hidden if lm.config.head == "none" else lm.apply)(lm.params, IDS, MASK)
     np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_derivatives_pass_through_both_and_through_remat(name: str):
+    """One directional derivative in four ways: forward, reverse, and reverse with recomputation."""
+    lm = jaxlm.from_pretrained(GOLDEN / name)
+    direction = init_params(lm.config, jax.random.key(0))
+
+    def loss(config, params):
+        forward = transformer.hidden if config.head == "none" else transformer.apply
+        return jnp.sum(forward(config, params, IDS, MASK)[0] ** 2)
+
+    def linen(params):
+        return jnp.sum(Transformer(lm.config).apply({"params": params}, IDS, MASK)[0] ** 2)
+
+    def along(grads):
+        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, grads, direction)))
+
+    plain = functools.partial(loss, lm.config)
+    wanted = jax.jit(lambda p: jax.jvp(plain, (p,), (direction,))[1])(lm.params)
+    again = [functools.partial(loss, lm.config.replace(remat=how)) for how in ("layer", "dots")]
+    for f in (plain, linen, *again):
+        np.testing.assert_allclose(along(jax.jit(jax.grad(f))(lm.params)), wanted, rtol=2e-4)
+    several = jax.tree.map(lambda a, b: jnp.stack([a, a + b]), lm.params, direction)
+    found = jax.jit(jax.vmap(plain))(several)
+    one = jax.tree.map(lambda x: x[1], several)
+    np.testing.assert_allclose(found, [plain(lm.params), plain(one)], rtol=1e-4)
 
 
 def test_initial_values_have_the_same_distribution():

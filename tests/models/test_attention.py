@@ -1,0 +1,122 @@
+"""Every implementation of attention against loops over queries in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.models import attention
+from jaxlm.models.attention import BLOCK, IMPLEMENTATIONS, Mask
+
+B, H, G, K = 2, 4, 2, 3
+PLAIN = ("xla", "blockwise")
+
+
+def make(length: int, keys: int, dtype=np.float32):
+    rng = np.random.default_rng(length)
+    shapes = ((B, length, H, K), (B, keys, G, K), (B, keys, G, K))
+    return [jnp.asarray(3 * rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def make_mask(length: int, keys: int, window: int | None, causal: bool):
+    """Row 0 is whole; row 1 has its first two and its last key as padding."""
+    real = np.ones((B, keys), np.int32)
+    real[1, :2] = real[1, -1] = 0
+    positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
+    first = keys - length
+    return Mask(
+        jnp.asarray(real), jnp.asarray(positions[:, first:]), jnp.asarray(positions), first, window,
+        causal,
+    )  # fmt: skip
+
+
+def by_loops(q, k, v, mask: Mask, scale: float, cap: float | None):
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        row, group = mask.first + t, h // (H // G)
+        here = mask.query_positions[b, t]
+        seen = [
+            s == row
+            or (
+                bool(mask.keys[b, s])
+                and (not mask.causal or s <= row)
+                and (mask.window is None or here - mask.key_positions[b, s] < mask.window)
+            )
+            for s in range(k.shape[1])
+        ]
+        scores = scale * k[b, seen, group] @ q[b, t, h]
+        scores = scores if cap is None else cap * np.tanh(scores / cap)
+        weights = np.exp(scores - scores.max())
+        out[b, t, h] = weights / weights.sum() @ v[b, seen, group]
+    return out
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (3, None), (None, 0.7), (1, 2.0)])
+@pytest.mark.parametrize(("length", "keys"), [(7, 7), (1, 7), (3, 9)])
+def test_against_loops(name, causal, window, cap, length, keys, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    inputs, mask = make(length, keys), make_mask(length, keys, window, causal)
+    found = jax.jit(functools.partial(IMPLEMENTATIONS[name], scale=0.3, cap=cap))(*inputs, mask)
+    np.testing.assert_allclose(found, by_loops(*inputs, mask, 0.3, cap), atol=2e-6)
+
+
+def test_blocks_of_real_size_and_their_derivatives():
+    length = 2 * BLOCK + 37
+    inputs, mask = make(length, length), make_mask(length, length, None, True)
+    tangents = [jnp.ones_like(x) for x in inputs]
+
+    def loss(name, *inputs):
+        return jnp.sum(jnp.sin(IMPLEMENTATIONS[name](*inputs, mask, scale=0.5)))
+
+    results = []
+    for name in PLAIN:
+        f = functools.partial(loss, name)
+        grads = jax.jit(jax.grad(f, argnums=(0, 1, 2)))(*inputs)
+        slope = jax.jit(lambda *x, f=f: jax.jvp(f, x, tuple(tangents))[1])(*inputs)
+        along = sum(jnp.sum(g) for g in grads)
+        np.testing.assert_allclose(slope, along, rtol=1e-3)
+        results.append(grads)
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_memory_of_blocks_grows_with_length_and_not_with_its_square():
+    def temporaries(name, length):
+        inputs, mask = make(length, length), make_mask(length, length, None, True)
+
+        def loss(*inputs):
+            return jnp.sum(IMPLEMENTATIONS[name](*inputs, mask, scale=1.0) ** 2)
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*inputs).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries("blockwise", 4096) < 3 * temporaries("blockwise", 2048)
+    assert temporaries("blockwise", 4096) < 0.1 * temporaries("xla", 4096)
+
+
+def test_bfloat16_has_a_float32_softmax():
+    inputs, mask = make(40, 40, jnp.bfloat16), make_mask(40, 40, None, True)
+    wanted = by_loops(*inputs, mask, 0.3, None)
+    for name in PLAIN:
+        found = IMPLEMENTATIONS[name](*inputs, mask, scale=0.3)
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(found, np.float64), wanted, atol=0.05)
+
+
+def test_cudnn_refuses_a_soft_cap():
+    with pytest.raises(ValueError, match="has no soft cap"):
+        attention.cudnn(*make(3, 3), make_mask(3, 3, None, True), scale=1.0, cap=1.0)
+
+
+@pytest.mark.gpu
+def test_cudnn_is_the_same():
+    inputs, mask = make(64, 64, jnp.bfloat16), make_mask(64, 64, None, True)
+    inputs = [jnp.repeat(x, 22, axis=-1)[..., :64] for x in inputs]
+    found = jax.jit(functools.partial(attention.cudnn, scale=0.3))(*inputs, mask)
+    wanted = attention.xla(*inputs, mask, scale=0.3)
+    np.testing.assert_allclose(found.astype("float32"), wanted.astype("float32"), atol=0.05)
