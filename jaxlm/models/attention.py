@@ -66,7 +66,7 @@ class Mask:
 def _scores(q, k, seen, scale, cap):
     """Masked scores [B, G, M, T, S] in at least float32."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("btgmk,bsgk->bgmts", q * scale, k, preferred_element_type=wide)
+    scores = scale * jnp.einsum("btgmk,bsgk->bgmts", q, k, preferred_element_type=wide)
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
     return jnp.where(seen[:, None, None], scores, jnp.finfo(scores.dtype).min)
