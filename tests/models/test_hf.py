@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxlm
 from jaxlm.core.errors import UserError
+from tests.models import reference
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -76,7 +78,8 @@ MISTAKES = {
     "model type": (
         edit_config(model_type="mamba"),
         "{folder}/config.json has the model_type 'mamba'; supported are "
-        "bert, gpt2, llama, opt, roberta",
+        "bert, gemma, gemma2, gpt2, gpt_neox, llama, mistral, olmo, olmo2, opt, qwen2, qwen3, "
+        "roberta",
     ),
     "key": (
         edit_config(n_embd=...),
@@ -135,6 +138,24 @@ MISTAKES = {
         "model folder {folder} has no tensor transformer.h.1.ln_1.bias; "
         "its weights are incomplete, or not those of a gpt2 model",
     ),
+    "layers": (
+        edit_config(n_layer=1),
+        "{folder} holds transformer.h.1.ln_1.weight, config.json asks for 1 layers; "
+        "one of them is wrong",
+    ),
+    "head": (
+        edit_config(tie_word_embeddings=False),
+        "model folder {folder} has no tensor lm_head.weight; "
+        "its weights are incomplete, or not those of a gpt2 model",
+    ),
+    "integers": (
+        edit_weights(lambda tensors: tensors.update({WTE: tensors[WTE].astype(np.int8)})),
+        f"{{folder}}: {WTE} has the dtype I8, which is not supported, only BF16, F16, F32, F64",
+    ),
+    "index": (
+        without_weights(left="model.safetensors.index.json", text='{"weight_map": []}'),
+        "{folder}/model.safetensors.index.json has no weight_map; download it again",
+    ),
     "tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text("{"),
         "the tokenizer in {folder} cannot be read (",
@@ -171,8 +192,8 @@ def test_a_name_that_the_hub_does_not_give():
         ("gpt2", {"scale_attn_weights": False}),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
         ("llama", {"pretraining_tp": 2}),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}),
-        ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("llama", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}),
+        ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}),
         ("bert", {"position_embedding_type": "relative_key"}),
         ("bert", {"is_decoder": True}),
         ("roberta", {"add_cross_attention": True}),
@@ -204,13 +225,161 @@ def test_names_without_the_prefix(folder: Path):
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
-@pytest.mark.multidevice
-def test_parameters_are_replicated_over_a_mesh(folder: Path):
-    mesh = jax.make_mesh((8,), ("data",))
-    lm = jaxlm.from_pretrained(folder, mesh=mesh)
-    for leaf in jax.tree.leaves(lm.params):
-        assert leaf.sharding.is_fully_replicated
-        assert len(leaf.sharding.device_set) == 8
+@pytest.mark.parametrize("option", ["attention", "remat"])
+def test_an_unknown_choice_is_refused(option: str, folder: Path):
+    with pytest.raises(UserError) as caught:
+        jaxlm.from_pretrained(folder, **{option: "best"})
+    known = {"attention": "xla, blockwise, cudnn", "remat": "none, layer, dots"}
+    assert str(caught.value) == f"{option}='best' is not known; choose one of {known[option]}"
+
+
+def test_choices_go_into_the_configuration(folder: Path):
+    plain = jaxlm.from_pretrained(folder).config
+    lm = jaxlm.from_pretrained(
+        folder, compute_dtype=jnp.bfloat16, attention="blockwise", remat="dots"
+    )
+    assert lm.config == plain.replace(compute_dtype="bfloat16", attention="blockwise", remat="dots")
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def save_in_shards(folder: Path) -> list[Path]:
+    jaxlm.save_pretrained(jaxlm.from_pretrained(folder), folder, max_shard_size="8KB")
+    return shards(folder)
+
+
+def test_a_truncated_or_missing_shard_is_named(folder: Path):
+    *_, shard, _ = save_in_shards(folder)
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError) as caught:
+        jaxlm.from_pretrained(folder)
+    wanted = f"{shard} is truncated or not a safetensors file; download it again"
+    assert str(caught.value) == wanted
+    shard.unlink()
+    with pytest.raises(UserError) as caught:
+        jaxlm.from_pretrained(folder)
+    assert str(caught.value) == (
+        f"{folder}/model.safetensors.index.json names {shard.name}, which is missing; "
+        "download it again"
+    )
+
+
+def test_tensors_of_one_checkpoint_may_differ_in_dtype(folder: Path):
+    tensors = load_file(folder / "model.safetensors")
+    dtypes = [np.float16, jnp.bfloat16, np.float32, np.float64]
+    mixed = {name: x.astype(dtypes[i % 4]) for i, (name, x) in enumerate(tensors.items())}
+    save_file(mixed, folder / "model.safetensors")
+    found = jaxlm.from_pretrained(folder)
+    save_file(
+        {name: x.astype(np.float32) for name, x in mixed.items()}, folder / "model.safetensors"
+    )
+    wanted = jaxlm.from_pretrained(folder)
+    jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
+
+
+@pytest.mark.parametrize("kept", ["both", "head"])
+def test_a_tied_table_may_be_stored_twice_or_under_the_name_of_the_head(kept: str, folder: Path):
+    wanted = jaxlm.from_pretrained(folder)
+    assert wanted.config.tie_embeddings
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors[WTE].copy()
+    if kept == "head":
+        del tensors[WTE]
+    save_file(tensors, folder / "model.safetensors")
+    found = jaxlm.from_pretrained(folder)
+    assert found.config == wanted.config
+    jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
+
+
+@pytest.mark.parametrize("name", sorted(folder.name for folder in GOLDEN.iterdir()))
+def test_a_round_trip_through_shards(name: str, tmp_path: Path):
+    lm = jaxlm.from_pretrained(GOLDEN / name)
+    jaxlm.save_pretrained(lm, tmp_path, max_shard_size="8KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    stored = {path.name: load_file(path) for path in shards(tmp_path)}
+    assert len(stored) > 2
+    assert index["weight_map"] == {name: file for file in stored for name in stored[file]}
+    sizes = {file: sum(x.nbytes for x in stored[file].values()) for file in stored}
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    assert all(sizes[file] <= 8000 or len(stored[file]) == 1 for file in stored)
+    found = jaxlm.from_pretrained(tmp_path)
+    assert found.config == lm.config
+    jax.tree.map(np.testing.assert_array_equal, found.params, lm.params)
+
+
+FAMILIES = sorted({case.partition("-")[0] for case in reference.CASES})
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("case", [*FAMILIES, "bert-classifier", "roberta-base"])
+def test_shards_of_theirs_and_of_ours_opened_by_them(case: str, tmp_path: Path):
+    import transformers
+
+    theirs = reference.make_model(case)
+    inputs = reference.make_inputs(theirs)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="8KB")
+    assert len(shards(tmp_path / "theirs")) > 2
+    lm = jaxlm.from_pretrained(tmp_path / "theirs")
+    found = jax.jit(lm.hidden if lm.config.head == "none" else lm.apply)(lm.params, **inputs)
+    jaxlm.save_pretrained(lm, tmp_path / "ours", max_shard_size="8KB")
+    architecture = reference.CASES[case][0]
+    saved, loading = getattr(transformers, architecture).from_pretrained(
+        tmp_path / "ours", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(loading.values()), loading
+    wanted = reference.outputs(theirs, inputs)
+    np.testing.assert_array_equal(reference.outputs(saved, inputs), wanted)
+    real = inputs["attention_mask"].astype(bool)
+    real = real if wanted.ndim == 3 else real[:, 0]
+    assert np.abs(found - wanted)[real].max() <= 1e-4
+
+
+def test_a_save_removes_the_weights_of_the_one_before(folder: Path):
+    lm = jaxlm.from_pretrained(folder)
+    many = save_in_shards(folder)
+    assert not (folder / "model.safetensors").exists()
+    jaxlm.save_pretrained(lm, folder, max_shard_size=20_000)
+    few = shards(folder)
+    assert 1 < len(few) < len(many)
+    jax.tree.map(np.testing.assert_array_equal, jaxlm.from_pretrained(folder).params, lm.params)
+    jaxlm.save_pretrained(lm, folder)
+    names = {path.name for path in folder.iterdir()}
+    inputs = "inputs_and_outputs.safetensors"
+    assert names == {"README.md", "config.json", "model.safetensors", inputs}
+    jax.tree.map(np.testing.assert_array_equal, jaxlm.from_pretrained(folder).params, lm.params)
+
+
+def test_a_size_that_is_none(folder: Path, tmp_path: Path):
+    lm = jaxlm.from_pretrained(folder)
+    with pytest.raises(UserError) as caught:
+        jaxlm.save_pretrained(lm, tmp_path / "out", max_shard_size="large")
+    assert str(caught.value) == (
+        "max_shard_size='large' is no size; give bytes, or a text like '5GB'"
+    )
+
+
+def test_a_model_card_is_written_once(folder: Path, tmp_path: Path):
+    lm = jaxlm.from_pretrained(folder)
+    jaxlm.save_pretrained(lm, tmp_path / "tuned")
+    card = (tmp_path / "tuned" / "README.md").read_text()
+    count = sum(leaf.size for leaf in jax.tree.leaves(lm.params))
+    assert card.startswith("---\nlibrary_name: jaxlm\n---\n\n# tuned\n")
+    for part in (f"A gpt2 decoder of {count:,} parameters in float32", "jaxlm.from_pretrained",
+                 "AutoModelForCausalLM.from_pretrained"):  # fmt: skip
+        assert part in card
+    (tmp_path / "tuned" / "README.md").write_text("mine")
+    jaxlm.save_pretrained(lm, tmp_path / "tuned")
+    assert (tmp_path / "tuned" / "README.md").read_text() == "mine"
+
+
+def test_the_tokenizer_is_carried_along(tmp_path: Path):
+    lm = jaxlm.from_pretrained()
+    jaxlm.save_pretrained(lm, tmp_path, max_shard_size="1MB")
+    found = jaxlm.from_pretrained(tmp_path)
+    text = "A film that is worth seeing twice."
+    assert found.tokenizer(text)["input_ids"] == lm.tokenizer(text)["input_ids"]
 
 
 def test_a_head_is_found_by_what_the_checkpoint_holds():
@@ -239,9 +408,10 @@ def test_saving_where_nothing_can_be_written(folder: Path, tmp_path: Path):
     assert str(caught.value) == (
         f"cannot write the model to {tmp_path}/file/model: Not a directory; choose another"
     )
-    (tmp_path / "taken" / "model.safetensors.tmp").mkdir(parents=True)
+    (tmp_path / "taken" / "model.safetensors").mkdir(parents=True)
     with pytest.raises(UserError, match=r"^cannot write the model to .*; choose another$"):
         jaxlm.save_pretrained(lm, tmp_path / "taken")
+    assert not list((tmp_path / "taken").glob("saving-*"))
 
 
 def test_saving_the_parameters_of_another_model(folder: Path, tmp_path: Path):
@@ -259,5 +429,5 @@ def test_a_save_leaves_no_temporary_file_and_replaces_what_was_there(folder: Pat
     lm = jaxlm.from_pretrained(folder)
     doubled = jax.tree.map(lambda x: 2 * x, lm.params)
     jaxlm.save_pretrained(lm, folder, doubled)
-    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob("saving-*"))
     jax.tree.map(np.testing.assert_array_equal, jaxlm.from_pretrained(folder).params, doubled)

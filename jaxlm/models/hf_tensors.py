@@ -1,0 +1,213 @@
+"""Which parts of a HF checkpoint's tensors hold which parts of our leaves, both ways.
+
+Our leaves stack layers, are transposed against torch's Linear, and split what some families fuse.
+Nothing here knows the file format: a file is something with `get_slice(name)[index]`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlm.core.errors import UserError
+from jaxlm.core.paths import LAYERS
+from jaxlm.models.config import ModelConfig
+from jaxlm.models.families import Name
+from jaxlm.models.initialise import param_shapes
+
+_FLOATS = ("BF16", "F16", "F32", "F64")
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: its name there, its shape, and its dtype in the words of safetensors."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _stacked(path: str) -> bool:
+    return path.startswith(LAYERS + ".")
+
+
+def _runs(row: Name, length: int, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
+    """Where [start:stop] of our last axis lies in the HF tensor's, in contiguous runs.
+
+    Args:
+      row: how our leaf lies in the tensor.
+      length: of our last axis.
+      start, stop: the part of it.
+
+    Yields:
+      (place in the part, place in the tensor).
+    """
+    index, count = row.part
+    size = length // row.groups
+    for group in range(start // size, -(-stop // size)):
+        low, high = max(start, group * size), min(stop, (group + 1) * size)
+        shift = (group * (count - 1) + index) * size
+        yield slice(low - start, high - start), slice(low + shift, high + shift)
+
+
+def _shape(row: Name, ours: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the HF tensor that holds one layer of our leaf."""
+    whole = (*ours[:-1], row.part[1] * ours[-1])
+    return whole[::-1] if row.transpose else whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a model folder, read by our paths.
+
+    Attributes:
+      folder: the model's.
+      module: its family.
+      tensors: HF name -> where it is stored.
+      open: gives the file at a path, while the context lasts; files are opened for each part anew,
+        since what was read of a mapped file counts as the process's memory until it is closed.
+    """
+
+    folder: Path
+    module: ModuleType
+    tensors: Mapping[str, Stored]
+    open: Callable[[Path], AbstractContextManager[Any]]
+
+    def find(self, config: ModelConfig, path: str, layer: int = 0) -> tuple[Name, str] | None:
+        """The first name of a leaf that the checkpoint holds, with or without the prefix.
+
+        Of a tied table some checkpoints keep only the head's name.
+        """
+        paths = [path]
+        if path == "embed.tokens.embedding" and config.tie_embeddings:
+            paths.append("lm_head.embedding")
+        rows = self.module.names(config)
+        for row in (row for path in paths for row in rows if row.path == path):
+            name = row.hf.format(layer=layer)
+            for known in (name, name.removeprefix(self.module.PREFIX)):
+                if known in self.tensors:
+                    return row, known
+        return None
+
+    def match_head(self, config: ModelConfig) -> ModelConfig:
+        """Settles the head of an encoder by what the checkpoint holds."""
+        if config.kind == "decoder":
+            return config
+        if self.find(config, "mlm.dense.kernel"):
+            return config.replace(head="mlm")
+        classifier = config.replace(head="classifier", pooled=True)
+        bias = self.find(classifier, "classifier.bias")
+        if bias and self.find(classifier, "pooler.kernel"):
+            return classifier.replace(num_labels=self.tensors[bias[1]].shape[0])
+        return config.replace(pooled=self.find(config, "pooler.kernel") is not None)
+
+    def check(self, config: ModelConfig) -> None:
+        """Holds every leaf against what is stored, before anything is read.
+
+        Raises:
+          UserError: for a tensor that is missing, of another shape or no floating-point one, and
+            for more layers than the configuration has.
+        """
+        for path, shape in param_shapes(config).items():
+            layers = config.num_layers if _stacked(path) else 1
+            for layer in range(layers):
+                self._check(config, path, layer, shape[1:] if _stacked(path) else shape)
+            more = self.find(config, path, layers) if _stacked(path) else None
+            if more is not None:
+                raise UserError(
+                    f"{self.folder} holds {more[1]}, config.json asks for {layers} layers; "
+                    "one of them is wrong"
+                )
+
+    def _check(self, config: ModelConfig, path: str, layer: int, shape: tuple[int, ...]) -> None:
+        found = self.find(config, path, layer)
+        if found is None:
+            names = (row.hf for row in self.module.names(config) if row.path == path)
+            raise UserError(
+                f"model folder {self.folder} has no tensor {next(names).format(layer=layer)}; "
+                f"its weights are incomplete, or not those of a {config.family} model"
+            )
+        row, name = found
+        stored, wanted = self.tensors[name], _shape(row, shape)
+        if stored.shape != wanted:
+            raise UserError(
+                f"{self.folder}: {name} has the shape {list(stored.shape)}, config.json asks for "
+                f"{list(wanted)}; one of them is wrong"
+            )
+        if stored.dtype not in _FLOATS:
+            raise UserError(
+                f"{self.folder}: {name} has the dtype {stored.dtype}, which is not supported, only "
+                + ", ".join(_FLOATS)
+            )
+
+    def read(
+        self, config: ModelConfig, path: str, dtype: Any, index: tuple[slice, ...]
+    ) -> np.ndarray:
+        """The part `index` of a leaf of ours; of the files only that part is read."""
+        shape = param_shapes(config)[path]
+        bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+        host = np.empty([stop - start for start, stop in bounds], dtype)
+        first = bounds.pop(0)[0] if _stacked(path) else 0
+        *outer, (start, stop) = bounds
+        for layer, block in enumerate(host if _stacked(path) else host[None], first):
+            found = self.find(config, path, layer)
+            assert found is not None
+            row, stored = found[0], self.tensors[found[1]]
+            with self.open(stored.file) as file:
+                tensor = file.get_slice(stored.name)
+                for ours, theirs in _runs(row, shape[-1], start, stop):
+                    part = (*(slice(*pair) for pair in outer), theirs)
+                    value = tensor[part[::-1]].T if row.transpose else tensor[part]
+                    block[..., ours] = value
+        return host
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A HF tensor to be written: its shape and dtype, and the (row, layer)s that fill it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    parts: list[tuple[Name, int]]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def gather(self, flat: Mapping[str, Any]) -> np.ndarray:
+        """The tensor on the host; of a stacked leaf only the layer in question gets there."""
+        tensor = np.empty(self.shape, self.dtype)
+        for row, layer in self.parts:
+            leaf = flat[row.path]
+            value = np.asarray(leaf[layer] if _stacked(row.path) else leaf)
+            whole = tensor.T if row.transpose else tensor
+            for ours, theirs in _runs(row, value.shape[-1], 0, value.shape[-1]):
+                whole[..., theirs] = value[..., ours]
+        return tensor
+
+
+def targets(config: ModelConfig, module: ModuleType, flat: Mapping[str, Any]) -> dict[str, Target]:
+    """HF name -> what is to be written under it.
+
+    Raises:
+      UserError: if a leaf is missing or has another shape.
+    """
+    found: dict[str, Target] = {}
+    shapes = param_shapes(config)
+    for row in module.names(config):
+        if row.path not in shapes:
+            continue
+        shape = shapes[row.path]
+        leaf = flat.get(row.path)
+        if leaf is None or leaf.shape != shape:
+            raise UserError(f"the parameters have no {row.path} of shape {list(shape)}")
+        name = row.hf.removeprefix(module.PREFIX) if config.head == "none" else row.hf
+        layers, ours = (shape[0], shape[1:]) if _stacked(row.path) else (1, shape)
+        for layer in range(layers):
+            empty = Target(_shape(row, ours), leaf.dtype, [])
+            found.setdefault(name.format(layer=layer), empty).parts.append((row, layer))
+    return found

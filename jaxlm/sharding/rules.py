@@ -1,0 +1,97 @@
+"""Where each parameter lives on a mesh, by its path.
+
+Two tables: a path has logical axes, a logical axis has a mesh axis. They know names only, so they
+place any tree whose paths end alike: parameters, stacked over layers or not, and the moments of an
+optimizer.
+"""
+
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from jaxlm.core.paths import map_with_path
+
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Which axes of a parameter are divided among which devices.
+
+    Attributes:
+      paths: (regular expression, logical names of the last axes of a leaf); the first that is
+        found in a path counts, and what none is found in is replicated. Axes before the last ones,
+        such as that of stacked layers, are left whole.
+      axes: (logical name, axis or axes of the mesh); a name that is not here is left whole.
+    """
+
+    paths: tuple[tuple[str, tuple[str | None, ...]], ...]
+    axes: tuple[tuple[str, MeshAxes], ...]
+
+    def sharding(self, path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+        """The sharding of one leaf; an axis that its devices do not divide is left whole."""
+        found = (logical for pattern, logical in self.paths if re.search(pattern, path))
+        logical = next(found, ())
+        if len(logical) > len(shape):
+            return NamedSharding(mesh, PartitionSpec())
+        names = (None,) * (len(shape) - len(logical)) + logical
+        rows = zip(names, shape, strict=True)
+        return NamedSharding(mesh, PartitionSpec(*(self._axis(*row, mesh) for row in rows)))
+
+    def _axis(self, name: str | None, size: int, mesh: Mesh) -> MeshAxes:
+        found = dict(self.axes).get(name) if name is not None else None
+        axes = (found,) if isinstance(found, str) else found or ()
+        count = math.prod(mesh.shape.get(axis, 1) for axis in axes)
+        if count == 1 or size % count:
+            return None
+        axes = tuple(axis for axis in axes if axis in mesh.shape)
+        return axes if len(axes) > 1 else axes[0]
+
+
+DEFAULT = Rules(
+    paths=(
+        (r"(tokens|lm_head)\.embedding$", ("vocab", "embed")),
+        (r"\.embedding$", (None, "embed")),
+        (r"[qkv]_proj\.kernel$", ("embed", "heads")),
+        (r"[qkv]_proj\.bias$", ("heads",)),
+        (r"o_proj\.kernel$", ("heads", "embed")),
+        (r"(gate|up)_proj\.kernel$", ("embed", "mlp")),
+        (r"(gate|up)_proj\.bias$", ("mlp",)),
+        (r"down_proj\.kernel$", ("mlp", "embed")),
+        (r"lm_head\.bias$", ("vocab",)),
+        (r"\.kernel$", ("embed", None)),
+    ),
+    axes=(("vocab", "model"), ("heads", "model"), ("mlp", "model"), ("embed", "fsdp")),
+)
+
+
+def param_shardings(params: PyTree, mesh: Mesh, rules: Rules = DEFAULT) -> PyTree:
+    """The sharding of every leaf of a tree.
+
+    Args:
+      params: arrays or `jax.ShapeDtypeStruct`s, or the shapes of
+        `jaxlm.models.param_shapes(config)`.
+      mesh: as of `make_mesh`; axes that it lacks divide nothing.
+      rules: the two tables.
+
+    Returns:
+      A tree like `params` of `NamedSharding`s, as `jax.device_put`, `in_shardings` and
+      `out_shardings` take it.
+    """
+    shaped = jax.tree.map(_shaped, params, is_leaf=_is_shape)
+    return map_with_path(
+        lambda leaf: rules.sharding(leaf.path, getattr(leaf.value, "shape", ()), mesh), shaped
+    )
+
+
+def _is_shape(node) -> bool:
+    return type(node) is tuple and bool(node) and all(isinstance(size, int) for size in node)
+
+
+def _shaped(node):
+    return jax.ShapeDtypeStruct(node, jnp.float32) if _is_shape(node) else node
