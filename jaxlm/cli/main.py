@@ -12,6 +12,7 @@ from jaxlm.core.errors import UserError
 COMMANDS = {
     "finetune": "fine-tune a model on a task; without arguments, the quickstart",
     "evaluate": "accuracy of a model, as it is, on a task",
+    "generate": "text that a model writes after a prompt",
     "pretrain": "train a causal language model from scratch on text",
     "convert": "load a model or a run folder and save it in the Hugging Face layout",
     "info": "versions, devices and memory; with a model, its parameter table",

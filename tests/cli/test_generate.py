@@ -1,0 +1,211 @@
+"""jaxlm generate prints and writes what the library generates; a mistake is one sentence."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm.cli.main import main
+from jaxlm.evaluation import generate_text
+from jaxlm.models import init_params, save_pretrained
+
+PROMPT = "the film is"
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return jaxlm.from_pretrained()
+
+
+def generate(capsys, *words):
+    assert main(["generate", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def records(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_one_prompt_is_streamed(lm, capsys):
+    (sample,) = generate_text(lm, [PROMPT], max_new_tokens=12)[0]
+    words = [f"--prompt={PROMPT}", "--max_new_tokens=12"]
+    assert generate(capsys, *words) == sample.text + "\n"
+    second = sample.text.split()[1]
+    shown = generate(capsys, *words, f"--stop={second}")
+    assert shown == sample.text[: sample.text.index(second)] + "\n"
+    assert generate(capsys, *words, f'--stop=["#", "{second}"]') == shown
+    assert generate(capsys, *words, "--stop=[end]") == sample.text + "\n"
+
+
+def test_json_has_the_text_that_is_streamed(capsys):
+    words = [f"--prompt={PROMPT}", "--max_new_tokens=9", "--temperature=1", "--seed=3"]
+    shown = generate(capsys, *words)
+    (record,) = records(generate(capsys, *words, "--json=true"))
+    assert record["text"] + "\n" == shown
+    assert generate(capsys, *words[:-1]) != shown
+    several = records(generate(capsys, *words, "--num_samples=3"))
+    assert [record["sample"] for record in several] == [0, 1, 2]
+    assert len({record["text"] for record in several}) == 3
+
+
+def test_prompts_of_a_file(lm, tmp_path, capsys):
+    prompts = [PROMPT, "a", "an actor who", "Zoë"]
+    text, rows = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    text.write_text("\n\n".join(prompts) + "\n", encoding="utf-8")
+    rows.write_text("".join(json.dumps({"prompt": p, "id": 1}) + "\n" for p in prompts))
+    output = tmp_path / "out.jsonl"
+    words = ["--max_new_tokens=7", "--batch_size=3"]
+    assert generate(capsys, f"--file={text}", *words, f"--output={output}") == ""
+    found = records(output.read_text(encoding="utf-8"))
+    assert records(generate(capsys, f"--file={rows}", *words)) == found
+    assert [record["index"] for record in found] == [0, 1, 2, 3]
+    wanted = generate_text(lm, prompts, max_new_tokens=7)
+    for record, prompt, (sample,) in zip(found, prompts, wanted, strict=True):
+        assert (record["prompt"], record["text"]) == (prompt, sample.text)
+        assert (record["tokens"], record["finish"]) == (sample.tokens.tolist(), sample.finish)
+        np.testing.assert_allclose(record["log_probs"], sample.log_probs, atol=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "out.jsonl", "prompts.jsonl", "prompts.txt"
+    ]  # fmt: skip
+
+
+def test_a_model_of_ones_own_and_a_configuration(tiny_model, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: {tiny_model}\nprompt: the film\nmax_new_tokens: 4\n")
+    shown = generate(capsys, path)
+    assert shown == generate(capsys, tiny_model, "--prompt=the film", "--max_new_tokens=4")
+    assert len(shown.split()) == 4
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def without_tokenizer(folder):
+    lm = jaxlm.from_pretrained(folder / "model")
+    save_pretrained(lm.replace(tokenizer=None), folder / "bare")
+
+
+def learned_positions(folder):
+    lm = jaxlm.from_pretrained(folder / "model")
+    config = lm.config.replace(
+        family="gpt2", positions="learned", max_positions=8, norm="layernorm", activation="gelu",
+        gated_mlp=False, attention_bias=True, output_bias=True, mlp_bias=True,
+    )  # fmt: skip
+    params = init_params(config, jax.random.key(0))
+    save_pretrained(lm.replace(config=config, params=params), folder / "learned")
+
+
+def nothing(folder):
+    pass
+
+
+ROWS = {
+    "no prompt": (
+        nothing,
+        ["model"],
+        "prompt '' has no token, and the tokenizer puts none before it: give text.",
+    ),
+    "prompt and file": (
+        nothing,
+        ["--prompt=a", "--file=b.txt"],
+        "command line: prompt and file are both given: give one.",
+    ),
+    "unknown key": (
+        nothing,
+        ["--promt=a"],
+        "command line: unknown key 'promt': did you mean 'prompt'?",
+    ),
+    "no model": (
+        nothing,
+        ["./no", "--prompt=a"],
+        "model folder ./no does not exist; give a folder or a hub id",
+    ),
+    "no tokenizer": (
+        without_tokenizer,
+        ["bare", "--prompt=a"],
+        "the model has no tokenizer, which text needs: put its files into the model's folder, "
+        "or give token ids to lm.generate.",
+    ),
+    "too long": (
+        learned_positions,
+        ["learned", "--prompt=the film"],
+        "prompt and new tokens take 65 positions, the model has 8; shorten the prompt "
+        "or max_new_tokens",
+    ),
+    "no file": (nothing, ["--file=no.txt"], "no.txt: No such file or directory"),
+    "other file": (
+        nothing,
+        ["--file=a.csv"],
+        "file a.csv is neither .txt nor .jsonl: rename or convert it.",
+    ),
+    "empty file": (
+        write("a.txt", b"\n \n"),
+        ["--file=a.txt"],
+        "a.txt is empty: give a file with at least one prompt.",
+    ),
+    "binary file": (
+        write("a.txt", b"\xff\xfe"),
+        ["--file=a.txt"],
+        "a.txt is not a text file in UTF-8: save it as UTF-8.",
+    ),
+    "no JSON": (
+        write("a.jsonl", b'{"prompt": "a"}\n{"text": "a"}\n'),
+        ["--file=a.jsonl"],
+        'a.jsonl, line 2 is no JSON object with a text "prompt": write {"prompt": "..."}.',
+    ),
+    "output there": (
+        write("o.jsonl", b"kept"),
+        ["--prompt=a", "--output=o.jsonl"],
+        "output o.jsonl is there already: give a new file.",
+    ),
+    "no folder": (
+        nothing,
+        ["--prompt=a", "--output=no/o.jsonl"],
+        "output no/o.jsonl: there is no folder no: make it.",
+    ),
+    "no tokens": (
+        nothing,
+        ["--max_new_tokens=0"],
+        "command line: max_new_tokens is 0: give 1 or more.",
+    ),
+    "no samples": (nothing, ["--num_samples=0"], "command line: num_samples is 0: give 1 or more."),
+    "cold": (nothing, ["--temperature=-1"], "command line: temperature is -1.0: give 0 or more."),
+    "top_p": (
+        nothing,
+        ["--temperature=1", "--top_p=0"],
+        "command line: top_p is 0.0: give more than 0 and at most 1.",
+    ),
+    "same samples": (
+        nothing,
+        ["--num_samples=2"],
+        "command line: num_samples draws the same at temperature 0: give temperature.",
+    ),
+    "idle filter": (
+        nothing,
+        ["--top_k=2"],
+        "command line: top_k, top_p and min_p do nothing at temperature 0: give temperature.",
+    ),
+    "empty stop": (nothing, ["--prompt=a", "--stop="], "a stop string is empty: leave it out."),
+    "seed": (
+        nothing,
+        ["--seed=-1"],
+        "command line: seed is -1: give a number from 0 to 2**32 - 1.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_mistake_is_one_sentence(name, tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(tiny_model)
+    breaks, words, expected = ROWS[name]
+    breaks(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    capsys.readouterr()
+    assert main(["generate", *words]) == 2
+    said = capsys.readouterr()
+    assert (said.err, said.out) == (f"error: {expected}\n", "")
+    assert sorted(tmp_path.iterdir()) == before

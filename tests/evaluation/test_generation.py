@@ -1,0 +1,211 @@
+"""Text against the decoder, brute force, and models whose text is known by construction."""
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm.core.errors import UserError
+from jaxlm.evaluation import generate_text, stream_text
+from jaxlm.models import LanguageModel, ModelConfig, param_shapes
+from jaxlm.models.generation import Sampling
+from jaxlm.models.initialise import nest
+
+PROMPTS = ["the film is", "a", "one of the best films of the year , but also", ""]
+SAMPLING = Sampling(temperature=1.0)
+KEY = jax.random.key(5)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return jaxlm.from_pretrained()
+
+
+def chain(tokenizer, ids, eos_id=None, **changes):
+    """A model that goes from each of these tokens, all different, to the next one."""
+    assert len(set(ids)) == len(ids)
+    size = len(ids) + len(ids) % 2
+    config = ModelConfig(
+        family="llama", kind="decoder", head="lm", vocab_size=len(tokenizer), hidden_size=size,
+        num_layers=1, num_heads=1, num_kv_heads=1, head_size=size, intermediate_size=2,
+        max_positions=64, embedding_size=size, activation="silu", gated_mlp=True, norm="rmsnorm",
+        positions="rotary", attention_bias=False, output_bias=False, mlp_bias=False,
+        tie_embeddings=False, eos_id=eos_id,
+    ).replace(**changes)  # fmt: skip
+    flat = {path: np.zeros(shape, np.float32) for path, shape in param_shapes(config).items()}
+    for path, leaf in flat.items():
+        leaf[...] = path.endswith(".scale")
+    for i, token in enumerate(ids):
+        flat["embed.tokens.embedding"][token, i] = 1
+        flat["lm_head.embedding"][token, i - 1] = 1
+    params = nest({path: jax.numpy.asarray(leaf) for path, leaf in flat.items()})
+    return LanguageModel(config, params, tokenizer)
+
+
+def test_greedy_text_is_the_decoded_text_of_the_tokens(lm):
+    found = generate_text(lm, PROMPTS, max_new_tokens=24)
+    for prompt, (sample,) in zip(PROMPTS, found, strict=True):
+        ids = np.array([lm.tokenizer(prompt)["input_ids"]])
+        wanted = lm.generate(lm.params, ids, max_new_tokens=24)
+        tokens = wanted.tokens[0, : wanted.lengths[0]].tolist()
+        stopped = tokens[-1] == lm.config.eos_id
+        assert sample.tokens.tolist() == tokens
+        assert sample.text == lm.tokenizer.decode(tokens[: len(tokens) - stopped])
+        assert sample.finish == ("stop" if stopped else "length")
+        np.testing.assert_allclose(
+            sample.log_probs, wanted.log_probs[0, : len(tokens)], rtol=1e-3, atol=1e-5
+        )
+    assert {sample.finish for (sample,) in found} == {"stop", "length"}
+
+
+def test_samples_carry_the_log_probabilities_of_their_tokens(lm):
+    found = generate_text(
+        lm, PROMPTS[:2], max_new_tokens=9, sampling=SAMPLING, num_samples=3, key=KEY
+    )
+    again = generate_text(
+        lm, PROMPTS[:2], max_new_tokens=9, sampling=SAMPLING, num_samples=3, key=KEY
+    )
+    assert [[s.text for s in row] for row in found] == [[s.text for s in row] for row in again]
+    assert len({sample.text for row in found for sample in row}) == 6
+    for prompt, row in zip(PROMPTS, found, strict=False):
+        for sample in row:
+            ids = lm.tokenizer(prompt)["input_ids"]
+            scored = lm.log_probs(lm.params, np.array([[*ids, *sample.tokens]]))[0, len(ids) - 1 :]
+            np.testing.assert_allclose(sample.log_probs, scored, rtol=1e-3, atol=1e-4)
+
+
+def brute_force(text_of, tokens, stop):
+    """(text, number of tokens), token after token and character after character."""
+    for count in range(1, len(tokens) + 1):
+        text = text_of(tokens[:count])
+        for end in range(len(text) + 1):
+            lengths = [len(s) for s in stop if text[:end].endswith(s)]
+            if lengths:
+                return text[: end - max(lengths)], count
+    return None
+
+
+def test_stop_strings_end_a_sample_where_brute_force_finds_them(lm):
+    options = {"max_new_tokens": 24, "sampling": SAMPLING, "key": KEY}
+    (full,) = generate_text(lm, PROMPTS[:1], num_samples=4, **options)
+    rng = np.random.default_rng(0)
+    text = max((sample.text for sample in full), key=len)
+    cases = [["zebra"], ["e"], [" "], [text], [text[5:9] + "#", "zz"]]
+    for _ in range(8):
+        start, length = rng.integers(0, len(text) - 8), rng.integers(1, 8)
+        piece = text[start : start + length]
+        cases.append([piece, piece + "zz", text[start + 1 : start + 9]])
+    stopped = 0
+    for i, stop in enumerate(cases):
+        chunk = (1, 4, 100)[i % 3]
+        (found,) = generate_text(lm, PROMPTS[:1], num_samples=4, stop=stop, chunk=chunk, **options)
+        for sample, whole in zip(found, full, strict=True):
+            body = whole.tokens[whole.tokens != lm.config.eos_id].tolist()
+            wanted = brute_force(lm.tokenizer.decode, body, stop)
+            stopped += wanted is not None
+            finish = whole.finish if wanted is None else "stop"
+            wanted = wanted or (whole.text, len(whole.tokens))
+            assert (sample.text, len(sample.tokens)) == wanted
+            assert sample.finish == finish
+            assert sample.tokens.tolist() == whole.tokens[: wanted[1]].tolist()
+    assert 15 < stopped < 4 * len(cases)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_pieces_joined_are_the_text(lm, chunk):
+    options = {"max_new_tokens": 24, "sampling": SAMPLING, "key": KEY}
+    text = generate_text(lm, PROMPTS[:1], **options)[0][0].text
+    for stop in ([], [text[9:14]], [text[3:7] + "#", text[12:20], text[13:15]], ["e"], [text[:2]]):
+        wanted = generate_text(lm, PROMPTS[:1], stop=stop, **options)[0][0].text
+        pieces = list(stream_text(lm, PROMPTS[0], stop=stop, chunk=chunk, **options))
+        assert "".join(pieces) == wanted
+        assert all(pieces)
+
+
+def test_a_character_of_several_tokens_arrives_whole(lm):
+    tokenizer = lm.tokenizer
+    text = " 😀naïve≈ the end"
+    ids = tokenizer("start" + text)["input_ids"]
+    prompt = tokenizer("start")["input_ids"]
+    assert ids[: len(prompt)] == prompt
+    model = chain(tokenizer, ids[1:])
+    assert any("\ufffd" in tokenizer.decode([token]) for token in ids)
+    new = len(ids) - len(prompt)
+    pieces = list(stream_text(model, "start", max_new_tokens=new, chunk=1))
+    assert "".join(pieces) == text == generate_text(model, ["start"], max_new_tokens=new)[0][0].text
+    assert "\ufffd" not in "".join(pieces)
+    assert any("😀" in piece for piece in pieces)
+    held = list(stream_text(model, "start", max_new_tokens=new, chunk=1, stop=["ïve≈ the"]))
+    assert "".join(held) == " 😀na"
+    # Where the tokens run out within a character, what is there is shown as it is decoded.
+    half = len(tokenizer("start 😀")["input_ids"]) - len(prompt) - 1
+    pieces = list(stream_text(model, "start", max_new_tokens=half, chunk=1))
+    (sample,) = generate_text(model, ["start"], max_new_tokens=half)[0]
+    assert "".join(pieces) == sample.text == tokenizer.decode(sample.tokens)
+
+
+def sentencepiece_tokenizer(template):
+    """A tokenizer in the manner of SentencePiece: a mark for spaces, bytes for what is unknown."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    marked = ["▁" + word for word in ("start", "one", "two")]
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁staroenw", *marked]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    model = models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, ignore_merges=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    special = [(word, vocabulary[word]) for word in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=special
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+def test_what_a_tokenizer_adds(template):
+    tokenizer = sentencepiece_tokenizer(template)
+    words = ["▁start", "▁one", *(f"<0x{byte:02X}>" for byte in "😀".encode()), "▁two", "</s>"]
+    ids = tokenizer.convert_tokens_to_ids(words)
+    model = chain(tokenizer, ids, eos_id=tokenizer.eos_token_id)
+    (sample,) = generate_text(model, ["start"], max_new_tokens=20)[0]
+    assert sample.text == " one😀 two"
+    assert sample.tokens.tolist() == ids[1:]
+    assert sample.finish == "stop"
+    pieces = list(stream_text(model, "start", max_new_tokens=20, chunk=1))
+    assert pieces == [" one", "😀", " two"]
+    if template.startswith("<s>"):
+        assert generate_text(model, [""], max_new_tokens=1)[0][0].finish in ("stop", "length")
+    else:
+        with pytest.raises(UserError, match="prompt '' has no token"):
+            generate_text(model, [""], max_new_tokens=1)
+
+
+def test_bad_input_is_refused(lm):
+    def refuse(message, model=lm, prompts=("a",), **options):
+        options = {"max_new_tokens": 2, **options}
+        with pytest.raises(UserError, match=message):
+            generate_text(model, prompts, **options)
+        with pytest.raises(UserError, match=message):
+            stream_text(model, prompts[0], **options)
+
+    refuse("the model has no tokenizer", lm.replace(tokenizer=None))
+    refuse("sampling needs a key", sampling=SAMPLING)
+    refuse("a stop string is empty", stop=["#", ""])
+    refuse("stop is one text: give a list of texts", stop="##")
+    refuse("chunk is 0", chunk=0)
+    refuse("max_new_tokens and num_samples are 1 or more", max_new_tokens=0)
+    learned = lm.replace(config=lm.config.replace(positions="learned", max_positions=8))
+    refuse("take 11 positions, the model has 8; shorten", learned, ["a film"], max_new_tokens=9)
+    small = lm.replace(config=lm.config.replace(vocab_size=100))
+    refuse("outside the vocabulary of 100", small)
+    refuse("does not generate", lm.replace(config=lm.config.replace(kind="encoder")))
+    with pytest.raises(UserError, match="prompts is one text"):
+        generate_text(lm, "the film", max_new_tokens=2)
+    assert generate_text(lm, [], max_new_tokens=2) == []
