@@ -31,7 +31,6 @@ from jaxlm.models.initialise import nest, param_shapes
 from jaxlm.models.language_model import LanguageModel
 from jaxlm.sharding import param_shardings
 
-CARD = "README.md"
 SHIPPED = Path(__file__).parent.parent / "assets" / "model"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 _WEIGHTS_OR_INDEX = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -193,7 +192,7 @@ def save_pretrained(
     module = family(lm.config.family)
     tensors = targets(lm.config, module, flat)
     split = _split(tensors, max_shard_size)
-    dtype = str(next(iter(tensors.values())).dtype)
+    dtype, *_ = (str(target.dtype) for target in tensors.values())
     config = {**module.write_config(lm.config), "dtype": dtype}
     count = sum(math.prod(shape) for shape in param_shapes(lm.config).values())
     try:
@@ -202,9 +201,9 @@ def save_pretrained(
             temporary = Path(name)
             _write_weights(temporary, split, tensors, flat)
             (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-            if not (folder / CARD).exists():
+            if not (folder / "README.md").exists():
                 text = model_card(lm.config, folder.resolve().name, dtype, count)
-                (temporary / CARD).write_text(text)
+                (temporary / "README.md").write_text(text)
             if lm.tokenizer is not None:
                 lm.tokenizer.save_pretrained(temporary)
             _move(temporary, folder)

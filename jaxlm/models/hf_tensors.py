@@ -5,6 +5,7 @@ Nothing here knows the file format: a file is something with `get_slice(name)[in
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,6 +20,7 @@ from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import Name
 from jaxlm.models.initialise import param_shapes
 
+PIECE = 2**23
 _FLOATS = ("BF16", "F16", "F32", "F64")
 
 
@@ -68,8 +70,8 @@ class Checkpoint:
       folder: the model's.
       module: its family.
       tensors: HF name -> where it is stored.
-      open: gives the file at a path, while the context lasts; files are opened for each part anew,
-        since what was read of a mapped file counts as the process's memory until it is closed.
+      open: gives the file at a path, while the context lasts. Files are opened anew for every
+        `PIECE` elements, since what was read of a mapped file stays in memory until it is closed.
     """
 
     folder: Path
@@ -157,12 +159,16 @@ class Checkpoint:
             found = self.find(config, path, layer)
             assert found is not None
             row, stored = found[0], self.tensors[found[1]]
-            with self.open(stored.file) as file:
-                tensor = file.get_slice(stored.name)
-                for ours, theirs in _runs(row, shape[-1], start, stop):
-                    part = (*(slice(*pair) for pair in outer), theirs)
-                    value = tensor[part[::-1]].T if row.transpose else tensor[part]
-                    block[..., ours] = value
+            rows = max(1, PIECE // math.prod(stored.shape[1:]))
+            for ours, theirs in _runs(row, shape[-1], start, stop):
+                part, into = (*(slice(*pair) for pair in outer), theirs), block[..., ours]
+                if row.transpose:
+                    part, into = part[::-1], into.T
+                for low in range(part[0].start, part[0].stop, rows):
+                    high = min(low + rows, part[0].stop)
+                    with self.open(stored.file) as file:
+                        piece = file.get_slice(stored.name)[slice(low, high), *part[1:]]
+                    into[low - part[0].start : high - part[0].start] = piece
         return host
 
 
@@ -176,7 +182,7 @@ class Target:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def gather(self, flat: Mapping[str, Any]) -> np.ndarray:
         """The tensor on the host; of a stacked leaf only the layer in question gets there."""

@@ -12,11 +12,10 @@ import pytest
 
 import jaxlm
 from jaxlm.core.paths import flatten
-from jaxlm.models import LanguageModel, ModelConfig, hf, init_params, param_shapes
+from jaxlm.models import LanguageModel, ModelConfig, hf, hf_tensors, init_params, param_shapes
 from jaxlm.models.families import family
 from jaxlm.models.hf_folder import read_config
 from jaxlm.models.hf_tensors import Checkpoint
-from jaxlm.models.initialise import nest
 from jaxlm.sharding import batch_sharding, make_mesh, param_shardings
 from tests.models import reference
 
@@ -81,8 +80,10 @@ def test_loading_into_a_mesh_equals_loading_without(sizes: dict[str, int], folde
         assert table.addressable_shards[0].data.size < table.size
 
 
-def test_a_part_of_a_leaf_is_that_part(folder: Path):
+@pytest.mark.parametrize("piece", [2**23, 50])
+def test_a_part_of_a_leaf_is_that_part(piece: int, folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Random boxes of every leaf, and that no more is read from the files than they hold."""
+    monkeypatch.setattr(hf_tensors, "PIECE", piece)
     config, module = read_config(folder)
     checkpoint = hf._open(folder, module)
     config = checkpoint.match_head(config)
@@ -189,7 +190,7 @@ def test_no_second_copy_of_a_checkpoint_stands_on_the_host(tmp_path: Path):
         intermediate_size=2816, embedding_size=1024,
     )  # fmt: skip
     flat = {p: np.broadcast_to(np.float32(0.5), shape) for p, shape in param_shapes(config).items()}
-    jaxlm.save_pretrained(LanguageModel(config, nest(flat)), tmp_path, max_shard_size="200MB")
+    jaxlm.save_pretrained(LanguageModel(config, flat), tmp_path, max_shard_size="200MB")
     files = list(tmp_path.glob("model-*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     assert len(files) > 4
