@@ -23,51 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
+from benchmarks.shapes import OPT_125M, SHIPPED
 from jaxlm import zo
 from jaxlm.models import LanguageModel, ModelConfig, init_params, save_pretrained
 from jaxlm.train.objective import classification_objective
 
 EPS, LEARNING_RATE, LABEL_WORDS = 1e-3, 1e-6, (5, 9)
-OPT_125M = ModelConfig(
-    family="opt",
-    kind="decoder",
-    head="lm",
-    vocab_size=50272,
-    hidden_size=768,
-    num_layers=12,
-    num_heads=12,
-    num_kv_heads=12,
-    head_size=64,
-    intermediate_size=3072,
-    max_positions=2048,
-    embedding_size=768,
-    activation="relu",
-    position_offset=2,
-    bos_id=2,
-    eos_id=2,
-    pad_id=1,
-)
-SHIPPED_SIZE = ModelConfig(
-    family="llama",
-    kind="decoder",
-    head="lm",
-    vocab_size=6144,
-    hidden_size=192,
-    num_layers=4,
-    num_heads=6,
-    num_kv_heads=6,
-    head_size=32,
-    intermediate_size=512,
-    max_positions=512,
-    embedding_size=192,
-    activation="silu",
-    gated_mlp=True,
-    norm="rmsnorm",
-    positions="rotary",
-    attention_bias=False,
-    output_bias=False,
-    mlp_bias=False,
-)
 SAMPLERS = {"gaussian": zo.gaussian(), "rademacher": zo.rademacher()}
 
 
@@ -246,7 +207,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     repeats = 3 if options.quick else options.repeats
-    shapes = {"shipped size": SHIPPED_SIZE} | ({} if options.quick else {"OPT-125M": OPT_125M})
+    shapes = {"shipped size": SHIPPED} | ({} if options.quick else {"OPT-125M": OPT_125M})
     rows = []
     for shape, config in shapes.items():
         rows += measure(shape, config, options.dtype, repeats)

@@ -63,8 +63,8 @@ class ModelConfig:
       num_labels: classes of the classifier.
       bos_id, eos_id, pad_id: special token ids, or None; the first where HF lists several.
       attention: implementation, one of `jaxlm.models.attention.IMPLEMENTATIONS`.
-      remat: what the backward pass computes again: `none`, the whole `layer`, or all but its
-        matrix products (`dots`).
+      remat: what the backward pass computes again: `none`, the whole `layer`, or all but the
+        products with its matrices (`dots`), which is faster than keeping everything, and smaller.
       compute_dtype: parameters are cast to it when they are read; None computes in theirs.
     """
 
@@ -114,7 +114,7 @@ class ModelConfig:
     eos_id: int | None = None
     pad_id: int | None = None
     attention: str = "xla"
-    remat: Literal["none", "layer", "dots"] = "none"
+    remat: Literal["none", "layer", "dots"] = "dots"
     compute_dtype: str | None = None
 
     def replace(self, **changes: Any) -> "ModelConfig":

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Num
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.transformer import Cache, empty_cache, extend, hidden, logits
 
-BLOCK = 2**22
+BLOCK = 256
 
 
 def log_probs_of(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
@@ -33,7 +33,7 @@ def head_log_probs(
     targets: Int[Array, "*B"],
     *,
     view: Any = None,
-    block: int | None = None,
+    block: int = BLOCK,
 ) -> Float[Array, "*B"]:
     """Log-probabilities of targets from hidden states, a block of tokens at a time.
 
@@ -45,10 +45,9 @@ def head_log_probs(
       x: hidden states at the places that predict the targets.
       targets: token ids.
       view: see `jaxlm.core.views`.
-      block: tokens in a block; None for about 2**22 logits.
+      block: tokens in a block.
     """
     count = targets.size
-    block = max(1, BLOCK // config.vocab_size) if block is None else block
     flat_x, flat_targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
 
     def score(params, view, x, targets):
@@ -71,7 +70,7 @@ def next_token_log_probs(
     attention_mask: Int[ArrayLike, "B T"] | None = None,
     *,
     view: Any = None,
-    block: int | None = None,
+    block: int = BLOCK,
 ) -> Float[Array, "B T-1"]:
     r"""$\log p(x_{t+1} \mid x_{\le t})$ of every token but the first.
 
@@ -118,7 +117,7 @@ def sequence_log_probs(
     *,
     reduction: Literal["sum", "mean"] = "sum",
     view: Any = None,
-    block: int | None = None,
+    block: int = BLOCK,
 ) -> Float[Array, " B"]:
     """Log-probability of the tokens of a mask given those before them, summed or averaged.
 
@@ -149,7 +148,7 @@ def continuation_log_probs(
     continuation_ids: Int[ArrayLike, "B C K"],
     *,
     view: Any = None,
-    block: int | None = None,
+    block: int = BLOCK,
 ) -> Float[Array, "B C K"]:
     """Log-probabilities of the tokens of several continuations; the prompt is read once.
 
