@@ -112,9 +112,7 @@ def _open(folder: Path, module: ModuleType) -> Checkpoint:
     """Reads the headers of a model's files: what is where."""
     from safetensors import SafetensorError, safe_open
 
-    def open_file(path: Path):
-        return safe_open(path, framework="numpy")
-
+    open_file = partial(safe_open, framework="numpy")
     tensors = {}
     for path in weight_files(folder):
         try:
