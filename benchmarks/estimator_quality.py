@@ -25,52 +25,18 @@ import numpy as np
 from benchmarks import common
 from jaxlm import data, zo
 from jaxlm.core import paths
-from jaxlm.core.errors import UserError
-from jaxlm.models import LanguageModel, ModelConfig, init_params
+from jaxlm.models import LanguageModel
 from jaxlm.train.objective import classification_objective
 from jaxlm.train.run import load_model
 
-TINY = ModelConfig(
-    family="gpt2",
-    kind="decoder",
-    head="lm",
-    vocab_size=512,
-    hidden_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=4,
-    head_size=16,
-    intermediate_size=256,
-    max_positions=64,
-    embedding_size=64,
-    activation="gelu_tanh",
-)
 Tree = Any
 
 
 def problem(model: str | None, task: str) -> tuple[str, LanguageModel, Any, Any]:
     """Name, model, objective and one batch of 32 training examples."""
-    try:
-        lm = load_model(model)
-    except UserError as missing:
-        if model is not None:
-            raise
-        print(f"a random tiny model, since {missing}")
-        lm = LanguageModel(TINY, init_params(TINY, jax.random.key(0)))
-    if lm.tokenizer is None:
-        ids = np.random.default_rng(0).integers(0, lm.config.vocab_size, (32, 32), np.int32)
-        batch = {
-            "input_ids": ids,
-            "attention_mask": np.ones_like(ids),
-            "positions": np.full(32, 31, np.int32),
-            "labels": np.arange(32, dtype=np.int32) % 2,
-            "weights": np.ones(32, np.float32),
-        }
-        return "random", lm, classification_objective(lm.apply, np.array([5, 9])), batch
+    lm = load_model(model)
     config = dataclasses.replace(data.shipped_task(task), max_length=64)
-    loaded = data.load_task(config, seed=0)
-    limit = lm.config.max_positions
-    encoded = data.prepare(loaded, lm.tokenizer, kind=lm.config.kind, max_length=limit)
+    encoded = data.prepare_for(lm, data.load_task(config, seed=0))
     batch = encoded.batch(0, batch_size=32, seed=0)
     return model or "shipped", lm, classification_objective(lm.apply, encoded.token_ids), batch
 

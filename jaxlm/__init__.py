@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxlm import core, data, evaluation, models, studies, train, zo
+    from jaxlm import core, data, evaluation, models, sharding, studies, train, zo
     from jaxlm.core.citation import cite
     from jaxlm.models import from_pretrained, save_pretrained
 
@@ -27,6 +27,7 @@ __all__ = [
     "from_pretrained",
     "models",
     "save_pretrained",
+    "sharding",
     "studies",
     "train",
     "zo",

@@ -31,7 +31,7 @@ import numpy as np
 
 import jaxlm
 from jaxlm import zo
-from jaxlm.data import load_task, prepare, shipped_task
+from jaxlm.data import load_task, prepare_for, shipped_task
 from jaxlm.evaluation import accuracy, calibrate, option_scores, score_split
 from jaxlm.train.objective import classification_objective
 
@@ -63,7 +63,7 @@ example = task.train[0]
 print(task.config.template, list(task.config.labels))
 print(example.fields["text"], "->", task.config.labels[example.label])
 
-encoded = prepare(task, lm.tokenizer, kind=lm.config.kind, max_length=64)
+encoded = prepare_for(lm, task, max_length=64)
 scorer = jax.jit(functools.partial(option_scores, lm.apply, encoded.token_ids))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 import jaxlm
-from jaxlm.data import load_task, prepare, task_config
+from jaxlm.data import load_task, prepare_for, task_config
 from jaxlm.evaluation import accuracy, calibrate, option_scores, score_split
 
 
@@ -35,7 +35,7 @@ def compare(lm: jaxlm.models.LanguageModel, choices: dict[str, Any], sentences: 
         config = {"name": choices["task"], "template": template, "labels": [*first, *second]}
         task = load_task(task_config(config), seed=0)
         part = dataclasses.replace(task, train=task.train[:sentences], validation=(), test=())
-        encoded = prepare(part, lm.tokenizer, kind=lm.config.kind)
+        encoded = prepare_for(lm, part)
         scorer = jax.jit(functools.partial(option_scores, lm.apply, encoded.token_ids))
         scores, labels = score_split(scorer, lm.params, encoded, "train", batch_size=50)
         for i, j in itertools.product(range(len(first)), range(len(second))):

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from jaxlm.cli import config as configs
 from jaxlm.core.errors import UserError
-from jaxlm.data import TaskConfig, load_task, prepare, task_config
+from jaxlm.data import TaskConfig, load_task, prepare_for, task_config
 from jaxlm.train.run_folder import RunFolder
 
 
@@ -70,7 +70,7 @@ def evaluate(
     lm = load_model(config.model, param_dtype=config.param_dtype)
     if lm.config.head == "none":
         raise UserError(f"{config.model} has no head to evaluate: fine-tune it first.")
-    encoded = prepare(task, lm.tokenizer, kind=lm.config.kind, max_length=lm.config.max_positions)
+    encoded = prepare_for(lm, task)
     scorer = Program(
         functools.partial(evaluation.option_scores, lm.apply, encoded.token_ids, offsets=offsets)
     )

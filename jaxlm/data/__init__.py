@@ -1,6 +1,6 @@
 """From text to batches: tasks, templates, few-shot draws, tokens."""
 
-from jaxlm.data.batching import EncodedTask, collate, prepare
+from jaxlm.data.batching import EncodedTask, collate, prepare, prepare_for
 from jaxlm.data.encoding import Encoded, encode, encode_all
 from jaxlm.data.examples import Example, Task, load_task
 from jaxlm.data.fewshot import draw_per_class
@@ -20,6 +20,7 @@ __all__ = [
     "encode_all",
     "load_task",
     "prepare",
+    "prepare_for",
     "shipped_names",
     "shipped_task",
     "task_config",

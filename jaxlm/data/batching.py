@@ -25,6 +25,7 @@ def prepare(
     *,
     kind: Kind,
     max_length: int | None = None,
+    vocab_size: int | None = None,
     buckets: Sequence[int] | None = None,
 ) -> "EncodedTask":
     """Encodes every split of a task.
@@ -34,11 +35,12 @@ def prepare(
         tokenizer: one of transformers.
         kind: "decoder" or "encoder".
         max_length: longest row that the model takes; the smaller of it and the task's own counts.
+        vocab_size: tokens of the model; a tokenizer that makes others is refused.
         buckets: lengths that batches are padded to; without it, quantiles of the rows' lengths,
             rounded up to a multiple of 8.
 
     Raises:
-        UserError: see `encode_all`; or there is no tokenizer.
+        UserError: see `encode_all`; or there is no tokenizer, or it is not the model's.
     """
     if tokenizer is None:
         raise UserError("the model has no tokenizer: add tokenizer.json to its folder.")
@@ -54,6 +56,12 @@ def prepare(
             max_length=min(limits, default=None),
         )
     )
+    largest = max(max(map(max, (*x.input_ids, *x.targets))) for x in encoded)
+    if vocab_size is not None and largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer makes token {largest}, the model has {vocab_size}: take the tokenizer "
+            "of the model."
+        )
     token_ids = _label_words(encoded)
     if token_ids is not None:
         encoded = [_first_option(each) for each in encoded]
@@ -67,6 +75,17 @@ def prepare(
         train=tuple(encoded[: ends[0]]),
         validation=tuple(encoded[ends[0] : ends[1]]),
         test=tuple(encoded[ends[1] :]),
+    )
+
+
+def prepare_for(lm: Any, task: Task, *, max_length: int | None = None) -> "EncodedTask":
+    """`prepare` for a `jaxlm.models.LanguageModel`; `max_length` is the model's where not given."""
+    return prepare(
+        task,
+        lm.tokenizer,
+        kind=lm.config.kind,
+        max_length=lm.config.max_positions if max_length is None else max_length,
+        vocab_size=lm.config.vocab_size,
     )
 
 
@@ -128,6 +147,7 @@ class EncodedTask:
         labels: the label words.
         token_ids: int32 [C], the label words' tokens; None in the form "options".
         pad_id: token of the padding.
+        vocab_size: tokens of the model; a tokenizer that makes others is refused.
         buckets: lengths that batches are padded to, increasing.
         train: encoded examples.
         validation: encoded examples.

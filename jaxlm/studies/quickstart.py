@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jaxlm.core.errors import UserError
-from jaxlm.data import EncodedTask, TaskConfig, load_task, prepare, task_config
+from jaxlm.data import EncodedTask, TaskConfig, load_task, prepare_for, task_config
 from jaxlm.train.loop import LoopConfig
 from jaxlm.train.optimizers import OPTIMIZERS, Optimizer
 from jaxlm.typing import Params
@@ -115,7 +115,7 @@ def setting(config: QuickstartConfig) -> Setting:
 
     task = load_task(config.task, seed=config.seed)
     lm = load_model(config.model)
-    encoded = prepare(task, lm.tokenizer, kind=lm.config.kind, max_length=lm.config.max_positions)
+    encoded = prepare_for(lm, task)
     lm = with_head(lm, len(encoded.labels), seed=config.seed)
     scorer = Program(functools.partial(option_scores, lm.apply, encoded.token_ids))
     return Setting(config, lm, encoded, scorer)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
-from jaxlm.data import TaskConfig, load_task, prepare, task_config
+from jaxlm.data import TaskConfig, load_task, prepare_for, task_config
 from jaxlm.train.loop import LoopConfig
 from jaxlm.train.optimizers import OPTIMIZERS, Mezo, Optimizer
 from jaxlm.train.run_folder import RunFolder, to_dict
@@ -78,7 +78,7 @@ def finetune(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[st
             raise UserError(f"task has no {split} examples: give task.{split}.")
 
     lm = load_model(config.model, param_dtype=config.param_dtype)
-    encoded = prepare(task, lm.tokenizer, kind=lm.config.kind, max_length=lm.config.max_positions)
+    encoded = prepare_for(lm, task)
     lm = with_head(lm, len(encoded.labels), seed=config.seed)
     try:
         paths.mask(lm.params, config.optimizer.select)

@@ -212,3 +212,13 @@ def test_row_longer_than_the_buckets() -> None:
     row = Encoded(0, ((1, 2, 3),), ((1,),), ())
     with pytest.raises(ValueError, match="a row has 3 tokens, but the longest bucket is 2"):
         collate([row], form="label_words", buckets=(2,), num_targets=1, pad_id=0)
+
+
+def test_a_tokenizer_of_another_model_is_refused(bpe) -> None:
+    given = task(["fun", "fun fun"])
+    ids = [i for each in prepare(given, bpe, kind="decoder").train for i in each.input_ids[0]]
+    words = prepare(given, bpe, kind="decoder").token_ids
+    largest = max(*ids, *words.tolist())
+    prepare(given, bpe, kind="decoder", vocab_size=largest + 1)
+    with pytest.raises(UserError, match=f"makes token {largest}, the model has {largest}: take"):
+        prepare(given, bpe, kind="decoder", vocab_size=largest)

@@ -4,33 +4,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.common import peak_bytes
+from benchmarks.shapes import OPT_125M
 from jaxlm import zo
-from jaxlm.models import LanguageModel, ModelConfig, init_params
+from jaxlm.models import LanguageModel, init_params
 from tests.zo.problems import label_word_loss
 
 ROWS, LENGTH = 16, 64
-OPT_125M = ModelConfig(
-    family="opt",
-    kind="decoder",
-    head="lm",
-    vocab_size=50272,
-    hidden_size=768,
-    num_layers=12,
-    num_heads=12,
-    num_kv_heads=12,
-    head_size=64,
-    intermediate_size=3072,
-    max_positions=2048,
-    embedding_size=768,
-    activation="relu",
-    position_offset=2,
-)
-
-
-def peak_bytes(compiled) -> int:
-    memory = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return held - memory.alias_size_in_bytes + memory.temp_size_in_bytes
 
 
 def shapes(dtype):
