@@ -107,7 +107,7 @@ def stream_text(
     sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
     key: Array | None = None,
-    chunk: int = 4,
+    chunk: int = 1,
     view: Any = None,
 ) -> Iterator[str]:
     """Continues one prompt and gives the text in pieces; arguments as in `generate_text`.

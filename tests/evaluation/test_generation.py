@@ -90,7 +90,7 @@ def test_stop_strings_end_a_sample_where_brute_force_finds_them(lm):
     (full,) = generate_text(lm, PROMPTS[:1], num_samples=4, **options)
     rng = np.random.default_rng(0)
     text = max((sample.text for sample in full), key=len)
-    cases = [["zebra"], ["e"], [" "], [text], [text[5:9] + "#", "zz"]]
+    cases = [["zebra"], ["e"], [text[5:14], text[7:9]], [" "], [text], [text[5:9] + "#", "zz"]]
     for _ in range(8):
         start, length = rng.integers(0, len(text) - 8), rng.integers(1, 8)
         piece = text[start : start + length]
@@ -114,8 +114,17 @@ def test_stop_strings_end_a_sample_where_brute_force_finds_them(lm):
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_pieces_joined_are_the_text(lm, chunk):
     options = {"max_new_tokens": 24, "sampling": SAMPLING, "key": KEY}
-    text = generate_text(lm, PROMPTS[:1], **options)[0][0].text
-    for stop in ([], [text[9:14]], [text[3:7] + "#", text[12:20], text[13:15]], ["e"], [text[:2]]):
+    sample = generate_text(lm, PROMPTS[:1], **options)[0][0]
+    text, seen = sample.text, len(lm.tokenizer.decode(sample.tokens[:4]))
+    late = text[seen - 4 : seen + 1]  # its last character comes with the fifth token
+    for stop in (
+        [],
+        [late],
+        [text[9:14]],
+        [text[3:7] + "#", text[12:20], text[13:15]],
+        ["e"],
+        [text[:2]],
+    ):
         wanted = generate_text(lm, PROMPTS[:1], stop=stop, **options)[0][0].text
         pieces = list(stream_text(lm, PROMPTS[0], stop=stop, chunk=chunk, **options))
         assert "".join(pieces) == wanted
