@@ -63,18 +63,41 @@ class Mask:
         return self.block(0, self.query_positions.shape[1], 0, self.keys.shape[1])
 
 
-def _scores(q, k, seen, scale, cap):
+def _scores(q_BxGxMTxK, k_BxGxSxK, seen_BxTxS, scale, cap):
     """Masked scores [B, G, M, T, S] in at least float32."""
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = scale * jnp.einsum("btgmk,bsgk->bgmts", q, k, preferred_element_type=wide)
+    wide = jnp.promote_types(q_BxGxMTxK.dtype, jnp.float32)
+    product = jnp.einsum("bgik,bgsk->bgis", q_BxGxMTxK, k_BxGxSxK, preferred_element_type=wide)
+    batch, length, keys = seen_BxTxS.shape
+    scores = scale * product.reshape(batch, product.shape[1], -1, length, keys)
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
-    return jnp.where(seen[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    return jnp.where(seen_BxTxS[:, None, None], scores, jnp.finfo(wide).min)
 
 
-def _grouped(q, k):
-    batch, length, heads, size = q.shape
-    return q.reshape(batch, length, k.shape[2], heads // k.shape[2], size)
+def _mix(weights_BxGxMxTxS, v_BxGxSxK):
+    """Values summed by weights, [B, G, M * T, K] in at least float32."""
+    batch, groups, _, _, keys = weights_BxGxMxTxS.shape
+    weights = weights_BxGxMxTxS.reshape(batch, groups, -1, keys)
+    return jnp.einsum(
+        "bgis,bgsk->bgik",
+        weights.astype(v_BxGxSxK.dtype),
+        v_BxGxSxK,
+        preferred_element_type=weights.dtype,
+    )
+
+
+def _by_group(q_BxTxHxK, groups):
+    """Queries as [B, G, M * T, K]: one matrix product for all queries of a group."""
+    batch, length, heads, size = q_BxTxHxK.shape
+    q = q_BxTxHxK.reshape(batch, length, groups, heads // groups, size)
+    return q.transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, size)
+
+
+def _by_head(x_BxGxMTxK, length):
+    """The inverse of `_by_group`."""
+    batch, groups, rows, size = x_BxGxMTxK.shape
+    x = x_BxGxMTxK.reshape(batch, groups, rows // length, length, size)
+    return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, size)
 
 
 def xla(
@@ -99,10 +122,12 @@ def xla(
       cap: c of the soft cap `c tanh(x / c)`; None for no cap.
     """
     seen = mask.dense() if isinstance(mask, Mask) else mask
-    scores = _scores(_grouped(q_BxTxHxK, k_BxSxGxK), k_BxSxGxK, seen, scale, cap)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BxSxGxK.dtype)
-    out = jnp.einsum("bgmts,bsgk->btgmk", weights, v_BxSxGxK)
-    return out.reshape(q_BxTxHxK.shape)
+    k, v = jnp.swapaxes(k_BxSxGxK, 1, 2), jnp.swapaxes(v_BxSxGxK, 1, 2)
+    scores = _scores(_by_group(q_BxTxHxK, k.shape[1]), k, seen, scale, cap)
+    weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1).reshape(*k.shape[:2], -1, 1)
+    out = (_mix(weights, v) / total).astype(v.dtype)
+    return _by_head(out, q_BxTxHxK.shape[1])
 
 
 def blockwise(
@@ -120,52 +145,49 @@ def blockwise(
     computes the blocks again. Plain JAX, so every mode of differentiation applies.
     """
     length, keys = q_BxTxHxK.shape[1], k_BxSxGxK.shape[1]
-    q = _pad(_grouped(q_BxTxHxK, k_BxSxGxK), BLOCK)
-    k, v = _pad(k_BxSxGxK, BLOCK), _pad(v_BxSxGxK, BLOCK)
+    q = _pad(q_BxTxHxK)
+    k, v = (jnp.swapaxes(_pad(x), 1, 2) for x in (k_BxSxGxK, v_BxSxGxK))
     mask = dataclasses.replace(
         mask,
-        keys=_pad(mask.keys, BLOCK),
-        query_positions=_pad(mask.query_positions, BLOCK),
-        key_positions=_pad(mask.key_positions, BLOCK),
+        keys=_pad(mask.keys),
+        query_positions=_pad(mask.query_positions),
+        key_positions=_pad(mask.key_positions),
     )
     rows, columns = min(BLOCK, length), min(BLOCK, keys)
     wide = jnp.promote_types(q.dtype, jnp.float32)
 
     def block_of_queries(query):
-        here = lax.dynamic_slice_in_dim(q, query, rows, axis=1)
+        here = _by_group(lax.dynamic_slice_in_dim(q, query, rows, axis=1), k.shape[1])
 
         @jax.checkpoint
         def block_of_keys(carry, key):
             top, total, out = carry
-            there, value = (lax.dynamic_slice_in_dim(x, key, columns, axis=1) for x in (k, v))
-            seen = mask.block(query, rows, key, columns)
-            scores = _scores(here, there, seen, scale, cap)
-            new = jnp.maximum(top, scores.max(-1))
+            there, value = (lax.dynamic_slice_in_dim(x, key, columns, axis=2) for x in (k, v))
+            scores = _scores(here, there, mask.block(query, rows, key, columns), scale, cap)
+            new = jnp.maximum(top, lax.stop_gradient(scores.max(axis=-1)))
             weights = jnp.exp(scores - new[..., None])
             shrink = jnp.exp(top - new)
-            total = total * shrink + weights.sum(-1)
-            step = jnp.einsum("bgmts,bsgk->bgmtk", weights, value.astype(wide))
-            return (new, total, out * shrink[..., None] + step), None
+            out = out * shrink.reshape(*out.shape[:3], 1) + _mix(weights, value)
+            return (new, total * shrink + weights.sum(axis=-1), out), None
 
-        batch, _, groups, members, size = here.shape
-        shape = (batch, groups, members, rows)
+        shape = (*here.shape[:2], here.shape[2] // rows, rows)
         start = (
             jnp.full(shape, jnp.finfo(wide).min, wide),
             jnp.zeros(shape, wide),
-            jnp.zeros((*shape, size), wide),
+            jnp.zeros(here.shape, wide),
         )
-        starts = jnp.arange(0, k.shape[1], columns)
+        starts = jnp.arange(0, k.shape[2], columns)
         (_, total, out), _ = lax.scan(block_of_keys, start, starts)
-        return jnp.moveaxis(out / total[..., None], 3, 1)
+        return _by_head(out / total.reshape(*out.shape[:3], 1), rows)
 
     blocks = lax.map(jax.checkpoint(block_of_queries), jnp.arange(0, q.shape[1], rows))
-    out = jnp.moveaxis(blocks, 0, 1).reshape(q.shape[0], q.shape[1], *q_BxTxHxK.shape[2:])
-    return out[:, :length].astype(v_BxSxGxK.dtype)
+    out = jnp.moveaxis(blocks, 0, 1).reshape(q.shape)
+    return out[:, :length].astype(v.dtype)
 
 
-def _pad(x, multiple):
-    """`x` with axis 1 padded by zeros to a multiple of `multiple`, if it is longer than that."""
-    excess = -x.shape[1] % multiple if x.shape[1] > multiple else 0
+def _pad(x):
+    """`x` with axis 1 padded by zeros to a multiple of `BLOCK`, if it is longer than that."""
+    excess = -x.shape[1] % BLOCK if x.shape[1] > BLOCK else 0
     return jnp.pad(x, [(0, 0), (0, excess)] + [(0, 0)] * (x.ndim - 2)) if excess else x
 
 
