@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, Num
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.transformer import Cache, empty_cache, extend, hidden, logits
 
-BLOCK = 256
+LOGITS = 2**26
+"""Logits in a block, where the caller does not say how many tokens."""
 
 
 def log_probs_of(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
@@ -33,7 +34,7 @@ def head_log_probs(
     targets: Int[Array, "*B"],
     *,
     view: Any = None,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Float[Array, "*B"]:
     """Log-probabilities of targets from hidden states, a block of tokens at a time.
 
@@ -45,9 +46,10 @@ def head_log_probs(
       x: hidden states at the places that predict the targets.
       targets: token ids.
       view: see `jaxlm.core.views`.
-      block: tokens in a block.
+      block: tokens in a block; None for as many as have 2**26 logits.
     """
     count = targets.size
+    block = max(1, LOGITS // config.vocab_size) if block is None else block
     flat_x, flat_targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
 
     def score(params, view, x, targets):
@@ -70,7 +72,7 @@ def next_token_log_probs(
     attention_mask: Int[ArrayLike, "B T"] | None = None,
     *,
     view: Any = None,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Float[Array, "B T-1"]:
     r"""$\log p(x_{t+1} \mid x_{\le t})$ of every token but the first.
 
@@ -117,7 +119,7 @@ def sequence_log_probs(
     *,
     reduction: Literal["sum", "mean"] = "sum",
     view: Any = None,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Float[Array, " B"]:
     """Log-probability of the tokens of a mask given those before them, summed or averaged.
 
@@ -148,7 +150,7 @@ def continuation_log_probs(
     continuation_ids: Int[ArrayLike, "B C K"],
     *,
     view: Any = None,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Float[Array, "B C K"]:
     """Log-probabilities of the tokens of several continuations; the prompt is read once.
 
