@@ -34,7 +34,12 @@ def test_same_tree_and_same_numbers(name: str):
     np.testing.assert_array_equal(found, wanted)
 
 
-@pytest.mark.parametrize("name", NAMES)
+DISTINCT = ("gpt2", "bert", "olmo2", "gemma2", "gpt_neox")  # among them every kind of block
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in DISTINCT else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+)
 def test_derivatives_pass_through_both_and_through_remat(name: str):
     """One directional derivative in four ways: forward, reverse, and reverse with recomputation."""
     lm = jaxlm.from_pretrained(GOLDEN / name)

@@ -14,7 +14,7 @@ SEEN = np.array([[1] * 9, [1] * 6 + [0] * 3, [0] * 2 + [1] * 7])
 
 
 def dense(config, params, ids, mask=None):
-    logits = LanguageModel(config, params).apply(params, ids, mask)
+    logits = jax.jit(LanguageModel(config, params).apply)(params, ids, mask)
     return jnp.take_along_axis(
         jax.nn.log_softmax(logits[:, :-1]), jnp.asarray(ids)[:, 1:, None], axis=-1
     )[..., 0]
@@ -33,8 +33,8 @@ def test_blocks_are_the_dense_softmax_in_value_and_gradient(lm, block):
 
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(jnp.float64), lm.params)
-        value, grad = jax.value_and_grad(ours)(params)
-        expected, wanted = jax.value_and_grad(theirs)(params)
+        value, grad = jax.jit(jax.value_and_grad(ours))(params)
+        expected, wanted = jax.jit(jax.value_and_grad(theirs))(params)
         assert value.dtype == jnp.float64
         np.testing.assert_allclose(value, expected, rtol=1e-12)
         for a, b in zip(jax.tree.leaves(grad), jax.tree.leaves(wanted), strict=True):
