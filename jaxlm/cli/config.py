@@ -216,10 +216,10 @@ def _convert(value: Any, kind: Any, where: str, dotted: str) -> Any:
             _convert(v, arguments[0], where, f"{dotted}[{i}]") for i, v in enumerate(value)
         )
     if origin is Literal:
-        if value not in arguments:
-            known = ", ".join(arguments)
-            raise UserError(f"{where}: {dotted} is '{value}': choose one of {known}.")
-        return str(value)
+        choices = {str(argument): argument for argument in arguments}
+        if value not in choices:
+            raise UserError(f"{where}: {dotted} is '{value}': choose one of {', '.join(choices)}.")
+        return choices[value]
     if isinstance(value, str):
         try:
             return _SCALARS[kind](str(value))

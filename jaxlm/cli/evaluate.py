@@ -33,6 +33,7 @@ class EvaluateConfig:
     seed: int = 0
     eval_batch_size: int = 64
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+    bits: Literal[8, 4] | None = None
 
     def __post_init__(self):
         if self.eval_batch_size < 1:
@@ -67,7 +68,7 @@ def evaluate(
     from jaxlm.train.run import load_model
     from jaxlm.train.state import Program
 
-    lm = load_model(config.model, param_dtype=config.param_dtype)
+    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits)
     if lm.config.head == "none":
         raise UserError(f"{config.model} has no head to evaluate: fine-tune it first.")
     encoded = prepare_for(lm, task)

@@ -18,9 +18,9 @@ A configuration:
   output: runs/subj              # the run's folder
 
 More keys: calibrate (start from calibrated scores), eval_every, checkpoint_every, log_every,
-eval_batch_size, param_dtype, and under optimizer schedule, warmup, weight_decay, select,
-num_directions, sampler. The same command goes on with a run that was stopped and shows the table of
-one that is finished; `--resume=never` refuses both.
+eval_batch_size, param_dtype, bits (8 or 4: matrices in that many bits), and under optimizer
+schedule, warmup, weight_decay, select, num_directions, sampler. The same command goes on with a run
+that was stopped and shows the table of one that is finished; `--resume=never` refuses both.
 """
 
 from collections.abc import Sequence

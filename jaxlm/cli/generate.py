@@ -20,6 +20,7 @@ their log-probabilities under the model.
   --seed=0              of the draws
   --batch_size=16       prompts in a forward pass; the draws depend on it
   --param_dtype=float32 or bfloat16
+  --bits=8 or 4         matrices in that many bits
 """
 
 import json
@@ -52,6 +53,7 @@ class GenerateConfig:
     batch_size: int = 16
     json: bool = False
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+    bits: Literal[8, 4] | None = None
 
     def __post_init__(self):
         for name in ("max_new_tokens", "num_samples", "batch_size"):
@@ -180,7 +182,7 @@ def _load(config: GenerateConfig) -> tuple[Any, dict[str, Any]]:
     """The model, and what `generate_text` and `stream_text` both take."""
     from jaxlm.train.run import load_model
 
-    lm = load_model(config.model, param_dtype=config.param_dtype)
+    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits)
     return lm, {
         "max_new_tokens": config.max_new_tokens,
         "sampling": config.sampling(),

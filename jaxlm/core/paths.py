@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 LAYERS = "layers"
 Select = str | Callable[[str], bool] | None
@@ -100,14 +101,22 @@ def matcher(select: Select) -> Callable[[str], bool]:
     return lambda path: pattern.search(path) is not None
 
 
+def chooser(select: Select) -> Callable[[str, Any], bool]:
+    """Like `matcher`, of path and leaf: arrays that are no floats are never taken."""
+    takes = matcher(select)
+    return lambda path, leaf: (
+        takes(path) and jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), jnp.inexact)
+    )
+
+
 def mask(tree, select: Select):
-    """Returns a tree of Python booleans, True where `select` takes the path.
+    """Returns a tree of Python booleans, True where `select` takes the path of a leaf of floats.
 
     Raises:
       ValueError: if nothing is selected; the message lists some paths.
     """
-    takes = matcher(select)
-    result = map_with_path(lambda leaf: takes(leaf.path), tree)
+    takes = chooser(select)
+    result = map_with_path(lambda leaf: takes(leaf.path, leaf.value), tree)
     if not any(jax.tree.leaves(result)):
         known = sorted({leaf.path for leaf in flatten(tree)[0]})
         shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")

@@ -9,6 +9,7 @@ Views are frozen dataclasses registered as pytrees, so they cross `jit` and `vma
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxlm.core.precision import Packed
 from jaxlm.core.prng import Rows
 
 
@@ -70,9 +72,14 @@ class Taken:
 
 
 def take(leaf: Any, rows: Rows) -> Any:
-    """Returns `leaf[rows]` on axis 0, for arrays and `LowRankSum`; a `Taken` leaf is unwrapped."""
+    """Returns `leaf[rows]` on axis 0 of an array or `LowRankSum`.
+
+    A `Taken` leaf is unwrapped, a `Packed` one becomes an array.
+    """
     if isinstance(leaf, Taken):
         return leaf.value
+    if isinstance(leaf, Packed):
+        return unpack(leaf, lambda name, part, rows: take(part, rows), rows)
     if rows is None:
         return leaf
     if isinstance(leaf, LowRankSum):
@@ -80,6 +87,16 @@ def take(leaf: Any, rows: Rows) -> Any:
     if isinstance(rows, tuple):
         return lax.dynamic_slice_in_dim(leaf, *rows, axis=0)
     return jnp.take(leaf, rows, axis=0, mode="clip")
+
+
+def unpack(leaf: Packed, read: Callable[[str, Array, Rows], Array], rows: Rows = None) -> Array:
+    """The weights of a packed leaf, from what `read(name, part, rows)` gives of its arrays."""
+    by_rows = leaf.ndim + leaf.axis > 0
+    part_rows = rows if by_rows else None
+    values = read("values", leaf.values, part_rows)
+    scale = read("scale", leaf.scale, part_rows)
+    weights = dataclasses.replace(leaf, values=values, scale=scale).dense()
+    return weights if by_rows else take(weights, rows)
 
 
 def shape_of(leaf: Any, rows: Rows) -> tuple[int, ...]:

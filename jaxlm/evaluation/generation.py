@@ -54,8 +54,8 @@ def generate_text(
 ) -> list[list[Completion]]:
     """Continues prompts, all of them in one batch.
 
-    The model's `eos_id` ends a sample, and so does the first stop string that is complete, wherever
-    it stands in the generated text. What comes out does not depend on `chunk`.
+    The tokens `config.stops` of the model end a sample, and so does the first stop string that is
+    complete, wherever it stands in the generated text. What comes out does not depend on `chunk`.
 
     Args:
       lm: a decoder with its tokenizer.
@@ -143,7 +143,7 @@ class _Row:
     tokenizer: Any
     prompt: list[int]
     stop: Sequence[str]
-    eos_id: int | None
+    stop_ids: Sequence[int]
 
     def text(self, tokens: Sequence[int]) -> str:
         """What tokens add to the prompt's text; alone, SentencePiece would drop a first space."""
@@ -152,7 +152,7 @@ class _Row:
     def end(self, found: Any, i: int) -> Completion | None:
         """The completion in row i of the tokens found, or None where it goes on."""
         tokens = found.tokens[i, : found.lengths[i]].tolist()
-        ended = tokens[-1] == self.eos_id
+        ended = tokens[-1] in self.stop_ids
         text = self.text(tokens[:-1] if ended else tokens)
         count = len(tokens)
         finish: Finish = "stop" if ended else "length"
@@ -202,13 +202,13 @@ def _start(
 ) -> tuple[Generator, State, list[_Row]]:
     """Reads the prompts, padded on the left."""
     config = lm.config
-    rows = [_Row(lm.tokenizer, ids, stop, config.eos_id) for ids in _tokenise(lm, prompts)]
+    rows = [_Row(lm.tokenizer, ids, stop, config.stops) for ids in _tokenise(lm, prompts)]
     length = -(-max(len(row.prompt) for row in rows) // _MULTIPLE) * _MULTIPLE
     ids, mask = np.zeros((2, len(rows), length), np.int32)
     for i, row in enumerate(rows):
         ids[i, length - len(row.prompt) :] = row.prompt
         mask[i, length - len(row.prompt) :] = 1
-    generator = Generator(config, sampling, () if config.eos_id is None else (config.eos_id,))
+    generator = Generator(config, sampling, config.stops)
     try:
         state = generator.start(lm.params, ids, mask, max_new_tokens=max_new_tokens, **options)
     except ValueError as error:

@@ -62,6 +62,7 @@ class ModelConfig:
       pooled: there is a pooler, tanh(dense(first token)), which the classifier reads.
       num_labels: classes of the classifier.
       bos_id, eos_id, pad_id: special token ids, or None; the first where HF lists several.
+      stop_ids: tokens that end a generated text, where there are others than `eos_id`.
       attention: implementation, one of `jaxlm.models.attention.IMPLEMENTATIONS`.
       remat: what the backward pass computes again: `none`, the whole `layer`, or all but the
         products with its matrices (`dots`), which is faster than keeping everything, and smaller.
@@ -113,9 +114,15 @@ class ModelConfig:
     bos_id: int | None = None
     eos_id: int | None = None
     pad_id: int | None = None
+    stop_ids: tuple[int, ...] = ()
     attention: str = "xla"
     remat: Literal["none", "layer", "dots"] = "dots"
     compute_dtype: str | None = None
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens that end a generated text: `stop_ids`, or `eos_id`, or none."""
+        return self.stop_ids or (() if self.eos_id is None else (self.eos_id,))
 
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some attributes changed."""

@@ -277,15 +277,15 @@ def generate(
       temperature, top_k, top_p, min_p: see `Sampling`.
       num_samples: draws for each prompt, in adjacent rows; the prompt is read once for all.
       key: of the draws, unless the temperature is 0.
-      eos_id: token or tokens that end a row; None for the model's.
+      eos_id: token or tokens that end a row; None for those of the configuration.
       view: see `jaxlm.core.views`.
 
     Raises:
       ValueError: empty prompt, token outside the vocabulary, no room in the table of positions, no
         key, impossible settings.
     """
-    stop = config.eos_id if eos_id is None else eos_id
-    stop_ids = () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
+    stop = config.stops if eos_id is None else eos_id
+    stop_ids = (stop,) if isinstance(stop, int) else tuple(stop)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     generator = Generator(config, sampling, stop_ids)
     state = generator.start(

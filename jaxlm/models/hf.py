@@ -12,15 +12,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.paths import flatten
+from jaxlm.core.paths import flatten, matcher
+from jaxlm.core.precision import MATRICES, Packed, dequantize, pack
 from jaxlm.models.attention import IMPLEMENTATIONS
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import family
@@ -33,6 +34,7 @@ from jaxlm.sharding import param_shardings
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "model"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
+Read = Callable[[tuple[slice, ...]], np.ndarray]
 _WEIGHTS_OR_INDEX = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -43,7 +45,8 @@ def from_pretrained(
     *,
     compute_dtype=None,
     attention: str = "xla",
-    remat: str = "none",
+    remat: str = "dots",
+    bits: Literal[8, 4] | None = None,
 ) -> LanguageModel:
     """Loads a model from a local folder or a hub id.
 
@@ -56,6 +59,8 @@ def from_pretrained(
         straight to it, by the rules of `jaxlm.sharding`. None loads onto the default device, one
         parameter at a time.
       compute_dtype, attention, remat: see `ModelConfig`.
+      bits: 8 or 4 keeps matrices in that many bits, one layer at a time as they are read; see
+        `jaxlm.core.precision.quantize`.
 
     Returns:
       The model; `tokenizer` is None where the folder has none. `config.head` of an encoder is
@@ -63,14 +68,16 @@ def from_pretrained(
 
     Raises:
       UserError: folder missing, unknown architecture, no safetensors, a file truncated or missing,
-        weights that contradict the configuration, unknown attention or remat.
+        weights that contradict the configuration, unknown attention, remat or bits.
     """
     for option, value, known in (
         ("attention", attention, tuple(IMPLEMENTATIONS)),
         ("remat", remat, get_args(ModelConfig.__annotations__["remat"])),
+        ("bits", bits, (8, 4, None)),
     ):
         if value not in known:
-            raise UserError(f"{option}={value!r} is not known; choose one of {', '.join(known)}")
+            names = ", ".join(map(str, known))
+            raise UserError(f"{option}={value!r} is not known; choose one of {names}")
     folder = SHIPPED if name_or_path is None else _resolve(name_or_path)
     config, module = read_config(folder)
     checkpoint = _open(folder, module)
@@ -80,12 +87,14 @@ def from_pretrained(
         remat=remat,
     )
     checkpoint.check(config)
-    dtype, shapes = jnp.dtype(param_dtype), param_shapes(config)
-    places = dict.fromkeys(shapes) if mesh is None else param_shardings(shapes, mesh)
-    flat = {
-        path: _load(partial(checkpoint.read, config, path, dtype), shape, places[path])
-        for path, shape in shapes.items()
-    }
+    is_matrix = matcher(MATRICES)
+    flat: dict[str, Any] = {}
+    for path, shape in param_shapes(config).items():
+        read = partial(checkpoint.read, config, path, jnp.dtype(param_dtype))
+        if bits is not None and is_matrix(path):
+            flat[path] = _load_packed(read, path, shape, mesh, bits)
+        else:
+            flat[path] = _load(read, path, shape, mesh)
     return LanguageModel(config, nest(flat), _tokenizer(folder))
 
 
@@ -128,14 +137,11 @@ def _open(folder: Path, module: ModuleType) -> Checkpoint:
     return Checkpoint(folder, module, tensors, open_file)
 
 
-def _load(
-    read: Callable[[tuple[slice, ...]], np.ndarray],
-    shape: tuple[int, ...],
-    sharding: NamedSharding | None,
-) -> jax.Array:
+def _load(read: Read, path: str, shape: tuple[int, ...], mesh: Mesh | None) -> jax.Array:
     """An array that `read(index)` gives in parts; on the host there is one part at a time."""
-    if sharding is None:
+    if mesh is None:
         return jax.device_put(read((slice(None),) * len(shape)))
+    sharding = param_shardings({path: shape}, mesh)[path]
     arrays: list[jax.Array] = []
     first: dict[str, jax.Array] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -144,6 +150,24 @@ def _load(
         arrays.append(jax.device_put(read(index) if same is None else same, device))
         first.setdefault(str(index), arrays[-1])
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _load_packed(
+    read: Read, path: str, shape: tuple[int, ...], mesh: Mesh | None, bits: Literal[8, 4]
+) -> Packed:
+    """A packed leaf; of a stack one layer at a time is there as floats."""
+
+    def packed(read: Read, shape: tuple[int, ...]) -> Packed:
+        return pack(path, _load(read, path, shape, mesh), bits=bits)
+
+    def layer(i: int) -> Packed:
+        return packed(lambda index: read((slice(i, i + 1), *index))[0], shape[1:])
+
+    if len(shape) == 2:
+        leaf = packed(read, shape)
+    else:
+        leaf = jax.tree.map(lambda *parts: jnp.stack(parts), *map(layer, range(shape[0])))
+    return leaf if mesh is None else jax.device_put(leaf, param_shardings({path: leaf}, mesh)[path])
 
 
 def _tokenizer(folder: Path):
@@ -170,7 +194,8 @@ def save_pretrained(
     """Writes a model in the HF layout; transformers opens it and gives the same logits.
 
     Everything is written into a temporary folder beside and then renamed; of sharded parameters the
-    tensors of one file at a time are gathered.
+    tensors of one file at a time are gathered. Weights in 8 or 4 bits are written as the floats
+    that the model sees.
 
     Args:
       lm: the model; its tokenizer is written too.
@@ -186,7 +211,8 @@ def save_pretrained(
     from safetensors import SafetensorError
 
     folder = Path(directory)
-    flat = {leaf.path: leaf.value for leaf in flatten(lm.params if params is None else params)[0]}
+    params = dequantize(lm.params if params is None else params)
+    flat = {leaf.path: leaf.value for leaf in flatten(params)[0]}
     module = family(lm.config.family)
     tensors = targets(lm.config, module, flat)
     split = _split(tensors, max_shard_size)

@@ -10,6 +10,7 @@ from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import MODULES, family, take
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+GENERATION = "generation_config.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -37,13 +38,25 @@ def read_config(folder: Path) -> tuple[ModelConfig, ModuleType]:
         raise UserError(f"{path} has the model_type {error}; supported are {known}") from None
     try:
         take(hf, "quantization_config", None)
-        return module.read_config(hf), module
+        config = module.read_config(hf)
     except KeyError as error:
         raise UserError(f"{path} lacks the key {error}; complete it") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     except TypeError as error:
         raise UserError(f"{path} has a value of the wrong type; download it again") from error
+    stop_ids = _stop_ids(folder) or config.stop_ids
+    return config.replace(stop_ids=() if stop_ids == (config.eos_id,) else stop_ids), module
+
+
+def _stop_ids(folder: Path) -> tuple[int, ...]:
+    """The end tokens of generation_config.json, which chat models list there alone."""
+    path = folder / GENERATION
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(i, int) for i in ids):
+        raise UserError(f"{path} has a value of the wrong type; download it again")
+    return tuple(ids)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """The shapes of a model's parameters, and their random initialisation."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def param_shapes(config: ModelConfig) -> Shapes:
     return _embed_shapes(config) | _layer_shapes(config) | final | _head_shapes(config)
 
 
-def nest(flat: dict[str, Array]) -> dict:
+def nest(flat: dict[str, Any]) -> dict:
     """Turns `{"a.b": x}` into `{"a": {"b": x}}`."""
     tree: dict = {}
     for path, leaf in flat.items():

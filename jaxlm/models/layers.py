@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from jaxlm.core import taps, views
 from jaxlm.core.paths import lookup
+from jaxlm.core.precision import Packed
 from jaxlm.models.config import ModelConfig
 
 HEAD_BLOCK = 2**24
@@ -92,11 +93,12 @@ def embed(params, path: str, ids_BxT, ctx: Context):
 def head(params, path: str, x, ctx: Context, token_ids=None):
     """Logits `x @ embedding.T`, for all tokens or for `token_ids` only.
 
-    A table of more than 2**24 elements is consumed in blocks of rows, so that a view never makes a
-    second one.
+    A table of more than 2**24 elements is consumed in blocks of rows, so that neither a view nor a
+    packed leaf ever makes a second one.
     """
     leaf = lookup(params, path + ".embedding")
-    blocked = token_ids is None and ctx.view is not None and leaf.size > HEAD_BLOCK
+    made = ctx.view is not None or isinstance(leaf, Packed)
+    blocked = token_ids is None and made and leaf.size > HEAD_BLOCK
     if blocked:
         y = _blocked_head(params, path, x, ctx, leaf.shape)
     else:

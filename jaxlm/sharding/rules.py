@@ -55,16 +55,16 @@ class Rules:
 
 DEFAULT = Rules(
     paths=(
-        (r"(tokens|lm_head)\.embedding$", ("vocab", "embed")),
-        (r"\.embedding$", (None, "embed")),
-        (r"[qkv]_proj\.kernel$", ("embed", "heads")),
+        (r"(tokens|lm_head)\.embedding\b", ("vocab", "embed")),
+        (r"\.embedding\b", (None, "embed")),
+        (r"[qkv]_proj\.kernel\b", ("embed", "heads")),
         (r"[qkv]_proj\.bias$", ("heads",)),
-        (r"o_proj\.kernel$", ("heads", "embed")),
-        (r"(gate|up)_proj\.kernel$", ("embed", "mlp")),
+        (r"o_proj\.kernel\b", ("heads", "embed")),
+        (r"(gate|up)_proj\.kernel\b", ("embed", "mlp")),
         (r"(gate|up)_proj\.bias$", ("mlp",)),
-        (r"down_proj\.kernel$", ("mlp", "embed")),
+        (r"down_proj\.kernel\b", ("mlp", "embed")),
         (r"lm_head\.bias$", ("vocab",)),
-        (r"\.kernel$", ("embed", None)),
+        (r"\.kernel\b", ("embed", None)),
     ),
     axes=(("vocab", "model"), ("heads", "model"), ("mlp", "model"), ("embed", "fsdp")),
 )

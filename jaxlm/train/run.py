@@ -27,6 +27,8 @@ class FinetuneConfig(LoopConfig):
         eval_batch_size: examples in a forward pass of evaluation.
         seed: of the k examples drawn, the order of the batches, and the optimizer's randomness.
         param_dtype: of the parameters.
+        bits: 8 or 4 keeps matrices in that many bits; what is trained then are their scales, biases
+            and norms.
         output: the run's folder.
     """
 
@@ -39,6 +41,7 @@ class FinetuneConfig(LoopConfig):
     eval_batch_size: int = 64
     seed: int = 0
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+    bits: Literal[8, 4] | None = None
     output: str
 
     def __post_init__(self):
@@ -77,7 +80,7 @@ def finetune(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[st
         if not getattr(task, split):
             raise UserError(f"task has no {split} examples: give task.{split}.")
 
-    lm = load_model(config.model, param_dtype=config.param_dtype)
+    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits)
     encoded = prepare_for(lm, task)
     lm = with_head(lm, len(encoded.labels), seed=config.seed)
     try:
@@ -90,10 +93,13 @@ def finetune(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[st
     return summary
 
 
-def load_model(name: str | Path | None, *, param_dtype: str = "float32") -> Any:
+def load_model(
+    name: str | Path | None, *, param_dtype: str = "float32", bits: Literal[8, 4] | None = None
+) -> Any:
     """A language model from a folder, a hub id, a run's folder, or (None) from the package.
 
-    A run gives its best parameters on validation, or the last ones where it had no validation.
+    A run gives its best parameters on validation, or the last ones where it had no validation. Its
+    matrices come in the bits that it was trained in, if there were any.
 
     Raises:
         UserError: there is no model there, or the run has no checkpoint.
@@ -102,17 +108,23 @@ def load_model(name: str | Path | None, *, param_dtype: str = "float32") -> Any:
 
     stored = RunFolder(name).config() if name is not None else None
     if stored is None:
-        return from_pretrained(name, param_dtype=param_dtype)
-    import jax
-
+        return from_pretrained(name, param_dtype=param_dtype, bits=bits)
+    from jaxlm.core.precision import quantize
     from jaxlm.train.checkpoint import Checkpoints
 
-    lm = load_model(stored["model"], param_dtype=stored["param_dtype"])
+    trained_bits = stored.get("bits")
+    lm = load_model(stored["model"], param_dtype=param_dtype, bits=trained_bits)
     found = Checkpoints(RunFolder(str(name)).checkpoints, read_only=True).best()
     if found is None:
         raise UserError(f"{name}: the run has no checkpoint: start it again.")
     lm = with_head(lm, len(stored["task"]["labels"]), seed=stored["seed"])
-    return lm.replace(params=jax.tree.map(lambda x: x.astype(param_dtype), found["params"]))
+    trained = {leaf.path: leaf.value for leaf in paths.flatten(found["params"])[0]}
+    params = paths.map_with_path(
+        lambda leaf: trained[leaf.path].astype(leaf.value.dtype), lm.params
+    )
+    if bits is not None and trained_bits is None:
+        params = quantize(params, bits=bits)
+    return lm.replace(params=params)
 
 
 def with_head(lm: Any, num_labels: int, *, seed: int) -> Any:

@@ -26,6 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxlm.core import paths, prng, views
+from jaxlm.core.precision import Packed
 from jaxlm.zo.samplers import Gaussian, Sampler
 
 
@@ -47,7 +48,11 @@ class Perturbation:
     select: paths.Select = dataclasses.field(default=None, metadata={"static": True})
 
     def __call__(self, path: str, leaf: Any, layer, *, rows: prng.Rows = None) -> Any:
-        if not paths.matcher(self.select)(path):
+        if isinstance(leaf, Packed):
+            return views.unpack(
+                leaf, lambda name, part, rows: self(f"{path}.{name}", part, layer, rows=rows), rows
+            )
+        if not paths.chooser(self.select)(path, leaf):
             return views.take(leaf, rows)
         shape = views.shape_of(leaf, rows)
         z = _direction(self.key, self.sampler, path, shape, layer, rows)
@@ -218,10 +223,10 @@ def materialize(est: SPSAEstimate, params: Any) -> Any:
     Parameters that the estimate did not perturb get zeros. For optimizers that need a gradient in
     memory; `jaxlm.zo.mezo` updates in place without it.
     """
-    takes = paths.matcher(est.select)
+    takes = paths.chooser(est.select)
 
     def gradient(leaf):
-        if not takes(leaf.path):
+        if not takes(leaf.path, leaf.value):
             return jnp.zeros_like(leaf.value)
         if leaf.stacked:
             count, *shape = leaf.value.shape

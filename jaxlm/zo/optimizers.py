@@ -152,10 +152,10 @@ def descend(
     Under `jit` with donated parameters this happens in place: beside the parameters only one block
     and its noise are alive.
     """
-    takes, decays = paths.matcher(est.select), paths.matcher(decay)
+    takes, decays = paths.chooser(est.select), paths.matcher(decay)
 
     def leaf_update(leaf):
-        if not takes(leaf.path):
+        if not takes(leaf.path, leaf.value):
             return leaf.value
         rate = weight_decay if decays(leaf.path) else 0.0
 

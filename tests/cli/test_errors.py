@@ -97,6 +97,7 @@ ROWS: dict[str, tuple[Break, str]] = {
         flags("--config=no.yaml"),
         "no.yaml: there is no such file: give the path of a configuration.",
     ),
+    "bits that are not there": (flags("--bits=2"), "run.yaml: bits is '2': choose one of 8, 4."),
     "missing file": (
         flags("--task.train=no.jsonl"),
         "task.train: there is no file 'no.jsonl': give a path relative to the YAML file or "

@@ -1,6 +1,9 @@
 """Generation against transformers, against the whole forward pass, and against the softmax."""
 
 import dataclasses
+import json
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from jaxlm.models import LanguageModel, ModelConfig, generation, init_params
 from jaxlm.models.generation import Generator, Sampling, filter_logits
 from tests.models import reference
 
+GOLDEN = Path(__file__).parent / "golden"
 CONFIG = ModelConfig(
     family="llama", kind="decoder", head="lm", vocab_size=29, hidden_size=16, num_layers=2,
     num_heads=2, num_kv_heads=1, head_size=8, intermediate_size=12, max_positions=32,
@@ -92,6 +96,33 @@ def test_a_stop_token_ends_its_row_and_leaves_the_others(lm):
         assert found.lengths[row] == length
         assert found.tokens[row, :length].tolist() == free.tokens[row, :length].tolist()
         assert (found.log_probs[row, length:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("own", "generation", "wanted"),
+    [
+        (3, None, (3,)),
+        ([3, 9], None, (3, 9)),
+        (3, 3, (3,)),
+        (3, [28, 3], (28, 3)),
+        ([3, 9], 3, (3,)),
+        (None, [28], (28,)),
+        (None, None, ()),
+    ],
+)
+def test_end_tokens_come_from_the_folder(own, generation, wanted, tmp_path: Path):
+    """generation_config.json goes before config.json, and what is saved says the same."""
+    shutil.copytree(GOLDEN / "llama", tmp_path / "a")
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    (tmp_path / "a/config.json").write_text(json.dumps(config | {"eos_token_id": own}))
+    if generation is not None:
+        text = json.dumps({"temperature": 0.6, "eos_token_id": generation})
+        (tmp_path / "a/generation_config.json").write_text(text)
+    lm = jaxlm.from_pretrained(tmp_path / "a")
+    assert lm.config.stops == wanted
+    assert lm.config.eos_id in (None, 3)
+    jaxlm.save_pretrained(lm, tmp_path / "b")
+    assert jaxlm.from_pretrained(tmp_path / "b").config.stops == wanted
 
 
 def test_steps_of_a_generator_make_the_same_tokens(lm):

@@ -68,6 +68,23 @@ def test_logits_of_theirs_and_of_ours_opened_by_them(case: str, tmp_path: Path):
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("case", reference.CASES)
+def test_logits_in_bfloat16(case: str, tmp_path: Path):
+    """Parameters and computation in bfloat16, against transformers in bfloat16 and in float32."""
+    import torch
+
+    theirs = reference.make_model(case).to(torch.bfloat16)
+    inputs = reference.make_inputs(theirs)
+    theirs.save_pretrained(tmp_path)
+    found = ours(jaxlm.from_pretrained(tmp_path, param_dtype="bfloat16"), inputs)
+    real = inputs["attention_mask"].astype(bool)
+    real = real if found.ndim == 3 else real[:, 0]
+    for dtype in (torch.bfloat16, torch.float32):
+        wanted = reference.outputs(theirs.to(dtype), inputs)[real]
+        assert np.linalg.norm(np.float32(found)[real] - wanted) <= 3e-2 * np.linalg.norm(wanted)
+
+
+@pytest.mark.torch
 def test_several_files_with_an_index(tmp_path: Path):
     model = reference.make_model("opt")
     model.save_pretrained(tmp_path, max_shard_size="8KB")

@@ -11,6 +11,8 @@ import jaxlm.train.run
 from jaxlm.cli import config as configs
 from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
+from jaxlm.core.paths import flatten
+from jaxlm.core.precision import quantize
 from jaxlm.train.run import FinetuneConfig, finetune, load_model
 from tests.tiny import sentences, write_jsonl, write_run
 
@@ -57,6 +59,33 @@ def test_the_best_parameters_on_validation_are_tested(finished):
     validation = {r["step"]: r.get("validation_accuracy", -1) for r in records}
     best = max(validation, key=validation.__getitem__)
     assert (summary["tested_step"], summary["validation"]["accuracy"]) == (best, validation[best])
+
+
+@pytest.mark.parametrize(("bits", "optimizer"), [(8, {}), (4, ADAM)])
+def test_a_run_in_few_bits_trains_floats_and_is_loaded_as_it_was(bits, optimizer, run_yaml):
+    """With MeZO and with gradients; the integers stay, and the run keeps its bits."""
+    summary = start(run_yaml, bits=bits, **optimizer, **{"task.validation": "null"})
+    folder = run_yaml.parent / "run"
+    lm = load_model(folder)
+    first = load_model(summary["model"], bits=bits)
+    assert jax.tree.structure(lm.params) == jax.tree.structure(first.params)
+    moved = {
+        new.value.dtype.name
+        for new, old in zip(flatten(lm.params)[0], flatten(first.params)[0], strict=True)
+        if not np.array_equal(new.value, old.value)
+    }
+    assert moved == {"float32"}
+    again = load_model(folder, param_dtype="bfloat16")
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(again.params)}
+    assert dtypes == {"bfloat16", "int8" if bits == 8 else "uint8"}
+    main(["evaluate", str(folder)])
+
+
+def test_a_finished_run_is_loaded_in_few_bits(finished):
+    folder = finished[0].parent / "run"
+    lm = load_model(folder, bits=8)
+    wanted = quantize(load_model(folder).params, bits=8)
+    jax.tree.map(np.testing.assert_array_equal, lm.params, wanted)
 
 
 def test_a_finished_run_is_returned_and_not_touched(finished):

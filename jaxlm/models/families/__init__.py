@@ -92,14 +92,16 @@ def write_activation(activation: Activation) -> str:
 
 
 def read_special_ids(hf: dict[str, Any]) -> dict[str, Any]:
-    """`bos_id`, `eos_id` and `pad_id` for `ModelConfig`; the first where HF lists several."""
+    """`bos_id`, `eos_id`, `pad_id` and `stop_ids` for `ModelConfig`."""
     ids = {name: hf.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    return {f"{name}_id": i[0] if isinstance(i, list) else i for name, i in ids.items()}
+    found = {f"{name}_id": i[0] if isinstance(i, list) else i for name, i in ids.items()}
+    return found | {"stop_ids": tuple(ids["eos"]) if isinstance(ids["eos"], list) else ()}
 
 
-def write_special_ids(config: ModelConfig) -> dict[str, int | None]:
+def write_special_ids(config: ModelConfig) -> dict[str, Any]:
     """The HF keys of the special token ids."""
-    return {f"{name}_token_id": getattr(config, name + "_id") for name in ("bos", "eos", "pad")}
+    ids = {f"{name}_token_id": getattr(config, name + "_id") for name in ("bos", "eos", "pad")}
+    return ids | ({"eos_token_id": list(config.stop_ids)} if config.stop_ids else {})
 
 
 def read_rope(hf: dict[str, Any]) -> dict[str, Any]:
