@@ -140,9 +140,7 @@ def test_perplexity_of_the_shipped_model(bits: int, limit: float):
     assert ratio < limit
 
 
-@pytest.mark.parametrize(
-    ("bits", "select"), [(4, None), (8, r"norm|bias"), (4, r"kernel\.scale$")]
-)
+@pytest.mark.parametrize(("bits", "select"), [(4, None), (8, r"norm|bias"), (4, r"kernel\.scale$")])
 def test_mezo_sees_and_moves_the_same_scales(bits: int, select: str | None):
     """The lean path equals the materialized one, and integers stay."""
     lm = small_model(bits)
