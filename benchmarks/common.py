@@ -13,6 +13,9 @@ import jax
 PACKAGES = ("jax", "jaxlib", "jaxlm", "numpy", "optax", "flax", "torch", "transformers")
 
 
+REST = 0.5  # seconds
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that are installed."""
     installed = {"python": platform.python_version()}
@@ -54,10 +57,15 @@ def seconds(function: Callable[[], Any]) -> float:
 def interleaved(
     functions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1
 ) -> dict[str, float]:
-    """Median seconds of each function; they take turns, so that a busy machine slows all alike."""
+    """Median seconds of each function; they take turns, so that a busy machine slows all alike.
+
+    Before each there is a rest of half a second: threads of another library spin for a while after
+    their work, and would take a core from whoever comes next.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warm_up + repeats):
         for name, function in functions.items():
+            time.sleep(REST)
             elapsed = seconds(function)
             if turn >= warm_up:
                 times[name].append(elapsed)

@@ -149,6 +149,22 @@ found = lm.generate(lm.params, prompt_ids, max_new_tokens=8)
 print(found.tokens, found.lengths)
 
 # %% [markdown]
+# ## Fewer bits
+#
+# `bits=8` or `bits=4` keeps matrices as integers with scales, which become floats one layer at a
+# time. Every function takes such parameters as they are; MeZO and gradients train their scales,
+# biases and norms.
+
+# %%
+for bits in (None, 8, 4):
+    packed = jaxlm.from_pretrained(bits=bits)
+    size = sum(x.nbytes for x in jax.tree.leaves(packed.params)) / 2**20
+    scored = jax.jit(packed.log_probs)(packed.params, ids, mask)
+    (sample,) = generate_text(packed, ["the film is"], max_new_tokens=12)[0]
+    mean = np.mean(scored, where=mask[:, 1:] > 0)
+    print(f"{bits or 32!s:>2} bits {size:5.1f} MiB {mean:7.3f} nats a token |{sample.text}")
+
+# %% [markdown]
 # ## Shard
 #
 # A mesh has three axes: `data` copies the model, `fsdp` divides its parameters among devices that

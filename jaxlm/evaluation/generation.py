@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.core.errors import UserError
 from jaxlm.models import LanguageModel
-from jaxlm.models.generation import Generator, Sampling, State
+from jaxlm.models.generation import Generator, Sampling, State, decoding_params
 
 Finish = Literal["stop", "length"]
 GREEDY = Sampling()
@@ -83,6 +83,7 @@ def generate_text(
         lm, prompts, max_new_tokens, sampling, stop, num_samples=num_samples, key=key, view=view
     )
     ended: dict[int, Completion] = {}
+    params = decoding_params(lm.params)
     while True:
         found = jax.tree.map(np.array, state.found)
         for i in range(len(rows) * num_samples):
@@ -94,7 +95,7 @@ def generate_text(
         done = np.isin(np.arange(len(rows) * num_samples), list(ended))
         state = dataclasses.replace(state, done=state.done | done)
         count = chunk if stop else max_new_tokens
-        state = generator.advance(lm.params, state, count, view=view)
+        state = generator.advance(params, state, count, view=view)
     samples = [ended[i] for i in range(len(ended))]
     return [samples[i : i + num_samples] for i in range(0, len(samples), num_samples)]
 
@@ -121,7 +122,7 @@ def stream_text(
     )
 
     def pieces(state: State) -> Iterator[str]:
-        shown = 0
+        shown, params = 0, decoding_params(lm.params)
         while True:
             found = jax.tree.map(np.array, state.found)
             completion = row.end(found, 0)
@@ -131,7 +132,7 @@ def stream_text(
                 shown = len(text)
             if completion is not None:
                 return
-            state = generator.advance(lm.params, state, chunk, view=view)
+            state = generator.advance(params, state, chunk, view=view)
 
     return pieces(state)
 

@@ -65,7 +65,8 @@ class ModelConfig:
       stop_ids: tokens that end a generated text, where there are others than `eos_id`.
       attention: implementation, one of `jaxlm.models.attention.IMPLEMENTATIONS`.
       remat: what the backward pass computes again: `none`, the whole `layer`, or all but the
-        products with its matrices (`dots`), which is faster than keeping everything, and smaller.
+        products with its matrices and what attention returns (`dots`), which is faster than keeping
+        everything, and smaller.
       compute_dtype: parameters are cast to it when they are read; None computes in theirs.
     """
 

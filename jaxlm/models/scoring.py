@@ -88,9 +88,10 @@ def next_token_log_probs(
       In at least float32; what is at padding means nothing.
     """
     ids = jnp.asarray(input_ids)
-    seen = None if attention_mask is None else jnp.asarray(attention_mask)[:, :-1]
-    x = hidden(config, params, ids[:, :-1], seen, view=view)
-    return head_log_probs(config, params, x, ids[:, 1:], view=view, block=block)
+    # All T tokens are read, the last one for nothing: odd lengths are slow on every device.
+    x = hidden(config, params, ids, attention_mask, view=view)
+    scored = head_log_probs(config, params, x, jnp.roll(ids, -1, axis=1), view=view, block=block)
+    return scored[:, :-1]
 
 
 def reduce_log_probs(

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
@@ -29,6 +30,7 @@ from jaxlm.models.config import ModelConfig
 from jaxlm.models.layers import ACTIVATIONS, Context, dense, embed, head, norm
 
 EVERYTHING = 2**30
+ATTENDED = "attended"
 
 
 @functools.partial(
@@ -109,6 +111,7 @@ def _attention(params, x_BxTxD, ctx: Context, turns, mask, cached):
     scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
     attend = IMPLEMENTATIONS[config.attention]
     out = attend(q, k, v, mask, scale=scale, cap=config.attention_cap)
+    out = checkpoint_name(out, ATTENDED)
     out = out.reshape(*x_BxTxD.shape[:2], -1)
     return dense(params, "layers.attention.o_proj", out, ctx), cached
 
@@ -165,13 +168,16 @@ def _remat(config: ModelConfig, body):
     """`body` of the scan with its checkpointing."""
     if config.remat == "none":
         return body
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    kept = jax.checkpoint_policies
+    policy = kept.save_from_both_policies(
+        kept.dots_with_no_batch_dims_saveable, kept.save_only_these_names(ATTENDED)
+    )
     policy = policy if config.remat == "dots" else None
     return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
 def _layers(params, x, ctx: Context, position_ids, mask: Mask, cached):
-    """The scan over layers and the final norm; `cached` is (keys, values, length) or None."""
+    """All layers and the final norm; `cached` is (keys, values, length) or None."""
     config, view, tap = ctx.config, ctx.view, ctx.tap
     turns = rotary.table(config, position_ids, x.dtype) if config.positions == "rotary" else None
     windows = None
@@ -189,9 +195,27 @@ def _layers(params, x, ctx: Context, position_ids, mask: Mask, cached):
         return _block({"layers": layer_params}, x, layer_ctx, turns, seen, cached), None
 
     layers = jnp.arange(config.num_layers, dtype=jnp.int32)
-    scanned = (params["layers"], layers, windows, tap.layers if tap is not None else None)
-    (x, cached), _ = lax.scan(_remat(config, body), (x, cached), scanned)
+    rest = (layers, windows, tap.layers if tap is not None else None)
+    carry, body = (x, cached), _remat(config, body)
+    if isinstance(params["layers"], list):
+        for i, layer_params in enumerate(params["layers"]):
+            carry, _ = body(carry, (layer_params, *jax.tree.map(lambda x: x[i], rest)))  # noqa: B023
+    else:
+        carry, _ = lax.scan(body, carry, (params["layers"], *rest))
+    x, cached = carry
     return norm(params, "final_norm", x, ctx) if config.final_norm else x, cached
+
+
+def unstack(params):
+    """The same parameters with a list of layers in place of the stack.
+
+    Everything here takes both. A program over a list is larger, one copy of the layers' code each,
+    but on a CPU it reads weights where they are: XLA copies those of a layer of a stack before
+    each product.
+    """
+    leaves, structure = jax.tree.flatten(params["layers"])
+    rows = zip(*map(jnp.unstack, leaves), strict=True)
+    return {**params, "layers": [jax.tree.unflatten(structure, row) for row in rows]}
 
 
 def hidden(
