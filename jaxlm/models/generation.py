@@ -220,6 +220,10 @@ class Generator:
 
         Faster with `decoding_params(params)`, made once.
         """
+        if isinstance(params["layers"], list) and not isinstance(state.cache.keys, list):
+            keys, values = unstack(state.cache.keys), unstack(state.cache.values)
+            cache = dataclasses.replace(state.cache, keys=keys, values=values)
+            state = dataclasses.replace(state, cache=cache)
         until = jnp.minimum(state.step + count, state.found.tokens.shape[1])
         return _advance(self._static(), params, state, until, view)
 
@@ -259,8 +263,9 @@ def decoding_params(params: Any) -> Any:
     On a CPU a second copy with the layers apart: of a stack, XLA copies the weights of each layer
     for every token, which takes longer than the products of a few rows. Elsewhere `params` itself.
     """
-    stacked = not isinstance(params["layers"], list)
-    return unstack(params) if stacked and jax.default_backend() == "cpu" else params
+    if jax.default_backend() != "cpu" or isinstance(params["layers"], list):
+        return params
+    return {**params, "layers": unstack(params["layers"])}
 
 
 def generate(

@@ -192,10 +192,14 @@ def last_token(x: Float[Array, "B T D"], mask: Int[Array, "B T"]) -> Float[Array
 
 def repeat(cache: Cache, times: int) -> Cache:
     """The cache with every row so many times, copies side by side."""
+
+    def rows(store):
+        return jax.tree.map(lambda x: jnp.repeat(x, times, axis=x.ndim - 4), store)
+
     return dataclasses.replace(
         cache,
-        keys=jnp.repeat(cache.keys, times, axis=1),
-        values=jnp.repeat(cache.values, times, axis=1),
+        keys=rows(cache.keys),
+        values=rows(cache.values),
         mask=jnp.repeat(cache.mask, times, axis=0),
         positions=jnp.repeat(cache.positions, times, axis=0),
     )

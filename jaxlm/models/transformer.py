@@ -43,14 +43,14 @@ class Cache:
     """The keys and values of the tokens that were read, of at most S tokens a row.
 
     Attributes:
-      keys, values: [L, B, G, S, K].
+      keys, values: [L, B, G, S, K], or lists of L arrays, where the parameters have such a list.
       mask: int32 [B, S], 1 at tokens.
       positions: int32 [B, S], positions of the tokens.
       length: int32, how many of the S places are taken.
     """
 
-    keys: Float[Array, "L B G S K"]
-    values: Float[Array, "L B G S K"]
+    keys: Any
+    values: Any
     mask: Int[Array, "B S"]
     positions: Int[Array, "B S"]
     length: Int[Array, ""]
@@ -120,11 +120,13 @@ def _extend(cached, layer, k, v):
     """Writes one layer's keys and values behind those there; returns all of that layer's."""
     keys, values, length = cached
     zero = jnp.zeros((), jnp.int32)
-    start = (layer, zero, zero, length, zero)
 
     def write(store, new):
-        new = jnp.swapaxes(new, 1, 2)[None].astype(store.dtype)
-        store = lax.dynamic_update_slice(store, new, start)
+        new = jnp.swapaxes(new, 1, 2).astype(store.dtype)
+        if store.ndim == new.ndim:  # the layer's own
+            store = lax.dynamic_update_slice(store, new, (zero, zero, length, zero))
+            return store, jnp.swapaxes(store, 1, 2)
+        store = lax.dynamic_update_slice(store, new[None], (layer, zero, zero, length, zero))
         one = lax.dynamic_index_in_dim(store, layer, keepdims=False)
         return store, jnp.swapaxes(one, 1, 2)
 
@@ -196,26 +198,38 @@ def _layers(params, x, ctx: Context, position_ids, mask: Mask, cached):
 
     layers = jnp.arange(config.num_layers, dtype=jnp.int32)
     rest = (layers, windows, tap.layers if tap is not None else None)
-    carry, body = (x, cached), _remat(config, body)
+    body = _remat(config, body)
     if isinstance(params["layers"], list):
-        for i, layer_params in enumerate(params["layers"]):
-            carry, _ = body(carry, (layer_params, *jax.tree.map(lambda x: x[i], rest)))  # noqa: B023
+        x, cached = _one_by_one(body, x, cached, params["layers"], rest)
     else:
-        carry, _ = lax.scan(body, carry, (params["layers"], *rest))
-    x, cached = carry
+        (x, cached), _ = lax.scan(body, (x, cached), (params["layers"], *rest))
     return norm(params, "final_norm", x, ctx) if config.final_norm else x, cached
 
 
-def unstack(params):
-    """The same parameters with a list of layers in place of the stack.
+def _one_by_one(body, x, cached, layers, rest):
+    """What a scan of `body` does, for a list of layers, of which each has a cache of its own."""
+    keys, values = [], []
+    for i, layer_params in enumerate(layers):
+        own = None if cached is None else (cached[0][i], cached[1][i], cached[2])
+        scanned = (layer_params, *jax.tree.map(lambda stack: stack[i], rest))  # noqa: B023
+        (x, own), _ = body((x, own), scanned)
+        if own is not None:
+            keys.append(own[0])
+            values.append(own[1])
+    return x, None if cached is None else (keys, values, cached[2])
 
-    Everything here takes both. A program over a list is larger, one copy of the layers' code each,
-    but on a CPU it reads weights where they are: XLA copies those of a layer of a stack before
-    each product.
+
+def unstack(tree):
+    """The same layers as a list of trees, in place of a tree of stacks.
+
+    Everything here takes `params` with either under `layers`, and with a list a cache whose keys
+    and values are lists. A program over a list is larger, with a copy of the code for each layer,
+    but on a CPU it reads weights where they are: XLA copies those of a layer of a stack before each
+    product.
     """
-    leaves, structure = jax.tree.flatten(params["layers"])
+    leaves, structure = jax.tree.flatten(tree)
     rows = zip(*map(jnp.unstack, leaves), strict=True)
-    return {**params, "layers": [jax.tree.unflatten(structure, row) for row in rows]}
+    return [jax.tree.unflatten(structure, row) for row in rows]
 
 
 def hidden(

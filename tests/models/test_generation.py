@@ -1,6 +1,7 @@
 """Generation against transformers, against the whole forward pass, and against the softmax."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -12,8 +13,11 @@ import pytest
 from scipy import stats
 
 import jaxlm
+from jaxlm import zo
 from jaxlm.models import LanguageModel, ModelConfig, generation, init_params
 from jaxlm.models.generation import Generator, Sampling, filter_logits
+from jaxlm.models.transformer import unstack
+from jaxlm.zo.estimators import Perturbation
 from tests.models import reference
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -134,6 +138,37 @@ def test_steps_of_a_generator_make_the_same_tokens(lm):
         state = generator.advance(lm.params, state, count)
     assert int(state.step) == 9
     np.testing.assert_array_equal(state.found.tokens, whole.tokens)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_layers_apart_are_the_same_model(name):
+    """A list of layers in place of the stack: with a view, in generation, in gradients."""
+    lm = jaxlm.from_pretrained(GOLDEN / name)
+    apart = {**lm.params, "layers": unstack(lm.params["layers"])}
+    view = Perturbation(jax.random.key(0), jnp.float32(0.1), zo.rademacher())
+    apply = jax.jit(lm.apply)
+    wanted = apply(lm.params, PROMPTS, MASK, view=view)
+    np.testing.assert_allclose(apply(apart, PROMPTS, MASK, view=view), wanted, atol=1e-5)
+
+    def loss(params):
+        return lm.log_probs(params, PROMPTS, MASK).mean()
+
+    wanted = unstack(jax.jit(jax.grad(loss))(lm.params)["layers"])
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-5),
+        jax.jit(jax.grad(loss))(apart)["layers"],
+        wanted,
+    )
+    options = {"max_new_tokens": 5, "num_samples": 2, "key": jax.random.key(1)}
+    generator = Generator(lm.config, Sampling(temperature=1.0))
+    results = []
+    for first, then in ((lm.params, lm.params), (lm.params, apart), (apart, apart)):
+        state = generator.start(first, PROMPTS, MASK, **options)
+        for count in (1, 4):
+            state = generator.advance(then, state, count)
+        results.append(np.asarray(state.found.tokens))
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
 
 
 def test_sampled_tokens_follow_the_softmax(lm):
