@@ -88,10 +88,13 @@ def next_token_log_probs(
       In at least float32; what is at padding means nothing.
     """
     ids = jnp.asarray(input_ids)
-    # All T tokens are read, the last one for nothing: odd lengths are slow on every device.
-    x = hidden(config, params, ids, attention_mask, view=view)
-    scored = head_log_probs(config, params, x, jnp.roll(ids, -1, axis=1), view=view, block=block)
-    return scored[:, :-1]
+    seen = None if attention_mask is None else jnp.asarray(attention_mask)
+    targets, length = jnp.roll(ids, -1, axis=1), ids.shape[1]
+    # The last token is read for nothing where that makes a round length, since others are slow.
+    read = length - 1 if length % 8 or length > config.max_positions else length
+    x = hidden(config, params, ids[:, :read], None if seen is None else seen[:, :read], view=view)
+    scored = head_log_probs(config, params, x, targets[:, :read], view=view, block=block)
+    return scored[:, : length - 1]
 
 
 def reduce_log_probs(

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxlm
 from jaxlm.models import LanguageModel, scoring
-from tests.models.test_generation import CONFIG, MASK, PROMPTS, lm
+from tests.models.test_generation import CONFIG, GOLDEN, MASK, PROMPTS, lm
 
 __all__ = ["lm"]
 IDS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 9))
@@ -39,6 +40,18 @@ def test_blocks_are_the_dense_softmax_in_value_and_gradient(lm, block):
         np.testing.assert_allclose(value, expected, rtol=1e-12)
         for a, b in zip(jax.tree.leaves(grad), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [2, 8, 9, 16, 17])
+def test_every_length_up_to_one_more_than_the_positions(length):
+    """The last token needs no position: nothing is predicted from it."""
+    lm = jaxlm.from_pretrained(GOLDEN / "gpt2")
+    assert lm.config.max_positions == 16
+    ids = np.random.default_rng(length).integers(4, 37, (2, length))
+    logits = lm.apply(lm.params, ids[:, :-1])
+    wanted = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), ids[:, 1:, None], 2)[..., 0]
+    found = lm.log_probs(lm.params, ids, np.ones_like(ids))
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_memory_does_not_grow_with_length_times_vocabulary():
