@@ -20,12 +20,42 @@ from jaxtyping import Array
 from jaxlm.core.precision import Packed
 from jaxlm.core.prng import Rows
 
+FEW = 8
+
 
 @runtime_checkable
 class View(Protocol):
     """What a view is: a function from a stored leaf to the leaf that the model uses."""
 
     def __call__(self, path: str, leaf: Any, layer: Array | None, *, rows: Rows = None) -> Any: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """A matrix as two factors, `left @ right`.
+
+    Attributes:
+      left: [*rows, rank].
+      right: [rank, out].
+    """
+
+    left: Array
+    right: Array
+
+    def __rmul__(self, scale: Any) -> "LowRank":
+        return LowRank(self.left, scale * self.right)
+
+    def dense(self) -> Array:
+        """[*rows, out], for few factors as a sum of outer products.
+
+        Then a block of rows has the bits of those rows in the whole.
+        """
+        rank = self.left.shape[-1]
+        if rank > FEW:
+            return self.left @ self.right
+        right = self.right.reshape(rank, *(1,) * (self.left.ndim - 1), -1)
+        return sum(self.left[..., i, None] * right[i] for i in range(rank))
 
 
 @jax.tree_util.register_dataclass
@@ -51,16 +81,21 @@ class LowRankSum:
     def dtype(self):
         return self.weight.dtype
 
-    def __add__(self, delta: Array) -> "LowRankSum":
-        return dataclasses.replace(self, weight=add(self.weight, delta))
+    def __add__(self, delta: Array | LowRank) -> "LowRankSum":
+        if not isinstance(delta, LowRank):
+            return dataclasses.replace(self, weight=add(self.weight, delta))
+        left = jnp.concatenate([self.left, delta.left], axis=-1)
+        right = jnp.concatenate([self.right, delta.right.T], axis=-1)
+        return LowRankSum(self.weight, left, right)
 
     def dot(self, x: Array) -> Array:
-        """`x @ weight + (x @ left) @ right.T`."""
-        return x @ self.weight + (x @ self.left) @ self.right.T
+        """`x @ weight + (x @ left) @ right.T`, in the dtype of the first product."""
+        y = x @ self.weight
+        return (y + LowRank(x @ self.left, self.right.T).dense()).astype(y.dtype)
 
     def dense(self) -> Array:
         """The sum as one array, in the dtype of `weight`."""
-        return add(self.weight, self.left @ self.right.T)
+        return add(self.weight, LowRank(self.left, self.right.T).dense())
 
 
 @jax.tree_util.register_dataclass
@@ -107,10 +142,12 @@ def shape_of(leaf: Any, rows: Rows) -> tuple[int, ...]:
     return (1, *leaf.value.shape[index_dims:])
 
 
-def add(leaf: Any, delta: Array) -> Any:
+def add(leaf: Any, delta: Array | LowRank) -> Any:
     """`leaf + delta`, summed in at least float32 and rounded once to the dtype of `leaf`."""
     if isinstance(leaf, LowRankSum):
         return leaf + delta
+    if isinstance(delta, LowRank):
+        delta = delta.dense()
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
     return (leaf.astype(wide) + delta.astype(wide)).astype(leaf.dtype)
 

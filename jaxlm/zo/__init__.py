@@ -1,35 +1,101 @@
 """Zeroth-order fine-tuning: gradients and updates from forward passes alone."""
 
-from jaxlm.zo.estimators import Perturbation, SPSAEstimate, materialize, spsa, value_and_grad
+from jaxlm.zo import rules
+from jaxlm.zo.estimators import (
+    Estimator,
+    SPSAEstimate,
+    central,
+    forward_gradient,
+    materialize,
+    one_sided,
+    population,
+    residual_feedback,
+    spsa,
+    value_and_grad,
+)
+from jaxlm.zo.methods import (
+    fzoo,
+    lozo,
+    lozo_momentum,
+    meazo,
+    mezo,
+    mezo_adam,
+    mezo_momentum,
+    zo_muon,
+)
+from jaxlm.zo.norms import probed_norms, tree_norms
 from jaxlm.zo.optimizers import (
-    MezoInfo,
-    MezoState,
-    ScaleBySpsaState,
+    ZerothOrderInfo,
     ZerothOrderOptimizer,
+    ZerothOrderState,
     descend,
     jit_step,
-    mezo,
-    scale_by_spsa,
+    zeroth_order,
 )
-from jaxlm.zo.samplers import Gaussian, Rademacher, Sampler, gaussian, rademacher
+from jaxlm.zo.perturbation import Perturbation
+from jaxlm.zo.samplers import (
+    Gaussian,
+    Rademacher,
+    Sampler,
+    Sphere,
+    gaussian,
+    rademacher,
+    sphere,
+)
+from jaxlm.zo.sites import Site
+from jaxlm.zo.structured import (
+    expectation_modified,
+    layer_blocks,
+    low_rank,
+    magnitude,
+    subspace,
+    variance_modified,
+)
+from jaxlm.zo.transformation import ScaleBySpsaState, scale_by_spsa
 
 __all__ = [
+    "Estimator",
     "Gaussian",
-    "MezoInfo",
-    "MezoState",
     "Perturbation",
     "Rademacher",
     "SPSAEstimate",
     "Sampler",
     "ScaleBySpsaState",
+    "Site",
+    "Sphere",
+    "ZerothOrderInfo",
     "ZerothOrderOptimizer",
+    "ZerothOrderState",
+    "central",
     "descend",
+    "expectation_modified",
+    "forward_gradient",
+    "fzoo",
     "gaussian",
     "jit_step",
+    "layer_blocks",
+    "low_rank",
+    "lozo",
+    "lozo_momentum",
+    "magnitude",
     "materialize",
+    "meazo",
     "mezo",
+    "mezo_adam",
+    "mezo_momentum",
+    "one_sided",
+    "population",
+    "probed_norms",
     "rademacher",
+    "residual_feedback",
+    "rules",
     "scale_by_spsa",
+    "sphere",
     "spsa",
+    "subspace",
+    "tree_norms",
     "value_and_grad",
+    "variance_modified",
+    "zeroth_order",
+    "zo_muon",
 ]

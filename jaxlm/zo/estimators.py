@@ -1,13 +1,15 @@
 """Gradients from forward passes alone.
 
-Simultaneous perturbation (SPSA) measures the slope of a loss along random directions z_j:
+Simultaneous perturbation measures the slope of a loss along random directions z_j:
 
     g_j = (L(θ + ε z_j) - L(θ - ε z_j)) / 2ε,        ∇L ≈ 1/n Σ_j g_j z_j.
 
-The directions are never stored. Each element of z_j is a function of (key, path, layer, index),
-made where a weight is read and made again where it is updated. An objective with a keyword `view`
-sees `W + ε z` one layer at a time and needs the memory of inference; one without is called on a
-perturbed copy of the parameters, one copy alive at a time.
+`spsa` draws the directions and hands them to an estimator, which measures g_j: `central` as above,
+or `one_sided`, `forward_gradient`, `residual_feedback`, `population`. The result is n scalars and a
+key; the directions are never stored.
+
+An objective with a keyword `view` sees `W + ε z` one layer at a time and needs the memory of
+inference; one without is called on a perturbed copy of the parameters, one copy alive at a time.
 
 References: Spall, "Multivariate stochastic approximation using a simultaneous perturbation gradient
 approximation", 1992; Malladi et al., "Fine-Tuning Language Models with Just Forward Passes",
@@ -15,57 +17,118 @@ arXiv:2305.17333.
 """
 
 import dataclasses
-import functools
-import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
-from jaxlm.core import paths, prng, views
-from jaxlm.core.precision import Packed
+from jaxlm.core import paths
+from jaxlm.zo.perturbation import Directions, Measurement, directions
 from jaxlm.zo.samplers import Gaussian, Sampler
+from jaxlm.zo.sites import over_blocks
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Perturbation:
-    """The view `W + scale z`: what a model reads while its loss is measured along z.
+class Slopes(NamedTuple):
+    """What an estimator finds.
 
     Attributes:
-      key: of the direction z.
-      scale: ε, or -ε; a vmap over it runs both signs with z drawn once.
-      sampler: distribution of z.
-      select: parameters that move.
+      loss: the loss, as this estimator knows it.
+      plus: [n], losses at θ + ε z_j.
+      minus: [n], losses that they are compared with.
+      projected_grad: [n], g_j.
+      aux: what the objective returned beside the loss, averaged; or None.
     """
 
-    key: Array
-    scale: Float[Array, ""]
-    sampler: Sampler
-    select: paths.Select = dataclasses.field(default=None, metadata={"static": True})
-
-    def __call__(self, path: str, leaf: Any, layer, *, rows: prng.Rows = None) -> Any:
-        if isinstance(leaf, Packed):
-            return views.unpack(
-                leaf, lambda name, part, rows: self(f"{path}.{name}", part, layer, rows=rows), rows
-            )
-        if not paths.chooser(self.select)(path, leaf):
-            return views.take(leaf, rows)
-        shape = views.shape_of(leaf, rows)
-        z = _direction(self.key, self.sampler, path, shape, layer, rows)
-        seen = views.take(leaf, rows)
-        return views.add(seen, self.scale * z)
+    loss: Float[Array, ""]
+    plus: Float[Array, "n"]
+    minus: Float[Array, "n"]
+    projected_grad: Float[Array, "n"]
+    aux: Any
 
 
-def _direction(
-    key: Array, sampler: Sampler, path: str, shape, layer=None, rows: prng.Rows = None
-) -> Float[Array, "..."]:
-    """z of one leaf. The barrier keeps later fusions from changing its last bits."""
-    noise = sampler.sample(prng.leaf_key(key, path, layer), shape, rows)
-    return lax.optimization_barrier(noise)
+Estimator = Callable[[Measurement, Float[Array, ""], Float[Array, "n"]], Slopes]
+"""`estimator(measurement, eps, previous) -> Slopes`, previous the last `plus`, NaN at first."""
+
+
+def _mean(aux, axes):
+    wide = jax.tree.map(lambda x: x.astype(jnp.result_type(x, jnp.float32)), aux)
+    return jax.tree.map(lambda x: x.mean(axes), wide)
+
+
+def central(measurement: Measurement, eps: Array, previous: Array) -> Slopes:
+    """`g_j = (L(θ + ε z_j) - L(θ - ε z_j)) / 2ε`: two forward passes, error O(ε²)."""
+    del previous
+    scales = jnp.stack([eps, -eps])
+    losses, aux = measurement.along(scales)
+    plus, minus = losses[:, 0], losses[:, 1]
+    slope = (plus - minus) / (scales[0] - scales[1])
+    return Slopes(losses.mean(), plus, minus, slope, _mean(aux, (0, 1)))
+
+
+def one_sided(measurement: Measurement, eps: Array, previous: Array) -> Slopes:
+    """`g_j = (L(θ + ε z_j) - L(θ)) / ε`: n + 1 forward passes, error O(ε); `minus` is L(θ)."""
+    del previous
+    loss, aux = measurement.loss()
+    losses, _ = measurement.along(eps[None])
+    plus = losses[:, 0]
+    return Slopes(loss, plus, jnp.full_like(plus, loss), (plus - loss) / eps, _mean(aux, ()))
+
+
+def forward_gradient(measurement: Measurement, eps: Array, previous: Array) -> Slopes:
+    """`g_j = z_j·∇L(θ)` exactly, by forward-mode differentiation; ε is not used.
+
+    One pass that carries values and derivatives, 1.5 times the products of two forward passes.
+
+    References: Baydin et al., "Gradients without Backpropagation", arXiv:2202.08587.
+    """
+    del eps, previous
+    losses, slopes, aux = measurement.slopes()
+    return Slopes(losses.mean(), losses, losses, slopes, _mean(aux, 0))
+
+
+def residual_feedback(measurement: Measurement, eps: Array, previous: Array) -> Slopes:
+    """`g_j = (L_t(θ_t + ε z_t) - L_{t-1}(θ_{t-1} + ε z_{t-1})) / ε`: one forward pass.
+
+    The other loss is that of the step before, on its own batch; the first step moves nothing.
+
+    References: arXiv:2305.17333, definition 8 (where z is left out in print).
+    """
+    losses, aux = measurement.along(eps[None])
+    plus = losses[:, 0]
+    slope = jnp.where(jnp.isnan(previous), 0, (plus - previous) / eps)
+    return Slopes(plus.mean(), plus, previous, slope, _mean(aux, (0, 1)))
+
+
+def population(measurement: Measurement, eps: Array, previous: Array) -> Slopes:
+    """`g_j = (L(θ + ε z_j) - mean) / std` over the n members: evolution strategies.
+
+    The slopes have no unit, so a loss may be any negative reward; n is 2 or more.
+
+    References: Qiu et al., "Evolution Strategies at Scale", arXiv:2509.24372.
+    """
+    del previous
+    losses, aux = measurement.along(eps[None])
+    plus = losses[:, 0]
+    score = standardized(plus)
+    return Slopes(plus.mean(), plus, plus, score, _mean(aux, (0, 1)))
+
+
+def standardized(x: Float[Array, "n"]) -> Float[Array, "n"]:
+    """`(x - mean) / std`; 0 where all are equal."""
+    spread = x.std()
+    return jnp.where(spread > 0, (x - x.mean()) / jnp.where(spread > 0, spread, 1), 0)
+
+
+FORWARDS: dict[Estimator, Callable[[int], int]] = {
+    central: lambda n: 2 * n,
+    one_sided: lambda n: n + 1,
+    forward_gradient: lambda n: 2 * n,
+    residual_feedback: lambda n: n,
+    population: lambda n: n,
+}
+"""Forward passes of an estimate of n directions; a forward-mode pass is counted as two."""
 
 
 @jax.tree_util.register_dataclass
@@ -74,8 +137,10 @@ class SPSAEstimate:
     """A gradient estimate as n scalars and a key; `materialize` makes the gradient of it.
 
     Attributes:
-      loss: mean over all 2n evaluations.
-      loss_plus, loss_minus: [n], at θ + ε z_j and θ - ε z_j.
+      loss: the loss; of `central`, the mean over all 2n evaluations.
+      loss_plus: [n], at θ + ε z_j.
+      loss_minus: [n], what they are compared with: the losses at θ - ε z_j, or as the estimator
+        says.
       projected_grad: [n], g_j.
       key: typed key of all n directions.
       aux: what the objective returned beside the loss, averaged over the evaluations; or None.
@@ -92,33 +157,10 @@ class SPSAEstimate:
     eps: float = dataclasses.field(metadata={"static": True})
     select: paths.Select = dataclasses.field(default=None, metadata={"static": True})
 
-
-def _accepts(function: Callable, keyword: str) -> bool:
-    return keyword in inspect.signature(function).parameters
-
-
-def _measure(loss_fn, params, args, view: Perturbation, loss_key, materialize_params: bool):
-    """The loss at `θ + view.scale z`, in at least float32, and the aux output or None."""
-    options = {"key": loss_key} if _accepts(loss_fn, "key") else {}
-    if _accepts(loss_fn, "view") and not materialize_params:
-        options["view"] = view
-    else:
-        params = _materialized(view, params)
-    out = loss_fn(params, *args, **options)
-    loss, aux = out if isinstance(out, tuple) else (out, None)
-    if jnp.shape(loss) != ():
-        raise ValueError(f"the loss must be a scalar, not an array of shape {jnp.shape(loss)}")
-    return jnp.asarray(loss, jnp.promote_types(jnp.result_type(loss), jnp.float32)), aux
-
-
-def _materialized(view: Perturbation, params):
-    def leaf_view(leaf):
-        if leaf.stacked:
-            layers = jnp.arange(leaf.value.shape[0])
-            return jax.vmap(lambda value, layer: view(leaf.path, value, layer))(leaf.value, layers)
-        return view(leaf.path, leaf.value, leaf.layer)
-
-    return paths.map_with_path(leaf_view, params)
+    def directions(self, params: Any) -> Directions:
+        """The z_j, drawn where they are asked for."""
+        count = self.projected_grad.shape[0]
+        return directions(self.key, self.sampler, params, self.select, count)
 
 
 def check(eps: float, num_directions: int) -> None:
@@ -138,9 +180,11 @@ def spsa(
     sampler: Sampler = Gaussian(),
     num_directions: int = 1,
     select: paths.Select = None,
+    estimator: Estimator = central,
+    previous: Float[Array, "n"] | None = None,
     materialize_params: bool = False,
 ) -> SPSAEstimate:
-    """Estimates the gradient of a loss by central differences along random directions.
+    """Estimates the gradient of a loss by its slopes along random directions.
 
     Memory, with P the parameters: P plus one layer and its noise if `loss_fn` has a keyword `view`;
     2P if it has none, or with `materialize_params=True`.
@@ -153,16 +197,19 @@ def spsa(
       key: typed PRNG key of this estimate.
       eps: ε, in the units of the parameters.
       sampler: distribution of z.
-      num_directions: n; directions run one after another.
+      num_directions: n. With a view, directions of factored samplers run in one pass; others run
+        one after another.
       select: a regular expression or predicate on paths; other parameters stay where they are.
+      estimator: how the slopes are measured.
+      previous: `loss_plus` of the step before, for `residual_feedback`.
       materialize_params: perturb a copy of the parameters even if `loss_fn` has a keyword `view`.
 
     Returns:
       The estimate, as scalars.
 
     Raises:
-      ValueError: if eps is not positive, there is no direction, `select` takes nothing, or the loss
-        is not a scalar.
+      ValueError: if eps is not positive, there is no direction, `select` takes nothing, the sampler
+        does not fit the parameters, or the loss is not one float.
 
     >>> loss = lambda params: (params["w"] ** 2).sum()
     >>> est = spsa(loss, {"w": jnp.ones(3)}, key=jax.random.key(0))
@@ -171,104 +218,64 @@ def spsa(
     """
     check(eps, num_directions)
     paths.mask(params, select)
-    lean = _accepts(loss_fn, "view") and not materialize_params
-    over_signs = (lambda f, x: jax.vmap(f)(x)) if lean else lax.map
-    signs = jnp.array([eps, -eps], jnp.float32)
-
-    def along(direction):
-        def at(scale):
-            view = Perturbation(_direction_key(key, direction), scale, sampler, select)
-            loss_key = jax.random.fold_in(key, 1)
-            return _measure(loss_fn, params, args, view, loss_key, materialize_params)
-
-        return over_signs(at, signs)
-
-    losses, aux = lax.map(along, jnp.arange(num_directions))
-    plus, minus = losses[:, 0], losses[:, 1]
+    sampler.check(params, select)
+    drawn = directions(key, sampler, params, select, num_directions)
+    measurement = Measurement(loss_fn, params, args, drawn, select, materialize_params)
+    unknown = jnp.full(num_directions, jnp.nan)
+    width = jnp.asarray(eps, jnp.result_type(float))
+    slopes = estimator(measurement, width, unknown if previous is None else previous)
     return SPSAEstimate(
-        loss=losses.mean(),
-        loss_plus=plus,
-        loss_minus=minus,
-        projected_grad=(plus - minus) / (signs[0] - signs[1]),
+        loss=slopes.loss,
+        loss_plus=slopes.plus,
+        loss_minus=slopes.minus,
+        projected_grad=slopes.projected_grad,
         key=key,
-        aux=jax.tree.map(lambda x: x.astype(jnp.result_type(x, jnp.float32)).mean((0, 1)), aux),
+        aux=slopes.aux,
         sampler=sampler,
         eps=eps,
         select=select,
     )
 
 
-def _direction_key(key: Array, direction) -> Array:
-    return jax.random.fold_in(jax.random.fold_in(key, 0), direction)
-
-
-def gradient_block(
-    est: SPSAEstimate, path: str, shape, layer=None, rows: prng.Rows = None
-) -> Float[Array, "..."]:
-    """`1/n Σ_j g_j z_j` for a leaf of the given shape, or some of its rows, at least in float32."""
-    count = est.projected_grad.shape[0]
-
-    def term(j):
-        z = _direction(_direction_key(est.key, j), est.sampler, path, shape, layer, rows)
-        return est.projected_grad[j] / count * z
-
-    if count == 1:
-        return term(0)
-    return lax.fori_loop(1, count, lambda j, total: total + term(j), term(0))
-
-
 def materialize(est: SPSAEstimate, params: Any) -> Any:
     """Returns the gradient estimate `1/n Σ_j g_j z_j` as a pytree like `params`.
 
     Parameters that the estimate did not perturb get zeros. For optimizers that need a gradient in
-    memory; `jaxlm.zo.mezo` updates in place without it.
+    memory; those of `jaxlm.zo` update in place without it.
     """
-    takes = paths.chooser(est.select)
+    takes, drawn = paths.chooser(est.select), est.directions(params)
+    coefficients = est.projected_grad / drawn.count
 
     def gradient(leaf):
         if not takes(leaf.path, leaf.value):
             return jnp.zeros_like(leaf.value)
-        if leaf.stacked:
-            count, *shape = leaf.value.shape
-            block = functools.partial(gradient_block, est, leaf.path, tuple(shape))
-            return lax.map(block, jnp.arange(count)).astype(_wide(leaf.value))
-        whole = gradient_block(est, leaf.path, leaf.value.shape, leaf.layer)
-        return whole.astype(_wide(leaf.value))
+        wide = leaf.value.astype(jnp.promote_types(leaf.value.dtype, jnp.float32))
+
+        def block(site):
+            return drawn.combine(coefficients, site).astype(wide.dtype), jnp.zeros(())
+
+        return over_blocks(block, leaf._replace(value=wide))[0]
 
     return paths.map_with_path(gradient, params)
 
 
-def _wide(leaf):
-    return jnp.promote_types(leaf.dtype, jnp.float32)
-
-
 def value_and_grad(
-    loss_fn: Callable[..., Any],
-    *,
-    eps: float = 1e-3,
-    has_aux: bool = False,
-    sampler: Sampler = Gaussian(),
-    num_directions: int = 1,
-    select: paths.Select = None,
+    loss_fn: Callable[..., Any], *, has_aux: bool = False, **options: Any
 ) -> Callable[..., Any]:
     """A drop-in for `jax.value_and_grad` that uses forward passes alone.
 
+    Args:
+      loss_fn: see `spsa`.
+      has_aux: whether `loss_fn` returns `(loss, aux)`.
+      **options: `eps`, `sampler`, `num_directions`, `select`, `estimator` of `spsa`.
+
     Returns:
       `f(params, *args, key) -> (loss, grads)`, or `((loss, aux), grads)` with `has_aux`, where
-      `loss` is the mean over both signs and `grads` is like `params`. See `spsa` for the arguments.
+      `grads` is like `params`.
     """
 
     def function(params, *args, key):
-        est = spsa(
-            loss_fn,
-            params,
-            *args,
-            key=key,
-            eps=eps,
-            sampler=sampler,
-            num_directions=num_directions,
-            select=select,
-        )
+        est = spsa(loss_fn, params, *args, key=key, **options)
         return ((est.loss, est.aux) if has_aux else est.loss), materialize(est, params)
 
     return function

@@ -1,12 +1,12 @@
-"""MeZO: stochastic gradient descent on SPSA estimates, in the memory of inference.
+"""Zeroth-order optimizers: an estimator, a sampler and an update rule, in the memory of inference.
 
-One step draws z, measures g = (L(θ + εz) - L(θ - εz)) / 2ε, and moves
+One step draws z_j, measures slopes g_j along them (`jaxlm.zo.estimators`), turns them into a
+direction u (`jaxlm.zo.rules`; for MeZO `1/n Σ_j g_j z_j`) and moves
 
-    θ ← θ - η (1/n Σ_j g_j z_j + λ θ).
+    θ ← θ - η (u + λ θ)
 
-`mezo` makes the update in place, block by block, drawing z again. `scale_by_spsa` is the same
-estimate as an optax transformation, for chains with momentum, clipping or any other rule; it holds
-a gradient.
+in place, block by block, drawing z again. `zeroth_order` puts any three pieces together; `mezo` and
+its successors in `jaxlm.zo.methods` are choices of them.
 
 References: Malladi et al., arXiv:2305.17333. Differences from the authors' code: parameters are
 never perturbed in place, the two losses are subtracted in float32, the reported loss is the mean of
@@ -14,42 +14,59 @@ both signs, and weight decay spares biases and norms by their path.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxlm.core import paths
-from jaxlm.zo.estimators import SPSAEstimate, check, gradient_block, materialize, spsa
+from jaxlm.core import paths, prng
+from jaxlm.zo import rules
+from jaxlm.zo.estimators import (
+    FORWARDS,
+    Estimator,
+    central,
+    check,
+    spsa,
+)
+from jaxlm.zo.perturbation import directions
+from jaxlm.zo.rules import Drawn, Rule, Setup
 from jaxlm.zo.samplers import Gaussian, Sampler
+from jaxlm.zo.sites import Site, over_blocks
 
-BLOCK = 2**22
 NO_DECAY = r"(^|[._])(bias|scale)(\.value)?$|norm"
 ScalarOrSchedule = float | Array | Callable[[Array], Any]
+Rounding = Literal["nearest", "stochastic"]
+SAMPLE = 8
+"""Rows of a block on which `moved_fraction` is counted."""
 
 
-class MezoState(NamedTuple):
-    """State of `mezo`.
+class ZerothOrderState(NamedTuple):
+    """State of a zeroth-order optimizer.
 
     Attributes:
       step: updates made so far.
       key: typed PRNG key of the run; step t draws from `fold_in(key, t)`.
+      loss_plus: [n], of the last step; NaN before the first.
+      memory: of the update rule.
     """
 
     step: Int[Array, ""]
     key: Array
+    loss_plus: Float[Array, "n"]
+    memory: Any
 
 
-class MezoInfo(NamedTuple):
-    """What one step of `mezo` saw; with the run's key, the scalars replay it.
+class ZerothOrderInfo(NamedTuple):
+    """What one step saw; with the run's key, the projected gradients replay it.
 
     Attributes:
-      loss: mean over both signs and all directions.
-      loss_plus, loss_minus: [n].
-      projected_grad: [n].
+      loss: as the estimator knows it: of `central`, the mean over both signs and all directions.
+      loss_plus, loss_minus: [n], see `SPSAEstimate`.
+      projected_grad: [n]; a direction along which it is not finite moves nothing.
       learning_rate: η of this step.
+      moved_fraction: of the selected parameters, how many have another value after the step,
+        counted on some rows of each; below 1 where the update is lost to rounding.
       aux: what the objective returned beside the loss, averaged; or None.
     """
 
@@ -58,68 +75,91 @@ class MezoInfo(NamedTuple):
     loss_minus: Float[Array, "n"]
     projected_grad: Float[Array, "n"]
     learning_rate: Float[Array, ""]
+    moved_fraction: Float[Array, ""]
     aux: Any
 
 
 class ZerothOrderOptimizer(NamedTuple):
-    """A pair of pure functions.
+    """Pure functions.
 
     Attributes:
       init: `init(params, key) -> state`.
       step: `step(loss_fn, params, state, batch) -> params, state, info`.
+      update: `update(params, state, projected_grad) -> params, state, moved_fraction`: the part of
+        a step that follows the forward passes.
+      settings: what a trajectory of this optimizer must be replayed with, as JSON values.
+      forwards: forward passes in a step.
     """
 
     init: Callable[..., Any]
     step: Callable[..., Any]
+    update: Callable[..., Any]
+    settings: dict[str, Any]
+    forwards: int
 
 
 def _value(learning_rate: ScalarOrSchedule, step) -> Array:
     value = learning_rate(step) if callable(learning_rate) else learning_rate
-    return jnp.asarray(value, jnp.float32)
+    return jnp.asarray(value, jnp.result_type(float))
 
 
-def mezo(
+def zeroth_order(
     learning_rate: ScalarOrSchedule,
     *,
     eps: float = 1e-3,
-    weight_decay: float = 0.0,
+    estimator: Estimator = central,
     sampler: Sampler = Gaussian(),
+    rule: Rule | None = None,
     num_directions: int = 1,
+    weight_decay: float = 0.0,
     select: paths.Select = None,
     decay: paths.Select = lambda path: not paths.matcher(NO_DECAY)(path),
+    rounding: Rounding = "nearest",
 ) -> ZerothOrderOptimizer:
-    """Memory-efficient zeroth-order SGD.
+    """Any estimator with any sampler and any update rule.
 
     Args:
       learning_rate: η, or an optax schedule of the step.
       eps: ε; 1e-3 suits all parameters, 1e-1 prefixes, 1e-2 LoRA.
-      weight_decay: λ, on the parameters that `decay` takes.
+      estimator: how slopes are measured, see `jaxlm.zo.estimators`.
       sampler: distribution of z.
+      rule: what is made of them, see `jaxlm.zo.rules`; None for `rules.sgd()`.
       num_directions: n; a larger n wants a larger η.
+      weight_decay: λ, on the parameters that `decay` takes.
       select: parameters that are trained, a regular expression or predicate on paths.
       decay: parameters that are decayed; by default all but those named bias, scale or norm.
+      rounding: of parameters below float32 after the update: to nearest, or up or down at random
+        such that the mean is exact.
 
     Returns:
-      `(init, step)`. `step` is pure; `jit_step` compiles it with donated buffers, so that its
-      memory is that of the two forward passes.
+      `init`, `step` and what belongs to them. `step` is pure; `jit_step` compiles it with donated
+      buffers, so that its memory is that of the forward passes.
 
     Raises:
-      ValueError: if eps is not positive, or (from init) if `select` takes nothing.
+      ValueError: if eps is not positive; from init if `select` takes nothing or sampler, rule and
+        parameters do not fit.
 
-    >>> opt = mezo(0.1)
+    >>> from jaxlm import zo
+    >>> opt = zeroth_order(
+    ...     0.1, estimator=zo.one_sided, sampler=zo.rademacher(), num_directions=4
+    ... )
     >>> params = {"w": jnp.ones(3)}
     >>> state = opt.init(params, jax.random.key(0))
     >>> loss = lambda params, batch: ((params["w"] - batch) ** 2).sum()
     >>> params, state, info = opt.step(loss, params, state, jnp.zeros(3))
-    >>> int(state.step)
-    1
+    >>> opt.forwards
+    5
     """
     check(eps, num_directions)
+    rule = rules.sgd() if rule is None else rule
 
     def init(params, key):
         paths.check_unique_hashes(params)
         paths.mask(params, select)
-        return MezoState(jnp.zeros((), jnp.int32), key)
+        sampler.check(params, select)
+        memory = rule.init(Setup(params, select, sampler, num_directions))
+        unknown = jnp.full(num_directions, jnp.nan, jnp.result_type(float))
+        return ZerothOrderState(jnp.zeros((), jnp.int32), key, unknown, memory)
 
     def step(loss_fn, params, state, batch):
         est = spsa(
@@ -128,78 +168,124 @@ def mezo(
             batch,
             key=jax.random.fold_in(state.key, state.step),
             eps=eps,
-            sampler=sampler,
+            sampler=sampler.at(state.key, state.step),
             num_directions=num_directions,
             select=select,
+            estimator=estimator,
+            previous=state.loss_plus,
         )
-        rate = _value(learning_rate, state.step)
-        params = descend(est, params, rate, weight_decay, decay)
-        info = MezoInfo(est.loss, est.loss_plus, est.loss_minus, est.projected_grad, rate, est.aux)
-        return params, MezoState(state.step + 1, state.key), info
+        info = ZerothOrderInfo(
+            loss=est.loss,
+            loss_plus=est.loss_plus,
+            loss_minus=est.loss_minus,
+            projected_grad=est.projected_grad,
+            learning_rate=_value(learning_rate, state.step),
+            moved_fraction=jnp.zeros(()),
+            aux=est.aux,
+        )
+        params, state, moved = update(params, state, est.projected_grad)
+        state = state._replace(loss_plus=est.loss_plus.astype(state.loss_plus.dtype))
+        return params, state, info._replace(moved_fraction=moved)
 
-    return ZerothOrderOptimizer(init, step)
+    def update(params, state, projected_grad):
+        slopes = jnp.where(jnp.isfinite(projected_grad), projected_grad, 0)
+
+        def drawn_at(step):
+            key = jax.random.fold_in(state.key, step)
+            return directions(key, sampler.at(state.key, step), params, select, num_directions)
+
+        memory, block = rule.update(Drawn(slopes, state.step, drawn_at), params, state.memory)
+        params, moved = descend(
+            block,
+            params,
+            _value(learning_rate, state.step),
+            weight_decay=weight_decay,
+            select=select,
+            decay=decay,
+            rounding=rounding,
+            key=jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2),
+        )
+        return params, state._replace(step=state.step + 1, memory=memory), moved
+
+    settings = {
+        "learning_rate": [float(_value(learning_rate, step)) for step in (0, 1, 10, 100, 1000)],
+        "eps": eps,
+        "sampler": repr(sampler),
+        "rule": rule.name,
+        "num_directions": num_directions,
+        "weight_decay": weight_decay,
+        "select": select if isinstance(select, str | None) else repr(select),
+        "rounding": rounding,
+    }
+    return ZerothOrderOptimizer(init, step, update, settings, FORWARDS[estimator](num_directions))
 
 
 def descend(
-    est: SPSAEstimate,
+    block: rules.Block,
     params: Any,
     learning_rate: Array,
+    *,
     weight_decay: float = 0.0,
+    select: paths.Select = None,
     decay: paths.Select = None,
-) -> Any:
-    """Returns `θ - η (1/n Σ_j g_j z_j + λ θ)`, made over layers and blocks of rows.
+    rounding: Rounding = "nearest",
+    key: Array | None = None,
+) -> tuple[Any, Float[Array, ""]]:
+    """`θ - η (u + λ θ)` over layers and blocks of rows, and the fraction of θ that has moved.
 
     Under `jit` with donated parameters this happens in place: beside the parameters only one block
     and its noise are alive.
+
+    Args:
+      block: u at a site.
+      params: θ.
+      learning_rate: η.
+      weight_decay: λ.
+      select: parameters that move.
+      decay: parameters that are decayed.
+      rounding: see `zeroth_order`.
+      key: of stochastic rounding.
     """
-    takes, decays = paths.chooser(est.select), paths.matcher(decay)
+    takes, decays = paths.chooser(select), paths.matcher(decay)
+    counts, sizes = [], []
 
     def leaf_update(leaf):
         if not takes(leaf.path, leaf.value):
             return leaf.value
         rate = weight_decay if decays(leaf.path) else 0.0
 
-        def moved(value, shape, layer, rows):
-            update = gradient_block(est, leaf.path, shape, layer, rows)
-            old = value.astype(jnp.promote_types(value.dtype, update.dtype))
+        def moved(site):
+            update = block(site)
+            old = site.value.astype(jnp.promote_types(site.value.dtype, update.dtype))
             # One product in each sum, so that no compiler has two ways to contract it.
             new = old - learning_rate * update
             if rate:
                 new = new - learning_rate * rate * old
-            return jnp.where(new == old, value, new.astype(value.dtype))
+            rounded = _rounded(new, site, rounding, key)
+            value = jnp.where(new == old, site.value, rounded)
+            changed = jnp.atleast_1d(value)[:SAMPLE] != jnp.atleast_1d(site.value)[:SAMPLE]
+            return value, changed.mean() * value.size
 
-        return _over_blocks(moved, leaf)
+        value, count = over_blocks(moved, leaf)
+        counts.append(count)
+        sizes.append(leaf.value.size)
+        return value
 
-    return paths.map_with_path(leaf_update, params)
-
-
-def _over_blocks(moved, leaf: paths.Leaf) -> Array:
-    """Applies `moved(block, leaf shape, layer, rows)` over all layers and row blocks of a leaf."""
-    if not leaf.stacked:
-        return _over_rows(moved, leaf.value, leaf.layer)
-
-    def body(layer, stack):
-        value = lax.dynamic_index_in_dim(stack, layer, keepdims=False)
-        value = _over_rows(moved, value, layer)
-        return lax.dynamic_update_index_in_dim(stack, value, layer, 0)
-
-    return lax.fori_loop(0, leaf.value.shape[0], body, leaf.value)
+    params = paths.map_with_path(leaf_update, params)
+    return params, sum(counts) / sum(sizes)
 
 
-def _over_rows(moved, value, layer):
-    shape = value.shape
-    size = max(1, BLOCK // max(1, value[0].size)) if value.ndim else 0
-    if value.ndim == 0 or shape[0] <= size:
-        return moved(value, shape, layer, None)
-
-    def at(start, size, value):
-        rows = (start, size)
-        block = moved(lax.dynamic_slice_in_dim(value, *rows), shape, layer, rows)
-        return lax.dynamic_update_slice_in_dim(value, block, start, 0)
-
-    count, rest = divmod(shape[0], size)
-    value = lax.fori_loop(0, count, lambda i, value: at(i * size, size, value), value)
-    return at(count * size, rest, value) if rest else value
+def _rounded(new: Array, site: Site, rounding: Rounding, key: Array | None) -> Array:
+    """`new` in the dtype of the site: the nearest number, or one of its neighbours at random."""
+    near = new.astype(site.value.dtype)
+    if rounding == "nearest" or near.dtype == new.dtype:
+        return near
+    error = new - near.astype(new.dtype)
+    other = jnp.nextafter(near, jnp.where(error > 0, jnp.inf, -jnp.inf).astype(near.dtype))
+    gap = jnp.abs(other.astype(new.dtype) - near.astype(new.dtype))
+    bits = prng.bits(site.key(key), site.shape, site.rows)
+    uniform = (bits >> 8).astype(new.dtype) * 2.0**-24
+    return jnp.where(uniform * gap < jnp.abs(error), other, near)
 
 
 def jit_step(opt: ZerothOrderOptimizer, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -210,77 +296,5 @@ def jit_step(opt: ZerothOrderOptimizer, loss_fn: Callable[..., Any]) -> Callable
     return jax.jit(
         lambda params, state, batch: opt.step(loss_fn, params, state, batch),
         donate_argnums=(0, 1),
+        keep_unused=True,
     )
-
-
-class ScaleBySpsaState(NamedTuple):
-    """State of `scale_by_spsa`.
-
-    Attributes:
-      step: estimates made so far.
-      key: typed PRNG key of the run; estimate t draws from `fold_in(key, t)`.
-      loss: mean loss of the last estimate; NaN before the first.
-      projected_grad: [n], of the last estimate.
-    """
-
-    step: Int[Array, ""]
-    key: Array
-    loss: Float[Array, ""]
-    projected_grad: Float[Array, "n"]
-
-
-def scale_by_spsa(
-    eps: float = 1e-3,
-    *,
-    sampler: Sampler = Gaussian(),
-    num_directions: int = 1,
-    select: paths.Select = None,
-    key: Array | None = None,
-):
-    """The SPSA estimate as the first link of an optax chain.
-
-    `update(None, state, params, *, value_fn)` ignores the incoming updates and returns
-    `1/n Σ_j g_j z_j`. `value_fn(params)`, or `value_fn(params, *, view)`, is the loss on the
-    current batch. Memory: one gradient beside the parameters.
-
-    Args:
-      eps, sampler, num_directions, select: see `spsa`.
-      key: typed PRNG key of the run, kept in the state; `jax.random.key(0)` if None.
-
-    Returns:
-      An `optax.GradientTransformationExtraArgs`.
-
-    >>> import optax
-    >>> tx = optax.chain(scale_by_spsa(1e-3), optax.sgd(0.1, momentum=0.9))
-    >>> params = {"w": jnp.ones(3)}
-    >>> loss = lambda params: (params["w"] ** 2).sum()
-    >>> updates, state = tx.update(None, tx.init(params), params, value_fn=loss)
-    """
-    import optax
-
-    check(eps, num_directions)
-
-    def init(params):
-        paths.check_unique_hashes(params)
-        paths.mask(params, select)
-        run_key = jax.random.key(0) if key is None else key
-        unknown = jnp.full(num_directions, jnp.nan, jnp.float32)
-        return ScaleBySpsaState(jnp.zeros((), jnp.int32), run_key, unknown[0], unknown)
-
-    def update(updates, state, params=None, *, value_fn, **extra):
-        del updates, extra
-        if params is None:
-            raise ValueError("scale_by_spsa needs update(None, state, params, value_fn=...)")
-        est = spsa(
-            value_fn,
-            params,
-            key=jax.random.fold_in(state.key, state.step),
-            eps=eps,
-            sampler=sampler,
-            num_directions=num_directions,
-            select=select,
-        )
-        state = ScaleBySpsaState(state.step + 1, state.key, est.loss, est.projected_grad)
-        return materialize(est, params), state
-
-    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,49 +1,117 @@
-"""Distributions of the perturbation z, drawn leaf by leaf or some rows at a time."""
+"""Distributions of the perturbation z, drawn leaf by leaf or some rows at a time.
+
+A sampler is a frozen dataclass. What it draws for a leaf is a function of a key and a `Site`, so
+that a perturbed weight can be made where it is read and made again where it is updated. Samplers
+here are dense; those that live on a part of the parameters, or in a few factors, are in
+`jaxlm.zo.structured`.
+"""
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlm.core import prng
+from jaxlm.core import paths, prng
+from jaxlm.core.views import LowRank
+from jaxlm.zo.sites import Site, over_blocks
 
 
-@runtime_checkable
-class Sampler(Protocol):
-    """A distribution with mean 0 and covariance I over the elements of a leaf."""
+class Sampler:
+    """A distribution with mean 0 and, where nothing else is said, covariance I.
 
-    def sample(
-        self, key: Array, shape: tuple[int, ...], rows: prng.Rows = None
-    ) -> Float[Array, "..."]:
-        """Draws float32 noise of a leaf of `shape`, or of its `rows`; see `jaxlm.core.prng`."""
+    To add one, write a frozen dataclass with `sample` and register it by
+    `jax.tree_util.register_dataclass`; the other methods are for distributions that change with the
+    step or need all parameters at once.
+
+    Attributes:
+      factored: whether z of a matrix has few factors, so that many directions run in one pass.
+    """
+
+    factored = False
+
+    def sample(self, key: Array, site: Site) -> Float[Array, "..."] | LowRank:
+        """Draws z at a site, in float32.
+
+        Args:
+          key: of the direction, the same for all leaves; `site.key(key)` is that of the leaf.
+          site: where.
+        """
+        raise TypeError(f"{type(self).__name__} has no method sample")
+
+    def direction(self, key: Array, site: Site) -> Float[Array, "..."] | LowRank:
+        """What a slope along z is multiplied by in the gradient estimate; z itself as a rule."""
+        return self.sample(key, site)
+
+    def at(self, key: Array, step: Any) -> "Sampler":
+        """The sampler of one step of a run, from the run's key and the step's number."""
+        del key, step
+        return self
+
+    def along(self, key: Array, params: Any, select: paths.Select) -> "Sampler":
+        """The sampler of one direction, after a look at all parameters."""
+        del key, params, select
+        return self
+
+    def check(self, params: Any, select: paths.Select) -> None:
+        """Raises ValueError where the sampler does not fit the selected parameters."""
 
 
-def _static(cls):
-    fields = [field.name for field in dataclasses.fields(cls)]
-    return jax.tree_util.register_dataclass(cls, data_fields=[], meta_fields=fields)
+def sampler(*data: str):
+    """A decorator: registers a frozen dataclass as a pytree whose arrays are the fields named."""
+
+    def register(cls):
+        cls = dataclasses.dataclass(frozen=True)(cls)
+        static = [field.name for field in dataclasses.fields(cls) if field.name not in data]
+        return jax.tree_util.register_dataclass(cls, data_fields=list(data), meta_fields=static)
+
+    return register
 
 
-@_static
-@dataclasses.dataclass(frozen=True)
-class Gaussian:
+@sampler()
+class Gaussian(Sampler):
     """Standard normal; see `gaussian`."""
 
     generator: prng.Generator = "counter"
 
-    def sample(self, key, shape, rows=None):
-        return prng.normal(key, shape, rows, self.generator)
+    def sample(self, key, site):
+        return prng.normal(site.key(key), site.shape, site.rows, self.generator)
 
 
-@_static
-@dataclasses.dataclass(frozen=True)
-class Rademacher:
+@sampler()
+class Rademacher(Sampler):
     """Random signs; see `rademacher`."""
 
     generator: prng.Generator = "counter"
 
-    def sample(self, key, shape, rows=None):
-        return prng.rademacher(key, shape, rows, self.generator)
+    def sample(self, key, site):
+        return prng.rademacher(site.key(key), site.shape, site.rows, self.generator)
+
+
+@sampler("base", "scale")
+class Sphere(Sampler):
+    """Uniform on a sphere; see `sphere`."""
+
+    base: Sampler
+    scale: Any = None
+
+    def along(self, key, params, select):
+        takes = paths.chooser(select)
+        square, size = jnp.zeros(()), 0
+        for leaf in paths.flatten(params)[0]:
+            if takes(leaf.path, leaf.value):
+                square += over_blocks(lambda site: self._square(key, site), leaf)[1]
+                size += leaf.value.size
+        return dataclasses.replace(self, scale=jnp.sqrt(size / square))
+
+    def _square(self, key, site):
+        return site.value, jnp.sum(jnp.square(self.base.sample(key, site)))
+
+    def sample(self, key, site):
+        if self.scale is None:
+            raise ValueError("a sphere is drawn through spsa or an optimizer, which know all of z")
+        return self.scale * self.base.sample(key, site)
 
 
 def gaussian(generator: prng.Generator = "counter") -> Gaussian:
@@ -54,3 +122,12 @@ def gaussian(generator: prng.Generator = "counter") -> Gaussian:
 def rademacher(generator: prng.Generator = "counter") -> Rademacher:
     """z uniform on {-1, +1}^d: E||g z||^2 = (d + n - 1)/n ||grad||^2, the smallest there is."""
     return Rademacher(generator)
+
+
+def sphere(generator: prng.Generator = "counter") -> Sphere:
+    """z uniform on the sphere of radius sqrt(d): E||g z||^2 = (d + (n - 1))/n ||grad||^2.
+
+    The norm of a Gaussian z over all selected parameters is found first, by one more sweep over
+    them. The last bits of that norm depend on how parameters are sharded and stacked.
+    """
+    return Sphere(Gaussian(generator))

@@ -9,7 +9,7 @@ from jaxlm import zo
 from jaxlm.core import paths, views
 from jaxlm.core.errors import UserError
 from jaxlm.core.precision import dequantize, pack, quantize
-from jaxlm.zo.estimators import Perturbation
+from jaxlm.zo import Perturbation
 
 BITS = pytest.mark.parametrize("bits", [8, 4])
 TREE = {

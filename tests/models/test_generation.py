@@ -17,7 +17,7 @@ from jaxlm import zo
 from jaxlm.models import LanguageModel, ModelConfig, generation, init_params
 from jaxlm.models.generation import Generator, Sampling, filter_logits
 from jaxlm.models.transformer import unstack
-from jaxlm.zo.estimators import Perturbation
+from jaxlm.zo import Perturbation
 from tests.models import reference
 
 GOLDEN = Path(__file__).parent / "golden"

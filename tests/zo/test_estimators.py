@@ -280,7 +280,9 @@ def test_a_loss_of_several_numbers_is_refused():
 def test_samplers_are_static_and_cross_jit(sampler):
     assert jax.tree.leaves(sampler) == []
     assert isinstance(sampler, zo.Sampler)
-    z = jax.jit(lambda sampler, key: sampler.sample(key, (200, 10)))(sampler, jax.random.key(0))
+    z = jax.jit(lambda sampler, key: sampler.sample(key, zo.Site("w", (200, 10))))(
+        sampler, jax.random.key(0)
+    )
     assert z.dtype == jnp.float32
     assert abs(float(z.mean())) < 4.5 / 2000**0.5
     assert hash(sampler) == hash(dataclasses.replace(sampler))

@@ -10,7 +10,7 @@ from jaxlm import zo
 from jaxlm.core import paths
 from jaxlm.models import param_shapes
 from jaxlm.models.initialise import nest
-from jaxlm.zo import optimizers
+from jaxlm.zo import optimizers, sites
 from tests.zo.problems import (
     directions,
     flat,
@@ -156,7 +156,7 @@ def test_blocks_of_rows_change_no_bit(monkeypatch, n, decay):
     opt = zo.mezo(0.1, weight_decay=decay, num_directions=n)
     state = opt.init(params, KEY)
     whole, _, _ = compiled(opt, constant_slope)(params, state, BATCH)
-    monkeypatch.setattr(optimizers, "BLOCK", 12)
+    monkeypatch.setattr(sites, "BLOCK", 12)
     blocks, _, _ = compiled(opt, constant_slope)(params, state, BATCH)
     assert_same_bits(blocks, whole)
     assert not np.array_equal(flat(whole), flat(params))

@@ -1,0 +1,209 @@
+"""Directions, the view that moves along one, and the loss measured there.
+
+The directions of an estimate are never stored: each element of z_j is a function of (key, path,
+layer, index), made where a weight is read and made again where it is updated.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxlm.core import paths, prng, views
+from jaxlm.core.precision import Packed
+from jaxlm.zo.samplers import Sampler
+from jaxlm.zo.sites import Site
+
+
+def direction_key(key: Array, direction: Any) -> Array:
+    """The key of direction j of an estimate, from that of the estimate."""
+    return jax.random.fold_in(jax.random.fold_in(key, 0), direction)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Perturbation:
+    """The view `W + scale z`: what a model reads while its loss is measured along z.
+
+    Attributes:
+      key: of the direction z.
+      scale: ε, or -ε; a vmap over it runs both signs with z drawn once.
+      sampler: distribution of z.
+      select: parameters that move.
+    """
+
+    key: Array
+    scale: Float[Array, ""]
+    sampler: Sampler
+    select: paths.Select = dataclasses.field(default=None, metadata={"static": True})
+
+    def __call__(self, path: str, leaf: Any, layer, *, rows: prng.Rows = None) -> Any:
+        if isinstance(leaf, Packed):
+            return views.unpack(
+                leaf, lambda name, part, rows: self(f"{path}.{name}", part, layer, rows=rows), rows
+            )
+        if not paths.chooser(self.select)(path, leaf):
+            return views.take(leaf, rows)
+        seen = views.take(leaf, rows)
+        lost = isinstance(leaf, views.Taken)
+        site = Site(path, views.shape_of(leaf, rows), layer, rows, leaf if lost else seen)
+        z = self.scale * _barrier(self.sampler.sample(self.key, site))
+        whole_kernel = rows is None and path.endswith("kernel") and isinstance(z, views.LowRank)
+        return views.LowRankSum(seen, z.left, z.right.T) if whole_kernel else views.add(seen, z)
+
+
+def _barrier(z):
+    """z as it is; the barrier keeps later fusions from changing its last bits."""
+    return lax.optimization_barrier(z)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Directions:
+    """The n directions of one estimate.
+
+    Attributes:
+      key: of the estimate.
+      samplers: the sampler of each direction, stacked.
+      count: n.
+    """
+
+    key: Array
+    samplers: Sampler
+    count: int = dataclasses.field(metadata={"static": True})
+
+    def at(self, j: Any) -> tuple[Array, Sampler]:
+        """Key and sampler of direction j."""
+        return direction_key(self.key, j), jax.tree.map(lambda x: x[j], self.samplers)
+
+    def z(self, j: Any, site: Site) -> Any:
+        """Direction j at a site, as it enters the estimate; see `Sampler.direction`."""
+        key, sampler = self.at(j)
+        return _barrier(sampler.direction(key, site))
+
+    def combine(self, coefficients: Float[Array, "n"], site: Site) -> Float[Array, "..."]:
+        """`Σ_j c_j z_j` at a site, at least in float32."""
+
+        def term(j):
+            z = self.z(j, site)
+            return coefficients[j] * (z.dense() if isinstance(z, views.LowRank) else z)
+
+        if self.count == 1:
+            return term(0)
+        return lax.fori_loop(1, self.count, lambda j, total: total + term(j), term(0))
+
+
+def directions(
+    key: Array, sampler: Sampler, params: Any, select: paths.Select, count: int
+) -> Directions:
+    """The directions of the estimate that `key` gives at `params`."""
+
+    def one(j):
+        return sampler.along(direction_key(key, j), params, select)
+
+    return Directions(key, lax.map(one, jnp.arange(count)), count)
+
+
+def accepts(function: Callable, keyword: str) -> bool:
+    """Whether a function has a parameter of that name."""
+    return keyword in inspect.signature(function).parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """A loss, and the directions along which it is measured.
+
+    Attributes:
+      loss_fn: `loss_fn(params, *args, [key], [view]) -> loss` or `(loss, aux)`.
+      params: where.
+      args: what it takes besides.
+      directions: the z_j.
+      select: parameters that move.
+      materialize_params: perturb a copy of the parameters even if `loss_fn` has a keyword `view`.
+    """
+
+    loss_fn: Callable[..., Any]
+    params: Any
+    args: tuple[Any, ...]
+    directions: Directions
+    select: paths.Select = None
+    materialize_params: bool = False
+
+    @property
+    def lean(self) -> bool:
+        """Whether the model reads its parameters through a view."""
+        return accepts(self.loss_fn, "view") and not self.materialize_params
+
+    def loss(self, view: Perturbation | None = None) -> tuple[Array, Any]:
+        """The loss seen through a view, in at least float32, and the aux output or None."""
+        params, options = self.params, {}
+        if accepts(self.loss_fn, "key"):
+            options["key"] = jax.random.fold_in(self.directions.key, 1)
+        if self.lean:
+            options["view"] = view
+        elif view is not None:
+            params = _materialized(view, params)
+        out = self.loss_fn(params, *self.args, **options)
+        loss, aux = out if isinstance(out, tuple) else (out, None)
+        if jnp.shape(loss) != ():
+            raise ValueError(f"the loss must be a scalar, not an array of shape {jnp.shape(loss)}")
+        dtype = jnp.result_type(loss)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"the loss must be a float, not {dtype}")
+        return jnp.asarray(loss, jnp.promote_types(dtype, jnp.float32)), aux
+
+    def along(self, scales: Float[Array, "s"]) -> tuple[Float[Array, "n s"], Any]:
+        """Losses at `θ + scale z_j`, and what else came out, stacked alike.
+
+        With a view all scales run in one pass, and so do all directions of a factored sampler.
+        """
+
+        def one(j):
+            def at(scale):
+                return self.loss(self._view(j, scale))
+
+            return jax.vmap(at)(scales) if self.lean else lax.map(at, scales)
+
+        return self._over_directions(one)
+
+    def slopes(self) -> tuple[Float[Array, "n"], Float[Array, "n"], Any]:
+        """Losses at θ, their exact derivatives along z_j, and what else came out, all stacked."""
+
+        def one(j):
+            def at(scale):
+                loss, aux = self.loss(self._view(j, scale))
+                return loss, (loss, aux)
+
+            zero = jnp.zeros((), jnp.result_type(float))
+            _, slope, (loss, aux) = jax.jvp(at, (zero,), (jnp.ones_like(zero),), has_aux=True)
+            return loss, slope, aux
+
+        return self._over_directions(one)
+
+    def _view(self, j, scale):
+        key, sampler = self.directions.at(j)
+        return Perturbation(key, scale, sampler, self.select)
+
+    def _over_directions(self, one):
+        together = self.lean and self.directions.samplers.factored
+        indices = jnp.arange(self.directions.count)
+        return jax.vmap(one)(indices) if together else lax.map(one, indices)
+
+
+def _materialized(view: Perturbation, params):
+    def dense(seen):
+        return seen.dense() if isinstance(seen, views.LowRankSum) else seen
+
+    def leaf_view(leaf):
+        if leaf.stacked:
+            layers = jnp.arange(leaf.value.shape[0])
+            one = jax.vmap(lambda value, layer: dense(view(leaf.path, value, layer)))
+            return one(leaf.value, layers)
+        return dense(view(leaf.path, leaf.value, leaf.layer))
+
+    return paths.map_with_path(leaf_view, params)
