@@ -9,6 +9,7 @@ Views are frozen dataclasses registered as pytrees, so they cross `jit` and `vma
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -55,7 +56,8 @@ class LowRank:
         if rank > FEW:
             return self.left @ self.right
         right = self.right.reshape(rank, *(1,) * (self.left.ndim - 1), -1)
-        return sum(self.left[..., i, None] * right[i] for i in range(rank))
+        terms = [self.left[..., i, None] * right[i] for i in range(rank)]
+        return functools.reduce(jnp.add, terms)
 
 
 @jax.tree_util.register_dataclass

@@ -278,7 +278,7 @@ def descend(
 def _rounded(new: Array, site: Site, rounding: Rounding, key: Array | None) -> Array:
     """`new` in the dtype of the site: the nearest number, or one of its neighbours at random."""
     near = new.astype(site.value.dtype)
-    if rounding == "nearest" or near.dtype == new.dtype:
+    if key is None or rounding == "nearest" or near.dtype == new.dtype:
         return near
     error = new - near.astype(new.dtype)
     other = jnp.nextafter(near, jnp.where(error > 0, jnp.inf, -jnp.inf).astype(near.dtype))

@@ -141,7 +141,8 @@ class Measurement:
 
     def loss(self, view: Perturbation | None = None) -> tuple[Array, Any]:
         """The loss seen through a view, in at least float32, and the aux output or None."""
-        params, options = self.params, {}
+        params = self.params
+        options: dict[str, Any] = {}
         if accepts(self.loss_fn, "key"):
             options["key"] = jax.random.fold_in(self.directions.key, 1)
         if self.lean:

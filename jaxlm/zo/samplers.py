@@ -7,7 +7,8 @@ here are dense; those that live on a part of the parameters, or in a few factors
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -58,18 +59,21 @@ class Sampler:
         """Raises ValueError where the sampler does not fit the selected parameters."""
 
 
-def sampler(*data: str):
-    """A decorator: registers a frozen dataclass as a pytree whose arrays are the fields named."""
+Class = TypeVar("Class", bound=type)
 
-    def register(cls):
-        cls = dataclasses.dataclass(frozen=True)(cls)
+
+def register(*data: str) -> Callable[[Class], Class]:
+    """A decorator: makes a frozen dataclass a pytree whose arrays are the fields named."""
+
+    def decorate(cls: Class) -> Class:
         static = [field.name for field in dataclasses.fields(cls) if field.name not in data]
         return jax.tree_util.register_dataclass(cls, data_fields=list(data), meta_fields=static)
 
-    return register
+    return decorate
 
 
-@sampler()
+@register()
+@dataclasses.dataclass(frozen=True)
 class Gaussian(Sampler):
     """Standard normal; see `gaussian`."""
 
@@ -79,7 +83,8 @@ class Gaussian(Sampler):
         return prng.normal(site.key(key), site.shape, site.rows, self.generator)
 
 
-@sampler()
+@register()
+@dataclasses.dataclass(frozen=True)
 class Rademacher(Sampler):
     """Random signs; see `rademacher`."""
 
@@ -89,7 +94,8 @@ class Rademacher(Sampler):
         return prng.rademacher(site.key(key), site.shape, site.rows, self.generator)
 
 
-@sampler("base", "scale")
+@register("base", "scale")
+@dataclasses.dataclass(frozen=True)
 class Sphere(Sampler):
     """Uniform on a sphere; see `sphere`."""
 
@@ -106,7 +112,7 @@ class Sphere(Sampler):
         return dataclasses.replace(self, scale=jnp.sqrt(size / square))
 
     def _square(self, key, site):
-        return site.value, jnp.sum(jnp.square(self.base.sample(key, site)))
+        return site.value, jnp.sum(jnp.square(jnp.asarray(self.base.sample(key, site))))
 
     def sample(self, key, site):
         if self.scale is None:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxlm.core import paths, views
 from jaxlm.core.views import LowRank
-from jaxlm.zo.samplers import Gaussian, Sampler, sampler
+from jaxlm.zo.samplers import Gaussian, Sampler, register
 from jaxlm.zo.sites import Site
 
 
@@ -34,6 +34,7 @@ def _matrices(params: Any, select: paths.Select) -> list[tuple[str, tuple[int, .
     return found
 
 
+@dataclasses.dataclass(frozen=True)
 class Factored(Sampler):
     """What low-rank samplers share: two factors for a matrix, dense noise for everything else.
 
@@ -47,7 +48,7 @@ class Factored(Sampler):
     rank: int
     interval: int
     base: Sampler
-    lazy: Any
+    lazy: Any = None
     factored = True
 
     def at(self, key, step):
@@ -74,14 +75,10 @@ class Factored(Sampler):
         return self.base.sample(key, Site(f"{site.path}.{name}", shape, site.layer, rows))
 
 
-@sampler("base", "lazy")
+@register("base", "lazy")
+@dataclasses.dataclass(frozen=True)
 class LowRankSampler(Factored):
     """U V^T; see `low_rank`."""
-
-    rank: int
-    interval: int
-    base: Sampler
-    lazy: Any = None
 
     def factors(self, key, site):
         rows, columns = site.shape
@@ -91,14 +88,10 @@ class LowRankSampler(Factored):
         return LowRank(left / np.sqrt(self.rank), right)
 
 
-@sampler("base", "lazy")
+@register("base", "lazy")
+@dataclasses.dataclass(frozen=True)
 class Subspace(Factored):
     """P u with orthonormal P; see `subspace`."""
-
-    rank: int
-    interval: int
-    base: Sampler
-    lazy: Any = None
 
     def factors(self, key, site):
         right = self._entries(key, site, "right", (self.rank, site.shape[1]))
@@ -115,7 +108,8 @@ class Subspace(Factored):
         return lax.linalg.triangular_solve(root, drawn, lower=True, transpose_a=True)
 
 
-@sampler("base", "active")
+@register("base", "active")
+@dataclasses.dataclass(frozen=True)
 class Blocks(Sampler):
     """Some layers at a time; see `layer_blocks`."""
 
@@ -144,7 +138,8 @@ class Blocks(Sampler):
         )
 
 
-@sampler("base", "limits")
+@register("base", "limits")
+@dataclasses.dataclass(frozen=True)
 class Magnitude(Sampler):
     """Small weights alone; see `magnitude`."""
 
@@ -155,10 +150,12 @@ class Magnitude(Sampler):
         limit = self.limits[site.path]
         limit = limit if limit.ndim == 0 else limit[site.layer]
         value = site.value.value if isinstance(site.value, views.Taken) else site.value
-        return jnp.where(jnp.abs(value) <= limit, self.base.sample(key, site), 0)
+        z = jnp.asarray(self.base.sample(key, site))
+        return jnp.where(jnp.abs(value) <= limit, z, 0)
 
 
-@sampler("base", "norms")
+@register("base", "norms")
+@dataclasses.dataclass(frozen=True)
 class Rescaled(Sampler):
     """z divided by the norm of its group; see `variance_modified`, `expectation_modified`."""
 

@@ -1,5 +1,6 @@
 """Every optimizer of the family against NumPy, with the same noise, 20 steps in float64."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm import zo
-from jaxlm.zo.samplers import sampler
+from jaxlm.zo.samplers import register
 
 STEPS, EPS, RATE, DECAY = 20, 2.0**-4, 2.0**-5, 0.125
 LAYERS, ROWS, COLUMNS, RANK, INTERVAL = 2, 5, 4, 2, 7
@@ -23,7 +24,8 @@ SHAPES = {
 RUN_KEY = jax.random.key(5)
 
 
-@sampler("keys", "table")
+@register("keys", "table")
+@dataclasses.dataclass(frozen=True)
 class Injected(zo.Sampler):
     """Numbers from a table, a row for each key that is known."""
 
