@@ -4,237 +4,47 @@
 The classes hold numbers only; `jaxlm.train.state.method` turns one into a training step.
 """
 
-import math
-import re
-from dataclasses import dataclass
-from typing import Any, Literal
+from jaxlm.train.first_order import Adam, FirstOrder, Muon, Sgd, decay_mask
+from jaxlm.train.settings import Optimizer
+from jaxlm.train.zeroth_order import (
+    Fzoo,
+    Lozo,
+    Meazo,
+    Mezo,
+    MezoAdam,
+    MezoMomentum,
+    ZerothOrder,
+    ZoMuon,
+)
 
-from jaxlm.core.errors import UserError
-
-
-def _check(
-    name: str, value: float | int | None, *, positive: bool = False, below: float = math.inf
-):
-    if value is None:
-        return
-    low = value > 0 if positive else value >= 0
-    if not (low and value < below):
-        least = "a positive number" if positive else "a number from 0"
-        most = "" if below == math.inf else f" to below {below:g}"
-        raise UserError(f"optimizer.{name} is {value:g}: give {least}{most}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """What every optimizer has.
-
-    Attributes:
-        name: key in `OPTIMIZERS`.
-        learning_rate: the highest of the schedule.
-        schedule: constant, or linear down to 0 after the last step.
-        warmup: steps over which the learning rate rises from 0.
-        weight_decay: decoupled decay; biases and norms are not decayed.
-        select: regular expression searched in parameter paths; the other parameters stay as they
-            are.
-    """
-
-    name: str
-    learning_rate: float
-    schedule: Literal["constant", "linear"] = "constant"
-    warmup: int = 0
-    weight_decay: float = 0.0
-    select: str | None = None
-
-    def __post_init__(self):
-        _check("learning_rate", self.learning_rate)
-        _check("weight_decay", self.weight_decay)
-        _check("warmup", self.warmup)
-        try:
-            re.compile(self.select or "")
-        except re.error as error:
-            raise UserError(
-                f"optimizer.select is '{self.select}': give a regular expression ({error})."
-            ) from None
-
-    def rate(self, steps: int) -> Any:
-        """The learning rate as a number or an optax schedule over `steps` steps."""
-        import optax
-
-        if self.schedule == "constant" and not self.warmup:
-            return self.learning_rate
-        end = self.learning_rate if self.schedule == "constant" else 0.0
-        decay = max(steps - self.warmup, 1)
-        return optax.schedules.join_schedules(
-            [
-                optax.schedules.linear_schedule(0.0, self.learning_rate, self.warmup),
-                optax.schedules.linear_schedule(self.learning_rate, end, decay),
-            ],
-            [self.warmup],
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mezo(Optimizer):
-    """Zeroth-order SGD from forward passes alone, `jaxlm.zo.mezo`.
-
-    Attributes:
-        eps: size of the perturbation.
-        num_directions: directions averaged in a step, two forward passes each.
-        sampler: distribution of the direction.
-    """
-
-    name: str = "mezo"
-    learning_rate: float = 1e-6
-    eps: float = 1e-3
-    num_directions: int = 1
-    sampler: Literal["gaussian", "rademacher"] = "gaussian"
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check("eps", self.eps, positive=True)
-        if self.num_directions < 1:
-            raise UserError(f"optimizer.num_directions is {self.num_directions}: give 1 or more.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FirstOrder(Optimizer):
-    """What every optimizer with gradients has.
-
-    Attributes:
-        clip: largest global norm of the gradient; null does not clip.
-    """
-
-    learning_rate: float = 1e-3
-    clip: float | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check("clip", self.clip, positive=True)
-
-    def scale(self) -> Any:
-        """The optax transformation between clipping and weight decay."""
-        raise TypeError(f"{type(self).__name__} is not an optimizer by itself")
-
-    def transform(self, steps: int) -> Any:
-        """The whole optax transformation for a run of `steps` steps."""
-        import optax
-
-        clip = optax.identity() if self.clip is None else optax.clip_by_global_norm(self.clip)
-        decay = optax.add_decayed_weights(self.weight_decay, decay_mask)
-        return optax.chain(
-            clip, self.scale(), decay, optax.scale_by_learning_rate(self.rate(steps))
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sgd(FirstOrder):
-    """Stochastic gradient descent.
-
-    Attributes:
-        momentum: decay of the running sum of gradients.
-    """
-
-    name: str = "sgd"
-    momentum: float = 0.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check("momentum", self.momentum, below=1.0)
-
-    def scale(self) -> Any:
-        """See `FirstOrder`."""
-        import optax
-
-        return optax.trace(self.momentum) if self.momentum else optax.identity()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adam(FirstOrder):
-    """Adam; with `weight_decay` it is AdamW, and both names are known.
-
-    Attributes:
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        eps: added to the root of the second moment.
-    """
-
-    name: str = "adamw"
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check("b1", self.b1, below=1.0)
-        _check("b2", self.b2, below=1.0)
-        _check("eps", self.eps, positive=True)
-
-    def scale(self) -> Any:
-        """See `FirstOrder`."""
-        import optax
-
-        return optax.scale_by_adam(self.b1, self.b2, self.eps)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Muon(FirstOrder):
-    """Muon for the matrices of the layers, Adam for everything else.
-
-    Attributes:
-        momentum: of Muon.
-        adam_learning_rate: the highest learning rate of the parameters that Adam trains.
-    """
-
-    name: str = "muon"
-    learning_rate: float = 1e-2
-    momentum: float = 0.95
-    adam_learning_rate: float = 3e-3
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check("momentum", self.momentum, below=1.0)
-        _check("adam_learning_rate", self.adam_learning_rate)
-
-    def scale(self) -> Any:
-        """See `FirstOrder`; Adam's rate is given relative to `learning_rate`."""
-        from optax import contrib
-
-        # scale_by_learning_rate follows and brings the sign, so these rates are negative and
-        # relative.
-        ratio = self.adam_learning_rate / self.learning_rate if self.learning_rate else 1.0
-        return contrib.muon(
-            -1.0,
-            beta=self.momentum,
-            adam_learning_rate=-ratio,
-            muon_weight_dimension_numbers=_layer_matrices,
-        )
-
+__all__ = [
+    "OPTIMIZERS",
+    "Adam",
+    "FirstOrder",
+    "Fzoo",
+    "Lozo",
+    "Meazo",
+    "Mezo",
+    "MezoAdam",
+    "MezoMomentum",
+    "Muon",
+    "Optimizer",
+    "Sgd",
+    "ZerothOrder",
+    "ZoMuon",
+    "decay_mask",
+]
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "mezo": Mezo,
+    "mezo_momentum": MezoMomentum,
+    "mezo_adam": MezoAdam,
+    "meazo": Meazo,
+    "fzoo": Fzoo,
+    "lozo": Lozo,
+    "zo_muon": ZoMuon,
     "sgd": Sgd,
     "adam": Adam,
     "adamw": Adam,
     "muon": Muon,
 }
-
-
-def decay_mask(params: Any) -> Any:
-    """True for the parameters that weight decay shrinks: all but biases and norm scales."""
-    from jaxlm.core.paths import map_with_path
-
-    return map_with_path(lambda leaf: leaf.path.split(".")[-1] not in ("bias", "scale"), params)
-
-
-def _layer_matrices(params: Any) -> Any:
-    from optax import contrib
-
-    from jaxlm.core.paths import map_with_path
-
-    def axes(leaf: Any) -> Any:
-        if not (leaf.path.startswith("layers.") and leaf.path.endswith("kernel")):
-            return None
-        rows = leaf.value.ndim - 2
-        return contrib.MuonDimensionNumbers(reduction_axis=rows, output_axis=rows + 1)
-
-    return map_with_path(axes, params)

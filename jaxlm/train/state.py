@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxlm import zo
 from jaxlm.core import paths
-from jaxlm.train.optimizers import FirstOrder, Mezo, Optimizer
+from jaxlm.train.optimizers import FirstOrder, Optimizer, ZerothOrder
 from jaxlm.typing import Batch, LossFn, Params, PRNGKey
 
 
@@ -52,30 +52,22 @@ def method(optimizer: Optimizer, loss_fn: LossFn, steps: int) -> Method:
         loss_fn: `(params, batch, *, key=None, view=None) -> (loss, aux)`, aux a dict of scalars.
         steps: length of the run, for the learning-rate schedule.
     """
-    if isinstance(optimizer, Mezo):
-        return _zeroth_order(optimizer, loss_fn, steps)
+    if isinstance(optimizer, ZerothOrder):
+        return _zeroth_order(optimizer.build(steps), loss_fn)
     if isinstance(optimizer, FirstOrder):
         return first_order(optimizer.transform(steps), loss_fn, select=optimizer.select)
     raise TypeError(f"{type(optimizer).__name__} is no optimizer of jaxlm.train.optimizers")
 
 
-def _zeroth_order(config: Mezo, loss_fn: LossFn, steps: int) -> Method:
-    opt = zo.mezo(
-        learning_rate=config.rate(steps),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        sampler=getattr(zo, config.sampler)(),
-        num_directions=config.num_directions,
-        select=config.select,
-    )
-
+def _zeroth_order(opt: zo.ZerothOrderOptimizer, loss_fn: LossFn) -> Method:
     def step(params: Params, opt_state: Any, batch: Batch) -> tuple[Params, Any, dict[str, Any]]:
         params, opt_state, info = opt.step(loss_fn, params, opt_state, batch)
         aux = {name: jnp.mean(value) for name, value in (info.aux or {}).items()}
         named = {"loss": info.loss, **aux, "projected_grad": info.projected_grad}
+        named["moved_fraction"] = info.moved_fraction
         return params, opt_state, named
 
-    return Method(opt.init, step, forwards=2 * config.num_directions, backwards=0)
+    return Method(opt.init, step, forwards=opt.forwards, backwards=0)
 
 
 def first_order(

@@ -1,0 +1,141 @@
+"""Configurations of the optimizers with gradients."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxlm.train.settings import Optimizer, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstOrder(Optimizer):
+    """What every optimizer with gradients has.
+
+    Attributes:
+        clip: largest global norm of the gradient; null does not clip.
+    """
+
+    learning_rate: float = 1e-3
+    clip: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check("clip", self.clip, positive=True)
+
+    def scale(self) -> Any:
+        """The optax transformation between clipping and weight decay."""
+        raise TypeError(f"{type(self).__name__} is not an optimizer by itself")
+
+    def transform(self, steps: int) -> Any:
+        """The whole optax transformation for a run of `steps` steps."""
+        import optax
+
+        clip = optax.identity() if self.clip is None else optax.clip_by_global_norm(self.clip)
+        decay = optax.add_decayed_weights(self.weight_decay, decay_mask)
+        return optax.chain(
+            clip, self.scale(), decay, optax.scale_by_learning_rate(self.rate(steps))
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sgd(FirstOrder):
+    """Stochastic gradient descent.
+
+    Attributes:
+        momentum: decay of the running sum of gradients.
+    """
+
+    name: str = "sgd"
+    momentum: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check("momentum", self.momentum, below=1.0)
+
+    def scale(self) -> Any:
+        """See `FirstOrder`."""
+        import optax
+
+        return optax.trace(self.momentum) if self.momentum else optax.identity()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam(FirstOrder):
+    """Adam; with `weight_decay` it is AdamW, and both names are known.
+
+    Attributes:
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+    """
+
+    name: str = "adamw"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self):
+        super().__post_init__()
+        check("b1", self.b1, below=1.0)
+        check("b2", self.b2, below=1.0)
+        check("eps", self.eps, positive=True)
+
+    def scale(self) -> Any:
+        """See `FirstOrder`."""
+        import optax
+
+        return optax.scale_by_adam(self.b1, self.b2, self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(FirstOrder):
+    """Muon for the matrices of the layers, Adam for everything else.
+
+    Attributes:
+        momentum: of Muon.
+        adam_learning_rate: the highest learning rate of the parameters that Adam trains.
+    """
+
+    name: str = "muon"
+    learning_rate: float = 1e-2
+    momentum: float = 0.95
+    adam_learning_rate: float = 3e-3
+
+    def __post_init__(self):
+        super().__post_init__()
+        check("momentum", self.momentum, below=1.0)
+        check("adam_learning_rate", self.adam_learning_rate)
+
+    def scale(self) -> Any:
+        """See `FirstOrder`; Adam's rate is given relative to `learning_rate`."""
+        from optax import contrib
+
+        # scale_by_learning_rate follows and brings the sign, so these rates are negative and
+        # relative.
+        ratio = self.adam_learning_rate / self.learning_rate if self.learning_rate else 1.0
+        return contrib.muon(
+            -1.0,
+            beta=self.momentum,
+            adam_learning_rate=-ratio,
+            muon_weight_dimension_numbers=_layer_matrices,
+        )
+
+
+def decay_mask(params: Any) -> Any:
+    """True for the parameters that weight decay shrinks: all but biases and norm scales."""
+    from jaxlm.core.paths import map_with_path
+
+    return map_with_path(lambda leaf: leaf.path.split(".")[-1] not in ("bias", "scale"), params)
+
+
+def _layer_matrices(params: Any) -> Any:
+    from optax import contrib
+
+    from jaxlm.core.paths import map_with_path
+
+    def axes(leaf: Any) -> Any:
+        if not (leaf.path.startswith("layers.") and leaf.path.endswith("kernel")):
+            return None
+        rows = leaf.value.ndim - 2
+        return contrib.MuonDimensionNumbers(reduction_axis=rows, output_axis=rows + 1)
+
+    return map_with_path(axes, params)
