@@ -1,5 +1,6 @@
 """What training is made of: a state, a method that moves it, programs that know their memory."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -36,12 +37,15 @@ class Method(NamedTuple):
             and holds `loss`.
         forwards: forward passes in a step.
         backwards: backward passes in a step.
+        settings: what `jaxlm.zo.Trajectory` records of a zeroth-order optimizer, JSON values with
+            `num_directions`; its info then holds `projected_grad`. None for the others.
     """
 
     init: Callable[[Params, PRNGKey], Any]
     step: Callable[[Params, Any, Batch], tuple[Params, Any, dict[str, Any]]]
     forwards: int
     backwards: int
+    settings: dict[str, Any] | None = None
 
 
 def method(optimizer: Optimizer, loss_fn: LossFn, steps: int) -> Method:
@@ -75,7 +79,8 @@ def _zeroth_order(config: Mezo, loss_fn: LossFn, steps: int) -> Method:
         named = {"loss": info.loss, **aux, "projected_grad": info.projected_grad}
         return params, opt_state, named
 
-    return Method(opt.init, step, forwards=2 * config.num_directions, backwards=0)
+    settings = {**dataclasses.asdict(config), "steps": steps}
+    return Method(opt.init, step, 2 * config.num_directions, backwards=0, settings=settings)
 
 
 def first_order(

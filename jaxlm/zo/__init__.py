@@ -12,6 +12,7 @@ from jaxlm.zo.optimizers import (
     scale_by_spsa,
 )
 from jaxlm.zo.samplers import Gaussian, Rademacher, Sampler, gaussian, rademacher
+from jaxlm.zo.trajectory import Trajectory
 
 __all__ = [
     "Gaussian",
@@ -22,6 +23,7 @@ __all__ = [
     "SPSAEstimate",
     "Sampler",
     "ScaleBySpsaState",
+    "Trajectory",
     "ZerothOrderOptimizer",
     "descend",
     "gaussian",
