@@ -80,7 +80,8 @@ def _zeroth_order(config: Mezo, loss_fn: LossFn, steps: int) -> Method:
         return params, opt_state, named
 
     settings = {**dataclasses.asdict(config), "steps": steps}
-    return Method(opt.init, step, 2 * config.num_directions, backwards=0, settings=settings)
+    forwards = 2 * config.num_directions
+    return Method(opt.init, step, forwards=forwards, backwards=0, settings=settings)
 
 
 def first_order(

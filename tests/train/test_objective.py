@@ -46,11 +46,15 @@ class Words:
         return log_probs_of(scores, ids[:, 1:])
 
 
-@pytest.fixture(scope="module")
-def lm():
+def single_words(vocabulary):
     random = np.random.default_rng(5)
-    shapes = {"embed": (50, 12), "head": (12, 50)}
+    shapes = {"embed": (vocabulary, 12), "head": (12, vocabulary)}
     return Words({name: random.normal(size=s).astype("f") for name, s in shapes.items()})
+
+
+@pytest.fixture
+def lm():
+    return single_words(50)
 
 
 @pytest.fixture

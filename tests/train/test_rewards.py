@@ -13,6 +13,7 @@ from jaxlm.evaluation import option_scores
 from jaxlm.models import LanguageModel, ModelConfig, init_params
 from jaxlm.train.objective import accuracy_objective
 from jaxlm.train.rewards import callback_objective, generation_objective
+from tests.train.test_objective import single_words
 from tests.zo.problems import token_batch
 
 WORDS = np.array([3, 4])
@@ -71,7 +72,8 @@ def same(estimate, other):
         jax.tree.map(np.testing.assert_array_equal, *pair)
 
 
-def test_accuracy_by_callback_is_accuracy(lm, batch):
+def test_accuracy_by_callback_is_accuracy(batch):
+    lm = single_words(30)
     calls = []
 
     def hits(scores, batch):
