@@ -157,10 +157,22 @@ def _start(static, params, input_ids, mask, key, view, *, max_new_tokens, num_sa
     return _record(state, jnp.repeat(scores, num_samples, axis=0), static)
 
 
+@jax.custom_batching.custom_vmap
+def _all_done(done):
+    return jnp.all(done)
+
+
+@_all_done.def_vmap
+def _(size, batched, done):
+    """Rows wait for each other over a vmap too, else it would give each entry a step of its own."""
+    del size, batched
+    return _all_done(done), False
+
+
 @functools.partial(jax.jit, static_argnames="static", donate_argnames="state")
 def _advance(static, params, state, until, view):
     def more(state):
-        return (state.step < until) & ~jnp.all(state.done)
+        return (state.step < until) & ~_all_done(state.done)
 
     def one(state):
         alive = (~state.done).astype(jnp.int32)[:, None]
@@ -203,7 +215,8 @@ class Generator:
     ) -> State:
         """Reads the prompts and draws the first token; arguments as in `generate`."""
         mask = np.ones(np.shape(input_ids), np.int32) if attention_mask is None else attention_mask
-        self._check(np.asarray(input_ids), np.asarray(mask), max_new_tokens, num_samples, key)
+        needed = self._check_prompts(np.asarray(input_ids), np.asarray(mask)) + max_new_tokens - 1
+        self._check_choices(needed, max_new_tokens, num_samples, key)
         return _start(
             self._static(),
             params,
@@ -227,6 +240,30 @@ class Generator:
         until = jnp.minimum(state.step + count, state.found.tokens.shape[1])
         return _advance(self._static(), params, state, until, view)
 
+    def sample(
+        self,
+        params: Any,
+        input_ids: Int[ArrayLike, "B T"],
+        attention_mask: Int[ArrayLike, "B T"] | None = None,
+        *,
+        max_new_tokens: int,
+        num_samples: int = 1,
+        key: Array | None = None,
+        view: Any = None,
+    ) -> Generated:
+        """The whole generation as a part of a larger program: under jit, scan and vmap.
+
+        The values of the prompts are not looked at: each needs a token, all within the vocabulary.
+        Learned positions must suffice for T + N - 1 tokens, padding counted.
+        """
+        ids = jnp.asarray(input_ids)
+        mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask)
+        needed = ids.shape[1] + max_new_tokens - 1
+        self._check_choices(needed, max_new_tokens, num_samples, key)
+        sizes = {"max_new_tokens": max_new_tokens, "num_samples": num_samples}
+        state = _start(self._static(), params, ids, mask, key, view, **sizes)
+        return _advance(self._static(), params, state, max_new_tokens, view).found
+
     def _static(self) -> _Static:
         pad_id = self.config.pad_id
         stop = self.stop_ids[0] if self.stop_ids else 0
@@ -234,20 +271,24 @@ class Generator:
             self.config, self.sampling, self.stop_ids, stop if pad_id is None else pad_id
         )
 
-    def _check(self, ids, mask, max_new_tokens, num_samples, key):
+    def _check_prompts(self, ids, mask) -> int:
+        """Looks at the values; returns the tokens of the longest prompt."""
+        vocabulary = self.config.vocab_size
+        if ids.shape[0] == 0 or (mask.sum(axis=1) == 0).any():
+            raise ValueError("a prompt is empty; give at least one token, such as the bos_id")
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            raise ValueError(
+                f"a prompt has a token outside the vocabulary of {vocabulary}; is the tokenizer "
+                "that of the model?"
+            )
+        return int(mask.sum(axis=1).max())
+
+    def _check_choices(self, needed, max_new_tokens, num_samples, key):
         config = self.config
         if config.kind != "decoder" or config.head != "lm":
             raise ValueError(f"a {config.family} model with head '{config.head}' does not generate")
         if max_new_tokens < 1 or num_samples < 1:
             raise ValueError("max_new_tokens and num_samples are 1 or more")
-        if ids.shape[0] == 0 or (mask.sum(axis=1) == 0).any():
-            raise ValueError("a prompt is empty; give at least one token, such as the bos_id")
-        if ids.min() < 0 or ids.max() >= config.vocab_size:
-            raise ValueError(
-                f"a prompt has a token outside the vocabulary of {config.vocab_size}; is the "
-                "tokenizer that of the model?"
-            )
-        needed = int(mask.sum(axis=1).max()) + max_new_tokens - 1
         if config.positions == "learned" and needed > config.max_positions:
             raise ValueError(
                 f"prompt and new tokens take {needed} positions, the model has "

@@ -1,22 +1,13 @@
 """What a run writes beside its checkpoints: metrics, a log, JSON records, progress."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it, so that it is whole or absent."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+from jaxlm.core.files import write_atomic
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.logging import Metrics, Progress
 from jaxlm.train.state import Method, Program, TrainState, many_steps
 from jaxlm.typing import Batch, Params, PRNGKey
+from jaxlm.zo import Trajectory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,7 @@ def fit(
     evaluate: Callable[[Params], dict[str, float]] | None = None,
     maximize: str | None = None,
     checkpoints: Checkpoints | None = None,
+    trajectory: Path | None = None,
     metrics: Metrics | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
@@ -105,16 +108,20 @@ def fit(
         evaluate: named numbers of parameters, for the metrics.
         maximize: the number of `evaluate` whose best parameters are kept in the checkpoints.
         checkpoints: where states are saved; None keeps nothing.
+        trajectory: where the scalars of a zeroth-order method go, see `jaxlm.zo.Trajectory`.
         metrics: where the scalars of each step go.
         progress: shows them.
 
     Raises:
         UserError: the loss or the parameters are no longer finite. The last checkpoint is from
-            before.
+            before. Or the trajectory is not that of these parameters and this method.
     """
     loop = _Loop(config, evaluate, maximize, checkpoints, metrics, progress)
     state = TrainState(params, method.init(params, key))
     restored = checkpoints.restore(state) if checkpoints else None
+    if trajectory and method.settings is not None:
+        step = None if restored is None else restored[0]
+        loop.trajectory = _trajectory(trajectory, method.settings, params, key, step)
     if restored is None:
         start = 0
         loop.look_up(0, state)
@@ -138,6 +145,21 @@ def fit(
     return Outcome(state, loop.elapsed(), run.peak_bytes, loop.infos)
 
 
+def _trajectory(
+    path: Path, settings: dict[str, Any], params: Params, key: PRNGKey, step: int | None
+) -> Trajectory | None:
+    """A new trajectory, or that of the run so far; None for a run that began without one."""
+    if step is None:
+        n = settings["num_directions"]
+        return Trajectory.create(path, params, key=key, num_directions=n, settings=settings)
+    if not path.exists():
+        return None
+    found = Trajectory.open(path)
+    found.check(params, settings)
+    found.cut(step)
+    return found
+
+
 class _Loop:
     """The part of `fit` that talks to the outside."""
 
@@ -156,6 +178,7 @@ class _Loop:
         self.checkpoints = checkpoints
         self.metrics = metrics
         self.progress = progress
+        self.trajectory: Trajectory | None = None
         self.record = Record()
         self.saved: int | None = None
         self.infos: list[dict[str, Any]] = []
@@ -180,6 +203,8 @@ class _Loop:
         bad = next((line for line in lines if not np.isfinite(line["loss"])), None)
         good = lines[: lines.index(bad)] if bad else lines
         self.infos += good
+        if self.trajectory:
+            self.trajectory.append(first, host["projected_grad"][: len(good)])
         if self.metrics:
             self.metrics.append(*good)
         if bad:

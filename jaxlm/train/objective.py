@@ -1,15 +1,19 @@
-"""Losses of a language model: choice among options, and the next token.
+"""Losses of a language model: choice among options, and the next token; losses in micro-batches.
 
-Both are `loss_fn(params, batch, *, key=None, view=None) -> (loss, aux)`, so every optimizer takes
+All are `loss_fn(params, batch, *, key=None, view=None) -> (loss, aux)`, so every optimizer takes
 them; `view` reaches the model and spares a copy of the parameters.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jax import lax
+from jaxtyping import Array, Float, Int
 
+from jaxlm.core.errors import UserError
 from jaxlm.evaluation.classification import Apply, option_scores
 from jaxlm.models.scoring import log_probs_of
 from jaxlm.typing import Batch, LossFn, Params
@@ -46,6 +50,25 @@ def classification_objective(
     return loss_fn
 
 
+def accuracy_objective(
+    apply: Apply,
+    token_ids: Int[Any, " C"] | None = None,
+    *,
+    offsets: Float[Any, " C"] | None = None,
+) -> LossFn:
+    """One less the accuracy of the batch; arguments and result as of `classification_objective`.
+
+    Its gradient is zero wherever it has one: for zeroth-order optimizers.
+    """
+    scored = classification_objective(apply, token_ids, offsets=offsets)
+
+    def loss_fn(params: Params, batch: Batch, *, key: Any = None, view: Any = None) -> Any:
+        _, aux = scored(params, batch, key=key, view=view)
+        return 1 - aux["accuracy"], aux
+
+    return loss_fn
+
+
 def lm_objective(log_probs: Callable[..., Any]) -> LossFn:
     r"""Cross-entropy of the next token, in nats a token.
 
@@ -61,10 +84,99 @@ def lm_objective(log_probs: Callable[..., Any]) -> LossFn:
     def loss_fn(params: Params, batch: Batch, *, key: Any = None, view: Any = None) -> Any:
         del key
         ids = jnp.asarray(batch["input_ids"])
-        mask = batch.get("attention_mask")
-        weights = batch.get("weights", jnp.ones(ids.shape) if mask is None else mask)[:, 1:]
-        losses = -log_probs(params, ids, mask, view=view)
+        weights = _target_weights(batch)
+        losses = -log_probs(params, ids, batch.get("attention_mask"), view=view)
         tokens = jnp.sum(weights)
         return jnp.sum(losses * weights) / tokens, {"tokens": tokens}
 
     return loss_fn
+
+
+def _target_weights(batch: Batch) -> Array:
+    """[B, T - 1], the weight of every token but the first as a target."""
+    ones = jnp.ones(jnp.shape(batch["input_ids"]))
+    return jnp.asarray(batch.get("weights", batch.get("attention_mask", ones)))[:, 1:]
+
+
+def num_targets(batch: Batch) -> Float[Array, ""] | Int[Array, ""]:
+    """What `lm_objective` divides by, the `share` of its batches in `accumulate`."""
+    return jnp.sum(_target_weights(batch))
+
+
+def example_weights(batch: Batch) -> Float[Array, " B"] | Int[Array, " B"]:
+    """`weights` of the batch, or ones where it has none.
+
+    Raises:
+        UserError: the weights are those of tokens.
+    """
+    weights = batch.get("weights") if isinstance(batch, dict) else None
+    if weights is None:
+        return jnp.ones(jax.tree.leaves(batch)[0].shape[0])
+    if jnp.ndim(weights) != 1:
+        raise UserError(
+            f"the batch has weights of shape {jnp.shape(weights)}, not one for each example: give "
+            "those, or accumulate its share."
+        )
+    return jnp.asarray(weights)
+
+
+def num_examples(batch: Batch) -> Float[Array, ""] | Int[Array, ""]:
+    """The sum of `example_weights`."""
+    return jnp.sum(example_weights(batch))
+
+
+def accumulate(
+    loss_fn: LossFn, count: int, *, share: Callable[[Batch], Any] = num_examples
+) -> LossFn:
+    r"""A loss over micro-batches, one after the other: $\sum_i s_i L_i / \sum_i s_i$.
+
+    The memory of the activations is that of one part. Zeroth-order optimizers then average each
+    sign of the loss over the parts before they subtract, which is exact. Part i has the examples i,
+    i + count, ... of axis 0, so that each part of a sharded batch is spread over all devices.
+
+    Args:
+        loss_fn: with a result that is a mean over the batch, and so is its aux.
+        count: number of parts, a divisor of the batch.
+        share: what `loss_fn` divides by, a function of the part: `num_targets` for `lm_objective`.
+
+    Returns:
+        A loss with the arguments and the result of `loss_fn`; a part's `key` is
+        `fold_in(key, part)`.
+
+    Raises:
+        UserError: (from the loss) the batch cannot be divided so.
+    """
+    if count < 1:
+        raise UserError(f"accumulate is given {count} parts: give 1 or more.")
+
+    @functools.wraps(loss_fn)
+    def accumulated(params: Params, batch: Batch, **options: Any) -> Any:
+        key = options.pop("key", None)
+
+        def part(numbered: Any) -> Any:
+            i, part = numbered
+            keyed = {} if key is None else {"key": jax.random.fold_in(key, i)}
+            return share(part), loss_fn(params, part, **keyed, **options)
+
+        shares, results = lax.map(part, (jnp.arange(count), _parts(batch, count)))
+
+        def mean(values: Array) -> Array:
+            each = shares.reshape(-1, *(1,) * (values.ndim - 1))
+            return jnp.sum(jnp.where(each > 0, each * values, 0), axis=0) / jnp.sum(shares)
+
+        return jax.tree.map(mean, results)
+
+    return accumulated
+
+
+def _parts(batch: Batch, count: int) -> Batch:
+    def split(value: Any) -> Array:
+        value = jnp.asarray(value)
+        if value.shape[0] % count:
+            raise UserError(
+                f"a batch of {value.shape[0]} examples does not divide into {count} parts: "
+                "give another batch size or number of parts."
+            )
+        return value.reshape(-1, count, *value.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)

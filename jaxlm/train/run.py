@@ -210,6 +210,7 @@ def _run(config: FinetuneConfig, folder: RunFolder, lm: Any, encoded: Any) -> di
             evaluate=validate if encoded.validation else None,
             maximize="validation_accuracy",
             checkpoints=checkpoints,
+            trajectory=folder.trajectory,
             metrics=folder.metrics,
             progress=progress,
         )

@@ -1,4 +1,7 @@
-"""A run's folder: `config.yaml`, `metrics.jsonl`, `summary.json`, `checkpoints/`, `log.txt`."""
+"""A run's folder: `config.yaml`, `metrics.jsonl`, `summary.json`, `checkpoints/`, `log.txt`.
+
+A zeroth-order run has a `trajectory.zo` too.
+"""
 
 import dataclasses
 import json
@@ -10,7 +13,8 @@ from typing import Any, cast
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.train.logging import Metrics, write_atomic, write_json
+from jaxlm.core.files import write_atomic
+from jaxlm.train.logging import Metrics, write_json
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -43,6 +47,7 @@ class RunFolder:
         metrics: its `metrics.jsonl`.
         log: path of its `log.txt`.
         checkpoints: path of its checkpoints.
+        trajectory: path of its `trajectory.zo`.
     """
 
     def __init__(self, path: str | Path):
@@ -50,6 +55,7 @@ class RunFolder:
         self.metrics = Metrics(self.path / "metrics.jsonl")
         self.log = self.path / "log.txt"
         self.checkpoints = self.path / "checkpoints"
+        self.trajectory = self.path / "trajectory.zo"
 
     def check(self, config: Any) -> None:
         """Refuses a place that cannot hold this run, without touching it.

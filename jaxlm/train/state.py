@@ -1,5 +1,6 @@
 """What training is made of: a state, a method that moves it, programs that know their memory."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +10,6 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxlm import zo
 from jaxlm.core import paths
 from jaxlm.train.optimizers import FirstOrder, Optimizer, ZerothOrder
 from jaxlm.typing import Batch, LossFn, Params, PRNGKey
@@ -36,12 +36,15 @@ class Method(NamedTuple):
             and holds `loss`.
         forwards: forward passes in a step.
         backwards: backward passes in a step.
+        settings: what `jaxlm.zo.Trajectory` records of a zeroth-order optimizer, JSON values with
+            `num_directions`; its info then holds `projected_grad`. None for the others.
     """
 
     init: Callable[[Params, PRNGKey], Any]
     step: Callable[[Params, Any, Batch], tuple[Params, Any, dict[str, Any]]]
     forwards: int
     backwards: int
+    settings: dict[str, Any] | None = None
 
 
 def method(optimizer: Optimizer, loss_fn: LossFn, steps: int) -> Method:
@@ -53,13 +56,15 @@ def method(optimizer: Optimizer, loss_fn: LossFn, steps: int) -> Method:
         steps: length of the run, for the learning-rate schedule.
     """
     if isinstance(optimizer, ZerothOrder):
-        return _zeroth_order(optimizer.build(steps), loss_fn)
+        return _zeroth_order(optimizer, loss_fn, steps)
     if isinstance(optimizer, FirstOrder):
         return first_order(optimizer.transform(steps), loss_fn, select=optimizer.select)
     raise TypeError(f"{type(optimizer).__name__} is no optimizer of jaxlm.train.optimizers")
 
 
-def _zeroth_order(opt: zo.ZerothOrderOptimizer, loss_fn: LossFn) -> Method:
+def _zeroth_order(config: ZerothOrder, loss_fn: LossFn, steps: int) -> Method:
+    opt = config.build(steps)
+
     def step(params: Params, opt_state: Any, batch: Batch) -> tuple[Params, Any, dict[str, Any]]:
         params, opt_state, info = opt.step(loss_fn, params, opt_state, batch)
         aux = {name: jnp.mean(value) for name, value in (info.aux or {}).items()}
@@ -67,7 +72,8 @@ def _zeroth_order(opt: zo.ZerothOrderOptimizer, loss_fn: LossFn) -> Method:
         named["moved_fraction"] = info.moved_fraction
         return params, opt_state, named
 
-    return Method(opt.init, step, forwards=opt.forwards, backwards=0)
+    settings = {**opt.settings, "optimizer": dataclasses.asdict(config), "steps": steps}
+    return Method(opt.init, step, forwards=opt.forwards, backwards=0, settings=settings)
 
 
 def first_order(

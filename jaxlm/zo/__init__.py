@@ -1,6 +1,7 @@
 """Zeroth-order fine-tuning: gradients and updates from forward passes alone."""
 
 from jaxlm.zo import rules
+from jaxlm.zo._replay import replay
 from jaxlm.zo.estimators import (
     Estimator,
     SPSAEstimate,
@@ -51,6 +52,7 @@ from jaxlm.zo.structured import (
     subspace,
     variance_modified,
 )
+from jaxlm.zo.trajectory import Trajectory
 from jaxlm.zo.transformation import ScaleBySpsaState, scale_by_spsa
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "ScaleBySpsaState",
     "Site",
     "Sphere",
+    "Trajectory",
     "ZerothOrderInfo",
     "ZerothOrderOptimizer",
     "ZerothOrderState",
@@ -87,6 +90,7 @@ __all__ = [
     "population",
     "probed_norms",
     "rademacher",
+    "replay",
     "residual_feedback",
     "rules",
     "scale_by_spsa",

@@ -140,6 +140,24 @@ def test_steps_of_a_generator_make_the_same_tokens(lm):
     np.testing.assert_array_equal(state.found.tokens, whole.tokens)
 
 
+def test_a_generation_within_a_program_makes_the_same_tokens(lm):
+    """Over a vmap of parameters, of which some rows end before others."""
+    options = {"max_new_tokens": 7, "key": jax.random.key(3)}
+    free = lm.generate(lm.params, PROMPTS, MASK, eos_id=(), temperature=1.0, **options)
+    stop = int(free.tokens[0, 2])
+    generator = Generator(lm.config, Sampling(temperature=1.0), (stop,))
+    several = [jax.tree.map(lambda x, scale=s: scale * x, lm.params) for s in (1.0, 1.1, -1.0)]
+    found = jax.jit(jax.vmap(lambda params: generator.sample(params, PROMPTS, MASK, **options)))(
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)
+    )
+    for i, params in enumerate(several):
+        wanted = lm.generate(params, PROMPTS, MASK, eos_id=stop, temperature=1.0, **options)
+        np.testing.assert_array_equal(found.tokens[i], wanted.tokens)
+        np.testing.assert_array_equal(found.lengths[i], wanted.lengths)
+        np.testing.assert_allclose(found.log_probs[i], wanted.log_probs, rtol=1e-4, atol=1e-5)
+    assert len(np.unique(found.lengths)) > 1
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
 def test_layers_apart_are_the_same_model(name):
     """A list of layers in place of the stack: with a view, in generation, in gradients."""
@@ -223,6 +241,8 @@ def test_bad_input_is_refused(lm):
     learned = lm.replace(config=dataclasses.replace(lm.config, positions="learned"))
     with pytest.raises(ValueError, match="take 33 positions, the model has 32"):
         learned.generate(lm.params, PROMPTS, MASK, max_new_tokens=30)
+    with pytest.raises(ValueError, match="take 33 positions, the model has 32"):
+        Generator(learned.config).sample(lm.params, PROMPTS, max_new_tokens=30)
     encoder = lm.replace(config=dataclasses.replace(lm.config, kind="encoder"))
     with pytest.raises(ValueError, match="does not generate"):
         encoder.generate(lm.params, PROMPTS, MASK, max_new_tokens=2)

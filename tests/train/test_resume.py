@@ -72,7 +72,8 @@ def final(path: Path):
     steps = sorted(checkpoints.steps())
     leaves = [plain(leaf) for step in steps for leaf in jax.tree.leaves(checkpoints.read(step))]
     summary = json.loads((folder / "summary.json").read_text())
-    return steps, leaves, (folder / "metrics.jsonl").read_text(), summary
+    written = [(folder / name).read_bytes() for name in ("metrics.jsonl", "trajectory.zo")]
+    return steps, leaves, written, summary
 
 
 def without_clock(summary: dict) -> dict:
@@ -90,11 +91,11 @@ def test_kill_9_at_three_random_moments(tmp_path, tiny_model):
     for first in (1, 45, 90):
         kill_after(paths[1], first + moments.randrange(30), moments.random() * 0.05)
     finish(paths[1])
-    (steps, leaves, metrics, summary), killed = map(final, paths)
+    (steps, leaves, written, summary), killed = map(final, paths)
     assert killed[0] == steps
     for a, b in zip(leaves, killed[1], strict=True):
         np.testing.assert_array_equal(a, b)
-    assert killed[2] == metrics
+    assert killed[2] == written
     assert without_clock(killed[3]) == without_clock(summary)
 
 

@@ -34,7 +34,8 @@ def finished(tiny_model, tmp_path_factory):
 def test_a_run_writes_its_folder(finished):
     folder = finished[0].parent / "run"
     names = {p.name for p in folder.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "log.txt"}
+    files = {"config.yaml", "metrics.jsonl", "summary.json", "log.txt", "trajectory.zo"}
+    assert names == files | {"checkpoints"}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines if "loss" in r] == list(range(1, 13))
     assert [r["step"] for r in lines if "validation_accuracy" in r] == [0, 6, 12]

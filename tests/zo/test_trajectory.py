@@ -1,0 +1,231 @@
+"""Trajectory files against their documented format, and every way to break one."""
+
+import json
+import resource
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.core.errors import UserError
+from jaxlm.zo import Trajectory
+from tests.zo.problems import small_params
+
+SETTINGS = {"name": "mezo", "eps": 1e-3, "decay": [0.5, None]}
+KEY = jax.random.key(7)
+
+
+def begin(path, *, n=1, params=None):
+    params = small_params() if params is None else params
+    return Trajectory.create(path, params, key=KEY, num_directions=n, settings=SETTINGS)
+
+
+def scalars(count, n=1):
+    return np.random.default_rng(count).normal(size=(count, n)).astype(np.float32)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "trajectory.zo"
+
+
+@pytest.fixture
+def three(path):
+    """A file of 4 + 3 + 2 steps of two directions; its bytes, and where chunks begin."""
+    log, values = begin(path, n=2), scalars(9, 2)
+    ends = []
+    for first, last in ((0, 4), (4, 7), (7, 9)):
+        ends.append(path.stat().st_size)
+        log.append(first, values[first:last])
+    return path.read_bytes(), ends, values
+
+
+def read_with_numpy(data):
+    """The documented format, read without the library."""
+    assert data[:16] == b"jaxlm trajectory"
+    version, length, crc = np.frombuffer(data, "<u4", 3, 16)
+    assert (version, length % 4) == (1, 0)
+    assert crc == zlib.crc32(data[28 : 28 + length])
+    header, at, values = json.loads(data[28 : 28 + length]), 28 + int(length), []
+    while at < len(data):
+        first, count, crc = np.frombuffer(data, "<u4", 3, at)
+        assert first == sum(map(len, values))
+        size = int(count) * header["num_directions"]
+        assert crc == zlib.crc32(data[at : at + 8] + data[at + 12 : at + 12 + 4 * size])
+        values.append(np.frombuffer(data, "<f4", size, at + 12).reshape(count, -1))
+        at += 12 + 4 * size
+    return header, np.concatenate(values)
+
+
+def test_the_file_is_as_documented(three):
+    header, values = read_with_numpy(three[0])
+    np.testing.assert_array_equal(values, three[2])
+    assert header["key"]["data"] == jax.random.key_data(KEY).tolist()
+    assert header["settings"] == SETTINGS
+    wanted = {
+        "path": "layers.w",
+        "shape": [2, 3],
+        "dtype": "float32",
+        "crc32": zlib.crc32(np.asarray(small_params()["layers"]["w"]).tobytes()),
+    }
+    assert wanted in header["params"]
+
+
+def test_what_was_written_is_read(three, path):
+    found = Trajectory.open(path)
+    np.testing.assert_array_equal(found.projected_grad, three[2])
+    assert (found.steps, found.torn, found.header.num_directions) == (9, 0, 2)
+    assert jnp.array_equal(jax.random.key_data(found.header.key), jax.random.key_data(KEY))
+    found.check(small_params(), SETTINGS)
+    assert begin(path).projected_grad.shape == (0, 1)
+
+
+def test_two_thousand_steps_take_less_than_20_kb(path):
+    log = begin(path)
+    for first in range(0, 2000, 10):
+        log.append(first, scalars(10))
+    assert path.stat().st_size < 20_000
+    assert Trajectory.open(path).steps == 2000
+
+
+def test_a_torn_tail_is_dropped_and_written_over(three, path):
+    """Cut at every byte of the last chunk, or filled with zeros by a file system."""
+    data, ends, values = three
+    tails = [data[:end] for end in range(ends[2], len(data))]
+    tails += [data[: ends[2]] + bytes(len(data) - ends[2]), data[:-1] + b"\x7f"]
+    for tail in tails:
+        path.write_bytes(tail)
+        log = Trajectory.open(path)
+        assert (log.steps, log.torn) == (7, len(tail) - ends[2])
+        assert path.read_bytes() == tail
+    log.append(7, values[7:])
+    assert log.torn == 0
+    assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("place", [0, 4, 8, 12, 20])
+def test_damage_before_the_last_chunk_is_refused(three, path, place):
+    """In the first step, the count, the checksum and the values of a chunk."""
+    data, ends, _ = three
+    damaged = bytearray(data)
+    damaged[ends[1] + place] ^= 0x40
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"trajectory.zo: the trajectory is damaged after step 4: "):
+        Trajectory.open(path)
+
+
+def test_a_chunk_out_of_turn_is_refused(three, path):
+    data, ends, _ = three
+    path.write_bytes(data[: ends[1]] + data[ends[2] :])
+    with pytest.raises(UserError, match="damaged after step 4"):
+        Trajectory.open(path)
+
+
+@pytest.mark.parametrize("step", [0, 4, 5, 7, 9])
+def test_a_cut_keeps_the_first_steps_and_goes_on(three, path, step):
+    data, ends, values = three
+    log = Trajectory.open(path)
+    log.cut(step)
+    assert not list(path.parent.glob("*.tmp"))
+    if step in (0, 4, 7):
+        assert path.read_bytes() == data[: ends[(0, 4, 7).index(step)]]
+    np.testing.assert_array_equal(Trajectory.open(path).projected_grad, values[:step])
+    log.append(step, values[step:])
+    np.testing.assert_array_equal(Trajectory.open(path).projected_grad, values)
+    np.testing.assert_array_equal(log.projected_grad, values)
+
+
+def test_a_cut_beyond_the_end_and_a_gap_are_refused(three, path):
+    log = Trajectory.open(path)
+    with pytest.raises(UserError, match="has 9 steps, and 10 are needed"):
+        log.cut(10)
+    for first, values in ((8, scalars(1, 2)), (9, scalars(1, 3))):
+        with pytest.raises(ValueError, match="do not follow 9 steps of 2 directions"):
+            log.append(first, values)
+
+
+def test_a_full_disk_leaves_what_was_there(path):
+    log, values = begin(path), scalars(100)
+    log.append(0, values[:10])
+    size = path.stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written \(.*\), and its 10 steps are kept"):
+            log.append(10, values[10:])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.stat().st_size == size + 100
+    found = Trajectory.open(path)
+    assert (found.steps, found.torn) == (10, 100)
+    log.append(10, values[10:])
+    np.testing.assert_array_equal(Trajectory.open(path).projected_grad, values)
+
+
+def test_a_foreign_file_is_refused_with_the_reason(three, path):
+    data, ends, _ = three
+    for content, reason in (
+        (b"", "no trajectory file"),
+        (data[:20], "no trajectory file"),
+        (b"PK" + data, "no trajectory file"),
+        (data[:16] + b"\x02" + data[17:], "has format 2, and this jaxlm reads 1"),
+        (data[: ends[0] - 4], "the header is damaged"),
+        (data[:40] + b"?" + data[41:], "the header is damaged"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=reason):
+            Trajectory.open(path)
+    with pytest.raises(UserError, match="there is no such file"):
+        Trajectory.open(path.parent / "nothing.zo")
+
+
+def other(**changes):
+    return small_params() | changes
+
+
+@pytest.mark.parametrize(
+    ("params", "settings", "reason"),
+    [
+        (other(), {**SETTINGS, "eps": 0.01}, r"was made with eps = 0.001, not 0.01: give"),
+        (other(), SETTINGS | {"n": 2}, r"was made with n = null, not 2: give"),
+        (other(), {"name": "mezo", "eps": 1e-3}, r"with decay = \[0.5, null\], not null"),
+        (other(head={"w": np.zeros((2, 2), "f")}), SETTINGS, "head.bias, which is missing here"),
+        (other(tail=np.zeros(2)), SETTINGS, "no tail, which is here"),
+        (
+            jax.tree.map(lambda x: x.astype(jnp.bfloat16), small_params()),
+            SETTINGS,
+            r"head.bias as float32 \[2\], which is bfloat16 \[2\] here",
+        ),
+        (
+            other(layers=jax.tree.map(lambda x: x[:1], small_params()["layers"])),
+            SETTINGS,
+            r"layers.norm.scale as float32 \[2, 1\], which is float32 \[1, 1\] here",
+        ),
+        (
+            jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-7), small_params()),
+            SETTINGS,
+            "other values of head.bias: give the model it began with",
+        ),
+    ],
+)
+def test_another_run_is_refused_with_the_first_difference(path, params, settings, reason):
+    log = begin(path)
+    log.check(small_params(), SETTINGS)
+    with pytest.raises(UserError, match=reason):
+        log.check(params, settings)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_parameters_of_any_dtype_and_layout(path, dtype):
+    params = {
+        "layers": [{"w": jnp.ones((2, 2), dtype)}, {"w": jnp.zeros((2, 2), dtype)}],
+        "scale": jnp.float32(1),
+    }
+    log = begin(path, params=params)
+    assert [each.path for each in log.header.params] == ["layers.w[0]", "layers.w[1]", "scale"]
+    log.check(params, SETTINGS)
+    params["layers"].reverse()
+    with pytest.raises(UserError, match=r"other values of layers.w\[0\]"):
+        log.check(params, SETTINGS)
