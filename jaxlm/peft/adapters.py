@@ -6,7 +6,6 @@ kernels are blocks of that module's: A stacks theirs, and B has zeros between th
 read from such a module gives all three the same A.
 """
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -19,34 +18,14 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.paths import LAYERS
 from jaxlm.models import LanguageModel, ModelConfig, param_shapes
 from jaxlm.models.families import Name, family
-from jaxlm.models.hf_folder import read_json
 from jaxlm.models.hf_tensors import runs
 from jaxlm.models.initialise import nest, unnest
 from jaxlm.peft._lora import refuse_second
+from jaxlm.peft.settings import CONFIG, read_settings, write_settings
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 ROOT = "base_model.model."
 KERNEL, LEFT, RIGHT = ".kernel", ".lora_a", ".lora_b"
-# What changes the numbers in another way than here, in PEFT's names; falsy values are harmless.
-_REFUSED = (
-    "alora_invocation_tokens",
-    "alpha_pattern",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "monteclora_config",
-    "rank_pattern",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
-    "velora_config",
-)
-# Ways to start that leave the base model alone; the others take something out of its weights.
-_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def _modules(config: ModelConfig) -> dict[str, list[tuple[Name, int | None]]]:
@@ -87,26 +66,23 @@ def save_adapter(
     tensors = {}
     for name, (left, right) in pairs.items():
         more = (0, rank - left.shape[0])
-        tensors[f"{ROOT}{name}.lora_A.weight"] = np.pad(left, [more, (0, 0)])
-        tensors[f"{ROOT}{name}.lora_B.weight"] = np.pad(right, [(0, 0), more])
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if lm.config.head == "lm" else None,
-        "base_model_name_or_path": base_model,
-        "r": rank,
-        "lora_alpha": lm.config.lora_scale * rank,
-        "target_modules": _targets(list(modules), list(pairs)),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": not any(row.transpose for name in pairs for row, _ in modules[name]),
-        "inference_mode": True,
-    }
+        padded = np.pad(left, [more, (0, 0)]), np.pad(right, [(0, 0), more])
+        for letter, matrix in zip("AB", padded, strict=True):
+            tensors[f"{ROOT}{name}.lora_{letter}.weight"] = np.ascontiguousarray(matrix)
+    settings = write_settings(
+        rank,
+        lm.config.lora_scale,
+        base_model=base_model,
+        task="CAUSAL_LM" if lm.config.head == "lm" else None,
+        targets=_targets(list(modules), list(pairs)),
+        transposed=not any(row.transpose for name in pairs for row, _ in modules[name]),
+    )
     folder = Path(directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="saving-") as temporary:
             save_file(tensors, Path(temporary) / WEIGHTS, {"format": "pt"})
-            (Path(temporary) / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            (Path(temporary) / CONFIG).write_text(settings)
             for name in (WEIGHTS, CONFIG):
                 (Path(temporary) / name).replace(folder / name)
     except OSError as error:
@@ -165,7 +141,7 @@ def load_adapter(
     """
     refuse_second(lm)
     folder = Path(directory)
-    rank, scale = _read_config(folder)
+    rank, scale = read_settings(folder)
     tensors = _read_tensors(folder)
     modules, shapes = _modules(lm.config), param_shapes(lm.config)
     new: dict[str, Any] = {}
@@ -196,26 +172,6 @@ def load_adapter(
         stack = [by_layer[layer] for layer in sorted(by_layer, key=lambda i: i or 0)]
         flat[path] = jnp.asarray(stack[0] if None in by_layer else np.stack(stack), dtype)
     return lm.replace(config=lm.config.replace(lora_scale=scale), params=nest(flat))
-
-
-def _read_config(folder: Path) -> tuple[int, float]:
-    """Rank and scale; UserError for a folder whose settings are not supported."""
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"adapter folder {folder} has no {CONFIG}; give a folder of PEFT")
-    config = read_json(folder / CONFIG)
-    refused = {name: config.get(name) for name in _REFUSED if config.get(name)}
-    if config.get("bias", "none") != "none":
-        refused["bias"] = config["bias"]
-    if config.get("init_lora_weights", True) not in _STARTS:
-        refused["init_lora_weights"] = config["init_lora_weights"]
-    if config.get("peft_type") != "LORA":
-        refused = {"peft_type": config.get("peft_type")}
-    for name, value in refused.items():
-        raise UserError(f"{folder / CONFIG}: {name}={value!r} is not supported, only plain LoRA")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise UserError(f"{folder / CONFIG} has no r and lora_alpha; download it again")
-    return rank, alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
