@@ -75,8 +75,8 @@ def torch_logits(model, inputs: dict) -> np.ndarray:
         ("opt", ["q_proj", "v_proj"], ATTENTION),
         ("llama", "all-linear", "layers"),
         ("roberta", ["query", "value", "output.dense"], r"attention\.v_proj|down_proj"),
-        ("gpt2", ["c_attn", "c_fc"], ATTENTION),
-        ("gpt_neox", ["query_key_value"], ATTENTION),
+        pytest.param("gpt2", ["c_attn", "c_fc"], ATTENTION, marks=pytest.mark.slow),
+        pytest.param("gpt_neox", ["query_key_value"], ATTENTION, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
