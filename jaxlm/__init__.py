@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxlm import core, data, evaluation, models, sharding, studies, train, zo
+    from jaxlm import core, data, evaluation, models, peft, sharding, studies, train, zo
     from jaxlm.core.citation import cite
     from jaxlm.models import from_pretrained, save_pretrained
 
@@ -26,6 +26,7 @@ __all__ = [
     "evaluation",
     "from_pretrained",
     "models",
+    "peft",
     "save_pretrained",
     "sharding",
     "studies",

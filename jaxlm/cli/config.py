@@ -119,8 +119,9 @@ def build(
 
     Args:
         cls: the dataclass. A field with metadata `registry` (name to dataclass) is built as the
-            dataclass that its `name` key chooses, the first one where there is none; one with
-            metadata `make` is built by that function from the mapping of its converted values.
+            dataclass that its `name` key chooses, the first one where there is none; null stays
+            None where that is the default. One with metadata `make` is built by that function from
+            the mapping of its converted values.
         data: key to text, list or mapping.
         where: the file, for messages.
         section: dotted path of this dataclass in the file, for messages.
@@ -134,7 +135,7 @@ def build(
         if name not in fields:
             raise UserError(f"{where}: unknown key '{prefix}{name}': {_offer(name, fields)}")
         kind, extra = hints[name], fields[name].metadata
-        if "registry" in extra:
+        if "registry" in extra and not (value in _NULL and fields[name].default is None):
             value = _section(value, where, prefix + name)
             kind = _chosen(extra["registry"], value, where, name)
         if "make" in extra:
@@ -201,7 +202,7 @@ def _convert(value: Any, kind: Any, where: str, dotted: str) -> Any:
     """Turns text, a list or a mapping into the declared type `kind`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        if value in ("null", "~", "") and type(None) in arguments:
+        if value in _NULL and type(None) in arguments:
             return None
         kind = next(a for a in arguments if a is not type(None))
         return _convert(value, kind, where, dotted)
@@ -235,6 +236,7 @@ def _whole(text: str) -> int:
     return int(text) if text.lstrip("+-").isdecimal() else int(number)
 
 
+_NULL = ("null", "~", "")
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _SCALARS: dict[Any, Callable[[str], Any]] = {
     int: _whole,

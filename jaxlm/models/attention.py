@@ -15,6 +15,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 BLOCK = 256
+AHEAD = 2**30
+"""A position that no window leaves behind."""
 
 
 @functools.partial(
@@ -57,6 +59,19 @@ class Mask:
             there = lax.dynamic_slice_in_dim(self.key_positions, key, keys, axis=1)
             seen = seen & (here[:, :, None] - there[:, None, :] < self.window)
         return seen | (column == row)[None]
+
+    def prefixed(self, count: int) -> "Mask":
+        """The mask with `count` more keys before the others, which every query sees."""
+
+        def before(x, value):
+            return jnp.pad(x, [(0, 0), (count, 0)], constant_values=value)
+
+        return dataclasses.replace(
+            self,
+            keys=before(self.keys, 1),
+            key_positions=before(self.key_positions, AHEAD),
+            first=self.first + count,
+        )
 
     def dense(self) -> Bool[Array, "B T S"]:
         """The whole mask."""

@@ -67,6 +67,7 @@ class ModelConfig:
       remat: what the backward pass computes again: `none`, the whole `layer`, or all but the
         products with its matrices and what attention returns (`dots`), which is faster than keeping
         everything, and smaller.
+      lora_scale: factor of `x @ lora_a @ lora_b` where the tree has these leaves (`jaxlm.peft`).
       compute_dtype: parameters are cast to it when they are read; None computes in theirs.
     """
 
@@ -116,6 +117,7 @@ class ModelConfig:
     eos_id: int | None = None
     pad_id: int | None = None
     stop_ids: tuple[int, ...] = ()
+    lora_scale: float = 1.0
     attention: str = "xla"
     remat: Literal["none", "layer", "dots"] = "dots"
     compute_dtype: str | None = None

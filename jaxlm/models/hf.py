@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import flatten, matcher
 from jaxlm.core.precision import MATRICES, Packed, dequantize, pack
+from jaxlm.models import adapters
 from jaxlm.models.attention import IMPLEMENTATIONS
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import family
@@ -195,7 +196,7 @@ def save_pretrained(
 
     Everything is written into a temporary folder beside and then renamed; of sharded parameters the
     tensors of one file at a time are gathered. Weights in 8 or 4 bits are written as the floats
-    that the model sees.
+    that the model sees, and low-rank adapters are merged into them.
 
     Args:
       lm: the model; its tokenizer is written too.
@@ -206,12 +207,18 @@ def save_pretrained(
         an index. A tensor is never divided.
 
     Raises:
-      UserError: if the directory cannot be written, or `params` are not those of this model.
+      UserError: if the directory cannot be written, `params` are not those of this model, or they
+        have a prefix.
     """
     from safetensors import SafetensorError
 
     folder = Path(directory)
     params = dequantize(lm.params if params is None else params)
+    if adapters.found(params, adapters.PREFIX):
+        raise UserError(
+            "the parameters have a prefix, which a model folder cannot hold; keep a checkpoint"
+        )
+    params = adapters.merge(lm.config, params)
     flat = {leaf.path: leaf.value for leaf in flatten(params)[0]}
     module = family(lm.config.family)
     tensors = targets(lm.config, module, flat)

@@ -37,7 +37,7 @@ def _stacked(path: str) -> bool:
     return path.startswith(LAYERS + ".")
 
 
-def _runs(row: Name, length: int, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
+def runs(row: Name, length: int, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
     """Where [start:stop] of our last axis lies in the HF tensor's, in contiguous runs.
 
     Args:
@@ -160,7 +160,7 @@ class Checkpoint:
             assert found is not None
             row, stored = found[0], self.tensors[found[1]]
             rows = max(1, PIECE // math.prod(stored.shape[1:]))
-            for ours, theirs in _runs(row, shape[-1], start, stop):
+            for ours, theirs in runs(row, shape[-1], start, stop):
                 part, into = (*(slice(*pair) for pair in outer), theirs), block[..., ours]
                 if row.transpose:
                     part, into = part[::-1], into.T
@@ -191,7 +191,7 @@ class Target:
             leaf = flat[row.path]
             value = np.asarray(leaf[layer] if _stacked(row.path) else leaf)
             whole = tensor.T if row.transpose else tensor
-            for ours, theirs in _runs(row, value.shape[-1], 0, value.shape[-1]):
+            for ours, theirs in runs(row, value.shape[-1], 0, value.shape[-1]):
                 whole[..., theirs] = value[..., ours]
         return tensor
 

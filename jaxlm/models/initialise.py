@@ -97,6 +97,15 @@ def nest(flat: dict[str, Any]) -> dict:
     return tree
 
 
+def unnest(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Inverse of `nest`, in which a packed leaf is one leaf."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = prefix + name
+        flat |= unnest(value, path + ".") if isinstance(value, dict) else {path: value}
+    return flat
+
+
 def init_leaf(
     path: str, shape: tuple[int, ...], config: ModelConfig, key: Array, dtype="float32"
 ) -> Array:

@@ -67,10 +67,22 @@ def matmul(x, kernel):
 
 
 def dense(params, path: str, x, ctx: Context):
-    """`x @ kernel + bias` with kernel [in, out]; the bias is optional in the tree."""
-    kernel = ctx.read(params, path + ".kernel")
-    y = kernel.dot(x) if isinstance(kernel, views.LowRankSum) else matmul(x, kernel)
-    return add_bias(params, path, ctx.out(path + ".kernel", "dense", x, y), ctx)
+    """`x @ kernel + s (x @ lora_a) @ lora_b + bias`; only the kernel [in, out] is always there.
+
+    s is `config.lora_scale`.
+    """
+    y = _product(params, path + ".kernel", x, ctx)
+    if lookup(params, path + ".lora_a") is not None:
+        low = _product(params, path + ".lora_a", x, ctx)
+        low = _product(params, path + ".lora_b", low, ctx)
+        y = (y + ctx.config.lora_scale * low).astype(y.dtype)
+    return add_bias(params, path, y, ctx)
+
+
+def _product(params, path, x, ctx):
+    matrix = ctx.read(params, path)
+    y = matrix.dot(x) if isinstance(matrix, views.LowRankSum) else matmul(x, matrix)
+    return ctx.out(path, "dense", x, y)
 
 
 def add_bias(params, path: str, x, ctx: Context):

@@ -37,6 +37,12 @@ class Transformer(nn.Module):
             return nest(leaves)
 
         names = dict.fromkeys(path.split(".")[0] for path in param_shapes(self.config))
-        params = {name: self.param(name, subtree, name + ".") for name in names}
+        params = {
+            # Read as it is where it exists, since it may have an adapter's leaves too.
+            name: self.get_variable("params", name)
+            if self.has_variable("params", name)
+            else self.param(name, subtree, name + ".")
+            for name in names
+        }
         forward = transformer.hidden if self.config.head == "none" else transformer.apply
         return forward(self.config, params, input_ids, attention_mask, **options)

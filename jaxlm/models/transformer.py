@@ -7,6 +7,7 @@ The parameter tree, with a leading axis L on every leaf under `layers`:
     embed.project_in.kernel [E, D]      embed.project_out.kernel [D, E]
     layers.attention.{q,k,v,o}_proj.{kernel, bias}    layers.attention_norm.{scale, bias}
     layers.attention.{q,k}_norm.scale                 layers.{attention,mlp}_out_norm.scale
+    layers.attention.prefix_{keys,values} [m, G, K]   {any}.{lora_a [in, r], lora_b [r, out]}
     layers.mlp.{gate,up,down}_proj.{kernel, bias}     layers.mlp_norm.{scale, bias}
     final_norm.{scale, bias}            lm_head.{embedding [V, E], bias [V]}
     mlm.dense.{kernel, bias}            mlm.norm.{scale, bias}
@@ -24,12 +25,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from jaxlm.core.paths import lookup
 from jaxlm.models import rotary
 from jaxlm.models.attention import IMPLEMENTATIONS, Mask
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.layers import ACTIVATIONS, Context, dense, embed, head, norm
 
 EVERYTHING = 2**30
+PREFIX = "attention.prefix_keys"
 ATTENDED = "attended"
 
 
@@ -108,12 +111,23 @@ def _attention(params, x_BxTxD, ctx: Context, turns, mask, cached):
     q, k, v = _queries_keys_values(params, x_BxTxD, ctx, turns)
     if cached is not None:
         cached, k, v = _extend(cached, ctx.layer, k, v)
+    k, v = (_after_prefix(params, name, x, ctx) for name, x in (("keys", k), ("values", v)))
     scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
     attend = IMPLEMENTATIONS[config.attention]
     out = attend(q, k, v, mask, scale=scale, cap=config.attention_cap)
     out = checkpoint_name(out, ATTENDED)
     out = out.reshape(*x_BxTxD.shape[:2], -1)
     return dense(params, "layers.attention.o_proj", out, ctx), cached
+
+
+def _after_prefix(params, name, x_BxSxGxK, ctx: Context):
+    """Keys or values, behind those of the prefix if there is one, which all rows share."""
+    prefix = ctx.read(params, f"layers.attention.prefix_{name}")
+    if prefix is None:
+        return x_BxSxGxK
+    shape = (x_BxSxGxK.shape[0], *prefix.shape)
+    rows = jnp.broadcast_to(prefix[None], shape).astype(x_BxSxGxK.dtype)
+    return jnp.concatenate([rows, x_BxSxGxK], axis=1)
 
 
 def _extend(cached, layer, k, v):
@@ -181,6 +195,10 @@ def _remat(config: ModelConfig, body):
 def _layers(params, x, ctx: Context, position_ids, mask: Mask, cached):
     """All layers and the final norm; `cached` is (keys, values, length) or None."""
     config, view, tap = ctx.config, ctx.view, ctx.tap
+    unstacked = isinstance(params["layers"], list)
+    prefix = lookup(params["layers"][0] if unstacked else params["layers"], PREFIX)
+    if prefix is not None:
+        mask = mask.prefixed(prefix.shape[-3])
     turns = rotary.table(config, position_ids, x.dtype) if config.positions == "rotary" else None
     windows = None
     if any(config.windowed):
@@ -199,7 +217,7 @@ def _layers(params, x, ctx: Context, position_ids, mask: Mask, cached):
     layers = jnp.arange(config.num_layers, dtype=jnp.int32)
     rest = (layers, windows, tap.layers if tap is not None else None)
     body = _remat(config, body)
-    if isinstance(params["layers"], list):
+    if unstacked:
         x, cached = _one_by_one(body, x, cached, params["layers"], rest)
     else:
         (x, cached), _ = lax.scan(body, (x, cached), (params["layers"], *rest))
@@ -276,7 +294,7 @@ def extend(
     """Reads T more tokens of every row behind those of the cache, which must have T free places.
 
     Args:
-      config: a decoder.
+      config: a decoder; or an encoder, whose tokens see only those read with them or before.
       params: its parameters.
       input_ids: token ids.
       attention_mask: 1 for tokens, 0 for padding on either side; None means no padding.
@@ -296,7 +314,8 @@ def extend(
         return lax.dynamic_update_slice_in_dim(store, new, cache.length, axis=1)
 
     keys, positions = write(cache.mask, mask_BxT), write(cache.positions, positions_BxT)
-    mask = Mask(keys, positions_BxT, positions, first=cache.length)
+    causal = config.kind == "decoder"
+    mask = Mask(keys, positions_BxT, positions, first=cache.length, causal=causal)
     ctx = Context(config, view)
     x = _embed(params, ctx, input_ids, positions_BxT, None)
     cached = (cache.keys, cache.values, cache.length)

@@ -5,9 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.data import TaskConfig, load_task, prepare_for, task_config
+from jaxlm.peft import TUNINGS, Tuning
 from jaxlm.train.loop import LoopConfig
 from jaxlm.train.optimizers import OPTIMIZERS, Mezo, Optimizer
 from jaxlm.train.run_folder import RunFolder, to_dict
@@ -21,6 +24,8 @@ class FinetuneConfig(LoopConfig):
         model: folder or hub id; null means the model that comes with the package.
         task: the task, or the name of a shipped one.
         optimizer: one of `jaxlm.train.optimizers.OPTIMIZERS`, by its name.
+        peft: what is trained in place of all parameters, one of `jaxlm.peft.TUNINGS` by its name;
+            `optimizer.select`, where it is given, chooses among the parameters as they then are.
         calibrate: whether scores are taken less the first model's `option_offsets`, in training and
             after it, so that training starts from calibrated zero-shot.
         batch_size: training examples in a step.
@@ -35,6 +40,7 @@ class FinetuneConfig(LoopConfig):
     model: str | None = None
     task: TaskConfig = field(metadata={"make": task_config})
     optimizer: Optimizer = field(default=Mezo(), metadata={"registry": OPTIMIZERS})
+    peft: Tuning | None = field(default=None, metadata={"registry": TUNINGS})
     calibrate: bool = False
     steps: int = 500
     batch_size: int = 16
@@ -83,12 +89,17 @@ def finetune(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[st
     lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits)
     encoded = prepare_for(lm, task)
     lm = with_head(lm, len(encoded.labels), seed=config.seed)
+    select = config.optimizer.select
+    if config.peft is not None:
+        lm = config.peft.prepare(lm, jax.random.key(config.seed))
+        select = config.peft.select(lm) if select is None else select
     try:
-        paths.mask(lm.params, config.optimizer.select)
+        paths.mask(lm.params, select)
     except ValueError as error:
         raise UserError(f"optimizer.{error}: correct it.") from None
     folder.create(config)
-    summary = _run(config, folder, lm, encoded)
+    optimizer = dataclasses.replace(config.optimizer, select=select)
+    summary = _run(dataclasses.replace(config, optimizer=optimizer), folder, lm, encoded)
     folder.finish(summary)
     return summary
 
@@ -118,6 +129,8 @@ def load_model(
     if found is None:
         raise UserError(f"{name}: the run has no checkpoint: start it again.")
     lm = with_head(lm, len(stored["task"]["labels"]), seed=stored["seed"])
+    if (tuning := stored.get("peft")) is not None:
+        lm = TUNINGS[tuning["name"]](**tuning).prepare(lm, jax.random.key(stored["seed"]))
     trained = {leaf.path: leaf.value for leaf in paths.flatten(found["params"])[0]}
     params = paths.map_with_path(
         lambda leaf: trained[leaf.path].astype(leaf.value.dtype), lm.params
@@ -132,8 +145,6 @@ def with_head(lm: Any, num_labels: int, *, seed: int) -> Any:
     head, labels = lm.config.head, lm.config.num_labels
     if head in ("lm", "mlm") or (head == "classifier" and labels == num_labels):
         return lm
-    import jax
-
     from jaxlm.models import add_classifier
 
     return add_classifier(lm, num_labels, jax.random.key(seed))
@@ -159,8 +170,6 @@ def option_offsets(
 
 def _run(config: FinetuneConfig, folder: RunFolder, lm: Any, encoded: Any) -> dict[str, Any]:
     import functools
-
-    import jax
 
     from jaxlm.evaluation import accuracy, option_scores, score_split
     from jaxlm.train.checkpoint import Checkpoints

@@ -32,26 +32,37 @@ def make_mask(length: int, keys: int, window: int | None, causal: bool):
     )  # fmt: skip
 
 
-def by_loops(q, k, v, mask: Mask, scale: float, cap: float | None):
+def by_loops(q, k, v, mask: Mask, scale: float, cap: float | None, prefix: int = 0):
+    """`prefix` more keys and values stand before those of the mask, and are seen by all."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
     for b, t, h in np.ndindex(*q.shape[:3]):
         row, group = mask.first + t, h // (H // G)
         here = mask.query_positions[b, t]
-        seen = [
+        seen = [True] * prefix + [
             s == row
             or (
                 bool(mask.keys[b, s])
                 and (not mask.causal or s <= row)
                 and (mask.window is None or here - mask.key_positions[b, s] < mask.window)
             )
-            for s in range(k.shape[1])
+            for s in range(k.shape[1] - prefix)
         ]
         scores = scale * k[b, seen, group] @ q[b, t, h]
         scores = scores if cap is None else cap * np.tanh(scores / cap)
         weights = np.exp(scores - scores.max())
         out[b, t, h] = weights / weights.sum() @ v[b, seen, group]
     return out
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize(("window", "causal"), [(1, True), (3, False), (None, True)])
+@pytest.mark.parametrize(("length", "keys"), [(7, 7), (3, 9)])
+def test_a_prefix_against_loops(name, window, causal, length, keys, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    inputs, mask = make(length, keys + 5), make_mask(length, keys, window, causal)
+    found = jax.jit(functools.partial(IMPLEMENTATIONS[name], scale=0.3))(*inputs, mask.prefixed(5))
+    np.testing.assert_allclose(found, by_loops(*inputs, mask, 0.3, None, prefix=5), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PLAIN)

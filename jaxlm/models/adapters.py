@@ -1,0 +1,48 @@
+"""Adapters as leaves of the tree, which the model reads beside a weight (`jaxlm.peft` makes them).
+
+layers.attention.q_proj.lora_a [L, in, r]      layers.attention.q_proj.lora_b [L, r, out]
+layers.attention.prefix_keys [L, m, G, K]      layers.attention.prefix_values [L, m, G, K]
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlm.core.errors import UserError
+from jaxlm.core.paths import matcher
+from jaxlm.core.precision import Packed
+from jaxlm.models.config import ModelConfig
+from jaxlm.models.initialise import nest, unnest
+
+LORA = r"\.lora_[ab]$"
+PREFIX = r"\.prefix_(keys|values)$"
+
+
+def found(params: Any, pattern: str) -> bool:
+    """Whether a tree has leaves of one of the patterns here."""
+    return any(map(matcher(pattern), unnest(params)))
+
+
+def merge(config: ModelConfig, params: Any) -> Any:
+    """The tree with `W + s A B`, summed in float32, in place of every kernel with an adapter.
+
+    Raises:
+      UserError: if such a kernel is packed.
+    """
+    flat = unnest(params)
+    takes = matcher(LORA)
+    merged = {path: leaf for path, leaf in flat.items() if not takes(path)}
+    for path in [path for path in flat if path.endswith(".lora_a")]:
+        stem = path.removesuffix(".lora_a")
+        kernel = flat[stem + ".kernel"]
+        if isinstance(kernel, Packed):
+            raise UserError(
+                f"{stem}.kernel has {kernel.bits} bits, which an adapter cannot be merged into; "
+                "call jaxlm.core.precision.dequantize on the parameters first"
+            )
+        wide = jnp.promote_types(kernel.dtype, jnp.float32)
+        left, right = (flat[stem + name].astype(wide) for name in (".lora_a", ".lora_b"))
+        low = jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
+        merged[stem + ".kernel"] = (kernel + config.lora_scale * low).astype(kernel.dtype)
+    return nest(merged)

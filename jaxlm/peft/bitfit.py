@@ -1,0 +1,22 @@
+"""BitFit: only the biases are trained.
+
+References: Ben Zaken et al., arXiv:2106.10199.
+"""
+
+from jaxlm.core.errors import UserError
+from jaxlm.core.paths import matcher
+from jaxlm.models import LanguageModel
+from jaxlm.models.initialise import unnest
+
+BITFIT = r"\.bias$"
+
+
+def bitfit_selection(lm: LanguageModel) -> str:
+    """`BITFIT`, for a model that has biases.
+
+    Raises:
+      UserError: for one that has none, such as most Llamas.
+    """
+    if not any(map(matcher(BITFIT), unnest(lm.params))):
+        raise UserError(f"this {lm.config.family} model has no biases to train; take lora or head")
+    return BITFIT
