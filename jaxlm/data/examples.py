@@ -117,7 +117,9 @@ def _read(row: Row, template: Template, config: TaskConfig, known: OptTask | Non
         return Example(texts, _label(row, config), name)
     try:
         reading = known.read(row.values)
-        fields = {name: str(reading.fields[name]) for name in template.field_names}
+        fields = {name: reading.fields[name] for name in template.field_names}
+        if not all(isinstance(text, str) for text in fields.values()):
+            raise TypeError
     except KeyError as error:
         names = ", ".join(repr(name) for name in row.values)
         raise UserError(

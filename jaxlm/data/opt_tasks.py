@@ -100,10 +100,8 @@ def _wsc(row: Values) -> Reading:
 
 
 def _copa(row: Values) -> Reading:
-    fields = {
-        "premise": row["premise"].rstrip().removesuffix("."),
-        "connective": {"effect": "so", "cause": "because"}[row["question"]],
-    }
+    connective = ("so", "because")[("effect", "cause").index(row["question"])]
+    fields = {"premise": row["premise"].rstrip().removesuffix("."), "connective": connective}
     choices = tuple(_continued(row[name]) for name in ("choice1", "choice2"))
     return Reading(fields, (int(row["label"]),), choices)
 

@@ -69,8 +69,6 @@ class TaskConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"task.{key} is {value}: give a whole number of at least 1.")
-        if self.truncation not in ("fields", "left"):
-            raise UserError(f"task.truncation is {self.truncation!r}: choose fields or left.")
         Template.parse(self.template)
         if self.labels or not self.own_options:
             self._check_labels()
@@ -155,11 +153,12 @@ def task_config(values: Mapping[str, Any]) -> TaskConfig:
 
 _COUNTS = ("k", "num_train", "num_validation", "num_test", "max_length", "first_field_limit")
 _KEYS: dict[str, tuple[tuple[type, ...], str]] = {
-    **dict.fromkeys(("name", "template", "label_field"), ((str,), "text: put it in quotes")),
+    **dict.fromkeys(
+        ("name", "template", "label_field", "truncation"), ((str,), "text: put it in quotes")
+    ),
     **dict.fromkeys(SPLITS, ((str, type(None)), "the name of a file or data set")),
     **dict.fromkeys(_COUNTS, ((int, type(None)), "a whole number")),
     "test_seed": ((int,), "a whole number"),
-    "truncation": ((str,), "fields or left"),
     "threshold": ((int, float, type(None)), "a number"),
 }
 _LISTS = {"labels": (str,), "classes": (str, int), "fields": (str,)}
@@ -171,6 +170,8 @@ def _typed(key: str, value: Any) -> Any:
     Raises:
         UserError: a value of the wrong type.
     """
+    if key == "truncation" and value not in ("fields", "left"):
+        raise UserError(f"task.truncation is {value!r}: choose fields or left.")
     if key in _KEYS:
         types, wanted = _KEYS[key]
         if not isinstance(value, types) or isinstance(value, bool):
