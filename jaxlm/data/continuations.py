@@ -32,6 +32,10 @@ def encode_prompted(
         UserError: an option without a token, no token before the option, or options that leave no
             room for a prompt.
     """
+    for each in examples:
+        if not each.options:
+            raise UserError(f"{each.id} has no options: leave it out.")
+    special = set(tokenizer.all_special_ids)
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
         rendered = [
@@ -40,14 +44,11 @@ def encode_prompted(
             for option in each.options
         ]
         rows = iter(read_tokens(tokenizer, rendered, "decoder"))
-        special = set(tokenizer.all_special_ids)
         for each in chunk:
             yield _encoded(each, [next(rows) for _ in each.options], special, max_length)
 
 
 def _encoded(each: Prompted, rows: Sequence[Row], special: set[int], limit: int | None) -> Encoded:
-    if not rows:
-        raise UserError(f"{each.id} has no options: leave it out.")
     ids = rows[0].ids
     kept = next((i for i, token in enumerate(ids) if token not in special), 0)
     excess = 0 if limit is None else max(0, max(len(row.ids) for row in rows) - limit)

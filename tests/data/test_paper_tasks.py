@@ -353,7 +353,8 @@ def test_a_parquet_file(tmp_path: Path) -> None:
     assert prompted(task, task.test[0]).gold == (1, 2)
 
 
-COUNTS = {  # name: (rows of train, of test) -> (train, validation, test), by the counts of the paper
+# name: (rows of train and test, those that are taken to train, validate and test)
+COUNTS = {
     "opt/rte": ((2490, 277), (1000, 500, 277)),
     "opt/cb": ((250, 56), (150, 100, 56)),
     "opt/copa": ((400, 100), (300, 100, 100)),
