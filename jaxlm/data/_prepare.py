@@ -57,6 +57,7 @@ def prepare(
         )
     token_ids = _label_words(encoded)
     if token_ids is not None:
+        _check_words(task.config.labels, token_ids.tolist(), tokenizer)
         encoded = [_first_option(each) for each in encoded]
     elif kind == "decoder" and not task.template.after:
         encoded = share_prompts(encoded) or encoded
@@ -125,6 +126,19 @@ def _label_words(examples: Sequence[Encoded]) -> Int32[np.ndarray, "C"] | None:
     if any(len(word) != 1 for word in words):
         return None
     return np.asarray(words, np.int32)[:, 0]
+
+
+def _check_words(labels: Sequence[str], tokens: Sequence[int], tokenizer: Any) -> None:
+    for i, (label, token) in enumerate(zip(labels, tokens, strict=True)):
+        if token == tokenizer.unk_token_id:
+            raise UserError(
+                f"task.labels: {label!r} is unknown to the tokenizer: choose another label word."
+            )
+        if token in tokens[:i]:
+            raise UserError(
+                f"task.labels: {labels[tokens.index(token)]!r} and {label!r} are the same tokens: "
+                "change one."
+            )
 
 
 def _first_option(each: Encoded) -> Encoded:
