@@ -38,7 +38,10 @@ def problem(model: str | None, task: str) -> tuple[str, LanguageModel, Any, Any]
     config = dataclasses.replace(data.shipped_task(task), max_length=64)
     encoded = data.prepare_for(lm, data.load_task(config, seed=0))
     batch = encoded.batch(0, batch_size=32, seed=0)
-    return model or "shipped", lm, classification_objective(lm.apply, encoded.token_ids), batch
+    loss_fn = classification_objective(
+        lm.apply, encoded.token_ids, log_probs=lm.continuation_log_probs
+    )
+    return model or "shipped", lm, loss_fn, batch
 
 
 def layers(params: Tree) -> tuple[list[str], Tree]:

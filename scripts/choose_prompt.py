@@ -36,7 +36,8 @@ def compare(lm: jaxlm.models.LanguageModel, choices: dict[str, Any], sentences: 
         task = load_task(task_config(config), seed=0)
         part = dataclasses.replace(task, train=task.train[:sentences], validation=(), test=())
         encoded = prepare_for(lm, part)
-        scorer = jax.jit(functools.partial(option_scores, lm.apply, encoded.token_ids))
+        score = functools.partial(option_scores, log_probs=lm.continuation_log_probs)
+        scorer = jax.jit(functools.partial(score, lm.apply, encoded.token_ids))
         scores, labels = score_split(scorer, lm.params, encoded, "train", batch_size=50)
         for i, j in itertools.product(range(len(first)), range(len(second))):
             pair = scores[:, [i, len(first) + j]]

@@ -1,35 +1,49 @@
 """Accuracy of a model, as it is, on a task.
 
-usage: jaxlm evaluate MODEL [--task.name=subj] [--split=test] [--dotted.path=value ...]
+usage: jaxlm evaluate MODEL [--task.name=subj] [--split=test] [--icl=k] [--dotted.path=value ...]
        jaxlm evaluate config.yaml [--split=test] [--dotted.path=value ...]
 
 MODEL is a folder, a hub id, or the folder of a run of `jaxlm finetune`; a run is evaluated on its
 own task where none is given. The configuration may be that of a fine-tuning run: what does not
 concern evaluation is passed over. Printed as JSON are the accuracy of the highest score, the
 accuracy with scores calibrated on the training texts (labels unused), and that of the most frequent
-class.
+class. `--icl=32` puts 32 solved training examples before each text of the test split. A task whose
+answers are generated is scored by the F1 of its words and by exact match.
 """
 
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxlm.cli import config as configs
 from jaxlm.core.errors import UserError
-from jaxlm.data import TaskConfig, load_task, prepare_for, task_config
+from jaxlm.data import (
+    Task,
+    TaskConfig,
+    load_task,
+    prepare_for,
+    prompted,
+    task_config,
+    with_demonstrations,
+)
 from jaxlm.train.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """An evaluation; the keys are those of a fine-tuning run, and `split`."""
+    """An evaluation; the keys are those of a fine-tuning run, `split`, and `icl`.
+
+    Attributes:
+        icl: solved training examples before each text of the test split.
+    """
 
     model: str | None = None
     task: TaskConfig = field(metadata={"make": task_config})
     split: Literal["train", "validation", "test"] = "test"
+    icl: int = 0
     seed: int = 0
     eval_batch_size: int = 64
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -38,6 +52,10 @@ class EvaluateConfig:
     def __post_init__(self):
         if self.eval_batch_size < 1:
             raise UserError(f"eval_batch_size is {self.eval_batch_size}: give 1 or more.")
+        if self.icl < 0:
+            raise UserError(f"icl is {self.icl}: give 0 or more.")
+        if self.icl and self.split != "test":
+            raise UserError(f"icl puts examples before the test split: leave out {self.split}.")
 
 
 def run(args: Sequence[str]) -> None:
@@ -60,7 +78,7 @@ def evaluate(
     config: EvaluateConfig, *, base_dir: Path | None = None, offsets: Any = None
 ) -> dict[str, Any]:
     """Scores one split, less `offsets` if there are any, and returns the accuracies."""
-    task = load_task(config.task, seed=config.seed, base_dir=base_dir)
+    task = _load(config, base_dir)
     if not getattr(task, config.split):
         raise UserError(f"task has no {config.split} examples: give task.{config.split}.")
 
@@ -71,24 +89,55 @@ def evaluate(
     lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits)
     if lm.config.head == "none":
         raise UserError(f"{config.model} has no head to evaluate: fine-tune it first.")
+    result: dict[str, Any] = {
+        "model": config.model or "shipped",
+        "task": config.task.name,
+        "split": config.split,
+        "examples": len(getattr(task, config.split)),
+    }
+    if getattr(task, config.split)[0].answers:
+        return result | _generated(config, lm, task)
     encoded = prepare_for(lm, task)
     scorer = Program(
-        functools.partial(evaluation.option_scores, lm.apply, encoded.token_ids, offsets=offsets)
+        functools.partial(
+            evaluation.option_scores,
+            lm.apply,
+            encoded.token_ids,
+            offsets=offsets,
+            log_probs=lm.continuation_log_probs,
+        )
     )
     score = functools.partial(
         evaluation.score_split, scorer, lm.params, encoded, batch_size=config.eval_batch_size
     )
     scores, labels = score(config.split)
-    result: dict[str, Any] = {
-        "model": config.model or "shipped",
-        "task": config.task.name,
-        "split": config.split,
-        "examples": len(labels),
-        "accuracy": evaluation.accuracy(scores, labels),
-    }
-    if encoded.train:
+    result["accuracy"] = evaluation.accuracy(scores, labels)
+    if encoded.train and encoded.labels:
         unlabelled, train_labels = score("train")
         calibrated = evaluation.calibrate(scores, unlabelled)
         result["calibrated_accuracy"] = evaluation.accuracy(calibrated, labels)
         result["majority_accuracy"] = evaluation.majority_accuracy(train_labels, labels)
     return result | {"peak_memory_bytes": scorer.peak_bytes}
+
+
+def _load(config: EvaluateConfig, base_dir: Path | None) -> Task:
+    """The task, with demonstrations drawn from all training examples if there are to be any."""
+    load = functools.partial(load_task, seed=config.seed, base_dir=base_dir)
+    if not config.icl:
+        return load(config.task)
+    whole = replace(config.task, k=None, num_train=None, validation=None)
+    return with_demonstrations(load(whole), config.icl)
+
+
+def _generated(config: EvaluateConfig, lm: Any, task: Task) -> dict[str, float]:
+    from jaxlm.evaluation import evaluate_generation
+
+    texts = [prompted(task, example) for example in getattr(task, config.split)]
+    found = evaluate_generation(
+        lm,
+        lm.params,
+        [each.prompt for each in texts],
+        [each.answers for each in texts],
+        batch_size=config.eval_batch_size,
+    )
+    return {"f1": found.f1, "exact_match": found.exact_match}

@@ -8,7 +8,7 @@ usage: jaxlm finetune                                      the quickstart, witho
 A configuration:
 
   model: path-or-hub-id          # left out: the model that comes with jaxlm
-  task: {name: subj}             # mr or subj; or your own files:
+  task: {name: subj}             # mr or subj, opt/rte, roberta/sst-2, ...; or your own files:
   # task: {name: trec, train: train.jsonl, validation: hold_out, test: test.jsonl, k: 16,
   #        template: "{text} This asks about a {label}.", labels: [word, thing, person]}
   optimizer: {name: mezo, learning_rate: 1e-3, eps: 1e-3}      # or sgd, adam, adamw, muon

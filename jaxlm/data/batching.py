@@ -2,121 +2,17 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int32
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.encoding import Encoded, encode_all
-from jaxlm.data.examples import Task
-from jaxlm.data.tokens import Kind
+from jaxlm.data.arrays import Batch, Form, collate, collate_completions
+from jaxlm.data.encoding import Encoded
 
 Split = Literal["train", "validation", "test"]
-Batch = dict[str, np.ndarray]
-_QUANTILES = (0.5, 0.8, 0.95, 1.0)
-_MULTIPLE = 8
-
-
-def prepare(
-    task: Task,
-    tokenizer: Any,
-    *,
-    kind: Kind,
-    max_length: int | None = None,
-    vocab_size: int | None = None,
-    buckets: Sequence[int] | None = None,
-) -> "EncodedTask":
-    """Encodes every split of a task.
-
-    Args:
-        task: the task.
-        tokenizer: one of transformers.
-        kind: "decoder" or "encoder".
-        max_length: longest row that the model takes; the smaller of it and the task's own counts.
-        vocab_size: tokens of the model; a tokenizer that makes others is refused.
-        buckets: lengths that batches are padded to; without it, quantiles of the rows' lengths,
-            rounded up to a multiple of 8.
-
-    Raises:
-        UserError: see `encode_all`; or there is no tokenizer, or it is not the model's.
-    """
-    if tokenizer is None:
-        raise UserError("the model has no tokenizer: add tokenizer.json to its folder.")
-    limits = [limit for limit in (max_length, task.config.max_length) if limit is not None]
-    examples = [*task.train, *task.validation, *task.test]
-    encoded = list(
-        encode_all(
-            task.template,
-            tokenizer,
-            examples,
-            task.config.labels,
-            kind=kind,
-            max_length=min(limits, default=None),
-        )
-    )
-    largest = max(max(map(max, (*x.input_ids, *x.targets))) for x in encoded)
-    if vocab_size is not None and largest >= vocab_size:
-        raise UserError(
-            f"the tokenizer makes token {largest}, the model has {vocab_size}: take the tokenizer "
-            "of the model."
-        )
-    token_ids = _label_words(encoded)
-    if token_ids is not None:
-        encoded = [_first_option(each) for each in encoded]
-    ends = np.cumsum([len(task.train), len(task.validation)])
-    pad_id = tokenizer.pad_token_id
-    return EncodedTask(
-        labels=task.config.labels,
-        token_ids=token_ids,
-        pad_id=0 if pad_id is None else pad_id,
-        buckets=tuple(buckets or _buckets(encoded, min(limits, default=None))),
-        train=tuple(encoded[: ends[0]]),
-        validation=tuple(encoded[ends[0] : ends[1]]),
-        test=tuple(encoded[ends[1] :]),
-    )
-
-
-def prepare_for(lm: Any, task: Task, *, max_length: int | None = None) -> "EncodedTask":
-    """`prepare` for a `jaxlm.models.LanguageModel`; `max_length` is the model's where not given."""
-    return prepare(
-        task,
-        lm.tokenizer,
-        kind=lm.config.kind,
-        max_length=lm.config.max_positions if max_length is None else max_length,
-        vocab_size=lm.config.vocab_size,
-    )
-
-
-def _label_words(examples: Sequence[Encoded]) -> Int32[np.ndarray, "C"] | None:
-    """The label words' tokens, if in every example the options differ in one last token alone."""
-    words = examples[0].targets
-    for each in examples:
-        shared = len(set(each.input_ids)) == len(set(each.positions)) == 1
-        if not shared or each.targets != words:
-            return None
-    if any(len(word) != 1 for word in words):
-        return None
-    return np.asarray(words, np.int32)[:, 0]
-
-
-def _first_option(each: Encoded) -> Encoded:
-    types = each.token_type_ids
-    return replace(
-        each,
-        input_ids=each.input_ids[:1],
-        positions=each.positions[:1],
-        targets=(),
-        token_type_ids=types and types[:1],
-    )
-
-
-def _buckets(examples: Sequence[Encoded], limit: int | None) -> list[int]:
-    lengths = [max(map(len, each.input_ids)) for each in examples]
-    marks = np.quantile(lengths, _QUANTILES, method="higher").astype(int)
-    rounded = {-(-int(mark) // _MULTIPLE) * _MULTIPLE for mark in marks}
-    return sorted({min(length, limit or length) for length in rounded})
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,11 +20,11 @@ class EncodedTask:
     """The tokens of a task's splits, and their batches.
 
     In the form "label_words" one row an example is read, and the label words are compared by their
-    logits at one position; "options" reads a row for each label word. The first is used where every
-    example allows it.
+    logits at one position; "continuations" reads the prompt once and each option after it;
+    "options" reads a row for each option. The first that every example allows is used.
 
-    A batch is a dict of arrays, padded on the right (B examples, C label words, T one of `buckets`,
-    K the most tokens scored in any option of the task):
+    A batch is a dict of arrays, padded on the right (B examples, C options, T one of `buckets`,
+    K the most tokens scored in any option of the task). Labels and weights are in all of them:
 
     ============== ======= =========== ========= ==================================
     key            dtype   label_words options   meaning
@@ -143,15 +39,29 @@ class EncodedTask:
     weights        float32 [B]         [B]       1 for examples, 0 for filling rows
     ============== ======= =========== ========= ==================================
 
+    ============== ======= ============= ==========================================
+    key            dtype   continuations meaning
+    ============== ======= ============= ==========================================
+    prompt_ids     int32   [B, T]        tokens
+    prompt_mask    int32   [B, T]        1 for tokens, 0 for padding
+    option_ids     int32   [B, C, K]     tokens of the options, all of them scored
+    option_mask    float32 [B, C, K]     1 for tokens; an option without one is none
+    ============== ======= ============= ==========================================
+
+    Where examples differ in the number of options or its tokens, C and K are those of the batch,
+    rounded up to a multiple of 8. With the objective "completion" training batches hold the prompt
+    with the right option alone, as `jaxlm.train.objective.lm_objective` takes them.
+
     Attributes:
-        labels: the label words.
-        token_ids: int32 [C], the label words' tokens; None in the form "options".
+        labels: the label words; none where every example has its own options.
+        token_ids: int32 [C], the label words' tokens; None in the other forms.
         pad_id: token of the padding.
         vocab_size: tokens of the model; a tokenizer that makes others is refused.
         buckets: lengths that batches are padded to, increasing.
         train: encoded examples.
         validation: encoded examples.
         test: encoded examples.
+        objective: what training batches are for.
     """
 
     labels: tuple[str, ...]
@@ -161,16 +71,29 @@ class EncodedTask:
     train: tuple[Encoded, ...]
     validation: tuple[Encoded, ...]
     test: tuple[Encoded, ...]
+    objective: Literal["classification", "completion"] = "classification"
+
+    @functools.cached_property
+    def form(self) -> Form:
+        if self.token_ids is not None:
+            return "label_words"
+        return "options" if all(each.positions for each in self._examples) else "continuations"
 
     @property
-    def form(self) -> Literal["label_words", "options"]:
-        return "options" if self.token_ids is None else "label_words"
+    def _examples(self) -> tuple[Encoded, ...]:
+        return self.train + self.validation + self.test
+
+    @functools.cached_property
+    def num_options(self) -> int:
+        """C, the most options of any example."""
+        if self.token_ids is not None:
+            return len(self.token_ids)
+        return max(len(each.targets) for each in self._examples)
 
     @functools.cached_property
     def num_targets(self) -> int:
         """K, the most tokens scored in any option."""
-        examples = self.train + self.validation + self.test
-        return max(len(row) for each in examples for row in each.positions)
+        return max(len(row) for each in self._examples for row in each.targets or each.positions)
 
     def batch(self, step: int, *, batch_size: int, seed: int) -> Batch:
         """The training batch of a step, a pure function of (seed, step).
@@ -182,7 +105,7 @@ class EncodedTask:
         Raises:
             UserError: there are no training examples.
         """
-        return self._collate(self._stream(step * batch_size, batch_size, seed))
+        return self._collate_train(self._stream(step * batch_size, batch_size, seed))
 
     def batches(self, step: int, count: int, *, batch_size: int, seed: int) -> Batch:
         """The batches of `count` steps from `step` on, stacked on a new first axis.
@@ -190,7 +113,7 @@ class EncodedTask:
         All have one length: the bucket of the longest row among them.
         """
         examples = self._stream(step * batch_size, count * batch_size, seed)
-        stacked = self._collate(examples)
+        stacked = self._collate_train(examples)
         return {
             key: value.reshape(count, batch_size, *value.shape[1:])
             for key, value in stacked.items()
@@ -227,54 +150,21 @@ class EncodedTask:
             buckets=self.buckets,
             num_targets=self.num_targets,
             pad_id=self.pad_id,
+            num_options=1 if self.form == "label_words" else self.num_options,
+        )
+
+    def _collate_train(self, examples: Sequence[Encoded]) -> Batch:
+        if self.objective == "classification":
+            return self._collate(examples)
+        return collate_completions(
+            examples,
+            words=None if self.token_ids is None else self.token_ids.tolist(),
+            buckets=self.buckets,
+            num_targets=self.num_targets,
+            pad_id=self.pad_id,
         )
 
 
 @functools.lru_cache(maxsize=8)
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(size)
-
-
-def collate(
-    examples: Sequence[Encoded],
-    *,
-    form: Literal["label_words", "options"],
-    buckets: Sequence[int],
-    num_targets: int,
-    pad_id: int,
-) -> Batch:
-    """Pads examples to the shortest bucket that holds them; `EncodedTask` describes the keys."""
-    longest = max(len(row) for each in examples for row in each.input_ids)
-    length = next((bucket for bucket in buckets if bucket >= longest), None)
-    if length is None:
-        raise ValueError(f"a row has {longest} tokens, but the longest bucket is {buckets[-1]}")
-    batch = {
-        "input_ids": _pad([each.input_ids for each in examples], length, pad_id),
-        "attention_mask": _pad(
-            [[[1] * len(row) for row in each.input_ids] for each in examples], length
-        ),
-        "positions": _pad([each.positions for each in examples], num_targets),
-        "labels": np.asarray([each.label for each in examples], np.int32),
-        "weights": np.ones(len(examples), np.float32),
-    }
-    types = [each.token_type_ids for each in examples if each.token_type_ids is not None]
-    if types:
-        batch["token_type_ids"] = _pad(types, length)
-    if form == "label_words":
-        for key in ("input_ids", "attention_mask", "token_type_ids"):
-            if key in batch:
-                batch[key] = batch[key][:, 0]
-        batch["positions"] = batch["positions"][:, 0, 0]
-        return batch
-    batch["targets"] = _pad([each.targets for each in examples], num_targets)
-    ones = [[[1] * len(row) for row in each.targets] for each in examples]
-    batch["target_mask"] = _pad(ones, num_targets).astype(np.float32)
-    return batch
-
-
-def _pad(rows: Sequence[Sequence[Sequence[int]]], length: int, fill: int = 0) -> np.ndarray:
-    padded = np.full((len(rows), len(rows[0]), length), fill, np.int32)
-    for i, options in enumerate(rows):
-        for j, row in enumerate(options):
-            padded[i, j, : len(row)] = row
-    return padded

@@ -18,7 +18,8 @@ class Encoded:
     """One example as tokens, a row for each option.
 
     The score of option c is the mean over k of the log-probability of `targets[c][k]` in the logits
-    at `positions[c][k]` of `input_ids[c]`.
+    at `positions[c][k]` of `input_ids[c]`. Where the options share a prompt, `input_ids` holds that
+    alone, `positions` nothing, and the targets go on after it.
 
     Attributes:
         label: the class of the example.
@@ -26,6 +27,7 @@ class Encoded:
         positions: places in the row whose logits predict the targets.
         targets: the tokens that are scored.
         token_type_ids: segments, where an encoder's tokenizer gives them.
+        gold: all right options, where there are several.
     """
 
     label: int
@@ -33,6 +35,7 @@ class Encoded:
     positions: tuple[Tokens, ...]
     targets: tuple[Tokens, ...]
     token_type_ids: tuple[Tokens, ...] | None = None
+    gold: tuple[int, ...] = ()
 
 
 def encode(
@@ -57,6 +60,7 @@ def encode_all(
     *,
     kind: Kind,
     max_length: int | None = None,
+    first_field_limit: int | None = None,
 ) -> Iterator[Encoded]:
     """Tokens of examples with every label word.
 
@@ -77,6 +81,7 @@ def encode_all(
         labels: the label words.
         kind: "decoder" or "encoder".
         max_length: longest row of `input_ids`.
+        first_field_limit: most tokens of the template's first field.
 
     Raises:
         UserError: a label word that is no single token (encoder), has no token or the same tokens
@@ -92,16 +97,20 @@ def encode_all(
         rows = read_tokens(tokenizer, rendered, kind)
         for i, example in enumerate(chunk):
             options = rows[i * len(labels) : (i + 1) * len(labels)]
-            if room is not None and max(len(row.ids) for row in options) > room:
-                options = _truncate(options, room)
+            bounds = [limit for limit in (room, first_field_limit) if limit is not None]
+            if bounds and max(len(row.ids) for row in options) > min(bounds):
+                options = _truncate(options, room, first_field_limit)
             yield _join(options, example, labels, tokenizer, kind)
 
 
-def _truncate(options: Sequence[Row], room: int) -> list[Row]:
+def _truncate(options: Sequence[Row], room: int | None, first: int | None) -> list[Row]:
     """Removes tokens from the fields' ends, the same number from every option."""
     longest = max(options, key=lambda row: len(row.ids))
     kept = [len(field) for field in longest.fields()]
-    excess = len(longest.ids) - room
+    excess = 0 if room is None else len(longest.ids) - room
+    if first is not None and kept and kept[0] > first:
+        excess -= kept[0] - first
+        kept[0] = first
     if sum(kept) < excess:
         raise UserError(
             f"task.template with its label words needs {excess - sum(kept)} tokens more than "

@@ -2,25 +2,40 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.fewshot import draw_per_class
+from jaxlm.data.fewshot import draw_per_class, draw_split
+from jaxlm.data.opt_tasks import OptTask, opt_task
 from jaxlm.data.sources import SPLITS, Row, read_rows
 from jaxlm.data.tasks import TaskConfig
-from jaxlm.data.templates import Template
+from jaxlm.data.templates import Field, Template
 
 
 @dataclass(frozen=True)
 class Example:
-    """One example: the texts of the template's fields, the class, and where it came from."""
+    """One example.
+
+    Attributes:
+        fields: texts of the template's fields.
+        label: the class, or the right one among the example's own options.
+        id: where it came from.
+        options: the example's own options, in place of the task's label words.
+        gold: all right options, where there are several.
+        answers: right texts, where a text is to be generated.
+        context: text before the template: demonstrations.
+    """
 
     fields: Mapping[str, str]
     label: int
     id: str
+    options: tuple[str, ...] = ()
+    gold: tuple[int, ...] = ()
+    answers: tuple[str, ...] = ()
+    context: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,9 +52,12 @@ class Task:
 def load_task(config: TaskConfig, *, seed: int, base_dir: str | Path | None = None) -> Task:
     """Reads a task's examples.
 
+    Of the tasks `opt/NAME` and `roberta/NAME`, rows with the label -1 are left out: the hub's data
+    sets mark with it what has no label.
+
     Args:
         config: the task.
-        seed: of the draw of k examples per class.
+        seed: of the draw of k examples per class, or of `num_train` and `num_validation`.
         base_dir: folder where relative paths start, before the working directory.
 
     Raises:
@@ -58,21 +76,65 @@ def load_task(config: TaskConfig, *, seed: int, base_dir: str | Path | None = No
     }
     columns = tuple(next(split for split in rows.values() if split)[0].values)
     template = Template.parse(config.template).with_names(config.fields, columns)
+    known = opt_task(config.name)
     train, validation, test = (
-        tuple(_example(row, template, config) for row in rows[split]) for split in SPLITS
+        tuple(_read(row, template, config, known) for row in rows[split] if _has_label(row, config))
+        for split in SPLITS
     )
-    if config.k is not None and (train or held_out):
-        labels = [example.label for example in train]
-        draw = functools.partial(draw_per_class, labels, config.k, seed=seed, names=config.labels)
-        if held_out:
-            validation = tuple(train[i] for i in draw(skip=config.k))
-        train = tuple(train[i] for i in draw())
+    if train or held_out:
+        train, drawn = _draw(train, config, held_out=held_out, seed=seed)
+        validation = drawn if held_out else validation
+    if test and config.num_test is not None:
+        places, _ = draw_split(len(test), config.num_test, 0, seed=config.test_seed)
+        test = tuple(test[i] for i in places)
     return Task(config, template, train, validation, test)
 
 
-def _example(row: Row, template: Template, config: TaskConfig) -> Example:
-    texts = {name: _text(row, name) for name in template.field_names}
-    return Example(texts, _label(row, config), f"{row.source}:{row.number}")
+def _draw(
+    train: Sequence[Example], config: TaskConfig, *, held_out: bool, seed: int
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """The examples to train on, and those that are held out."""
+    if config.k is not None:
+        labels = [example.label for example in train]
+        draw = functools.partial(draw_per_class, labels, config.k, seed=seed, names=config.labels)
+        chosen, rest = draw(), draw(skip=config.k) if held_out else []
+    elif config.num_train is not None or held_out:
+        count = (config.num_validation or 0) if held_out else 0
+        chosen, rest = draw_split(len(train), config.num_train, count, seed=seed)
+    else:
+        return tuple(train), ()
+    return tuple(train[i] for i in chosen), tuple(train[i] for i in rest)
+
+
+def _has_label(row: Row, config: TaskConfig) -> bool:
+    return "/" not in config.name or row.values.get(config.label_field) != -1
+
+
+def _read(row: Row, template: Template, config: TaskConfig, known: OptTask | None) -> Example:
+    name = f"{row.source}:{row.number}"
+    if known is None:
+        texts = {name: _text(row, name) for name in template.field_names}
+        return Example(texts, _label(row, config), name)
+    try:
+        reading = known.read(row.values)
+        fields = {name: reading.fields[name] for name in template.field_names}
+        if not all(isinstance(text, str) for text in fields.values()):
+            raise TypeError
+    except KeyError as error:
+        names = ", ".join(repr(name) for name in row.values)
+        raise UserError(
+            f"{row.where} has no field {error}, which {config.name} reads: its fields are {names}."
+        ) from None
+    except (TypeError, ValueError, AttributeError, IndexError):
+        raise UserError(
+            f"{row.where} is not a row of {config.name}: give rows as the data set "
+            f"{known.train.partition(':')[0]} has them."
+        ) from None
+    if template.before and isinstance(first := template.before[0], Field):
+        fields[first.name] = fields[first.name].lstrip()
+    options = reading.options
+    gold = reading.gold if len(reading.gold) > 1 else ()
+    return Example(fields, reading.gold[0], name, options, gold, reading.answers)
 
 
 def _value(row: Row, name: str, key: str) -> Any:
@@ -101,6 +163,13 @@ def _text(row: Row, name: str) -> str:
 def _label(row: Row, config: TaskConfig) -> int:
     """The class of a row: `classes` decide first, then label words and indices where they agree."""
     value = _value(row, config.label_field, "label_field")
+    if config.threshold is not None:
+        try:
+            return int(float(value) >= config.threshold)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{row.where}: label {value!r} is not a number, which task.threshold compares."
+            ) from None
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise UserError(
             f"{row.where}: label {value!r} is neither text nor a whole number: give an index, a "

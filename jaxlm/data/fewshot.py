@@ -45,3 +45,38 @@ def draw_per_class(
         generator = np.random.Generator(np.random.PCG64([seed, label]))
         chosen += generator.permutation(members)[skip : skip + k].tolist()
     return sorted(chosen)
+
+
+def draw_split(
+    count: int, num_train: int | None, num_validation: int, *, seed: int
+) -> tuple[list[int], list[int]]:
+    """Indices of a training and a held-out set, drawn over all classes.
+
+    Of a permutation of all places by NumPy's `RandomState(seed)`, the first `num_train +
+    num_validation` are taken; the last `num_validation` of these are held out. So where there are
+    too few examples, the training set is smaller. These are the draws of MeZO's code.
+
+    Args:
+        count: examples that there are.
+        num_train: examples to train on; None for all that are not held out.
+        num_validation: examples to hold out.
+        seed: a whole number from 0 to 2**32 - 1.
+
+    Returns:
+        (training, held-out), in the order of the permutation.
+
+    Raises:
+        UserError: nothing is left to train on.
+
+    >>> draw_split(8, 3, 2, seed=0)
+    ([6, 2, 1], [7, 3])
+    """
+    places = np.random.RandomState(seed).permutation(count).tolist()
+    taken = places[: None if num_train is None else num_train + num_validation]
+    if num_validation >= len(taken):
+        raise UserError(
+            f"task.num_validation is {num_validation}, but task.train has {count} examples: "
+            "lower it or give more examples."
+        )
+    cut = len(taken) - num_validation
+    return taken[:cut], taken[cut:]

@@ -3,9 +3,11 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from jaxlm.core.errors import UserError
+from jaxlm.data.opt_tasks import OPT_TASKS, opt_task
+from jaxlm.data.roberta_tasks import ROBERTA_TASKS
 from jaxlm.data.sources import SHIPPED, SPLITS
 from jaxlm.data.templates import Template
 
@@ -17,7 +19,8 @@ class TaskConfig:
     Attributes:
         name: name of the task.
         train: file or data set with the training examples (`read_rows` says which); None for none.
-        validation: the same, or "hold_out": k per class of what train leaves.
+        validation: the same, or "hold_out": k per class, or `num_validation` in all, of what train
+            leaves.
         test: the same.
         template: see `Template`.
         labels: the label words, in the order of the classes.
@@ -26,11 +29,20 @@ class TaskConfig:
         classes: names of the classes in the data, in the order of `labels`.
         fields: fields that *sent_0*, *sent_1*, ... of an LM-BFF template stand for.
         k: examples of every class to train on; None for all.
+        num_train: examples to train on, drawn over all classes; None for all, or for `k`.
+        num_validation: examples held out beside `num_train`.
+        num_test: examples to test on; None for all.
+        test_seed: of the draw of `num_test` examples, which no run's own seed changes.
         max_length: tokens to which an example is cut; None for as many as the model takes.
+        first_field_limit: tokens to which the template's first field is cut; None for no limit.
+        truncation: what is cut of a longer example: "fields", the ends of the longest, or "left",
+            the beginning of the text.
+        threshold: where the label is a score, the least score of the second class.
 
     Raises:
         UserError: a value of the wrong type, an empty or repeated label word, fewer than two of
-            them, `classes` of another length, or "hold_out" without k.
+            them, `classes` of another length, "hold_out" without k or `num_validation`, or k
+            beside `num_train`.
     """
 
     name: str
@@ -43,17 +55,33 @@ class TaskConfig:
     classes: tuple[str | int, ...] | None = None
     fields: tuple[str, ...] | None = None
     k: int | None = None
+    num_train: int | None = None
+    num_validation: int | None = None
+    num_test: int | None = None
+    test_seed: int = 0
     max_length: int | None = None
+    first_field_limit: int | None = None
+    truncation: Literal["fields", "left"] = "fields"
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
-        for key in ("k", "max_length"):
+        for key in _COUNTS:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"task.{key} is {value}: give a whole number of at least 1.")
         Template.parse(self.template)
-        self._check_labels()
-        if self.validation == "hold_out" and self.k is None:
+        if self.labels or not self.own_options:
+            self._check_labels()
+        if self.k is not None and self.num_train is not None:
+            raise UserError("task.k and task.num_train are both given: keep one.")
+        if self.validation == "hold_out" and self.k is None and self.num_validation is None:
             raise UserError("task.validation is hold_out, but task.k is not given: give task.k.")
+
+    @property
+    def own_options(self) -> bool:
+        """Whether the options come with each example, in place of label words."""
+        known = opt_task(self.name)
+        return known is not None and not known.labels
 
     def _check_labels(self) -> None:
         for number, label in enumerate(self.labels, start=1):
@@ -77,6 +105,12 @@ class TaskConfig:
             )
 
 
+_SUITES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "opt": {name: task.values for name, task in OPT_TASKS.items()},
+    "roberta": ROBERTA_TASKS,
+}
+
+
 def shipped_names() -> list[str]:
     """Names of the tasks that come with the package."""
     return sorted(path.parent.name for path in SHIPPED.glob("*/task.yaml"))
@@ -94,8 +128,8 @@ def shipped_task(name: str) -> TaskConfig:
 def task_config(values: Mapping[str, Any]) -> TaskConfig:
     """Makes a task's configuration from a mapping, as YAML gives it.
 
-    Where `name` is that of a shipped task, the keys that are not given are that task's; a key given
-    as None counts as given.
+    Where `name` is that of a shipped task, or one of `opt/NAME` and `roberta/NAME`, the keys that
+    are not given are that task's; a key given as None counts as given.
 
     Raises:
         UserError: an unknown or missing key, a value of the wrong type, or as `TaskConfig`.
@@ -107,8 +141,7 @@ def task_config(values: Mapping[str, Any]) -> TaskConfig:
             hint = f"did you mean task.{near[0]}?" if near else f"use one of {', '.join(known)}."
             raise UserError(f"task.{key} is not a key of a task: {hint}")
     name = values.get("name")
-    shipped = _shipped_values(name) if name in shipped_names() else {}
-    merged = {**shipped, **values}
+    merged = {**_known_values(str(name)), **values}
     for key in ("name", "template", "labels"):
         if key not in merged:
             raise UserError(
@@ -118,10 +151,15 @@ def task_config(values: Mapping[str, Any]) -> TaskConfig:
     return TaskConfig(**{key: _typed(key, value) for key, value in merged.items()})
 
 
-_KEYS = {
-    **dict.fromkeys(("name", "template", "label_field"), ((str,), "text: put it in quotes")),
+_COUNTS = ("k", "num_train", "num_validation", "num_test", "max_length", "first_field_limit")
+_KEYS: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(
+        ("name", "template", "label_field", "truncation"), ((str,), "text: put it in quotes")
+    ),
     **dict.fromkeys(SPLITS, ((str, type(None)), "the name of a file or data set")),
-    **dict.fromkeys(("k", "max_length"), ((int, type(None)), "a whole number")),
+    **dict.fromkeys(_COUNTS, ((int, type(None)), "a whole number")),
+    "test_seed": ((int,), "a whole number"),
+    "threshold": ((int, float, type(None)), "a number"),
 }
 _LISTS = {"labels": (str,), "classes": (str, int), "fields": (str,)}
 
@@ -132,6 +170,8 @@ def _typed(key: str, value: Any) -> Any:
     Raises:
         UserError: a value of the wrong type.
     """
+    if key == "truncation" and value not in ("fields", "left"):
+        raise UserError(f"task.truncation is {value!r}: choose fields or left.")
     if key in _KEYS:
         types, wanted = _KEYS[key]
         if not isinstance(value, types) or isinstance(value, bool):
@@ -145,6 +185,19 @@ def _typed(key: str, value: Any) -> Any:
         if not isinstance(item, _LISTS[key]) or isinstance(item, bool):
             raise UserError(f"task.{key} holds {item!r}, which is not text: put it in quotes.")
     return tuple(value)
+
+
+def _known_values(name: str) -> Mapping[str, Any]:
+    """The keys of a task that is known by its name; none of any other."""
+    if name in shipped_names():
+        return _shipped_values(name)
+    prefix, _, known = name.partition("/")
+    if prefix not in _SUITES or not known:
+        return {}
+    if known not in _SUITES[prefix]:
+        names = ", ".join(_SUITES[prefix])
+        raise UserError(f"task.name is {name!r}, but {prefix}/ has {names}: choose one of them.")
+    return _SUITES[prefix][known]
 
 
 def _shipped_values(name: str) -> dict[str, Any]:

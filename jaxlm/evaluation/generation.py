@@ -48,6 +48,7 @@ def generate_text(
     sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
     num_samples: int = 1,
+    max_prompt_tokens: int | None = None,
     key: Array | None = None,
     chunk: int = 16,
     view: Any = None,
@@ -65,6 +66,8 @@ def generate_text(
       sampling: how tokens are drawn.
       stop: strings that end a sample.
       num_samples: samples of each prompt; the prompt is read once for all.
+      max_prompt_tokens: to which a prompt is cut on the left; its special tokens stay. None cuts
+        nothing.
       key: of the draws, unless the temperature is 0.
       chunk: tokens between two looks for stop strings.
       view: see `jaxlm.core.views`.
@@ -79,8 +82,9 @@ def generate_text(
     _check(prompts, stop, chunk)
     if not prompts:
         return []
+    ids = [_cut(lm.tokenizer, row, max_prompt_tokens) for row in _tokenise(lm, prompts)]
     generator, state, rows = _start(
-        lm, prompts, max_new_tokens, sampling, stop, num_samples=num_samples, key=key, view=view
+        lm, ids, max_new_tokens, sampling, stop, num_samples=num_samples, key=key, view=view
     )
     ended: dict[int, Completion] = {}
     params = decoding_params(lm.params)
@@ -118,7 +122,14 @@ def stream_text(
     """
     _check([prompt], stop, chunk)
     generator, state, (row,) = _start(
-        lm, [prompt], max_new_tokens, sampling, stop, num_samples=1, key=key, view=view
+        lm,
+        _tokenise(lm, [prompt]),
+        max_new_tokens,
+        sampling,
+        stop,
+        num_samples=1,
+        key=key,
+        view=view,
     )
 
     def pieces(state: State) -> Iterator[str]:
@@ -195,7 +206,7 @@ def _check(prompts: Sequence[str], stop: Sequence[str], chunk: int) -> None:
 
 def _start(
     lm: LanguageModel,
-    prompts: Sequence[str],
+    prompts: Sequence[list[int]],
     max_new_tokens: int,
     sampling: Sampling,
     stop: Sequence[str],
@@ -203,7 +214,7 @@ def _start(
 ) -> tuple[Generator, State, list[_Row]]:
     """Reads the prompts, padded on the left."""
     config = lm.config
-    rows = [_Row(lm.tokenizer, ids, stop, config.stops) for ids in _tokenise(lm, prompts)]
+    rows = [_Row(lm.tokenizer, ids, stop, config.stops) for ids in prompts]
     length = -(-max(len(row.prompt) for row in rows) // _MULTIPLE) * _MULTIPLE
     ids, mask = np.zeros((2, len(rows), length), np.int32)
     for i, row in enumerate(rows):
@@ -215,6 +226,16 @@ def _start(
     except ValueError as error:
         raise UserError(str(error)) from error
     return generator, state, rows
+
+
+def _cut(tokenizer: Any, ids: list[int], most: int | None) -> list[int]:
+    """At most so many tokens, the special ones at the beginning and the last of the others."""
+    excess = 0 if most is None else len(ids) - most
+    if excess <= 0:
+        return ids
+    special = set(tokenizer.all_special_ids)
+    kept = next((i for i, token in enumerate(ids) if token not in special), 0)
+    return ids[:kept] + ids[kept + excess :]
 
 
 def _tokenise(lm: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:

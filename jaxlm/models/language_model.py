@@ -39,6 +39,12 @@ class LanguageModel:
             self.config, params, input_ids, attention_mask, **options
         )
 
+    def continuation_log_probs(self, params, prompt_ids, prompt_mask, continuation_ids, **options):
+        """Log-probabilities [B, C, K] of options after a prompt; see `jaxlm.models.scoring`."""
+        return scoring.continuation_log_probs(
+            self.config, params, prompt_ids, prompt_mask, continuation_ids, **options
+        )
+
     def generate(self, params, input_ids, attention_mask=None, **options):
         """New tokens; see `jaxlm.models.generation.generate`."""
         return generation.generate(self.config, params, input_ids, attention_mask, **options)

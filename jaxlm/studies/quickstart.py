@@ -117,7 +117,11 @@ def setting(config: QuickstartConfig) -> Setting:
     lm = load_model(config.model)
     encoded = prepare_for(lm, task)
     lm = with_head(lm, len(encoded.labels), seed=config.seed)
-    scorer = Program(functools.partial(option_scores, lm.apply, encoded.token_ids))
+    scorer = Program(
+        functools.partial(
+            option_scores, lm.apply, encoded.token_ids, log_probs=lm.continuation_log_probs
+        )
+    )
     return Setting(config, lm, encoded, scorer)
 
 
@@ -183,7 +187,12 @@ def train(
     offsets, passes = np.zeros(len(where.encoded.labels), np.float32), 0
     if where.config.calibrate:
         offsets, passes = _offsets(where, params)
-    loss_fn = classification_objective(where.lm.apply, where.encoded.token_ids, offsets=offsets)
+    loss_fn = classification_objective(
+        where.lm.apply,
+        where.encoded.token_ids,
+        offsets=offsets,
+        log_probs=where.lm.continuation_log_probs,
+    )
     chosen = method(training.optimizer, loss_fn, steps)
     with Progress(steps, quiet=quiet) as progress:
         progress.say(f"{name}: {steps} steps of {training.batch_size} texts")

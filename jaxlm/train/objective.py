@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxlm.core.errors import UserError
-from jaxlm.evaluation.classification import Apply, option_scores
+from jaxlm.evaluation.classification import Apply, LogProbs, option_scores
 from jaxlm.models.scoring import log_probs_of
 from jaxlm.typing import Batch, LossFn, Params
 
@@ -24,6 +24,7 @@ def classification_objective(
     token_ids: Int[Any, " C"] | None = None,
     *,
     offsets: Float[Any, " C"] | None = None,
+    log_probs: LogProbs | None = None,
 ) -> LossFn:
     r"""Cross-entropy over options, $-\log \mathrm{softmax}(s)_y$, averaged over the batch.
 
@@ -31,6 +32,7 @@ def classification_objective(
         apply: the model's forward pass, `lm.apply`.
         token_ids: the label words' tokens, `encoded.token_ids`; None for options of several tokens.
         offsets: taken from the scores; see `jaxlm.evaluation.calibration_offsets`.
+        log_probs: `lm.continuation_log_probs`, for options of several tokens after one prompt.
 
     Returns:
         `loss_fn(params, batch, *, key=None, view=None) -> (loss, {"accuracy"})`. Rows with
@@ -39,7 +41,9 @@ def classification_objective(
 
     def loss_fn(params: Params, batch: Batch, *, key: Any = None, view: Any = None) -> Any:
         del key
-        scores_BxC = option_scores(apply, token_ids, params, batch, offsets=offsets, view=view)
+        scores_BxC = option_scores(
+            apply, token_ids, params, batch, offsets=offsets, log_probs=log_probs, view=view
+        )
         labels, weights = jnp.asarray(batch["labels"]), batch["weights"]
         losses = -log_probs_of(scores_BxC, labels)
         count = jnp.sum(weights)
@@ -55,12 +59,13 @@ def accuracy_objective(
     token_ids: Int[Any, " C"] | None = None,
     *,
     offsets: Float[Any, " C"] | None = None,
+    log_probs: LogProbs | None = None,
 ) -> LossFn:
     """One less the accuracy of the batch; arguments and result as of `classification_objective`.
 
     Its gradient is zero wherever it has one: for zeroth-order optimizers.
     """
-    scored = classification_objective(apply, token_ids, offsets=offsets)
+    scored = classification_objective(apply, token_ids, offsets=offsets, log_probs=log_probs)
 
     def loss_fn(params: Params, batch: Batch, *, key: Any = None, view: Any = None) -> Any:
         _, aux = scored(params, batch, key=key, view=view)

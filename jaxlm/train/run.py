@@ -85,6 +85,10 @@ def finetune(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[st
     for split in ("train", "test"):
         if not getattr(task, split):
             raise UserError(f"task has no {split} examples: give task.{split}.")
+    if task.train[0].answers:
+        raise UserError(f"{config.task.name} is answered in words: fine-tune on a task of options.")
+    if config.calibrate and config.task.own_options:
+        raise UserError("calibrate needs the same options in every example: leave it out.")
 
     lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits)
     encoded = prepare_for(lm, task)
@@ -175,10 +179,11 @@ def _run(config: FinetuneConfig, folder: RunFolder, lm: Any, encoded: Any) -> di
     from jaxlm.train.checkpoint import Checkpoints
     from jaxlm.train.logging import Progress
     from jaxlm.train.loop import fit
-    from jaxlm.train.objective import classification_objective
+    from jaxlm.train.objective import classification_objective, lm_objective
     from jaxlm.train.state import Program, device_peak_bytes, method
 
-    scorer = Program(functools.partial(option_scores, lm.apply, encoded.token_ids))
+    form = {"log_probs": lm.continuation_log_probs}
+    scorer = Program(functools.partial(option_scores, lm.apply, encoded.token_ids, **form))
     offsets = None
 
     def evaluate(split: Literal["validation", "test"], params: Any) -> float:
@@ -207,7 +212,11 @@ def _run(config: FinetuneConfig, folder: RunFolder, lm: Any, encoded: Any) -> di
         else:
             offsets = folder.option_offsets()
         zero_shot = folder.metrics.read()[0]
-        loss_fn = classification_objective(lm.apply, encoded.token_ids, offsets=offsets)
+        loss_fn = (
+            lm_objective(lm.log_probs)
+            if encoded.objective == "completion"
+            else classification_objective(lm.apply, encoded.token_ids, offsets=offsets, **form)
+        )
         outcome = fit(
             method(config.optimizer, loss_fn, config.steps),
             lm.params,

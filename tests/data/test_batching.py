@@ -61,34 +61,61 @@ def test_label_words(bpe) -> None:
 
 def test_options(bpe) -> None:
     labels = ("great", "bad it", "grey")
-    encoded = prepare(task(["fun", "fun fun"], labels=labels), bpe, kind="decoder")
+    template = "{text} it was {label} fun"  # what comes after the label is scored too
+    given = task(["fun", "fun fun"], template=template, labels=labels)
+    encoded = prepare(given, bpe, kind="decoder")
     assert encoded.form == "options"
     assert encoded.token_ids is None
     batch = encoded.batch(0, batch_size=2, seed=0)
     assert batch["input_ids"].shape == (2, 3, 8)
-    assert batch["targets"].shape == batch["positions"].shape == (2, 3, 2)
+    assert batch["targets"].shape == batch["positions"].shape == (2, 3, 3)
     row = 0 if batch["labels"][0] == 0 else 1  # the example "fun"
-    np.testing.assert_array_equal(batch["attention_mask"][row].sum(-1), [3, 4, 4])
-    np.testing.assert_array_equal(batch["positions"][row], [[2, 0], [2, 3], [2, 3]])
-    np.testing.assert_array_equal(batch["target_mask"][row], [[1, 0], [1, 1], [1, 1]])
+    np.testing.assert_array_equal(batch["attention_mask"][row].sum(-1), [4, 5, 5])
+    np.testing.assert_array_equal(batch["positions"][row], [[2, 3, 0], [2, 3, 4], [2, 3, 4]])
+    np.testing.assert_array_equal(batch["target_mask"][row], [[1, 1, 0], [1, 1, 1], [1, 1, 1]])
     names = [bpe.convert_ids_to_tokens(ids.tolist()) for ids in batch["targets"][row]]
-    assert names == [["Ġgreat", "<pad>"], ["Ġbad", "Ġit"], ["Ġgre", "y"]]
+    assert names == [["Ġgreat", "Ġfun", "<pad>"], ["Ġbad", "Ġit", "Ġfun"], ["Ġgre", "y", "Ġfun"]]
     assert batch["target_mask"].dtype == batch["weights"].dtype == np.float32
     assert batch["targets"].dtype == np.int32
 
 
+def test_continuations(bpe) -> None:
+    labels = ("great", "bad it", "grey")
+    encoded = prepare(task(["fun", "fun fun"], labels=labels), bpe, kind="decoder")
+    assert encoded.form == "continuations"
+    assert encoded.token_ids is None
+    batch = encoded.batch(0, batch_size=2, seed=0)
+    assert batch["prompt_ids"].shape == batch["prompt_mask"].shape == (2, 8)
+    assert batch["option_ids"].shape == batch["option_mask"].shape == (2, 3, 2)
+    row = 0 if batch["labels"][0] == 0 else 1  # the example "fun"
+    prompt = bpe.convert_ids_to_tokens(batch["prompt_ids"][row].tolist())
+    assert prompt == ["fun", "Ġit", "Ġwas", *["<pad>"] * 5]
+    np.testing.assert_array_equal(batch["prompt_mask"][row], [1, 1, 1, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(batch["option_mask"][row], [[1, 0], [1, 1], [1, 1]])
+    names = [bpe.convert_ids_to_tokens(ids.tolist()) for ids in batch["option_ids"][row]]
+    assert names == [["Ġgreat", "<pad>"], ["Ġbad", "Ġit"], ["Ġgre", "y"]]
+    assert {key: value.dtype for key, value in batch.items()} == {
+        "prompt_ids": np.int32,
+        "prompt_mask": np.int32,
+        "option_ids": np.int32,
+        "option_mask": np.float32,
+        "labels": np.int32,
+        "weights": np.float32,
+    }
+
+
 @pytest.mark.parametrize(
-    ("template", "labels"),
+    ("template", "labels", "form"),
     [
-        ("{text} it was {label}.", LABELS),  # scored after the label
-        ("{text} it was {label}", ("bad", "bad it")),  # a common first token
-        ("{text} it was {label}", ("great", "grey")),  # two tokens
-        ("{text} it was {label}", ("great", "awful")),  # another prompt
+        ("{text} it was {label}.", LABELS, "options"),  # scored after the label
+        ("{text} it was {label}", ("bad", "bad it"), "continuations"),  # a common first token
+        ("{text} it was {label}", ("great", "grey"), "continuations"),  # two tokens
+        ("{text} it was {label}", ("great", "awful"), "options"),  # another prompt
     ],
 )
-def test_one_row_for_all_words_only_where_it_is_the_same(bpe, template, labels) -> None:
+def test_one_row_for_all_words_only_where_it_is_the_same(bpe, template, labels, form) -> None:
     encoded = prepare(task(["fun"], template=template, labels=labels), bpe, kind="decoder")
-    assert encoded.form == "options"
+    assert encoded.form == form
 
 
 def test_one_example_decides_for_the_whole_task(bpe_bos) -> None:

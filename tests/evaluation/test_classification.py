@@ -152,7 +152,7 @@ def test_majority_is_that_of_the_training_labels():
 def test_a_split_is_scored_in_its_own_order(params):
     class Encoded:
         labels = ("a", "b")
-        test = tuple(type("E", (), {"label": i % 2}) for i in range(3))
+        test = tuple(type("E", (), {"label": i % 2, "gold": ()}) for i in range(3))
 
         def eval_batches(self, split, *, batch_size):
             for index in ([2, 0], [1, -1]):

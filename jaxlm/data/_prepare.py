@@ -1,0 +1,159 @@
+"""From a task's examples to tokens, in the form that costs the model least."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from jaxlm.core.errors import UserError
+from jaxlm.data._prompted import MAX_NEW_TOKENS, prompted
+from jaxlm.data.batching import EncodedTask
+from jaxlm.data.continuations import encode_prompted, share_prompts
+from jaxlm.data.encoding import Encoded, encode_all
+from jaxlm.data.examples import Example, Task
+from jaxlm.data.opt_tasks import opt_task
+from jaxlm.data.tokens import Kind
+
+_QUANTILES = (0.5, 0.8, 0.95, 1.0)
+_MULTIPLE = 8
+
+
+def prepare(
+    task: Task,
+    tokenizer: Any,
+    *,
+    kind: Kind,
+    max_length: int | None = None,
+    vocab_size: int | None = None,
+    buckets: Sequence[int] | None = None,
+) -> EncodedTask:
+    """Encodes every split of a task.
+
+    Args:
+        task: the task.
+        tokenizer: one of transformers.
+        kind: "decoder" or "encoder".
+        max_length: longest row that the model takes; the smaller of it and the task's own counts.
+        vocab_size: tokens of the model; a tokenizer that makes others is refused.
+        buckets: lengths that batches are padded to; without it, quantiles of the rows' lengths,
+            rounded up to a multiple of 8.
+
+    Raises:
+        UserError: see `encode_all`; or there is no tokenizer, or it is not the model's.
+    """
+    if tokenizer is None:
+        raise UserError("the model has no tokenizer: add tokenizer.json to its folder.")
+    limits = [limit for limit in (max_length, task.config.max_length) if limit is not None]
+    examples = [*task.train, *task.validation, *task.test]
+    limit = min(limits, default=None)
+    encoded = _encode(task, tokenizer, examples, kind, limit)
+    largest = max(max(map(max, (*x.input_ids, *x.targets))) for x in encoded)
+    if vocab_size is not None and largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer makes token {largest}, the model has {vocab_size}: take the tokenizer "
+            "of the model."
+        )
+    token_ids = _label_words(encoded)
+    if token_ids is not None:
+        _check_words(task.config.labels, token_ids.tolist(), tokenizer)
+        encoded = [_first_option(each) for each in encoded]
+    elif kind == "decoder" and not task.template.after:
+        encoded = share_prompts(encoded) or encoded
+    known = opt_task(task.config.name)
+    ends = np.cumsum([len(task.train), len(task.validation)])
+    pad_id = tokenizer.pad_token_id
+    return EncodedTask(
+        labels=task.config.labels,
+        token_ids=token_ids,
+        pad_id=0 if pad_id is None else pad_id,
+        buckets=tuple(buckets or _buckets(encoded, limit)),
+        train=tuple(encoded[: ends[0]]),
+        validation=tuple(encoded[ends[0] : ends[1]]),
+        test=tuple(encoded[ends[1] :]),
+        objective="classification" if known is None else known.objective,
+    )
+
+
+def prepare_for(lm: Any, task: Task, *, max_length: int | None = None) -> EncodedTask:
+    """`prepare` for a `jaxlm.models.LanguageModel`; `max_length` is the model's where not given."""
+    return prepare(
+        task,
+        lm.tokenizer,
+        kind=lm.config.kind,
+        max_length=lm.config.max_positions if max_length is None else max_length,
+        vocab_size=lm.config.vocab_size,
+    )
+
+
+def _encode(
+    task: Task, tokenizer: Any, examples: Sequence[Example], kind: Kind, limit: int | None
+) -> list[Encoded]:
+    """Rows of tokens for the options of every example, cut as the configuration says."""
+    config, known = task.config, opt_task(task.config.name)
+    if kind == "encoder" and (config.own_options or any(each.context for each in examples)):
+        wanted = "options of several tokens" if config.own_options else "demonstrations"
+        raise UserError(
+            f"{config.name} has {wanted}, which an encoder cannot read: give a decoder."
+        )
+    if kind == "encoder" or config.truncation == "fields":
+        return list(
+            encode_all(
+                task.template,
+                tokenizer,
+                examples,
+                config.labels,
+                kind=kind,
+                max_length=limit,
+                first_field_limit=config.first_field_limit,
+            )
+        )
+    if limit is not None and known is not None and known.metric == "f1":
+        limit = max(1, limit - MAX_NEW_TOKENS)
+    return list(
+        encode_prompted([prompted(task, each) for each in examples], tokenizer, max_length=limit)
+    )
+
+
+def _label_words(examples: Sequence[Encoded]) -> Int32[np.ndarray, "C"] | None:
+    """The label words' tokens, if in every example the options differ in one last token alone."""
+    words = examples[0].targets
+    for each in examples:
+        shared = len(set(each.input_ids)) == len(set(each.positions)) == 1
+        if not shared or each.targets != words:
+            return None
+    if any(len(word) != 1 for word in words):
+        return None
+    return np.asarray(words, np.int32)[:, 0]
+
+
+def _check_words(labels: Sequence[str], tokens: Sequence[int], tokenizer: Any) -> None:
+    for i, (label, token) in enumerate(zip(labels, tokens, strict=True)):
+        if token == tokenizer.unk_token_id:
+            raise UserError(
+                f"task.labels: {label!r} is unknown to the tokenizer: choose another label word."
+            )
+        if token in tokens[:i]:
+            raise UserError(
+                f"task.labels: {labels[tokens.index(token)]!r} and {label!r} are the same tokens: "
+                "change one."
+            )
+
+
+def _first_option(each: Encoded) -> Encoded:
+    types = each.token_type_ids
+    return replace(
+        each,
+        input_ids=each.input_ids[:1],
+        positions=each.positions[:1],
+        targets=(),
+        token_type_ids=types and types[:1],
+    )
+
+
+def _buckets(examples: Sequence[Encoded], limit: int | None) -> list[int]:
+    lengths = [max(map(len, each.input_ids)) for each in examples]
+    marks = np.quantile(lengths, _QUANTILES, method="higher").astype(int)
+    rounded = {-(-int(mark) // _MULTIPLE) * _MULTIPLE for mark in marks}
+    return sorted({min(length, limit or length) for length in rounded})

@@ -1,0 +1,115 @@
+"""Answers in words: F1 over tokens and exact match as SQuAD and DROP are scored."""
+
+import collections
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxlm.evaluation.generation import generate_text
+from jaxlm.models import LanguageModel
+from jaxlm.typing import Params
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_ANSWER = ("CANNOTANSWER", "no answer")
+
+
+def normalise_answer(text: str) -> str:
+    """Lower case, without punctuation, articles and superfluous space.
+
+    >>> normalise_answer("The  Eiffel-Tower, a tower.")
+    'eiffeltower tower'
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(text: str, answers: Sequence[str]) -> float:
+    """1 where a text is one of the answers after normalisation, else 0."""
+    return float(normalise_answer(text) in map(normalise_answer, answers))
+
+
+def token_f1(text: str, answers: Sequence[str]) -> float:
+    r"""$\max_a 2pr/(p+r)$ over answers, with precision $p$ and recall $r$ of normalised words.
+
+    Where the first answer says that there is none, it is the exact match with that.
+
+    >>> round(token_f1("in the Paris of 1900", ["Paris", "Paris, France"]), 3)
+    0.4
+    """
+    if answers[0] in _NO_ANSWER:
+        return exact_match(text, answers[:1])
+    return max(_f1(normalise_answer(text).split(), normalise_answer(a).split()) for a in answers)
+
+
+def _f1(found: Sequence[str], wanted: Sequence[str]) -> float:
+    common = (collections.Counter(found) & collections.Counter(wanted)).total()
+    return 2 * common / (len(found) + len(wanted)) if common else 0.0
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered.
+
+    Attributes:
+        texts: the answers, stripped.
+        f1: mean of `token_f1`.
+        exact_match: mean of `exact_match`.
+    """
+
+    texts: tuple[str, ...]
+    f1: float
+    exact_match: float
+
+
+def evaluate_generation(
+    lm: LanguageModel,
+    params: Params,
+    prompts: Sequence[str],
+    answers: Sequence[Sequence[str]],
+    *,
+    max_new_tokens: int = 50,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    view: Any = None,
+) -> Answers:
+    """Lets a model answer, greedily and to the end of the line, and scores what it says.
+
+    Args:
+        lm: a decoder with its tokenizer.
+        params: parameters in place of `lm.params`.
+        prompts: texts that end where the answer begins.
+        answers: right answers to each prompt.
+        max_new_tokens: tokens of an answer.
+        batch_size: prompts read together, those of like length.
+        max_length: most tokens of a prompt with its answer; a longer prompt is cut on the left, and
+            its special tokens stay. None for as many as the model reads.
+        view: see `jaxlm.core.views`.
+
+    Raises:
+        UserError: see `generate_text`.
+    """
+    longest = lm.config.max_positions if max_length is None else max_length
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    texts = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        found = generate_text(
+            lm.replace(params=params),
+            [prompts[i] for i in places],
+            max_new_tokens=max_new_tokens,
+            max_prompt_tokens=longest - max_new_tokens,
+            stop=("\n",),
+            view=view,
+        )
+        for i, (completion,) in zip(places, found, strict=True):
+            texts[i] = completion.text.strip()
+    scored = list(zip(texts, answers, strict=True))
+    return Answers(
+        tuple(texts),
+        float(np.mean([token_f1(*pair) for pair in scored])),
+        float(np.mean([exact_match(*pair) for pair in scored])),
+    )

@@ -1,0 +1,91 @@
+"""Tasks of the MeZO paper by name in finetune and evaluate, with a tiny model."""
+
+import json
+
+import pytest
+
+from jaxlm.cli.main import main
+from tests.tiny import sentences, write_jsonl
+
+
+@pytest.fixture
+def words(tmp_path, tiny_model):
+    for split, count in (("train", 40), ("validation", 16)):
+        rows = [{"sentence": row["text"], "label": row["label"]} for row in sentences(count)]
+        write_jsonl(tmp_path / f"{split}.jsonl", rows)
+    return [
+        f"--model={tiny_model}",
+        "--task.name=opt/sst2",
+        "--task.template={sentence} it was {label}",
+        "--task.labels=[good, bad]",
+        f"--task.train={tmp_path / 'train.jsonl'}",
+        f"--task.test={tmp_path / 'validation.jsonl'}",
+        "--task.num_train=24",
+        "--task.num_validation=8",
+    ]
+
+
+def evaluate(capsys, *words):
+    capsys.readouterr()
+    assert main(["evaluate", *map(str, words)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_zero_shot_and_with_demonstrations(words, capsys) -> None:
+    zero = evaluate(capsys, *words)
+    assert (zero["examples"], zero["majority_accuracy"]) == (16, 0.5)
+    few = evaluate(capsys, *words, "--icl=2")
+    assert few["examples"] == 16
+    assert "calibrated_accuracy" not in few
+
+
+def test_options_of_its_own_are_trained_on_as_completions(tmp_path, tiny_model, capsys) -> None:
+    rows = [
+        {
+            "premise": f"the film was {word}",
+            "question": "cause",
+            "choice1": f"it was {'good' if i % 2 == 0 else 'bad'} film",
+            "choice2": f"it was {'bad' if i % 2 == 0 else 'good'}",
+            "label": i // 2 % 2,
+        }
+        for i, word in enumerate(["bright", "dull", "fine", "cold"] * 10)
+    ]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    words = [f"--model={tiny_model}", "--task.name=opt/copa", f"--task.test={source}"]
+    words += [f"--task.train={source}", "--task.num_validation=8"]
+    output = tmp_path / "run"
+    small = ["--optimizer.name=mezo", "--steps=3", "--batch_size=4", f"--output={output}"]
+    assert main(["finetune", *words, *small]) == 0
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["forwards"] == 6
+    assert summary["config"]["task"]["num_train"] == 1000
+    found = evaluate(capsys, output)
+    assert found["accuracy"] == summary["test"]["accuracy"]
+    assert "majority_accuracy" not in found
+
+
+def test_an_answer_in_words(tmp_path, tiny_model, capsys) -> None:
+    row = {"title": "film", "context": "it was good", "question": "it", "answers": {"text": ["x"]}}
+    source = write_jsonl(tmp_path / "rows.jsonl", [row] * 2)
+    words = [f"--model={tiny_model}", "--task.name=opt/squad", f"--task.test={source}"]
+    words += ["--task.train=null", "--task.validation=null"]
+    capsys.readouterr()
+    assert main(["finetune", *words, f"--output={tmp_path / 'run'}"]) == 2
+    assert "task has no train examples" in capsys.readouterr().err
+    train = [f"--task.train={source}", *words[:-2], "--task.num_validation=1"]
+    assert main(["finetune", *train, f"--output={tmp_path / 'run'}"]) == 2
+    assert "opt/squad is answered in words" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--icl=-1"], "icl is -1: give 0 or more."),
+        (["--icl=2", "--split=train"], "icl puts examples before the test split: leave out train."),
+        (["--icl=41"], "41 demonstrations are asked for, but task.train has 40 examples: give a"),
+    ],
+)
+def test_mistakes_of_demonstrations(flags, message, words, capsys) -> None:
+    capsys.readouterr()
+    assert main(["evaluate", *words, *flags]) == 2
+    assert message in capsys.readouterr().err
