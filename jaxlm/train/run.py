@@ -12,7 +12,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.data import TaskConfig, load_task, prepare_for, task_config
 from jaxlm.peft import TUNINGS, Tuning
 from jaxlm.train.loop import LoopConfig
-from jaxlm.train.optimizers import OPTIMIZERS, Mezo, Optimizer
+from jaxlm.train.optimizers import OPTIMIZERS, Mezo, Optimizer, ZerothOrder
 from jaxlm.train.run_folder import RunFolder, to_dict
 
 
@@ -114,34 +114,53 @@ def load_model(
     """A language model from a folder, a hub id, a run's folder, or (None) from the package.
 
     A run gives its best parameters on validation, or the last ones where it had no validation. Its
-    matrices come in the bits that it was trained in, if there were any.
+    matrices come in the bits that it was trained in, if there were any. A folder with no more than
+    `config.yaml` and the `trajectory.zo` of a zeroth-order run gives its last parameters: the model
+    that it began with is loaded, and the run replayed.
 
     Raises:
-        UserError: there is no model there, or the run has no checkpoint.
+        UserError: there is no model there, or the run has neither checkpoint nor trajectory.
     """
     from jaxlm.models import from_pretrained
 
-    stored = RunFolder(name).config() if name is not None else None
-    if stored is None:
+    folder = RunFolder(name) if name is not None else None
+    stored = folder.config() if folder is not None else None
+    if folder is None or stored is None:
         return from_pretrained(name, param_dtype=param_dtype, bits=bits)
     from jaxlm.core.precision import quantize
     from jaxlm.train.checkpoint import Checkpoints
 
-    trained_bits = stored.get("bits")
-    lm = load_model(stored["model"], param_dtype=param_dtype, bits=trained_bits)
-    found = Checkpoints(RunFolder(str(name)).checkpoints, read_only=True).best()
-    if found is None:
+    found = None
+    if folder.checkpoints.is_dir():
+        found = Checkpoints(folder.checkpoints, read_only=True).best()
+    if found is None and not folder.trajectory.exists():
         raise UserError(f"{name}: the run has no checkpoint: start it again.")
+    dtype, trained_bits = stored["param_dtype"] if found is None else param_dtype, stored["bits"]
+    lm = load_model(stored["model"], param_dtype=dtype, bits=trained_bits)
     lm = with_head(lm, len(stored["task"]["labels"]), seed=stored["seed"])
     if (tuning := stored.get("peft")) is not None:
         lm = TUNINGS[tuning["name"]](**tuning).prepare(lm, jax.random.key(stored["seed"]))
-    trained = {leaf.path: leaf.value for leaf in paths.flatten(found["params"])[0]}
+    end = _replayed(folder, lm.params) if found is None else found["params"]
+    trained = {leaf.path: leaf.value for leaf in paths.flatten(end)[0]}
     params = paths.map_with_path(
         lambda leaf: trained[leaf.path].astype(leaf.value.dtype), lm.params
     )
+    if found is None and dtype != param_dtype:
+        params = jax.tree.map(lambda x: x.astype(param_dtype), params)
     if bits is not None and trained_bits is None:
         params = quantize(params, bits=bits)
     return lm.replace(params=params)
+
+
+def _replayed(folder: RunFolder, params: Any) -> Any:
+    from jaxlm import zo
+
+    trajectory = zo.Trajectory.open(folder.trajectory)
+    settings = trajectory.header.settings
+    optimizer = OPTIMIZERS[settings["optimizer"]["name"]](**settings["optimizer"])
+    if not isinstance(optimizer, ZerothOrder):
+        raise UserError(f"{folder.trajectory}: it is of {optimizer.name}, which is not replayed.")
+    return zo.replay(optimizer.build(settings["steps"]), params, trajectory)
 
 
 def with_head(lm: Any, num_labels: int, *, seed: int) -> Any:

@@ -13,6 +13,7 @@ from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import flatten
 from jaxlm.core.precision import quantize
+from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.run import FinetuneConfig, finetune, load_model
 from tests.tiny import sentences, write_jsonl, write_run
 
@@ -197,3 +198,15 @@ def test_adam_fine_tunes_a_real_encoder(tmp_path, capsys):
     accuracy = json.loads((tmp_path / "run" / "summary.json").read_text())["test"]["accuracy"]
     print(f"test accuracy of the fine-tuned MiniLM on mr: {accuracy:.3f}")
     assert accuracy >= 0.75
+
+
+def test_configuration_and_trajectory_are_enough_to_share_a_run(finished, tmp_path):
+    folder, size = finished[0].parent / "run", 0
+    for name in ("config.yaml", "trajectory.zo"):
+        size += (tmp_path / name).write_bytes((folder / name).read_bytes())
+    assert size < 100_000
+    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+    last = checkpoints.read(checkpoints.latest_step)["params"]
+    again = load_model(tmp_path).params
+    for new, old in zip(jax.tree.leaves(again), jax.tree.leaves(last), strict=True):
+        np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
