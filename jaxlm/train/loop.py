@@ -48,6 +48,10 @@ class LoopConfig:
             start = end
 
 
+class Diverged(UserError):
+    """The loss or the parameters of a run are no longer finite."""
+
+
 class Record(NamedTuple):
     """What a checkpoint holds beside the state.
 
@@ -109,7 +113,7 @@ def fit(
         progress: shows them.
 
     Raises:
-        UserError: the loss or the parameters are no longer finite. The last checkpoint is from
+        Diverged: the loss or the parameters are no longer finite. The last checkpoint is from
             before.
     """
     loop = _Loop(config, evaluate, maximize, checkpoints, metrics, progress)
@@ -214,7 +218,7 @@ class _Loop:
         kept = ""
         if self.checkpoints and self.saved is not None:
             kept = f"; the checkpoint of step {self.saved} is kept in {self.checkpoints.folder}"
-        raise UserError(f"{what}{kept}: lower optimizer.learning_rate.")
+        raise Diverged(f"{what}{kept}: lower optimizer.learning_rate.")
 
 
 def _plain(value: Any) -> Any:
