@@ -206,9 +206,9 @@ def _values(results: Iterable[Result], split: Any) -> list[float | None]:
     return [result.accuracy(split) for result in results]
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def _mean(values: Iterable[float | int | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return statistics.mean(known) if known else None
+    return statistics.fmean(known) if known else None
 
 
 def _spread(values: list[float | None]) -> dict[str, Any]:
