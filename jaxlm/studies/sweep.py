@@ -185,10 +185,12 @@ def _method(name: str, pairs: list[tuple[Candidate, Sequence[Result]]]) -> dict[
 
 
 def _best(pairs: list[tuple[Candidate, Sequence[Result]]], seed: int) -> int | None:
-    """The place of the candidate that is best on validation; the first of equals."""
-    values = [made[seed].accuracy("validation") for _, made in pairs]
-    known = [value for value in values if value is not None]
-    return values.index(max(known)) if known else None
+    """The place of the candidate that is best on validation, the first of equals.
+
+    Without any validation accuracy (baselines that choose nothing) it is the first that has ended.
+    """
+    ended = [place for place, (_, made) in enumerate(pairs) if made[seed].summary is not None]
+    return max(ended, key=lambda i: pairs[i][1][seed].accuracy("validation") or 0.0, default=None)
 
 
 def _point(candidate: Candidate, results: Sequence[Result]) -> dict[str, Any]:
