@@ -17,7 +17,16 @@ from typing import Any, Literal, TypeVar, cast
 from jaxlm.core.errors import UserError
 from jaxlm.train.run_folder import differences, to_dict
 
-__all__ = ["build", "differences", "load", "parse_args", "read_yaml", "split_args", "to_dict"]
+__all__ = [
+    "build",
+    "differences",
+    "load",
+    "parse_args",
+    "put",
+    "read_yaml",
+    "split_args",
+    "to_dict",
+]
 
 T = TypeVar("T")
 
@@ -76,7 +85,7 @@ def load(
     data = read_yaml(path) if path else {}
     data = {key: value for key, value in data.items() if only is None or key in only}
     for dotted, value in (overrides or {}).items():
-        _put(data, dotted, _Flag(value))
+        put(data, dotted, _Flag(value), "command line")
     return build(cls, data, str(path or "command line"))
 
 
@@ -163,14 +172,13 @@ def _chosen(registry: Mapping[str, Any], section: dict[str, Any], where: str, na
     return registry[chosen]
 
 
-def _put(data: dict[str, Any], dotted: str, value: str) -> None:
+def put(data: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    """Sets the value of a dotted key in nested sections, in place; `where` is for messages."""
     *sections, last = dotted.split(".")
     for name in sections:
         data = data.setdefault(name, {})
         if not isinstance(data, dict):
-            raise UserError(
-                f"command line: --{dotted} is below {name}, which is no section: correct it."
-            )
+            raise UserError(f"{where}: {dotted} is below {name}, which is no section: correct it.")
     data[last] = value
 
 
@@ -209,6 +217,8 @@ def _convert(value: Any, kind: Any, where: str, dotted: str) -> Any:
     if dataclasses.is_dataclass(kind):
         data = _section(value, where, dotted)
         return build(cast(Any, kind), data, where, dotted)
+    if origin is dict:
+        return _section(value, where, dotted)
     if origin is tuple:
         value = _parse_flag(value) if isinstance(value, _Flag) else value
         if not isinstance(value, list):

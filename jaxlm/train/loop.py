@@ -50,6 +50,10 @@ class LoopConfig:
             start = end
 
 
+class Diverged(UserError):
+    """The loss or the parameters of a run are no longer finite."""
+
+
 class Record(NamedTuple):
     """What a checkpoint holds beside the state.
 
@@ -113,8 +117,9 @@ def fit(
         progress: shows them.
 
     Raises:
-        UserError: the loss or the parameters are no longer finite. The last checkpoint is from
-            before. Or the trajectory is not that of these parameters and this method.
+        Diverged: the loss or the parameters are no longer finite. The last checkpoint is from
+            before.
+        UserError: the trajectory is not that of these parameters and this method.
     """
     loop = _Loop(config, evaluate, maximize, checkpoints, metrics, progress)
     state = TrainState(params, method.init(params, key))
@@ -239,7 +244,7 @@ class _Loop:
         kept = ""
         if self.checkpoints and self.saved is not None:
             kept = f"; the checkpoint of step {self.saved} is kept in {self.checkpoints.folder}"
-        raise UserError(f"{what}{kept}: lower optimizer.learning_rate.")
+        raise Diverged(f"{what}{kept}: lower optimizer.learning_rate.")
 
 
 def _plain(value: Any) -> Any:

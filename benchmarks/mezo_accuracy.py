@@ -1,0 +1,162 @@
+"""How far do forward passes alone go, by which method, and do the curves flatten?
+
+usage: python -m benchmarks.mezo_accuracy --output FOLDER [--tasks mr,subj] [--methods mezo,lozo]
+           [--seeds 3] [--forwards 20000] [--model FOLDER] [--data FOLDER] [--quick]
+
+Every file of configs/accuracy is a method, and every file of configs/accuracy/tasks a task. A
+method without `steps` gets as many as make `--forwards` forward passes of a batch, so that
+zeroth-order methods are compared at equal forwards. The task rte reads train.jsonl and
+validation.jsonl (premise, hypothesis, label) in the folder `--data`.
+
+Each (task, method, seed) is a run with a folder of its own; started again, the benchmark goes on
+where it was. The parameters that are best on validation are tested. Beside accuracy, passes,
+seconds and memory stands what validation accuracy gained in the last quarter of the run: about 0
+where the curve has flattened. The last line is one JSON object, which has the curves.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import print_report, print_table
+from jaxlm.cli import config as configs
+from jaxlm.cli.sweep import SweepConfig, plan, write
+from jaxlm.studies.sweep import Candidate, sweep
+from jaxlm.train.run_folder import RunFolder
+
+FOLDER = Path(__file__).parent.parent / "configs" / "accuracy"
+LOOKS = 40  # at validation, in a run whose length is given by its forwards
+
+
+def methods() -> list[str]:
+    """Names of all methods."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def candidates(
+    task: str,
+    names: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    forwards: int,
+    output: str,
+    changes: dict[str, Any],
+) -> list[Candidate]:
+    """The runs of a task: each method of configs/accuracy at `forwards` forward passes."""
+    sections = {name: configs.read_yaml(FOLDER / f"{name}.yaml") for name in names}
+    config = SweepConfig(
+        run=configs.read_yaml(FOLDER / "tasks" / f"{task}.yaml") | changes,
+        methods=sections,
+        seeds=tuple(seeds),
+        output=str(Path(output, task)),
+    )
+    return [
+        each if "steps" in sections[each.method] or each.kind != "finetune" else cut(each, forwards)
+        for each in plan(config, str(FOLDER))
+    ]
+
+
+def cut(candidate: Candidate, forwards: int) -> Candidate:
+    """Runs of that many forward passes, with `LOOKS` looks at validation."""
+    steps = max(1, forwards // passes(candidate.runs[0].optimizer))
+    every = max(1, steps // LOOKS)
+    runs = (
+        dataclasses.replace(run, steps=steps, eval_every=every, checkpoint_every=every)
+        for run in candidate.runs
+    )
+    return dataclasses.replace(candidate, runs=tuple(runs))
+
+
+def passes(optimizer: Any) -> int:
+    """Forward passes in a step."""
+    from jaxlm.train.state import method
+
+    return method(optimizer, lambda params, batch: params, 1).forwards
+
+
+def rows(task: str, table: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each method, in per cent, seconds and 1e6 bytes."""
+    return [
+        {
+            "task": task,
+            "method": each["method"],
+            "accuracy": _percent(each["test"]["mean"]),
+            "std": _percent(each["test"]["std"]),
+            "validation": _percent(each["validation"]["mean"]),
+            "last_quarter": last_quarter(curve(each["runs"])),
+            "forwards": each["forwards"],
+            "backwards": each["backwards"],
+            "seconds": each["seconds"],
+            "peak_MB": each["peak_memory_bytes"] and each["peak_memory_bytes"] / 1e6,
+            "failed": each["failed"],
+        }
+        for each in table["methods"]
+    ]
+
+
+def curve(runs: Sequence[str | None]) -> list[tuple[int, float]]:
+    """(step, mean validation accuracy in per cent over the seeds), at each look."""
+    looks: dict[int, list[float]] = {}
+    for run in filter(None, runs):
+        metrics = RunFolder(run).metrics
+        for record in metrics.read() if metrics.path.exists() else []:
+            if "validation_accuracy" in record:
+                looks.setdefault(record["step"], []).append(100 * record["validation_accuracy"])
+    return [(step, statistics.fmean(values)) for step, values in sorted(looks.items())]
+
+
+def last_quarter(looks: Sequence[tuple[int, float]]) -> float | None:
+    """Mean over the last quarter of a curve less the mean over the quarter before it.
+
+    A curve of fewer than eight looks has no quarters worth a mean.
+    """
+    if len(looks) < 8:
+        return None
+    quarter = len(looks) // 4
+    values = [value for _, value in looks]
+    return statistics.fmean(values[-quarter:]) - statistics.fmean(values[-2 * quarter : -quarter])
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def main() -> None:
+    """Runs, and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--tasks", default="mr,subj")
+    parser.add_argument("--methods", default=",".join(methods()))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--forwards", type=int, default=20000)
+    parser.add_argument("--model")
+    parser.add_argument("--data", type=Path, help="folder of the files of rte")
+    parser.add_argument("--quick", action="store_true", help="one seed, 40 forwards")
+    options = parser.parse_args()
+    seeds, forwards = (1, 40) if options.quick else (options.seeds, options.forwards)
+    changes = {} if options.model is None else {"model": options.model}
+    found, curves = [], []
+    for task in options.tasks.split(","):
+        runs = candidates(
+            task,
+            options.methods.split(","),
+            seeds=range(seeds),
+            forwards=forwards,
+            output=options.output,
+            changes=changes,
+        )
+        table = sweep(runs, base_dir=options.data, say=lambda line: print(line, file=sys.stderr))
+        write(table, str(Path(options.output, task)))
+        found += rows(task, table)
+        curves += [curve(each["runs"]) for each in table["methods"]]
+    print_table(found)
+    report = [{**row, "curve": looks} for row, looks in zip(found, curves, strict=True)]
+    print_report("mezo_accuracy", report)
+
+
+if __name__ == "__main__":
+    main()

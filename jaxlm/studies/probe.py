@@ -1,0 +1,245 @@
+"""Linear probing: logistic regression on what the head reads where it predicts the label word.
+
+Nothing of the model is trained. The coefficients are rows for the label words in the head, so that
+a probe is also a model.
+"""
+
+import dataclasses
+import functools
+import time
+import warnings
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxlm.core.errors import UserError
+from jaxlm.core.precision import Packed
+from jaxlm.typing import Batch, Params
+
+Split = Literal["train", "validation", "test"]
+
+
+class LinearProbe(NamedTuple):
+    """Scores `features @ rows.T + intercept` of the label words.
+
+    Attributes:
+        rows: [C, D], one row of the head for each label word.
+        intercept: [C]; zeros where the head has no bias.
+        accuracy: on each split that has examples, by its name.
+        peak_bytes: memory of the largest compiled program.
+    """
+
+    rows: Float[np.ndarray, "C D"]
+    intercept: Float[np.ndarray, " C"]
+    accuracy: dict[Split, float]
+    peak_bytes: int
+
+
+class _HeadInput:
+    """A tap that keeps what the head reads; the head stands outside the scan over layers."""
+
+    layers = None
+
+    def __call__(self, path: str, op: str, x: Any, y: Any, layer: Any) -> Any:
+        del path, layer
+        if op == "head":
+            self.x = x
+        return y
+
+
+def head_input(apply: Any, token_ids: Any, params: Params, batch: Batch) -> Any:
+    """What the head reads at the place that predicts the label word, [B, D] in float32.
+
+    Args:
+        apply: the model's forward pass, `lm.apply`.
+        token_ids: the label words' tokens.
+        params: the model's parameters.
+        batch: as collated by `jaxlm.data` in the form "label_words".
+    """
+    tap = _HeadInput()
+    apply(
+        params,
+        jnp.asarray(batch["input_ids"]),
+        jnp.asarray(batch["attention_mask"]),
+        token_type_ids=batch.get("token_type_ids"),
+        positions=jnp.asarray(batch["positions"]),
+        token_ids=jnp.asarray(token_ids),
+        tap=tap,
+    )
+    return tap.x.astype(jnp.float32)
+
+
+def linear_probe(lm: Any, encoded: Any, *, batch_size: int = 64) -> LinearProbe:
+    """Fits on the training split, and scores every split.
+
+    The strength of the l2 penalty is chosen by cross-validation within the training split, in five
+    parts or as many as the rarest label allows. There is an intercept where the head has a bias, as
+    in the code of Malladi et al. (arXiv:2305.17333), for OPT without and for RoBERTa with one.
+
+    Args:
+        lm: a model with a language-modelling head.
+        encoded: a `jaxlm.data.EncodedTask` whose label words are one token each.
+        batch_size: examples in a forward pass.
+
+    Raises:
+        UserError: the model has no such head, a label word has several tokens, or a label has fewer
+            than two training examples.
+    """
+    if lm.config.head not in ("lm", "mlm"):
+        raise UserError("linear probing reads the head of a language model: this model has none.")
+    if encoded.token_ids is None:
+        raise UserError("linear probing needs label words of one token: choose other task.labels.")
+    from jaxlm.evaluation import accuracy
+    from jaxlm.train.state import Program
+
+    program = Program(functools.partial(head_input, lm.apply, encoded.token_ids))
+    splits: tuple[Split, ...] = ("train", "validation", "test")
+    seen = {
+        split: _features(program, lm, encoded, split, batch_size)
+        for split in splits
+        if getattr(encoded, split)
+    }
+    bias = "bias" in lm.params.get("lm_head", {})
+    rows, intercept = fit_rows(*seen["train"], names=encoded.labels, intercept=bias)
+    found = {
+        split: accuracy(features @ rows.T + intercept[None], labels)
+        for split, (features, labels) in seen.items()
+    }
+    return LinearProbe(rows, intercept, found, program.peak_bytes)
+
+
+def fit_rows(
+    features: Float[np.ndarray, "N D"],
+    labels: Int[np.ndarray, " N"],
+    *,
+    names: tuple[str, ...],
+    intercept: bool,
+) -> tuple[Float[np.ndarray, "C D"], Float[np.ndarray, " C"]]:
+    """Rows and intercept of scikit-learn's cross-validated logistic regression.
+
+    With two classes its one vector w becomes the rows -w/2 and w/2, whose difference is w.
+
+    Args:
+        features: what to predict from.
+        labels: classes.
+        names: label words, for messages.
+        intercept: whether there is one.
+
+    Raises:
+        UserError: a label has fewer than two examples.
+    """
+    from sklearn.linear_model import LogisticRegressionCV
+
+    counts = np.bincount(labels, minlength=len(names))
+    if counts.min() < 2:
+        rare = names[int(counts.argmin())]
+        raise UserError(
+            f"linear probing needs two training examples of every label, and {rare!r} has "
+            f"{counts.min()}: give more, or raise task.k."
+        )
+    model = LogisticRegressionCV(
+        cv=min(5, int(counts.min())),
+        fit_intercept=intercept,
+        max_iter=5000,
+        scoring="accuracy",
+        tol=1e-4,
+    )
+    with warnings.catch_warnings():
+        # Some releases announce what later ones will call things.
+        warnings.simplefilter("ignore", FutureWarning)
+        model.fit(features, labels)
+    rows, constant = np.asarray(model.coef_), np.broadcast_to(model.intercept_, len(model.coef_))
+    if len(names) == 2:
+        rows, constant = (
+            np.concatenate([-rows, rows]) / 2,
+            np.concatenate([-constant, constant]) / 2,
+        )
+    return rows.astype(np.float32), constant.astype(np.float32)
+
+
+def with_rows(lm: Any, token_ids: Int[Any, " C"], probe: LinearProbe) -> Any:
+    """The model whose head has the probe's rows for the label words, and none of their old ones.
+
+    A head that is the embedding table becomes one of its own, so that what the model reads stays.
+
+    Raises:
+        UserError: the head is kept in 8 or 4 bits.
+    """
+    token_ids = np.asarray(token_ids)
+    params, config = dict(lm.params), lm.config
+    old = dict(params.get("lm_head", {}))
+    table = params["embed"]["tokens"] if config.tie_embeddings else old
+    embedding = table["embedding"]
+    if isinstance(embedding, Packed):
+        raise UserError("a probe is written into a head of floating-point numbers: leave out bits.")
+    new = {"embedding": embedding.at[token_ids].set(probe.rows.astype(embedding.dtype))}
+    if "bias" in old:
+        new["bias"] = old["bias"].at[token_ids].set(probe.intercept.astype(old["bias"].dtype))
+    params["lm_head"] = new
+    return lm.replace(params=params, config=dataclasses.replace(config, tie_embeddings=False))
+
+
+def probe_run(config: Any, *, base_dir: Path | None = None) -> dict[str, Any]:
+    """Linear probing in the place of `finetune`: the same configuration, folder and summary.
+
+    Args:
+        config: a `FinetuneConfig`; what concerns training is passed over.
+        base_dir: where the relative paths of the task start, before the working directory.
+
+    Raises:
+        UserError: see `finetune` and `linear_probe`.
+    """
+    from jaxlm.data import load_task, prepare_for
+    from jaxlm.train.run import load_model
+    from jaxlm.train.run_folder import RunFolder, to_dict
+    from jaxlm.train.state import device_peak_bytes
+
+    folder = RunFolder(config.output)
+    folder.check(config)
+    summary = folder.summary()
+    if summary is not None:
+        return summary
+    begin = time.perf_counter()
+    task = load_task(config.task, seed=config.seed, base_dir=base_dir)
+    for split in ("train", "test"):
+        if not getattr(task, split):
+            raise UserError(f"task has no {split} examples: give task.{split}.")
+    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits)
+    encoded = prepare_for(lm, task)
+    probe = linear_probe(lm, encoded, batch_size=config.eval_batch_size)
+    folder.create(config)
+    summary = {
+        "model": config.model or "shipped",
+        "task": config.task.name,
+        "zero_shot": {"accuracy": None, "calibrated_accuracy": None},
+        "validation": {"accuracy": probe.accuracy.get("validation")},
+        "test": {"accuracy": probe.accuracy["test"]},
+        "tested_step": 0,
+        "steps": 0,
+        "forwards": -(-len(encoded.train) // config.eval_batch_size),
+        "backwards": 0,
+        "seconds": time.perf_counter() - begin,
+        "peak_memory_bytes": probe.peak_bytes,
+        "device_peak_bytes": device_peak_bytes(),
+        "config": to_dict(config),
+    }
+    folder.finish(summary)
+    return summary
+
+
+def _features(
+    program: Any, lm: Any, encoded: Any, split: Split, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    labels = np.array([example.label for example in getattr(encoded, split)], np.int32)
+    features: np.ndarray | None = None
+    for batch in encoded.eval_batches(split, batch_size=batch_size):
+        index = batch.pop("index")
+        found = np.asarray(program(lm.params, batch))
+        if features is None:
+            features = np.zeros((len(labels), found.shape[1]), np.float32)
+        features[index[index >= 0]] = found[index >= 0]
+    assert features is not None
+    return features, labels

@@ -1,0 +1,92 @@
+"""Every file in configs/ is a configuration of what its folder is for."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import mezo_accuracy
+from jaxlm.cli import config as configs
+from jaxlm.cli.sweep import SweepConfig, plan
+from jaxlm.studies.quickstart import QuickstartConfig
+from jaxlm.train.pretraining import PretrainConfig
+from jaxlm.train.run import FinetuneConfig
+
+FOLDER = Path(__file__).parents[1] / "configs"
+ADAPTERS = pytest.mark.xfail(reason="needs peft, and the tasks opt/ and roberta/", strict=True)
+OPTIMIZERS = pytest.mark.xfail(reason="needs these optimizers", strict=True)
+WAITING = {
+    **dict.fromkeys(("opt", "opt_answers", "roberta_k16", "roberta_k512"), ADAPTERS),
+    **dict.fromkeys(("mezo_lora", "mezo_prefix"), ADAPTERS),
+    **dict.fromkeys(("meazo", "fzoo", "lozo", "zo_muon"), OPTIMIZERS),
+}
+
+
+def files(pattern):
+    paths = sorted(FOLDER.glob(pattern))
+    return [pytest.param(path, id=path.stem, marks=WAITING.get(path.stem, ())) for path in paths]
+
+
+def test_every_folder_is_tested():
+    folders = {str(path.parent.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml")}
+    assert folders == {"accuracy", "accuracy/tasks", "effect", "mezo", "pretrain", "prompts"}
+
+
+@pytest.mark.parametrize("path", files("mezo/*.yaml"))
+def test_a_run_or_a_sweep(path):
+    if "run" not in configs.read_yaml(path):
+        assert configs.load(FinetuneConfig, path).optimizer.name == "mezo"
+        return
+    candidates = plan(configs.load(SweepConfig, path), str(path))
+    outputs = [run.output for each in candidates for run in each.runs]
+    assert len(set(outputs)) == len(outputs)
+    assert all(run.task.validation for each in candidates for run in each.runs)
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"),
+    [
+        # points of the grids of Malladi et al., tables 15 and 16, and a probe; times seeds
+        pytest.param("opt", 1 + 2 + 2 + 2 + 3 + 2, marks=ADAPTERS),
+        pytest.param("opt_answers", 3 + 3 + 3 + 3, marks=ADAPTERS),
+        pytest.param("roberta_k16", 5 * (1 + 3 * 3 + 5 + 3 * 9 + 15), marks=ADAPTERS),
+        pytest.param("roberta_k512", 5 * (1 + 3 * 3 + 5 + 3 * 9 + 15), marks=ADAPTERS),
+    ],
+)
+def test_the_paper_has_as_many_runs(name, runs):
+    path = FOLDER / "mezo" / f"{name}.yaml"
+    candidates = plan(configs.load(SweepConfig, path), str(path))
+    assert sum(len(each.runs) for each in candidates) == runs
+
+
+@pytest.mark.parametrize(
+    ("folder", "cls"), [("effect", QuickstartConfig), ("pretrain", PretrainConfig)]
+)
+def test_configurations(folder, cls):
+    for path in FOLDER.glob(f"{folder}/*.yaml"):
+        configs.load(cls, path)
+
+
+@pytest.mark.parametrize("path", files("accuracy/*.yaml"))
+def test_a_method_has_its_forwards_on_every_task(path):
+    """However many forward passes a step has, all of them together come to what was asked for."""
+    for task in FOLDER.glob("accuracy/tasks/*.yaml"):
+        (candidate,) = mezo_accuracy.candidates(
+            task.stem, [path.stem], seeds=[4], forwards=1000, output="o", changes={"model": "m"}
+        )
+        (run,) = candidate.runs
+        assert (run.seed, run.model, run.task.name) == (4, "m", task.stem)
+        if "steps" not in configs.read_yaml(path) and candidate.kind == "finetune":
+            passes = mezo_accuracy.passes(run.optimizer)
+            assert passes * run.steps <= 1000 < passes * (run.steps + 1)
+
+
+def test_prompts_name_a_task():
+    for path in FOLDER.glob("prompts/*.yaml"):
+        assert configs.read_yaml(path).keys() == {"task", "templates", "words"}
+
+
+def test_the_last_quarter_of_a_curve():
+    looks = [(step, float(step)) for step in range(8)]
+    assert mezo_accuracy.last_quarter(looks) == 2.0  # 6.5 - 4.5
+    assert mezo_accuracy.last_quarter([(step, 70.0) for step in range(9)]) == 0.0
+    assert mezo_accuracy.last_quarter(looks[:7]) is None
