@@ -12,18 +12,11 @@ from jaxlm.train.pretraining import PretrainConfig
 from jaxlm.train.run import FinetuneConfig
 
 FOLDER = Path(__file__).parents[1] / "configs"
-ADAPTERS = pytest.mark.xfail(reason="needs peft, and the tasks opt/ and roberta/", strict=True)
-OPTIMIZERS = pytest.mark.xfail(reason="needs these optimizers", strict=True)
-WAITING = {
-    **dict.fromkeys(("opt", "opt_answers", "roberta_k16", "roberta_k512"), ADAPTERS),
-    **dict.fromkeys(("mezo_lora", "mezo_prefix"), ADAPTERS),
-    **dict.fromkeys(("meazo", "fzoo", "lozo", "zo_muon"), OPTIMIZERS),
-}
 
 
 def files(pattern):
     paths = sorted(FOLDER.glob(pattern))
-    return [pytest.param(path, id=path.stem, marks=WAITING.get(path.stem, ())) for path in paths]
+    return [pytest.param(path, id=path.stem) for path in paths]
 
 
 def test_every_folder_is_tested():
@@ -46,10 +39,10 @@ def test_a_run_or_a_sweep(path):
     ("name", "runs"),
     [
         # points of the grids of Malladi et al., tables 15 and 16, and a probe; times seeds
-        pytest.param("opt", 1 + 2 + 2 + 2 + 3 + 2, marks=ADAPTERS),
-        pytest.param("opt_answers", 3 + 3 + 3 + 3, marks=ADAPTERS),
-        pytest.param("roberta_k16", 5 * (1 + 3 * 3 + 5 + 3 * 9 + 15), marks=ADAPTERS),
-        pytest.param("roberta_k512", 5 * (1 + 3 * 3 + 5 + 3 * 9 + 15), marks=ADAPTERS),
+        ("opt", 1 + 2 + 2 + 2 + 3 + 2),
+        ("opt_answers", 3 + 3 + 3 + 3),
+        ("roberta_k16", 5 * (1 + 3 * 3 + 5 + 3 * 9 + 15)),
+        ("roberta_k512", 5 * (1 + 3 * 3 + 5 + 3 * 9 + 15)),
     ],
 )
 def test_the_paper_has_as_many_runs(name, runs):
