@@ -154,6 +154,13 @@ def add(leaf: Any, delta: Array | LowRank) -> Any:
     return (leaf.astype(wide) + delta.astype(wide)).astype(leaf.dtype)
 
 
+def add_factors(path: str, leaf: Any, delta: LowRank, rows: Rows) -> Any:
+    """`leaf + delta`; where a whole kernel is read, with the factors kept apart."""
+    if rows is None and path.endswith("kernel") and not isinstance(leaf, LowRankSum):
+        return LowRankSum(leaf, delta.left, delta.right.T)
+    return add(leaf, delta)
+
+
 def apply(
     view: View | None, path: str, leaf: Any, layer: Array | None, *, rows: Rows = None
 ) -> Any:

@@ -1,6 +1,6 @@
 """Zeroth-order fine-tuning: gradients and updates from forward passes alone."""
 
-from jaxlm.zo import rules
+from jaxlm.zo import factored, rules
 from jaxlm.zo._replay import replay
 from jaxlm.zo.estimators import (
     Estimator,
@@ -34,6 +34,7 @@ from jaxlm.zo.optimizers import (
     zeroth_order,
 )
 from jaxlm.zo.perturbation import Perturbation
+from jaxlm.zo.residual import lozo_residual
 from jaxlm.zo.samplers import (
     Gaussian,
     Rademacher,
@@ -72,6 +73,7 @@ __all__ = [
     "central",
     "descend",
     "expectation_modified",
+    "factored",
     "forward_gradient",
     "fzoo",
     "gaussian",
@@ -80,6 +82,7 @@ __all__ = [
     "low_rank",
     "lozo",
     "lozo_momentum",
+    "lozo_residual",
     "magnitude",
     "materialize",
     "meazo",

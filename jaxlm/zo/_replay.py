@@ -45,4 +45,4 @@ def replay(
 
     for row in slopes:
         params, state = update(params, state, jnp.asarray(row))
-    return params
+    return opt.finalize(params, state)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxlm.zo import rules
+from jaxlm.zo import factored, rules
 from jaxlm.zo.estimators import one_sided
 from jaxlm.zo.optimizers import ScalarOrSchedule, ZerothOrderOptimizer, zeroth_order
 from jaxlm.zo.samplers import Rademacher, Sampler
@@ -117,11 +117,11 @@ def lozo_momentum(
     interval: int = 50,
     **options: Any,
 ) -> ZerothOrderOptimizer:
-    """LOZO-M: `lozo` with momentum of the left factor; see `rules.factored_momentum`."""
+    """LOZO-M: `lozo` with momentum of the left factor; see `factored.factored_momentum`."""
     return zeroth_order(
         learning_rate,
         sampler=low_rank(rank, interval=interval),
-        rule=rules.factored_momentum(momentum),
+        rule=factored.factored_momentum(momentum),
         **options,
     )
 
@@ -137,7 +137,7 @@ def zo_muon(
 ) -> ZerothOrderOptimizer:
     """One-sided slopes in a subspace of each matrix, and an orthogonalized step in it.
 
-    See `subspace` and `rules.orthogonalized`. n + 1 forward passes a step.
+    See `subspace` and `factored.orthogonalized`. n + 1 forward passes a step.
 
     References: arXiv:2602.17155.
     """
@@ -145,7 +145,7 @@ def zo_muon(
         learning_rate,
         estimator=one_sided,
         sampler=subspace(rank, interval=interval),
-        rule=rules.orthogonalized(vector_scale=vector_scale),
+        rule=factored.orthogonalized(vector_scale=vector_scale),
         num_directions=num_directions,
         **options,
     )

@@ -89,6 +89,8 @@ class ZerothOrderOptimizer(NamedTuple):
         a step that follows the forward passes.
       settings: what a trajectory of this optimizer must be replayed with, as JSON values.
       forwards: forward passes in a step.
+      finalize: `finalize(params, state) -> params`: the parameters that a run has come to, where
+        those of `step` are not the whole of them.
     """
 
     init: Callable[..., Any]
@@ -96,11 +98,18 @@ class ZerothOrderOptimizer(NamedTuple):
     update: Callable[..., Any]
     settings: dict[str, Any]
     forwards: int
+    finalize: Callable[..., Any] = lambda params, state: params
 
 
-def _value(learning_rate: ScalarOrSchedule, step) -> Array:
+def value_at(learning_rate: ScalarOrSchedule, step: Any) -> Array:
+    """η of a step."""
     value = learning_rate(step) if callable(learning_rate) else learning_rate
     return jnp.asarray(value, jnp.result_type(float))
+
+
+def rates(learning_rate: ScalarOrSchedule) -> list[float]:
+    """η at some steps, by which a trajectory knows a schedule."""
+    return [float(value_at(learning_rate, step)) for step in (0, 1, 10, 100, 1000)]
 
 
 def zeroth_order(
@@ -179,7 +188,7 @@ def zeroth_order(
             loss_plus=est.loss_plus,
             loss_minus=est.loss_minus,
             projected_grad=est.projected_grad,
-            learning_rate=_value(learning_rate, state.step),
+            learning_rate=value_at(learning_rate, state.step),
             moved_fraction=jnp.zeros(()),
             aux=est.aux,
         )
@@ -198,7 +207,7 @@ def zeroth_order(
         params, moved = descend(
             block,
             params,
-            _value(learning_rate, state.step),
+            value_at(learning_rate, state.step),
             weight_decay=weight_decay,
             select=select,
             decay=decay,
@@ -208,7 +217,7 @@ def zeroth_order(
         return params, state._replace(step=state.step + 1, memory=memory), moved
 
     settings = {
-        "learning_rate": [float(_value(learning_rate, step)) for step in (0, 1, 10, 100, 1000)],
+        "learning_rate": rates(learning_rate),
         "eps": eps,
         "sampler": repr(sampler),
         "rule": rule.name,
@@ -261,7 +270,7 @@ def descend(
             new = old - learning_rate * update
             if rate:
                 new = new - learning_rate * rate * old
-            rounded = _rounded(new, site, rounding, key)
+            rounded = round_to(new, site, rounding, key)
             value = jnp.where(new == old, site.value, rounded)
             changed = jnp.atleast_1d(value)[:SAMPLE] != jnp.atleast_1d(site.value)[:SAMPLE]
             return value, changed.mean() * value.size
@@ -275,7 +284,7 @@ def descend(
     return params, sum(counts) / sum(sizes)
 
 
-def _rounded(new: Array, site: Site, rounding: Rounding, key: Array | None) -> Array:
+def round_to(new: Array, site: Site, rounding: Rounding, key: Array | None) -> Array:
     """`new` in the dtype of the site: the nearest number, or one of its neighbours at random."""
     near = new.astype(site.value.dtype)
     if key is None or rounding == "nearest" or near.dtype == new.dtype:

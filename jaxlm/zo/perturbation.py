@@ -19,6 +19,9 @@ from jaxlm.core.precision import Packed
 from jaxlm.zo.samplers import Sampler
 from jaxlm.zo.sites import Site
 
+TOGETHER = 4
+"""Directions of a factored sampler that run in one pass."""
+
 
 def direction_key(key: Array, direction: Any) -> Array:
     """The key of direction j of an estimate, from that of the estimate."""
@@ -53,8 +56,9 @@ class Perturbation:
         lost = isinstance(leaf, views.Taken)
         site = Site(path, views.shape_of(leaf, rows), layer, rows, leaf if lost else seen)
         z = self.scale * _barrier(self.sampler.sample(self.key, site))
-        whole_kernel = rows is None and path.endswith("kernel") and isinstance(z, views.LowRank)
-        return views.LowRankSum(seen, z.left, z.right.T) if whole_kernel else views.add(seen, z)
+        if isinstance(z, views.LowRank):
+            return views.add_factors(path, seen, z, rows)
+        return views.add(seen, z)
 
 
 def _barrier(z):
@@ -148,7 +152,7 @@ class Measurement:
         if self.lean:
             options["view"] = view
         elif view is not None:
-            params = _materialized(view, params)
+            params = materialized(view, params)
         out = self.loss_fn(params, *self.args, **options)
         loss, aux = out if isinstance(out, tuple) else (out, None)
         if jnp.shape(loss) != ():
@@ -161,7 +165,7 @@ class Measurement:
     def along(self, scales: Float[Array, "s"]) -> tuple[Float[Array, "n s"], Any]:
         """Losses at `θ + scale z_j`, and what else came out, stacked alike.
 
-        With a view all scales run in one pass, and so do all directions of a factored sampler.
+        With a view all scales run in one pass, and so do a few directions of a factored sampler.
         """
 
         def one(j):
@@ -191,12 +195,13 @@ class Measurement:
         return Perturbation(key, scale, sampler, self.select)
 
     def _over_directions(self, one):
-        together = self.lean and self.directions.samplers.factored
-        indices = jnp.arange(self.directions.count)
-        return jax.vmap(one)(indices) if together else lax.map(one, indices)
+        together = TOGETHER if self.lean and self.directions.samplers.factored else None
+        return lax.map(one, jnp.arange(self.directions.count), batch_size=together)
 
 
-def _materialized(view: Perturbation, params):
+def materialized(view: views.View, params: Any) -> Any:
+    """A copy of the parameters as a view shows them."""
+
     def dense(seen):
         return seen.dense() if isinstance(seen, views.LowRankSum) else seen
 

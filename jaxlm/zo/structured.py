@@ -24,14 +24,18 @@ def is_matrix(site: Site) -> bool:
     return len(site.shape) == 2
 
 
+def is_matrix_leaf(leaf: paths.Leaf) -> bool:
+    """Whether a leaf, or each layer of it, has two axes."""
+    return leaf.value.ndim - leaf.stacked == 2
+
+
 def _matrices(params: Any, select: paths.Select) -> list[tuple[str, tuple[int, ...]]]:
     takes = paths.chooser(select)
-    found = []
-    for leaf in paths.flatten(params)[0]:
-        shape = leaf.value.shape[1:] if leaf.stacked else leaf.value.shape
-        if takes(leaf.path, leaf.value) and len(shape) == 2:
-            found.append((leaf.path, shape))
-    return found
+    return [
+        (leaf.path, leaf.value.shape[-2:])
+        for leaf in paths.flatten(params)[0]
+        if takes(leaf.path, leaf.value) and is_matrix_leaf(leaf)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Factored(Sampler):
     lazy: Any = None
     factored = True
 
-    def at(self, key, step):
+    def at(self, key, step) -> Any:
         return dataclasses.replace(self, lazy=jax.random.fold_in(key, step // self.interval))
 
     def check(self, params, select):

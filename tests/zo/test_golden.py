@@ -216,11 +216,11 @@ def compositions(base):
         "meazo": {"rule": zo.rules.normalized_by_average(0.9)},
         "fzoo": {"estimator": zo.one_sided, "rule": zo.rules.normalized_by_spread()},
         "lozo": {"sampler": low_rank},
-        "lozo_momentum": {"sampler": low_rank, "rule": zo.rules.factored_momentum(0.9)},
+        "lozo_momentum": {"sampler": low_rank, "rule": zo.factored.factored_momentum(0.9)},
         "zo_muon": {
             "estimator": zo.one_sided,
             "sampler": subspace,
-            "rule": zo.rules.orthogonalized(vector_scale=1e-2),
+            "rule": zo.factored.orthogonalized(vector_scale=1e-2),
         },
     }
 
@@ -253,3 +253,35 @@ def test_twenty_steps_are_those_of_numpy(name, n):
         assert params["head"]["bias"].dtype == jnp.float64
         np.testing.assert_allclose(params["layers"]["kernel"], theta[KERNEL], rtol=0, atol=1e-10)
         np.testing.assert_allclose(params["head"]["bias"], theta[BIAS], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_twenty_steps_with_a_residual_are_those_of_numpy(n):
+    """The same method, whose parameters are only rewritten every few steps."""
+    reference = Reference(n)
+    rng = np.random.default_rng(1)
+    theta = {KERNEL: rng.standard_normal(SHAPES[KERNEL]), BIAS: rng.standard_normal(3)}
+    with jax.enable_x64(True):
+        opt = zo.lozo_residual(
+            RATE,
+            rank=RANK,
+            interval=INTERVAL,
+            base=reference.noise.sampler(),
+            eps=EPS,
+            num_directions=n,
+        )
+        params = start = {
+            "layers": {"kernel": jnp.asarray(theta[KERNEL])},
+            "head": {"bias": jnp.asarray(theta[BIAS])},
+        }
+        state = opt.init(params, RUN_KEY)
+        step = jax.jit(lambda params, state, batch: opt.step(jax_loss, params, state, batch))
+        for t in range(STEPS):
+            direction = reference.lozo(t, theta, 0.5)
+            theta = {path: theta[path] - RATE * direction[path] for path in theta}
+            params, state, _ = step(params, state, jnp.asarray(0.5))
+            if t == INTERVAL - 2:
+                np.testing.assert_array_equal(params["layers"]["kernel"], start["layers"]["kernel"])
+        whole = opt.finalize(params, state)
+        np.testing.assert_allclose(whole["layers"]["kernel"], theta[KERNEL], rtol=0, atol=1e-10)
+        np.testing.assert_allclose(whole["head"]["bias"], theta[BIAS], rtol=0, atol=1e-10)

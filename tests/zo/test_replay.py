@@ -16,6 +16,7 @@ METHODS = {
     "adam": lambda: zo.mezo_adam(1e-3, horizon=3),
     "fzoo": lambda: zo.fzoo(1e-3, num_directions=3),
     "lozo_momentum": lambda: zo.lozo_momentum(1e-2, interval=2),
+    "lozo_residual": lambda: zo.lozo_residual(1e-2, interval=2),
     "zo_muon": lambda: zo.zo_muon(1e-2, rank=4, interval=2, num_directions=2),
 }
 
@@ -24,20 +25,16 @@ def run(opt, params, path, steps=5):
     """A run of `jit_step` that keeps its trajectory; where it ends."""
     lm = small_decoder()
     loss_fn, batch = label_word_loss(lm, [3, 7]), token_batch(4, 9, 50)
-    settings = opt.settings
+    key, settings = jax.random.key(3), opt.settings
     log = zo.Trajectory.create(
-        path,
-        params,
-        key=jax.random.key(3),
-        num_directions=settings["num_directions"],
-        settings=settings,
+        path, params, key=key, num_directions=settings["num_directions"], settings=settings
     )
     step, state = zo.jit_step(opt, loss_fn), opt.init(params, key)
     params = jax.tree.map(jnp.copy, params)
     for t in range(steps):
         params, state, info = step(params, state, batch)
         log.append(t, np.asarray(info.projected_grad)[None])
-    return params
+    return opt.finalize(params, state)
 
 
 @pytest.mark.parametrize(
