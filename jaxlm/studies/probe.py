@@ -6,9 +6,7 @@ a probe is also a model.
 
 import dataclasses
 import functools
-import time
 import warnings
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -180,54 +178,6 @@ def with_rows(lm: Any, token_ids: Int[Any, " C"], probe: LinearProbe) -> Any:
         new["bias"] = old["bias"].at[token_ids].set(probe.intercept.astype(old["bias"].dtype))
     params["lm_head"] = new
     return lm.replace(params=params, config=dataclasses.replace(config, tie_embeddings=False))
-
-
-def probe_run(config: Any, *, base_dir: Path | None = None) -> dict[str, Any]:
-    """Linear probing in the place of `finetune`: the same configuration, folder and summary.
-
-    Args:
-        config: a `FinetuneConfig`; what concerns training is passed over.
-        base_dir: where the relative paths of the task start, before the working directory.
-
-    Raises:
-        UserError: see `finetune` and `linear_probe`.
-    """
-    from jaxlm.data import load_task, prepare_for
-    from jaxlm.train.run import load_model
-    from jaxlm.train.run_folder import RunFolder, to_dict
-    from jaxlm.train.state import device_peak_bytes
-
-    folder = RunFolder(config.output)
-    folder.check(config)
-    summary = folder.summary()
-    if summary is not None:
-        return summary
-    begin = time.perf_counter()
-    task = load_task(config.task, seed=config.seed, base_dir=base_dir)
-    for split in ("train", "test"):
-        if not getattr(task, split):
-            raise UserError(f"task has no {split} examples: give task.{split}.")
-    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits)
-    encoded = prepare_for(lm, task)
-    probe = linear_probe(lm, encoded, batch_size=config.eval_batch_size)
-    folder.create(config)
-    summary = {
-        "model": config.model or "shipped",
-        "task": config.task.name,
-        "zero_shot": {"accuracy": None, "calibrated_accuracy": None},
-        "validation": {"accuracy": probe.accuracy.get("validation")},
-        "test": {"accuracy": probe.accuracy["test"]},
-        "tested_step": 0,
-        "steps": 0,
-        "forwards": -(-len(encoded.train) // config.eval_batch_size),
-        "backwards": 0,
-        "seconds": time.perf_counter() - begin,
-        "peak_memory_bytes": probe.peak_bytes,
-        "device_peak_bytes": device_peak_bytes(),
-        "config": to_dict(config),
-    }
-    folder.finish(summary)
-    return summary
 
 
 def _features(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jaxlm.core.errors import UserError
-from jaxlm.studies.probe import probe_run
+from jaxlm.studies.baselines import probe_run
 from jaxlm.train.run import FinetuneConfig, finetune
 from jaxlm.train.run_folder import RunFolder
 

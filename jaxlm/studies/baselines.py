@@ -1,0 +1,82 @@
+"""Methods that train nothing of the model, with the configuration, folder and summary of a run."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm.core.errors import UserError
+from jaxlm.data import Task, load_task, prepare_for
+from jaxlm.studies.probe import linear_probe
+from jaxlm.train.run import FinetuneConfig, load_model
+from jaxlm.train.run_folder import RunFolder, to_dict
+
+
+class Measured(NamedTuple):
+    """What a baseline found.
+
+    Attributes:
+        test: accuracy on the test split.
+        validation: on the validation split; None where it was not measured.
+        forwards: forward passes over a batch before any test.
+        peak_bytes: memory of the largest compiled program.
+    """
+
+    test: float
+    validation: float | None
+    forwards: int
+    peak_bytes: int
+
+
+def probe_run(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[str, Any]:
+    """Linear probing in the place of `finetune`; what concerns training is passed over.
+
+    Raises:
+        UserError: see `finetune` and `linear_probe`.
+    """
+
+    def measure(lm: Any, task: Task) -> Measured:
+        encoded = prepare_for(lm, task)
+        probe = linear_probe(lm, encoded, batch_size=config.eval_batch_size)
+        forwards = -(-len(task.train) // config.eval_batch_size)
+        found = probe.accuracy
+        return Measured(found["test"], found.get("validation"), forwards, probe.peak_bytes)
+
+    return _run(config, measure, base_dir)
+
+
+def _run(
+    config: FinetuneConfig, measure: Callable[[Any, Task], Measured], base_dir: Path | None
+) -> dict[str, Any]:
+    from jaxlm.train.state import device_peak_bytes
+
+    folder = RunFolder(config.output)
+    folder.check(config)
+    summary = folder.summary()
+    if summary is not None:
+        return summary
+    begin = time.perf_counter()
+    task = load_task(config.task, seed=config.seed, base_dir=base_dir)
+    for split in ("train", "test"):
+        if not getattr(task, split):
+            raise UserError(f"task has no {split} examples: give task.{split}.")
+    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits)
+    found = measure(lm, task)
+    folder.create(config)
+    summary = {
+        "model": config.model or "shipped",
+        "task": config.task.name,
+        "zero_shot": {"accuracy": None, "calibrated_accuracy": None},
+        "validation": {"accuracy": found.validation},
+        "test": {"accuracy": found.test},
+        "tested_step": 0,
+        "steps": 0,
+        "forwards": found.forwards,
+        "backwards": 0,
+        "seconds": time.perf_counter() - begin,
+        "peak_memory_bytes": found.peak_bytes,
+        "device_peak_bytes": device_peak_bytes(),
+        "config": to_dict(config),
+    }
+    folder.finish(summary)
+    return summary
