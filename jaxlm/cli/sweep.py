@@ -18,6 +18,7 @@ A sweep:
       steps: 100
       grid: {optimizer.learning_rate: [5e-4], batch_size: [8, 16]}
     probe: {kind: probe}         # logistic regression on what the head reads
+    ICL: {kind: icl}             # 32 solved training examples before each test example
 
 With one method, `grid` may stand beside `run`, without `methods`. A key of a method takes the place
 of the whole key of `run`; a dotted key (`optimizer.eps: 1e-1`) changes one value within. Every

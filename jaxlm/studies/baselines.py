@@ -1,15 +1,20 @@
 """Methods that train nothing of the model, with the configuration, folder and summary of a run."""
 
+import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.core.errors import UserError
-from jaxlm.data import Task, load_task, prepare_for
+from jaxlm.data import Task, load_task, prepare_for, with_demonstrations
 from jaxlm.studies.probe import linear_probe
 from jaxlm.train.run import FinetuneConfig, load_model
 from jaxlm.train.run_folder import RunFolder, to_dict
+
+DEMONSTRATIONS = 32
+"""Solved training examples before each test example, as in Malladi et al. (arXiv:2305.17333)."""
 
 
 class Measured(NamedTuple):
@@ -41,6 +46,31 @@ def probe_run(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[s
         forwards = -(-len(task.train) // config.eval_batch_size)
         found = probe.accuracy
         return Measured(found["test"], found.get("validation"), forwards, probe.peak_bytes)
+
+    return _run(config, measure, base_dir)
+
+
+def icl_run(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[str, Any]:
+    """In-context learning in the place of `finetune`, from the training examples of the run.
+
+    One draw by the run's seed stands before every test example, and is cut on the left where the
+    model cannot read all of it; `task.max_length` does not hold.
+
+    Raises:
+        UserError: see `finetune` and `jaxlm.data.with_demonstrations`.
+    """
+    from jaxlm.evaluation import accuracy, option_scores, score_split
+    from jaxlm.train.state import Program
+
+    def measure(lm: Any, task: Task) -> Measured:
+        task = dataclasses.replace(task, config=dataclasses.replace(task.config, max_length=None))
+        task = with_demonstrations(task, DEMONSTRATIONS, seed=config.seed)
+        encoded = prepare_for(lm, task)
+        form = {"log_probs": lm.continuation_log_probs}
+        scorer = Program(functools.partial(option_scores, lm.apply, encoded.token_ids, **form))
+        size = config.eval_batch_size
+        scored = score_split(scorer, lm.params, encoded, "test", batch_size=size)
+        return Measured(accuracy(*scored), None, 0, scorer.peak_bytes)
 
     return _run(config, measure, base_dir)
 

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jaxlm.core.errors import UserError
-from jaxlm.studies.baselines import probe_run
+from jaxlm.studies.baselines import icl_run, probe_run
 from jaxlm.train.run import FinetuneConfig, finetune
 from jaxlm.train.run_folder import RunFolder
 
-KINDS: dict[str, Callable[..., dict[str, Any]]] = {"finetune": finetune, "probe": probe_run}
+KINDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "finetune": finetune,
+    "probe": probe_run,
+    "icl": icl_run,
+}
 """What a method may be: `(config, *, base_dir) -> summary`, which writes its folder."""
 
 FAILED = "failed.json"

@@ -176,19 +176,20 @@ def test_the_command_trains_probes_and_writes_the_table(tmp_path, tiny_model, ca
     lines = "".join(f"  {line}\n" for line in run.splitlines())
     (tmp_path / "sweep.yaml").write_text(
         f"run:\n{lines}output: {tmp_path / 'out'}\nmethods:\n"
-        "  MeZO: {steps: 2, eval_every: 1}\n  probe: {kind: probe}\n"
+        "  MeZO: {steps: 2, eval_every: 1}\n  probe: {kind: probe}\n  ICL: {kind: icl}\n"
         "  lost: {optimizer: {name: adam, learning_rate: 1e38, weight_decay: 1e10}}\n"
     )
     assert main(["sweep", str(tmp_path / "sweep.yaml")]) == 0
     shown = capsys.readouterr().out
     assert shown == (tmp_path / "out" / "table.md").read_text() + "\n"
     table = json.loads((tmp_path / "out" / "table.json").read_text())
-    mezo, probe, lost = table["methods"]
+    mezo, probe, icl, lost = table["methods"]
     summary = json.loads((tmp_path / "out" / "MeZO" / "seed-0" / "summary.json").read_text())
     assert mezo["test"]["by_seed"] == [summary["test"]["accuracy"]]
     assert (mezo["forwards"], probe["forwards"], probe["backwards"]) == (4, 1, 0)
-    assert lost["failed"] == 1
-    assert "the loss is nan at step 2" in table["points"][2]["failed"][0]
+    assert (icl["validation"]["by_seed"], icl["failed"], lost["failed"]) == ([None], 0, 1)
+    assert 0 <= icl["test"]["mean"] <= 1
+    assert "the loss is nan at step 2" in table["points"][3]["failed"][0]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +205,7 @@ def test_the_command_trains_probes_and_writes_the_table(tmp_path, tiny_model, ca
         (["--run.seed=1"], "sweep.yaml: run.seed differs from run to run: give seeds beside run."),
         (
             ["--methods.MeZO.kind=prob"],
-            "sweep.yaml: method MeZO: kind is 'prob': choose one of finetune, probe.",
+            "sweep.yaml: method MeZO: kind is 'prob': choose one of finetune, probe, icl.",
         ),
         (["--methods.Adam=1"], "sweep.yaml: method Adam is '1': give a section of keys."),
         (
