@@ -55,14 +55,21 @@ class Perturbation:
         seen = views.take(leaf, rows)
         lost = isinstance(leaf, views.Taken)
         site = Site(path, views.shape_of(leaf, rows), layer, rows, leaf if lost else seen)
-        z = self.scale * _barrier(self.sampler.sample(self.key, site))
+        z = self.scale * settled(self.sampler.sample(self.key, site))
         if isinstance(z, views.LowRank):
             return views.add_factors(path, seen, z, rows)
         return views.add(seen, z)
 
 
-def _barrier(z):
-    """z as it is; the barrier keeps later fusions from changing its last bits."""
+def settled(z: Any) -> Any:
+    """z as it is, drawn once and with the same last bits wherever it is used.
+
+    The barrier keeps fusions from changing bits. What is broadcast, vectors and factors, is also
+    divided by ones that the compiler does not see through: XLA would fuse the making of noise into
+    the loop that broadcasts it and draw it again for each row, but stores a quotient.
+    """
+    if isinstance(z, views.LowRank) or z.ndim <= 1:
+        z = jax.tree.map(lambda x: x / (1 + 0 * x), z)
     return lax.optimization_barrier(z)
 
 
@@ -88,7 +95,7 @@ class Directions:
     def z(self, j: Any, site: Site) -> Any:
         """Direction j at a site, as it enters the estimate; see `Sampler.direction`."""
         key, sampler = self.at(j)
-        return _barrier(sampler.direction(key, site))
+        return settled(sampler.direction(key, site))
 
     def combine(self, coefficients: Float[Array, "n"], site: Site) -> Float[Array, "..."]:
         """`Σ_j c_j z_j` at a site, at least in float32."""

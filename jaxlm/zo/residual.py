@@ -28,7 +28,7 @@ from jaxlm.zo.optimizers import (
     round_to,
     value_at,
 )
-from jaxlm.zo.perturbation import accepts, directions, materialized
+from jaxlm.zo.perturbation import accepts, directions, materialized, settled
 from jaxlm.zo.samplers import Gaussian, Sampler
 from jaxlm.zo.sites import Site, over_blocks
 from jaxlm.zo.structured import LowRankSampler, is_matrix, is_matrix_leaf, low_rank
@@ -61,7 +61,7 @@ class Residual:
 
     def factors(self, site: Site, own: Array) -> LowRank:
         """N V at a site."""
-        return LowRank(own, lax.optimization_barrier(self.sampler.factors(self.key, site).right))
+        return LowRank(own, settled(self.sampler.factors(self.key, site)).right)
 
 
 def lozo_residual(
