@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxlm.core import paths, prng
@@ -115,6 +116,7 @@ def zeroth_order(
     select: paths.Select = None,
     decay: paths.Select = lambda path: not paths.matcher(NO_DECAY)(path),
     rounding: Rounding = "nearest",
+    mesh: Mesh | None = None,
 ) -> ZerothOrderOptimizer:
     """Any estimator with any sampler and any update rule.
 
@@ -130,6 +132,7 @@ def zeroth_order(
       decay: parameters that are decayed; by default all but those named bias, scale or norm.
       rounding: of parameters below float32 after the update: to nearest, or up or down at random
         such that the mean is exact.
+      mesh: spreads the directions over its axis `data`, see `spsa`.
 
     Returns:
       `init`, `step` and what belongs to them. `step` is pure; `jit_step` compiles it with donated
@@ -150,7 +153,7 @@ def zeroth_order(
     >>> opt.forwards
     5
     """
-    check(eps, num_directions)
+    check(eps, num_directions, mesh)
     rule = rules.sgd() if rule is None else rule
 
     def init(params, key):
@@ -173,6 +176,7 @@ def zeroth_order(
             select=select,
             estimator=estimator,
             previous=state.loss_plus,
+            mesh=mesh,
         )
         info = ZerothOrderInfo(
             loss=est.loss,

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxlm.core import paths, prng, views
@@ -125,6 +126,7 @@ class Measurement:
       directions: the z_j.
       select: parameters that move.
       materialize_params: perturb a copy of the parameters even if `loss_fn` has a keyword `view`.
+      mesh: over whose axis `data` the directions are spread; None for no axis.
     """
 
     loss_fn: Callable[..., Any]
@@ -133,6 +135,7 @@ class Measurement:
     directions: Directions
     select: paths.Select = None
     materialize_params: bool = False
+    mesh: Mesh | None = None
 
     @property
     def lean(self) -> bool:
@@ -193,7 +196,25 @@ class Measurement:
     def _over_directions(self, one):
         together = self.lean and self.directions.samplers.factored
         indices = jnp.arange(self.directions.count)
-        return jax.vmap(one)(indices) if together else lax.map(one, indices)
+
+        def some(indices):
+            return jax.vmap(one)(indices) if together else lax.map(one, indices)
+
+        if self.mesh is None:
+            return some(indices)
+
+        def own(indices):
+            return lax.all_gather(some(indices), "data", tiled=True)
+
+        spread = jax.shard_map(
+            own,
+            mesh=self.mesh,
+            in_specs=PartitionSpec("data"),
+            out_specs=PartitionSpec(),
+            axis_names={"data"},
+            check_vma=False,
+        )
+        return spread(indices)
 
 
 def _materialized(view: Perturbation, params):
