@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxlm.core import paths
@@ -163,12 +164,17 @@ class SPSAEstimate:
         return directions(self.key, self.sampler, params, self.select, count)
 
 
-def check(eps: float, num_directions: int) -> None:
-    """Raises ValueError for an ε that is not positive, or no direction at all."""
+def check(eps: float, num_directions: int, mesh: Mesh | None = None) -> None:
+    """Raises ValueError for an ε that is not positive, no direction, or too few for a mesh."""
     if not eps > 0:
         raise ValueError(f"eps must be positive, not {eps}")
     if num_directions < 1:
         raise ValueError(f"num_directions must be at least 1, not {num_directions}")
+    if mesh is not None and num_directions % mesh.shape["data"]:
+        raise ValueError(
+            f"num_directions is {num_directions}: give a multiple of the {mesh.shape['data']} "
+            "devices on the axis data"
+        )
 
 
 def spsa(
@@ -183,6 +189,7 @@ def spsa(
     estimator: Estimator = central,
     previous: Float[Array, "n"] | None = None,
     materialize_params: bool = False,
+    mesh: Mesh | None = None,
 ) -> SPSAEstimate:
     """Estimates the gradient of a loss by its slopes along random directions.
 
@@ -203,24 +210,27 @@ def spsa(
       estimator: how the slopes are measured.
       previous: `loss_plus` of the step before, for `residual_feedback`.
       materialize_params: perturb a copy of the parameters even if `loss_fn` has a keyword `view`.
+      mesh: spreads the directions over its axis `data`: each device measures its own on the whole
+        batch, and n losses are all that the devices exchange. n is a multiple of the axis.
 
     Returns:
       The estimate, as scalars.
 
     Raises:
-      ValueError: if eps is not positive, there is no direction, `select` takes nothing, the sampler
-        does not fit the parameters, or the loss is not one float.
+      ValueError: if eps is not positive, there is no direction, `mesh` does not divide them,
+        `select` takes nothing, the sampler does not fit the parameters, or the loss is not one
+        float.
 
     >>> loss = lambda params: (params["w"] ** 2).sum()
     >>> est = spsa(loss, {"w": jnp.ones(3)}, key=jax.random.key(0))
     >>> est.projected_grad.shape
     (1,)
     """
-    check(eps, num_directions)
+    check(eps, num_directions, mesh)
     paths.mask(params, select)
     sampler.check(params, select)
     drawn = directions(key, sampler, params, select, num_directions)
-    measurement = Measurement(loss_fn, params, args, drawn, select, materialize_params)
+    measurement = Measurement(loss_fn, params, args, drawn, select, materialize_params, mesh)
     unknown = jnp.full(num_directions, jnp.nan)
     width = jnp.asarray(eps, jnp.result_type(float))
     slopes = estimator(measurement, width, unknown if previous is None else previous)

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxlm.core import paths, prng
@@ -38,7 +39,7 @@ NO_DECAY = r"(^|[._])(bias|scale)(\.value)?$|norm"
 ScalarOrSchedule = float | Array | Callable[[Array], Any]
 Rounding = Literal["nearest", "stochastic"]
 SAMPLE = 8
-"""Rows of a block on which `moved_fraction` is counted."""
+"""Rows of a block on which `moved_fraction` is counted, evenly spaced: some in each shard."""
 
 
 class ZerothOrderState(NamedTuple):
@@ -124,6 +125,7 @@ def zeroth_order(
     select: paths.Select = None,
     decay: paths.Select = lambda path: not paths.matcher(NO_DECAY)(path),
     rounding: Rounding = "nearest",
+    mesh: Mesh | None = None,
 ) -> ZerothOrderOptimizer:
     """Any estimator with any sampler and any update rule.
 
@@ -139,6 +141,7 @@ def zeroth_order(
       decay: parameters that are decayed; by default all but those named bias, scale or norm.
       rounding: of parameters below float32 after the update: to nearest, or up or down at random
         such that the mean is exact.
+      mesh: spreads the directions over its axis `data`, see `spsa`.
 
     Returns:
       `init`, `step` and what belongs to them. `step` is pure; `jit_step` compiles it with donated
@@ -159,7 +162,7 @@ def zeroth_order(
     >>> opt.forwards
     5
     """
-    check(eps, num_directions)
+    check(eps, num_directions, mesh)
     rule = rules.sgd() if rule is None else rule
 
     def init(params, key):
@@ -182,6 +185,7 @@ def zeroth_order(
             select=select,
             estimator=estimator,
             previous=state.loss_plus,
+            mesh=mesh,
         )
         info = ZerothOrderInfo(
             loss=est.loss,
@@ -272,7 +276,7 @@ def descend(
                 new = new - learning_rate * rate * old
             rounded = round_to(new, site, rounding, key)
             value = jnp.where(new == old, site.value, rounded)
-            changed = jnp.atleast_1d(value)[:SAMPLE] != jnp.atleast_1d(site.value)[:SAMPLE]
+            changed = _some_rows(value) != _some_rows(site.value)
             return value, changed.mean() * value.size
 
         value, count = over_blocks(moved, leaf)
@@ -282,6 +286,11 @@ def descend(
 
     params = paths.map_with_path(leaf_update, params)
     return params, sum(counts) / sum(sizes)
+
+
+def _some_rows(value: Array) -> Array:
+    rows = jnp.atleast_1d(value)
+    return rows[:: max(1, rows.shape[0] // SAMPLE)]
 
 
 def round_to(new: Array, site: Site, rounding: Rounding, key: Array | None) -> Array:

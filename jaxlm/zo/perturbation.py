@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxlm.core import paths, prng, views
@@ -136,6 +137,7 @@ class Measurement:
       directions: the z_j.
       select: parameters that move.
       materialize_params: perturb a copy of the parameters even if `loss_fn` has a keyword `view`.
+      mesh: over whose axis `data` the directions are spread; None for no axis.
     """
 
     loss_fn: Callable[..., Any]
@@ -144,6 +146,7 @@ class Measurement:
     directions: Directions
     select: paths.Select = None
     materialize_params: bool = False
+    mesh: Mesh | None = None
 
     @property
     def lean(self) -> bool:
@@ -203,7 +206,26 @@ class Measurement:
 
     def _over_directions(self, one):
         together = TOGETHER if self.lean and self.directions.samplers.factored else None
-        return lax.map(one, jnp.arange(self.directions.count), batch_size=together)
+        indices = jnp.arange(self.directions.count)
+
+        def some(indices):
+            return lax.map(one, indices, batch_size=together)
+
+        if self.mesh is None:
+            return some(indices)
+
+        def own(indices):
+            return lax.all_gather(some(indices), "data", tiled=True)
+
+        spread = jax.shard_map(
+            own,
+            mesh=self.mesh,
+            in_specs=PartitionSpec("data"),
+            out_specs=PartitionSpec(),
+            axis_names={"data"},
+            check_vma=False,
+        )
+        return spread(indices)
 
 
 def materialized(view: views.View, params: Any) -> Any:

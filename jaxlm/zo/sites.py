@@ -4,9 +4,11 @@ Under `jit` with donated parameters the loops write in place: beside the paramet
 and what is computed of it are alive.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -74,15 +76,23 @@ def _over_rows(function, path, value, layer):
     size = max(1, BLOCK // max(1, value[0].size)) if value.ndim else 0
     if value.ndim == 0 or shape[0] <= size:
         return function(Site(path, shape, layer, None, value))
+    # A block has rows from every shard, or each device would need those of the others.
+    parts = math.gcd(shape[0], jax.device_count())
+    length, size = shape[0] // parts, max(1, size // parts)
+    firsts = length * jnp.arange(parts)[:, None]
 
     def at(start, size, carry):
         value, total = carry
-        block = lax.dynamic_slice_in_dim(value, start, size)
-        block, number = function(Site(path, shape, layer, (start, size), block))
+        rows = (start, size) if parts == 1 else firsts + (start + jnp.arange(size))[None]
+        block = lax.dynamic_slice_in_dim(value, start, size, axis=1)
+        flat = block[0] if parts == 1 else block
+        new, number = function(Site(path, shape, layer, rows, flat))
         start = _after(number, start)
-        return lax.dynamic_update_slice_in_dim(value, block, start, 0), total + number
+        value = lax.dynamic_update_slice_in_dim(value, new.reshape(block.shape), start, axis=1)
+        return value, total + number
 
-    count, rest = divmod(shape[0], size)
-    carry = (value, jnp.zeros(()))
+    count, rest = divmod(length, size)
+    carry = (value.reshape(parts, length, *shape[1:]), jnp.zeros(()))
     carry = lax.fori_loop(0, count, lambda i, carry: at(i * size, size, carry), carry)
-    return at(count * size, rest, carry) if rest else carry
+    value, total = at(count * size, rest, carry) if rest else carry
+    return value.reshape(shape), total

@@ -4,6 +4,7 @@ Each draws its numbers from a `base` sampler.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -134,12 +135,12 @@ class Blocks(Sampler):
         if self.active is None:
             raise ValueError("blocks of layers take turns by step: use them in an optimizer")
         block = self.count - 1 if site.layer is None else site.layer // self.size
-        shape = jax.eval_shape(self.base.sample, key, site)
-        return lax.cond(
-            self.active == block,
-            lambda: self.base.sample(key, site),
-            lambda: jnp.zeros(shape.shape, shape.dtype),
-        )
+        drawn = functools.partial(self.base.sample, key, site)
+
+        def nothing():
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(drawn))
+
+        return lax.cond(self.active == block, drawn, nothing)
 
 
 @register("base", "limits")
