@@ -21,6 +21,14 @@ OPT_125M = ModelConfig(
     eos_id=2,
     pad_id=1,
 )
+OPT_1_3B = OPT_125M.replace(
+    hidden_size=2048,
+    num_layers=24,
+    num_heads=32,
+    num_kv_heads=32,
+    intermediate_size=8192,
+    embedding_size=2048,
+)
 PYTHIA_160M = OPT_125M.replace(
     family="gpt_neox",
     vocab_size=50304,

@@ -1,0 +1,155 @@
+"""Does a zeroth-order step live in the memory of inference?
+
+usage: python -m benchmarks.mezo_memory [--quick]
+
+By the compiler, without running anything: the peak of a step over that of a forward pass on the
+same 16 rows of 64 tokens, at the shapes of OPT-125M and OPT-1.3B, for one and four directions; Adam
+by backpropagation beside it. And measured at OPT-125M: the most memory that a fresh process had
+resident after three steps, less what it had before there were any parameters. With --quick only the
+first shape is compiled. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks import common
+from benchmarks.mezo_step import LABEL_WORDS, make_batch
+from benchmarks.shapes import OPT_1_3B, OPT_125M
+from jaxlm import zo
+from jaxlm.models import LanguageModel, ModelConfig, init_params
+from jaxlm.train.objective import classification_objective
+
+Tree = Any
+METHODS: dict[str, zo.ZerothOrderOptimizer | optax.GradientTransformation | None] = {
+    "forward": None,
+    "MeZO, gaussian": zo.mezo(1e-6),
+    "MeZO, gaussian, n=4": zo.mezo(1e-6, num_directions=4),
+    "LOZO, rank 2": zo.lozo(1e-6, rank=2),
+    "LOZO, rank 2, n=4": zo.lozo(1e-6, rank=2, num_directions=4),
+    "Adam, backpropagation": optax.adam(1e-6),
+}
+
+
+def program(name: str, config: ModelConfig) -> tuple[Callable[..., Any], Tree, Tree, Tree]:
+    """What a method runs: `f(params, state, batch) -> (params, state, ...)`, and its arguments.
+
+    Returns:
+      The function, which donates parameters and state, and the shapes of parameters and state, and
+      the batch. A forward pass has no state and donates nothing.
+    """
+    params = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    loss_fn = classification_objective(
+        LanguageModel(config, params).apply, jnp.asarray(LABEL_WORDS)
+    )
+    batch, method = make_batch(config, rows=16, length=64), METHODS[name]
+    if method is None:
+        return jax.jit(lambda params, state, batch: loss_fn(params, batch)), params, (), batch
+    if isinstance(method, zo.ZerothOrderOptimizer):
+        state = jax.eval_shape(method.init, params, jax.random.key(0))
+        return zo.jit_step(method, loss_fn), params, state, batch
+
+    def step(params, state, batch):
+        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+        updates, state = method.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    state = jax.eval_shape(method.init, params)
+    return jax.jit(step, donate_argnums=(0, 1)), params, state, batch
+
+
+def compiled_rows(shape: str, config: ModelConfig) -> list[dict[str, Any]]:
+    """One row for each method, by compilation alone."""
+    rows: list[dict[str, Any]] = []
+    for name in METHODS:
+        function, *args = program(name, config)
+        compiled, seconds = common.compiled(function, *args)
+        peak = common.peak_bytes(compiled)
+        print(f"{shape}: {name} compiled in {seconds:.0f} s", flush=True)
+        rows.append(
+            {
+                "shape": shape,
+                "method": name,
+                "parameters_MB": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(args[0]))
+                / 1e6,
+                "peak_MB": peak / 1e6,
+                "over_forward": peak / 1e6 / (rows[0]["peak_MB"] if rows else peak / 1e6),
+                "compile_s": seconds,
+            }
+        )
+    return rows
+
+
+def resident_bytes() -> int:
+    """The most memory that this process has had resident."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def resident(name: str, config: ModelConfig = OPT_125M) -> dict[str, float]:
+    """Runs a method three times in this process; megabytes before there were parameters, and after.
+
+    The parameters are small constants, so that making them takes no more memory than they do.
+    """
+    function, params, state, batch = program(name, config)
+    run, _ = common.compiled(function, params, state, batch)
+    before = resident_bytes()
+    seed = jax.random.key(0)
+    params, state = jax.tree.map(
+        lambda x: (
+            seed
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+            else jnp.full(x.shape, 0.01, x.dtype)
+        ),
+        (params, state),
+    )
+    for _ in range(3):
+        out = jax.block_until_ready(run(params, state, batch))
+        if METHODS[name] is not None:
+            params, state = out[:2]
+    return {"before_MB": before / 1e6, "after_MB": resident_bytes() / 1e6}
+
+
+def resident_rows() -> list[dict[str, Any]]:
+    """One row for each method, each in a process of its own."""
+    rows: list[dict[str, Any]] = []
+    for name in METHODS:
+        command = [sys.executable, "-m", "benchmarks.mezo_memory", "--resident", name]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found = json.loads(output.splitlines()[-1])
+        taken = found["after_MB"] - found["before_MB"]
+        first = rows[0]["taken_MB"] if rows else taken
+        row = {"shape": "OPT-125M, resident", "method": name, **found, "taken_MB": taken}
+        rows.append(row | {"over_forward": taken / first})
+    return rows
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="compile OPT-125M, run nothing")
+    parser.add_argument("--resident", choices=METHODS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.resident:
+        print(json.dumps(resident(options.resident)))
+        return
+    shapes = {"OPT-125M": OPT_125M} | ({} if options.quick else {"OPT-1.3B": OPT_1_3B})
+    rows = [row for each in shapes.items() for row in compiled_rows(*each)]
+    common.print_table(rows)
+    if not options.quick:
+        measured = resident_rows()
+        common.print_table(measured)
+        rows += measured
+    common.print_report("mezo_memory", rows)
+
+
+if __name__ == "__main__":
+    main()
