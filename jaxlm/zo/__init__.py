@@ -13,6 +13,7 @@ from jaxlm.zo.estimators import (
     spsa,
     value_and_grad,
 )
+from jaxlm.zo.master import MasterMemory, float32_master
 from jaxlm.zo.methods import (
     fzoo,
     lozo,
@@ -56,6 +57,7 @@ from jaxlm.zo.transformation import ScaleBySpsaState, scale_by_spsa
 __all__ = [
     "Estimator",
     "Gaussian",
+    "MasterMemory",
     "Perturbation",
     "Rademacher",
     "SPSAEstimate",
@@ -69,6 +71,7 @@ __all__ = [
     "central",
     "descend",
     "expectation_modified",
+    "float32_master",
     "forward_gradient",
     "fzoo",
     "gaussian",
