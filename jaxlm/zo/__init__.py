@@ -14,6 +14,7 @@ from jaxlm.zo.estimators import (
     spsa,
     value_and_grad,
 )
+from jaxlm.zo.master import MasterMemory, float32_master
 from jaxlm.zo.methods import (
     fzoo,
     lozo,
@@ -59,6 +60,7 @@ from jaxlm.zo.transformation import ScaleBySpsaState, scale_by_spsa
 __all__ = [
     "Estimator",
     "Gaussian",
+    "MasterMemory",
     "Perturbation",
     "Rademacher",
     "SPSAEstimate",
@@ -74,6 +76,7 @@ __all__ = [
     "descend",
     "expectation_modified",
     "factored",
+    "float32_master",
     "forward_gradient",
     "fzoo",
     "gaussian",

@@ -117,9 +117,11 @@ def population(measurement: Measurement, eps: Array, previous: Array) -> Slopes:
 
 
 def standardized(x: Float[Array, "n"]) -> Float[Array, "n"]:
-    """`(x - mean) / std`; 0 where all are equal."""
-    spread = x.std()
-    return jnp.where(spread > 0, (x - x.mean()) / jnp.where(spread > 0, spread, 1), 0)
+    """`(x - mean) / std` of what is finite, NaN for the rest; 0 where all are equal."""
+    known = jnp.isfinite(x)
+    mean, spread = x.mean(where=known), x.std(where=known)
+    score = jnp.where(spread > 0, (x - mean) / jnp.where(spread > 0, spread, 1), 0)
+    return jnp.where(known, score, jnp.nan)
 
 
 FORWARDS: dict[Estimator, Callable[[int], int]] = {

@@ -131,7 +131,7 @@ def rademacher(generator: prng.Generator = "counter") -> Rademacher:
 
 
 def sphere(generator: prng.Generator = "counter") -> Sphere:
-    """z uniform on the sphere of radius sqrt(d): E||g z||^2 = (d + (n - 1))/n ||grad||^2.
+    """z uniform on the sphere of radius sqrt(d): E||g z||^2 = (d + n - 1)/n ||grad||^2.
 
     The norm of a Gaussian z over all selected parameters is found first, by one more sweep over
     them. The last bits of that norm depend on how parameters are sharded and stacked.

@@ -131,6 +131,12 @@ class Blocks(Sampler):
     def at(self, key, step):
         return dataclasses.replace(self, active=jnp.asarray(step) % self.count)
 
+    def check(self, params, select):
+        for leaf in paths.flatten(params)[0]:
+            depth = leaf.value.shape[0] if leaf.stacked else (leaf.layer or 0) + 1
+            if depth > self.num_layers or (leaf.stacked and depth < self.num_layers):
+                raise ValueError(f"num_layers is {self.num_layers}, but {leaf.path} has {depth}")
+
     def sample(self, key, site):
         if self.active is None:
             raise ValueError("blocks of layers take turns by step: use them in an optimizer")

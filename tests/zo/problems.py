@@ -5,8 +5,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm import zo
+from jaxlm.core import views
 from jaxlm.models import LanguageModel, ModelConfig, init_params
 
 SHAPES = {"layers": {"w": (2, 3), "norm": {"scale": (2, 1)}}, "head": {"w": (2, 2), "bias": (2,)}}
@@ -95,3 +97,48 @@ def token_batch(rows: int, length: int, vocabulary: int):
         "positions": jnp.full((rows,), length - 1),
         "labels": jnp.arange(rows) % 2,
     }
+
+
+def network_params(dtype=jnp.float32):
+    """Two layers of 16 and a head of 8, as `network_loss` reads them."""
+    keys = jax.random.split(jax.random.key(8), 2)
+    return {
+        "layers": {"kernel": (jax.random.normal(keys[0], (2, 16, 16)) / 4).astype(dtype)},
+        "head": {
+            "kernel": (jax.random.normal(keys[1], (16, 8)) / 4).astype(dtype),
+            "bias": jnp.zeros(8, dtype),
+        },
+    }
+
+
+def network_loss(params, batch, *, view=None):
+    """Mean square error of a small network; takes a view."""
+
+    def times(x, path, kernel, layer=None):
+        seen = views.apply(view, path, kernel, layer)
+        return seen.dot(x) if isinstance(seen, views.LowRankSum) else x @ seen
+
+    def body(x, item):
+        layer, kernel = item
+        return jnp.tanh(times(x, "layers.kernel", kernel, layer)), None
+
+    x, _ = jax.lax.scan(body, batch["x"], (jnp.arange(2), params["layers"]["kernel"]))
+    bias = views.apply(view, "head.bias", params["head"]["bias"], None)
+    y = times(x, "head.kernel", params["head"]["kernel"]) + bias[None]
+    return jnp.mean((y - batch["y"]) ** 2)
+
+
+def network_batch():
+    x = jax.random.normal(jax.random.key(9), (8, 16))
+    return {"x": x, "y": jnp.sin(x[:, :8])}
+
+
+def over_keys(function, count: int):
+    return jax.jit(jax.vmap(function))(jax.random.split(jax.random.key(2026), count))
+
+
+def assert_mean(samples, expected, rounding=0.0):
+    """Every mean over axis 0 is within 4.5 standard errors, and `rounding`."""
+    samples = np.asarray(samples, np.float64)
+    error = samples.std(0, ddof=1) / np.sqrt(len(samples))
+    assert (np.abs(samples.mean(0) - np.asarray(expected)) <= 4.5 * error + rounding).all()

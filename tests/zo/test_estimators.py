@@ -1,6 +1,7 @@
 """SPSA estimates against closed forms, and their independence of how parameters are laid out."""
 
 import dataclasses
+import math
 from collections import OrderedDict
 
 import jax
@@ -10,11 +11,19 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxlm import zo
+from jaxlm.zo.estimators import standardized
+from jaxlm.zo.samplers import register
+from jaxlm.zo.structured import LowRankSampler
 from tests.zo.problems import (
+    assert_mean,
     directions,
     flat,
     label_word_loss,
+    network_batch,
+    network_loss,
+    network_params,
     nonlinear,
+    over_keys,
     quadratic,
     small_decoder,
     small_params,
@@ -37,17 +46,6 @@ def leaves_equal(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-def over_keys(function, count: int):
-    return jax.jit(jax.vmap(function))(jax.random.split(jax.random.key(2026), count))
-
-
-def assert_mean(samples, expected):
-    """Every mean over axis 0 is within 4.5 standard errors."""
-    samples = np.asarray(samples, np.float64)
-    error = samples.std(0, ddof=1) / np.sqrt(len(samples))
-    assert (np.abs(samples.mean(0) - np.asarray(expected)) <= 4.5 * error).all()
-
-
 @pytest.mark.parametrize("loss_fn", [quadratic, nonlinear])
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
 @pytest.mark.parametrize("n", [1, 4])
@@ -61,7 +59,9 @@ def test_the_estimate_is_unbiased(loss_fn, sampler, n):
     assert_mean(over_keys(estimate, 4096), flat(jax.grad(loss_fn)(params, BATCH)))
 
 
-@pytest.mark.parametrize(("sampler", "extra"), [(zo.gaussian(), 1), (zo.rademacher(), -1)])
+@pytest.mark.parametrize(
+    ("sampler", "extra"), [(zo.gaussian(), 1), (zo.rademacher(), -1), (zo.sphere(), -1)]
+)
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("d", [2, 16])
 def test_the_second_moment_is_that_of_the_theory(sampler, extra, n, d):
@@ -75,26 +75,173 @@ def test_the_second_moment_is_that_of_the_theory(sampler, extra, n, d):
     assert_mean(over_keys(ratio, 4096), (d + n + extra) / n)
 
 
+MODIFIED = {"layers": jnp.array([0.5, 2.0]), "head": jnp.float32(3)}
+BATTERY = [
+    (zo.sphere(), zo.central),
+    (zo.low_rank(1), zo.central),
+    (zo.variance_modified(MODIFIED), zo.central),
+    (zo.rademacher(), zo.one_sided),
+    (zo.low_rank(1), zo.one_sided),
+    (zo.sphere(), zo.forward_gradient),
+    (zo.low_rank(1), zo.forward_gradient),
+]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "estimator"),
+    BATTERY,
+    ids=[f"{type(s).__name__}-{e.__name__}" for s, e in BATTERY],
+)
+def test_every_pair_of_sampler_and_estimator_is_unbiased(sampler, estimator):
+    params = small_params()
+
+    def estimate(key):
+        est = zo.spsa(nonlinear, params, BATCH, key=key, sampler=sampler, estimator=estimator)
+        return flat(zo.materialize(est, params))
+
+    assert_mean(over_keys(estimate, 4096), flat(jax.grad(nonlinear)(params, BATCH)))
+
+
+def test_samplers_that_weigh_or_hide_coordinates_do_so_to_the_mean():
+    params = small_params()
+    masked = zo.magnitude(params, 0.5)
+    gradient = jax.grad(nonlinear)(params, BATCH)
+
+    def estimates(key):
+        def mean(sampler):
+            est = zo.spsa(nonlinear, params, BATCH, key=key, sampler=sampler)
+            return flat(zo.materialize(est, params))
+
+        return mean(zo.expectation_modified(MODIFIED)), mean(masked)
+
+    divided, small = over_keys(estimates, 4096)
+    norms = jnp.array([0.5, 2.0])[:, None]
+    expected = {
+        "layers": jax.tree.map(lambda g: g / norms, gradient["layers"]),
+        "head": jax.tree.map(lambda g: g / 3, gradient["head"]),
+    }
+    assert_mean(divided, flat(expected))
+
+    def kept(w, axes):
+        size = np.abs(np.asarray(w))
+        return size <= np.quantile(size, 0.5, axis=axes, keepdims=True, method="lower")
+
+    mask = {
+        "layers": jax.tree.map(lambda w: kept(w, 1), params["layers"]),
+        "head": jax.tree.map(lambda w: kept(w, None), params["head"]),
+    }
+    assert_mean(small, flat(gradient) * flat(mask))
+
+
+def test_residual_feedback_is_unbiased_where_the_two_directions_are_independent():
+    params = small_params()
+
+    def estimate(key):
+        def measured(j, **options):
+            key_j = jax.random.fold_in(key, j)
+            return zo.spsa(
+                nonlinear,
+                params,
+                BATCH,
+                key=key_j,
+                eps=0.01,
+                sampler=zo.rademacher(),
+                estimator=zo.residual_feedback,
+                **options,
+            )
+
+        before = measured(0)
+        return flat(zo.materialize(measured(1, previous=before.loss_plus), params))
+
+    assert_mean(over_keys(estimate, 4096), flat(jax.grad(nonlinear)(params, BATCH)), rounding=2e-3)
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_a_population_climbs_a_slope_by_the_mean_of_a_standard_deviation(n):
+    """For a linear loss, 1/n sum_j score_j z_j has mean E[std] slope / |slope|."""
+    slope = jnp.array([3.0, -1.0, 0.5])
+
+    def estimate(key):
+        est = zo.spsa(
+            lambda p: p["w"] @ slope,
+            {"w": jnp.zeros(3)},
+            key=key,
+            eps=0.5,
+            estimator=zo.population,
+            num_directions=n,
+        )
+        return zo.materialize(est, {"w": jnp.zeros(3)})["w"]
+
+    spread = math.sqrt(2 / n) * math.gamma(n / 2) / math.gamma((n - 1) / 2)
+    assert_mean(over_keys(estimate, 4096), spread * slope / jnp.linalg.norm(slope))
+
+
+def test_a_member_of_a_population_without_a_loss_is_left_out():
+    losses = jnp.array([1.0, jnp.nan, 3.0, jnp.inf])
+    np.testing.assert_array_equal(standardized(losses), [-1, np.nan, 1, np.nan])
+
+
+@pytest.mark.parametrize(("estimator", "order"), [(zo.central, 2), (zo.one_sided, 1)])
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
-def test_central_differences_tend_to_the_derivative_as_eps_squared(sampler):
+def test_differences_tend_to_the_derivative_by_a_power_of_eps(sampler, estimator, order):
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(jnp.float64), small_params())
         key, batch = jax.random.key(8), jnp.float64(0.25)
 
         @jax.jit
         def slopes(params):
-            along = lambda eps: zo.spsa(  # noqa: E731
-                nonlinear, params, batch, key=key, eps=eps, sampler=sampler
+            along = lambda eps, estimator: zo.spsa(  # noqa: E731
+                nonlinear, params, batch, key=key, eps=eps, sampler=sampler, estimator=estimator
             ).projected_grad[0]
             z = jax.tree.map(jnp.float64, directions(params, key, sampler=sampler))
             exact = jax.jvp(lambda params: nonlinear(params, batch), (params,), (z,))[1]
-            return exact, jnp.stack([along(2.0**-power) for power in (6, 8, 10, 12)])
+            found = jnp.stack([along(2.0**-power, estimator) for power in (6, 8, 10, 12)])
+            return exact, found, along(1.0, zo.forward_gradient)
 
-        exact, central = slopes(params)
-        assert central.dtype == jnp.float64
-        errors = np.abs(central - exact)
-        np.testing.assert_allclose(errors[:-1] / errors[1:], 16, rtol=0.05)
-        assert errors[-1] < 1e-5 * abs(exact)
+        exact, found, forward = slopes(params)
+        assert found.dtype == jnp.float64
+        errors = np.abs(found - exact)
+        np.testing.assert_allclose(errors[:-1] / errors[1:], 4**order, rtol=0.15 / order**2)
+        assert errors[-1] < (1e-5 if order == 2 else 1e-2) * abs(exact)
+        np.testing.assert_allclose(forward, exact, rtol=1e-12)
+
+
+@pytest.mark.parametrize("sampler", [zo.gaussian(), zo.low_rank(2)], ids=["gaussian", "low_rank"])
+def test_forward_gradients_through_a_view_are_those_of_jvp(sampler):
+    with jax.enable_x64(True):
+        params, batch = network_params(jnp.float64), jax.tree.map(jnp.float64, network_batch())
+        key = jax.random.key(2)
+
+        @jax.jit
+        def slopes(params):
+            est = zo.spsa(
+                network_loss, params, batch, key=key, sampler=sampler, estimator=zo.forward_gradient
+            )
+            z = jax.tree.map(jnp.float64, directions(params, key, sampler=sampler))
+            return est.projected_grad[0], jax.jvp(lambda p: network_loss(p, batch), (params,), (z,))
+
+        found, (_, exact) = slopes(params)
+        np.testing.assert_allclose(found, exact, rtol=1e-6 if sampler.factored else 1e-12)
+
+
+@register("base", "lazy")
+@dataclasses.dataclass(frozen=True)
+class OneByOne(LowRankSampler):
+    factored = False
+
+
+@pytest.mark.parametrize("estimator", [zo.central, zo.forward_gradient])
+def test_low_rank_directions_in_one_pass_are_those_one_after_another(estimator):
+    options = {"key": jax.random.key(0), "num_directions": 3, "eps": 0.01, "estimator": estimator}
+    params, batch = network_params(), network_batch()
+    one = OneByOne(2, 50, zo.gaussian())
+    together, apart = (
+        spsa(network_loss, params, batch, sampler=sampler, **options)
+        for sampler in (zo.low_rank(2), one)
+    )
+    np.testing.assert_allclose(together.loss_plus, apart.loss_plus, rtol=2e-6)
+    np.testing.assert_allclose(together.projected_grad, apart.projected_grad, rtol=1e-4, atol=1e-4)
+    assert len(np.unique(together.projected_grad)) == 3
 
 
 def tree(stacked: bool):
@@ -271,9 +418,20 @@ def test_a_loss_that_is_not_a_number_gives_no_slope():
     assert np.isnan(est.loss)
 
 
-def test_a_loss_of_several_numbers_is_refused():
-    with pytest.raises(ValueError, match=r"scalar, not an array of shape \(3,\)"):
-        zo.spsa(lambda params: params["w"], {"w": jnp.ones(3)}, key=jax.random.key(0))
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (lambda p: p["w"], r"the loss must be a scalar, not an array of shape \(2,\)"),
+        (lambda p: p["w"][:1], r"the loss must be a scalar, not an array of shape \(1,\)"),
+        (lambda p: jnp.int32(3), "the loss must be a float, not int32"),
+        (lambda p: p["w"].sum() > 0, "the loss must be a float, not bool"),
+        (lambda p: (jnp.int32(3), {}), "the loss must be a float, not int32"),
+    ],
+)
+@pytest.mark.parametrize("estimator", [zo.central, zo.one_sided, zo.forward_gradient])
+def test_losses_that_are_not_one_float_are_refused(loss_fn, message, estimator):
+    with pytest.raises(ValueError, match=rf"^{message}(\n|$)"):
+        zo.spsa(loss_fn, {"w": jnp.ones(2)}, key=jax.random.key(0), estimator=estimator)
 
 
 @pytest.mark.parametrize("sampler", [*SAMPLERS, zo.gaussian("threefry"), zo.rademacher("threefry")])
@@ -292,6 +450,20 @@ def test_samplers_are_static_and_cross_jit(sampler):
     ("options", "message"),
     [
         ({"eps": 0.0}, "eps must be positive, not 0.0"),
+        ({"eps": -1e-3}, "eps must be positive, not -0.001"),
+        ({"eps": float("nan")}, "eps must be positive, not nan"),
+        (
+            {"sampler": zo.low_rank(2)},
+            "LowRankSampler needs a matrix among the selected parameters; there is none",
+        ),
+        (
+            {"sampler": zo.subspace(2)},
+            "Subspace needs a matrix among the selected parameters; there is none",
+        ),
+        (
+            {"sampler": zo.layer_blocks(2)},
+            "blocks of layers take turns by step: use them in an optimizer",
+        ),
         ({"num_directions": 0}, "num_directions must be at least 1, not 0"),
         ({"select": "nothing"}, "select='nothing' takes no parameter; paths are w"),
     ],
@@ -300,5 +472,5 @@ def test_settings_that_estimate_nothing_are_refused(options, message):
     def loss(params):
         return params["w"].sum()
 
-    with pytest.raises(ValueError, match=f"^{message}$"):
+    with pytest.raises(ValueError, match=rf"^{message}(\n|$)"):
         zo.spsa(loss, {"w": jnp.ones(2)}, key=jax.random.key(0), **options)

@@ -1,0 +1,74 @@
+"""A float32 copy of the parameters, for updates that are smaller than half precision can hold."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.zo.optimizers import ZerothOrderOptimizer
+
+
+class MasterMemory(NamedTuple):
+    """What `float32_master` puts in `ZerothOrderState.memory`.
+
+    Attributes:
+      rule: the memory of the update rule.
+      params: the parameters in at least float32.
+    """
+
+    rule: Any
+    params: Any
+
+
+def float32_master(opt: ZerothOrderOptimizer) -> ZerothOrderOptimizer:
+    r"""Moves a float32 copy of the parameters, of which the parameters are the rounding.
+
+    $m \leftarrow m - \eta (u + \lambda m)$, $\theta = \mathrm{round}(m)$: losses are measured at
+    θ, no part of an update is lost, and `moved_fraction` is that of m. The copy is of all
+    parameters, also of those that are not selected, and stands in the state: 4 bytes for each
+    beside the 2 of θ.
+
+    Args:
+      opt: the optimizer that moves the copy.
+
+    Returns:
+      An optimizer of the same steps, updates and settings.
+
+    >>> from jaxlm import zo
+    >>> opt = float32_master(zo.mezo(1e-5, eps=0.1))
+    >>> params = {"w": jnp.ones(3, jnp.bfloat16)}
+    >>> state = opt.init(params, jax.random.key(0))
+    >>> loss = lambda params, batch: params["w"].astype(jnp.float32).sum()
+    >>> params, state, info = opt.step(loss, params, state, None)
+    >>> params["w"].dtype.name, state.memory.params["w"].dtype.name, float(info.moved_fraction)
+    ('bfloat16', 'float32', 1.0)
+    """
+
+    def unwrapped(state):
+        return state._replace(memory=state.memory.rule)
+
+    def init(params, key):
+        master = jax.tree.map(_wide, params)
+        state = opt.init(master, key)
+        return state._replace(memory=MasterMemory(state.memory, master))
+
+    def step(loss_fn, params, state, batch):
+        # What this step makes of the rounded parameters is not used, and not compiled.
+        _, measured, info = opt.step(loss_fn, params, unwrapped(state), batch)
+        params, state, moved = update(params, state, info.projected_grad)
+        state = state._replace(loss_plus=measured.loss_plus)
+        return params, state, info._replace(moved_fraction=moved)
+
+    def update(params, state, projected_grad):
+        master, new, moved = opt.update(state.memory.params, unwrapped(state), projected_grad)
+        params = jax.tree.map(lambda old, wide: wide.astype(old.dtype), params, master)
+        return params, new._replace(memory=MasterMemory(new.memory, master)), moved
+
+    settings = opt.settings | {"master": "float32"}
+    return opt._replace(init=init, step=step, update=update, settings=settings)
+
+
+def _wide(leaf):
+    """A copy, never the leaf itself: both are donated to one step."""
+    floats = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32) if floats else leaf.dtype)
