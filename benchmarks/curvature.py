@@ -9,6 +9,7 @@ take eta = 1 / ||H|| (Malladi et al., arXiv:2305.17333, theorem 1). The theory b
 near the parameters by a positive H; here H is the Hessian of one batch where the parameters are.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,35 +53,35 @@ def _draw(draw: Callable[..., jax.Array], key: jax.Array, params: Any) -> Any:
     return structure.unflatten([draw(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
 
 
+@functools.partial(jax.jit, static_argnames="loss")
+def _sample(loss: Loss, params: Any, key: jax.Array) -> jax.Array:
+    v = _draw(lambda k, shape: jax.random.rademacher(k, shape, float), key, params)
+    return inner(v, hessian_product(loss, params, v))
+
+
 def hutchinson_trace(
     loss: Loss, params: Any, key: jax.Array, probes: int = 64
 ) -> tuple[float, float]:
     """tr(H) as the mean of v H v over random signs v, and the standard error of the mean."""
-
-    @jax.jit
-    def one(key):
-        v = _draw(lambda k, shape: jax.random.rademacher(k, shape, float), key, params)
-        return inner(v, hessian_product(loss, params, v))
-
-    found = np.array([one(k) for k in jax.random.split(key, probes)])
+    found = np.array([_sample(loss, params, k) for k in jax.random.split(key, probes)])
     return float(found.mean()), float(found.std(ddof=1) / np.sqrt(probes))
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def _power(loss: Loss, params: Any, v: Any) -> tuple[Any, jax.Array]:
+    product = hessian_product(loss, params, v)
+    length = jnp.sqrt(inner(product, product))
+    return jax.tree.map(lambda x: x / length, product), length
 
 
 def spectral_norm(loss: Loss, params: Any, key: jax.Array, steps: int = 30) -> float:
     """The largest absolute eigenvalue of H by power iteration, from below."""
-
-    def normal(tree):
-        length = jnp.sqrt(inner(tree, tree))
-        return jax.tree.map(lambda x: x / length, tree), length
-
-    @jax.jit
-    def run(v):
-        def step(_, carry):
-            return normal(hessian_product(loss, params, carry[0]))
-
-        return jax.lax.fori_loop(0, steps, step, normal(v))[1]
-
-    return float(run(_draw(jax.random.normal, key, params)))
+    v = _draw(jax.random.normal, key, params)
+    length = jnp.sqrt(inner(v, v))
+    v = jax.tree.map(lambda x: x / length, v)
+    for _ in range(steps):
+        v, length = _power(loss, params, v)
+    return float(length)
 
 
 def slow_down(rank: float, parameters: int, directions: int = 1) -> float:

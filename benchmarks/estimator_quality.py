@@ -19,6 +19,7 @@ object.
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,53 +121,56 @@ def inner(parts: Tree, count: int, a: Tree, b: Tree) -> jax.Array:
     return jnp.append(sums, sums.sum())
 
 
-def only(parts: Tree, tree: Tree, part: jax.Array) -> Tree:
+def only(parts: Tree, count: int, tree: Tree, part: jax.Array) -> Tree:
     """The tree with zeros outside one part; as it is for the part after the last."""
-    last = 1 + max(int(leaf.max()) for leaf in jax.tree.leaves(parts))
 
     def kept(own, x):
         own = own.reshape(len(own), *(1,) * (x.ndim - 1))
-        return jnp.where((own == part) | (part == last), x, 0)
+        return jnp.where((own == part) | (part == count), x, 0)
 
     return jax.tree.map(kept, parts, tree)
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "sampler"))
+def add_estimates(loss, sampler, params: Tree, total: Tree, key, first, last) -> Tree:
+    """The sum of estimates, with those from `first` to `last` added."""
+
+    def one_more(j, total):
+        est = zo.spsa(loss, params, key=jax.random.fold_in(key, j), sampler=sampler)
+        return jax.tree.map(jnp.add, total, zo.materialize(est, params))
+
+    return jax.lax.fori_loop(first, last, one_more, total)
 
 
 def cosines(loss, params: Tree, gradient: Tree, parts: Tree, count: int, most: int, sampler):
     """{n: cosine in each part of the mean of n estimates to the gradient}, n a power of two."""
     key = jax.random.key(1)
-
-    @jax.jit
-    def add(total, first, last):
-        def one_more(j, total):
-            est = zo.spsa(loss, params, key=jax.random.fold_in(key, j), sampler=sampler)
-            return jax.tree.map(jnp.add, total, zo.materialize(est, params))
-
-        return jax.lax.fori_loop(first, last, one_more, total)
-
-    @jax.jit
-    def cosine(total):
-        lengths = [jnp.sqrt(inner(parts, count, tree, tree)) for tree in (total, gradient)]
-        return inner(parts, count, total, gradient) / (lengths[0] * lengths[1])
-
     total, n, found = jax.tree.map(jnp.zeros_like, gradient), 0, {}
+    length = jnp.sqrt(inner(parts, count, gradient, gradient))
     while n < most:
-        total, n = add(total, n, max(1, 2 * n)), max(1, 2 * n)
-        found[n] = np.asarray(cosine(total))
+        more = max(1, 2 * n)
+        total, n = add_estimates(loss, sampler, params, total, key, n, more), more
+        lengths = length * jnp.sqrt(inner(parts, count, total, total))
+        found[n] = np.asarray(inner(parts, count, total, gradient) / lengths)
     return found
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "count", "eps", "sampler"))
+def slope(loss, params: Tree, parts: Tree, count: int, eps: float, sampler, key, part):
+    """Central difference and exact slope along z within one part."""
+    whole = zo.SPSAEstimate(*[jnp.ones(1)] * 4, key, None, sampler, eps)
+    z = only(parts, count, zo.materialize(whole, params), part)
+    moved = lambda scale: loss(jax.tree.map(lambda w, z: w + scale * z, params, z))  # noqa: E731
+    return (moved(eps) - moved(-eps)) / (2 * eps), jax.jvp(loss, (params,), (z,))[1]
 
 
 def slopes(loss, params: Tree, parts: Tree, count: int, directions: int, eps: float, sampler):
     """Central differences and exact slopes [parts + 1, directions] along z within each part."""
-
-    @jax.jit
-    def along(key, part):
-        whole = zo.SPSAEstimate(*[jnp.ones(1)] * 4, key, None, sampler, eps)
-        z = only(parts, zo.materialize(whole, params), part)
-        moved = lambda scale: loss(jax.tree.map(lambda w, z: w + scale * z, params, z))  # noqa: E731
-        return (moved(eps) - moved(-eps)) / (2 * eps), jax.jvp(loss, (params,), (z,))[1]
-
     keys = jax.random.split(jax.random.key(2), directions)
-    found = [[along(key, part) for key in keys] for part in range(count + 1)]
+    found = [
+        [slope(loss, params, parts, count, eps, sampler, key, part) for key in keys]
+        for part in range(count + 1)
+    ]
     return np.moveaxis(np.array(found), -1, 0)
 
 
