@@ -1,28 +1,35 @@
-"""How good a gradient do forward passes give, layer by layer?
+"""How good a gradient do forward passes give, layer by layer, and how fast can one descend on it?
 
-usage: python -m benchmarks.estimator_quality [--quick] [--model PATH] [--task mr] [--plot FILE]
+usage: python -m benchmarks.estimator_quality [--quick] [--model PATH] [--run FOLDER ...]
+                                              [--task subj] [--plot FILE]
 
-On one training batch of a task, for every layer of the shipped model (or another, or a random tiny
-one if neither is there): the cosine between the mean of n estimates and the gradient, for n from 1
-to 1024, beside the cosine that theory expects,
+On one training batch of a task, at a pretrained model (the shipped one, or --model), after a short
+run of Adam and one of MeZO from there, or at the runs of `jaxlm finetune` that --run names. For
+every layer: the cosine between the mean of n estimates and the gradient, for n from 1 to 1024,
+beside the cosine that theory expects,
 
     sqrt(n / (n + 1 + d r)),    r = ||gradient||^2 / ||gradient of the layer||^2,
 
 with d the layer's parameters; for the whole model that is sqrt(n / (n + d + 1)). One estimate
-scatters about it by 1/sqrt(d). And the slope along a random direction within the layer by central
-differences, beside `jax.jvp`. The last line is one JSON object.
+scatters about it by 1/sqrt(d). The slope along a random direction within the layer by central
+differences, beside `jax.jvp`. And for the whole model the effective rank of the Hessian with the
+learning rate that theory gives MeZO for it (`benchmarks.curvature`). The last line is one JSON
+object.
 """
 
 import argparse
 import dataclasses
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from benchmarks import common
+from benchmarks import common, curvature
 from jaxlm import data, zo
 from jaxlm.core import paths
 from jaxlm.models import LanguageModel
@@ -32,16 +39,65 @@ from jaxlm.train.run import load_model
 Tree = Any
 
 
-def problem(model: str | None, task: str) -> tuple[str, LanguageModel, Any, Any]:
-    """Name, model, objective and one batch of 32 training examples."""
-    lm = load_model(model)
-    config = dataclasses.replace(data.shipped_task(task), max_length=64)
-    encoded = data.prepare_for(lm, data.load_task(config, seed=0))
-    batch = encoded.batch(0, batch_size=32, seed=0)
-    loss_fn = classification_objective(
-        lm.apply, encoded.token_ids, log_probs=lm.continuation_log_probs
-    )
-    return model or "shipped", lm, loss_fn, batch
+class Problem:
+    """A model with a task and its objective."""
+
+    def __init__(self, lm: LanguageModel, task: str):
+        config = dataclasses.replace(data.shipped_task(task), max_length=64)
+        self.lm = lm
+        self.encoded = data.prepare_for(lm, data.load_task(config, seed=0))
+        self.objective = classification_objective(
+            lm.apply, self.encoded.token_ids, log_probs=lm.continuation_log_probs
+        )
+
+    def batch(self, step: int) -> Any:
+        """32 training examples; what is measured is measured on those of step 0."""
+        return self.encoded.batch(step, batch_size=32, seed=0)
+
+    def loss(self, params: Tree, view: Any = None) -> jax.Array:
+        """The loss on the batch of step 0."""
+        return self.objective(params, self.batch(0), view=view)[0]
+
+
+def after_adam(problem: Problem, steps: int) -> Tree:
+    """The parameters after some steps of Adam."""
+    tx = optax.adam(3e-4)
+
+    @jax.jit
+    def step(params, state, batch):
+        grads = jax.grad(problem.objective, has_aux=True)(params, batch)[0]
+        updates, state = tx.update(grads, state)
+        return optax.apply_updates(params, updates), state
+
+    params, state = problem.lm.params, tx.init(problem.lm.params)
+    for i in range(steps):
+        params, state = step(params, state, problem.batch(1 + i))
+    return params
+
+
+def after_mezo(problem: Problem, steps: int) -> Tree:
+    """The parameters after some steps of MeZO."""
+    opt = zo.mezo(1e-4, sampler=zo.rademacher(), select="layers|final_norm")
+    step = zo.jit_step(opt, problem.objective)
+    params = jax.tree.map(jnp.copy, problem.lm.params)
+    state = opt.init(params, jax.random.key(0))
+    for i in range(steps):
+        params, state, _ = step(params, state, problem.batch(1 + i))
+    return params
+
+
+def checkpoints(options: argparse.Namespace) -> Iterator[tuple[str, Problem, Tree]]:
+    """Name, problem and parameters of each checkpoint."""
+    problem = Problem(load_model(options.model), options.task)
+    yield "pretrained", problem, problem.lm.params
+    if options.run:
+        for folder in options.run:
+            trained = load_model(folder)
+            yield folder, Problem(trained, options.task), trained.params
+        return
+    adam, mezo = (5, 10) if options.quick else (50, 500)
+    yield f"Adam, {adam} steps", problem, after_adam(problem, adam)
+    yield f"MeZO, {mezo} steps", problem, after_mezo(problem, mezo)
 
 
 def layers(params: Tree) -> tuple[list[str], Tree]:
@@ -67,67 +123,71 @@ def inner(parts: Tree, count: int, a: Tree, b: Tree) -> jax.Array:
     return jnp.append(sums, sums.sum())
 
 
-def only(parts: Tree, tree: Tree, part: jax.Array) -> Tree:
+def only(parts: Tree, count: int, tree: Tree, part: jax.Array) -> Tree:
     """The tree with zeros outside one part; as it is for the part after the last."""
-    last = 1 + max(int(leaf.max()) for leaf in jax.tree.leaves(parts))
 
     def kept(own, x):
         own = own.reshape(len(own), *(1,) * (x.ndim - 1))
-        return jnp.where((own == part) | (part == last), x, 0)
+        return jnp.where((own == part) | (part == count), x, 0)
 
     return jax.tree.map(kept, parts, tree)
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "sampler"))
+def add_estimates(loss, sampler, params: Tree, total: Tree, key, first, last) -> Tree:
+    """The sum of estimates, with those from `first` to `last` added."""
+
+    def one_more(j, total):
+        est = zo.spsa(loss, params, key=jax.random.fold_in(key, j), sampler=sampler)
+        return jax.tree.map(jnp.add, total, zo.materialize(est, params))
+
+    return jax.lax.fori_loop(first, last, one_more, total)
 
 
 def cosines(loss, params: Tree, gradient: Tree, parts: Tree, count: int, most: int, sampler):
     """{n: cosine in each part of the mean of n estimates to the gradient}, n a power of two."""
     key = jax.random.key(1)
-
-    @jax.jit
-    def add(total, first, last):
-        def one_more(j, total):
-            est = zo.spsa(loss, params, key=jax.random.fold_in(key, j), sampler=sampler)
-            return jax.tree.map(jnp.add, total, zo.materialize(est, params))
-
-        return jax.lax.fori_loop(first, last, one_more, total)
-
-    @jax.jit
-    def cosine(total):
-        lengths = [jnp.sqrt(inner(parts, count, tree, tree)) for tree in (total, gradient)]
-        return inner(parts, count, total, gradient) / (lengths[0] * lengths[1])
-
     total, n, found = jax.tree.map(jnp.zeros_like, gradient), 0, {}
+    length = jnp.sqrt(inner(parts, count, gradient, gradient))
     while n < most:
-        total, n = add(total, n, max(1, 2 * n)), max(1, 2 * n)
-        found[n] = np.asarray(cosine(total))
+        more = max(1, 2 * n)
+        total, n = add_estimates(loss, sampler, params, total, key, n, more), more
+        lengths = length * jnp.sqrt(inner(parts, count, total, total))
+        found[n] = np.asarray(inner(parts, count, total, gradient) / lengths)
     return found
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "count", "eps", "sampler"))
+def slope(loss, params: Tree, parts: Tree, count: int, eps: float, sampler, key, part):
+    """Central difference and exact slope along z within one part."""
+    whole = zo.SPSAEstimate(*[jnp.ones(1)] * 4, key, None, sampler, eps)
+    z = only(parts, count, zo.materialize(whole, params), part)
+    moved = lambda scale: loss(jax.tree.map(lambda w, z: w + scale * z, params, z))  # noqa: E731
+    return (moved(eps) - moved(-eps)) / (2 * eps), jax.jvp(loss, (params,), (z,))[1]
 
 
 def slopes(loss, params: Tree, parts: Tree, count: int, directions: int, eps: float, sampler):
     """Central differences and exact slopes [parts + 1, directions] along z within each part."""
-
-    @jax.jit
-    def along(key, part):
-        whole = zo.SPSAEstimate(*[jnp.ones(1)] * 4, key, None, sampler, eps)
-        z = only(parts, zo.materialize(whole, params), part)
-        moved = lambda scale: loss(jax.tree.map(lambda w, z: w + scale * z, params, z))  # noqa: E731
-        return (moved(eps) - moved(-eps)) / (2 * eps), jax.jvp(loss, (params,), (z,))[1]
-
     keys = jax.random.split(jax.random.key(2), directions)
-    found = [[along(key, part) for key in keys] for part in range(count + 1)]
+    found = [
+        [slope(loss, params, parts, count, eps, sampler, key, part) for key in keys]
+        for part in range(count + 1)
+    ]
     return np.moveaxis(np.array(found), -1, 0)
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def by_layer(
+    checkpoint: str, problem: Problem, params: Tree, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """One row for each part of the model and one for all of it."""
-    name, lm, objective, batch = problem(options.model, options.task)
-    loss = lambda params, view=None: objective(params, batch, view=view)[0]  # noqa: E731
     sampler = {"gaussian": zo.gaussian(), "rademacher": zo.rademacher()}[options.sampler]
-    names, parts = layers(lm.params)
+    loss = problem.loss
+    names, parts = layers(params)
     count = len(names)
-    most, directions = (32, 3) if options.quick else (1024, 10)
-    gradient = jax.jit(jax.grad(loss))(lm.params)
-    found = cosines(loss, lm.params, gradient, parts, count, most, sampler)
-    measured, exact = slopes(loss, lm.params, parts, count, directions, options.eps, sampler)
+    most, directions = (8, 2) if options.quick else (1024, 10)
+    gradient = jax.jit(jax.grad(loss))(params)
+    found = cosines(loss, params, gradient, parts, count, most, sampler)
+    measured, exact = slopes(loss, params, parts, count, directions, options.eps, sampler)
     squares = np.asarray(inner(parts, count, gradient, gradient))
     ones = jax.tree.map(jnp.ones_like, gradient)
     sizes = np.asarray(inner(parts, count, ones, ones))
@@ -137,8 +197,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         error = np.sqrt(np.mean((measured[i] - exact[i]) ** 2) / np.mean(exact[i] ** 2))
         rows.append(
             {
+                "checkpoint": checkpoint,
                 "layer": part,
-                "model": name,
                 "parameters": int(sizes[i]),
                 "gradient_norm": float(np.sqrt(squares[i])),
                 "cosine": {str(n): float(cosine[i]) for n, cosine in found.items()},
@@ -151,6 +211,23 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def of_the_whole(
+    checkpoint: str, problem: Problem, params: Tree, options: argparse.Namespace
+) -> dict[str, Any]:
+    """The row of curvature."""
+    probes, steps = (4, 4) if options.quick else (64, 30)
+    key = jax.random.key(3)
+    found = curvature.measure(problem.loss, params, key, probes=probes, steps=steps)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    gamma = {n: curvature.slow_down(found.rank, size, n) for n in (1, 16)}
+    return {
+        "checkpoint": checkpoint,
+        **found._asdict(),
+        **{f"slow_down, n={n}": value for n, value in gamma.items()},
+        **{f"eta, n={n}": found.sgd_learning_rate / value for n, value in gamma.items()},
+    }
+
+
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """The cosine at the first, a middle and the last n, and the error of the slopes."""
     shown = list(rows[0]["cosine"])
@@ -158,6 +235,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     common.print_table(
         [
             {
+                "checkpoint": row["checkpoint"],
                 "layer": row["layer"],
                 "parameters": row["parameters"],
                 "gradient norm": row["gradient_norm"],
@@ -173,41 +251,50 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Cosines over n, and projected gradients over exact slopes."""
+    """Cosines over n, and projected gradients over exact slopes, for each checkpoint."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for i, row in enumerate(rows):
-        n = [int(n) for n in row["cosine"]]
-        left.plot(n, list(row["cosine"].values()), f"C{i}o-", ms=3, lw=1, label=row["layer"])
-        left.plot(n, list(row["expected"].values()), f"C{i}--", lw=0.8)
-        right.plot(row["jvp"], row["projected"], f"C{i}o", ms=4, label=row["layer"])
-    left.set(xscale="log", xlabel="directions averaged")
-    left.set(ylabel="cosine to the gradient (dashed: expected)")
-    left.set_yscale("symlog", linthresh=1e-3)
-    slopes = [value for row in rows for value in row["jvp"]]
-    right.plot([min(slopes), max(slopes)], [min(slopes), max(slopes)], "k-", lw=0.6)
-    right.set(xlabel="exact slope along z (jvp)", ylabel="projected gradient")
-    right.legend(fontsize=8)
+    names = list(dict.fromkeys(row["checkpoint"] for row in rows))
+    figure = Figure(figsize=(10, 4.2 * len(names)), layout="constrained")
+    axes = figure.subplots(len(names), 2, squeeze=False)
+    for name, (left, right) in zip(names, axes, strict=True):
+        mine = [row for row in rows if row["checkpoint"] == name]
+        for i, row in enumerate(mine):
+            n = [int(n) for n in row["cosine"]]
+            left.plot(n, list(row["cosine"].values()), f"C{i}o-", ms=3, lw=1, label=row["layer"])
+            left.plot(n, list(row["expected"].values()), f"C{i}--", lw=0.8)
+            right.plot(row["jvp"], row["projected"], f"C{i}o", ms=4, label=row["layer"])
+        left.set(title=name, xscale="log", xlabel="directions averaged")
+        left.set(ylabel="cosine to the gradient (dashed: expected)")
+        left.set_yscale("symlog", linthresh=1e-3)
+        found = [value for row in mine for value in row["jvp"]]
+        right.plot([min(found), max(found)], [min(found), max(found)], "k-", lw=0.6)
+        right.set(xlabel="exact slope along z (jvp)", ylabel="projected gradient")
+        right.legend(fontsize=8)
     figure.savefig(file, dpi=150)
 
 
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="32 directions in place of 1024")
+    parser.add_argument("--quick", action="store_true", help="8 directions in place of 1024")
     parser.add_argument("--model", help="folder, hub id or run; the shipped model if not given")
+    parser.add_argument("--run", nargs="+", metavar="FOLDER", help="runs to measure after it")
     parser.add_argument("--task", default="subj", choices=data.shipped_names())
     parser.add_argument("--sampler", default="gaussian", choices=["gaussian", "rademacher"])
     parser.add_argument("--eps", type=float, default=1e-3)
     parser.add_argument("--plot", type=Path, metavar="FILE")
     options = parser.parse_args()
-    rows = measure(options)
+    rows, curvatures = [], []
+    for name, problem, params in checkpoints(options):
+        print(f"measuring: {name}", flush=True)
+        rows += by_layer(name, problem, params, options)
+        curvatures.append(of_the_whole(name, problem, params, options))
     print_rows(rows)
+    common.print_table(curvatures)
     if options.plot:
         plot(rows, options.plot)
-    common.print_report("estimator_quality", rows)
+    common.print_report("estimator_quality", [*rows, *curvatures])
 
 
 if __name__ == "__main__":

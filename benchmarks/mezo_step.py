@@ -1,6 +1,7 @@
 """What does a zeroth-order step cost over the forward passes that it cannot do without?
 
 usage: python -m benchmarks.mezo_step [--quick] [--dtype float32|bfloat16] [--repeats 7]
+                                      [--methods NAME ...]
 
 Times one step of each method and two compiled forward passes of the same objective in turns, at the
 shape of OPT-125M with 16 rows of 64 tokens and at the size of the shipped model; with --quick only
@@ -38,7 +39,9 @@ METHODS = {
     "MeZO, gaussian": zo.mezo(LEARNING_RATE, eps=EPS),
     "MeZO, rademacher": zo.mezo(LEARNING_RATE, eps=EPS, sampler=zo.rademacher()),
     "LOZO, rank 2": zo.lozo(LEARNING_RATE, eps=EPS, rank=2),
+    "LOZO, residual": zo.lozo_residual(LEARNING_RATE, eps=EPS, rank=2),
     "FZOO, n=8": zo.fzoo(LEARNING_RATE, eps=EPS, num_directions=8),
+    "ZO-Muon, rank 64, n=4": zo.zo_muon(LEARNING_RATE, eps=EPS, rank=64, num_directions=4),
 }
 FORWARD, FULL = "two forwards", "two forwards, torch, all logits"
 LEAN, PUBLISHED = "two forwards, torch, label words", "MeZO as published, torch"
@@ -158,13 +161,15 @@ def torch_methods(lm: LanguageModel, batch: Any, expected: float) -> list[Method
     ]
 
 
-def measure(shape: str, config: ModelConfig, dtype: str, repeats: int) -> list[dict[str, Any]]:
+def measure(
+    shape: str, config: ModelConfig, dtype: str, chosen: list[str], repeats: int
+) -> list[dict[str, Any]]:
     """One row for each method, all timed in turns."""
     lm = LanguageModel(config, init_params(config, jax.random.key(0), dtype))
     batch = make_batch(config, rows=16, length=64)
     loss_fn = classification_objective(lm.apply, jnp.array(LABEL_WORDS))
     methods = [forwards(loss_fn, lm.params, batch)]
-    methods += [zeroth_order(*each, loss_fn, lm.params, batch) for each in METHODS.items()]
+    methods += [zeroth_order(name, METHODS[name], loss_fn, lm.params, batch) for name in chosen]
     methods.append(adam(loss_fn, lm.params, batch))
     if dtype == "float32":
         loss = float(methods[0].program(lm.params, batch)[0])
@@ -199,12 +204,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the small shape, three repeats")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options = parser.parse_args()
     repeats = min(3, options.repeats) if options.quick else options.repeats
     shapes = {"shipped size": SHIPPED} | ({} if options.quick else {"OPT-125M": OPT_125M})
     rows = []
     for shape, config in shapes.items():
-        rows += measure(shape, config, options.dtype, repeats)
+        rows += measure(shape, config, options.dtype, options.methods, repeats)
     common.print_table(rows)
     common.print_report("mezo_step", rows)
 
