@@ -3,9 +3,15 @@
 import re
 from pathlib import Path
 
+<<<<<<< HEAD
 import pytest
 
 from jaxlm.cli import config as configs
+=======
+import jax
+import pytest
+
+>>>>>>> bench
 from jaxlm.models.families import MODULES
 from jaxlm.train.run import FinetuneConfig
 
@@ -18,6 +24,7 @@ def test_the_table_of_models_has_every_family():
     assert sorted(set(types) & set(MODULES)) == sorted(MODULES)
 
 
+<<<<<<< HEAD
 def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
 
@@ -37,3 +44,22 @@ def test_the_runs_of_a_page_can_be_configured(page: str):
     for line in lines:
         assert line.startswith("jaxlm finetune "), line
         configs.load(FinetuneConfig, *configs.parse_args(line.split()[2:]))
+=======
+@pytest.mark.parametrize("page", ["mezo.md"])
+def test_the_code_of_a_page_runs_from_top_to_bottom(page):
+    blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.M | re.S)
+    assert blocks
+    with jax.numpy_rank_promotion("allow"):
+        exec("\n".join(blocks), {})
+
+
+def test_every_name_of_zo_that_a_page_mentions_is_there():
+    from jaxlm import zo
+
+    text = (DOCS / "mezo.md").read_text()
+    known = {"Trajectory", "replay"}
+    names = set(re.findall(r"`(?:.*?\()?zo\.(\w+)", text)) - {"rules"} - known
+    assert names <= set(zo.__all__)
+    rules = set(re.findall(r"rules\.(\w+)", text))
+    assert all(hasattr(zo.rules, name) for name in rules)
+>>>>>>> bench
