@@ -3,15 +3,9 @@
 import re
 from pathlib import Path
 
-<<<<<<< HEAD
 import pytest
 
 from jaxlm.cli import config as configs
-=======
-import jax
-import pytest
-
->>>>>>> bench
 from jaxlm.models.families import MODULES
 from jaxlm.train.run import FinetuneConfig
 
@@ -24,12 +18,11 @@ def test_the_table_of_models_has_every_family():
     assert sorted(set(types) & set(MODULES)) == sorted(MODULES)
 
 
-<<<<<<< HEAD
 def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
 
 
-@pytest.mark.parametrize("page", ["peft.md"])
+@pytest.mark.parametrize("page", ["mezo.md", "peft.md"])
 def test_the_examples_of_a_page_run_in_order(page: str, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -44,22 +37,13 @@ def test_the_runs_of_a_page_can_be_configured(page: str):
     for line in lines:
         assert line.startswith("jaxlm finetune "), line
         configs.load(FinetuneConfig, *configs.parse_args(line.split()[2:]))
-=======
-@pytest.mark.parametrize("page", ["mezo.md"])
-def test_the_code_of_a_page_runs_from_top_to_bottom(page):
-    blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.M | re.S)
-    assert blocks
-    with jax.numpy_rank_promotion("allow"):
-        exec("\n".join(blocks), {})
 
 
 def test_every_name_of_zo_that_a_page_mentions_is_there():
     from jaxlm import zo
 
     text = (DOCS / "mezo.md").read_text()
-    known = {"Trajectory", "replay"}
-    names = set(re.findall(r"`(?:.*?\()?zo\.(\w+)", text)) - {"rules"} - known
-    assert names <= set(zo.__all__)
-    rules = set(re.findall(r"rules\.(\w+)", text))
-    assert all(hasattr(zo.rules, name) for name in rules)
->>>>>>> bench
+    assert set(re.findall(r"`(?:.*?\()?zo\.(\w+)", text)) <= set(zo.__all__)
+    for module in (zo.rules, zo.factored):
+        name = module.__name__.rpartition(".")[2]
+        assert all(hasattr(module, each) for each in re.findall(rf"\b{name}\.(\w+)", text))
