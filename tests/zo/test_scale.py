@@ -20,8 +20,7 @@ from tests.zo.problems import network_batch, network_loss, network_params
 
 KEY = jax.random.key(3)
 RATE = 0.1
-NAMES = ["gaussian", "low_rank"]
-SAMPLERS = [zo.gaussian(), zo.low_rank(2)]
+slow = pytest.mark.slow
 
 
 def assert_close(found, wanted, **tolerance):
@@ -42,15 +41,19 @@ def assert_same_step(found, wanted):
 
 
 @pytest.mark.multidevice
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=NAMES)
-def test_replicas_that_share_a_batch_exchange_the_losses_alone(sampler):
-    opt = zo.mezo(RATE, eps=0.1, sampler=sampler, num_directions=3, weight_decay=0.1)
+@pytest.mark.parametrize(
+    ("sampler", "n"),
+    [(zo.low_rank(2), 1), pytest.param(zo.gaussian(), 3, marks=slow)],
+    ids=["low_rank", "gaussian"],
+)
+def test_replicas_that_share_a_batch_exchange_the_losses_alone(sampler, n):
+    opt = zo.mezo(RATE, eps=0.1, sampler=sampler, num_directions=n, weight_decay=0.1)
     params, batch, mesh = network_params(), network_batch(), make_mesh(data=8)
     state = opt.init(params, KEY)
     spread = jax.device_put((params, state), jax.NamedSharding(mesh, jax.P()))
     shared = jax.device_put(batch, batch_sharding(mesh))
     step = stepped(opt).lower(*spread, shared).compile()
-    assert 0 < max(collectives(step)) <= 2 * 3
+    assert 0 < max(collectives(step)) <= 2 * n
     found = step(*spread, shared)
     assert found[0]["head"]["kernel"].sharding.is_fully_replicated
     assert_same_step(found, stepped(opt)(params, state, batch))
@@ -59,8 +62,11 @@ def test_replicas_that_share_a_batch_exchange_the_losses_alone(sampler):
 @pytest.mark.multidevice
 @pytest.mark.parametrize(
     ("sampler", "estimator"),
-    [(zo.gaussian(), zo.central), (zo.low_rank(2), zo.forward_gradient)],
-    ids=NAMES,
+    [
+        (zo.gaussian(), zo.central),
+        pytest.param(zo.low_rank(2), zo.forward_gradient, marks=slow),
+    ],
+    ids=["gaussian", "low_rank"],
 )
 def test_directions_over_devices_are_those_of_one(sampler, estimator):
     params, batch, mesh = network_params(), network_batch(), make_mesh(data=4, fsdp=2)
@@ -90,11 +96,11 @@ def test_directions_that_devices_cannot_share_are_refused():
     [
         (lambda params: zo.gaussian(), sites.BLOCK),
         (lambda params: zo.gaussian(), 64),
-        (lambda params: zo.sphere(), 64),
+        pytest.param(lambda params: zo.sphere(), 64, marks=slow),
         (lambda params: zo.low_rank(2), 64),
-        (lambda params: zo.subspace(2), 64),
-        (lambda params: zo.layer_blocks(2), 64),
-        (lambda params: zo.magnitude(params, 0.5), 64),
+        pytest.param(lambda params: zo.subspace(2), 64, marks=slow),
+        pytest.param(lambda params: zo.layer_blocks(2), 64, marks=slow),
+        pytest.param(lambda params: zo.magnitude(params, 0.5), 64, marks=slow),
     ],
     ids=["whole", "gaussian", "sphere", "low_rank", "subspace", "layer_blocks", "magnitude"],
 )
