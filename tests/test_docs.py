@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxlm.cli import config as configs
@@ -26,8 +27,9 @@ def blocks(page: str, language: str) -> list[str]:
 def test_the_examples_of_a_page_run_in_order(page: str, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for block in blocks(page, "python"):
-        exec(compile(block, page, "exec"), names)
+    with jax.numpy_rank_promotion("allow"):
+        for block in blocks(page, "python"):
+            exec(compile(block, page, "exec"), names)
 
 
 @pytest.mark.parametrize("page", ["peft.md"])
