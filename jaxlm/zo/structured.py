@@ -108,9 +108,25 @@ class Subspace(Factored):
             raise ValueError(f"{site.path}: a subspace cannot be drawn behind another view")
         lazy = key if self.lazy is None else self.lazy
         drawn = self._entries(lazy, site, "left", (site.shape[0], self.rank))
-        gram = jnp.matmul(drawn.T, drawn, precision=lax.Precision.HIGHEST)
-        root = jnp.linalg.cholesky(gram)
-        return lax.linalg.triangular_solve(root, drawn, lower=True, transpose_a=True)
+        product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+        return product(drawn, _orthonormalizer(product(drawn.T, drawn)))
+
+
+def _orthonormalizer(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
+    """The upper triangular T for which D T is orthonormal, D^T D being `gram`.
+
+    Gram-Schmidt, twice for each column, in matrix products alone: the solvers of LAPACK can stop
+    for ever in a program whose other threads wait for them.
+    """
+
+    def column(j, found):
+        new = jax.nn.one_hot(j, gram.shape[0], dtype=gram.dtype)
+        for _ in range(2):
+            new = new - found @ (found.T @ (gram @ new))
+        return found.at[:, j].set(new / jnp.sqrt(new @ gram @ new))
+
+    with jax.default_matmul_precision("highest"):
+        return lax.fori_loop(0, gram.shape[0], column, jnp.zeros_like(gram))
 
 
 @register("base", "active")
