@@ -43,9 +43,6 @@ METHODS = {
     "FZOO, n=8": zo.fzoo(LEARNING_RATE, eps=EPS, num_directions=8),
     "ZO-Muon, rank 64, n=4": zo.zo_muon(LEARNING_RATE, eps=EPS, rank=64, num_directions=4),
 }
-# On some CPUs XLA never returns from the LAPACK calls that `subspace` makes inside a loop, so
-# ZO-Muon is measured only if it is named.
-DEFAULT = [name for name in METHODS if not name.startswith("ZO-Muon")]
 FORWARD, FULL = "two forwards", "two forwards, torch, all logits"
 LEAN, PUBLISHED = "two forwards, torch, label words", "MeZO as published, torch"
 
@@ -207,7 +204,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the small shape, three repeats")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options = parser.parse_args()
     repeats = min(3, options.repeats) if options.quick else options.repeats
     shapes = {"shipped size": SHIPPED} | ({} if options.quick else {"OPT-125M": OPT_125M})
