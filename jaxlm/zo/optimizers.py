@@ -89,7 +89,7 @@ class ZerothOrderOptimizer(NamedTuple):
       update: `update(params, state, projected_grad) -> params, state, moved_fraction`: the part of
         a step that follows the forward passes.
       settings: what a trajectory of this optimizer must be replayed with, as JSON values.
-      forwards: forward passes in a step.
+      forwards: forward passes in a step; 0 for an estimator that is not in `estimators.FORWARDS`.
       finalize: `finalize(params, state) -> params`: the parameters that a run has come to, where
         those of `step` are not the whole of them.
     """
@@ -230,7 +230,8 @@ def zeroth_order(
         "select": select if isinstance(select, str | None) else repr(select),
         "rounding": rounding,
     }
-    return ZerothOrderOptimizer(init, step, update, settings, FORWARDS[estimator](num_directions))
+    forwards = FORWARDS.get(estimator, lambda n: 0)(num_directions)
+    return ZerothOrderOptimizer(init, step, update, settings, forwards)
 
 
 def descend(
