@@ -180,7 +180,8 @@ ROWS: dict[str, tuple[Break, str]] = {
     ),
     "unknown optimizer": (
         flags("--optimizer.name=adamm"),
-        "run.yaml: unknown optimizer 'adamm': choose one of mezo, mezo_momentum, mezo_adam, meazo, fzoo, lozo, zo_muon, sgd, adam, adamw, muon.",
+        "run.yaml: unknown optimizer 'adamm': choose one of mezo, mezo_momentum, mezo_adam, meazo, "
+        "fzoo, lozo, zo_muon, sgd, adam, adamw, muon.",
     ),
     "unknown choice": (
         flags("--optimizer.schedule=cosine"),

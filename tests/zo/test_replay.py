@@ -37,9 +37,18 @@ def run(opt, params, path, steps=5):
     return opt.finalize(params, state)
 
 
+QUICK = [
+    ("mezo", "float32"),
+    ("stochastic", "bfloat16"),
+    ("adam", "float32"),
+    ("lozo_residual", "float32"),
+]
+SLOW = [(name, "float32") for name in METHODS if (name, "float32") not in QUICK]
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, "float32") for name in METHODS), ("mezo", "bfloat16"), ("stochastic", "bfloat16")],
+    [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)],
 )
 def test_a_replay_ends_where_the_run_ended_bit_for_bit(tmp_path, name, dtype):
     start = small_decoder(dtype).params

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxlm import zo
 from tests.zo.problems import flat, label_word_loss, small_decoder, token_batch
@@ -18,6 +19,7 @@ def run(opt, lm, loss_fn, batch, steps):
     return opt.finalize(params, state), info
 
 
+@pytest.mark.slow
 def test_a_view_sees_the_residual_that_is_added_in_the_end():
     lm, batch = small_decoder(), token_batch(4, 9, 50)
     lean = label_word_loss(lm, [3, 7])
