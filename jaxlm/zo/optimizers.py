@@ -26,6 +26,7 @@ from jaxlm.zo import rules
 from jaxlm.zo.estimators import (
     FORWARDS,
     Estimator,
+    SPSAEstimate,
     central,
     check,
     spsa,
@@ -113,6 +114,30 @@ def rates(learning_rate: ScalarOrSchedule) -> list[float]:
     return [float(value_at(learning_rate, step)) for step in (0, 1, 10, 100, 1000)]
 
 
+def first_state(num_directions: int, key: Array, memory: Any) -> ZerothOrderState:
+    """The state before the first step."""
+    unknown = jnp.full(num_directions, jnp.nan, jnp.result_type(float))
+    return ZerothOrderState(jnp.zeros((), jnp.int32), key, unknown, memory)
+
+
+def info_of(est: SPSAEstimate, learning_rate: Array, moved_fraction: Array) -> ZerothOrderInfo:
+    """What a step saw, from its estimate and its update."""
+    return ZerothOrderInfo(
+        loss=est.loss,
+        loss_plus=est.loss_plus,
+        loss_minus=est.loss_minus,
+        projected_grad=est.projected_grad,
+        learning_rate=learning_rate,
+        moved_fraction=moved_fraction,
+        aux=est.aux,
+    )
+
+
+def written(select: paths.Select) -> str | None:
+    """A selection as a trajectory knows it; all functions alike, since they cannot be written."""
+    return select if isinstance(select, str | None) else "a function"
+
+
 def zeroth_order(
     learning_rate: ScalarOrSchedule,
     *,
@@ -170,8 +195,7 @@ def zeroth_order(
         paths.mask(params, select)
         sampler.check(params, select)
         memory = rule.init(Setup(params, select, sampler, num_directions))
-        unknown = jnp.full(num_directions, jnp.nan, jnp.result_type(float))
-        return ZerothOrderState(jnp.zeros((), jnp.int32), key, unknown, memory)
+        return first_state(num_directions, key, memory)
 
     def step(loss_fn, params, state, batch):
         est = spsa(
@@ -187,18 +211,10 @@ def zeroth_order(
             previous=state.loss_plus,
             mesh=mesh,
         )
-        info = ZerothOrderInfo(
-            loss=est.loss,
-            loss_plus=est.loss_plus,
-            loss_minus=est.loss_minus,
-            projected_grad=est.projected_grad,
-            learning_rate=value_at(learning_rate, state.step),
-            moved_fraction=jnp.zeros(()),
-            aux=est.aux,
-        )
+        rate = value_at(learning_rate, state.step)
         params, state, moved = update(params, state, est.projected_grad)
         state = state._replace(loss_plus=est.loss_plus.astype(state.loss_plus.dtype))
-        return params, state, info._replace(moved_fraction=moved)
+        return params, state, info_of(est, rate, moved)
 
     def update(params, state, projected_grad):
         slopes = jnp.where(jnp.isfinite(projected_grad), projected_grad, 0)
@@ -227,7 +243,7 @@ def zeroth_order(
         "rule": rule.name,
         "num_directions": num_directions,
         "weight_decay": weight_decay,
-        "select": select if isinstance(select, str | None) else repr(select),
+        "select": written(select),
         "rounding": rounding,
     }
     forwards = FORWARDS.get(estimator, lambda n: 0)(num_directions)

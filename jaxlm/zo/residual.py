@@ -21,12 +21,13 @@ from jaxlm.zo.estimators import check, spsa
 from jaxlm.zo.factored import leaf_name, map_leaves, mean_direction, over_layers, own_part
 from jaxlm.zo.optimizers import (
     ScalarOrSchedule,
-    ZerothOrderInfo,
     ZerothOrderOptimizer,
-    ZerothOrderState,
+    first_state,
+    info_of,
     rates,
     round_to,
     value_at,
+    written,
 )
 from jaxlm.zo.perturbation import accepts, directions, materialized, settled
 from jaxlm.zo.samplers import Gaussian, Sampler
@@ -105,9 +106,7 @@ def lozo_residual(
                 return jnp.zeros((*leaf.value.shape[:-1], rank), wide)
             return jnp.array(leaf.value, wide)
 
-        unknown = jnp.full(num_directions, jnp.nan, jnp.result_type(float))
-        found = map_leaves(memory, params, select)
-        return ZerothOrderState(jnp.zeros((), jnp.int32), key, unknown, found)
+        return first_state(num_directions, key, map_leaves(memory, params, select))
 
     def step(loss_fn, params, state, batch):
         base = residual(state)
@@ -129,17 +128,9 @@ def lozo_residual(
             num_directions=num_directions,
             select=select,
         )
-        info = ZerothOrderInfo(
-            loss=est.loss,
-            loss_plus=est.loss_plus,
-            loss_minus=est.loss_minus,
-            projected_grad=est.projected_grad,
-            learning_rate=value_at(learning_rate, state.step),
-            moved_fraction=jnp.ones(()),
-            aux=est.aux,
-        )
-        params, state, _ = update(params, state, est.projected_grad)
-        return params, state, info
+        rate = value_at(learning_rate, state.step)
+        params, state, moved = update(params, state, est.projected_grad)
+        return params, state, info_of(est, rate, moved)
 
     def update(params, state, projected_grad):
         slopes = jnp.where(jnp.isfinite(projected_grad), projected_grad, 0)
@@ -188,6 +179,6 @@ def lozo_residual(
         "sampler": repr(sampler),
         "rule": "residual",
         "num_directions": num_directions,
-        "select": select if isinstance(select, str | None) else repr(select),
+        "select": written(select),
     }
     return ZerothOrderOptimizer(init, step, update, settings, 2 * num_directions, folded)

@@ -132,7 +132,7 @@ class _History(NamedTuple):
     """Slopes of the last steps, as rules that replay them see them.
 
     Attributes:
-      slopes: [h, n], newest first, 0 before the run.
+      slopes: [h, n], newest first, NaN before the run.
       directions: those of each, stacked.
     """
 
@@ -148,10 +148,10 @@ class _History(NamedTuple):
             totals, weights = carry
             directions = jax.tree.map(lambda x: x[age], self.directions)
             estimate = directions.combine(self.slopes[age] / n, site)
-            known = jnp.where(jnp.isnan(self.slopes[age, 0]), 0.0, 1.0)
+            known = ~jnp.isnan(self.slopes[age, 0])
             factors = [known * decay ** age.astype(zero.dtype) for decay in decays]
             totals = [
-                total + jnp.where(known > 0, factor * estimate**power, 0)
+                total + jnp.where(known, factor * estimate**power, 0)
                 for total, factor, power in zip(totals, factors, powers, strict=True)
             ]
             return totals, [w + factor for w, factor in zip(weights, factors, strict=True)]
