@@ -1,7 +1,7 @@
 """How far do forward passes alone go, by which method, and do the curves flatten?
 
 usage: python -m benchmarks.mezo_accuracy --output FOLDER [--tasks mr,subj] [--methods mezo,lozo]
-           [--seeds 3] [--forwards 20000] [--model FOLDER] [--data FOLDER] [--quick]
+           [--seeds 3] [--forwards 2000] [--model FOLDER] [--data FOLDER] [--quick]
 
 Every file of configs/accuracy is a method, and every file of configs/accuracy/tasks a task. A
 method without `steps` gets as many as make `--forwards` forward passes of a batch, so that
@@ -29,7 +29,7 @@ from jaxlm.studies.sweep import Candidate, sweep
 from jaxlm.train.run_folder import RunFolder
 
 FOLDER = Path(__file__).parent.parent / "configs" / "accuracy"
-LOOKS = 40  # at validation, in a run whose length is given by its forwards
+LOOKS = 16  # at validation, in a run whose length is given by its forwards
 
 
 def methods() -> list[str]:
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--tasks", default="mr,subj")
     parser.add_argument("--methods", default=",".join(methods()))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--forwards", type=int, default=20000)
+    parser.add_argument("--forwards", type=int, default=2000)
     parser.add_argument("--model")
     parser.add_argument("--data", type=Path, help="folder of the files of rte")
     parser.add_argument("--quick", action="store_true", help="one seed, 40 forwards")

@@ -3,9 +3,10 @@
 usage: python -m benchmarks.mezo_step [--quick] [--dtype float32|bfloat16] [--repeats 7]
                                       [--methods NAME ...]
 
-Times one step of each method and two compiled forward passes of the same objective in turns, at the
-shape of OPT-125M with 16 rows of 64 tokens and at the size of the shipped model; with --quick only
-the latter. Beside them stand a step of Adam by backpropagation, and MeZO in PyTorch on the same
+Times one step of each method and two compiled forward passes of the same objective in turns, then
+those of PyTorch in turns, whose threads would slow the others in their process; at the shape of
+OPT-125M with 16 rows of 64 tokens and at the size of the shipped model, with --quick only the
+latter. Beside them stand a step of Adam by backpropagation, and MeZO in PyTorch on the same
 weights and tokens, as its authors wrote it and as one would write it to save time
 (`benchmarks.torch_mezo`). The columns:
 
@@ -171,10 +172,12 @@ def measure(
     methods = [forwards(loss_fn, lm.params, batch)]
     methods += [zeroth_order(name, METHODS[name], loss_fn, lm.params, batch) for name in chosen]
     methods.append(adam(loss_fn, lm.params, batch))
-    if dtype == "float32":
-        loss = float(methods[0].program(lm.params, batch)[0])
-        methods += torch_methods(lm, batch, loss)
     times = common.interleaved({method.name: method.call for method in methods}, repeats)
+    if dtype == "float32":  # after the others, whose process its threads would share
+        loss = float(methods[0].program(lm.params, batch)[0])
+        peers = torch_methods(lm, batch, loss)
+        times |= common.interleaved({peer.name: peer.call for peer in peers}, repeats)
+        methods += peers
     peak = common.peak_bytes(methods[0].program)
     return [{"shape": shape, **row(method, times, peak)} for method in methods]
 
