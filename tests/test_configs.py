@@ -40,7 +40,8 @@ def test_a_run_or_a_sweep(path):
     [
         # points of the grids of Malladi et al., tables 15 and 16, and a probe; times seeds
         ("opt", 1 + 2 + 2 + 2 + 3 + 2),
-        ("opt_answers", 3 + 3 + 3 + 3),
+        ("opt_answers", 3 + 3 + 3 + 3 + 2),
+        ("opt_f1", 3 + 3),
         ("roberta_k16", 5 * (1 + 3 * 3 + 5 + 3 * 9 + 15)),
         ("roberta_k512", 5 * (1 + 3 * 3 + 5 + 3 * 9 + 15)),
     ],

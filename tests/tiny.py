@@ -36,12 +36,42 @@ def make_tokenizer():
     )
 
 
-def make_model(folder: Path) -> Path:
+def questions(count: int) -> list[dict]:
+    """Rows as SQuAD has them; of two answers the one that stands in the context is right."""
+    answers = [f"the {(GOOD[0], BAD[0])[i % 2]}" for i in range(count)]
+    return [
+        {
+            "title": "film",
+            "context": f"{answer} film number {i % 7}",
+            "question": "it was ?",
+            "answers": {"text": [answer], "answer_start": [0]},
+        }
+        for i, answer in enumerate(answers)
+    ]
+
+
+def make_reader():
+    """A tokenizer of words and line breaks."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "\n", ":", "?", "Title", "Context", "Question", "Answer"]
+    words += ["the", "film", "number", "it", "was", *GOOD, *BAD, *"0123456789"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\w+|[:?]"), "removed", invert=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def make_model(folder: Path, tokenizer=None, *, scale: float = 1.0) -> Path:
+    """A random model; matrices are `scale` times as large as usual."""
     import jax
 
     from jaxlm.models import LanguageModel, ModelConfig, init_params, save_pretrained
 
-    tokenizer = make_tokenizer()
+    tokenizer = tokenizer or make_tokenizer()
     config = ModelConfig(
         family="llama",
         kind="decoder",
@@ -64,6 +94,7 @@ def make_model(folder: Path) -> Path:
         mlp_bias=False,
     )
     params = init_params(config, jax.random.key(0))
+    params = jax.tree.map(lambda x: scale * x if x.ndim > 1 and scale != 1 else x, params)
     save_pretrained(LanguageModel(config, params, tokenizer), folder)
     return folder
 

@@ -227,7 +227,7 @@ def _convert(value: Any, kind: Any, where: str, dotted: str) -> Any:
             _convert(v, arguments[0], where, f"{dotted}[{i}]") for i, v in enumerate(value)
         )
     if origin is Literal:
-        choices = {str(argument): argument for argument in arguments}
+        choices = {_text(argument): argument for argument in arguments}
         if value not in choices:
             raise UserError(f"{where}: {dotted} is '{value}': choose one of {', '.join(choices)}.")
         return choices[value]
@@ -237,6 +237,10 @@ def _convert(value: Any, kind: Any, where: str, dotted: str) -> Any:
         except (ValueError, KeyError):
             pass
     raise UserError(f"{where}: {dotted} is {_show(value)}: give {_WORDS[kind]}.")
+
+
+def _text(choice: Any) -> str:
+    return str(choice).lower() if isinstance(choice, bool) else str(choice)
 
 
 def _whole(text: str) -> int:

@@ -7,8 +7,9 @@ MODEL is a folder, a hub id, or the folder of a run of `jaxlm finetune`; a run i
 own task where none is given. The configuration may be that of a fine-tuning run: what does not
 concern evaluation is passed over. Printed as JSON are the accuracy of the highest score, the
 accuracy with scores calibrated on the training texts (labels unused), and that of the most frequent
-class. `--icl=32` puts 32 solved training examples before each text of the test split. A task whose
-answers are generated is scored by the F1 of its words and by exact match.
+class. `--calibrate=sfc` takes the prompt without the example in place of the training texts, and
+`--icl=32` puts 32 solved training examples before each text of the test split. A task whose answers
+are generated is scored by the F1 of its words and by exact match.
 """
 
 import functools
@@ -18,6 +19,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from jaxlm.cli import config as configs
 from jaxlm.core.errors import UserError
 from jaxlm.data import (
@@ -25,7 +28,6 @@ from jaxlm.data import (
     TaskConfig,
     load_task,
     prepare_for,
-    prompted,
     task_config,
     with_demonstrations,
 )
@@ -38,12 +40,15 @@ class EvaluateConfig:
 
     Attributes:
         icl: solved training examples before each text of the test split.
+        calibrate: "sfc" takes from the scores those of the options after the prompt without the
+            example (arXiv:2104.08315), in place of their median over the training texts.
     """
 
     model: str | None = None
     task: TaskConfig = field(metadata={"make": task_config})
     split: Literal["train", "validation", "test"] = "test"
     icl: int = 0
+    calibrate: Literal[False, True, "sfc"] = False
     seed: int = 0
     eval_batch_size: int = 64
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -56,6 +61,8 @@ class EvaluateConfig:
             raise UserError(f"icl is {self.icl}: give 0 or more.")
         if self.icl and self.split != "test":
             raise UserError(f"icl puts examples before the test split: leave out {self.split}.")
+        if self.calibrate == "sfc" and self.task.answered:
+            raise UserError(f"calibrate is sfc, but {self.task.name} has no options: leave it out.")
 
 
 def run(args: Sequence[str]) -> None:
@@ -83,8 +90,8 @@ def evaluate(
         raise UserError(f"task has no {config.split} examples: give task.{config.split}.")
 
     from jaxlm import evaluation
+    from jaxlm.train.measure import Answers, Choices, domain_scores, less_domain
     from jaxlm.train.run import load_model
-    from jaxlm.train.state import Program
 
     lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits)
     if lm.config.head == "none":
@@ -95,29 +102,29 @@ def evaluate(
         "split": config.split,
         "examples": len(getattr(task, config.split)),
     }
-    if getattr(task, config.split)[0].answers:
-        return result | _generated(config, lm, task)
+    size, split = config.eval_batch_size, config.split
+    if task.config.answered:
+        return result | Answers(lm, task, batch_size=size)(split, lm.params)
     encoded = prepare_for(lm, task)
-    scorer = Program(
-        functools.partial(
-            evaluation.option_scores,
-            lm.apply,
-            encoded.token_ids,
-            offsets=offsets,
-            log_probs=lm.continuation_log_probs,
-        )
-    )
-    score = functools.partial(
-        evaluation.score_split, scorer, lm.params, encoded, batch_size=config.eval_batch_size
-    )
-    scores, labels = score(config.split)
+    sfc = config.calibrate == "sfc"
+    reduction: Literal["mean", "sum"] = "mean" if offsets is None or not sfc else "sum"
+    choices = Choices(lm, encoded, batch_size=size, reduction=reduction)
+    choices.offsets = offsets
+    scores, labels = choices.scores(split, lm.params)
     result["accuracy"] = evaluation.accuracy(scores, labels)
-    if encoded.train and encoded.labels:
-        unlabelled, train_labels = score("train")
-        calibrated = evaluation.calibrate(scores, unlabelled)
+    calibrated = None
+    if sfc:
+        summed = Choices(lm, encoded, batch_size=size, reduction="sum").scores(split, lm.params)[0]
+        domain = domain_scores(lm, lm.params, task, split, batch_size=size)
+        calibrated = less_domain(summed, domain)
+    elif encoded.train and encoded.labels:
+        calibrated = evaluation.calibrate(scores, choices.scores("train", lm.params)[0])
+    if calibrated is not None:
         result["calibrated_accuracy"] = evaluation.accuracy(calibrated, labels)
+    if encoded.train and encoded.labels:
+        train_labels = np.array([example.label for example in encoded.train])
         result["majority_accuracy"] = evaluation.majority_accuracy(train_labels, labels)
-    return result | {"peak_memory_bytes": scorer.peak_bytes}
+    return result | {"peak_memory_bytes": choices.peak_bytes}
 
 
 def _load(config: EvaluateConfig, base_dir: Path | None) -> Task:
@@ -127,17 +134,3 @@ def _load(config: EvaluateConfig, base_dir: Path | None) -> Task:
         return load(config.task)
     whole = replace(config.task, k=None, num_train=None, validation=None)
     return with_demonstrations(load(whole), config.icl)
-
-
-def _generated(config: EvaluateConfig, lm: Any, task: Task) -> dict[str, float]:
-    from jaxlm.evaluation import evaluate_generation
-
-    texts = [prompted(task, example) for example in getattr(task, config.split)]
-    found = evaluate_generation(
-        lm,
-        lm.params,
-        [each.prompt for each in texts],
-        [each.answers for each in texts],
-        batch_size=config.eval_batch_size,
-    )
-    return {"f1": found.f1, "exact_match": found.exact_match}

@@ -18,10 +18,12 @@ A configuration:
   seed: 0
   output: runs/subj              # the run's folder
 
-More keys: calibrate (start from calibrated scores), eval_every, checkpoint_every, log_every,
-eval_batch_size, param_dtype, bits (8 or 4: matrices in that many bits), and under optimizer
-schedule, warmup, weight_decay, select, num_directions, sampler. The same command goes on with a run
-that was stopped and shows the table of one that is finished; `--resume=never` refuses both.
+More keys: objective (accuracy, or the f1 of written answers, in place of the likelihood), calibrate
+(true: start from scores less their median over the training texts; sfc: less those of the prompt
+without the example), eval_every, checkpoint_every, log_every, eval_batch_size, param_dtype, bits (8
+or 4: matrices in that many bits), and under optimizer schedule, warmup, weight_decay, select,
+num_directions, sampler. The same command goes on with a run that was stopped and shows the table of
+one that is finished; `--resume=never` refuses both.
 """
 
 from collections.abc import Sequence
@@ -82,11 +84,17 @@ def show(summary: dict[str, Any], output: str) -> None:
         return "none" if value is None else f"{100 * value:.1f} %"
 
     table = Table(title=f"{summary['task']}: {summary['model']}", show_header=False)
+    metric = summary.get("metric", "accuracy")
+    if metric == "f1":
+        name, more, further = "F1", "exact match", "exact_match"
+    else:
+        name, more, further = "accuracy", "calibrated", "calibrated_accuracy"
     rows = {
-        "zero-shot test accuracy": percent(summary["zero_shot"]["accuracy"]),
-        "zero-shot, calibrated": percent(summary["zero_shot"]["calibrated_accuracy"]),
-        "validation accuracy": percent(summary["validation"]["accuracy"]),
-        "test accuracy": percent(summary["test"]["accuracy"]),
+        f"zero-shot test {name}": percent(summary["zero_shot"][metric]),
+        f"zero-shot, {more}": percent(summary["zero_shot"].get(further)),
+        f"validation {name}": percent(summary["validation"][metric]),
+        f"test {name}": percent(summary["test"][metric]),
+        **({"test exact match": percent(summary["test"][further])} if metric == "f1" else {}),
         "steps (tested)": f"{summary['steps']} ({summary['tested_step']})",
         "forwards, backwards": f"{summary['forwards']}, {summary['backwards']}",
         "peak memory": f"{summary['peak_memory_bytes'] / 2**20:.0f} MiB",

@@ -2,7 +2,7 @@
 
 from jaxlm.data._prepare import prepare, prepare_for
 from jaxlm.data._prompted import Prompted, prompted, with_demonstrations, without_examples
-from jaxlm.data.arrays import collate, collate_completions
+from jaxlm.data.arrays import collate, collate_completions, collate_prompts
 from jaxlm.data.batching import EncodedTask
 from jaxlm.data.continuations import encode_prompted
 from jaxlm.data.encoding import Encoded, encode, encode_all
@@ -26,6 +26,7 @@ __all__ = [
     "Template",
     "collate",
     "collate_completions",
+    "collate_prompts",
     "draw_per_class",
     "draw_split",
     "encode",

@@ -8,12 +8,13 @@ import numpy as np
 from jaxtyping import Int32
 
 from jaxlm.core.errors import UserError
-from jaxlm.data._prompted import MAX_NEW_TOKENS, prompted
+from jaxlm.data._prompted import prompted
 from jaxlm.data.batching import EncodedTask
 from jaxlm.data.continuations import encode_prompted, share_prompts
 from jaxlm.data.encoding import Encoded, encode_all
 from jaxlm.data.examples import Example, Task
 from jaxlm.data.opt_tasks import opt_task
+from jaxlm.data.tasks import TaskConfig
 from jaxlm.data.tokens import Kind
 
 _QUANTILES = (0.5, 0.8, 0.95, 1.0)
@@ -41,13 +42,16 @@ def prepare(
             rounded up to a multiple of 8.
 
     Raises:
-        UserError: see `encode_all`; or there is no tokenizer, or it is not the model's.
+        UserError: see `encode_all`; or there is no tokenizer, it is not the model's, or an answer
+            leaves no room for a prompt.
     """
     if tokenizer is None:
         raise UserError("the model has no tokenizer: add tokenizer.json to its folder.")
     limits = [limit for limit in (max_length, task.config.max_length) if limit is not None]
     examples = [*task.train, *task.validation, *task.test]
     limit = min(limits, default=None)
+    if limit is not None and task.config.answered:
+        limit = _room(limit, task.config)
     encoded = _encode(task, tokenizer, examples, kind, limit)
     largest = max(max(map(max, (*x.input_ids, *x.targets))) for x in encoded)
     if vocab_size is not None and largest >= vocab_size:
@@ -91,13 +95,13 @@ def _encode(
     task: Task, tokenizer: Any, examples: Sequence[Example], kind: Kind, limit: int | None
 ) -> list[Encoded]:
     """Rows of tokens for the options of every example, cut as the configuration says."""
-    config, known = task.config, opt_task(task.config.name)
+    config = task.config
     if kind == "encoder" and (config.own_options or any(each.context for each in examples)):
         wanted = "options of several tokens" if config.own_options else "demonstrations"
         raise UserError(
             f"{config.name} has {wanted}, which an encoder cannot read: give a decoder."
         )
-    if kind == "encoder" or config.truncation == "fields":
+    if kind == "encoder" or (config.truncation == "fields" and not config.own_options):
         return list(
             encode_all(
                 task.template,
@@ -109,11 +113,19 @@ def _encode(
                 first_field_limit=config.first_field_limit,
             )
         )
-    if limit is not None and known is not None and known.metric == "f1":
-        limit = max(1, limit - MAX_NEW_TOKENS)
     return list(
         encode_prompted([prompted(task, each) for each in examples], tokenizer, max_length=limit)
     )
+
+
+def _room(limit: int, config: TaskConfig) -> int:
+    """Tokens that an answer leaves for a prompt."""
+    if limit <= config.answer_length:
+        raise UserError(
+            f"{config.name} has answers of {config.answer_length} tokens, but task.max_length or "
+            f"the model allow {limit} in all: lower task.max_new_tokens."
+        )
+    return limit - config.answer_length
 
 
 def _label_words(examples: Sequence[Encoded]) -> Int32[np.ndarray, "C"] | None:

@@ -11,8 +11,6 @@ from jaxlm.data.templates import Template
 
 SEPARATOR = "\n\n"
 """What stands between demonstrations."""
-MAX_NEW_TOKENS = 50
-"""Tokens of an answer that is generated; a prompt leaves room for them."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +121,17 @@ def without_examples(task: Task) -> Task:
     r"""The task with the prompts that calibrate its options: the template without the example.
 
     An option's score less its score here is $\log p(o \mid x) - \log p(o \mid \text{domain})$,
-    summed over its tokens (arXiv:2104.08315). Demonstrations stay.
+    summed over its tokens (arXiv:2104.08315). Demonstrations stay. Tasks `opt/NAME` have such
+    prompts of their own; of any other template it is what stands between the label word and the
+    nearest fields.
 
     Raises:
         UserError: the task generates a text.
     """
     known = opt_task(task.config.name)
-    text = "{label}" if known is None else known.calibration
-    if text is None:
-        raise UserError(f"{task.config.name} generates a text: it has no options to calibrate.")
-    config = replace(task.config, template=text, truncation="left")
-    return replace(task, config=config, template=Template.parse(text))
+    template = task.template.bare
+    if known is not None:
+        if known.calibration is None:
+            raise UserError(f"{task.config.name} generates a text: it has no options to calibrate.")
+        template = Template.parse(known.calibration)
+    return replace(task, config=replace(task.config, truncation="left"), template=template)

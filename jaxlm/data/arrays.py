@@ -102,6 +102,25 @@ def collate_completions(
     }
 
 
+def collate_prompts(examples: Sequence[Encoded], *, buckets: Sequence[int], pad_id: int) -> Batch:
+    """Rows of prompts alone, for `jaxlm.train.rewards.generation_objective`.
+
+    Args:
+        examples: the examples, in the form "continuations".
+        buckets: lengths of rows, increasing.
+        pad_id: token of the padding.
+
+    Returns:
+        `input_ids` and `attention_mask` int32 [B, T].
+    """
+    shape = (1, _bucket(examples, buckets))
+    ids = [each.input_ids for each in examples]
+    return {
+        "input_ids": _pad(ids, shape, pad_id)[:, 0],
+        "attention_mask": _pad(_ones(ids), shape)[:, 0],
+    }
+
+
 def _bucket(examples: Sequence[Encoded], buckets: Sequence[int]) -> int:
     longest = max(len(row) for each in examples for row in each.input_ids)
     length = next((bucket for bucket in buckets if bucket >= longest), None)

@@ -9,10 +9,17 @@ import numpy as np
 from jaxtyping import Int32
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.arrays import Batch, Form, collate, collate_completions
+from jaxlm.data.arrays import (
+    Batch,
+    Form,
+    collate,
+    collate_completions,
+    collate_prompts,
+)
 from jaxlm.data.encoding import Encoded
 
 Split = Literal["train", "validation", "test"]
+Objective = Literal["classification", "completion", "generation"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +57,9 @@ class EncodedTask:
 
     Where examples differ in the number of options or its tokens, C and K are those of the batch,
     rounded up to a multiple of 8. With the objective "completion" training batches hold the prompt
-    with the right option alone, as `jaxlm.train.objective.lm_objective` takes them.
+    with the right option alone, as `jaxlm.train.objective.lm_objective` takes them; with
+    "generation" prompts alone and the places of their examples, for
+    `jaxlm.train.rewards.generation_objective`.
 
     Attributes:
         labels: the label words; none where every example has its own options.
@@ -71,7 +80,7 @@ class EncodedTask:
     train: tuple[Encoded, ...]
     validation: tuple[Encoded, ...]
     test: tuple[Encoded, ...]
-    objective: Literal["classification", "completion"] = "classification"
+    objective: Objective = "classification"
 
     @functools.cached_property
     def form(self) -> Form:
@@ -112,8 +121,8 @@ class EncodedTask:
 
         All have one length: the bucket of the longest row among them.
         """
-        examples = self._stream(step * batch_size, count * batch_size, seed)
-        stacked = self._collate_train(examples)
+        places = self._stream(step * batch_size, count * batch_size, seed)
+        stacked = self._collate_train(places)
         return {
             key: value.reshape(count, batch_size, *value.shape[1:])
             for key, value in stacked.items()
@@ -136,12 +145,12 @@ class EncodedTask:
             batch["weights"] = (index >= 0).astype(np.float32)
             yield {**batch, "index": index}
 
-    def _stream(self, start: int, count: int, seed: int) -> list[Encoded]:
+    def _stream(self, start: int, count: int, seed: int) -> list[int]:
         size = len(self.train)
         if not size:
             raise UserError("there are no training examples: give task.train.")
         places = range(start, start + count)
-        return [self.train[_permutation(seed, p // size, size)[p % size]] for p in places]
+        return [int(_permutation(seed, p // size, size)[p % size]) for p in places]
 
     def _collate(self, examples: Sequence[Encoded]) -> Batch:
         return collate(
@@ -153,9 +162,13 @@ class EncodedTask:
             num_options=1 if self.form == "label_words" else self.num_options,
         )
 
-    def _collate_train(self, examples: Sequence[Encoded]) -> Batch:
+    def _collate_train(self, places: Sequence[int]) -> Batch:
+        examples = [self.train[place] for place in places]
         if self.objective == "classification":
             return self._collate(examples)
+        if self.objective == "generation":
+            prompts = collate_prompts(examples, buckets=self.buckets, pad_id=self.pad_id)
+            return {**prompts, "index": np.asarray(places, np.int32)}
         return collate_completions(
             examples,
             words=None if self.token_ids is None else self.token_ids.tolist(),

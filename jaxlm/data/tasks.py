@@ -34,6 +34,7 @@ class TaskConfig:
         num_test: examples to test on; None for all.
         test_seed: of the draw of `num_test` examples, which no run's own seed changes.
         max_length: tokens to which an example is cut; None for as many as the model takes.
+        max_new_tokens: most tokens of an answer that is written; None for 50.
         first_field_limit: tokens to which the template's first field is cut; None for no limit.
         truncation: what is cut of a longer example: "fields", the ends of the longest, or "left",
             the beginning of the text.
@@ -60,6 +61,7 @@ class TaskConfig:
     num_test: int | None = None
     test_seed: int = 0
     max_length: int | None = None
+    max_new_tokens: int | None = None
     first_field_limit: int | None = None
     truncation: Literal["fields", "left"] = "fields"
     threshold: float | None = None
@@ -82,6 +84,17 @@ class TaskConfig:
         """Whether the options come with each example, in place of label words."""
         known = opt_task(self.name)
         return known is not None and not known.labels
+
+    @property
+    def answered(self) -> bool:
+        """Whether an answer is written, in place of a choice among options."""
+        known = opt_task(self.name)
+        return known is not None and known.metric == "f1"
+
+    @property
+    def answer_length(self) -> int:
+        """Most tokens of an answer; a prompt leaves room for them."""
+        return 50 if self.max_new_tokens is None else self.max_new_tokens
 
     def _check_labels(self) -> None:
         for number, label in enumerate(self.labels, start=1):
@@ -151,7 +164,10 @@ def task_config(values: Mapping[str, Any]) -> TaskConfig:
     return TaskConfig(**{key: _typed(key, value) for key, value in merged.items()})
 
 
-_COUNTS = ("k", "num_train", "num_validation", "num_test", "max_length", "first_field_limit")
+_COUNTS = (
+    *("k", "num_train", "num_validation", "num_test"),
+    *("max_length", "max_new_tokens", "first_field_limit"),
+)
 _KEYS: dict[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(
         ("name", "template", "label_field", "truncation"), ((str,), "text: put it in quotes")

@@ -6,6 +6,7 @@ the label word, every other brace names a field, `{{` and `}}` are literal brace
 space.
 """
 
+import itertools
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -85,6 +86,17 @@ class Template:
         parts = self.before + self.after
         return tuple(dict.fromkeys(part.name for part in parts if isinstance(part, Field)))
 
+    @property
+    def bare(self) -> "Template":
+        """The template without fields: what stands between them and the label word.
+
+        >>> Template.parse("{text} Is it about {topic}? I say {label}.").bare
+        Template(before=('? I say ',), after=('.',))
+        """
+        near = [str(part) for part in itertools.takewhile(_is_text, reversed(self.before))]
+        text = "".join(reversed(near))
+        return Template((text.lstrip() or text,), tuple(itertools.takewhile(_is_text, self.after)))
+
     @classmethod
     def parse(cls, text: str) -> "Template":
         """Reads a template in either syntax.
@@ -152,6 +164,10 @@ class Template:
         for part in self.after:
             text, spans = _append(text, spans, part, fields)
         return Rendered(text, (start, end), tuple(spans))
+
+
+def _is_text(part: Part) -> bool:
+    return isinstance(part, str)
 
 
 def _append(

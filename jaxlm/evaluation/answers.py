@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.core.errors import UserError
 from jaxlm.evaluation.generation import generate_text
 from jaxlm.models import LanguageModel
 from jaxlm.typing import Params
@@ -90,9 +91,14 @@ def evaluate_generation(
         view: see `jaxlm.core.views`.
 
     Raises:
-        UserError: see `generate_text`.
+        UserError: an answer leaves no room for a prompt; or see `generate_text`.
     """
     longest = lm.config.max_positions if max_length is None else max_length
+    if longest <= max_new_tokens:
+        raise UserError(
+            f"an answer has {max_new_tokens} tokens, but prompt and answer have {longest} in all: "
+            "lower max_new_tokens."
+        )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)
     for start in range(0, len(order), batch_size):

@@ -14,6 +14,8 @@ Apply = Callable[..., Any]
 """The forward pass of a `LanguageModel`: `lm.apply`."""
 LogProbs = Callable[..., Any]
 """Log-probabilities of options after a prompt: `lm.continuation_log_probs`."""
+Reduction = Literal["mean", "sum"]
+"""Of the log-probabilities of an option's tokens."""
 
 
 def option_scores(
@@ -24,7 +26,7 @@ def option_scores(
     *,
     offsets: Float[Any, " C"] | None = None,
     log_probs: LogProbs | None = None,
-    reduction: Literal["mean", "sum"] = "mean",
+    reduction: Reduction = "mean",
     view: Any = None,
 ) -> Float[Array, "B C"]:
     r"""Scores the options of each example; the highest is the prediction.

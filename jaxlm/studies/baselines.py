@@ -1,7 +1,6 @@
 """Methods that train nothing of the model, with the configuration, folder and summary of a run."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +20,13 @@ class Measured(NamedTuple):
     """What a baseline found.
 
     Attributes:
-        test: accuracy on the test split.
+        test: accuracy on the test split, or of written answers F1 and exact match.
         validation: on the validation split; None where it was not measured.
         forwards: forward passes over a batch before any test.
         peak_bytes: memory of the largest compiled program.
     """
 
-    test: float
+    test: dict[str, float]
     validation: float | None
     forwards: int
     peak_bytes: int
@@ -45,7 +44,8 @@ def probe_run(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[s
         probe = linear_probe(lm, encoded, batch_size=config.eval_batch_size)
         forwards = -(-len(task.train) // config.eval_batch_size)
         found = probe.accuracy
-        return Measured(found["test"], found.get("validation"), forwards, probe.peak_bytes)
+        test = {"accuracy": found["test"]}
+        return Measured(test, found.get("validation"), forwards, probe.peak_bytes)
 
     return _run(config, measure, base_dir)
 
@@ -59,18 +59,17 @@ def icl_run(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[str
     Raises:
         UserError: see `finetune` and `jaxlm.data.with_demonstrations`.
     """
-    from jaxlm.evaluation import accuracy, option_scores, score_split
-    from jaxlm.train.state import Program
+    from jaxlm.train.measure import Answers, Choices
 
     def measure(lm: Any, task: Task) -> Measured:
         task = dataclasses.replace(task, config=dataclasses.replace(task.config, max_length=None))
         task = with_demonstrations(task, DEMONSTRATIONS, seed=config.seed)
-        encoded = prepare_for(lm, task)
-        form = {"log_probs": lm.continuation_log_probs}
-        scorer = Program(functools.partial(option_scores, lm.apply, encoded.token_ids, **form))
-        size = config.eval_batch_size
-        scored = score_split(scorer, lm.params, encoded, "test", batch_size=size)
-        return Measured(accuracy(*scored), None, 0, scorer.peak_bytes)
+        found: Answers | Choices
+        if task.config.answered:
+            found = Answers(lm, task, batch_size=config.eval_batch_size)
+        else:
+            found = Choices(lm, prepare_for(lm, task), batch_size=config.eval_batch_size)
+        return Measured(found("test", lm.params), None, 0, found.peak_bytes)
 
     return _run(config, measure, base_dir)
 
@@ -93,12 +92,14 @@ def _run(
     lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits)
     found = measure(lm, task)
     folder.create(config)
+    metric = next(iter(found.test))
     summary = {
         "model": config.model or "shipped",
         "task": config.task.name,
-        "zero_shot": {"accuracy": None, "calibrated_accuracy": None},
-        "validation": {"accuracy": found.validation},
-        "test": {"accuracy": found.test},
+        "metric": metric,
+        "zero_shot": {metric: None},
+        "validation": {metric: found.validation},
+        "test": found.test,
         "tested_step": 0,
         "steps": 0,
         "forwards": found.forwards,

@@ -56,9 +56,14 @@ class Result(NamedTuple):
     summary: dict[str, Any] | None
     failed: str | None = None
 
-    def accuracy(self, split: Literal["zero_shot", "validation", "test"]) -> float | None:
-        """Accuracy of a split; None where the run failed or did not measure it."""
-        return None if self.summary is None else self.summary[split]["accuracy"]
+    @property
+    def metric(self) -> str:
+        """The name of the value: "accuracy", or "f1" of written answers."""
+        return "accuracy" if self.summary is None else self.summary.get("metric", "accuracy")
+
+    def value(self, split: Literal["zero_shot", "validation", "test"]) -> float | None:
+        """Accuracy or F1 of a split; None where the run failed or did not measure it."""
+        return None if self.summary is None else self.summary[split][self.metric]
 
 
 def setting_title(settings: dict[str, Any]) -> str:
@@ -136,21 +141,23 @@ def table(candidates: Sequence[Candidate], results: Sequence[Sequence[Result]]) 
         results: of each candidate, one for each seed.
 
     Returns:
-        `{"seeds", "methods", "points"}`. A method has its test accuracy with the setting chosen for
-        each seed (`test`) and with the one of the best mean validation (`one_setting`), each
-        {mean, std, by_seed}; std is that of a sample, None for one seed. Passes and seconds are
-        means over the chosen runs, memory is the largest. A point has what its runs were and why
-        they failed.
+        `{"metric", "seeds", "methods", "points"}`. A method has its test accuracy, or F1, with the
+        setting chosen for each seed (`test`) and with the one of the best mean validation
+        (`one_setting`), each {mean, std, by_seed}; std is that of a sample, None for one seed.
+        Passes and seconds are means over the chosen runs, memory is the largest. A point has what
+        its runs were and why they failed.
 
     Raises:
         UserError: every run failed.
     """
-    if not any(result.summary for each in results for result in each):
+    ended = [result for each in results for result in each if result.summary]
+    if not ended:
         reason = results[0][0].failed
         raise UserError(f"every run failed; the first: {reason}")
     pairs = list(zip(candidates, results, strict=True))
     names = dict.fromkeys(each.method for each in candidates)
     return {
+        "metric": ended[0].metric,
         "seeds": [config.seed for config in candidates[0].runs],
         "methods": [_method(name, [p for p in pairs if p[0].method == name]) for name in names],
         "points": [_point(*pair) for pair in pairs],
@@ -194,7 +201,7 @@ def _best(pairs: list[tuple[Candidate, Sequence[Result]]], seed: int) -> int | N
     Without any validation accuracy (baselines that choose nothing) it is the first that has ended.
     """
     ended = [place for place, (_, made) in enumerate(pairs) if made[seed].summary is not None]
-    return max(ended, key=lambda i: pairs[i][1][seed].accuracy("validation") or 0.0, default=None)
+    return max(ended, key=lambda i: pairs[i][1][seed].value("validation") or 0.0, default=None)
 
 
 def _point(candidate: Candidate, results: Sequence[Result]) -> dict[str, Any]:
@@ -209,7 +216,7 @@ def _point(candidate: Candidate, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _values(results: Iterable[Result], split: Any) -> list[float | None]:
-    return [result.accuracy(split) for result in results]
+    return [result.value(split) for result in results]
 
 
 def _mean(values: Iterable[float | int | None]) -> float | None:

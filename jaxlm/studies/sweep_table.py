@@ -9,6 +9,7 @@ METHODS = (
     "method", "setting", "validation", "test", "test, one setting", "zero-shot", "forwards",
     "backwards", "seconds", "MiB",
 )  # fmt: skip
+TITLES = {"accuracy": "Accuracy", "f1": "F1"}
 POINTS = ("method", "setting", "validation", "failed")
 
 
@@ -26,9 +27,9 @@ def markdown(table: dict[str, Any]) -> str:
         if reason is not None
     }
     parts = [
-        f"Accuracy in per cent, mean (standard deviation) over the seeds {seeds}. The setting is "
-        "chosen on validation for each seed, in brackets for how many of them; beside it, the one "
-        "setting that is best on validation in the mean.",
+        f"{TITLES[table['metric']]} in per cent, mean (standard deviation) over the seeds {seeds}. "
+        "The setting is chosen on validation for each seed, in brackets for how many of them; "
+        "beside it, the one setting that is best on validation in the mean.",
         aligned(METHODS, [_method_row(each) for each in table["methods"]]),
         "Every point of the grids:",
         aligned(POINTS, [_point_row(each) for each in table["points"]]),

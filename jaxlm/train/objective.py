@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxlm.core.errors import UserError
-from jaxlm.evaluation.classification import Apply, LogProbs, option_scores
+from jaxlm.evaluation.classification import Apply, LogProbs, Reduction, option_scores
 from jaxlm.models.scoring import log_probs_of
 from jaxlm.typing import Batch, LossFn, Params
 
@@ -25,6 +25,7 @@ def classification_objective(
     *,
     offsets: Float[Any, " C"] | None = None,
     log_probs: LogProbs | None = None,
+    reduction: Reduction = "mean",
 ) -> LossFn:
     r"""Cross-entropy over options, $-\log \mathrm{softmax}(s)_y$, averaged over the batch.
 
@@ -33,6 +34,7 @@ def classification_objective(
         token_ids: the label words' tokens, `encoded.token_ids`; None for options of several tokens.
         offsets: taken from the scores; see `jaxlm.evaluation.calibration_offsets`.
         log_probs: `lm.continuation_log_probs`, for options of several tokens after one prompt.
+        reduction: of the log-probabilities of an option's tokens.
 
     Returns:
         `loss_fn(params, batch, *, key=None, view=None) -> (loss, {"accuracy"})`. Rows with
@@ -42,7 +44,14 @@ def classification_objective(
     def loss_fn(params: Params, batch: Batch, *, key: Any = None, view: Any = None) -> Any:
         del key
         scores_BxC = option_scores(
-            apply, token_ids, params, batch, offsets=offsets, log_probs=log_probs, view=view
+            apply,
+            token_ids,
+            params,
+            batch,
+            offsets=offsets,
+            log_probs=log_probs,
+            reduction=reduction,
+            view=view,
         )
         labels, weights = jnp.asarray(batch["labels"]), batch["weights"]
         losses = -log_probs_of(scores_BxC, labels)
@@ -60,12 +69,15 @@ def accuracy_objective(
     *,
     offsets: Float[Any, " C"] | None = None,
     log_probs: LogProbs | None = None,
+    reduction: Reduction = "mean",
 ) -> LossFn:
     """One less the accuracy of the batch; arguments and result as of `classification_objective`.
 
     Its gradient is zero wherever it has one: for zeroth-order optimizers.
     """
-    scored = classification_objective(apply, token_ids, offsets=offsets, log_probs=log_probs)
+    scored = classification_objective(
+        apply, token_ids, offsets=offsets, log_probs=log_probs, reduction=reduction
+    )
 
     def loss_fn(params: Params, batch: Batch, *, key: Any = None, view: Any = None) -> Any:
         _, aux = scored(params, batch, key=key, view=view)

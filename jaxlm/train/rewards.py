@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxlm.core.errors import UserError
+from jaxlm.evaluation.answers import token_f1
 from jaxlm.models import LanguageModel
 from jaxlm.models.generation import Generated, Generator, Sampling
 from jaxlm.train.objective import example_weights
@@ -108,6 +109,34 @@ def generation_objective(
         return _loss(scored, found, needed)
 
     return loss_fn
+
+
+def f1_objective(
+    lm: LanguageModel, answers: Sequence[Sequence[str]], *, max_new_tokens: int = 50
+) -> LossFn:
+    """Minus the mean F1 of greedily written answers, as `evaluate_generation` scores them.
+
+    An answer ends with the line. Arguments and result are as of `generation_objective`.
+
+    Args:
+        lm: a decoder with its tokenizer.
+        answers: right answers to each prompt.
+        max_new_tokens: most tokens of an answer.
+
+    Raises:
+        UserError: the model has no tokenizer.
+    """
+
+    def f1(texts: list[str], golds: list[Sequence[str]]) -> list[float]:
+        return [token_f1(*pair) for pair in zip(texts, golds, strict=True)]
+
+    stop_ids = lm.config.stops
+    if lm.tokenizer is not None:
+        line = lm.tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
+        stop_ids = (*stop_ids, *(i for i in line if "\n" in lm.tokenizer.decode([i])))
+    return generation_objective(
+        lm, f1, examples=answers, max_new_tokens=max_new_tokens, stop_ids=stop_ids
+    )
 
 
 def _loss(reward: Callable[..., Any], arrays: Any, batch: Batch) -> tuple[Array, dict[str, Array]]:

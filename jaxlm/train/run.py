@@ -1,6 +1,7 @@
 """Fine-tuning from a configuration to a summary: data, model, zero-shot, training, test."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,11 +10,15 @@ import jax
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
-from jaxlm.data import TaskConfig, load_task, prepare_for, task_config
+from jaxlm.data import EncodedTask, Task, TaskConfig, load_task, prepare_for, task_config
+from jaxlm.data.batching import Objective
 from jaxlm.peft import TUNINGS, Tuning
 from jaxlm.train.loop import LoopConfig
 from jaxlm.train.optimizers import OPTIMIZERS, Mezo, Optimizer, ZerothOrder
 from jaxlm.train.run_folder import RunFolder, to_dict
+from jaxlm.typing import LossFn
+
+_FORMS: dict[str, Objective] = {"accuracy": "classification", "f1": "generation"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +31,11 @@ class FinetuneConfig(LoopConfig):
         optimizer: one of `jaxlm.train.optimizers.OPTIMIZERS`, by its name.
         peft: what is trained in place of all parameters, one of `jaxlm.peft.TUNINGS` by its name;
             `optimizer.select`, where it is given, chooses among the parameters as they then are.
+        objective: "accuracy" of choices or "f1" of written answers in place of the likelihood of
+            what is right; for optimizers without gradients.
         calibrate: whether scores are taken less the first model's `option_offsets`, in training and
-            after it, so that training starts from calibrated zero-shot.
+            after it, so that training starts from calibrated zero-shot; "sfc" takes its scores
+            without the examples, `jaxlm.train.measure.domain_offsets`.
         batch_size: training examples in a step.
         eval_batch_size: examples in a forward pass of evaluation.
         seed: of the k examples drawn, the order of the batches, and the optimizer's randomness.
@@ -41,7 +49,8 @@ class FinetuneConfig(LoopConfig):
     task: TaskConfig = field(metadata={"make": task_config})
     optimizer: Optimizer = field(default=Mezo(), metadata={"registry": OPTIMIZERS})
     peft: Tuning | None = field(default=None, metadata={"registry": TUNINGS})
-    calibrate: bool = False
+    objective: Literal["accuracy", "f1"] | None = None
+    calibrate: Literal[False, True, "sfc"] = False
     steps: int = 500
     batch_size: int = 16
     eval_batch_size: int = 64
@@ -59,6 +68,20 @@ class FinetuneConfig(LoopConfig):
             raise UserError(f"seed is {self.seed}: give a number from 0 to 2**32 - 1.")
         if not self.output:
             raise UserError("output is empty: give the folder of the run.")
+        if self.objective is not None:
+            self._check_objective(self.objective)
+
+    def _check_objective(self, objective: str) -> None:
+        right = "f1" if self.task.answered else "accuracy"
+        if objective != right:
+            raise UserError(
+                f"objective is {objective}, but {self.task.name} is measured by {right}: give that."
+            )
+        if not isinstance(self.optimizer, ZerothOrder):
+            raise UserError(
+                f"objective {objective} has no gradient, which {self.optimizer.name} follows: give "
+                "mezo or another optimizer without gradients."
+            )
 
 
 def finetune(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[str, Any]:
@@ -85,13 +108,14 @@ def finetune(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[st
     for split in ("train", "test"):
         if not getattr(task, split):
             raise UserError(f"task has no {split} examples: give task.{split}.")
-    if task.train[0].answers:
-        raise UserError(f"{config.task.name} is answered in words: fine-tune on a task of options.")
     if config.calibrate and config.task.own_options:
         raise UserError("calibrate needs the same options in every example: leave it out.")
 
     lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits)
     encoded = prepare_for(lm, task)
+    if config.objective is not None:
+        form = _FORMS[config.objective]
+        encoded = dataclasses.replace(encoded, objective=form)
     lm = with_head(lm, len(encoded.labels), seed=config.seed)
     select = config.optimizer.select
     if config.peft is not None:
@@ -103,7 +127,7 @@ def finetune(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[st
         raise UserError(f"optimizer.{error}: correct it.") from None
     folder.create(config)
     optimizer = dataclasses.replace(config.optimizer, select=select)
-    summary = _run(dataclasses.replace(config, optimizer=optimizer), folder, lm, encoded)
+    summary = _run(dataclasses.replace(config, optimizer=optimizer), folder, lm, task, encoded)
     folder.finish(summary)
     return summary
 
@@ -191,27 +215,50 @@ def option_offsets(
     return calibration_offsets(score_split(scorer, params, few, "train", batch_size=batch_size)[0])
 
 
-def _run(config: FinetuneConfig, folder: RunFolder, lm: Any, encoded: Any) -> dict[str, Any]:
-    import functools
+def _loss_fn(
+    config: FinetuneConfig, lm: Any, task: Task, encoded: EncodedTask, options: Mapping[str, Any]
+) -> LossFn:
+    from jaxlm.train.objective import accuracy_objective, classification_objective, lm_objective
 
-    from jaxlm.evaluation import accuracy, option_scores, score_split
+    if encoded.objective == "generation":
+        from jaxlm.train.rewards import f1_objective
+
+        answers = [example.answers for example in task.train]
+        return f1_objective(lm, answers, max_new_tokens=config.task.answer_length)
+    if encoded.objective == "completion":
+        return lm_objective(lm.log_probs)
+    make = accuracy_objective if config.objective == "accuracy" else classification_objective
+    return make(lm.apply, encoded.token_ids, log_probs=lm.continuation_log_probs, **options)
+
+
+def _calibration(config: FinetuneConfig, lm: Any, task: Task, encoded: Any, scorer: Any) -> Any:
+    """What is taken from the score of each option, [C]."""
+    if config.calibrate == "sfc":
+        from jaxlm.train.measure import domain_offsets
+
+        return domain_offsets(lm, task)
+    return option_offsets(scorer, lm.params, encoded, batch_size=config.eval_batch_size)
+
+
+def _run(
+    config: FinetuneConfig, folder: RunFolder, lm: Any, task: Task, encoded: EncodedTask
+) -> dict[str, Any]:
     from jaxlm.train.checkpoint import Checkpoints
     from jaxlm.train.logging import Progress
     from jaxlm.train.loop import fit
-    from jaxlm.train.objective import classification_objective, lm_objective
-    from jaxlm.train.state import Program, device_peak_bytes, method
+    from jaxlm.train.measure import Answers, Choices
+    from jaxlm.train.state import device_peak_bytes, method
 
-    form = {"log_probs": lm.continuation_log_probs}
-    scorer = Program(functools.partial(option_scores, lm.apply, encoded.token_ids, **form))
-    offsets = None
-
-    def evaluate(split: Literal["validation", "test"], params: Any) -> float:
-        size = config.eval_batch_size
-        scores, labels = score_split(scorer, params, encoded, split, batch_size=size)
-        return accuracy(scores if offsets is None else scores - offsets, labels)
+    size = config.eval_batch_size
+    reduction: Literal["mean", "sum"] = "sum" if config.calibrate == "sfc" else "mean"
+    measure: Answers | Choices
+    if config.task.answered:
+        measure = Answers(lm, task, batch_size=size)
+    else:
+        measure = Choices(lm, encoded, batch_size=size, reduction=reduction)
 
     def validate(params: Any) -> dict[str, float]:
-        return {"validation_accuracy": evaluate("validation", params)}
+        return _named("validation", measure("validation", params))
 
     checkpoints = Checkpoints(folder.checkpoints)
     start = checkpoints.latest_step
@@ -219,25 +266,23 @@ def _run(config: FinetuneConfig, folder: RunFolder, lm: Any, encoded: Any) -> di
     with Progress(config.steps, start=start or 0, log=folder.log) as progress:
         progress.say(f"start from step {start}" if start is not None else f"start {folder.path}")
         if start is None:
-            first = {"step": 0, "zero_shot_accuracy": evaluate("test", lm.params)}
-            if config.calibrate:
-                offsets = option_offsets(
-                    scorer, lm.params, encoded, batch_size=config.eval_batch_size
-                )
-                first["calibrated_accuracy"] = evaluate("test", lm.params)
-                first["option_offsets"] = offsets.tolist()
+            zero_shot = measure("test", lm.params)
+            first = {"step": 0, **_named("zero_shot", zero_shot)}
+            if isinstance(measure, Choices) and config.calibrate:
+                measure.offsets = _calibration(config, lm, task, encoded, measure.scorer)
+                first |= _named("calibrated", measure("test", lm.params))
+                first["option_offsets"] = measure.offsets.tolist()
             folder.metrics.append(first)
-            progress.say(f"zero-shot test accuracy {first['zero_shot_accuracy']:.4f}")
-        else:
-            offsets = folder.option_offsets()
-        zero_shot = folder.metrics.read()[0]
-        loss_fn = (
-            lm_objective(lm.log_probs)
-            if encoded.objective == "completion"
-            else classification_objective(lm.apply, encoded.token_ids, offsets=offsets, **form)
+            progress.say(f"zero-shot test {_shown(zero_shot)}")
+        elif isinstance(measure, Choices):
+            measure.offsets = folder.option_offsets()
+        first = folder.metrics.read()[0]
+        options = {"offsets": measure.offsets, "reduction": reduction}
+        chosen = method(
+            config.optimizer, _loss_fn(config, lm, task, encoded, options), config.steps
         )
         outcome = fit(
-            method(config.optimizer, loss_fn, config.steps),
+            chosen,
             lm.params,
             lambda first, count: encoded.batches(
                 first, count, batch_size=config.batch_size, seed=config.seed
@@ -245,7 +290,7 @@ def _run(config: FinetuneConfig, folder: RunFolder, lm: Any, encoded: Any) -> di
             config,
             key=jax.random.key(config.seed),
             evaluate=validate if encoded.validation else None,
-            maximize="validation_accuracy",
+            maximize=f"validation_{measure.main}",
             checkpoints=checkpoints,
             trajectory=folder.trajectory,
             metrics=folder.metrics,
@@ -255,24 +300,32 @@ def _run(config: FinetuneConfig, folder: RunFolder, lm: Any, encoded: Any) -> di
         best = checkpoints.restore(state, record.best_step)
         params = state.params if best is None else best[1].params
         checkpoints.close()
-        test = evaluate("test", params)
-        progress.say(f"test accuracy {test:.4f}")
-    per_step = method(config.optimizer, loss_fn, config.steps)
+        test = measure("test", params)
+        progress.say(f"test {_shown(test)}")
+    before = {name: first[f"zero_shot_{name}"] for name in test}
+    if isinstance(measure, Choices):
+        before["calibrated_accuracy"] = first.get("calibrated_accuracy")
     return {
         "model": config.model or "shipped",
         "task": config.task.name,
-        "zero_shot": {
-            "accuracy": zero_shot["zero_shot_accuracy"],
-            "calibrated_accuracy": zero_shot.get("calibrated_accuracy"),
-        },
-        "validation": {"accuracy": record.best_value},
-        "test": {"accuracy": test},
+        "metric": measure.main,
+        "zero_shot": before,
+        "validation": {measure.main: record.best_value},
+        "test": test,
         "tested_step": config.steps if record.best_step is None else record.best_step,
         "steps": config.steps,
-        "forwards": per_step.forwards * config.steps,
-        "backwards": per_step.backwards * config.steps,
+        "forwards": chosen.forwards * config.steps,
+        "backwards": chosen.backwards * config.steps,
         "seconds": record.seconds,
-        "peak_memory_bytes": max(outcome.peak_bytes, scorer.peak_bytes),
+        "peak_memory_bytes": max(outcome.peak_bytes, measure.peak_bytes),
         "device_peak_bytes": device_peak_bytes(),
         "config": to_dict(config),
     }
+
+
+def _named(what: str, values: Mapping[str, float]) -> dict[str, Any]:
+    return {f"{what}_{name}": value for name, value in values.items()}
+
+
+def _shown(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items())

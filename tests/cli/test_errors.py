@@ -4,6 +4,7 @@ Each row breaks a run that works (`tests.tiny.write_run`) in one place. FOLDER i
 folder of the configuration.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxlm.cli.main import main
-from tests.tiny import write_run
+from tests.tiny import questions, write_jsonl, write_run
 
 Break = Callable[[Path], list[str] | None]
 
@@ -85,6 +86,12 @@ def run_of_another_configuration(folder: Path) -> list[str]:
 def no_output(folder: Path) -> None:
     text = (folder / "run.yaml").read_text()
     (folder / "run.yaml").write_text(text[: text.index("output:")])
+
+
+def answers_of_32_tokens(folder: Path) -> list[str]:
+    rows = str(write_jsonl(folder / "questions.jsonl", questions(8)))
+    task = {"name": "opt/squad", "train": rows, "test": rows, "num_validation": 4}
+    return [f"--task={json.dumps({**task, 'max_new_tokens': 32})}"]
 
 
 def not_yaml(folder: Path) -> None:
@@ -182,6 +189,24 @@ ROWS: dict[str, tuple[Break, str]] = {
         flags("--optimizer.name=adamm"),
         "run.yaml: unknown optimizer 'adamm': choose one of mezo, mezo_momentum, mezo_adam, meazo, "
         "fzoo, lozo, zo_muon, sgd, adam, adamw, muon.",
+    ),
+    "objective without a gradient": (
+        flags("--optimizer.name=adam", "--objective=accuracy"),
+        "run.yaml: objective accuracy has no gradient, which adam follows: give mezo or another "
+        "optimizer without gradients.",
+    ),
+    "objective of other tasks": (
+        flags("--objective=f1"),
+        "run.yaml: objective is f1, but tiny is measured by accuracy: give that.",
+    ),
+    "unknown calibration": (
+        flags("--calibrate=maybe"),
+        "run.yaml: calibrate is 'maybe': choose one of false, true, sfc.",
+    ),
+    "answers that leave no room": (
+        answers_of_32_tokens,
+        "opt/squad has answers of 32 tokens, but task.max_length or the model allow 32 in all: "
+        "lower task.max_new_tokens.",
     ),
     "unknown choice": (
         flags("--optimizer.schedule=cosine"),

@@ -157,6 +157,24 @@ def test_training_on_the_right_option_alone(name, bpe_bos, tmp_path: Path) -> No
     assert batch["weights"].dtype == np.float32
 
 
+def test_prompts_alone_with_the_places_of_their_examples(bpe_bos, tmp_path: Path) -> None:
+    row = CASES["opt/squad"][0]
+    task = loaded("opt/squad", tmp_path, [{**row, "title": f"T{i}"} for i in range(4)])
+    task = dataclasses.replace(task, train=task.test, test=())
+    encoded = prepare(task, bpe_bos, kind="decoder", max_length=200)
+    encoded = dataclasses.replace(encoded, objective="generation")
+    batch = encoded.batches(0, 2, batch_size=2, seed=0)
+    assert set(batch) == {"input_ids", "attention_mask", "index"}
+    assert sorted(batch["index"].ravel().tolist()) == [0, 1, 2, 3]
+    assert batch["input_ids"].shape[2] <= 200 - 50
+    for ids, mask, place in zip(
+        *(batch[name].reshape(4, -1) for name in ("input_ids", "attention_mask", "index")),
+        strict=True,
+    ):
+        prompt = prompted(task, task.train[place[0]]).prompt
+        assert ids[: mask.sum()].tolist() == bpe_bos(prompt)["input_ids"]
+
+
 def test_an_encoder_reads_neither_options_nor_demonstrations(roberta_like, tmp_path: Path) -> None:
     task = loaded("opt/copa", tmp_path, [{**COPA, "question": "cause", "label": 1}])
     with pytest.raises(UserError, match="opt/copa has options of several tokens, which an encoder"):

@@ -12,6 +12,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.data import (
     OPT_TASKS,
     ROBERTA_TASKS,
+    Template,
     load_task,
     prompted,
     task_config,
@@ -298,6 +299,20 @@ def test_the_prompt_of_the_domain(name: str, tmp_path: Path) -> None:
     task = without_examples(loaded(name, tmp_path, [CASES[name][0]]))
     found = prompted(task, task.test[0])
     assert (found.prompt, list(found.options)) == CALIBRATION[name]
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{a} Is {b} so? {label}.", "so? X."),
+        ("{label}: {a}", "X: "),
+        ("*cls**sent_0*_It_was*mask*.*sep+*", "It was X."),
+        ("*cls**mask*:*+sent_0**sep+*", " X: "),  # the word goes with its space
+        ("*cls**sent-_0*?*mask*,*+sentl_1**sep+*", "? X, "),
+    ],
+)
+def test_any_template_without_its_fields(template: str, text: str) -> None:
+    assert Template.parse(template).bare.render({}, "X").text == text
 
 
 def test_an_answer_in_words_has_no_calibration(tmp_path: Path) -> None:
