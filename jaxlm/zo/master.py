@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.zo.optimizers import ZerothOrderOptimizer
+from jaxlm.core import paths
+from jaxlm.zo.optimizers import ZerothOrderOptimizer, as_they_are
 
 
 class MasterMemory(NamedTuple):
@@ -13,7 +14,7 @@ class MasterMemory(NamedTuple):
 
     Attributes:
       rule: the memory of the update rule.
-      params: the parameters in at least float32.
+      params: the selected parameters in at least float32, None in place of the others.
     """
 
     rule: Any
@@ -24,15 +25,17 @@ def float32_master(opt: ZerothOrderOptimizer) -> ZerothOrderOptimizer:
     r"""Moves a float32 copy of the parameters, of which the parameters are the rounding.
 
     $m \leftarrow m - \eta (u + \lambda m)$, $\theta = \mathrm{round}(m)$: losses are measured at
-    θ, no part of an update is lost, and `moved_fraction` is that of m. The copy is of all
-    parameters, also of those that are not selected, and stands in the state: 4 bytes for each
-    beside the 2 of θ.
+    θ, no part of an update is lost, and `moved_fraction` is that of m. The copy is of the selected
+    parameters and stands in the state: 4 bytes for each beside the 2 of θ.
 
     Args:
       opt: the optimizer that moves the copy.
 
     Returns:
       An optimizer of the same steps, updates and settings.
+
+    Raises:
+      ValueError: if opt keeps what it adds beside the parameters, as `lozo_residual` does.
 
     >>> from jaxlm import zo
     >>> opt = float32_master(zo.mezo(1e-5, eps=0.1))
@@ -43,13 +46,18 @@ def float32_master(opt: ZerothOrderOptimizer) -> ZerothOrderOptimizer:
     >>> params["w"].dtype.name, state.memory.params["w"].dtype.name, float(info.moved_fraction)
     ('bfloat16', 'float32', 1.0)
     """
+    if opt.finalize is not as_they_are:
+        raise ValueError(
+            "float32_master takes no optimizer that has a residual: lozo_residual alone keeps "
+            "small steps"
+        )
 
     def unwrapped(state):
         return state._replace(memory=state.memory.rule)
 
     def init(params, key):
-        master = jax.tree.map(_wide, params)
-        state = opt.init(master, key)
+        master = jax.tree.map(_wide, paths.split(params, opt.select)[0])
+        state = opt.init(paths.merge(master, params), key)
         return state._replace(memory=MasterMemory(state.memory, master))
 
     def step(loss_fn, params, state, batch):
@@ -60,8 +68,10 @@ def float32_master(opt: ZerothOrderOptimizer) -> ZerothOrderOptimizer:
         return params, state, info._replace(moved_fraction=moved)
 
     def update(params, state, projected_grad):
-        master, new, moved = opt.update(state.memory.params, unwrapped(state), projected_grad)
-        params = jax.tree.map(lambda old, wide: wide.astype(old.dtype), params, master)
+        whole = paths.merge(state.memory.params, params)
+        whole, new, moved = opt.update(whole, unwrapped(state), projected_grad)
+        params = jax.tree.map(lambda old, wide: wide.astype(old.dtype), params, whole)
+        master = paths.split(whole, opt.select)[0]
         return params, new._replace(memory=MasterMemory(new.memory, master)), moved
 
     settings = opt.settings | {"master": "float32"}
@@ -70,5 +80,4 @@ def float32_master(opt: ZerothOrderOptimizer) -> ZerothOrderOptimizer:
 
 def _wide(leaf):
     """A copy, never the leaf itself: both are donated to one step."""
-    floats = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32) if floats else leaf.dtype)
+    return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))

@@ -81,6 +81,12 @@ class ZerothOrderInfo(NamedTuple):
     aux: Any
 
 
+def as_they_are(params: Any, state: ZerothOrderState) -> Any:
+    """The parameters of `step` are those that a run has come to."""
+    del state
+    return params
+
+
 class ZerothOrderOptimizer(NamedTuple):
     """Pure functions.
 
@@ -93,6 +99,7 @@ class ZerothOrderOptimizer(NamedTuple):
       forwards: forward passes in a step; 0 for an estimator that is not in `estimators.FORWARDS`.
       finalize: `finalize(params, state) -> params`: the parameters that a run has come to, where
         those of `step` are not the whole of them.
+      select: parameters that move.
     """
 
     init: Callable[..., Any]
@@ -100,7 +107,8 @@ class ZerothOrderOptimizer(NamedTuple):
     update: Callable[..., Any]
     settings: dict[str, Any]
     forwards: int
-    finalize: Callable[..., Any] = lambda params, state: params
+    finalize: Callable[..., Any] = as_they_are
+    select: paths.Select = None
 
 
 def value_at(learning_rate: ScalarOrSchedule, step: Any) -> Array:
@@ -217,13 +225,16 @@ def zeroth_order(
         return params, state, info_of(est, rate, moved)
 
     def update(params, state, projected_grad):
-        slopes = jnp.where(jnp.isfinite(projected_grad), projected_grad, 0)
+        finite = jnp.isfinite(projected_grad)
+        slopes = jnp.where(finite, projected_grad, 0)
 
         def drawn_at(step):
             key = jax.random.fold_in(state.key, step)
             return directions(key, sampler.at(state.key, step), params, select, num_directions)
 
-        memory, block = rule.update(Drawn(slopes, state.step, drawn_at), params, state.memory)
+        memory, block = rule.update(
+            Drawn(slopes, finite, state.step, drawn_at), params, state.memory
+        )
         params, moved = descend(
             block,
             params,
@@ -247,7 +258,7 @@ def zeroth_order(
         "rounding": rounding,
     }
     forwards = FORWARDS.get(estimator, lambda n: 0)(num_directions)
-    return ZerothOrderOptimizer(init, step, update, settings, forwards)
+    return ZerothOrderOptimizer(init, step, update, settings, forwards, select=select)
 
 
 def descend(

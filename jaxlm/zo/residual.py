@@ -181,4 +181,4 @@ def lozo_residual(
         "num_directions": num_directions,
         "select": written(select),
     }
-    return ZerothOrderOptimizer(init, step, update, settings, 2 * num_directions, folded)
+    return ZerothOrderOptimizer(init, step, update, settings, 2 * num_directions, folded, select)

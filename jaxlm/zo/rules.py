@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxlm.core import paths
 from jaxlm.zo.perturbation import Directions
@@ -30,11 +30,13 @@ class Drawn(NamedTuple):
 
     Attributes:
       projected_grad: [n], 0 in place of what is not finite.
+      finite: [n], where it is.
       step: number of the step, from 0.
       directions: `directions(step)`, those of this or of an earlier step.
     """
 
     projected_grad: Float[Array, "n"]
+    finite: Bool[Array, "n"]
     step: Array
     directions: Callable[[Any], Directions]
 
@@ -91,6 +93,8 @@ def sgd() -> Rule:
 def normalized_by_spread() -> Rule:
     r"""`u = 1/n Σ_j g_j z_j / std(g)`, std over the n slopes of a step, which are 2 or more: FZOO.
 
+    A slope that is not finite moves nothing and is left out of the standard deviation.
+
     References: arXiv:2506.09034. There $(l_j - l_0) / \mathrm{std}(l)$, in which eps cancels: the
     same. The standard deviation is that of a population, as in the authors' code.
     """
@@ -98,7 +102,7 @@ def normalized_by_spread() -> Rule:
     def update(drawn, params, state):
         del params
         slopes = drawn.projected_grad
-        spread = slopes.std()
+        spread = slopes.std(where=drawn.finite)
         scaled = jnp.where(spread > 0, slopes / jnp.where(spread > 0, spread, 1), 0)
         return state, _along(drawn, scaled)
 

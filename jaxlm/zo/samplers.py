@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxlm.core import paths, prng
 from jaxlm.core.views import LowRank
-from jaxlm.zo.sites import Site, over_blocks
+from jaxlm.zo.sites import Site, sum_over_blocks
 
 
 class Sampler:
@@ -107,12 +107,15 @@ class Sphere(Sampler):
         square, size = jnp.zeros(()), 0
         for leaf in paths.flatten(params)[0]:
             if takes(leaf.path, leaf.value):
-                square += over_blocks(lambda site: self._square(key, site), leaf)[1]
+                square += sum_over_blocks(lambda site: self._square(key, site), leaf)
                 size += leaf.value.size
         return dataclasses.replace(self, scale=jnp.sqrt(size / square))
 
     def _square(self, key, site):
-        return site.value, jnp.sum(jnp.square(jnp.asarray(self.base.sample(key, site))))
+        # Where there is a number, so that z has the sharding of the parameter, or each device would
+        # draw the whole of it.
+        z = jnp.asarray(self.base.sample(key, site))
+        return jnp.sum(jnp.square(jnp.where(site.value == site.value, z, 0)))
 
     def sample(self, key, site):
         if self.scale is None:

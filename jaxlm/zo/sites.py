@@ -66,33 +66,92 @@ def over_blocks(
     return lax.fori_loop(0, leaf.value.shape[0], body, (leaf.value, jnp.zeros(())))
 
 
+def sum_over_blocks(function: Callable[[Site], Array], leaf: paths.Leaf) -> Array:
+    """The sum of `function(site)` over the same sites, none of which is written."""
+
+    def rows(value, layer):
+        blocks = _Blocks.of(leaf.path, value, layer)
+        if blocks is None:
+            return function(Site(leaf.path, value.shape, layer, None, value))
+        parted = blocks.parted(value)
+
+        def add(start, size, total):
+            return total + function(blocks.site(parted, start, size))
+
+        return blocks.fold(add, jnp.zeros(()))
+
+    if not leaf.stacked:
+        return rows(leaf.value, leaf.layer)
+
+    def add(layer, total):
+        return total + rows(lax.dynamic_index_in_dim(leaf.value, layer, keepdims=False), layer)
+
+    return lax.fori_loop(0, leaf.value.shape[0], add, jnp.zeros(()))
+
+
 def _after(number, index):
     """`index`, known only after `number`; else XLA copies the leaf for the two that read it."""
     return jnp.minimum(index, index + (jnp.abs(number) > 0).astype(jnp.int32))
 
 
 def _over_rows(function, path, value, layer):
-    shape = value.shape
-    size = max(1, BLOCK // max(1, value[0].size)) if value.ndim else 0
-    if value.ndim == 0 or shape[0] <= size:
-        return function(Site(path, shape, layer, None, value))
-    # A block has rows from every shard, or each device would need those of the others.
-    parts = math.gcd(shape[0], jax.device_count())
-    length, size = shape[0] // parts, max(1, size // parts)
-    firsts = length * jnp.arange(parts)[:, None]
+    blocks = _Blocks.of(path, value, layer)
+    if blocks is None:
+        return function(Site(path, value.shape, layer, None, value))
 
-    def at(start, size, carry):
+    def write(start, size, carry):
         value, total = carry
-        rows = (start, size) if parts == 1 else firsts + (start + jnp.arange(size))[None]
-        block = lax.dynamic_slice_in_dim(value, start, size, axis=1)
-        flat = block[0] if parts == 1 else block
-        new, number = function(Site(path, shape, layer, rows, flat))
+        new, number = function(blocks.site(value, start, size))
+        new = new.reshape(value.shape[0], size, *value.shape[2:])
         start = _after(number, start)
-        value = lax.dynamic_update_slice_in_dim(value, new.reshape(block.shape), start, axis=1)
-        return value, total + number
+        return lax.dynamic_update_slice_in_dim(value, new, start, axis=1), total + number
 
-    count, rest = divmod(length, size)
-    carry = (value.reshape(parts, length, *shape[1:]), jnp.zeros(()))
-    carry = lax.fori_loop(0, count, lambda i, carry: at(i * size, size, carry), carry)
-    value, total = at(count * size, rest, carry) if rest else carry
-    return value.reshape(shape), total
+    written, total = blocks.fold(write, (blocks.parted(value), jnp.zeros(())))
+    return written.reshape(value.shape), total
+
+
+class _Blocks(NamedTuple):
+    """Blocks of rows of one layer: of each of `parts` equal parts the same few rows.
+
+    So a block has rows from every shard, or each device would need those of the others.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    layer: Any
+    parts: int
+    size: int
+
+    @classmethod
+    def of(cls, path, value, layer):
+        """None where one block is enough."""
+        size = max(1, BLOCK // max(1, value[0].size)) if value.ndim else 0
+        if value.ndim == 0 or value.shape[0] <= size:
+            return None
+        parts = math.gcd(value.shape[0], jax.device_count())
+        return cls(path, value.shape, layer, parts, max(1, size // parts))
+
+    @property
+    def length(self):
+        return self.shape[0] // self.parts
+
+    def parted(self, value):
+        return value.reshape(self.parts, self.length, *self.shape[1:])
+
+    def site(self, parted, start, size):
+        block = lax.dynamic_slice_in_dim(parted, start, size, axis=1)
+        if self.parts == 1:
+            return Site(self.path, self.shape, self.layer, (start, size), block[0])
+        firsts = self.length * jnp.arange(self.parts)[:, None]
+        rows = firsts + (start + jnp.arange(size))[None]
+        return Site(self.path, self.shape, self.layer, rows, block)
+
+    def fold(self, function, carry):
+        """`function(start, size, carry)` for one block after another."""
+        count, rest = divmod(self.length, self.size)
+
+        def at(i, carry):
+            return function(i * self.size, self.size, carry)
+
+        carry = lax.fori_loop(0, count, at, carry)
+        return function(count * self.size, rest, carry) if rest else carry

@@ -30,6 +30,11 @@ def is_matrix_leaf(leaf: paths.Leaf) -> bool:
     return leaf.value.ndim - leaf.stacked == 2
 
 
+def _selected(params: Any, select: paths.Select) -> list[str]:
+    takes = paths.chooser(select)
+    return [leaf.path for leaf in paths.flatten(params)[0] if takes(leaf.path, leaf.value)]
+
+
 def _matrices(params: Any, select: paths.Select) -> list[tuple[str, tuple[int, ...]]]:
     takes = paths.chooser(select)
     return [
@@ -173,6 +178,14 @@ class Magnitude(Sampler):
     base: Sampler
     limits: Mapping[str, Array]
 
+    def check(self, params, select):
+        for path in _selected(params, select):
+            if path not in self.limits:
+                raise ValueError(
+                    f"{path} has no threshold: give magnitude the parameters that are trained, or "
+                    f"leave {path} out by select"
+                )
+
     def sample(self, key, site):
         limit = self.limits[site.path]
         limit = limit if limit.ndim == 0 else limit[site.layer]
@@ -189,6 +202,14 @@ class Rescaled(Sampler):
     base: Sampler
     norms: Mapping[str, Array]
     power: int
+
+    def check(self, params, select):
+        for path in _selected(params, select):
+            if group(path) not in self.norms:
+                raise ValueError(
+                    f"{path} has no norm: give one for {group(path)!r} beside those for "
+                    f"{sorted(self.norms)}, or leave {path} out by select"
+                )
 
     def _norm(self, site):
         norm = self.norms[group(site.path)]

@@ -130,6 +130,46 @@ def test_small_steps_add_up_in_the_copy_alone():
     assert zo.float32_master(plain).forwards == plain.forwards
 
 
+def test_the_copy_holds_what_is_selected_alone():
+    params = {"a": jnp.ones(8, jnp.bfloat16), "b": {"c": jnp.ones(6, jnp.bfloat16)}}
+    options = {"select": "a", "weight_decay": 0.5}
+    opt = zo.float32_master(zo.mezo(2.0**-12, **options))
+    state = opt.init(params, jnp.copy(KEY))
+    assert {x.shape: x.dtype for x in jax.tree.leaves(state.memory.params)} == {(8,): jnp.float32}
+    plain, wide = zo.mezo(2.0**-12, **options), {"a": jnp.ones(8), "b": {"c": jnp.ones(6)}}
+    wide_state, update = plain.init(wide, KEY), jax.jit(plain.update)
+    step = zo.jit_step(opt, constant_slope)
+    for _ in range(3):
+        params, state, info = step(params, state, None)
+        wide, wide_state, _ = update(wide, wide_state, info.projected_grad)
+        np.testing.assert_array_equal(state.memory.params["a"], wide["a"])
+        np.testing.assert_array_equal(params["a"], wide["a"].astype(jnp.bfloat16))
+        assert info.moved_fraction == 1
+    assert state.memory.params["b"] == {"c": None}
+    np.testing.assert_array_equal(params["b"]["c"], np.ones(6))
+
+
+def test_a_residual_takes_no_copy_beside_it():
+    with pytest.raises(ValueError, match="float32_master takes no optimizer that has"):
+        zo.float32_master(zo.lozo_residual(1e-3))
+
+
+def test_a_loss_that_is_no_number_is_left_out_of_the_spread():
+    params = {"w": jnp.zeros(6)}
+    opt = zo.fzoo(0.1, num_directions=4)
+    state, update = opt.init(params, KEY), jax.jit(opt.update)
+    slopes = np.array([3.0, np.nan, -1.0, 2.5], np.float32)
+    moved, _, _ = update(params, state, jnp.asarray(slopes))
+    z = zo.perturbation.directions(jax.random.fold_in(KEY, 0), zo.rademacher(), params, None, 4)
+    site = zo.Site("w", (6,))
+    scores = np.array([3.0, 0, -1.0, 2.5]) / np.std([3.0, -1.0, 2.5])
+    expected = -0.1 * np.mean([c * np.asarray(z.z(j, site)) for j, c in enumerate(scores)], 0)
+    np.testing.assert_allclose(moved["w"], expected, rtol=1e-5)
+    for nothing in ([3.0, np.nan, np.inf, -np.inf], [np.nan] * 4):
+        moved, _, _ = update(params, state, jnp.asarray(nothing))
+        np.testing.assert_array_equal(moved["w"], params["w"])
+
+
 @pytest.mark.parametrize("estimator", [zo.central, zo.one_sided])
 def test_a_loss_that_is_no_number_along_one_sign_moves_nothing(estimator):
     params = {"w": jnp.ones(4)}

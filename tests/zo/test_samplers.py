@@ -234,6 +234,11 @@ def test_thresholds_are_those_found_by_sorting():
     assert float(zo.magnitude(params, 1.0).limits["w"]) == 7
 
 
+def gradient(sampler, **options):
+    estimate = zo.value_and_grad(lambda params: flat(params).sum(), sampler=sampler, **options)
+    return estimate(tree(), key=KEY)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -256,6 +261,21 @@ def test_thresholds_are_those_found_by_sorting():
         (
             lambda: zo.mezo(0.1, sampler=zo.low_rank(2), select="bias").init(tree(), KEY),
             "LowRankSampler needs a matrix among the selected parameters; there is none",
+        ),
+        (
+            lambda: zo.mezo(0.1, sampler=zo.magnitude({"head": tree()["head"]})).init(tree(), KEY),
+            "embed.tokens has no threshold: give magnitude the parameters that are trained, or "
+            "leave embed.tokens out by select",
+        ),
+        (
+            lambda: gradient(zo.variance_modified({"layers": NORMS["layers"]}), select="bias"),
+            "head.bias has no norm: give one for 'head' beside those for ['layers'], or leave "
+            "head.bias out by select",
+        ),
+        (
+            lambda: gradient(zo.expectation_modified({})),
+            "embed.tokens has no norm: give one for 'embed' beside those for [], or leave "
+            "embed.tokens out by select",
         ),
     ],
 )

@@ -117,9 +117,8 @@ def test_shards_are_updated_where_they_are(make, block, monkeypatch):
     assert spread["layers"]["kernel"].addressable_shards[0].data.shape == (2, 2, 16)
     compiled = update.lower(spread, state, slopes).compile()
     assert max(collectives(compiled)) == 1
-    if not isinstance(sampler, zo.Sphere):
-        # A layer has 256 elements, of which a device has 32; factors have 16 * 2.
-        assert largest_array(compiled) <= 64
+    # A layer has 256 elements, of which a device has 32; factors have 16 * 2.
+    assert largest_array(compiled) <= 64
     found, wanted = compiled(spread, state, slopes), jax.jit(opt.update)(params, state, slopes)
     # The norm of a sphere is a sum over shards, whose last bits may decide a rounding.
     ulp = 2.0**-7 if isinstance(sampler, zo.Sphere) else 0
