@@ -1,0 +1,1 @@
+"""Empirical neural tangent kernels of any function, for SGD, SignGD and Adam."""
