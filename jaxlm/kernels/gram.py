@@ -18,8 +18,9 @@ References: Malladi et al., "A Kernel-Based View of Language Model Fine-Tuning",
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from jaxlm.core.errors import UserError
 KINDS = ("sgd", "signgd", "asymmetric_signgd", "adam")
 SYMMETRIC = ("sgd", "signgd")
 TILES = 4
-"""Parts of the rows of a symmetric kernel, of which only the upper half of the pairs is computed."""
+"""Parts of the rows of a symmetric kernel; of their pairs only the upper half is computed."""
 
 Axes = Literal["full", "trace", "diagonal"]
 
@@ -67,15 +68,17 @@ def wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-class Moments(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Moments:
     """Adam's moments, one pair of arrays [S, p] a leaf, and the constants of its next step."""
 
     first: list[Array]
     second: list[Array]
     count: Array
-    b1: Array
-    b2: Array
-    eps: Array
+    b1: float = dataclasses.field(metadata={"static": True})
+    b2: float = dataclasses.field(metadata={"static": True})
+    eps: float = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -158,15 +161,17 @@ def dropped(gradients: list[Array], threshold: float | None = None) -> Float[Arr
 
 def adam_steps(gradients: list[Array], moments: Moments) -> list[Array]:
     """Adam's next step on each gradient, m̂ / (√v̂ + ε), without learning rate and sign."""
-    b1, b2 = moments.b1, moments.b2
-    count = moments.count + 1
+    b1, b2, count = moments.b1, moments.b2, moments.count + 1
+
+    def seen(decay):
+        """1 - decay**count, in which float32 would lose digits."""
+        return -jnp.expm1(count * math.log(decay)) if decay else 1.0
 
     def step(g, first, second):
-        size = wide(g.dtype)
-        g, first, second = g.astype(size), first.astype(size), second.astype(size)
-        first = (b1 * first[None, None] + (1 - b1) * g) / (1 - b1**count)
-        second = (b2 * second[None, None] + (1 - b2) * g**2) / (1 - b2**count)
-        return (first / (jnp.sqrt(second) + moments.eps)).astype(size)
+        g, first, second = (a.astype(wide(g.dtype)) for a in (g, first, second))
+        first = (b1 * first[None, None] + (1 - b1) * g) / seen(b1)
+        second = (b2 * second[None, None] + (1 - b2) * g**2) / seen(b2)
+        return jnp.where(first == 0, 0, first / (jnp.sqrt(second) + moments.eps))
 
     return [step(*row) for row in zip(gradients, moments.first, moments.second, strict=True)]
 
@@ -187,13 +192,13 @@ def contract(left: list[Array], right: list[Array], over: Axes) -> Array:
 
 
 def _contract(a, b, over, dtype):
-    contracted = {"full": ((2, 3), (2, 3)), "trace": ((1, 2, 3), (1, 2, 3))}
-    lines = (contracted.get(over, ((2, 3), (2, 3))), (((1,), (1,)) if over == "diagonal" else ((), ())))
+    summed = (1, 2, 3) if over == "trace" else (2, 3)
+    shared = (1,) if over == "diagonal" else ()
     small = jnp.promote_types(a.dtype, b.dtype)
     out = lax.dot_general(
         a.astype(small),
         b.astype(small),
-        lines,
+        ((summed, summed), (shared, shared)),
         precision=lax.Precision.HIGHEST,
         preferred_element_type=dtype,
     )
@@ -218,22 +223,17 @@ def contract_self(features: list[Array], over: Axes) -> Array:
 def join_upper(strips: list[Array], over: Axes, sizes: list[int]) -> Array:
     """A symmetric kernel from its strips: rows of part i against all columns from part i on."""
     where = column_axis(over)
-    rows: list[Array] = []
-    for i, strip in enumerate(strips):
-        start = sum(sizes[:i])
-        left = [
-            transpose(lax.slice_in_dim(strips[j], *_part(sizes, j, i), axis=where), over)
-            for j in range(i)
-        ]
-        del start
-        rows.append(jnp.concatenate([*left, strip], axis=where))
+
+    def mirrored(j, i):
+        start = sum(sizes[j:i])
+        part = lax.slice_in_dim(strips[j], start, start + sizes[i], axis=where)
+        return transpose(part, over)
+
+    rows = [
+        jnp.concatenate([*(mirrored(j, i) for j in range(i)), strip], axis=where)
+        for i, strip in enumerate(strips)
+    ]
     return jnp.concatenate(rows, axis=0)
-
-
-def _part(sizes, first, part):
-    """Where part `part` lies on the columns of a strip that begins with part `first`."""
-    start = sum(sizes[first:part])
-    return start, start + sizes[part]
 
 
 def column_axis(over: Axes) -> int:
