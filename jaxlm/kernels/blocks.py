@@ -110,7 +110,7 @@ class Blocks:
 
         def at(i, j):
             if self.half and j < i:
-                return gram.transpose(blocks[j, i], self.over)
+                return gram.transpose(jnp.asarray(blocks[j, i]), self.over)
             return blocks[i, j]
 
         where = gram.column_axis(self.over)

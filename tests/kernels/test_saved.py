@@ -109,18 +109,18 @@ def test_the_state_of_adam_counts(tmp_path):
 
 
 def test_damaged_and_missing_files(tmp_path):
-    with pytest.raises(UserError, match="has no complete kernel; compute one with saved_ntk$"):
+    with pytest.raises(UserError, match=r"has no complete kernel; compute one with saved_ntk$"):
         kernels.load_kernel(tmp_path)
     kernels.save_kernel(tmp_path, np.ones((2, 2), np.float32), changed())
     path = tmp_path / "kernel.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(UserError, match="is damaged; remove the folder and compute it again$"):
+    with pytest.raises(UserError, match=r"is damaged; remove the folder and compute it again$"):
         kernels.load_kernel(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="is not the manifest of a kernel; remove"):
         kernels.load_kernel(tmp_path)
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(UserError, match="is missing; a kernel is not used without it$"):
+    with pytest.raises(UserError, match=r"is missing; a kernel is not used without it$"):
         kernels.load_kernel(tmp_path)
 
 
