@@ -9,9 +9,11 @@ zeroth-order methods are compared at equal forwards. The task rte reads train.js
 validation.jsonl (premise, hypothesis, label) in the folder `--data`.
 
 Each (task, method, seed) is a run with a folder of its own; started again, the benchmark goes on
-where it was. The parameters that are best on validation are tested. Beside accuracy, passes,
-seconds and memory stands what validation accuracy gained in the last quarter of the run: about 0
-where the curve has flattened. The last line is one JSON object, which has the curves.
+where it was. The parameters that are best on validation are tested. A task may multiply the
+learning rates of the methods that take as many steps as they may by `zeroth_order_scale`. Beside
+accuracy, passes, seconds and memory stands what validation accuracy gained in the last quarter of
+the run: about 0 where the curve has flattened. The last line is one JSON object, which has the
+curves.
 """
 
 import argparse
@@ -47,9 +49,15 @@ def candidates(
     changes: dict[str, Any],
 ) -> list[Candidate]:
     """The runs of a task: each method of configs/accuracy at `forwards` forward passes."""
+    run = configs.read_yaml(FOLDER / "tasks" / f"{task}.yaml") | changes
+    scale = float(run.pop("zeroth_order_scale", 1))
     sections = {name: configs.read_yaml(FOLDER / f"{name}.yaml") for name in names}
+    for section in sections.values():
+        if "optimizer" in section and "steps" not in section:
+            rate = float(section["optimizer"]["learning_rate"])
+            section["optimizer"]["learning_rate"] = str(scale * rate)
     config = SweepConfig(
-        run=configs.read_yaml(FOLDER / "tasks" / f"{task}.yaml") | changes,
+        run=run,
         methods=sections,
         seeds=tuple(seeds),
         output=str(Path(output, task)),
