@@ -44,16 +44,19 @@ def chain(tokenizer, ids, eos_id=None, **changes):
 
 def test_greedy_text_is_the_decoded_text_of_the_tokens(lm):
     found = generate_text(lm, PROMPTS, max_new_tokens=24)
-    for prompt, (sample,) in zip(PROMPTS, found, strict=True):
-        ids = np.array([lm.tokenizer(prompt)["input_ids"]])
-        wanted = lm.generate(lm.params, ids, max_new_tokens=24)
-        tokens = wanted.tokens[0, : wanted.lengths[0]].tolist()
+    read = [lm.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    ids, mask = np.zeros((2, 4, max(map(len, read))), np.int32)
+    for row, prompt in enumerate(read):
+        ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
+    wanted = lm.generate(lm.params, ids, mask, max_new_tokens=24)
+    for row, (sample,) in enumerate(found):
+        tokens = wanted.tokens[row, : wanted.lengths[row]].tolist()
         stopped = tokens[-1] == lm.config.eos_id
         assert sample.tokens.tolist() == tokens
         assert sample.text == lm.tokenizer.decode(tokens[: len(tokens) - stopped])
         assert sample.finish == ("stop" if stopped else "length")
         np.testing.assert_allclose(
-            sample.log_probs, wanted.log_probs[0, : len(tokens)], rtol=1e-3, atol=1e-5
+            sample.log_probs, wanted.log_probs[row, : len(tokens)], rtol=1e-3, atol=1e-5
         )
     assert {sample.finish for (sample,) in found} == {"stop", "length"}
 
@@ -67,10 +70,13 @@ def test_samples_carry_the_log_probabilities_of_their_tokens(lm):
     )
     assert [[s.text for s in row] for row in found] == [[s.text for s in row] for row in again]
     assert len({sample.text for row in found for sample in row}) == 6
+    score = jax.jit(lm.log_probs)
     for prompt, row in zip(PROMPTS, found, strict=False):
         for sample in row:
-            ids = lm.tokenizer(prompt)["input_ids"]
-            scored = lm.log_probs(lm.params, np.array([[*ids, *sample.tokens]]))[0, len(ids) - 1 :]
+            start = lm.tokenizer(prompt)["input_ids"]
+            whole, ids = [*start, *sample.tokens], np.zeros((1, 16), np.int32)
+            ids[0, : len(whole)] = whole  # no token sees those behind it
+            scored = score(lm.params, ids)[0, len(start) - 1 : len(whole) - 1]
             np.testing.assert_allclose(sample.log_probs, scored, rtol=1e-3, atol=1e-4)
 
 

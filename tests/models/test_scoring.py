@@ -48,7 +48,7 @@ def test_every_length_up_to_one_more_than_the_positions(length):
     lm = jaxlm.from_pretrained(GOLDEN / "gpt2")
     assert lm.config.max_positions == 16
     ids = np.random.default_rng(length).integers(4, 37, (2, length))
-    logits = lm.apply(lm.params, ids[:, :-1])
+    logits = jax.jit(lm.apply)(lm.params, ids[:, :-1])
     wanted = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), ids[:, 1:, None], 2)[..., 0]
     found = lm.log_probs(lm.params, ids, np.ones_like(ids))
     np.testing.assert_allclose(found, wanted, atol=1e-5)

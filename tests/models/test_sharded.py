@@ -142,10 +142,12 @@ def test_logits_and_tokens_over_a_mesh_equal_those_of_one_device(folder: Path):
     batch = {"input_ids": np.where(mask, rng.integers(4, 37, mask.shape), 1).astype(np.int32),
              "attention_mask": mask}  # fmt: skip
     wanted = np.asarray(jax.jit(lm.apply)(lm.params, **batch))
-    decodes = lm.config.family in ("qwen3", "gemma2")
+    # All meshes for two models, of which all axes of one divide; all three axes for the others.
+    family = lm.config.family
+    decodes = {"qwen3": MESHES, "gemma2": MESHES[-1:]}.get(family, [])
     options = {"max_new_tokens": 5, "eos_id": ()}
     tokens = lm.generate(lm.params, **batch, **options) if decodes else None
-    for sizes in MESHES:
+    for sizes in MESHES if decodes else MESHES[-2:]:
         mesh = make_mesh(**sizes)
         params = jaxlm.from_pretrained(folder, mesh=mesh).params
         placed = jax.device_put(batch, batch_sharding(mesh))
@@ -154,7 +156,7 @@ def test_logits_and_tokens_over_a_mesh_equal_those_of_one_device(folder: Path):
         np.testing.assert_allclose(
             np.where(mask[..., None], found, wanted), wanted, rtol=1e-5, atol=2e-5
         )
-        if decodes:
+        if sizes in decodes:
             again = lm.generate(params, **placed, **options)
             np.testing.assert_array_equal(again.tokens, tokens.tokens)
             np.testing.assert_allclose(again.log_probs, tokens.log_probs, rtol=1e-5, atol=1e-4)

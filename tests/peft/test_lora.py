@@ -121,7 +121,7 @@ def test_a_saved_model_is_merged(tmp_path: Path):
 
 def test_linen_and_a_mesh_take_the_same_tree():
     lm = random_b(peft.lora(jaxlm.from_pretrained(GOLDEN / "llama"), KEY))
-    lm = peft.prefix(lm, KEY)
+    lm = peft.prefix(lm, KEY, init="normal")
     wanted = jax.jit(lm.apply)(lm.params, IDS)
     found = jax.jit(Transformer(lm.config).apply)({"params": lm.params}, IDS)
     np.testing.assert_array_equal(found, wanted)

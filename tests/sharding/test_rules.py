@@ -1,6 +1,7 @@
 """Which axis of which parameter is divided, held against a table written by hand."""
 
 import jax
+import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -40,6 +41,12 @@ WANTED = {
 pytestmark = pytest.mark.multidevice
 
 
+@pytest.fixture(scope="module")
+def params():
+    shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+
+
 def test_every_parameter_has_its_place():
     shapes = param_shapes(CONFIG)
     assert WANTED.keys() < shapes.keys()
@@ -48,19 +55,16 @@ def test_every_parameter_has_its_place():
         assert places[path].spec == WANTED.get(path, P(*[None] * len(shape))), path
 
 
-def test_trees_of_arrays_and_of_shapes_agree():
+def test_trees_of_arrays_and_of_shapes_agree(params):
     mesh = make_mesh(fsdp=4, model=2)
     flat = param_shardings(param_shapes(CONFIG), mesh)
-    params = init_params(CONFIG, jax.random.key(0))
-    abstract = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
-    for tree in (params, abstract):
+    for tree in (params, jax.device_put(params), jax.eval_shape(lambda: params)):
         for leaf in flatten(param_shardings(tree, mesh))[0]:
             assert leaf.value == flat[leaf.path]
 
 
-def test_layers_in_a_list_are_placed_like_stacked_ones():
+def test_layers_in_a_list_are_placed_like_stacked_ones(params):
     mesh = make_mesh(fsdp=4, model=2)
-    params = init_params(CONFIG, jax.random.key(0))
     layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(2)]
     places = param_shardings({"layers": layers}, mesh)["layers"]
     assert places[1]["attention"]["o_proj"]["kernel"].spec == P("model", "fsdp")
@@ -73,9 +77,8 @@ def test_an_axis_that_does_not_divide_is_left_whole():
     assert places["layers.attention.q_proj.kernel"].spec == P(None, None, "model")
 
 
-def test_moments_of_an_optimizer_lie_with_their_parameters():
+def test_moments_of_an_optimizer_lie_with_their_parameters(params):
     mesh = make_mesh(fsdp=4, model=2)
-    params = init_params(CONFIG, jax.random.key(0))
     state = jax.eval_shape(optax.adam(1e-3).init, params)
     places = param_shardings(state, mesh)
     assert places[0].mu == places[0].nu == param_shardings(params, mesh)

@@ -29,7 +29,11 @@ def shapes(dtype):
 
 @pytest.mark.parametrize(
     ("sampler", "dtype"),
-    [(zo.gaussian(), "float32"), (zo.rademacher(), "float32"), (zo.gaussian(), "bfloat16")],
+    [
+        (zo.gaussian(), "float32"),
+        pytest.param(zo.rademacher(), "float32", marks=pytest.mark.slow),
+        (zo.gaussian(), "bfloat16"),
+    ],
     ids=str,
 )
 def test_a_step_takes_the_memory_of_a_forward_pass(sampler, dtype):

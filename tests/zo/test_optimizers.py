@@ -14,12 +14,13 @@ from jaxlm.zo import optimizers, sites
 from tests.zo.problems import (
     directions,
     flat,
-    label_word_loss,
+    network_batch,
+    network_loss,
+    network_params,
     nonlinear,
     quadratic,
     small_decoder,
     small_params,
-    token_batch,
 )
 
 BATCH = jnp.float32(0.25)
@@ -73,16 +74,14 @@ def test_a_step_moves_down_the_estimate():
     assert info.loss_plus.shape == info.loss_minus.shape == info.projected_grad.shape == (3,)
 
 
-@pytest.mark.parametrize(("model", "n"), [("dict", 1), ("dict", 3), ("decoder", 1)])
+@pytest.mark.parametrize(("model", "n"), [("dict", 1), ("dict", 3), ("network", 1)])
 def test_the_optax_chain_and_the_lean_step_agree_to_two_ulp(model, n):
     """From equal parameters; a unit is that of the largest of parameter, update and sum."""
     if model == "dict":
         params, loss_fn, batch = small_params(), quadratic, BATCH
         value = lambda batch: lambda params: loss_fn(params, batch)  # noqa: E731
     else:
-        lm = small_decoder()
-        params, batch = lm.params, token_batch(4, 9, 50)
-        loss_fn = label_word_loss(lm, [3, 7])
+        params, loss_fn, batch = network_params(), network_loss, network_batch()
         value = lambda batch: lambda params, view: loss_fn(params, batch, view=view)  # noqa: E731
     opt = zo.mezo(1e-3, weight_decay=0.1, num_directions=n)
     chain = optax.chain(
@@ -122,13 +121,12 @@ def test_no_learning_rate_and_no_decay_change_no_bit(dtype):
     assert_same_bits(moved, params)
 
 
-def test_a_decoder_in_half_precision_is_unchanged_by_a_step_of_length_zero():
-    lm, batch = small_decoder("bfloat16"), token_batch(4, 9, 50)
-    opt = zo.mezo(0.0, sampler=zo.rademacher())
-    state = opt.init(lm.params, KEY)
-    moved, _, info = compiled(opt, label_word_loss(lm, [3, 7]))(lm.params, state, batch)
+def test_a_network_in_half_precision_is_unchanged_by_a_step_of_length_zero():
+    params, opt = network_params(jnp.bfloat16), zo.mezo(0.0, sampler=zo.rademacher())
+    state = opt.init(params, KEY)
+    moved, _, info = compiled(opt, network_loss)(params, state, network_batch())
     assert info.projected_grad[0] != 0
-    assert_same_bits(moved, lm.params)
+    assert_same_bits(moved, params)
 
 
 def test_half_precision_parameters_are_rounded_once():

@@ -160,7 +160,9 @@ def test_layers_of_a_list_get_the_noise_of_stacked_ones(name):
     np.testing.assert_allclose(stacked["embed"]["tokens"], listed["embed"]["tokens"], rtol=ulp)
 
 
-@pytest.mark.parametrize("name", ["low_rank", "layer_blocks", "magnitude", "variance_modified"])
+@pytest.mark.parametrize(
+    "name", ["rademacher", "low_rank", "layer_blocks", "magnitude", "variance_modified"]
+)
 def test_a_view_along_any_sampler_sees_perturbed_parameters(name):
     params, batch = network_params(), network_batch()
     sampler = zo.magnitude(params, 0.5) if name == "magnitude" else samplers()[name]
