@@ -55,14 +55,14 @@ def test_a_network_in_float64(classes, kind, method):
         options = {**options_of(kind, chain), "method": method, "check": False}
         params = oracle.of_dtype(params, jnp.float64)
         found = kernels.ntk(f, params, x1, x2, **options)
-        alone = kernels.ntk(f, params, x1, **options)
-    assert found.dtype == alone.dtype == np.float64
+    assert found.dtype == np.float64
     assert_close(found, oracle.kernel(first, second, kind, adam_state=adam), 1e-12)
-    assert_close(alone, oracle.kernel(first, first, kind, adam_state=adam), 1e-12)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", oracle.KINDS)
+FLOAT32 = [(kind, "jacobian") for kind in oracle.KINDS] + [("adam", "ntk_vector_products")]
+
+
+@pytest.mark.parametrize(("kind", "method"), FLOAT32)
 def test_a_network_in_float32(kind, method):
     f, params, x1, x2, first, second = toy_problem(3)
     chain, adam = adam_of(params, jnp.float32)
@@ -213,8 +213,9 @@ def test_the_useless_bias_has_no_sign():
     np.testing.assert_array_equal(np.diagonal(found[:, 0, :, 0]), 8)
     noisy = kernels.ntk(f, params, x1, kind="signgd", sign_threshold=0, **options)
     assert (np.diagonal(noisy[:, 0, :, 0]) > 8).any()
-    assert info.dropped1.shape == info.dropped2.shape == (5,)
-    assert np.all(info.dropped1 > 0)
+    np.testing.assert_array_equal(info.dropped1, info.dropped2)
+    # at most those of key.bias, half of all; in an example of one token even that is exactly 0
+    assert info.dropped1.max() > 0.2
     assert np.all(info.dropped1 <= 0.5)
 
 
@@ -236,31 +237,33 @@ def test_any_model(make):
     x = jax.random.normal(jax.random.key(1), (4, 2))
     jacobian = jax.tree.leaves(jax.jacrev(lambda params: model.predict(params, x))(model.params))
     rows = np.concatenate([np.reshape(j, (4, -1)) for j in jacobian], 1)
-    for method in METHODS:
-        found = kernels.ntk(model.predict, model.params, x, method=method, trace_axes=(1,))
-        assert_close(found, rows @ rows.T, 1e-5)
+    found = kernels.ntk(model.predict, model.params, x, method="jacobian", trace_axes=(1,))
+    assert_close(found, rows @ rows.T, 1e-5)
 
 
 @pytest.mark.multidevice
 @pytest.mark.parametrize(
-    ("kind", "method"), [("sgd", "jacobian"), ("signgd", "jacobian"), ("sgd", METHODS[1])]
+    ("kind", "method", "same", "block_size"),
+    [
+        ("sgd", "jacobian", True, 8),
+        ("signgd", "jacobian", False, None),
+        ("sgd", "ntk_vector_products", False, None),
+    ],
 )
-def test_eight_devices(kind, method):
+def test_eight_devices(kind, method, same, block_size):
     f, params, *_ = toy_problem(3)
     params = oracle.of_dtype(params, jnp.float32)
-    x1, x2 = oracle.toy_examples(11), oracle.toy_examples(6, seed=1)
+    x1, x2 = oracle.toy_examples(11), None if same else oracle.toy_examples(6, seed=1)
     options = {"kind": kind, "method": method, "check": False}
+    one = kernels.ntk(f, params, x1, x2, **options)
     mesh = make_mesh(data=4, fsdp=2)
-    for other in (None, x2):
-        one = kernels.ntk(f, params, x1, other, **options)
-        for block_size in (None, 8):
-            found = kernels.ntk(f, params, x1, other, mesh=mesh, block_size=block_size, **options)
-            assert_close(np.asarray(found), np.asarray(one), 1e-6)
+    found = kernels.ntk(f, params, x1, x2, mesh=mesh, block_size=block_size, **options)
+    assert_close(np.asarray(found), np.asarray(one), 1e-6)
 
 
 LANGUAGE_MODELS = [
     pytest.param("encoder", True, 1, id="encoder"),
-    pytest.param("rotary decoder", False, 3, id="rotary decoder"),
+    pytest.param("rotary decoder", False, 3, marks=pytest.mark.slow, id="rotary decoder"),
     pytest.param("encoder", False, 3, marks=pytest.mark.slow, id="untied encoder"),
     pytest.param("decoder", True, 3, marks=pytest.mark.slow, id="decoder"),
     pytest.param("decoder", False, 1, marks=pytest.mark.slow, id="untied decoder"),
