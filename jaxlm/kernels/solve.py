@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from jaxlm.core.errors import UserError
 from jaxlm.kernels import logistic, lssvm, ridge, systems
 
-__all__ = ["SOLVERS", "AsymmetricSvm", "Fit", "Logistic", "Ridge", "Split", "fit"]
+__all__ = ["SOLVERS", "AsymmetricSvm", "Fit", "Logistic", "Ridge", "Split", "fit", "spectrum"]
 
 RELATIVE = (1e-3, 1e-2, 1e-1, 1.0)
 
@@ -254,6 +254,17 @@ def fit(train: Split, validation: Split | None, solver: Any = None) -> Fit:
         raise UserError("no setting of the grid has a solution: give other gammas.")
     by = "leave-one-out" if validation is None else "validation"
     return Fit(kept.settings, by, best[0], kept.scores, tuple(tried))
+
+
+def spectrum(kernel: Any) -> tuple[int, int, tuple[tuple[int, int], ...]]:
+    """Rank, number of singular values, and duplicate examples of a kernel of training examples.
+
+    >>> spectrum(np.ones((2, 2)))
+    (1, 2, ((0, 1),))
+    """
+    values = np.linalg.svd(systems.training_matrix(kernel), compute_uv=False)
+    rank = int(np.sum(values > ridge.resolution(kernel) * values[0]))
+    return rank, len(values), ridge.duplicates(kernel)
 
 
 class _Last:
