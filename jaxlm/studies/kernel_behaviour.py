@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxlm.core.errors import UserError
 from jaxlm.data import TaskConfig
 from jaxlm.kernels import solve
 from jaxlm.kernels.behaviour import KernelChange, kernel_change, linearization_score, linearize
@@ -87,7 +86,8 @@ class Report(NamedTuple):
         task: name of the task.
         prompt: whether the pretrained head answered a prompt.
         seed: of the examples drawn and of training.
-        num_train: training examples.
+        k: training examples of a class; None where the task has all.
+        train_labels: classes of the training examples.
         optimizer: its name.
         learning_rate: chosen on validation.
         step: at which validation was best.
@@ -104,7 +104,8 @@ class Report(NamedTuple):
     task: str
     prompt: bool
     seed: int
-    num_train: int
+    k: int | None
+    train_labels: tuple[int, ...]
     optimizer: str
     learning_rate: float
     step: int
@@ -166,9 +167,7 @@ def kernel_behaviour_report(
     training = optimizer if isinstance(optimizer, Training) else Training(optimizer=optimizer)
     subject = kernel_task(model, task, seed=seed, prompt=prompt, base_dir=base_dir)
     kernels = Kernels(subject, None if folder is None else Path(folder))
-    return measure(
-        subject, training, kernels, name=task.name, seed=seed, kinds=kinds, solvers=solvers
-    )
+    return measure(subject, training, kernels, task=task, seed=seed, kinds=kinds, solvers=solvers)
 
 
 def measure(
@@ -176,7 +175,7 @@ def measure(
     training: Training,
     kernels: Kernels,
     *,
-    name: str,
+    task: TaskConfig,
     seed: int,
     kinds: tuple[str, ...] | None = None,
     solvers: Mapping[str, Any] | None = None,
@@ -188,7 +187,7 @@ def measure(
         subject: model and task.
         training: how to fine-tune.
         kernels: at the pretrained parameters; keeps what it computes for other optimizers.
-        name: of the task.
+        task: for its name and k.
         seed: of training.
         kinds, solvers: see `kernel_behaviour_report`.
         say: is told what is done.
@@ -212,10 +211,11 @@ def measure(
         results.append(solve_with(subject, kernels, kind, solver, tuned))
     labels = (subject.labels("train"), subject.labels("test"))
     return Report(
-        task=name,
+        task=task.name,
         prompt=subject.prompt,
         seed=seed,
-        num_train=len(labels[0]),
+        k=task.k,
+        train_labels=tuple(labels[0].tolist()),
         optimizer=training.optimizer.name,
         learning_rate=tuned.learning_rate,
         step=tuned.step,
@@ -296,7 +296,7 @@ def record(report: Report) -> dict[str, Any]:
         }
         for each in report.kernels
     ]
-    return {**report._asdict(), "kernels": kernels}
+    return {**report._asdict(), "train_labels": list(report.train_labels), "kernels": kernels}
 
 
 def _number(value: float) -> float | str:
@@ -306,11 +306,3 @@ def _number(value: float) -> float | str:
 
 def _needs_flipped(solver: Any) -> bool:
     return isinstance(solver, solve.AsymmetricSvm) and any(w != 1.0 for w in solver.weights)
-
-
-def check_kinds(kinds: tuple[str, ...]) -> None:
-    """Raises UserError for a kind that is not among those of `KINDS`."""
-    known = sorted({kind for each in KINDS.values() for kind in each})
-    for kind in kinds:
-        if kind not in known:
-            raise UserError(f"unknown kind '{kind}': choose among {', '.join(known)}.")

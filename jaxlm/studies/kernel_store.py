@@ -1,5 +1,6 @@
 """Kernels of a task: computed once, stored where there is a folder, found there again."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,65 +10,93 @@ import numpy as np
 from jaxlm.studies.kernel_task import KernelTask, Split
 
 
+def draw_name(prompt: bool, k: int | None, seed: int) -> str:
+    """Name of a prompt and of the examples that a seed draws.
+
+    >>> draw_name(True, 16, 0)
+    'prompt-k16-seed0'
+    """
+    return f"{'prompt' if prompt else 'no-prompt'}-k{k}-seed{seed}"
+
+
 class Kernels:
     """Kernels at the first parameters of a task's model.
 
     Attributes:
         task: model and examples.
-        folder: where they are stored; None keeps them in memory alone.
+        folder: where they are stored, each with the manifest of what it is of; None keeps them in
+            memory alone.
+        options: of `jaxlm.kernels.ntk`: method, select, block_size, mesh.
     """
 
     def __init__(self, task: KernelTask, folder: Path | None = None, **options: Any):
-        """`options` go to `jaxlm.kernels.ntk`: method, select, block_size, mesh."""
         self.task, self.folder, self.options = task, folder, options
         self._known: dict[tuple[str, ...], np.ndarray] = {}
 
     def of(self, kind: str, split: Split) -> np.ndarray:
         """Of the examples of a split with the training examples, [M, C, N, C]."""
-        return self._remember((kind, split), lambda: self.at(self.task.lm.params, kind, split))
+        params = self.task.lm.params
+        return self._remember(
+            (kind, split), lambda: self._compute(params, kind, split, self.folder)
+        )
 
     def flipped(self, kind: str, split: Split) -> np.ndarray:
         """Of the training examples with those of a split, [N, C, M, C]."""
-        params = self.task.lm.params
-        return self._remember((kind, split, "flipped"), lambda: self._flipped(params, kind, split))
+
+        def compute() -> np.ndarray:
+            train, params = self.task.whole("train"), self.task.lm.params
+            parts = [
+                (places, self._ntk(params, kind, train, x, self._place(kind, split, i, "-flipped")))
+                for i, (places, x) in enumerate(self.task.groups(split))
+            ]
+            return _joined(parts, 2)
+
+        return self._remember((kind, split, "flipped"), compute)
 
     def f0(self, split: Split) -> np.ndarray:
         """The function of a split, [M, C]."""
-        f = jax.jit(self.task.f)
-        values = lambda: self.task.values(f, split, self.task.lm.params)  # noqa: E731
-        return self._remember(("f0", split), values)
+
+        def compute() -> np.ndarray:
+            return self.task.values(jax.jit(self.task.f), split, self.task.lm.params)
+
+        return self._remember(("f0", split), compute)
 
     def at(self, params: Any, kind: str, split: Split) -> np.ndarray:
         """The kernel at other parameters, computed and not kept; as `of`."""
-        from jaxlm.kernels import ntk
+        return self._compute(params, kind, split, None)
 
+    def _compute(self, params: Any, kind: str, split: Split, folder: Path | None) -> np.ndarray:
         train = self.task.whole("train")
         if split == "train":
-            other = train if kind == "asymmetric_signgd" else None
-            return np.asarray(ntk(self.task.f, params, train, other, kind=kind, **self.options))
-        rows = [
-            (index, np.asarray(ntk(self.task.f, params, x, train, kind=kind, **self.options)))
-            for index, x in self.task.groups(split)
+            place = self._place(kind, split) if folder else None
+            return self._ntk(params, kind, train, None, place)
+        parts = [
+            (places, self._ntk(params, kind, x, train, folder and self._place(kind, split, i)))
+            for i, (places, x) in enumerate(self.task.groups(split))
         ]
-        return _sorted(rows, 0)
+        return _joined(parts, 0)
 
-    def _flipped(self, params: Any, kind: str, split: Split) -> np.ndarray:
+    def _place(self, kind: str, split: Split, group: int | None = None, end: str = "") -> Any:
+        number = "" if group is None else f"-{group}"
+        return self.folder and self.folder / f"{kind}-{split}{number}{end}"
+
+    def _ntk(self, params: Any, kind: str, x1: Any, x2: Any, place: Path | None) -> np.ndarray:
         from jaxlm.kernels import ntk
 
-        train = self.task.whole("train")
-        parts = [
-            (index, np.asarray(ntk(self.task.f, params, train, x, kind=kind, **self.options)))
-            for index, x in self.task.groups(split)
-        ]
-        return _sorted(parts, 2)
+        if place is None:
+            return np.asarray(ntk(self.task.f, params, x1, x2, kind=kind, **self.options))
+        from jaxlm.kernels.saved import saved_ntk
 
-    def _remember(self, key: tuple[str, ...], compute: Any) -> np.ndarray:
+        words = {"template": self.task.description, "kind": kind, **self.options}
+        return np.asarray(saved_ntk(place, self.task.f, params, x1, x2, **words))
+
+    def _remember(self, key: tuple[str, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
         if key not in self._known:
             self._known[key] = compute()
         return self._known[key]
 
 
-def _sorted(parts: list[tuple[np.ndarray, np.ndarray]], axis: int) -> np.ndarray:
-    index = np.concatenate([each for each, _ in parts])
+def _joined(parts: list[tuple[np.ndarray, np.ndarray]], axis: int) -> np.ndarray:
+    places = np.concatenate([each for each, _ in parts])
     joined = np.concatenate([block for _, block in parts], axis=axis)
-    return np.take(joined, np.argsort(index), axis=axis)
+    return np.take(joined, np.argsort(places), axis=axis)

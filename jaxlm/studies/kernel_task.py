@@ -30,11 +30,11 @@ class Group(NamedTuple):
     """Examples of a split that are padded to one length.
 
     Attributes:
-        index: their places in the split.
+        places: of the examples in the split.
         x: what the function takes, arrays with the examples on axis 0.
     """
 
-    index: Int[np.ndarray, " N"]
+    places: Int[np.ndarray, " N"]
     x: dict[str, Any]
 
 
@@ -46,13 +46,15 @@ class KernelTask:
         lm: the model; its parameters are where kernels are taken.
         encoded: a `jaxlm.data.EncodedTask`.
         f: `f(params, x, *, tap=None) -> [N, C]`, see `label_logits` and `label_difference`.
-        prompt: whether the pretrained head answers a prompt.
+        prompt: whether the task's template is around the text.
+        description: the template and the label words, which say what f is.
     """
 
     lm: Any
     encoded: Any
     f: Function
     prompt: bool
+    description: str = ""
 
     def labels(self, split: Split) -> Int[np.ndarray, " N"]:
         """Classes of a split."""
@@ -67,13 +69,13 @@ class KernelTask:
         examples = getattr(self.encoded, split)
         lengths = np.array([max(map(len, each.input_ids)) for each in examples])
         bucket = np.searchsorted(self.encoded.buckets, lengths)
-        places = [np.flatnonzero(bucket == each) for each in np.unique(bucket)]
-        return [Group(index, self._inputs(index, split)) for index in places]
+        parts = [np.flatnonzero(bucket == each) for each in np.unique(bucket)]
+        return [Group(places, self._inputs(places, split)) for places in parts]
 
-    def _inputs(self, index: np.ndarray, split: Split) -> dict[str, Any]:
+    def _inputs(self, places: np.ndarray, split: Split) -> dict[str, Any]:
         examples = getattr(self.encoded, split)
         batch = collate(
-            [examples[i] for i in index],
+            [examples[i] for i in places],
             form=self.encoded.form,
             buckets=self.encoded.buckets,
             num_targets=self.encoded.num_targets,
@@ -85,11 +87,11 @@ class KernelTask:
     def values(self, function: Callable[..., Any], split: Split, *params: Any) -> np.ndarray:
         """`function(*params, x)` of a split, a compiled function of C values an example."""
         found: np.ndarray | None = None
-        for index, x in self.groups(split):
+        for places, x in self.groups(split):
             rows = np.asarray(function(*params, x))
             if found is None:
                 found = np.zeros((len(self.labels(split)), rows.shape[1]), rows.dtype)
-            found[index] = rows
+            found[places] = rows
         assert found is not None
         return found
 
@@ -174,7 +176,8 @@ def kernel_task(
     elif not prompt:
         lm = with_rows(lm, encoded.token_ids, linear_probe(lm, encoded))
     function = label_difference if len(encoded.labels) == 2 else label_logits
-    return KernelTask(lm, encoded, function(lm, encoded.token_ids), prompt)
+    description = f"{config.template} | {', '.join(encoded.labels)} | {function.__name__}"
+    return KernelTask(lm, encoded, function(lm, encoded.token_ids), prompt, description)
 
 
 def bare_template(template: str) -> str:
@@ -200,9 +203,7 @@ def fit_classifier(lm: Any, encoded: Any) -> Any:
     task = KernelTask(lm, encoded, label_logits(lm, encoded.token_ids), False)
     read = jax.jit(lambda params, x: _classifier_input(lm, params, x))
     features = task.values(read, "train", lm.params)
-    rows, constant = fit_rows(
-        features, task.labels("train"), names=encoded.labels, intercept=True
-    )
+    rows, constant = fit_rows(features, task.labels("train"), names=encoded.labels, intercept=True)
     old = lm.params["classifier"]
     fitted = {"kernel": rows.T, "bias": constant}
     new = {name: jnp.asarray(fitted[name], old[name].dtype) for name in old}
