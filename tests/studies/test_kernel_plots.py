@@ -41,7 +41,7 @@ def test_accuracies_are_points_of_rows():
     records = [made(0, 0.5, 0.8, 0.7, 0.75, 1.0), made(1, 0.5, 0.9, 0.7, 0.85, 1.0)]
     axes = kernel_plots.accuracies(records)
     (points,) = axes.containers
-    np.testing.assert_allclose(np.ravel(points[0].get_data()), [85, 80])
+    np.testing.assert_allclose(np.ravel(points[0].get_data()).astype(float), [85, 80])
     assert points.get_label() == "K-SGD"
 
 
