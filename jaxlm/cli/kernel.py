@@ -9,6 +9,7 @@ A study:
   task: {name: mr}               # as for `jaxlm finetune`
   ks: [16, 64]                   # examples of a class; as many more choose learning rate and ridge
   prompts: [true, false]         # with the task's prompt; without: a linear head on the bare text
+  calibrate: true                # start from calibrated scores, where a prompt is answered
   seeds: [0, 1, 2]
   training:
     - optimizer: {name: sgd, schedule: linear}

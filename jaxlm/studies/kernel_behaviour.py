@@ -136,6 +136,7 @@ def kernel_behaviour_report(
     *,
     seed: int = 0,
     prompt: bool = True,
+    calibrate: bool = False,
     kinds: tuple[str, ...] | None = None,
     solvers: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
@@ -151,6 +152,7 @@ def kernel_behaviour_report(
         seed: of the examples drawn, the order of batches and the optimizer's randomness.
         prompt: whether the pretrained head answers the task's prompt; without, a linear head is
             fitted to the text alone.
+        calibrate: see `kernel_task`.
         kinds: kernels; those of the optimizer where not given, see `KINDS`.
         solvers: kind to a solver of `jaxlm.kernels.solve`; ridge for symmetric kinds and the
             asymmetric machine for "asymmetric_signgd" where not given.
@@ -165,7 +167,9 @@ def kernel_behaviour_report(
             solvers.
     """
     training = optimizer if isinstance(optimizer, Training) else Training(optimizer=optimizer)
-    subject = kernel_task(model, task, seed=seed, prompt=prompt, base_dir=base_dir)
+    subject = kernel_task(
+        model, task, seed=seed, prompt=prompt, calibrate=calibrate, base_dir=base_dir
+    )
     kernels = Kernels(subject, None if folder is None else Path(folder))
     return measure(subject, training, kernels, task=task, seed=seed, kinds=kinds, solvers=solvers)
 

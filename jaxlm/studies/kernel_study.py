@@ -34,6 +34,7 @@ class KernelConfig:
         task: the task; `ks` says how many examples it has.
         ks: examples of a class to train on, each a row of the table; as many more choose.
         prompts: whether the task's prompt is put around the text, each a row.
+        calibrate: whether a prompted model starts from its calibrated scores, see `kernel_task`.
         seeds: of the examples drawn and of training; the table has their means.
         training: the optimizers, each with its kernels and rows.
         solver: for symmetric kernels; the asymmetric one is solved by its own.
@@ -45,6 +46,7 @@ class KernelConfig:
     task: TaskConfig = field(metadata={"make": task_config})
     ks: tuple[int, ...] = (16,)
     prompts: tuple[bool, ...] = (True,)
+    calibrate: bool = False
     seeds: tuple[int, ...] = (0,)
     training: tuple[Training, ...] = DEFAULT_TRAINING
     solver: Literal["ridge", "logistic"] = "ridge"
@@ -131,7 +133,12 @@ def kernel_study(
         if case.draw != draw:
             draw = case.draw
             subject = kernel_task(
-                config.model, case.task, seed=case.seed, prompt=case.prompt, base_dir=base_dir
+                config.model,
+                case.task,
+                seed=case.seed,
+                prompt=case.prompt,
+                calibrate=config.calibrate,
+                base_dir=base_dir,
             )
             kernels = Kernels(subject, folder / "kernels" / draw)
         solvers = {"sgd": solve.SOLVERS[config.solver](), "signgd": solve.SOLVERS[config.solver]()}
@@ -157,6 +164,7 @@ def _settings(config: KernelConfig, case: Case) -> dict[str, Any]:
         "model": config.model,
         "task": to_dict(case.task),
         "prompt": case.prompt,
+        "calibrate": config.calibrate,
         "seed": case.seed,
         "training": to_dict(case.training),
         "solver": config.solver,

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.core.errors import UserError
 from jaxlm.data import TaskConfig, Template, collate, load_task, prepare_for
+from jaxlm.evaluation import calibration_offsets
 from jaxlm.kernels import systems
 from jaxlm.studies.probe import fit_rows, linear_probe, with_rows
 from jaxlm.train.run import load_model, with_head
@@ -47,6 +48,7 @@ class KernelTask:
         encoded: a `jaxlm.data.EncodedTask`.
         f: `f(params, x, *, tap=None) -> [N, C]`, see `label_logits` and `label_difference`.
         prompt: whether the task's template is around the text.
+        offsets: taken from the label words' logits, [C]; None for none.
         description: the template and the label words, which say what f is.
     """
 
@@ -54,6 +56,7 @@ class KernelTask:
     encoded: Any
     f: Function
     prompt: bool
+    offsets: Float[np.ndarray, " C"] | None = None
     description: str = ""
 
     def labels(self, split: Split) -> Int[np.ndarray, " N"]:
@@ -100,12 +103,15 @@ class KernelTask:
         return float(np.mean(systems.classes(scores) == self.labels(split)))
 
 
-def label_logits(lm: Any, token_ids: Int[Any, " C"]) -> Function:
+def label_logits(
+    lm: Any, token_ids: Int[Any, " C"], offsets: Float[Any, " C"] | None = None
+) -> Function:
     """`f(params, x, *, tap=None)`: the label words' logits [N, C], or a classifier's.
 
     Args:
         lm: the model.
         token_ids: the label words' tokens.
+        offsets: taken from the logits; the kernel is that without them.
     """
     words = np.asarray(token_ids)
 
@@ -119,14 +125,20 @@ def label_logits(lm: Any, token_ids: Int[Any, " C"]) -> Function:
             token_ids=words,
             tap=tap,
         )
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return logits if offsets is None else logits - jnp.asarray(offsets, logits.dtype)[None]
 
     return f
 
 
-def label_difference(lm: Any, token_ids: Int[Any, " 2"]) -> Function:
-    """`f(params, x, *, tap=None)`: the second label word's logit less the first's, [N, 1]."""
-    logits = label_logits(lm, token_ids)
+def label_difference(
+    lm: Any, token_ids: Int[Any, " 2"], offsets: Float[Any, " 2"] | None = None
+) -> Function:
+    """`f(params, x, *, tap=None)`: the second label word's logit less the first's, [N, 1].
+
+    Arguments are those of `label_logits`.
+    """
+    logits = label_logits(lm, token_ids, offsets)
 
     def f(params: Any, x: dict[str, Any], *, tap: Any = None) -> Array:
         both = logits(params, x, tap=tap)
@@ -141,6 +153,7 @@ def kernel_task(
     *,
     seed: int,
     prompt: bool = True,
+    calibrate: bool = False,
     base_dir: Path | None = None,
 ) -> KernelTask:
     """Loads a model and a task; f is the difference of two label words, or the logits of more.
@@ -154,6 +167,8 @@ def kernel_task(
         task: the task, with few examples of a class: `k`, and `validation="hold_out"`.
         seed: of the examples drawn.
         prompt: whether the task's template is put around the text.
+        calibrate: whether scores are taken less `jaxlm.evaluation.calibration_offsets` of the
+            training and validation texts, whose labels are not used; not where a head is fitted.
         base_dir: where the relative paths of the task start, before the working directory.
 
     Raises:
@@ -169,15 +184,25 @@ def kernel_task(
     encoded = prepare_for(lm, loaded)
     if encoded.token_ids is None:
         raise UserError("kernels need label words of one token each: choose other task.labels.")
-    if lm.config.kind == "encoder" and not (prompt and lm.config.head == "mlm"):
+    fitted = not prompt or lm.config.head not in ("lm", "mlm")
+    if fitted and lm.config.kind == "encoder":
         lm = _classifier(lm, encoded.labels, seed)
         encoded = encoded if prompt else _without_label(encoded)
         lm = fit_classifier(lm, encoded)
-    elif not prompt:
+    elif fitted:
         lm = with_rows(lm, encoded.token_ids, linear_probe(lm, encoded))
     function = label_difference if len(encoded.labels) == 2 else label_logits
     description = f"{config.template} | {', '.join(encoded.labels)} | {function.__name__}"
-    return KernelTask(lm, encoded, function(lm, encoded.token_ids), prompt, description)
+    offsets = _offsets(lm, encoded) if calibrate and not fitted else None
+    f = function(lm, encoded.token_ids, offsets)
+    return KernelTask(lm, encoded, f, prompt, offsets, description)
+
+
+def _offsets(lm: Any, encoded: Any) -> Float[np.ndarray, " C"]:
+    task = KernelTask(lm, encoded, label_logits(lm, encoded.token_ids), True)
+    f = jax.jit(task.f)
+    texts = [task.values(f, split, lm.params) for split in ("train", "validation")]
+    return calibration_offsets(np.concatenate(texts))
 
 
 def bare_template(template: str) -> str:

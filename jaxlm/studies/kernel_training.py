@@ -101,7 +101,7 @@ def fine_tune(task: KernelTask, training: Training, *, seed: int) -> Tuned:
     Raises:
         UserError: every learning rate diverged.
     """
-    loss_fn = classification_objective(task.lm.apply, task.encoded.token_ids)
+    loss_fn = classification_objective(task.lm.apply, task.encoded.token_ids, offsets=task.offsets)
     batches = functools.partial(task.encoded.batches, batch_size=training.batch_size, seed=seed)
     scorer = jax.jit(task.f)
     best: tuple[tuple[float, float], Tuned] | None = None

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegressionCV
+from sklearn.metrics import log_loss
 from threadpoolctl import threadpool_limits
 
 from jaxlm.core.errors import UserError
 from jaxlm.data import task_config
 from jaxlm.models import from_pretrained
 from jaxlm.studies.kernel_task import kernel_task
+from jaxlm.train.objective import classification_objective
 from tests.tiny import BAD, GOOD, make_tokenizer, sentences, tiny_model, write_jsonl
 
 __all__ = ["tiny_model"]
@@ -170,6 +172,24 @@ def test_a_prompted_encoder_is_read_at_its_mask(tmp_path):
     wanted = differences(one_by_one(task, "test", task.lm.apply)[:, task.encoded.token_ids])
     found = task.values(jax.jit(task.f), "test", task.lm.params)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_calibrated_scores_are_centred_on_texts_without_labels(tmp_path, tiny_model):
+    config = few_shot(tmp_path)
+    plain, task = (
+        kernel_task(tiny_model, config, seed=0, calibrate=calibrate) for calibrate in (False, True)
+    )
+    f, g = jax.jit(plain.f), jax.jit(task.f)
+    texts = [plain.values(f, split, plain.lm.params) for split in ("train", "validation")]
+    shift = np.median(np.concatenate(texts))
+    found = task.values(g, "test", task.lm.params)
+    np.testing.assert_allclose(found, plain.values(f, "test", plain.lm.params) - shift, atol=1e-5)
+    loss = classification_objective(task.lm.apply, task.encoded.token_ids, offsets=task.offsets)(
+        task.lm.params, task.encoded.batch(0, batch_size=8, seed=0)
+    )[0]
+    chances = 1 / (1 + np.exp(-task.values(g, "train", task.lm.params)[:, 0]))
+    np.testing.assert_allclose(loss, log_loss(task.labels("train"), chances), rtol=1e-5)
+    assert kernel_task(tiny_model, config, seed=0, prompt=False, calibrate=True).offsets is None
 
 
 def test_mistakes_are_named(tmp_path, tiny_model):
