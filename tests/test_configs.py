@@ -7,6 +7,7 @@ import pytest
 from benchmarks import mezo_accuracy
 from jaxlm.cli import config as configs
 from jaxlm.cli.sweep import SweepConfig, plan
+from jaxlm.studies.kernel_study import KernelConfig, cases
 from jaxlm.studies.quickstart import QuickstartConfig
 from jaxlm.train.pretraining import PretrainConfig
 from jaxlm.train.run import FinetuneConfig
@@ -21,7 +22,15 @@ def files(pattern):
 
 def test_every_folder_is_tested():
     folders = {str(path.parent.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml")}
-    assert folders == {"accuracy", "accuracy/tasks", "effect", "mezo", "pretrain", "prompts"}
+    assert folders == {
+        "accuracy",
+        "accuracy/tasks",
+        "effect",
+        "kernel",
+        "mezo",
+        "pretrain",
+        "prompts",
+    }
 
 
 @pytest.mark.parametrize("path", files("mezo/*.yaml"))
@@ -58,6 +67,13 @@ def test_the_paper_has_as_many_runs(name, runs):
 def test_configurations(folder, cls):
     for path in FOLDER.glob(f"{folder}/*.yaml"):
         configs.load(cls, path)
+
+
+@pytest.mark.parametrize("path", files("kernel/*.yaml"))
+def test_a_study_of_kernels(path):
+    config = configs.load(KernelConfig, path)
+    expected = len(config.ks) * len(config.prompts) * len(config.seeds) * len(config.training)
+    assert len({case.name for case in cases(config)}) == expected
 
 
 @pytest.mark.parametrize("path", files("accuracy/*.yaml"))

@@ -23,7 +23,7 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
 
 
-@pytest.mark.parametrize("page", ["mezo.md", "peft.md"])
+@pytest.mark.parametrize("page", ["kernels.md", "mezo.md", "peft.md"])
 def test_the_examples_of_a_page_run_in_order(page: str, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}

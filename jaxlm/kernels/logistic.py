@@ -1,0 +1,179 @@
+"""Kernel logistic and softmax regression by Newton's method."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxlm.core.errors import UserError
+from jaxlm.kernels import systems
+
+TOLERANCE = 1e-10
+ITERATIONS = 100
+HALVINGS = 40
+
+
+class LogisticFit(NamedTuple):
+    """A fit of kernel logistic or softmax regression.
+
+    Attributes:
+        coefficients: of the training examples.
+        f0_scale: what f0 was divided by.
+        loss: the minimised sum, penalty included.
+        residual: largest entry of the equation at the solution.
+        iterations: Newton steps.
+    """
+
+    coefficients: Float[np.ndarray, "N C"]
+    f0_scale: float
+    loss: float
+    residual: float
+    iterations: int
+
+    def predict(self, kernel: Any, f0: Any = None) -> Float[np.ndarray, "M C"]:
+        """Logits of other examples; arguments as of `jaxlm.kernels.ridge.RidgePath.predict`."""
+        values = systems.evaluate(kernel, self.coefficients)
+        return values + systems.offset(f0, self.f0_scale, values.shape)
+
+
+def kernel_logistic(
+    kernel: Any,
+    labels: Any,
+    *,
+    penalty: float,
+    f0: Any = None,
+    f0_scale: float = 1.0,
+) -> LogisticFit:
+    r"""Minimises $\sum_i \log(1 + e^{-y_i F_i}) + \frac{\lambda \|K\|}{2} \alpha^\top K \alpha$.
+
+    $F = f_0/s + K \alpha$, $y_i$ is -1 or 1. At the solution $\lambda \|K\| \alpha_i = [y_i = 1] -
+    \sigma(F_i)$, which is solved in α: so a singular kernel has one solution as well.
+
+    Args:
+        kernel: of the training examples, symmetric: [N, 1, N, 1], or [N, N] of traced outputs.
+        labels: 0 or 1.
+        penalty: λ, above 0, relative to the largest eigenvalue $\|K\|$.
+        f0: the function at its first parameters, for example a difference of two logits.
+        f0_scale: s; `inf` leaves f0 out.
+
+    Raises:
+        UserError: the penalty is not positive, the kernel has several outputs, or as in
+            `jaxlm.kernels.ridge.ridge_path`.
+
+    >>> fit = kernel_logistic(np.eye(4), [0, 0, 1, 1], penalty=0.1)
+    >>> fit.coefficients[:, 0].round(3).tolist()
+    [-1.634, -1.634, 1.634, 1.634]
+    """
+    if np.ndim(kernel) == 4 and np.shape(kernel)[1] != 1:
+        raise UserError("kernel_logistic is for one output: take kernel_softmax for several.")
+    return _newton(kernel, labels, 1, penalty, f0, f0_scale)
+
+
+def kernel_softmax(
+    kernel: Any,
+    labels: Any,
+    *,
+    penalty: float,
+    num_classes: int | None = None,
+    f0: Any = None,
+    f0_scale: float = 1.0,
+) -> LogisticFit:
+    r"""Minimises the cross-entropy of the labels with a penalty.
+
+    $$\sum_i -\log \mathrm{softmax}(F_i)_{y_i} + \frac{\lambda\|K\|}{2} \alpha^\top K \alpha$$
+
+    $F = f_0/s + K \alpha$ with C values an example. At the solution $\lambda \|K\| \alpha = Y -
+    \mathrm{softmax}(F)$, Y one-hot; Newton's method solves systems of N times C rows.
+
+    Args:
+        kernel: of the training examples, symmetric; [N, C, N, C], or [N, N] of traced outputs,
+            which all classes share.
+        labels: classes from 0.
+        penalty: λ, above 0, relative to the largest eigenvalue $\|K\|$.
+        num_classes: C where outputs were traced; the largest label and one where not given.
+        f0: the function at its first parameters, the logits.
+        f0_scale: s; `inf` leaves f0 out.
+
+    Raises:
+        UserError: see `kernel_logistic`.
+    """
+    if np.ndim(kernel) == 4:
+        num_classes = int(np.shape(kernel)[1])
+        if num_classes == 1:
+            raise UserError("kernel_softmax is for several outputs: take kernel_logistic for one.")
+    elif num_classes is None:
+        num_classes = int(np.max(labels)) + 1
+    return _newton(kernel, labels, num_classes, penalty, f0, f0_scale)
+
+
+def _newton(
+    kernel: Any, labels: Any, outputs: int, penalty: float, f0: Any, f0_scale: float
+) -> LogisticFit:
+    if not penalty > 0:
+        raise UserError(f"penalty is {penalty:g}: give a positive number, or logits are unbounded.")
+    K = systems.symmetric_matrix(kernel)
+    count = len(np.asarray(kernel))
+    if np.ndim(kernel) == 2:
+        K = np.kron(K, np.eye(outputs))
+    shape = (count, outputs)
+    label_array = np.asarray(labels)
+    systems.targets(label_array, outputs)  # checks them
+    if label_array.shape != (count,):
+        raise UserError(f"there are {len(label_array)} labels for {count} examples: give as many.")
+    first = systems.offset(f0, f0_scale, shape)
+    strength = penalty * float(np.linalg.eigvalsh(K)[-1])
+    likelihood = _Likelihood(label_array, outputs)
+
+    def objective(alpha: np.ndarray) -> tuple[float, np.ndarray]:
+        moved = K @ alpha
+        F = first + moved.reshape(shape)
+        return likelihood.loss(F) + strength / 2 * float(alpha @ moved), F
+
+    alpha = np.zeros(count * outputs)
+    loss, F = objective(alpha)
+    for iteration in range(ITERATIONS + 1):
+        equation = strength * alpha - likelihood.residual(F).ravel()
+        size = float(np.abs(equation).max())
+        if size <= TOLERANCE:
+            return LogisticFit(alpha.reshape(shape), f0_scale, loss, size, iteration)
+        system = likelihood.curvature(F, K) + strength * np.eye(len(K))
+        step = np.linalg.solve(system, -equation)
+        slope = float(equation @ (K @ step))
+        for halving in range(HALVINGS):
+            scale = 0.5**halving
+            trial = objective(alpha + scale * step)
+            # The last steps change less than rounding of the sum: they are taken whole.
+            if trial[0] <= loss + 1e-4 * scale * slope + 1e-13 * abs(loss):
+                break
+        alpha, (loss, F) = alpha + scale * step, trial
+    raise UserError(
+        f"Newton's method left a residual of {size:.3g} after {ITERATIONS} steps: raise penalty."
+    )
+
+
+class _Likelihood:
+    """Loss, its negative gradient Y - P, and its curvature W times K."""
+
+    def __init__(self, labels: np.ndarray, outputs: int):
+        self.one_hot = np.eye(max(outputs, 2))[labels]
+        self.binary = outputs == 1
+
+    def _log_probs(self, F: np.ndarray) -> np.ndarray:
+        logits = np.concatenate([np.zeros_like(F), F], axis=1) if self.binary else F
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+    def loss(self, F: np.ndarray) -> float:
+        return -float(np.sum(self.one_hot * self._log_probs(F)))
+
+    def residual(self, F: np.ndarray) -> np.ndarray:
+        found = self.one_hot - np.exp(self._log_probs(F))
+        return found[:, 1:] if self.binary else found
+
+    def curvature(self, F: np.ndarray, K: np.ndarray) -> np.ndarray:
+        p = np.exp(self._log_probs(F))
+        if self.binary:
+            return (p[:, 0] * p[:, 1])[:, None] * K
+        blocks = K.reshape(*p.shape, -1)
+        mean = np.einsum("nc,ncp->np", p, blocks)
+        return (p[..., None] * (blocks - mean[:, None])).reshape(K.shape)

@@ -1,0 +1,195 @@
+"""Least-squares support vector machines whose kernel need not be symmetric."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxlm.core.errors import UserError
+from jaxlm.kernels import systems
+
+GAMMAS = (0.01, 0.1, 1.0, 10.0)
+"""The paper's grid."""
+
+WORST_CONDITION = 1e12
+
+
+class SingularSystem(UserError):
+    """The equations of an asymmetric machine have no single solution."""
+
+
+class AsymmetricFit(NamedTuple):
+    """Two functions that an asymmetric kernel fits together.
+
+    Attributes:
+        coefficients: β of the training examples as second argument of the kernel.
+        flipped_coefficients: α of the training examples as first argument.
+        bias: b of the first function; zeros where none was fitted.
+        flipped_bias: b' of the second.
+        f0_scale: what f0 was divided by.
+    """
+
+    coefficients: Float[np.ndarray, "N C"]
+    flipped_coefficients: Float[np.ndarray, "N C"]
+    bias: Float[np.ndarray, " C"]
+    flipped_bias: Float[np.ndarray, " C"]
+    f0_scale: float
+
+    def predict(
+        self, kernel: Any, flipped: Any = None, *, weight: float = 1.0, f0: Any = None
+    ) -> Float[np.ndarray, "M C"]:
+        r"""Values $w\,(K(x, X)\,\beta + b) + (1 - w)\,(\alpha^\top K(X, x) + b') + f_0(x)/s$.
+
+        Args:
+            kernel: K(x, X), of other examples with the training examples: [M, C, N, C] or [M, N].
+            flipped: K(X, x), of the training examples with these, [N, C, M, C] or [N, M]; not
+                needed where `weight` is 1.
+            weight: w, of the first function.
+            f0: the function at its first parameters, [M, C].
+
+        Raises:
+            UserError: `weight` is below 1 and `flipped` is not given.
+        """
+        values = weight * (systems.evaluate(kernel, self.coefficients) + self.bias[None])
+        if weight != 1.0:
+            if flipped is None:
+                raise UserError(f"weight is {weight:g} without flipped: give K(X, x) as well.")
+            turned = np.asarray(flipped)
+            turned = turned.T if turned.ndim == 2 else turned.transpose(2, 3, 0, 1)
+            second = systems.evaluate(turned, self.flipped_coefficients) + self.flipped_bias[None]
+            values = values + (1 - weight) * second
+        return values + systems.offset(f0, self.f0_scale, values.shape)
+
+
+class Factored(NamedTuple):
+    r"""A kernel of the training examples as $K = P\,\mathrm{diag}(s)\,Q^\top$.
+
+    Attributes:
+        left: P.
+        values: s, the largest first.
+        right: Q^T.
+        shape: of the kernel.
+    """
+
+    left: Float[np.ndarray, "NC NC"]
+    values: Float[np.ndarray, " NC"]
+    right: Float[np.ndarray, "NC NC"]
+    shape: tuple[int, ...]
+
+
+def factor(kernel: Any) -> Factored:
+    """The singular value decomposition from which every γ is solved.
+
+    Args:
+        kernel: of the training examples, [N, C, N, C] or [N, N] of traced outputs.
+
+    Raises:
+        UserError: see `jaxlm.kernels.systems.training_matrix`.
+    """
+    return Factored(*np.linalg.svd(systems.training_matrix(kernel)), np.shape(kernel))
+
+
+def asymmetric_svm(
+    kernel: Any, targets: Any, *, gamma: float, f0: Any = None, f0_scale: float = 1.0
+) -> AsymmetricFit:
+    r"""The asymmetric least-squares SVM without bias.
+
+    With $K(u, v) = \langle\phi(u), \psi(v)\rangle$ it looks for the stationary point of $w^\top v +
+    \frac\gamma2 \sum_i (e_i^2 + h_i^2)$ where $e_i = y_i - w^\top\phi(x_i)$ and $h_i = y_i -
+    v^\top\psi(x_i)$. That is $w = \sum_i \beta_i \psi(x_i)$, $v = \sum_i \alpha_i \phi(x_i)$ with
+
+    $$\begin{pmatrix} I/\gamma & K \\ K^\top & I/\gamma \end{pmatrix}
+    \begin{pmatrix} \alpha \\ \beta \end{pmatrix} = \begin{pmatrix} y \\ y \end{pmatrix}.$$
+
+    For labels of -1 and 1 these are the usual equations, with α and β multiplied by the labels.
+    Here targets are any numbers, so that f0 is taken off as in ridge regression, and several
+    outputs are solved together. A symmetric kernel gives $\alpha = \beta = (K + I/\gamma)^{-1} y$.
+
+    Args:
+        kernel: K of the training examples, [N, C, N, C] or [N, N] of traced outputs; or its
+            `factor`, which spares the decomposition where many γ are tried. With
+            `kind="asymmetric_signgd"` φ is the gradient and ψ its sign: the first function is what
+            signed steps on the training examples do to other examples.
+        targets: [N, C]; `jaxlm.kernels.systems.targets(labels, C)`, or any numbers.
+        gamma: γ, above 0, in the units of 1/K.
+        f0: the function at its first parameters, [N, C].
+        f0_scale: s, what f0 is divided by; `inf` leaves it out.
+
+    Raises:
+        SingularSystem: 1/γ is a singular value of K.
+        UserError: γ is not positive, or as in `jaxlm.kernels.ridge.ridge_path`.
+
+    References:
+        He, He, Shi, Huang, Suykens 2022, arXiv:2202.01397; Malladi et al. 2022, arXiv:2210.05643,
+        whose code solves this for C = 1.
+    """
+    system = _System(kernel, targets, gamma, f0, f0_scale)
+    none = np.zeros((2, system.outputs))
+    return system.fit(system.solve(system.y, system.y), none, f0_scale)
+
+
+def asymmetric_svm_with_bias(
+    kernel: Any, targets: Any, *, gamma: float, f0: Any = None, f0_scale: float = 1.0
+) -> AsymmetricFit:
+    r"""`asymmetric_svm` with a constant in each function, for each output.
+
+    The errors are $e_i = y_i - w^\top\phi(x_i) - b$ and $h_i = y_i - v^\top\psi(x_i) - b'$; the
+    equations gain b and b', and the conditions that α and β each sum to 0 over the examples.
+    Arguments, result, errors and references are those of `asymmetric_svm`.
+    """
+    system = _System(kernel, targets, gamma, f0, f0_scale)
+    ones = system.ones()
+    nothing = np.zeros_like(ones)
+    # Columns of the first and of the second constant, and what they take of the right-hand side.
+    moved = np.concatenate([system.solve(ones, nothing), system.solve(nothing, ones)], axis=1)
+    both = np.block([[ones, nothing], [nothing, ones]])
+    plain = system.solve(system.y, system.y)
+    biases = np.linalg.solve(both.T @ moved, both.T @ plain)
+    shape = (2, system.outputs)
+    return system.fit(plain - moved @ biases, biases.reshape(shape), f0_scale)
+
+
+class _System:
+    """The equations for one γ, solved through the singular vectors of K."""
+
+    def __init__(self, kernel: Any, targets: Any, gamma: float, f0: Any, f0_scale: float):
+        if not (gamma > 0 and np.isfinite(gamma)):
+            raise UserError(f"gamma is {gamma:g}: give a positive number.")
+        self.K = kernel if isinstance(kernel, Factored) else factor(kernel)
+        y = systems.checked_targets(targets, self.K.shape)
+        self.outputs = y.shape[1]
+        self.y = systems.columns(y - systems.offset(f0, f0_scale, y.shape), self.K.shape)
+        self.ridge, s = 1 / gamma, self.K.values
+        size = np.abs([self.ridge + s, self.ridge - s])
+        condition = size.max() / size.min() if size.min() else np.inf
+        if condition > WORST_CONDITION:
+            raise SingularSystem(
+                f"the system is singular for gamma {gamma:g} (condition {condition:.1e}): 1/gamma "
+                "meets a singular value of the kernel, so take another gamma."
+            )
+
+    def ones(self) -> np.ndarray:
+        """What constants add: a column for each output, or one where all share the kernel."""
+        rows = len(self.K.values)
+        if len(self.K.shape) == 2:
+            return np.ones((rows, 1))
+        return np.tile(np.eye(self.outputs), (rows // self.outputs, 1))
+
+    def solve(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """(α, β), one above the other, for right-hand sides like y."""
+        s, ridge = self.K.values[:, None], self.ridge
+        u, v = self.K.left.T @ first, self.K.right @ second
+        product = (ridge - s) * (ridge + s)
+        alpha = self.K.left @ ((ridge * u - s * v) / product)
+        beta = self.K.right.T @ ((ridge * v - s * u) / product)
+        return np.concatenate([alpha, beta])
+
+    def fit(self, solution: np.ndarray, biases: np.ndarray, f0_scale: float) -> AsymmetricFit:
+        alpha, beta = np.split(solution, 2)
+        return AsymmetricFit(
+            coefficients=systems.rows(beta, self.outputs),
+            flipped_coefficients=systems.rows(alpha, self.outputs),
+            bias=biases[0],
+            flipped_bias=biases[1],
+            f0_scale=f0_scale,
+        )

@@ -1,0 +1,102 @@
+"""Kernels of a task: computed once, stored where there is a folder, found there again."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.studies.kernel_task import KernelTask, Split
+
+
+def draw_name(prompt: bool, k: int | None, seed: int) -> str:
+    """Name of a prompt and of the examples that a seed draws.
+
+    >>> draw_name(True, 16, 0)
+    'prompt-k16-seed0'
+    """
+    return f"{'prompt' if prompt else 'no-prompt'}-k{k}-seed{seed}"
+
+
+class Kernels:
+    """Kernels at the first parameters of a task's model.
+
+    Attributes:
+        task: model and examples.
+        folder: where they are stored, each with the manifest of what it is of; None keeps them in
+            memory alone.
+        options: of `jaxlm.kernels.ntk`: method, select, block_size, mesh.
+    """
+
+    def __init__(self, task: KernelTask, folder: Path | None = None, **options: Any):
+        self.task, self.folder, self.options = task, folder, options
+        self._known: dict[tuple[str, ...], np.ndarray] = {}
+
+    def of(self, kind: str, split: Split) -> np.ndarray:
+        """Of the examples of a split with the training examples, [M, C, N, C]."""
+        params = self.task.lm.params
+        return self._remember(
+            (kind, split), lambda: self._compute(params, kind, split, self.folder)
+        )
+
+    def flipped(self, kind: str, split: Split) -> np.ndarray:
+        """Of the training examples with those of a split, [N, C, M, C]."""
+
+        def compute() -> np.ndarray:
+            train, params = self.task.whole("train"), self.task.lm.params
+            parts = [
+                (places, self._ntk(params, kind, train, x, self._place(kind, split, i, "-flipped")))
+                for i, (places, x) in enumerate(self.task.groups(split))
+            ]
+            return _joined(parts, 2)
+
+        return self._remember((kind, split, "flipped"), compute)
+
+    def f0(self, split: Split) -> np.ndarray:
+        """The function of a split, [M, C]."""
+
+        def compute() -> np.ndarray:
+            return self.task.values(jax.jit(self.task.f), split, self.task.lm.params)
+
+        return self._remember(("f0", split), compute)
+
+    def at(self, params: Any, kind: str, split: Split) -> np.ndarray:
+        """The kernel at other parameters, computed and not kept; as `of`."""
+        return self._compute(params, kind, split, None)
+
+    def _compute(self, params: Any, kind: str, split: Split, folder: Path | None) -> np.ndarray:
+        train = self.task.whole("train")
+        if split == "train":
+            place = self._place(kind, split) if folder else None
+            return self._ntk(params, kind, train, None, place)
+        parts = [
+            (places, self._ntk(params, kind, x, train, folder and self._place(kind, split, i)))
+            for i, (places, x) in enumerate(self.task.groups(split))
+        ]
+        return _joined(parts, 0)
+
+    def _place(self, kind: str, split: Split, group: int | None = None, end: str = "") -> Any:
+        number = "" if group is None else f"-{group}"
+        return self.folder and self.folder / f"{kind}-{split}{number}{end}"
+
+    def _ntk(self, params: Any, kind: str, x1: Any, x2: Any, place: Path | None) -> np.ndarray:
+        from jaxlm.kernels import ntk
+
+        if place is None:
+            return np.asarray(ntk(self.task.f, params, x1, x2, kind=kind, **self.options))
+        from jaxlm.kernels.saved import saved_ntk
+
+        words = {"template": self.task.description, "kind": kind, **self.options}
+        return np.asarray(saved_ntk(place, self.task.f, params, x1, x2, **words))
+
+    def _remember(self, key: tuple[str, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
+
+
+def _joined(parts: list[tuple[np.ndarray, np.ndarray]], axis: int) -> np.ndarray:
+    places = np.concatenate([each for each, _ in parts])
+    joined = np.concatenate([block for _, block in parts], axis=axis)
+    return np.take(joined, np.argsort(places), axis=axis)

@@ -1,0 +1,184 @@
+"""Kernel behaviour over optimizers, few-shot sizes, prompts and seeds, in one folder."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from jaxlm.core.errors import UserError
+from jaxlm.data import TaskConfig, task_config
+from jaxlm.kernels import solve
+from jaxlm.studies.kernel_behaviour import measure, record
+from jaxlm.studies.kernel_store import Kernels, draw_name
+from jaxlm.studies.kernel_task import kernel_task
+from jaxlm.studies.kernel_training import Training
+from jaxlm.train.logging import write_json
+from jaxlm.train.optimizers import Adam, Sgd
+from jaxlm.train.run_folder import differences, to_dict
+
+DEFAULT_TRAINING = (
+    Training(optimizer=Sgd(schedule="linear"), learning_rates=(1e-3, 1e-2)),
+    Training(optimizer=Adam(name="adam", schedule="linear"), learning_rates=(1e-4, 1e-3)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """A study of kernel behaviour.
+
+    Attributes:
+        model: folder or hub id; null means the model that comes with the package.
+        task: the task; `ks` says how many examples it has.
+        ks: examples of a class to train on, each a row of the table; as many more choose.
+        prompts: whether the task's prompt is put around the text, each a row.
+        calibrate: whether a prompted model starts from its calibrated scores, see `kernel_task`.
+        seeds: of the examples drawn and of training; the table has their means.
+        training: the optimizers, each with its kernels and rows.
+        solver: for symmetric kernels; the asymmetric one is solved by its own.
+        plots: whether to draw the kernels and their accuracy, which needs matplotlib.
+        output: folder of reports, kernels and tables.
+    """
+
+    model: str | None = None
+    task: TaskConfig = field(metadata={"make": task_config})
+    ks: tuple[int, ...] = (16,)
+    prompts: tuple[bool, ...] = (True,)
+    calibrate: bool = False
+    seeds: tuple[int, ...] = (0,)
+    training: tuple[Training, ...] = DEFAULT_TRAINING
+    solver: Literal["ridge", "logistic"] = "ridge"
+    plots: bool = False
+    output: str
+
+    def __post_init__(self):
+        for name in ("ks", "prompts", "seeds", "training"):
+            values = getattr(self, name)
+            if not values or any(value in values[:i] for i, value in enumerate(values)):
+                raise UserError(f"{name} is empty or has a value twice: give each once.")
+        if any(k < 2 for k in self.ks):
+            raise UserError(f"ks is {list(self.ks)}: give 2 or more examples of a class.")
+        if not self.output:
+            raise UserError("output is empty: give the folder of the study.")
+        names = [each.optimizer.name for each in self.training]
+        if len(set(names)) < len(names):
+            raise UserError("training has an optimizer twice: give its learning_rates as a list.")
+
+
+class Case(NamedTuple):
+    """One model, one draw of examples and one optimizer.
+
+    Attributes:
+        task: with its k.
+        prompt: see `KernelConfig`.
+        seed: see `KernelConfig`.
+        training: the optimizer.
+    """
+
+    task: TaskConfig
+    prompt: bool
+    seed: int
+    training: Training
+
+    @property
+    def draw(self) -> str:
+        """Name of the examples and the prompt, which optimizers share."""
+        return draw_name(self.prompt, self.task.k, self.seed)
+
+    @property
+    def name(self) -> str:
+        """Name of the case's file."""
+        return f"{self.draw}-{self.training.optimizer.name}.json"
+
+
+def cases(config: KernelConfig) -> Iterator[Case]:
+    """Every case of a study, those with the same examples one after another."""
+    for k, prompt, seed, training in itertools.product(
+        config.ks, config.prompts, config.seeds, config.training
+    ):
+        task = dataclasses.replace(config.task, k=k, validation="hold_out")
+        yield Case(task, prompt, seed, training)
+
+
+def kernel_study(
+    config: KernelConfig,
+    *,
+    base_dir: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Makes the report of every case that has none, and returns all.
+
+    Args:
+        config: the study.
+        base_dir: where the relative paths of the task start, before the working directory.
+        say: is told of each case before it starts.
+
+    Returns:
+        Reports as `jaxlm.studies.kernel_behaviour.record` has them.
+
+    Raises:
+        UserError: the folder holds a report of other settings, or as `kernel_behaviour_report`.
+    """
+    folder, todo = Path(config.output), list(cases(config))
+    found = {case.name: _stored(folder, config, case) for case in todo}
+    subject: Any = None
+    kernels: Any = None
+    draw = ""
+    for number, case in enumerate(todo, start=1):
+        if found[case.name] is not None:
+            continue
+        say(f"case {number}/{len(todo)}: {folder / 'reports' / case.name}")
+        if case.draw != draw:
+            draw = case.draw
+            subject = kernel_task(
+                config.model,
+                case.task,
+                seed=case.seed,
+                prompt=case.prompt,
+                calibrate=config.calibrate,
+                base_dir=base_dir,
+            )
+            kernels = Kernels(subject, folder / "kernels" / draw)
+        solvers = {"sgd": solve.SOLVERS[config.solver](), "signgd": solve.SOLVERS[config.solver]()}
+        report = measure(
+            subject,
+            case.training,
+            kernels,
+            task=case.task,
+            seed=case.seed,
+            solvers=solvers,
+            say=say,
+        )
+        made = {**record(report), "settings": _settings(config, case)}
+        (folder / "reports").mkdir(parents=True, exist_ok=True)
+        write_json(folder / "reports" / case.name, made)
+        found[case.name] = made
+    return [report for report in found.values() if report is not None]
+
+
+def _settings(config: KernelConfig, case: Case) -> dict[str, Any]:
+    """What a report depends on."""
+    return {
+        "model": config.model,
+        "task": to_dict(case.task),
+        "prompt": case.prompt,
+        "calibrate": config.calibrate,
+        "seed": case.seed,
+        "training": to_dict(case.training),
+        "solver": config.solver,
+    }
+
+
+def _stored(folder: Path, config: KernelConfig, case: Case) -> dict[str, Any] | None:
+    path = folder / "reports" / case.name
+    if not path.exists():
+        return None
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(_settings(config, case)))
+    for key, old, new in differences(report["settings"], wanted):
+        raise UserError(
+            f"{path}: it has {key} {old!r}, and {new!r} is asked for: choose another output."
+        )
+    return report

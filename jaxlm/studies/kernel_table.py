@@ -1,0 +1,141 @@
+"""Reports of kernel behaviour as Markdown that is also aligned for a terminal."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from jaxlm.kernels.behaviour import linearization_score
+from jaxlm.studies.kernel_behaviour import CHANGE, RECOVERED, WITHIN, verdict
+from jaxlm.studies.sweep_table import aligned, percent
+
+NAMES = {"sgd": "K-SGD", "signgd": "K-SignGD", "asymmetric_signgd": "K-A-SignGD"}
+
+ACCURACIES = (
+    "task", "k", "prompt", "optimizer", "majority", "zero-shot", "fine-tuned", "linearized",
+)  # fmt: skip
+VERDICTS = (
+    "task", "k", "prompt", "optimizer", "kernel", "below fine-tuning", "recovered",
+    "relative change", "solves", "linear", "fixed", "kernel behaviour",
+)  # fmt: skip
+
+
+def rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each task, k, prompt and optimizer, over the seeds.
+
+    Args:
+        records: as `jaxlm.studies.kernel_behaviour.record` returns them.
+
+    Returns:
+        Dicts with the key, `seeds`, and {mean, std, by_seed} of each accuracy; under `kernels` the
+        same of each kind, with the verdict on the means over seeds.
+    """
+    keys = list(dict.fromkeys(_key(each) for each in records))
+    return [_row(key, [each for each in records if _key(each) == key]) for key in keys]
+
+
+def markdown(records: Sequence[dict[str, Any]]) -> str:
+    """Two tables: accuracies as in the paper, and the criteria.
+
+    Args:
+        records: see `rows`.
+    """
+    found = rows(records)
+    kinds = list(dict.fromkeys(kind for row in found for kind in row["kernels"]))
+    seeds = ", ".join(map(str, dict.fromkeys(each["seed"] for each in records)))
+    accuracies = [_accuracies(row, kinds) for row in found]
+    verdicts = [_verdict(row, kind) for row in found for kind in row["kernels"]]
+    return (
+        "\n\n".join(
+            [
+                f"Test accuracy in per cent, mean (standard deviation) over the seeds {seeds}; "
+                "zero-shot without a prompt is the linear head that training starts from.",
+                aligned((*ACCURACIES, *(NAMES.get(kind, kind) for kind in kinds)), accuracies),
+                f"On the means: a kernel solves the task within {100 * WITHIN:.0f} points of "
+                f"fine-tuning, its linearization recovers more than {100 * RECOVERED:.0f} % of the "
+                f"improvement, and the kernel changes by less than {CHANGE:g} times its size. "
+                "Where fine-tuning improved nothing there is nothing to judge.",
+                aligned(VERDICTS, verdicts),
+            ]
+        )
+        + "\n"
+    )
+
+
+def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+    return record["task"], len(record["train_labels"]), record["prompt"], record["optimizer"]
+
+
+def _row(key: tuple[Any, ...], records: list[dict[str, Any]]) -> dict[str, Any]:
+    task, num_train, prompt, optimizer = key
+    names = ("majority", "zero_shot", "fine_tuned", "linearized")
+    row: dict[str, Any] = {
+        "task": task,
+        "num_train": num_train,
+        "k": records[0]["k"],
+        "prompt": prompt,
+        "optimizer": optimizer,
+        "seeds": [each["seed"] for each in records],
+        **{name: spread([each[name] for each in records]) for name in names},
+    }
+    kinds = [kernel["kind"] for kernel in records[0]["kernels"]]
+    row["kernels"] = {kind: _kernel(row, kind, records) for kind in kinds}
+    return row
+
+
+def _kernel(row: dict[str, Any], kind: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+    found = [next(k for k in each["kernels"] if k["kind"] == kind) for each in records]
+    test = spread([each["test"] for each in found])
+    change = {
+        name: spread([float(each["change"][name]) for each in found])
+        for name in ("mean", "median", "frobenius", "alignment")
+    }
+    names = ("zero_shot", "fine_tuned", "linearized")
+    first, final, linear = (row[name]["mean"] for name in names)
+    judged = verdict(first, final, linear, test["mean"], change["mean"]["mean"])
+    return {
+        "test": test,
+        "validation": spread([each["validation"] for each in found]),
+        "settings": [each["settings"] for each in found],
+        "change": change,
+        "below": final - test["mean"],
+        "recovered": linearization_score(first, final, linear),
+        "verdict": {**judged._asdict(), "kernel_behaviour": judged.kernel_behaviour},
+    }
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (None for one value), and the values.
+
+    >>> spread([0.5, 0.75])["mean"]
+    0.625
+    """
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std, "by_seed": values}
+
+
+def _place(row: dict[str, Any]) -> list[str]:
+    shots = row["k"] if row["k"] is not None else row["num_train"]
+    return [row["task"], str(shots), _yes(row["prompt"]), row["optimizer"]]
+
+
+def _accuracies(row: dict[str, Any], kinds: list[str]) -> list[str]:
+    names = ("majority", "zero_shot", "fine_tuned", "linearized")
+    kernels = [row["kernels"].get(kind, {}).get("test") for kind in kinds]
+    return [*_place(row), *(percent(row[name]) for name in names), *map(percent, kernels)]
+
+
+def _verdict(row: dict[str, Any], kind: str) -> list[str]:
+    kernel = row["kernels"][kind]
+    recovered, judged = kernel["recovered"], kernel["verdict"]
+    return [
+        *_place(row),
+        NAMES.get(kind, kind),
+        f"{100 * kernel['below']:.1f}",
+        "" if recovered is None else f"{100 * recovered:.0f} %",
+        f"{kernel['change']['mean']['mean']:.2f}",
+        *(_yes(judged[name]) for name in ("solves", "linear", "fixed", "kernel_behaviour")),
+    ]
+
+
+def _yes(value: bool | None) -> str:
+    return "" if value is None else "yes" if value else "no"

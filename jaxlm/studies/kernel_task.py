@@ -1,0 +1,291 @@
+"""A task as kernels and their solvers take it: a function of parameters and arrays, and labels.
+
+With a prompt the function is what the pretrained head says of the label words. Without one the text
+stands alone, and a linear head is fitted to what the model makes of it before anything else, since
+the kernel of a random head says nothing of the model (Malladi et al. 2022, arXiv:2210.05643).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxlm.core.errors import UserError
+from jaxlm.data import TaskConfig, Template, collate, load_task, prepare_for
+from jaxlm.evaluation import calibration_offsets
+from jaxlm.kernels import systems
+from jaxlm.studies.probe import fit_rows, linear_probe, with_rows
+from jaxlm.train.run import load_model, with_head
+
+Split = Literal["train", "validation", "test"]
+Function = Callable[..., Float[Array, "N C"]]
+
+
+class Group(NamedTuple):
+    """Examples of a split that are padded to one length.
+
+    Attributes:
+        places: of the examples in the split.
+        x: what the function takes, arrays with the examples on axis 0.
+    """
+
+    places: Int[np.ndarray, " N"]
+    x: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class KernelTask:
+    """A model and a few-shot task.
+
+    Attributes:
+        lm: the model; its parameters are where kernels are taken.
+        encoded: a `jaxlm.data.EncodedTask`.
+        f: `f(params, x, *, tap=None) -> [N, C]`, see `label_logits` and `label_difference`.
+        prompt: whether the task's template is around the text.
+        offsets: taken from the label words' logits, [C]; None for none.
+        description: the template and the label words, which say what f is.
+    """
+
+    lm: Any
+    encoded: Any
+    f: Function
+    prompt: bool
+    offsets: Float[np.ndarray, " C"] | None = None
+    description: str = ""
+
+    def labels(self, split: Split) -> Int[np.ndarray, " N"]:
+        """Classes of a split."""
+        return np.array([each.label for each in getattr(self.encoded, split)], np.int32)
+
+    def whole(self, split: Split) -> dict[str, Any]:
+        """A split in one group, padded to its longest example."""
+        return self._inputs(np.arange(len(getattr(self.encoded, split))), split)
+
+    def groups(self, split: Split) -> list[Group]:
+        """A split in groups of like length, so that little is computed for padding."""
+        examples = getattr(self.encoded, split)
+        lengths = np.array([max(map(len, each.input_ids)) for each in examples])
+        bucket = np.searchsorted(self.encoded.buckets, lengths)
+        parts = [np.flatnonzero(bucket == each) for each in np.unique(bucket)]
+        return [Group(places, self._inputs(places, split)) for places in parts]
+
+    def _inputs(self, places: np.ndarray, split: Split) -> dict[str, Any]:
+        examples = getattr(self.encoded, split)
+        batch = collate(
+            [examples[i] for i in places],
+            form=self.encoded.form,
+            buckets=self.encoded.buckets,
+            num_targets=self.encoded.num_targets,
+            pad_id=self.encoded.pad_id,
+            num_options=1,
+        )
+        return {name: batch[name] for name in batch if name not in ("labels", "weights")}
+
+    def values(self, function: Callable[..., Any], split: Split, *params: Any) -> np.ndarray:
+        """`function(*params, x)` of a split, a compiled function of C values an example."""
+        found: np.ndarray | None = None
+        for places, x in self.groups(split):
+            rows = np.asarray(function(*params, x))
+            if found is None:
+                found = np.zeros((len(self.labels(split)), rows.shape[1]), rows.dtype)
+            found[places] = rows
+        assert found is not None
+        return found
+
+    def accuracy(self, scores: Float[np.ndarray, "N C"], split: Split) -> float:
+        """Share of a split whose class is right."""
+        return float(np.mean(systems.classes(scores) == self.labels(split)))
+
+
+def label_logits(
+    lm: Any, token_ids: Int[Any, " C"], offsets: Float[Any, " C"] | None = None
+) -> Function:
+    """`f(params, x, *, tap=None)`: the label words' logits [N, C], or a classifier's.
+
+    Args:
+        lm: the model.
+        token_ids: the label words' tokens.
+        offsets: taken from the logits; the kernel is that without them.
+    """
+    words = np.asarray(token_ids)
+
+    def f(params: Any, x: dict[str, Any], *, tap: Any = None) -> Array:
+        logits = lm.apply(
+            params,
+            x["input_ids"],
+            x["attention_mask"],
+            token_type_ids=x.get("token_type_ids"),
+            positions=x["positions"],
+            token_ids=words,
+            tap=tap,
+        )
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return logits if offsets is None else logits - jnp.asarray(offsets, logits.dtype)[None]
+
+    return f
+
+
+def label_difference(
+    lm: Any, token_ids: Int[Any, " 2"], offsets: Float[Any, " 2"] | None = None
+) -> Function:
+    """`f(params, x, *, tap=None)`: the second label word's logit less the first's, [N, 1].
+
+    Arguments are those of `label_logits`.
+    """
+    logits = label_logits(lm, token_ids, offsets)
+
+    def f(params: Any, x: dict[str, Any], *, tap: Any = None) -> Array:
+        both = logits(params, x, tap=tap)
+        return both[:, 1:] - both[:, :1]
+
+    return f
+
+
+def kernel_task(
+    model: Any,
+    task: TaskConfig,
+    *,
+    seed: int,
+    prompt: bool = True,
+    calibrate: bool = False,
+    base_dir: Path | None = None,
+) -> KernelTask:
+    """Loads a model and a task; f is the difference of two label words, or the logits of more.
+
+    Without a prompt a decoder's linear head is a row for each label word in an output embedding of
+    its own, read at the last token; an encoder's is a classifier on the pooled first token. An
+    encoder without a masked-token head has such a classifier with a prompt too.
+
+    Args:
+        model: a `LanguageModel`, a folder, a hub id, or None for the shipped model.
+        task: the task, with few examples of a class: `k`, and `validation="hold_out"`.
+        seed: of the examples drawn.
+        prompt: whether the task's template is put around the text.
+        calibrate: whether scores are taken less `jaxlm.evaluation.calibration_offsets` of the
+            training and validation texts, whose labels are not used; not where a head is fitted.
+        base_dir: where the relative paths of the task start, before the working directory.
+
+    Raises:
+        UserError: a split is missing, label words are several tokens each, or see `load_task`,
+            `load_model` and `prepare_for`.
+    """
+    lm = load_model(model) if model is None or isinstance(model, str | Path) else model
+    config = task if prompt else dataclasses.replace(task, template=bare_template(task.template))
+    loaded = load_task(config, seed=seed, base_dir=base_dir)
+    for split in ("train", "validation", "test"):
+        if not getattr(loaded, split):
+            raise UserError(f"task has no {split} examples: give task.{split}.")
+    encoded = prepare_for(lm, loaded)
+    if encoded.token_ids is None:
+        raise UserError("kernels need label words of one token each: choose other task.labels.")
+    fitted = not prompt or lm.config.head not in ("lm", "mlm")
+    if fitted and lm.config.kind == "encoder":
+        lm = _classifier(lm, encoded.labels, seed)
+        encoded = encoded if prompt else _without_label(encoded)
+        lm = fit_classifier(lm, encoded)
+    elif fitted:
+        lm = with_rows(lm, encoded.token_ids, linear_probe(lm, encoded))
+    function = label_difference if len(encoded.labels) == 2 else label_logits
+    description = f"{config.template} | {', '.join(encoded.labels)} | {function.__name__}"
+    offsets = _offsets(lm, encoded) if calibrate and not fitted else None
+    f = function(lm, encoded.token_ids, offsets)
+    return KernelTask(lm, encoded, f, prompt, offsets, description)
+
+
+def _offsets(lm: Any, encoded: Any) -> Float[np.ndarray, " C"]:
+    task = KernelTask(lm, encoded, label_logits(lm, encoded.token_ids), True)
+    f = jax.jit(task.f)
+    texts = [task.values(f, split, lm.params) for split in ("train", "validation")]
+    return calibration_offsets(np.concatenate(texts))
+
+
+def bare_template(template: str) -> str:
+    """The fields of a template alone, and the place of the label after them.
+
+    >>> bare_template("{text} this is {label}"), bare_template("*cls**sent_0*_It_was*mask*.*sep+*")
+    ('{text} {label}', '*cls**sent_0**mask**sep+*')
+    """
+    names = Template.parse(template).field_names
+    if all(name.startswith("*") for name in names):
+        first, *rest = (name.strip("*") for name in names)
+        return f"*cls**{first}*" + "".join(f"*+{name}*" for name in rest) + "*mask**sep+*"
+    return " ".join(f"{{{name}}}" for name in names) + " {label}"
+
+
+def fit_classifier(lm: Any, encoded: Any) -> Any:
+    """An encoder whose classifier is scikit-learn's cross-validated logistic regression.
+
+    Args:
+        lm: the model, with the head "classifier".
+        encoded: its task.
+    """
+    task = KernelTask(lm, encoded, label_logits(lm, encoded.token_ids), False)
+    read = jax.jit(lambda params, x: _classifier_input(lm, params, x))
+    features = task.values(read, "train", lm.params)
+    rows, constant = fit_rows(features, task.labels("train"), names=encoded.labels, intercept=True)
+    old = lm.params["classifier"]
+    fitted = {"kernel": rows.T, "bias": constant}
+    new = {name: jnp.asarray(fitted[name], old[name].dtype) for name in old}
+    return lm.replace(params={**lm.params, "classifier": new})
+
+
+class _Keep:
+    """A tap that keeps what the classifier reads; that stands outside the scan over layers."""
+
+    layers = None
+
+    def __call__(self, path: str, op: str, x: Any, y: Any, layer: Any) -> Any:
+        del op, layer
+        if path == "classifier.kernel":
+            self.x = x
+        return y
+
+
+def _classifier_input(lm: Any, params: Any, x: dict[str, Any]) -> Array:
+    tap = _Keep()
+    lm.apply(
+        params,
+        x["input_ids"],
+        x["attention_mask"],
+        token_type_ids=x.get("token_type_ids"),
+        tap=tap,
+    )
+    return jnp.asarray(tap.x, jnp.float32)
+
+
+def _classifier(lm: Any, labels: tuple[str, ...], seed: int) -> Any:
+    from jaxlm.models import add_classifier
+
+    if lm.config.head == "mlm":
+        return add_classifier(lm, len(labels), jax.random.key(seed))
+    return with_head(lm, len(labels), seed=seed)
+
+
+def _without_label(encoded: Any) -> Any:
+    """The task without the mask token where the label word would stand."""
+
+    def cut(each: Any) -> Any:
+        place = each.positions[0][0]
+
+        def without(rows: Any) -> Any:
+            return tuple(row[:place] + row[place + 1 :] for row in rows)
+
+        types = each.token_type_ids
+        return dataclasses.replace(
+            each,
+            input_ids=without(each.input_ids),
+            positions=((0,),),
+            token_type_ids=types and without(types),
+        )
+
+    parts = {
+        split: tuple(cut(each) for each in getattr(encoded, split))
+        for split in ("train", "validation", "test")
+    }
+    return dataclasses.replace(encoded, **parts)

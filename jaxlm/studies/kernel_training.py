@@ -1,0 +1,135 @@
+"""Fine-tuning beside a kernel: every learning rate, the parameters that are best on validation."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.core.errors import UserError
+from jaxlm.kernels.solve import Logistic
+from jaxlm.studies.kernel_task import KernelTask
+from jaxlm.train.loop import Diverged, LoopConfig, fit
+from jaxlm.train.objective import classification_objective
+from jaxlm.train.optimizers import OPTIMIZERS, Optimizer
+from jaxlm.train.state import method
+
+KINDS = {
+    "sgd": ("sgd",),
+    "mezo": ("sgd",),
+    "adam": ("signgd", "asymmetric_signgd"),
+    "adamw": ("signgd", "asymmetric_signgd"),
+}
+"""The kernels of an optimizer, by its name: Adam's first steps are steps along signs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Fine-tuning with one optimizer and a grid of its learning rates.
+
+    Attributes:
+        optimizer: see `jaxlm.train.optimizers`.
+        learning_rates: tried in place of the optimizer's own; none for that alone.
+        steps: updates.
+        batch_size: examples in a step.
+        eval_every: steps between looks at validation, of which the best is kept.
+    """
+
+    optimizer: Optimizer = field(metadata={"registry": OPTIMIZERS})
+    learning_rates: tuple[float, ...] = ()
+    steps: int = 200
+    batch_size: int = 8
+    eval_every: int = 50
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "eval_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give 1 or more.")
+        if self.optimizer.name not in KINDS:
+            raise UserError(
+                f"no kernel is known of {self.optimizer.name}: choose one of {', '.join(KINDS)}."
+            )
+
+
+class Tuned(NamedTuple):
+    """Fine-tuned parameters.
+
+    Attributes:
+        params: those that are best on validation.
+        learning_rate: that led to them.
+        step: at which they were.
+        validation: their accuracy there.
+    """
+
+    params: Any
+    learning_rate: float
+    step: int
+    validation: float
+
+
+class _Best:
+    """Looks at validation, and keeps a copy of the best parameters."""
+
+    def __init__(self, task: KernelTask, eval_every: int, scorer: Any):
+        self.task, self.scorer = task, scorer
+        self.eval_every, self.looks = eval_every, 0
+        self.rank: tuple[float, float] | None = None
+        self.found: tuple[Any, int, float] | None = None
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        scores = self.task.values(self.scorer, "validation", params)
+        accuracy = self.task.accuracy(scores, "validation")
+        rank = (accuracy, -Logistic().loss(scores, self.task.labels("validation")))
+        # The first look is before training.
+        if self.looks and (self.rank is None or rank > self.rank):
+            step = self.looks * self.eval_every
+            self.rank, self.found = rank, (jax.tree.map(jnp.copy, params), step, accuracy)
+        self.looks += 1
+        return {"validation_accuracy": accuracy}
+
+
+def fine_tune(task: KernelTask, training: Training, *, seed: int) -> Tuned:
+    """Fine-tunes with every learning rate; of equal accuracies the lower validation loss is taken.
+
+    Args:
+        task: the model and its few examples; the model's parameters stay as they are.
+        training: the optimizer and its grid.
+        seed: of the order of the batches, and of the optimizer's randomness.
+
+    Raises:
+        UserError: every learning rate diverged.
+    """
+    loss_fn = classification_objective(task.lm.apply, task.encoded.token_ids, offsets=task.offsets)
+    batches = functools.partial(task.encoded.batches, batch_size=training.batch_size, seed=seed)
+    scorer = jax.jit(task.f)
+    best: tuple[tuple[float, float], Tuned] | None = None
+    for rate in training.learning_rates or (training.optimizer.learning_rate,):
+        look = _Best(task, training.eval_every, scorer)
+        optimizer = dataclasses.replace(training.optimizer, learning_rate=rate)
+        try:
+            fit(
+                method(optimizer, loss_fn, training.steps),
+                jax.tree.map(jnp.copy, task.lm.params),
+                batches,
+                LoopConfig(
+                    steps=training.steps,
+                    eval_every=training.eval_every,
+                    checkpoint_every=training.steps,
+                    log_every=training.eval_every,
+                ),
+                key=jax.random.key(seed),
+                evaluate=look,
+            )
+        except Diverged as error:
+            reason = error
+            continue
+        if look.found is None or look.rank is None:
+            continue
+        params, step, accuracy = look.found
+        if best is None or look.rank > best[0]:
+            best = look.rank, Tuned(params, rate, min(step, training.steps), accuracy)
+    if best is None:
+        raise UserError(f"fine-tuning failed with every learning rate: {reason}")
+    return best[1]

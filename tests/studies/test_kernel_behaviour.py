@@ -1,0 +1,301 @@
+"""Reports of kernel behaviour: kernels by brute force, linear models, tables by hand, resuming."""
+
+import dataclasses
+import json
+import statistics
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.cli.main import main
+from jaxlm.core.errors import UserError
+from jaxlm.data import shipped_task
+from jaxlm.studies import kernel_study, kernel_training
+from jaxlm.studies.kernel_behaviour import kernel_behaviour_report, measure, record, verdict
+from jaxlm.studies.kernel_store import Kernels
+from jaxlm.studies.kernel_table import markdown, rows
+from jaxlm.studies.kernel_task import kernel_task
+from jaxlm.studies.kernel_training import Training, fine_tune
+from jaxlm.train.optimizers import Adam, Muon, Sgd
+from tests.studies.test_kernel_task import few_shot, one_thread
+from tests.tiny import tiny_model
+
+__all__ = ["one_thread", "tiny_model"]
+
+
+@pytest.fixture(scope="module")
+def task(tiny_model, tmp_path_factory):
+    return kernel_task(tiny_model, few_shot(tmp_path_factory.mktemp("task")), seed=0)
+
+
+@pytest.fixture(scope="module")
+def gradients(task):
+    """One row of P numbers an example, one example at a time and without padding."""
+
+    def gradient(params, ids, place):
+        words = task.encoded.token_ids
+        f = lambda p: task.lm.apply(p, ids)[0, place, words]  # noqa: E731
+        return jax.grad(lambda p: f(p)[1] - f(p)[0])(params)
+
+    compiled = jax.jit(gradient)
+
+    def of(split):
+        found = []
+        for each in getattr(task.encoded, split):
+            ids = np.asarray(each.input_ids[0], np.int32)[None]
+            leaves = jax.tree.leaves(compiled(task.lm.params, ids, each.positions[0][0]))
+            found.append(np.concatenate([np.ravel(leaf) for leaf in leaves]))
+        return np.stack(found).astype(np.float64)
+
+    return {split: of(split) for split in ("train", "test")}
+
+
+@pytest.mark.parametrize("kind", ["sgd", "signgd", "asymmetric_signgd"])
+def test_kernels_are_products_of_gradients(task, gradients, kind):
+    kernels = Kernels(task, sign_threshold=0.0)
+    train, test = gradients["train"], gradients["test"]
+    signed = {"sgd": (train, test), "signgd": (np.sign(train), np.sign(test))}
+    right, left = signed.get(kind, (np.sign(train), test))
+    found = kernels.of(kind, "test")[:, 0, :, 0]
+    # Signs of gradients that are zero but for rounding are the toss of a coin.
+    tolerance = 1e-4 if kind == "sgd" else 3e-2
+    np.testing.assert_allclose(found, left @ right.T, atol=tolerance * np.abs(found).max())
+    own = train if kind == "asymmetric_signgd" else right
+    found = kernels.of(kind, "train")[:, 0, :, 0]
+    np.testing.assert_allclose(found, own @ right.T, atol=tolerance * np.abs(found).max())
+    if kind == "asymmetric_signgd":
+        found = kernels.flipped(kind, "test")[:, 0, :, 0]
+        wanted = train @ np.sign(test).T
+        np.testing.assert_allclose(found, wanted, atol=tolerance * np.abs(found).max())
+    assert kernels.of(kind, "test") is kernels.of(kind, "test")
+
+
+def test_training_keeps_what_is_best_on_validation(task, monkeypatch):
+    training = Training(
+        optimizer=Adam(name="adam"), learning_rates=(1e-5, 2e-2), steps=30, eval_every=10
+    )
+    looks = []
+
+    class Look(kernel_training._Best):
+        def __call__(self, params):
+            looks.append(super().__call__(params)["validation_accuracy"])
+            return {}
+
+    monkeypatch.setattr(kernel_training, "_Best", Look)
+    tuned = fine_tune(task, training, seed=0)
+    before, trained = looks[0], [*looks[1:4], *looks[5:]]
+    assert (looks[4], len(trained)) == (before, 6)
+    assert tuned.validation == max(trained) > before
+    assert tuned.learning_rate == 2e-2
+    assert trained[3 + tuned.step // 10 - 1] == max(trained)
+    scores = task.values(jax.jit(task.f), "validation", tuned.params)
+    assert task.accuracy(scores, "validation") == tuned.validation
+
+
+def test_a_rate_that_diverges_is_passed_over(task):
+    training = Training(optimizer=Sgd(), learning_rates=(1e30,), steps=4, eval_every=4)
+    with pytest.raises(UserError, match="fine-tuning failed with every learning rate: "):
+        fine_tune(task, training, seed=0)
+    both = dataclasses.replace(training, learning_rates=(1e30, 1e-3))
+    assert fine_tune(task, both, seed=0).learning_rate == 1e-3
+
+
+def test_a_function_that_is_linear_in_what_is_trained_has_kernel_behaviour(tmp_path, tiny_model):
+    """An output embedding of its own, alone trained: f is linear, its kernel never moves."""
+    config = few_shot(tmp_path)
+    task = kernel_task(tiny_model, config, seed=0, prompt=False)
+    only = "^lm_head"
+    kernels = Kernels(task, select=only)
+    training = Training(optimizer=Sgd(select=only, learning_rate=0.3), steps=30, eval_every=30)
+    report = measure(task, training, kernels, task=config, seed=0)
+    assert report.linearized == report.fine_tuned
+    (kernel,) = report.kernels
+    assert (kernel.kind, kernel.change) == ("sgd", (0.0, 0.0, 0.0, pytest.approx(1.0)))
+    expected = 1.0 if report.fine_tuned > report.zero_shot else None
+    assert report.recovered == expected
+    # The kernel is of hidden states: a row's gradient is minus the other's.
+    hidden = task.values(jax.jit(lambda p, x: read(task, p, x)), "train", task.lm.params)
+    found = kernels.of("sgd", "train")[:, 0, :, 0]
+    np.testing.assert_allclose(found, 2 * hidden @ hidden.T, atol=1e-5 * found.max())
+    assert (kernel.rank, kernel.size) == (np.linalg.matrix_rank(hidden @ hidden.T), 8)
+
+
+def read(task, params, x):
+    states = task.lm.hidden(params, x["input_ids"], x["attention_mask"])
+    return states[np.arange(len(states)), x["positions"]]
+
+
+def test_a_report_reads_like_its_parts(tmp_path, tiny_model):
+    training = Training(
+        optimizer=Adam(name="adam", learning_rate=2e-2), steps=20, eval_every=10, batch_size=4
+    )
+    report = kernel_behaviour_report(tiny_model, few_shot(tmp_path), training, seed=0)
+    assert [kernel.kind for kernel in report.kernels] == ["signgd", "asymmetric_signgd"]
+    assert (report.k, len(report.train_labels), report.majority) == (4, 8, 0.5)
+    assert report.fine_tuned > report.zero_shot
+    assert json.loads(json.dumps(record(report))) == record(report)
+    text = str(report)
+    assert "K-A-SignGD" in text
+    assert f"{100 * report.fine_tuned:.1f}" in text
+    for kernel in report.kernels:
+        assert report.verdict(kernel) == verdict(
+            report.zero_shot, report.fine_tuned, report.linearized, kernel.test, kernel.change.mean
+        )
+
+
+@pytest.mark.parametrize(
+    ("numbers", "judged"),
+    [
+        ((0.5, 0.9, 0.75, 0.80, 1.99), (True, True, True, True)),
+        ((0.5, 0.9, 0.75, 0.79, 1.99), (False, True, True, False)),
+        ((0.5, 0.9, 0.70, 0.90, 0.1), (True, False, True, False)),
+        ((0.5, 0.9, 0.90, 0.95, 2.0), (True, True, False, False)),
+        ((0.9, 0.9, 0.90, 0.90, 0.1), (None, None, True, None)),
+    ],
+)
+def test_verdicts(numbers, judged):
+    found = verdict(*numbers)
+    assert (*found, found.kernel_behaviour) == judged
+
+
+def made(seed, zero_shot, fine_tuned, linearized, kernel, change, **more):
+    changed = dict.fromkeys(("mean", "median", "frobenius", "alignment"), change)
+    found = {
+        "kind": "sgd", "test": kernel, "validation": 0.5, "settings": {"ridge": 0.1},
+        "change": changed,
+    }  # fmt: skip
+    return {
+        "task": "t", "prompt": True, "seed": seed, "k": 2, "train_labels": [0, 0, 1, 1],
+        "optimizer": "sgd", "majority": 0.5, "zero_shot": zero_shot, "fine_tuned": fine_tuned,
+        "linearized": linearized, "kernels": [found], **more,
+    }  # fmt: skip
+
+
+def test_a_table_has_means_over_seeds():
+    records = [
+        made(3, 0.5, 0.8, 0.75, 0.7, 1.0),
+        made(5, 0.6, 0.9, 0.65, 0.9, 4.0),
+        made(3, 0.6, 0.6, 0.5, 0.6, "inf", prompt=False),
+    ]
+    first, second = rows(records)
+    kernel = first["kernels"]["sgd"]
+    assert first["seeds"] == [3, 5]
+    assert first["fine_tuned"]["mean"] == pytest.approx(0.85)
+    assert first["fine_tuned"]["std"] == pytest.approx(statistics.stdev([0.8, 0.9]))
+    assert kernel["below"] == pytest.approx(0.05)
+    assert kernel["recovered"] == pytest.approx(0.5)
+    assert kernel["change"]["mean"]["mean"] == 2.5
+    assert list(kernel["verdict"].values()) == [True, False, False, False]
+    assert list(second["kernels"]["sgd"]["verdict"].values()) == [None, None, False, None]
+    text = markdown(records)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert ["t", "2", "yes", "sgd", "50.0 (0.0)", "55.0 (7.1)", "85.0 (7.1)", "70.0 (7.1)",
+            "80.0 (14.1)"] in cells  # fmt: skip
+    assert [
+        "t",
+        "2",
+        "yes",
+        "sgd",
+        "K-SGD",
+        "5.0",
+        "50 %",
+        "2.50",
+        "yes",
+        "no",
+        "no",
+        "no",
+    ] in cells
+    assert ["t", "2", "no", "sgd", "K-SGD", "0.0", "", "inf", "", "", "no", ""] in cells
+
+
+def study(folder, tiny_model):
+    task = few_shot(folder)
+    path = folder / "study.yaml"
+    path.write_text(f"""\
+model: {tiny_model}
+task: {{name: tiny, template: "{task.template}", labels: [good, bad], train: rows.jsonl,
+       test: test.jsonl}}
+ks: [4]
+prompts: [true, false]
+seeds: [0]
+training:
+  - {{optimizer: {{name: sgd, learning_rate: 0.1}}, steps: 6, eval_every: 3, batch_size: 4}}
+  - {{optimizer: {{name: adam, learning_rate: 0.01}}, steps: 6, eval_every: 3, batch_size: 4}}
+output: {folder / "study"}
+""")
+    return path
+
+
+def test_a_study_is_one_table_and_is_not_made_twice(tmp_path, tiny_model, capsys, monkeypatch):
+    path = study(tmp_path, tiny_model)
+    names = [
+        f"{draw}-k4-seed0-{optimizer}.json"
+        for draw in ("prompt", "no-prompt")
+        for optimizer in ("sgd", "adam")
+    ]
+    assert main(["kernel", str(path), "--dry-run"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert listed == [str(tmp_path / "study" / "reports" / name) for name in names]
+    assert main(["kernel", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert (tmp_path / "study" / "table.md").read_text() in shown
+    found = json.loads((tmp_path / "study" / "table.json").read_text())["rows"]
+    assert [(row["prompt"], row["optimizer"]) for row in found] == [
+        (True, "sgd"), (True, "adam"), (False, "sgd"), (False, "adam")
+    ]  # fmt: skip
+    assert [list(row["kernels"]) for row in found[:2]] == [["sgd"], ["signgd", "asymmetric_signgd"]]
+
+    monkeypatch.setattr(kernel_study, "measure", None)
+    monkeypatch.setattr(kernel_study, "kernel_task", None)
+    assert main(["kernel", str(path)]) == 0
+    assert capsys.readouterr().out == shown
+    assert main(["kernel", str(path), "--solver=logistic"]) == 2
+    wanted = "it has solver 'ridge', and 'logistic' is asked for: choose another output."
+    assert wanted in capsys.readouterr().err
+
+
+def test_a_stopped_study_takes_its_kernels_from_disk(tmp_path, tiny_model, monkeypatch):
+    from jaxlm.kernels import _ntk
+
+    path = study(tmp_path, tiny_model)
+    words = ["--prompts=[true]"]
+    assert main(["kernel", str(path), *words]) == 0
+    report = tmp_path / "study" / "reports" / "prompt-k4-seed0-adam.json"
+    before = json.loads(report.read_text())
+    report.unlink()
+    # Every computation of a kernel begins here.
+    monkeypatch.setattr(_ntk, "prepare", None)
+    monkeypatch.setattr(Kernels, "at", lambda self, params, kind, split: self.of(kind, split))
+    assert main(["kernel", str(path), *words]) == 0
+    after = json.loads(report.read_text())
+    for name in ("zero_shot", "fine_tuned", "linearized"):
+        assert after[name] == before[name]
+    for old, new in zip(before["kernels"], after["kernels"], strict=True):
+        assert (new["test"], new["settings"]) == (old["test"], old["settings"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--seeds=[]", "seeds is empty or has a value twice: give each once."),
+        ("--ks=[4, 4]", "ks is empty or has a value twice: give each once."),
+        ("--ks=[1]", "ks is [1]: give 2 or more examples of a class."),
+        ("--output=", "output is empty: give the folder of the study."),
+        ("--ks=[400]", "lower task.k or give more examples."),
+    ],
+)
+def test_mistakes_are_named(tmp_path, tiny_model, capsys, flag, sentence):
+    path = study(tmp_path, tiny_model)
+    assert main(["kernel", str(path), flag]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_an_optimizer_without_a_kernel_is_refused():
+    with pytest.raises(
+        UserError, match="no kernel is known of muon: choose one of sgd, mezo, adam"
+    ):
+        Training(optimizer=Muon())
+    twice = (Training(optimizer=Sgd()), Training(optimizer=Sgd(learning_rate=1.0)))
+    with pytest.raises(UserError, match="training has an optimizer twice"):
+        kernel_study.KernelConfig(task=shipped_task("mr"), training=twice, output="o")
