@@ -12,7 +12,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxlm import core, data, evaluation, models, peft, sharding, studies, train, zo
+    from jaxlm import (
+        core,
+        data,
+        evaluation,
+        kernels,
+        models,
+        peft,
+        sharding,
+        studies,
+        train,
+        zo,
+    )
     from jaxlm.core.citation import cite
     from jaxlm.models import from_pretrained, save_pretrained
 
@@ -25,6 +36,7 @@ __all__ = [
     "data",
     "evaluation",
     "from_pretrained",
+    "kernels",
     "models",
     "peft",
     "save_pretrained",

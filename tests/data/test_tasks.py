@@ -68,7 +68,7 @@ def test_sequences_become_tuples() -> None:
             {"zzz": 1},
             "task.zzz is not a key of a task: use one of name, train, validation, test, template, "
             "labels, label_field, classes, fields, k, num_train, num_validation, num_test, "
-            "test_seed, max_length, first_field_limit, truncation, threshold.",
+            "test_seed, max_length, max_new_tokens, first_field_limit, truncation, threshold.",
         ),
     ],
 )
