@@ -101,6 +101,7 @@ def test_a_rate_that_diverges_is_passed_over(task):
     assert fine_tune(task, both, seed=0).learning_rate == 1e-3
 
 
+@pytest.mark.slow
 def test_a_function_that_is_linear_in_what_is_trained_has_kernel_behaviour(tmp_path, tiny_model):
     """An output embedding of its own, alone trained: f is linear, its kernel never moves."""
     config = few_shot(tmp_path)
@@ -126,6 +127,7 @@ def read(task, params, x):
     return states[np.arange(len(states)), x["positions"]]
 
 
+@pytest.mark.slow
 def test_a_report_reads_like_its_parts(tmp_path, tiny_model):
     training = Training(
         optimizer=Adam(name="adam", learning_rate=2e-2), steps=20, eval_every=10, batch_size=4
@@ -227,6 +229,7 @@ output: {folder / "study"}
     return path
 
 
+@pytest.mark.slow
 def test_a_study_is_one_table_and_is_not_made_twice(tmp_path, tiny_model, capsys, monkeypatch):
     path = study(tmp_path, tiny_model)
     names = [
