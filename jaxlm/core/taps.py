@@ -20,20 +20,18 @@ another during the backward pass, and keeps only what that returns.
 """
 
 import dataclasses
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
+from jaxlm.core.tapped import Key, Use, carrier, uses
+
 Op = Literal["dense", "head", "bias", "scale", "embed"]
-Key = tuple[str, str]
-"""Path and op: a table that is tied to the head has two."""
 
 
 @runtime_checkable
@@ -57,23 +55,6 @@ def apply(
     return tap(path, op, x, y, layer) if rows is None else tap(path, op, x, y, layer, rows=rows)
 
 
-class Use(NamedTuple):
-    """How a function uses a parameter.
-
-    Attributes:
-      x, y: shapes and dtypes of what goes in and comes out; ids count as float32.
-      rows: of the ids of a restricted head, or None.
-      stacked: whether it is used in a layer.
-      count: how many times, over all layers.
-    """
-
-    x: jax.ShapeDtypeStruct
-    y: jax.ShapeDtypeStruct
-    rows: jax.ShapeDtypeStruct | None
-    stacked: bool
-    count: int
-
-
 class Factors(NamedTuple):
     """What determines the gradient of a use, with the layer axis in front where it is in a layer.
 
@@ -87,62 +68,6 @@ class Factors(NamedTuple):
     a: Array
     b: Array
     rows: Array | None = None
-
-
-MARK = "tap "
-
-
-class _Recorder:
-    """Notes the shapes that pass, and marks the uses in the trace so that they can be counted."""
-
-    layers = None
-
-    def __init__(self):
-        self.seen: dict[Key, Use] = {}
-
-    def __call__(self, path, op, x, y, layer, *, rows=None):
-        ids = None if rows is None else jax.ShapeDtypeStruct(jnp.shape(rows), jnp.float32)
-        shape = jax.ShapeDtypeStruct(x.shape, _wide(x))
-        self.seen[path, op] = Use(
-            shape, jax.ShapeDtypeStruct(y.shape, y.dtype), ids, layer is not None, 0
-        )
-        return checkpoint_name(y, f"{MARK}{path} {op}")
-
-
-def _wide(x):
-    return jnp.float32 if jnp.issubdtype(x.dtype, jnp.integer) else x.dtype
-
-
-def uses(f: Callable[..., Array], params: Any, x: Any) -> dict[Key, Use]:
-    """The uses of parameters that pass a tap.
-
-    Args:
-      f: `f(params, x, *, tap)`.
-      params, x: arrays or their shapes.
-    """
-    recorder = _Recorder()
-    traced = jax.make_jaxpr(lambda params, x: f(params, x, tap=recorder))(params, x)
-    counts: Counter[str] = Counter()
-    for name, times in _marks(traced.jaxpr, 1):
-        counts[name] += times
-    return {
-        (path, op): use._replace(count=counts[f"{MARK}{path} {op}"])
-        for (path, op), use in recorder.seen.items()
-    }
-
-
-def _marks(jaxpr, times) -> Iterator[tuple[str, int]]:
-    """Each marked name in a trace, with how often it runs (for a loop of unknown length, twice)."""
-    for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        if name == "name":
-            yield equation.params["name"], times
-        again = {"scan": equation.params.get("length"), "while": 2}.get(name, 1)
-        for value in equation.params.values():
-            for part in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(part, "jaxpr", part)
-                if hasattr(inner, "eqns"):
-                    yield from _marks(inner, times * again)
 
 
 @jax.custom_vjp
@@ -159,7 +84,7 @@ def _send_forward(y, x, rows, probe):
 def _send_backward(kept, cotangent):
     x, rows = kept
     ids = None if rows is None else rows.astype(jnp.float32)
-    return cotangent, None, None, Factors(x.astype(_wide(x)), cotangent, ids)
+    return cotangent, None, None, Factors(x.astype(carrier(x)), cotangent, ids)
 
 
 _send.defvjp(_send_forward, _send_backward)
@@ -233,7 +158,7 @@ def _zeros(shapes, lead=()):
     return jax.tree.map(lambda s: jnp.zeros((*lead, *s.shape), s.dtype), shapes)
 
 
-def _probes(found: dict[Key, Use], stacked: bool) -> dict[Key, Factors]:
+def _probes(found: Mapping[Key, Use], stacked: bool) -> dict[Key, Factors]:
     return {
         key: _zeros(Factors(use.x, use.y, use.rows), (use.count,) if stacked else ())
         for key, use in found.items()
@@ -247,7 +172,7 @@ def factors(
     x: Any,
     *,
     cotangents: Array | None = None,
-    select: Callable[[str], bool] = lambda path: True,
+    keep: Mapping[Key, Use] | None = None,
 ) -> dict[Key, Factors]:
     """Returns the two factors of every per-example gradient of `f`.
 
@@ -257,13 +182,13 @@ def factors(
       x: a batch, any pytree.
       cotangents: [K, *shape of f's value], for K backward passes at once; None for one pass, with
         ones.
-      select: of paths, which to return.
+      keep: the uses of which to return factors; all of `uses(f, params, x)` if None.
 
     Returns:
       `{(path, op): Factors}`. With `cotangents` each `b` has an axis K in front; `a` has not, since
       it is the same for all.
     """
-    found = {key: use for key, use in uses(f, params, x).items() if select(key[0])}
+    found = uses(f, params, x) if keep is None else keep
     probes = (_probes(found, True), _probes(found, False))
     value, pull = jax.vjp(lambda probes: f(params, x, tap=_Sender(*probes)), probes)
     if cotangents is None:
@@ -289,13 +214,13 @@ def reduce(
     rule: Callable[..., tuple[Any, Any]],
     *,
     cotangents: Array,
-    extras: dict[Key, Any] | None = None,
-    select: Callable[[str], bool] = lambda path: True,
+    extras: Mapping[Key, Any] | None = None,
+    keep: Mapping[Key, Use] | None = None,
 ) -> tuple[Any, dict[Key, Any], dict[Key, Factors]]:
     """Runs the backward pass of `f` and calls `rule` at every use in a layer, one layer alive.
 
     Args:
-      f, params, x, select: of `factors`.
+      f, params, x, keep: of `factors`.
       rule: `rule(key, a, b, layer, extra) -> (total, own)` with b [K, N, ...] for all cotangents
         and pytrees of arrays as values; `total` has the same shapes at every use.
       cotangents: [K, *shape of f's value].
@@ -306,7 +231,7 @@ def reduce(
       The sum of all `total` (None if nothing is used in a layer); for every key in layers its
       `own`, behind the axis of layers; and the factors of the uses outside layers.
     """
-    found = {key: use for key, use in uses(f, params, x).items() if select(key[0])}
+    found = uses(f, params, x) if keep is None else keep
     extras = extras or {}
     count = cotangents.shape[0]
     total, own = None, {}

@@ -1,6 +1,13 @@
-"""Which way to the kernel of a parameter is the fastest, by its shape."""
+"""Which way to the kernel of a parameter is the fastest, by its shape, and in blocks of which size.
 
+Seconds are estimated as operations over a rate plus numbers moved over a rate. Only their ratios
+count, and those are measured by `benchmarks.ntk`.
+"""
+
+import math
 from typing import Literal
+
+from jaxlm.core import tapped
 
 Method = Literal["paired", "chunked", "matches"]
 
@@ -12,58 +19,67 @@ TABLE = 2**24
 """Numbers of a piece of a table's gradients."""
 
 
-def chunk(each: int, width: int) -> int:
-    """Columns of a piece, of which each has `each` numbers."""
-    return _even(width, max(1, CHUNK // max(each, 1)))
+def chunk(each: int, count: int) -> int:
+    """Columns in a piece of gradients, each of `each` numbers; of `count` there are."""
+    return _even(count, max(1, CHUNK // max(each, 1)))
 
 
 def chunk_of_table(each: int, count: int) -> int:
-    """Rows of a table in a piece, of which each has `each` numbers."""
+    """Rows of a table in a piece of gradients, each of `each` numbers."""
     return _even(count, max(1, TABLE // max(each, 1)))
 
 
 def rows(each: int, count: int) -> int:
-    """Examples of x in a block of products, of which each has `each` numbers."""
+    """Examples of x in a block of products, each of `each` numbers."""
     return _even(count, max(1, PAIRS // max(each, 1)))
 
 
 def _even(count: int, most: int) -> int:
-    blocks = -(-count // most)
-    return -(-count // blocks)
+    """The size of equal parts of at most `most`: a divisor of `count` if one is near."""
+    most = min(count, most)
+    for size in range(most, most // 2, -1):
+        if count % size == 0:
+            return size
+    return -(-count // -(-count // most))
 
 
-def choose(op, counts, outputs, use, shape) -> Method:
+def choose(
+    op: str,
+    counts: tuple[int, int],
+    outputs: tuple[int, int],
+    use: tapped.Use,
+    shape: tuple[int, ...],
+) -> Method:
     """The way to one use of a parameter.
 
     Args:
       op: "dense", "embed" or "head".
       counts: examples on either side.
-      outputs: C, and of the C^2 pairs of outputs how many the kernel has.
+      outputs: C, and how many of the pairs of outputs the kernel has.
       use: with the shapes of what goes in and comes out.
       shape: of the parameter, without the axis of layers.
     """
-    length = 1
-    for size in use.x.shape[1:] if op == "embed" else use.x.shape[1:-1]:
-        length *= size
-    if op == "embed":
-        return table(counts, outputs, length, *shape)
-    return dense(counts, outputs, length, *shape)
+    places = use.x.shape[1:] if op == "embed" else use.x.shape[1:-1]
+    way = table if op == "embed" else dense
+    return way(counts, outputs, math.prod(places), *shape)
 
 
-def dense(counts, outputs, length: int, inputs: int, width: int) -> Method:
+def dense(
+    counts: tuple[int, int], outputs: tuple[int, int], length: int, inputs: int, width: int
+) -> Method:
     """For a matrix [inputs, width] used at `length` places."""
-    n, m = counts
-    c, pairs = outputs
-    paired = n * m * length**2 * 2 * (inputs + pairs * width)
-    formed = (n + m) * c * 2 * length * inputs * width
-    chunked = formed + n * m * pairs * 2 * inputs * width
+    pairs, some = counts[0] * counts[1], sum(counts)
+    paired = pairs * length**2 * 2 * (inputs + outputs[1] * width)
+    formed = some * outputs[0] * length * 2 * inputs * width
+    chunked = formed + pairs * outputs[1] * 2 * inputs * width
     return "paired" if paired < chunked else "chunked"
 
 
-def table(counts, outputs, length: int, vocab: int, width: int) -> Method:
+def table(
+    counts: tuple[int, int], outputs: tuple[int, int], length: int, vocab: int, width: int
+) -> Method:
     """For a table [vocab, width] of which an example uses `length` rows."""
-    n, m = counts
-    c, pairs = outputs
-    matches = n * m * pairs * length**2 * 2 * width
-    chunked = n * m * pairs * vocab * 2 * width + (n + m) * c * vocab * width * 4
+    pairs, some = counts[0] * counts[1], sum(counts)
+    matches = pairs * outputs[1] * length**2 * 2 * width
+    chunked = pairs * outputs[1] * vocab * 2 * width + some * outputs[0] * vocab * width * 4
     return "matches" if matches < chunked else "chunked"
