@@ -15,6 +15,7 @@ before those of x'.
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -158,8 +159,17 @@ def paired(
     _, outputs, length, _ = b.shape
     products = {"full": outputs**2, "diagonal": outputs, "trace": 1}[sides.inner] + 1
     size = length * b_right.shape[0] * b_right.shape[2] * products
-    out = lax.map(row, (a_left, b_left), batch_size=cost.rows(size, b_left.shape[0]))
+    out = in_blocks(row, (a_left, b_left), size)
     return out / outputs if sides.inner == "trace" else out
+
+
+def in_blocks(function: Callable[[Any], Array], examples: Any, size: int) -> Array:
+    """`function` of every example, as many at once as `size` numbers for each allow."""
+    count = jax.tree.leaves(examples)[0].shape[0]
+    batch = cost.rows(size, count)
+    if batch == count:
+        return jax.vmap(function)(examples)
+    return lax.map(function, examples, batch_size=batch)
 
 
 def summed(

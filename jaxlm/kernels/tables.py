@@ -125,10 +125,9 @@ def _cross(sides, rows, head):
         taken = jnp.take(head.b, one.ids, axis=3, mode="clip")
         return jnp.einsum(CROSSED[sides.inner], products, taken, precision=rules.HIGHEST)
 
-    n, outputs, length, _ = rows.values.shape
+    _, outputs, length, _ = rows.values.shape
     m, _, places, _ = head.b.shape
-    batch = cost.rows(2 * m * places * outputs * length, n)
-    out = lax.map(row, rows, batch_size=batch)
+    out = rules.in_blocks(row, rows, 2 * m * places * outputs * length)
     return out / outputs if sides.inner == "trace" else out
 
 
