@@ -109,10 +109,24 @@ def ntk(
     Kernel-Based View of Language Model Fine-Tuning", arXiv:2210.05643 (the kinds; the authors' code
     takes signs without a threshold); Novak et al., arXiv:2206.08720 (the methods and axes).
     """
-    over = gram.axes(trace_axes, diagonal_axes)
-    features = features_of(kind, params, select, sign_threshold, adam_state, b1, b2, eps)
     work = prepare(
-        f, params, x1, x2, features, over, select, method, block_size, mesh=mesh, check=check
+        f,
+        params,
+        x1,
+        x2,
+        kind=kind,
+        method=method,
+        trace_axes=trace_axes,
+        diagonal_axes=diagonal_axes,
+        select=select,
+        block_size=block_size,
+        sign_threshold=sign_threshold,
+        adam_state=adam_state,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        mesh=mesh,
+        check=check,
     )
     kernel = work.join({pair: work.compute(*pair) for pair in work.pairs()})
     if check:
@@ -179,23 +193,31 @@ def prepare(
     params: Any,
     x1: Any,
     x2: Any,
-    features: gram.Features,
-    over: gram.Axes,
-    select: paths.Select,
-    method: str,
-    block_size: int | None,
     *,
-    mesh: Mesh | None,
-    check: bool,
+    kind: str = "sgd",
+    method: str = "auto",
+    trace_axes: Sequence[int] = (),
+    diagonal_axes: Sequence[int] = (),
+    select: paths.Select = None,
+    block_size: int | None = None,
+    sign_threshold: float | int | None = None,
+    adam_state: Any = None,
+    b1: float | int = 0.9,
+    b2: float | int = 0.999,
+    eps: float | int = 1e-8,
+    mesh: Mesh | None = None,
+    check: bool = True,
 ) -> blocks.Blocks:
-    """The blocks of a kernel, after all that can be checked before them."""
+    """The blocks of `ntk`, after all that can be checked before them."""
+    over = gram.axes(trace_axes, diagonal_axes)
+    features = features_of(kind, params, select, sign_threshold, adam_state, b1, b2, eps)
     method = resolve(method, f)
     if block_size is not None and block_size < 1:
         raise UserError(f"block_size={block_size} is no number of examples; give 1 or more")
     try:
         hash(f)
     except TypeError:  # a callable object that holds arrays
-        f = functools_free(f)
+        f = _hashable(f)
     params = jax.tree.map(jnp.asarray, params)
     x1, x2 = jax.tree.map(jnp.asarray, (x1, x2))
     count = checks.outputs(f, params, x1, "x1")
@@ -215,7 +237,7 @@ def prepare(
     return blocks.Blocks(f, params, x1, x2, features, over, select, method, size, mesh)
 
 
-def functools_free(f: Callable[..., Array]) -> Callable[..., Array]:
+def _hashable(f: Callable[..., Array]) -> Callable[..., Array]:
     """A function that can be hashed, of the same value."""
     return lambda params, x: f(params, x)
 

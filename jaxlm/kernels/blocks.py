@@ -37,19 +37,24 @@ def _block(f, params, x1, x2, features, *, method, over, select):
 
 
 @functools.partial(jax.jit, static_argnames=("f", "select"))
-def _left(f, params, x1, features, *, select):
-    return features.left(jacobian.gradients(f, params, x1, select))
+def _gradients(f, params, x, *, select):
+    """The part that takes long to compile, and is the same for all kinds and axes."""
+    return jacobian.gradients(f, params, x, select)
 
 
-@functools.partial(jax.jit, static_argnames=("f", "over", "select"))
-def _against(f, params, left, x2, features, *, over, select):
-    right = features.right(jacobian.gradients(f, params, x2, select))
-    return gram.contract(left, right, over)
+@jax.jit
+def _signs(gradients, features):
+    return features.left(gradients)
 
 
 @functools.partial(jax.jit, static_argnames="over")
-def _alone(left, over):
-    return gram.contract_self(left, over)
+def _against(left, gradients, features, *, over):
+    return gram.contract(left, features.right(gradients), over)
+
+
+@functools.partial(jax.jit, static_argnames=("over", "halves"))
+def _alone(left, *, over, halves):
+    return gram.contract_self(left, over) if halves else gram.contract(left, left, over)
 
 
 @dataclasses.dataclass
@@ -91,19 +96,12 @@ class Blocks:
 
     def compute(self, i: int, j: int) -> Array:
         """One block, without what its examples were filled up with."""
-        alone = self.x2 is None and i == j
-        shared = (self.f, self.params)
-        if self.method == "jacobian" and (self.count(1) > 1 or self.mesh is not None):
-            left = self._left(i)
-            if alone and self.half and self.mesh is None:
-                found = _alone(left, self.over)
-            else:
-                x2, options = self._part(1, j), {"over": self.over, "select": self.select}
-                found = _against(*shared, left, x2, self.features, **options)
+        if self.method == "jacobian":
+            found = self._from_gradients(i, j)
         else:
-            x2 = None if alone else self._part(1, j)
+            x2 = None if self.x2 is None and i == j else self._part(1, j)
             options = {"over": self.over, "select": self.select, "method": self.method}
-            found = _block(*shared, self._part(0, i), x2, self.features, **options)
+            found = _block(self.f, self.params, self._part(0, i), x2, self.features, **options)
         rows, columns = (slice(0, self._length(side, at)) for side, at in ((0, i), (1, j)))
         return found[rows, :, columns] if self.over == "full" else found[rows, columns]
 
@@ -122,11 +120,23 @@ class Blocks:
         ]
         return jnp.concatenate(rows, axis=0)
 
+    def _from_gradients(self, i, j):
+        left = self._left(i)
+        if self.x2 is None and i == j:
+            if self.half:
+                return _alone(left, over=self.over, halves=self.mesh is None)
+            return _against(left, left, self.features, over=self.over)
+        found = _gradients(self.f, self.params, self._part(1, j), select=self.select)
+        return _against(left, found, self.features, over=self.over)
+
     def _left(self, i):
+        """φ1 of a block of rows, kept until the next."""
         if self._row is None or self._row[0] != i:
             self._row = None
-            x1 = self._part(0, i)
-            self._row = (i, _left(self.f, self.params, x1, self.features, select=self.select))
+            found = _gradients(self.f, self.params, self._part(0, i), select=self.select)
+            if self.features.kind == "signgd":
+                found = _signs(found, self.features)
+            self._row = (i, found)
         return self._row[1]
 
     def _examples(self, side) -> int:

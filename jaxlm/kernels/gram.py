@@ -113,11 +113,15 @@ class Features:
         return gradients if self.kind == "sgd" else signs(gradients, self.sign_threshold)
 
 
+def threshold_of(dtype: Any) -> float:
+    """τ by default: some roundings, where noise ends."""
+    return 1e-12 if dtype == jnp.float64 else 1e-6
+
+
 def _kept(gradients, threshold):
     """For each leaf what counts as not zero [N, C, S, p], and the largest entries [N, C, S]."""
     if threshold is None:
-        double = any(g.dtype == jnp.float64 for g in gradients)
-        threshold = 1e-12 if double else 1e-6
+        threshold = threshold_of(jnp.result_type(*gradients))
     sizes = [jnp.abs(g).astype(wide(g.dtype)) for g in gradients]
     tops = [size.max(-1, initial=0) for size in sizes]
     top = jnp.stack([t.max(-1, initial=0) for t in tops]).max(0)

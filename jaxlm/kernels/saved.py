@@ -1,0 +1,299 @@
+"""Kernels on disk: computed once, block by block, and used again only for what they are of.
+
+A folder has
+
+    manifest.json         what the kernel is of
+    kernel.safetensors    the kernel, once it is complete
+    blocks/I-J.safetensors    the blocks that are finished, until then
+
+Every file is written under another name and renamed, so a computation that was killed goes on after
+the last finished block.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxlm.core import paths
+from jaxlm.core.errors import UserError
+from jaxlm.core.files import write_atomic
+from jaxlm.kernels import _ntk, gram
+from jaxlm.kernels.arguments import features_of
+
+KERNEL, MANIFEST, BLOCKS = "kernel.safetensors", "manifest.json", "blocks"
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a kernel is of. Two kernels with the same manifest are equal up to rounding.
+
+    Attributes:
+      model: fingerprint of the parameters.
+      template: what the caller says of f: the prompt, the label words. f itself has no fingerprint.
+      examples1, examples2: fingerprints of x1 and x2.
+      dtype: of the kernel.
+      kind, axes, sign_threshold: see `ntk`; the threshold as it was used.
+      select: fingerprint of the selected paths.
+      adam: fingerprint of Adam's moments and constants, or None.
+    """
+
+    model: str
+    template: str
+    examples1: str
+    examples2: str
+    dtype: str
+    kind: str
+    axes: str
+    sign_threshold: float | None
+    select: str
+    adam: str | None
+
+
+def fingerprint(tree: Any) -> str:
+    """SHA-256 of the paths, dtypes, shapes and bytes of a pytree of arrays, as hexadecimal digits.
+
+    >>> fingerprint({"a": np.zeros(2)}) == fingerprint({"b": np.zeros(2)})
+    False
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        value = np.asarray(leaf)
+        name = f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape};"
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+def describe(
+    params: Any,
+    x1: Any,
+    x2: Any = None,
+    *,
+    template: str = "",
+    kind: str = "sgd",
+    trace_axes: Sequence[int] = (),
+    diagonal_axes: Sequence[int] = (),
+    select: paths.Select = None,
+    sign_threshold: float | int | None = None,
+    adam_state: Any = None,
+    b1: float | int = 0.9,
+    b2: float | int = 0.999,
+    eps: float | int = 1e-8,
+) -> Manifest:
+    """The manifest of the kernel that `ntk` computes from these arguments.
+
+    Args:
+      template: a text that stands for f: a kernel under another text is refused.
+      params, x1, x2, kind, trace_axes, diagonal_axes, select, sign_threshold, adam_state, b1, b2,
+        eps: of `ntk`.
+    """
+    features = features_of(kind, params, select, sign_threshold, adam_state, b1, b2, eps)
+    chosen = paths.flatten(paths.split(params, select)[0])[0]
+    dtype = gram.wide(jnp.result_type(*(leaf.value for leaf in chosen)))
+    signed = kind in ("signgd", "asymmetric_signgd")
+    threshold = gram.threshold_of(dtype) if sign_threshold is None else float(sign_threshold)
+    names = [f"{leaf.path}[{leaf.layer}]" for leaf in chosen]
+    moments = features.moments
+    return Manifest(
+        model=fingerprint(params),
+        template=template,
+        examples1=fingerprint(x1),
+        examples2=fingerprint(x1 if x2 is None else x2),
+        dtype=str(np.dtype(dtype)),
+        kind=kind,
+        axes=gram.axes(trace_axes, diagonal_axes),
+        sign_threshold=threshold if signed else None,
+        select=hashlib.sha256("\n".join(names).encode()).hexdigest(),
+        adam=None if moments is None else fingerprint((moments, moments.b1, b2, eps)),
+    )
+
+
+def save_kernel(directory: str | Path, kernel: Any, manifest: Manifest) -> None:
+    """Writes a kernel and what it is of.
+
+    Args:
+      directory: made if missing.
+      kernel: any shape.
+      manifest: of `describe`.
+
+    Raises:
+      UserError: if the directory has the kernel of something else.
+    """
+    folder = Path(directory)
+    _check(folder, manifest)
+    _write_manifest(folder, manifest)
+    _write(folder / KERNEL, np.asarray(kernel))
+
+
+def load_kernel(directory: str | Path, manifest: Manifest | None = None) -> Array:
+    """Reads a kernel.
+
+    Args:
+      directory: of `save_kernel` or `saved_ntk`.
+      manifest: what the kernel must be of, from `describe`; None for whatever is there.
+
+    Returns:
+      The kernel, in the dtype of its manifest (float64 only where JAX allows it).
+
+    Raises:
+      UserError: if there is no complete kernel, a file is damaged, or it is the kernel of something
+        else; the message says what differs.
+    """
+    folder = Path(directory)
+    if not (folder / KERNEL).exists():
+        raise UserError(f"{folder} has no complete kernel; compute one with saved_ntk")
+    read_manifest(folder)
+    if manifest is not None:
+        _check(folder, manifest)
+    found = _read(folder / KERNEL)
+    if found is None:
+        raise UserError(f"{folder / KERNEL} is damaged; remove the folder and compute it again")
+    return jnp.asarray(found)
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """What the kernel in a directory is of.
+
+    Raises:
+      UserError: if the file is missing or is no manifest.
+    """
+    path = Path(directory) / MANIFEST
+    names = [field.name for field in dataclasses.fields(Manifest)]
+    try:
+        content = json.loads(path.read_text())
+        return Manifest(**{name: content[name] for name in names})
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; a kernel is not used without it") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path} is not the manifest of a kernel; remove the folder and compute it again"
+        ) from None
+
+
+def saved_ntk(
+    directory: str | Path,
+    f: Callable[..., Array],
+    params: Any,
+    x1: Any,
+    x2: Any = None,
+    *,
+    template: str,
+    method: str = "auto",
+    block_size: int | None = None,
+    mesh: Any = None,
+    check: bool = True,
+    **options: Any,
+) -> Array:
+    """`ntk` of what lies in a directory, or computed and written there block by block.
+
+    A computation that was killed goes on after its last finished block and gives the same numbers.
+
+    Args:
+      directory: made if missing.
+      f, params, x1, x2: of `ntk`.
+      template: a text that stands for f, see `describe`.
+      method, block_size, mesh, check, **options: of `ntk`. Blocks are those of `block_size`, so the
+        work between two files is that of one block.
+
+    Returns:
+      The kernel.
+
+    Raises:
+      UserError: as `ntk` and `load_kernel`; if the blocks there are of another size.
+    """
+    folder = Path(directory)
+    manifest = describe(params, x1, x2, template=template, **options)
+    _check(folder, manifest)
+    if (folder / KERNEL).exists():
+        shutil.rmtree(folder / BLOCKS, ignore_errors=True)
+        return load_kernel(folder)
+    work = _ntk.prepare(
+        f, params, x1, x2, method=method, block_size=block_size, mesh=mesh, check=check, **options
+    )
+    _write_manifest(folder, manifest, sizes=list(work.sizes), method=work.method)
+    (folder / BLOCKS).mkdir(exist_ok=True)
+    finished = {}
+    for i, j in work.pairs():
+        path = folder / BLOCKS / f"{i}-{j}.safetensors"
+        block = _read(path) if path.exists() else None
+        if block is None:
+            block = np.asarray(work.compute(i, j))
+            if check:
+                _ntk.check_kernel(work, block)
+            _write(path, block)
+        finished[i, j] = block
+    kernel = work.join(finished)
+    _write(folder / KERNEL, np.asarray(kernel))
+    shutil.rmtree(folder / BLOCKS)
+    return kernel
+
+
+def _check(folder: Path, manifest: Manifest) -> None:
+    """Raises UserError if the folder has a manifest of something else."""
+    if not (folder / MANIFEST).exists() and not (folder / KERNEL).exists():
+        return
+    there = dataclasses.asdict(read_manifest(folder))
+    for name, here in dataclasses.asdict(manifest).items():
+        if there[name] != here:
+            both = f"{_short(there[name])} there, {_short(here)} here"
+            raise UserError(
+                f"{folder} has the kernel of another {WORDS.get(name, name)} ({both}); give the "
+                "same, or another folder"
+            )
+
+
+WORDS = {
+    "examples1": "x1",
+    "examples2": "x2",
+    "sign_threshold": "sign threshold",
+    "select": "selection of parameters",
+    "adam": "state of Adam",
+}
+
+
+def _short(value) -> str:
+    is_hash = isinstance(value, str) and len(value) == 64 and " " not in value
+    return value[:8] if is_hash else repr(value)
+
+
+def _write_manifest(folder: Path, manifest: Manifest, **more: Any) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / MANIFEST
+        if more and path.exists():
+            sizes = json.loads(path.read_text()).get("sizes", more["sizes"])
+            if sizes != more["sizes"]:
+                raise UserError(
+                    f"{folder} has blocks of {sizes[0]} by {sizes[1]} examples, here they are "
+                    f"{more['sizes'][0]} by {more['sizes'][1]}; give the same block_size"
+                )
+        content = {**dataclasses.asdict(manifest), **more}
+        write_atomic(path, json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another") from error
+
+
+def _write(path: Path, value: np.ndarray) -> None:
+    from safetensors.numpy import save
+
+    write_atomic(path, save({"kernel": np.ascontiguousarray(value)}))
+
+
+def _read(path: Path) -> np.ndarray | None:
+    """The array of a file, or None where it cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)["kernel"]
+    except (SafetensorError, KeyError):
+        return None
