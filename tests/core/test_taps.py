@@ -183,7 +183,7 @@ def test_a_rule_sees_every_use_in_a_layer_with_all_cotangents(remat: str):
     for (path, op), value in own.items():
         scale = np.array([3.0, 5.0]) if (path, op) == scaled else np.ones(2)
         wanted = (scale * [1, 2])[:, None, None] * weights * layers[path][:, None]
-        np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-6 * wanted.max())
+        np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-6 * total.max())
     assert {key for key in factors if not key[0].startswith("layers.")} == set(rest)
     for key, part in rest.items():
         jax.tree.map(np.testing.assert_array_equal, part, factors[key])
