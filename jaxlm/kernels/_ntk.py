@@ -1,0 +1,232 @@
+"""The empirical neural tangent kernel: one function for all kinds and methods."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from jaxlm.core import paths
+from jaxlm.core.errors import UserError
+from jaxlm.kernels import blocks, checks, gram
+from jaxlm.kernels.arguments import features_of
+
+
+class NTKInfo(NamedTuple):
+    """What a kernel was made of.
+
+    Attributes:
+      method: that computed it.
+      dropped1: [N1], the part of the entries of ∇f(x), of all outputs together, that were not zero
+        and were taken for zero by the sign threshold; 0 where no sign was taken.
+      dropped2: [N2], the same of x'.
+    """
+
+    method: str
+    dropped1: Float[Array, "N1"]
+    dropped2: Float[Array, "N2"]
+
+
+def ntk(
+    f: Callable[..., Array],
+    params: Any,
+    x1: Any,
+    x2: Any = None,
+    *,
+    kind: str = "sgd",
+    method: str = "auto",
+    trace_axes: Sequence[int] = (),
+    diagonal_axes: Sequence[int] = (),
+    select: paths.Select = None,
+    block_size: int | None = None,
+    sign_threshold: float | int | None = None,
+    adam_state: Any = None,
+    b1: float | int = 0.9,
+    b2: float | int = 0.999,
+    eps: float | int = 1e-8,
+    mesh: Mesh | None = None,
+    check: bool = True,
+) -> Array:
+    r"""The empirical neural tangent kernel of f at `params`.
+
+        sgd:                K[n, c, m, d] = ⟨∇f_c(x_n), ∇f_d(x'_m)⟩
+        signgd:             K[n, c, m, d] = ⟨sign ∇f_c(x_n), sign ∇f_d(x'_m)⟩
+        asymmetric_signgd:  K[n, c, m, d] = ⟨∇f_c(x_n), sign ∇f_d(x'_m)⟩
+        adam:               K[n, c, m, d] = ⟨∇f_c(x_n), Γ(∇f_d(x'_m))⟩
+
+    One step of size η of the optimizer on output d of x', with a batch of one, moves f_c(x) by
+    ±η K, to first order. Γ(g) = m̂ / (√v̂ + ε) is the step that Adam makes on g from its state, with
+    g in both moments and bias correction, as `optax.scale_by_adam`. From a fresh state and with
+    ε → 0 it is sign(g): early Adam is SignGD, for which the paper has the sign kernels. From a
+    trained state Γ is no longer odd, and has the part of the momentum that all examples share.
+
+    Each block is compiled once for f, its options and shapes, and kept as long as f is.
+
+    Args:
+      f: `f(params, x) -> [N, C]`, row n depending on example n alone. With a keyword `tap` the
+        factorized method can use it.
+      params: any pytree of floats; what are no floats is held fixed.
+      x1: a pytree of arrays whose axis 0 is N1: the examples whose f moves.
+      x2: the same with N2: the examples that move it. None stands for `x1`; of a symmetric kind
+        only half of the kernel is then computed.
+      kind: one of the four.
+      method: "jacobian" forms all gradients and contracts them; "ntk_vector_products" forms one at
+        a time; "auto" chooses.
+      trace_axes: (-1,) for the mean over c = d, `sum_c K[n, c, m, c] / C`.
+      diagonal_axes: (-1,) for c = d alone.
+      select: restricts the kernel to some parameters: a regular expression searched in their paths
+        or a predicate on them.
+      block_size: examples on either side of a block; by default as many as have gradients of at
+        most 1 GiB, for methods that form them.
+      sign_threshold: τ: a sign counts where |g| > τ max|g| of its leaf, one layer of a stack being
+        a leaf, and where that leaf is not all below τ max|g| of the whole gradient. By default
+        1e-6, and 1e-12 in float64; 0 is the paper's code.
+      adam_state: for "adam", the state of an optax chain that holds a `ScaleByAdamState`.
+      b1, b2, eps: of that Adam.
+      mesh: divides the examples of a block over its axes data and fsdp; the parameters stay where
+        they are on it, or are copied to each device.
+      check: whether to look at values: that exchanging two examples exchanges f, and that the
+        kernel is finite. Under `jax.jit` there are none to look at.
+
+    Returns:
+      [N1, C, N2, C]; traced [N1, N2]; diagonal [N1, N2, C]. float32, or float64 for gradients of
+      that dtype. (neural-tangents: [N1, N2, C, C].)
+
+    Raises:
+      UserError: for an unknown kind, method or axis; if f's value is not [N, C], or its C is not
+        the same at x1 and x2; if an example changes f at another; if a gradient is not finite (the
+        message names the example).
+      ValueError: if `select` takes nothing.
+
+    >>> f = lambda params, x: jnp.tanh(x @ params["w"])
+    >>> ntk(f, {"w": jnp.zeros((2, 3))}, jnp.array([[1.0, 2.0], [0.0, 1.0]])).shape
+    (2, 3, 2, 3)
+
+    References: Jacot et al., "Neural Tangent Kernel", arXiv:1806.07572; Malladi et al., "A
+    Kernel-Based View of Language Model Fine-Tuning", arXiv:2210.05643 (the kinds; the authors' code
+    takes signs without a threshold); Novak et al., arXiv:2206.08720 (the methods and axes).
+    """
+    over = gram.axes(trace_axes, diagonal_axes)
+    features = features_of(kind, params, select, sign_threshold, adam_state, b1, b2, eps)
+    work = prepare(
+        f, params, x1, x2, features, over, select, method, block_size, mesh=mesh, check=check
+    )
+    kernel = work.join({pair: work.compute(*pair) for pair in work.pairs()})
+    if check:
+        check_kernel(work, kernel)
+    return kernel
+
+
+def ntk_with_info(
+    f: Callable[..., Array], params: Any, x1: Any, x2: Any = None, **options: Any
+) -> tuple[Array, NTKInfo]:
+    """`ntk`, and what its sign threshold dropped, for another backward pass of each example.
+
+    Args:
+      f, params, x1, x2, **options: of `ntk`.
+
+    >>> f = lambda params, x: x @ params
+    >>> K, info = ntk_with_info(f, jnp.ones((2, 1)), jnp.array([[1.0, 1e-9]]), kind="signgd")
+    >>> K.tolist(), info.dropped1.tolist()
+    ([[[[1.0]]]], [0.5])
+    """
+    kernel = ntk(f, params, x1, x2, **options)
+    kind, select = options.get("kind", "sgd"), options.get("select")
+
+    def lost(x, signed):
+        if not signed:
+            return jnp.zeros(checks.examples(x, "x"), jnp.float32)
+        return dropped_fraction(f, params, x, options.get("sign_threshold"), select)
+
+    first = lost(x1, kind == "signgd")
+    second = first if x2 is None and kind == "signgd" else None
+    if second is None:
+        second = lost(x1 if x2 is None else x2, kind in ("signgd", "asymmetric_signgd"))
+    return kernel, NTKInfo(resolve(options.get("method", "auto"), f), first, second)
+
+
+def dropped_fraction(
+    f: Callable[..., Array],
+    params: Any,
+    x: Any,
+    sign_threshold: float | int | None = None,
+    select: paths.Select = None,
+) -> Float[Array, "N"]:
+    """The part of the non-zero entries of each example's gradients that has no sign.
+
+    Args:
+      f, params, x, sign_threshold, select: of `ntk`.
+    """
+    threshold = None if sign_threshold is None else float(sign_threshold)
+    return checks.dropped(f, params, jax.tree.map(jnp.asarray, x), threshold, select)
+
+
+def resolve(method: str, f: Callable[..., Array]) -> str:
+    """The name of a method, "auto" resolved."""
+    del f
+    if method != "auto" and method not in blocks.METHODS:
+        raise UserError(
+            f"method={method!r} is not known; give auto or one of {', '.join(blocks.METHODS)}"
+        )
+    return "jacobian" if method == "auto" else method
+
+
+def prepare(
+    f: Callable[..., Array],
+    params: Any,
+    x1: Any,
+    x2: Any,
+    features: gram.Features,
+    over: gram.Axes,
+    select: paths.Select,
+    method: str,
+    block_size: int | None,
+    *,
+    mesh: Mesh | None,
+    check: bool,
+) -> blocks.Blocks:
+    """The blocks of a kernel, after all that can be checked before them."""
+    method = resolve(method, f)
+    if block_size is not None and block_size < 1:
+        raise UserError(f"block_size={block_size} is no number of examples; give 1 or more")
+    try:
+        hash(f)
+    except TypeError:  # a callable object that holds arrays
+        f = functools_free(f)
+    params = jax.tree.map(jnp.asarray, params)
+    x1, x2 = jax.tree.map(jnp.asarray, (x1, x2))
+    count = checks.outputs(f, params, x1, "x1")
+    if x2 is not None and checks.outputs(f, params, x2, "x2") != count:
+        other = checks.outputs(f, params, x2, "x2")
+        raise UserError(
+            f"f has {count} outputs at x1 and {other} at x2; give both the same classes"
+        )
+    if check and checks.concrete(params, x1, x2):
+        for name, x in (("x1", x1), ("x2", x2)):
+            if x is not None:
+                checks.check_independence(f, params, x, name)
+    counts = (checks.examples(x1, "x1"), checks.examples(x1 if x2 is None else x2, "x2"))
+    size = blocks.sizes(counts, count, params, select, (block_size, method, mesh))
+    if mesh is not None:
+        params = blocks.on_mesh(params, mesh)
+    return blocks.Blocks(f, params, x1, x2, features, over, select, method, size, mesh)
+
+
+def functools_free(f: Callable[..., Array]) -> Callable[..., Array]:
+    """A function that can be hashed, of the same value."""
+    return lambda params, x: f(params, x)
+
+
+def check_kernel(work: blocks.Blocks, kernel: Any) -> None:
+    """Raises UserError if a kernel, or a block of it, is not finite, naming an example."""
+    if not checks.concrete(kernel) or np.isfinite(np.asarray(kernel)).all():
+        return
+    for name, x in (("x1", work.x1), ("x2", work.x2)):
+        if x is not None:
+            checks.check_finite(work.f, work.params, x, work.select, name)
+    raise UserError(
+        "the kernel is not finite though all gradients are; give parameters of a wider dtype"
+    )
