@@ -121,9 +121,11 @@ def dense_blocks(
     full, rest = divmod(size, ROWS)
     steps, single = divmod(full, ahead)
     total = jnp.zeros((padded // examples, examples, dim), dtype)
-    total = lax.fori_loop(0, steps, lambda i, t: step(i * ahead, ahead, ROWS, t), total)
-    first = steps * ahead
-    total = lax.fori_loop(0, single, lambda i, t: step(first + i, 1, ROWS, t), total)
+    if steps:
+        total = lax.fori_loop(0, steps, lambda i, t: step(i * ahead, ahead, ROWS, t), total)
+    if single:
+        first = steps * ahead
+        total = lax.fori_loop(first, full, lambda i, t: step(i, 1, ROWS, t), total)
     if rest:
         total = step(full, 1, rest, total)
     return scaled(total, dim)[:count]

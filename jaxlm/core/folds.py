@@ -105,7 +105,8 @@ def fold(
         return place(x, places, width, total)
 
     total = jnp.zeros((len(g), 2 * dim), jnp.promote_types(g.dtype, jnp.float32))
-    total = lax.fori_loop(0, full, lambda i, total: step(i, group, total), total)
+    if full:
+        total = lax.fori_loop(0, full, lambda i, total: step(i, group, total), total)
     if rest:
         total = step(full, rest, total)
     return total[:, :dim] + total[:, dim:]

@@ -11,18 +11,21 @@ transform", 2009; arXiv:2303.14186; arXiv:2402.04333; arXiv:2405.13954.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxlm.core import paths, prng, sketches
 from jaxlm.core.errors import UserError
 
 Family = Literal["countsketch", "gaussian", "kronecker", "rademacher", "srht"]
+Form = Literal["leaf", "stack", "factors"]
 
 
 @jax.tree_util.register_dataclass
@@ -34,11 +37,14 @@ class Projector:
       family: which map.
       dim: numbers in a row of the result.
       seed: all randomness comes from it.
+      mesh: devices that share the examples; None where gradients lie on one device or their
+        examples are divided already.
     """
 
     family: str = dataclasses.field(metadata={"static": True})
     dim: int = dataclasses.field(metadata={"static": True})
     seed: Any
+    mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
 
     def project(self, gradients: Any) -> Float[Array, "N dim"]:
         """S g of whole gradients.
@@ -83,7 +89,8 @@ class Projector:
         total = self._zeros(len(g), g.dtype) if total is None else total
         key = prng.leaf_key(jax.random.key(self.seed), path, layer)
         stacked = layer is None and paths.LAYERS in path.split(".") and g.ndim > 1
-        return _add(self.family, self.dim, stacked, key, g, total)
+        form: Form = "stack" if stacked else "leaf"
+        return _add(self.family, self.dim, form, self.mesh or _mesh_of(g), key, g, total)
 
     def factors(
         self, path: str, layer: Any, a: Array, b: Array, total: Array | None = None
@@ -101,34 +108,70 @@ class Projector:
         """
         a, b = (x.reshape(len(x), -1, x.shape[-1]) for x in (a, b))
         dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+        a, b = a.astype(dtype), b.astype(dtype)
         if self.family != "kronecker":
-            product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-            return self.leaf(
-                path, layer, product("nti,nto->nio", a.astype(dtype), b.astype(dtype)), total
-            )
+            formed = jnp.einsum("nti,nto->nio", a, b, precision=lax.Precision.HIGHEST)
+            return self.leaf(path, layer, formed, total)
         total = self._zeros(len(a), dtype) if total is None else total
         key = prng.leaf_key(jax.random.key(self.seed), path, layer)
-        return total + sketches.kronecker_factors(key, self.dim, a, b)
+        return _add(self.family, self.dim, "factors", self.mesh or _mesh_of(a), key, a, b, total)
 
     def _zeros(self, count: int, dtype) -> Array:
         return jnp.zeros((count, self.dim), jnp.promote_types(dtype, jnp.float32))
 
 
-@functools.partial(jax.jit, static_argnames=("family", "dim", "stacked"))
-def _add(family: str, dim: int, stacked: bool, key: Array, g: Array, total: Array) -> Array:
-    """Compiled by itself where nothing else is, so that every caller has the same loops."""
-    sketch = sketches.SKETCHES[family]
-    if not stacked:
-        return total + sketch(key, dim, g)
+def _mesh_of(g: Array) -> Mesh | None:
+    """The mesh that an array with values lies on."""
+    sharding = None if isinstance(g, jax.core.Tracer) else getattr(g, "sharding", None)
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None
 
+
+@functools.partial(jax.jit, static_argnames=("family", "dim", "form", "mesh"))
+def _add(family: str, dim: int, form: Form, mesh: Mesh | None, key: Array, *rows: Array) -> Array:
+    """The last of `rows` and what the others contribute.
+
+    Compiled by itself where nothing else is, so that every caller has the same loops. On a mesh the
+    examples are divided over all devices, and each has whole gradients of its own: then a loop over
+    blocks has nothing to exchange.
+    """
+    add = functools.partial(_FORMS[form], family, dim)
+    if mesh is None or mesh.size == 1:
+        return add(key, *rows)
+    count = len(rows[0])
+    more = -count % mesh.size
+    padded = [jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)) for x in rows] if more else rows
+    spec = PartitionSpec(mesh.axis_names)
+    specs = (PartitionSpec(), *(spec for _ in rows))
+    divided = jax.shard_map(add, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
+    return divided(key, *padded)[:count]
+
+
+def _add_leaf(family: str, dim: int, key: Array, g: Array, total: Array) -> Array:
+    return total + sketches.SKETCHES[family](key, dim, g)
+
+
+def _add_stack(family: str, dim: int, key: Array, g: Array, total: Array) -> Array:
     def layer(i, total):
         one = lax.dynamic_index_in_dim(g, i, axis=1, keepdims=False)
-        return total + sketch(jax.random.fold_in(key, i), dim, one)
+        return _add_leaf(family, dim, jax.random.fold_in(key, i), one, total)
 
-    return lax.fori_loop(0, g.shape[1], layer, total)
+    return lax.fori_loop(0, g.shape[1], layer, total) if g.shape[1] else total
 
 
-def projector(family: Family, dim: int, seed: int = 0) -> Projector:
+def _add_factors(family: str, dim: int, key: Array, a: Array, b: Array, total: Array) -> Array:
+    del family
+    return total + sketches.kronecker_factors(key, dim, a, b)
+
+
+_FORMS: dict[Form, Callable[..., Array]] = {
+    "leaf": _add_leaf,
+    "stack": _add_stack,
+    "factors": _add_factors,
+}
+
+
+def projector(family: Family, dim: int, seed: int = 0, *, mesh: Mesh | None = None) -> Projector:
     """A random projection of gradients to `dim` numbers.
 
     Inner products are kept on average: with c the cosine, that of unit vectors is off by about
@@ -150,6 +193,9 @@ def projector(family: Family, dim: int, seed: int = 0) -> Projector:
       family: one of the above.
       dim: numbers in a row; of `kronecker`, a product of two that are not too different.
       seed: 0 to 2**31 - 1.
+      mesh: for gradients that are divided in any way over several devices: each device is given
+        whole gradients of a part of the examples. Needed under `jit` where parameters, and so
+        their gradients, are divided; else an array's own mesh is found.
 
     Returns:
       A frozen dataclass, a pytree whose only leaf is the seed.
@@ -170,7 +216,7 @@ def projector(family: Family, dim: int, seed: int = 0) -> Projector:
             raise UserError(
                 f"dim={dim} is no product of two near sizes, as kronecker needs; give a power of 2"
             )
-    return Projector(family, dim, seed)
+    return Projector(family, dim, seed, mesh)
 
 
 def _check_leaves(leaves: list[paths.Leaf]) -> None:
