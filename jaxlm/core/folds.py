@@ -24,13 +24,19 @@ def windows_in_group(width: int) -> int:
     return max(4, min(32, GROUP // width))
 
 
-def _draw(key: Array, group: int | Array, width: int, dim: int) -> tuple[Array, Array]:
-    """Words whose top bits are the signs of a group of windows, and where the windows begin."""
+def draw_windows(
+    key: Array, group: int | Array, width: int, dim: int, sets: int
+) -> tuple[Array, Array]:
+    """What is random of a group of windows.
+
+    Returns:
+      Words [sets, numbers of the group], whose top bits are signs, and where the windows begin.
+    """
     count = windows_in_group(width)
-    drawn = prng.counter_bits(jax.random.fold_in(key, group), (width + count,))
-    words, places = lax.optimization_barrier((drawn[:width], drawn[width:] % np.uint32(dim)))
-    words = words[None, :] << lax.iota(jnp.uint32, count)[:, None]
-    return words.reshape(-1), places.astype(jnp.int32)
+    drawn = prng.counter_bits(jax.random.fold_in(key, group), (sets * width + count,))
+    words, places = lax.optimization_barrier((drawn[:-count], drawn[-count:]))
+    words = words.reshape(sets, 1, width) << lax.iota(jnp.uint32, count)[None, :, None]
+    return words.reshape(sets, count * width), (places % np.uint32(dim)).astype(jnp.int32)
 
 
 def hadamard(x: Float[Array, " n"], size: int) -> Float[Array, " n"]:
@@ -89,7 +95,9 @@ def fold(
       key: of the leaf.
       g: gradients.
       dim: length of the ring.
-      mix: size of the Hadamard matrices that the numbers pass after their signs; 1 for none.
+      mix: size of the Hadamard matrices that the numbers pass between two sets of signs; 1 for
+        none. Columns of two such matrices that are turned against each other are not orthogonal,
+        and without the second signs blocks filled alike would meet more often than by chance.
       place: `add_windows` or `gather_windows`.
     """
     width = dim // mix * mix
@@ -97,11 +105,11 @@ def fold(
     full, rest = divmod(g.shape[1], group)
 
     def step(i, size, total):
-        words, places = _draw(key, i, width, dim)
-        x = flip(wide(slices(g, i * group, size)), words[None, :size])
+        words, places = draw_windows(key, i, width, dim, sets=1 + (mix > 1))
+        x = flip(wide(slices(g, i * group, size)), words[:1, :size])
         if mix > 1:
-            x = jnp.pad(x, [(0, 0), (0, -size % mix)])
-            x = each(functools.partial(hadamard, size=mix), x)
+            x = each(functools.partial(hadamard, size=mix), jnp.pad(x, [(0, 0), (0, -size % mix)]))
+            x = flip(x, words[1:, : x.shape[1]])
         return place(x, places, width, total)
 
     total = jnp.zeros((len(g), 2 * dim), jnp.promote_types(g.dtype, jnp.float32))
@@ -128,7 +136,7 @@ def countsketch(key: Array, dim: int, g: Array) -> Float[Array, "N dim"]:
 
 
 def srht(key: Array, dim: int, g: Array) -> Float[Array, "N dim"]:
-    """Random signs, a Hadamard matrix on each block, then windows turned by random places.
+    """Signs, a Hadamard matrix on each block, signs, and windows turned by random places.
 
     The numbers of a block, at most 1024, share their size, so that a few large ones do no harm.
     """
