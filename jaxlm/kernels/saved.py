@@ -113,7 +113,9 @@ def describe(
         axes=gram.axes(trace_axes, diagonal_axes),
         sign_threshold=threshold if signed else None,
         select=hashlib.sha256("\n".join(names).encode()).hexdigest(),
-        adam=None if moments is None else fingerprint((moments, moments.b1, b2, eps)),
+        adam=None
+        if moments is None
+        else fingerprint((moments, moments.b1, moments.b2, moments.eps)),
     )
 
 
