@@ -11,6 +11,7 @@ import pytest
 from optax import ScaleByAdamState
 
 from jaxlm import kernels
+from jaxlm.core import taps
 from jaxlm.core.projection import projector
 from jaxlm.sharding import make_mesh
 from tests.kernels import oracle
@@ -312,32 +313,31 @@ def test_language_models_by_other_methods(name, tied, classes, method):
 
 
 def test_auto_is_factorized_where_every_use_has_a_tap():
-    lm = oracle.model("decoder")
-    f, x = oracle.label_logits(lm, 1), oracle.examples(2)
-    params = oracle.of_dtype(lm.params, jnp.float32)
-    prefixed = {**params, "scale": jnp.ones(())}
+    params, x = {"w": jnp.ones((3, 1)), "s": jnp.ones(())}, np.ones((2, 3), np.float32)
+
+    def tapped(params, x, *, tap=None):
+        return taps.apply(tap, "w", "dense", x, x @ params["w"], None)
 
     def scaled(params, x, *, tap=None):
-        return params["scale"] * f(params, x, tap=tap)
+        return params["s"] * tapped(params, x, tap=tap)
 
     def untapped(params, x):
-        return f(params, x)
+        return tapped(params, x)
 
-    def method(f, params, select=None):
+    def method(f, select=None):
         return kernels._ntk.prepare(f, params, x, None, select=select, check=False).method
 
-    assert method(f, params) == "factorized"
-    assert method(untapped, params) == "jacobian"
-    assert method(scaled, prefixed) == "jacobian"
-    assert method(scaled, prefixed, "embed|layers") == "factorized"
+    assert method(tapped) == "factorized"
+    assert method(untapped) == "jacobian"
+    assert method(scaled) == "jacobian"
+    assert method(scaled, "w") == "factorized"
 
 
 def test_projected_is_a_method():
-    f, params, x1, x2, *_ = toy_problem(3)
-    params = oracle.of_dtype(params, jnp.float32)
-    options = {"projector": projector("countsketch", 64), "trace_axes": (1,), "check": False}
-    found = kernels.ntk(f, params, x1, x2, method="projected", **options)
-    np.testing.assert_array_equal(found, kernels.projected(f, params, x1, x2, **options))
+    f, params, x = lambda params, x: x @ params, jnp.ones((9, 2)), np.eye(4, 9, dtype=np.float32)
+    options = {"projector": projector("countsketch", 8), "trace_axes": (1,), "check": False}
+    found = kernels.ntk(f, params, x, method="projected", **options)
+    np.testing.assert_array_equal(found, kernels.projected(f, params, x, **options))
 
 
 @pytest.mark.slow
