@@ -113,7 +113,9 @@ def describe(
         axes=gram.axes(trace_axes, diagonal_axes),
         sign_threshold=threshold if signed else None,
         select=hashlib.sha256("\n".join(names).encode()).hexdigest(),
-        adam=None if moments is None else fingerprint((moments, moments.b1, b2, eps)),
+        adam=None
+        if moments is None
+        else fingerprint((moments, moments.b1, moments.b2, moments.eps)),
     )
 
 
@@ -216,6 +218,8 @@ def saved_ntk(
     if (folder / KERNEL).exists():
         shutil.rmtree(folder / BLOCKS, ignore_errors=True)
         return load_kernel(folder)
+    if method == "projected":
+        raise UserError("method='projected' has no blocks to save; give its kernel to save_kernel")
     work = _ntk.prepare(
         f, params, x1, x2, method=method, block_size=block_size, mesh=mesh, check=check, **options
     )

@@ -22,7 +22,7 @@ def test_gradients_have_layers_apart():
     x = oracle.toy_examples(4)
     wanted = oracle.jacobian(f, params, x)
     params = oracle.of_dtype(params, jnp.float32)
-    found = gradients(f, params, x)
+    found = jax.jit(lambda params: gradients(f, params, x))(params)
     for leaf, rows in zip(paths.flatten(params)[0], found, strict=True):
         assert rows.shape[:3] == (4, 3, 2 if leaf.stacked else 1)
         for layer in range(rows.shape[2]):

@@ -11,6 +11,8 @@ import pytest
 from optax import ScaleByAdamState
 
 from jaxlm import kernels
+from jaxlm.core import taps
+from jaxlm.core.projection import projector
 from jaxlm.sharding import make_mesh
 from tests.kernels import oracle
 from tests.zo.test_any_model import MODELS
@@ -303,14 +305,54 @@ def test_language_models_in_float64(name, tied, classes):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["ntk_vector_products", "factorized"])
 @pytest.mark.parametrize(("name", "tied", "classes"), LANGUAGE_MODELS)
-def test_language_models_by_vector_products(name, tied, classes):
+def test_language_models_by_other_methods(name, tied, classes, method):
     with jax.enable_x64(True):
-        lm_kernels(name, tied, classes, oracle.KINDS, METHODS[1], jnp.float64, 1e-9)
+        lm_kernels(name, tied, classes, oracle.KINDS, method, jnp.float64, 1e-9)
+
+
+def test_auto_is_factorized_where_every_use_has_a_tap():
+    params, x = {"w": jnp.ones((3, 1)), "s": jnp.ones(())}, np.ones((2, 3), np.float32)
+
+    def tapped(params, x, *, tap=None):
+        return taps.apply(tap, "w", "dense", x, x @ params["w"], None)
+
+    def scaled(params, x, *, tap=None):
+        return params["s"] * tapped(params, x, tap=tap)
+
+    def untapped(params, x):
+        return tapped(params, x)
+
+    def method(f, select=None):
+        return kernels._ntk.prepare(f, params, x, None, select=select, check=False).method
+
+    assert method(tapped) == "factorized"
+    assert method(untapped) == "jacobian"
+    assert method(scaled) == "jacobian"
+    assert method(scaled, "w") == "factorized"
+
+
+def test_projected_is_a_method():
+    f, params, x = lambda params, x: x @ params, jnp.ones((9, 2)), np.eye(4, 9, dtype=np.float32)
+    options = {"projector": projector("countsketch", 8), "trace_axes": (1,), "check": False}
+    found = kernels.ntk(f, params, x, method="projected", **options)
+    np.testing.assert_array_equal(found, kernels.projected(f, params, x, **options))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.multidevice
+def test_eight_devices_factorized():
+    lm = oracle.model("encoder")
+    f, x = oracle.label_logits(lm, 1), oracle.examples(11)
+    params = oracle.of_dtype(lm.params, jnp.float32)
+    one = kernels.ntk(f, params, x, method="factorized")
+    found = kernels.ntk(f, params, x, method="factorized", mesh=make_mesh(data=8))
+    assert_close(np.asarray(found), np.asarray(one), 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [*METHODS, "factorized"])
 @pytest.mark.parametrize(("name", "tied", "classes"), LANGUAGE_MODELS)
 def test_language_models_in_float32(name, tied, classes, method):
     lm_kernels(name, tied, classes, oracle.KINDS, method, jnp.float32, 1e-5)

@@ -174,6 +174,12 @@ def test_what_is_not_finite_is_not_stored(tmp_path):
     assert stored == {"0-0", "0-1"}
 
 
+def test_a_projection_is_not_saved_in_blocks(tmp_path):
+    with pytest.raises(UserError, match=r"has no blocks to save; give its kernel to save_kernel$"):
+        kernels.saved_ntk(tmp_path, f, PARAMS, X1, template="t", method="projected")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_manifest_is_readable(tmp_path):
     kernels.saved_ntk(tmp_path, f, PARAMS, X1, template="It was {label}.", kind="signgd")
     content = json.loads((tmp_path / "manifest.json").read_text())
