@@ -120,7 +120,7 @@ def torch_peer(lm: LanguageModel, classes: int) -> Any:
     except ImportError as missing:
         print(f"no PyTorch rows, since {missing.name} is not installed (extra: parity)")
         return None
-    return TorchKernel(lm, WORDS, classes)
+    return TorchKernel(lm, WORDS[: max(classes, 2)], classes)
 
 
 def whole_kernels(length: int, classes: int, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -24,14 +24,14 @@ class Use(NamedTuple):
       x, y: shapes and dtypes of what goes in and comes out; ids count as float32.
       rows: of the ids of a restricted head, or None.
       stacked: whether it is used in a layer.
-      count: how many times, over all layers.
+      times: how often, over all layers.
     """
 
     x: jax.ShapeDtypeStruct
     y: jax.ShapeDtypeStruct
     rows: jax.ShapeDtypeStruct | None
     stacked: bool
-    count: int
+    times: int
 
 
 MARK = "tap "
@@ -72,7 +72,7 @@ def uses(f: Callable[..., Array], params: Any, x: Any) -> dict[Key, Use]:
     for name, times in _marks(traced.jaxpr, 1):
         counts[name] += times
     return {
-        (path, op): use._replace(count=counts[f"{MARK}{path} {op}"])
+        (path, op): use._replace(times=counts[f"{MARK}{path} {op}"])
         for (path, op), use in recorder.seen.items()
     }
 

@@ -59,15 +59,15 @@ class Factors(NamedTuple):
     """What determines the gradient of a use, with the layer axis in front where it is in a layer.
 
     Attributes:
-      a: [N, ...], what went in; ids of an embedding as exact integers in float32.
-      b: [N, ...], the cotangent of what came out; behind an axis of cotangents where there are
+      a: array [N, ...], what went in; ids of an embedding as exact integers in float32.
+      b: array [N, ...], the cotangent of what came out; behind an axis of cotangents if there are
         several.
       rows: ids [W] in float32 that the last axis of `b` stands for, or None for all.
     """
 
-    a: Array
-    b: Array
-    rows: Array | None = None
+    a: Any
+    b: Any
+    rows: Any = None
 
 
 @jax.custom_vjp
@@ -160,7 +160,7 @@ def _zeros(shapes, lead=()):
 
 def _probes(found: Mapping[Key, Use], stacked: bool) -> dict[Key, Factors]:
     return {
-        key: _zeros(Factors(use.x, use.y, use.rows), (use.count,) if stacked else ())
+        key: _zeros(Factors(use.x, use.y, use.rows), (use.times,) if stacked else ())
         for key, use in found.items()
         if use.stacked == stacked
     }
@@ -241,7 +241,7 @@ def reduce(
             extra = jax.tree.map(lambda e: e[0], extras.get(key))
             layer = jnp.zeros((), jnp.int32)
             total, one = jax.eval_shape(lambda *a, key=key: rule(key, *a), use.x, b, layer, extra)
-            own[key] = _zeros(one, (use.count,))
+            own[key] = _zeros(one, (use.times,))
 
     def run(probes):
         total, own, rest = probes

@@ -61,9 +61,9 @@ class Backward:
             self.f,
             self.params,
             x,
-            lambda key, a, b, layer, extra: self._rule(key, a, b, layer, extra, found[key].count),
+            lambda key, a, b, layer, extra: self._rule(key, a, b, layer, extra, found[key].times),
             cotangents=self._cotangents(x),
-            extras=self._extras(found),
+            extras=self._extras({key: use.stacked for key, use in found.items()}),
             keep=found,
         )
 
@@ -74,7 +74,7 @@ class Backward:
             taps.factors(self.f, self.params, x, cotangents=self._cotangents(x), keep=found)
             for x, found in zip((x1, x2), uses, strict=True)
         ]
-        extras = self._extras(uses[0])
+        extras = self._extras({key: use.stacked for key, use in uses[0].items()})
         total: Any = None
         own, rest = {}, {}
         for key, use in uses[0].items():
@@ -83,18 +83,19 @@ class Backward:
                 rest[key] = factors
                 continue
 
-            def layer(xs, key=key, count=use.count):
-                return self._rule(key, *xs, count)
+            def layer(xs, key=key, times=use.times):
+                a, b, layer, extra = xs
+                return self._rule(key, a, b, layer, extra, times)
 
-            layers = jnp.arange(use.count, dtype=jnp.int32)
+            layers = jnp.arange(use.times, dtype=jnp.int32)
             b = jnp.moveaxis(factors.b, 1, 0)
             totals, own[key] = lax.map(layer, (factors.a, b, layers, extras.get(key)))
             total = totals.sum(0) if total is None else total + totals.sum(0)
         return total, own, rest
 
-    def _rule(self, key, a, b, layer, extra, count):
+    def _rule(self, key, a, b, layer, extra, times):
         """What `taps.reduce` asks of a use in a layer."""
-        part = self._of_use(key, a, b, None, extra, layer == count - 1)
+        part = self._of_use(key, a, b, None, extra, layer == times - 1)
         return (jnp.zeros((), part.kernel.dtype), part) if self.sides.signed else (part.kernel, ())
 
     def _of_use(self, key, a, b, rows, moments, last) -> Slice:
@@ -109,17 +110,18 @@ class Backward:
             return self.plan[key]
         outputs = b.shape[0]
         pairs = outputs**2 if self.sides.inner == "full" else outputs
-        use = tapped.Use(a, b[0], None, False, 1)
-        return cost.choose(key[1], self.sides.counts(a), (outputs, pairs), use, shape)
+        counts = self.sides.counts(a)
+        return cost.choose(key[1], counts, (outputs, pairs), a.shape[1], shape)
 
     def _outside(self, rest) -> list[Slice]:
         """The slices of what is used outside layers."""
-        extras = self._extras({key: tapped.Use(*f[:2], None, False, 1) for key, f in rest.items()})
+        extras = self._extras(dict.fromkeys(rest, False))
         result = []
         by_path: dict[str, dict[str, taps.Factors]] = {}
         for key, (a, b, rows) in rest.items():
             if key[1] in ("embed", "head"):
-                by_path.setdefault(key[0], {})[key[1]] = taps.Factors(*_flat(key, a, b), rows)
+                a, b = _flat(key, a, b)
+                by_path.setdefault(key[0], {})[key[1]] = taps.Factors(a, b, rows)
             else:
                 result.append(self._of_use(key, a, b, rows, extras.get(key), None))
         for path, ops in by_path.items():
@@ -153,7 +155,7 @@ class Backward:
         eye = jnp.eye(value.shape[1], dtype=value.dtype)
         return jnp.broadcast_to(eye[:, None], (value.shape[1], *value.shape))
 
-    def _extras(self, found) -> dict[tapped.Key, Any]:
+    def _extras(self, stacked: Mapping[tapped.Key, bool]) -> dict[tapped.Key, Any]:
         """For each use the moments of its leaf (first, second, count), in layers behind an axis."""
         if self.moments is None:
             return {}
@@ -162,12 +164,12 @@ class Backward:
         for leaf, *pair in pairs:
             rows.setdefault(leaf.path, []).append((leaf.layer or 0, pair))
         result = {}
-        for key, use in found.items():
+        for key, in_layers in stacked.items():
             ordered = [pair for _, pair in sorted(rows[key[0]], key=lambda row: row[0])]
             first, second = (jnp.concatenate(side) for side in zip(*ordered, strict=True))
             count = jnp.broadcast_to(self.moments.count[None], (first.shape[0],))
             whole = (first, second, count)
-            result[key] = whole if use.stacked else jax.tree.map(lambda a: a[0], whole)
+            result[key] = whole if in_layers else jax.tree.map(lambda a: a[0], whole)
         return result
 
 

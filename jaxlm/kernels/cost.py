@@ -4,10 +4,7 @@ Seconds are estimated as operations over a rate plus numbers moved over a rate. 
 count, and those are measured by `benchmarks.ntk`.
 """
 
-import math
 from typing import Literal
-
-from jaxlm.core import tapped
 
 Method = Literal["paired", "chunked", "matches"]
 
@@ -47,7 +44,7 @@ def choose(
     op: str,
     counts: tuple[int, int],
     outputs: tuple[int, int],
-    use: tapped.Use,
+    length: int,
     shape: tuple[int, ...],
 ) -> Method:
     """The way to one use of a parameter.
@@ -56,12 +53,11 @@ def choose(
       op: "dense", "embed" or "head".
       counts: examples on either side.
       outputs: C, and how many of the pairs of outputs the kernel has.
-      use: with the shapes of what goes in and comes out.
+      length: places where an example uses the parameter.
       shape: of the parameter, without the axis of layers.
     """
-    places = use.x.shape[1:] if op == "embed" else use.x.shape[1:-1]
     way = table if op == "embed" else dense
-    return way(counts, outputs, math.prod(places), *shape)
+    return way(counts, outputs, length, *shape)
 
 
 def dense(

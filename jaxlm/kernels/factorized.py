@@ -7,6 +7,7 @@ cache ever exist, of one layer at a time.
 """
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -140,7 +141,7 @@ def plan(
     taken = paths.flatten(paths.split(params, select)[0])[0]
     shapes = {leaf.path: leaf.value.shape[-2:] for leaf in taken}
     return {
-        key: cost.choose(key[1], counts, (outputs, pairs), use, shapes[key[0]])
+        key: cost.choose(key[1], counts, (outputs, pairs), _places(key, use), shapes[key[0]])
         for key, use in tapped.uses(f, params, x1).items()
         if key[0] in shapes and key[1] in ("dense", "embed", "head")
     }
@@ -170,7 +171,7 @@ def obstacle(f: Callable[..., Array], params: Any, x: Any, select: paths.Select)
     for path, times in slices.items():
         own = {op: use for (at, op), use in uses.items() if at == path}
         tied = set(own) == {"embed", "head"} and not any(use.stacked for use in own.values())
-        if any(use.count != times for use in own.values()) or (len(own) > 1 and not tied):
+        if any(use.times != times for use in own.values()) or (len(own) > 1 and not tied):
             return (
                 f"{path} is used more than once in f, so its gradient is no product of factors; "
                 "give method='jacobian', or leave it out by select"
@@ -184,6 +185,11 @@ def _read(f, params, x) -> set[str]:
     _, read = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
     leaves = paths.flatten(params)[0]
     return {leaf.path for leaf, used in zip(leaves, read, strict=False) if used}
+
+
+def _places(key, use) -> int:
+    """How many places of an example a use has."""
+    return math.prod(use.x.shape[1:] if key[1] == "embed" else use.x.shape[1:-1])
 
 
 def _count(x) -> int:

@@ -12,6 +12,7 @@ what came out, B [T, O]. There are two ways to the inner products of such gradie
 before those of x'.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,12 @@ from jaxlm.kernels import cost, gram
 from jaxlm.kernels.sides import Pieces, Sides, Slice
 
 HIGHEST = lax.Precision.HIGHEST
+
+
+def product(subscripts: str, *operands: Array) -> Array:
+    """`einsum` at the highest precision and in at least float32."""
+    dtype = gram.wide(jnp.result_type(*operands))
+    return jnp.einsum(subscripts, *operands, precision=HIGHEST, preferred_element_type=dtype)
 
 
 def dense(
@@ -89,8 +96,7 @@ def chunked(sides: Sides, a: Array, b: Array, moments: Any = None) -> Slice:
             else:
                 part, columns = a, lax.dynamic_slice_in_dim(b, start, size, 3)
             columns = columns.reshape(n, length, -1)
-            piece = lax.dot_general(columns, part, (((1,), (1,)), ((0,), (0,))), precision=HIGHEST)
-            return piece.reshape(n, outputs, -1)  # [N, C, (O, I)]
+            return product("ntp,nti->npi", columns, part).reshape(n, outputs, -1)
 
         return Pieces(make, jnp.arange(steps, dtype=jnp.int32) * size)
 
@@ -115,12 +121,7 @@ def _parts(moments, inputs, width, by_row, steps, rest):
 
 def paired_dense(sides: Sides, a: Array, b: Array) -> Array:
     """`dense` by products of factors."""
-    dtype = gram.wide(a.dtype)
-
-    def products(a_i, a_j):
-        return jnp.einsum("ti,msi->tms", a_i, a_j, precision=HIGHEST, preferred_element_type=dtype)
-
-    return paired(sides, products, a, b.swapaxes(0, 1))
+    return paired(sides, functools.partial(product, "ti,msi->tms"), a, b.swapaxes(0, 1))
 
 
 PRODUCTS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
@@ -145,15 +146,12 @@ def paired(
     """
     (a_left, b_left), (a_right, b_right) = sides.each(lambda *pair: pair, a, b)
     b_right = b_right if right is None else right
-    product, spread, summed = PRODUCTS[sides.inner]
-    dtype = gram.wide(b.dtype)
+    subscripts, spread, axes = PRODUCTS[sides.inner]
 
     def row(one):
-        weights = weigh(one[0], a_right).astype(dtype)
-        found = jnp.einsum(
-            product, one[1], b_right, precision=HIGHEST, preferred_element_type=dtype
-        )
-        found = (found * jnp.expand_dims(weights, spread)).sum(summed)
+        found = product(subscripts, one[1], b_right)
+        weights = weigh(one[0], a_right).astype(found.dtype)
+        found = (found * jnp.expand_dims(weights, spread)).sum(axes)
         return found.T if sides.inner == "diagonal" else found
 
     _, outputs, length, _ = b.shape
@@ -177,14 +175,14 @@ def summed(
 ) -> Slice:
     """The kernel of a bias, of which `rows` may be used alone, or of the scale of a norm."""
     if op == "scale":
-        piece = jnp.einsum("nto,cnto->nco", a, b, precision=HIGHEST)
+        piece = product("nto,cnto->nco", a, b)
     else:
-        piece = b.sum(2).swapaxes(0, 1)
+        piece = b.sum(2, dtype=gram.wide(b.dtype)).swapaxes(0, 1)
     if rows is not None:
         same = rows[:, None] == rows[None, :]
         first = same.argmax(1) == jnp.arange(rows.shape[0])
         once = (same & first[None]).astype(piece.dtype)
-        piece = jnp.einsum("ncw,wv->ncv", piece, once, precision=HIGHEST)
+        piece = product("ncw,wv->ncv", piece, once)
         if moments is not None:
             index = rows.astype(jnp.int32)
             moments = (moments[0][index], moments[1][index], moments[2])

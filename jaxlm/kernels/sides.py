@@ -143,7 +143,8 @@ class Sides:
 
         def kernel(part):
             parts, pair = part
-            return self.features(*make(parts), tops, None if pair is None else (*pair, count))
+            left, right = make(parts)
+            return self.features(left, right, tops, None if pair is None else (*pair, count))
 
         pairs = None if moments is None else tuple(moments[:2])
         return Slice(_sum(kernel, (parts, pairs)), tops)

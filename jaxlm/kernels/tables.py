@@ -49,7 +49,7 @@ def looked_up(ids: Array, b: Array) -> Rows:
 
 def restricted(a: Array, b: Array, rows: Array) -> Rows:
     """Of a head of some tokens, a [N, K, D], b [C, N, K, W] and rows [W]."""
-    values = jnp.einsum("nkd,cnkw->ncwd", a, b, precision=rules.HIGHEST)
+    values = rules.product("nkd,cnkw->ncwd", a, b)
     ids = jnp.broadcast_to(rows.astype(jnp.int32)[None], (a.shape[0], rows.shape[0]))
     return Rows(ids, values)
 
@@ -121,9 +121,9 @@ def _cross(sides, rows, head):
     """`Σ_tk head.b[m, d, k, id_t] ⟨head.a[m, k], values[n, c, t]⟩`."""
 
     def row(one):
-        products = jnp.einsum("ctd,mkd->ctmk", one.values, head.a, precision=rules.HIGHEST)
+        products = rules.product("ctd,mkd->ctmk", one.values, head.a)
         taken = jnp.take(head.b, one.ids, axis=3, mode="clip")
-        return jnp.einsum(CROSSED[sides.inner], products, taken, precision=rules.HIGHEST)
+        return rules.product(CROSSED[sides.inner], products, taken)
 
     _, outputs, length, _ = rows.values.shape
     m, _, places, _ = head.b.shape
@@ -143,12 +143,12 @@ def chunked(
 
     def pieces(rows, head):
         def make(start):
-            piece = 0
+            piece: Any = 0
             if rows is not None:
                 piece = _scatter(rows, start, size)
             if head is not None:
                 b = lax.dynamic_slice_in_dim(head.b, start, size, 3)
-                piece += jnp.einsum("nckv,nkd->ncvd", b, head.a, precision=rules.HIGHEST)
+                piece += rules.product("nckv,nkd->ncvd", b, head.a)
             return piece.reshape(*piece.shape[:2], -1)
 
         if head is not None:
@@ -168,8 +168,8 @@ def _scatter(rows, start, size):
     here = (at >= 0) & (at < size)
     index = jnp.where(here, at + size * jnp.arange(n)[:, None], n * size)
     values = rows.values.swapaxes(1, 2).reshape(n * length, outputs * width)
-    zeros = jnp.zeros((n * size, outputs * width), values.dtype)
-    piece = zeros.at[index.reshape(-1)].add(values, mode="drop")
+    zeros = jnp.zeros((n * size, outputs * width), gram.wide(values.dtype))
+    piece = zeros.at[index.reshape(-1)].add(values.astype(zeros.dtype), mode="drop")
     return piece.reshape(n, size, outputs, width).swapaxes(1, 2)
 
 
@@ -196,7 +196,7 @@ def _adam(sides, shape, rows, moments):
     moved = jax.vmap(step)(values, first, second) - resting
     moved = jnp.where(_first(ids)[:, None, :, None], moved, 0)
     met = rules.paired(sides, _equal, ids, values, sides.each(lambda a: a, moved)[1])
-    alone = jnp.einsum("ncud,nud->nc", values, resting[:, 0], precision=rules.HIGHEST)
+    alone = rules.product("ncud,nud->nc", values, resting[:, 0])
     alone = sides.each(lambda a: a, alone)[0]
     if sides.inner == "full":
         return met + alone[:, :, None, None]
@@ -213,5 +213,5 @@ def _merged(rows):
     """Rows of one id added where it comes first; the others are zero."""
     same = rows.ids[:, :, None] == rows.ids[:, None, :]
     once = (same & _first(rows.ids)[:, :, None]).astype(rows.values.dtype)
-    values = jnp.einsum("nuw,ncwd->ncud", once, rows.values, precision=rules.HIGHEST)
+    values = rules.product("nuw,ncwd->ncud", once, rows.values)
     return Rows(rows.ids, values)

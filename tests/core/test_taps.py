@@ -199,7 +199,7 @@ def test_uses_are_counted():
     for function, times in ((f, 1), (twice, 2)):
         for (path, _), use in tapped.uses(function, lm.params, BATCH).items():
             assert use.stacked == path.startswith("layers.")
-            assert use.count == times * (2 if use.stacked else 1)
+            assert use.times == times * (2 if use.stacked else 1)
 
 
 def test_every_parameter_passes_one_tap_and_says_how():
