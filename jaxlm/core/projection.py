@@ -172,7 +172,7 @@ _FORMS: dict[Form, Callable[..., Array]] = {
 }
 
 
-def projector(family: Family, dim: int, seed: int = 0, *, mesh: Mesh | None = None) -> Projector:
+def projector(family: str, dim: int, seed: int = 0, *, mesh: Mesh | None = None) -> Projector:
     """A random projection of gradients to `dim` numbers.
 
     Inner products are kept on average: with c the cosine, that of unit vectors is off by about
