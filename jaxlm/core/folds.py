@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ MIX = 1024
 """Numbers that a Hadamard matrix mixes, at most."""
 GROUP = 2**15
 """Numbers of a leaf, about, that share the words of their signs."""
+UNROLLED = 4
+"""Windows in a step of a loop."""
 
 
 def windows_in_group(width: int) -> int:
@@ -58,28 +61,46 @@ def _hadamard_matrix(size: int, dtype) -> np.ndarray:
     return 1 - 2 * (np.bitwise_count(index[:, None] & index) % 2).astype(dtype)
 
 
+Read = Callable[[Any, int], Array]
+"""`read(start, size)`: some columns of a group of windows, [N, size]."""
+
+
 def add_windows(
-    x: Float[Array, "N n"], places: Array, width: int, total: Float[Array, "N R"]
+    read: Read, size: int, width: int, places: Array, total: Float[Array, "N R"]
 ) -> Float[Array, "N R"]:
     """Adds windows where they begin in `total`, twice as long as the ring it stands for.
 
     Only contiguous memory is read and written, which suits a CPU.
+
+    Args:
+      read: the numbers of the windows.
+      size: how many numbers there are.
+      width: of a window; the last may be shorter.
+      places: where each begins.
+      total: to be added to.
     """
-    for i, start in enumerate(range(0, x.shape[1], width)):
-        part = x[:, start : start + width]
-        old = slices(total, places[i], part.shape[1])
-        total = lax.dynamic_update_slice_in_dim(total, old + part, places[i], axis=1)
-    return total
+
+    def add(i, total, length=width):
+        part = read(i * width, length)
+        old = slices(total, places[i], length)
+        return lax.dynamic_update_slice_in_dim(total, old + part, places[i], axis=1)
+
+    full, rest = divmod(size, width)
+    if full:
+        total = lax.fori_loop(0, full, add, total, unroll=min(UNROLLED, full))
+    return add(full, total, rest) if rest else total
 
 
 def gather_windows(
-    x: Float[Array, "N n"], places: Array, width: int, total: Float[Array, "N R"]
+    read: Read, size: int, width: int, places: Array, total: Float[Array, "N R"]
 ) -> Float[Array, "N R"]:
     """As `add_windows`, every bucket looking for its numbers, which suits parallel machines."""
-    count, dim = -(-x.shape[1] // width), total.shape[1] // 2
-    padded = jnp.pad(x, [(0, 0), (0, count * width - x.shape[1])]).reshape(len(x), count, width)
+    count, dim = -(-size // width), total.shape[1] // 2
+    padded = jnp.pad(read(0, size), [(0, 0), (0, count * width - size)])
     index = (lax.iota(jnp.int32, dim)[None, :] - places[:count, None]) % dim
-    found = jnp.take_along_axis(padded, index[None], axis=2, mode="fill", fill_value=0)
+    found = jnp.take_along_axis(
+        padded.reshape(-1, count, width), index[None], axis=2, mode="fill", fill_value=0
+    )
     return total.at[:, :dim].add(found.sum(1))
 
 
@@ -106,11 +127,18 @@ def fold(
 
     def step(i, size, total):
         words, places = draw_windows(key, i, width, dim, sets=1 + (mix > 1))
-        x = flip(wide(slices(g, i * group, size)), words[:1, :size])
-        if mix > 1:
-            x = each(functools.partial(hadamard, size=mix), jnp.pad(x, [(0, 0), (0, -size % mix)]))
-            x = flip(x, words[1:, : x.shape[1]])
-        return place(x, places, width, total)
+
+        def signed(start, length):
+            return flip(
+                wide(slices(g, i * group + start, length)), slices(words[:1], start, length)
+            )
+
+        if mix == 1:
+            return place(signed, size, width, places, total)
+        size, padded = -(-size // mix) * mix, jnp.pad(signed(0, size), [(0, 0), (0, -size % mix)])
+        mixed = each(functools.partial(hadamard, size=mix), padded)
+        mixed = flip(mixed, words[1:, :size])
+        return place(functools.partial(slices, mixed), size, width, places, total)
 
     total = jnp.zeros((len(g), 2 * dim), jnp.promote_types(g.dtype, jnp.float32))
     if full:

@@ -11,6 +11,7 @@ transform", 2009; arXiv:2303.14186; arXiv:2402.04333; arXiv:2405.13954.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -106,7 +107,7 @@ class Projector:
           b: gradient with respect to what left, [N, T, out] or [N, out].
           total: as of `leaf`.
         """
-        a, b = (x.reshape(len(x), -1, x.shape[-1]) for x in (a, b))
+        a, b = (x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1]) for x in (a, b))
         dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
         a, b = a.astype(dtype), b.astype(dtype)
         if self.family != "kronecker":
@@ -171,7 +172,7 @@ _FORMS: dict[Form, Callable[..., Array]] = {
 }
 
 
-def projector(family: Family, dim: int, seed: int = 0, *, mesh: Mesh | None = None) -> Projector:
+def projector(family: str, dim: int, seed: int = 0, *, mesh: Mesh | None = None) -> Projector:
     """A random projection of gradients to `dim` numbers.
 
     Inner products are kept on average: with c the cosine, that of unit vectors is off by about

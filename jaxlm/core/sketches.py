@@ -46,7 +46,7 @@ def kronecker(key: Array, dim: int, g: Array) -> Float[Array, "N dim"]:
     """P_in^T G P_out of a matrix G, all but the last axis of which are rows; vectors are dense."""
     if g.ndim < 3:
         return rademacher(key, dim, g)
-    matrices = g.reshape(len(g), -1, g.shape[-1])
+    matrices = g.reshape(len(g), math.prod(g.shape[1:-1]), g.shape[-1])
     dtype = jnp.promote_types(g.dtype, jnp.float32)
     left, right = sides(key, dim, matrices.shape[1], matrices.shape[2], dtype)
     return scaled(each(lambda x: product(left.T, product(wide(x), right)), matrices), dim)

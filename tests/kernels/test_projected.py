@@ -1,0 +1,211 @@
+"""Kernels of projected gradients: unbiased, with the error of theory, whatever the blocks."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.core.errors import UserError
+from jaxlm.core.projection import Projector, projector
+from jaxlm.kernels import subspaces
+from jaxlm.kernels._projected import projected, projected_features
+from jaxlm.sharding import make_mesh
+from tests.kernels import oracle
+
+
+def network(params, x):
+    """[N, 2], of two layers."""
+    return jnp.tanh(x @ params["a"]) @ params["b"]
+
+
+def problem(count=10):
+    rng = np.random.default_rng(0)
+    params = {"a": jnp.float32(rng.standard_normal((6, 9))), "b": jnp.float32(rng.random((9, 2)))}
+    return params, jnp.float32(rng.standard_normal((count, 6)))
+
+
+def explicit(params, x):
+    return oracle.jacobian(network, params, x)
+
+
+def rows_of(drawn: Projector, gradients):
+    """S of every gradient {(path, layer): [N, C, p]}, in the oracle's order of leaves."""
+    shape = next(iter(gradients.values())).shape[:2]
+    total = 0
+    for (path, layer), g in sorted(gradients.items()):
+        flat = jnp.float32(g.reshape(-1, g.shape[-1]))
+        total += np.asarray(drawn.leaf(path, layer, flat), np.float64)
+    return total.reshape(*shape, -1)
+
+
+@pytest.mark.parametrize("kind", oracle.KINDS)
+def test_every_kind_projects_the_features_of_the_definition(kind):
+    params, x = problem()
+    gradients, drawn = explicit(params, x), projector("countsketch", 32, 3)
+    options, state = {}, None
+    if kind == "adam":
+        optax = pytest.importorskip("optax")
+        moments = oracle.moments_like(params)
+        count = 4
+        tree = [jax.tree.map(jnp.float32, each) for each in moments]
+        state = (optax.ScaleByAdamState(jnp.int32(count), *tree), optax.EmptyState())
+        options = {"adam_state": state}
+    signed = oracle.signs(gradients, 1e-6)
+    left = signed if kind == "signgd" else gradients
+    right = {"sgd": gradients, "signgd": signed, "asymmetric_signgd": signed}.get(kind)
+    if right is None:
+        places = oracle.by_place(*moments)
+        right = oracle.adam(gradients, places, count, 0.9, 0.999, 1e-8)
+    expected = np.einsum("ncr,mdr->ncmd", rows_of(drawn, left), rows_of(drawn, right))
+    found = projected(network, params, x, projector=drawn, kind=kind, **options)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    trace = projected(
+        network, params, x, x[:3], projector=drawn, kind=kind, trace_axes=(-1,), **options
+    )
+    wanted = np.einsum("ncmc->nm", expected[:, :, :3]) / 2
+    np.testing.assert_allclose(trace, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+    diagonal = projected(
+        network, params, x, projector=drawn, kind=kind, diagonal_axes=(-1,), **options
+    )
+    wanted = np.einsum("ncmc->nmc", expected)
+    np.testing.assert_allclose(diagonal, wanted, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("family", ["countsketch", "gaussian", "rademacher", "srht"])
+def test_the_error_falls_as_one_over_the_root_of_dim(family):
+    """Slope -0.5 +- 0.1 of the root mean square over seeds, dim from 2**4 to 2**10."""
+    params, x = problem(6)
+    gradients = explicit(params, x)
+    full = oracle.kernel(gradients, gradients, "sgd")
+    rows = {"a": gradients["a", None], "b": gradients["b", None]}
+    # Several copies of each leaf, for more parameters than the largest dim.
+    copies = {
+        name: jnp.float32(np.repeat(g.reshape(12, 1, -1), 24, axis=1)) / math.sqrt(24)
+        for name, g in rows.items()
+    }
+    tree = {"layers": copies}
+    dims, found = 2 ** np.arange(4, 11), []
+    for dim in dims.tolist():
+
+        def one(seed, dim=dim):
+            return Projector(family, dim, seed).project(tree)
+
+        drawn = np.asarray(jax.jit(lambda seeds: jax.lax.map(one, seeds))(jnp.arange(16)))
+        kernels = np.einsum("sir,sjr->sij", drawn, drawn)
+        errors = [subspaces.relative_error(k, full.reshape(12, 12)) for k in kernels]
+        found.append(math.sqrt(np.mean(np.square(errors))))
+    slope = np.polyfit(np.log(dims), np.log(found), 1)[0]
+    assert -0.6 < slope < -0.4
+
+
+def test_the_error_of_a_gaussian_projection_in_closed_form():
+    params, x = problem(5)
+    gradients = explicit(params, x)
+    full = oracle.kernel(gradients, gradients, "sgd")
+    squares = np.array(
+        [
+            subspaces.relative_error(
+                projected(network, params, x, projector=projector("gaussian", 64, seed)), full
+            )
+            ** 2
+            for seed in range(60)
+        ]
+    )
+    spread = squares.std() / math.sqrt(len(squares))
+    assert abs(squares.mean() - subspaces.expected_error(full, 64) ** 2) < 4.5 * spread
+
+
+def test_it_is_symmetric_and_positive_semidefinite():
+    params, x = problem()
+    for kind in ("sgd", "signgd"):
+        kernel = projected(network, params, x, projector=projector("srht", 64), kind=kind)
+        matrix = np.asarray(kernel, np.float64).reshape(20, 20)
+        np.testing.assert_array_equal(matrix, matrix.T)
+        eigenvalues = np.linalg.eigvalsh(matrix)
+        assert eigenvalues[0] > -1e-5 * eigenvalues[-1]
+
+
+@pytest.mark.parametrize("family", ["countsketch", "kronecker", "rademacher", "srht"])
+def test_blocks_and_order_change_nothing(family):
+    params, x = problem()
+    drawn = projector(family, 64, 1)
+
+    def rows(x, **options):
+        return np.asarray(projected_features(network, params, x, projector=drawn, **options))
+
+    whole = rows(x, block_size=4)
+    np.testing.assert_array_equal(rows(x[::-1], block_size=4), whole[::-1])
+    np.testing.assert_array_equal(rows(x[3:8], block_size=4)[:4], whole[3:7])
+    for size in (1, 3, 10, 50, None):
+        np.testing.assert_allclose(rows(x, block_size=size), whole, atol=2e-5)
+
+
+def test_language_models_layers_padding_and_selection():
+    lm = oracle.model("encoder")
+    params, x = oracle.of_dtype(lm.params, jnp.float32), oracle.examples(5)
+    f = oracle.label_logits(lm, 3)
+    drawn = projector("rademacher", 256, 2)
+    select = r"layers\.|norm"
+    gradients = oracle.jacobian(f, params, x, lambda path: "layers." in path or "norm" in path)
+    rows = rows_of(drawn, gradients)
+    expected = np.einsum("ncr,mdr->ncmd", rows, rows)
+    found = projected(f, params, x, projector=drawn, select=select, block_size=2)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, atol=1e-4 * scale)
+
+    longer = {
+        name: np.pad(value, [(0, 0), (0, 2)]) if value.ndim == 2 else value
+        for name, value in x.items()
+    }
+    padded = projected(f, params, longer, projector=drawn, select=select, block_size=2)
+    np.testing.assert_allclose(padded, found, atol=1e-5 * scale)
+
+
+@pytest.mark.multidevice
+def test_eight_devices_give_the_same_kernel():
+    params, x = problem(20)
+    kernel = projected(network, params, x, projector=projector("srht", 64, 1))
+    mesh = make_mesh(data=4, fsdp=2)
+    divided = projected(network, params, x, projector=projector("srht", 64, 1, mesh=mesh))
+    assert len(divided.sharding.device_set) == 8
+    np.testing.assert_allclose(divided, kernel, atol=1e-5 * np.abs(kernel).max())
+
+
+def constant(value):
+    return lambda params, x: jnp.broadcast_to(value * params["a"].sum(), (len(x), 1))
+
+
+def test_mistakes_are_said_in_one_sentence():
+    params, x = problem()
+    drawn = projector("countsketch", 16)
+
+    def message(*arguments, **options):
+        with pytest.raises(UserError) as error:
+            projected(*arguments, projector=drawn, **options)
+        return str(error.value)
+
+    assert message(network, params, x, block_size=0) == (
+        "block_size=0 is no number of examples; give 1 or more"
+    )
+    assert "without a class axis" in message(lambda p, x: network(p, x)[:, 0], params, x)
+    assert "kind='sign' is not known" in message(network, params, x, kind="sign")
+    bad = x.at[7].set(jnp.nan)
+    assert "example 7 of x1 is not finite" in message(network, params, bad)
+    assert "example 2 of x2 is not finite" in message(network, params, x, bad[5:])
+    narrow = jax.tree.map(lambda a: a.astype(jnp.float16), params)
+    steep = lambda p, x: 1e4 * (x @ p["a"]) ** 3  # noqa: E731
+    assert "float16" in message(steep, narrow, 10 * x.astype(jnp.float16))
+    with pytest.raises(ValueError, match="takes no parameter"):
+        projected(network, params, x, projector=drawn, select="nothing")
+
+
+def test_classes_that_differ_are_refused():
+    params, x = problem()
+
+    def odd(params, x):
+        return x @ params["a"][: x.shape[1], : x.shape[1]]
+
+    with pytest.raises(UserError, match="6 outputs at x1 and 4 at x2"):
+        projected(odd, params, x, x[:, :4], projector=projector("countsketch", 16))
