@@ -1,6 +1,7 @@
 """Empirical neural tangent kernels of any function, for SGD, SignGD and Adam."""
 
 from jaxlm.kernels._ntk import NTKInfo, dropped_fraction, ntk, ntk_with_info
+from jaxlm.kernels._projected import projected, projected_features
 from jaxlm.kernels.jacobian import jacobian_contraction
 from jaxlm.kernels.saved import (
     Manifest,
@@ -25,6 +26,8 @@ __all__ = [
     "ntk",
     "ntk_vector_products",
     "ntk_with_info",
+    "projected",
+    "projected_features",
     "read_manifest",
     "save_kernel",
     "saved_ntk",

@@ -1,5 +1,6 @@
 """The empirical neural tangent kernel: one function for all kinds and methods."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,8 +12,11 @@ from jaxtyping import Array, Float
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
+from jaxlm.core.projection import Projector
 from jaxlm.kernels import blocks, checks, gram
+from jaxlm.kernels._projected import projected
 from jaxlm.kernels.arguments import features_of
+from jaxlm.kernels.factorized import obstacle, takes_tap
 
 
 class NTKInfo(NamedTuple):
@@ -47,6 +51,7 @@ def ntk(
     b1: float | int = 0.9,
     b2: float | int = 0.999,
     eps: float | int = 1e-8,
+    projector: Projector | None = None,
     mesh: Mesh | None = None,
     check: bool = True,
 ) -> Array:
@@ -63,7 +68,8 @@ def ntk(
     ε → 0 it is sign(g): early Adam is SignGD, for which the paper has the sign kernels. From a
     trained state Γ is no longer odd, and has the part of the momentum that all examples share.
 
-    Each block is compiled once for f, its options and shapes, and kept as long as f is.
+    A block is compiled once for each function f, its options and shapes: give the same f again
+    rather than a new one of the same text.
 
     Args:
       f: `f(params, x) -> [N, C]`, row n depending on example n alone. With a keyword `tap` the
@@ -74,7 +80,10 @@ def ntk(
         only half of the kernel is then computed.
       kind: one of the four.
       method: "jacobian" forms all gradients and contracts them; "ntk_vector_products" forms one at
-        a time; "auto" chooses.
+        a time; "factorized" makes the kernel of each parameter from its inputs and cotangents;
+        "projected" contracts random projections, and is the one that is not exact. "auto" is
+        "factorized" for an f with a keyword `tap`, which chooses a way for each matrix, unless a
+        parameter is used where no tap sees it; and else "jacobian".
       trace_axes: (-1,) for the mean over c = d, `sum_c K[n, c, m, c] / C`.
       diagonal_axes: (-1,) for c = d alone.
       select: restricts the kernel to some parameters: a regular expression searched in their paths
@@ -86,6 +95,7 @@ def ntk(
         1e-6, and 1e-12 in float64; 0 is the paper's code.
       adam_state: for "adam", the state of an optax chain that holds a `ScaleByAdamState`.
       b1, b2, eps: of that Adam.
+      projector: of `jaxlm.core.projection.projector`, for "projected".
       mesh: divides the examples of a block over its axes data and fsdp; the parameters stay where
         they are on it, or are copied to each device.
       check: whether to look at values: that exchanging two examples exchanges f, and that the
@@ -109,25 +119,28 @@ def ntk(
     Kernel-Based View of Language Model Fine-Tuning", arXiv:2210.05643 (the kinds; the authors' code
     takes signs without a threshold); Novak et al., arXiv:2206.08720 (the methods and axes).
     """
-    work = prepare(
-        f,
-        params,
-        x1,
-        x2,
-        kind=kind,
-        method=method,
-        trace_axes=trace_axes,
-        diagonal_axes=diagonal_axes,
-        select=select,
-        block_size=block_size,
-        sign_threshold=sign_threshold,
-        adam_state=adam_state,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        mesh=mesh,
-        check=check,
-    )
+    options: dict[str, Any] = {
+        "kind": kind,
+        "trace_axes": trace_axes,
+        "diagonal_axes": diagonal_axes,
+        "select": select,
+        "block_size": block_size,
+        "sign_threshold": sign_threshold,
+        "adam_state": adam_state,
+        "b1": b1,
+        "b2": b2,
+        "eps": eps,
+        "check": check,
+    }
+    if (method == "projected") != (projector is not None):
+        raise UserError("method='projected' and a projector go together; give both or neither")
+    if projector is not None:
+        if mesh is not None:
+            raise UserError(
+                "the mesh of method='projected' is that of its projector; give it there"
+            )
+        return projected(f, params, x1, x2, projector=projector, **options)
+    work = prepare(f, params, x1, x2, method=method, mesh=mesh, **options)
     kernel = work.join({pair: work.compute(*pair) for pair in work.pairs()})
     if check:
         check_kernel(work, kernel)
@@ -156,10 +169,14 @@ def ntk_with_info(
         return dropped_fraction(f, params, x, options.get("sign_threshold"), select)
 
     first = lost(x1, kind == "signgd")
-    second = first if x2 is None and kind == "signgd" else None
-    if second is None:
+    if x2 is None and kind == "signgd":
+        second = first
+    else:
         second = lost(x1 if x2 is None else x2, kind in ("signgd", "asymmetric_signgd"))
-    return kernel, NTKInfo(resolve(options.get("method", "auto"), f), first, second)
+    method = options.get("method", "auto")
+    if method == "auto":
+        method = resolve(method, f, params, x1, select)
+    return kernel, NTKInfo(method, first, second)
 
 
 def dropped_fraction(
@@ -178,14 +195,15 @@ def dropped_fraction(
     return checks.dropped(f, params, jax.tree.map(jnp.asarray, x), threshold, select)
 
 
-def resolve(method: str, f: Callable[..., Array]) -> str:
-    """The name of a method, "auto" resolved."""
-    del f
-    if method != "auto" and method not in blocks.METHODS:
-        raise UserError(
-            f"method={method!r} is not known; give auto or one of {', '.join(blocks.METHODS)}"
-        )
-    return "jacobian" if method == "auto" else method
+def resolve(method: str, f: Callable[..., Array], params: Any, x: Any, select: paths.Select) -> str:
+    """The name of a method; "auto" is factorized where f and its parameters allow it."""
+    if method == "auto":
+        fits = takes_tap(f) and obstacle(f, params, x, select) is None
+        return "factorized" if fits else "jacobian"
+    if method not in blocks.METHODS:
+        known = ", ".join(("auto", *blocks.METHODS))
+        raise UserError(f"method={method!r} is not known; give one of {known}, projected")
+    return method
 
 
 def prepare(
@@ -211,7 +229,6 @@ def prepare(
     """The blocks of `ntk`, after all that can be checked before them."""
     over = gram.axes(trace_axes, diagonal_axes)
     features = features_of(kind, params, select, sign_threshold, adam_state, b1, b2, eps)
-    method = resolve(method, f)
     if block_size is not None and block_size < 1:
         raise UserError(f"block_size={block_size} is no number of examples; give 1 or more")
     try:
@@ -226,6 +243,7 @@ def prepare(
         raise UserError(
             f"f has {count} outputs at x1 and {other} at x2; give both the same classes"
         )
+    method = resolve(method, f, params, x1, select)
     if check and checks.concrete(params, x1, x2):
         for name, x in (("x1", x1), ("x2", x2)):
             if x is not None:
@@ -238,8 +256,8 @@ def prepare(
 
 
 def _hashable(f: Callable[..., Array]) -> Callable[..., Array]:
-    """A function that can be hashed, of the same value."""
-    return lambda params, x: f(params, x)
+    """A function that can be hashed, of the same value and signature."""
+    return functools.wraps(f, updated=())(lambda *args, **options: f(*args, **options))
 
 
 def check_kernel(work: blocks.Blocks, kernel: Any) -> None:

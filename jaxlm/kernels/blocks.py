@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from jaxlm.core import paths
 from jaxlm.kernels import gram, jacobian, vector_products
+from jaxlm.kernels.factorized import block as factorized_block
 from jaxlm.sharding import batch_sharding
 
 GRADIENT_BYTES = 2**30
@@ -24,6 +25,7 @@ GRADIENT_BYTES = 2**30
 
 METHODS: dict[str, Callable[..., Array]] = {
     "jacobian": jacobian.block,
+    "factorized": factorized_block,
     "ntk_vector_products": vector_products.block,
 }
 """`method(f, params, x1, x2 or None, features, over, select)` of each name."""
@@ -110,7 +112,7 @@ class Blocks:
 
         def at(i, j):
             if self.half and j < i:
-                return gram.transpose(blocks[j, i], self.over)
+                return gram.transpose(jnp.asarray(blocks[j, i]), self.over)
             return blocks[i, j]
 
         where = gram.column_axis(self.over)

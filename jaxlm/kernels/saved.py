@@ -216,6 +216,8 @@ def saved_ntk(
     if (folder / KERNEL).exists():
         shutil.rmtree(folder / BLOCKS, ignore_errors=True)
         return load_kernel(folder)
+    if method == "projected":
+        raise UserError("method='projected' has no blocks to save; give its kernel to save_kernel")
     work = _ntk.prepare(
         f, params, x1, x2, method=method, block_size=block_size, mesh=mesh, check=check, **options
     )

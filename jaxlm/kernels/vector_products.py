@@ -151,7 +151,7 @@ def kernel_vector_product(
     params: Any,
     x1: Any,
     x2: Any,
-    v: Float[ArrayLike, "M C"],
+    v: Float[ArrayLike, "..."],
     *,
     kind: str = "sgd",
     select: paths.Select = None,
@@ -172,7 +172,7 @@ def kernel_vector_product(
       params: any pytree of floats.
       x1: a pytree of arrays whose axis 0 is N.
       x2: the same with M; None stands for `x1`.
-      v: one number for every example of x2 and output.
+      v: [M, C], one number for every example of x2 and output.
       kind, select, sign_threshold, adam_state, b1, b2, eps: see `ntk`.
 
     Returns:

@@ -56,8 +56,8 @@ class Context:
         dtype = self.config.compute_dtype
         return seen if dtype is None else jax.tree.map(lambda x: x.astype(dtype), seen)
 
-    def out(self, path: str, op: taps.Op, x: Array, y: Array) -> Array:
-        return taps.apply(self.tap, path, op, x, y, self.layer)
+    def out(self, path: str, op: taps.Op, x: Array, y: Array, rows=None) -> Array:
+        return taps.apply(self.tap, path, op, x, y, self.layer, rows=rows)
 
 
 def matmul(x, kernel):
@@ -128,7 +128,7 @@ def head(params, path: str, x, ctx: Context, token_ids=None):
     else:
         rows = ctx.read(params, path + ".embedding", rows=token_ids)
         y = matmul(x, rows.T)
-    return ctx.out("lm_head", "head", x, y)
+    return ctx.out(path + ".embedding", "head", x, y, rows=token_ids)
 
 
 def _blocked_head(params, path, x, ctx, shape):

@@ -398,7 +398,7 @@ def logits(
     bias = ctx.read(params, "lm_head.bias", rows=token_ids)
     if bias is not None:
         bias = bias.reshape((1,) * (y.ndim - 1) + bias.shape)
-        y = ctx.out("lm_head.bias", "bias", y, y + bias)
+        y = ctx.out("lm_head.bias", "bias", y, y + bias, rows=token_ids)
     if config.logit_cap is not None:
         wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
         y = (config.logit_cap * jnp.tanh(wide / config.logit_cap)).astype(y.dtype)

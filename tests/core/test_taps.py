@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.core import paths, taps
+from jaxlm.core import paths, tapped, taps
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 FAMILIES = ("gpt2", "llama-biases", "opt-projected", "bert-untied", "roberta-classifier")
+HEAD = ("lm_head.embedding", "head")
 BATCH = {
     "input_ids": jnp.array([[5, 6, 7, 1], [8, 9, 10, 11], [8, 8, 8, 8]]),
     "attention_mask": jnp.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]),
@@ -60,21 +61,18 @@ def gradient(op, a, b, shape):
     return (a * b).sum(1)
 
 
-def from_factors(lm, factors, token_ids=None):
+def from_factors(lm, factors):
     """Path -> [N, *shape of the leaf], from the factors."""
     leaves, found = by_path(lm.params), {}
-    for path, (a, b) in factors.items():
-        op = "head" if path == "lm_head" else OPS[path.rsplit(".", 1)[1]]
-        if op == "head":
-            path = "embed.tokens.embedding" if lm.config.tie_embeddings else "lm_head.embedding"
+    for (path, op), (a, b, rows) in factors.items():
         shape = leaves[path].shape
         if path.startswith("layers."):
             layers = [gradient(op, *pair, shape[1:]) for pair in zip(a, b, strict=True)]
             value = jnp.stack(layers, axis=1)
         else:
             value = gradient(op, a, b, shape)
-        if token_ids is not None and (op == "head" or path == "lm_head.bias"):
-            value = jnp.zeros((len(value), *shape)).at[:, token_ids].set(value)
+        if rows is not None:
+            value = jnp.zeros((len(value), *shape)).at[:, rows.astype(int)].add(value)
         found[path] = found.get(path, 0) + value
     return found
 
@@ -93,7 +91,7 @@ def test_factors_of_every_leaf_of_every_family(name: str):
 
     @jax.jit
     def both(params):
-        factors = taps.factors(f, params, BATCH, num_layers=lm.config.num_layers)
+        factors = taps.factors(f, params, BATCH)
         return from_factors(lm, factors), per_example(f, params, BATCH)
 
     assert_equal(*both(lm.params))
@@ -106,12 +104,21 @@ def test_a_head_restricted_to_positions_and_tokens():
 
     @jax.jit
     def both(params):
-        factors = taps.factors(f, params, batch, num_layers=2)
-        assert factors["lm_head"][0].shape == (3, 24)
-        assert factors["lm_head"][1].shape == (3, 3)
-        return from_factors(lm, factors, TOKENS), per_example(f, params, batch)
+        factors = taps.factors(f, params, batch)
+        assert [part.shape for part in factors[HEAD]] == [(3, 24), (3, 3), (3,)]
+        return factors, from_factors(lm, factors), per_example(f, params, batch)
 
-    assert_equal(*both(lm.params))
+    factors, *gradients = both(lm.params)
+    assert_equal(*gradients)
+    np.testing.assert_array_equal(factors[HEAD].rows, TOKENS)
+    np.testing.assert_array_equal(factors["lm_head.bias", "bias"].rows, TOKENS)
+
+
+def test_a_tied_table_has_the_factors_of_both_uses():
+    lm = jaxlm.from_pretrained(GOLDEN / "gpt2")
+    found = tapped.uses(score(lm), lm.params, BATCH)
+    path = "embed.tokens.embedding"
+    assert {key[1] for key in found if key[0] == path} == {"embed", "head"}
 
 
 def test_several_cotangents_and_rematerialisation():
@@ -125,12 +132,11 @@ def test_several_cotangents_and_rematerialisation():
     @jax.jit
     def both(params):
         def grads(function):
-            return jax.vmap(
-                lambda cotangent: from_factors(
-                    lm,
-                    taps.factors(function, params, BATCH, num_layers=2, cotangent=cotangent),
-                )
-            )(cotangents)
+            factors = taps.factors(function, params, BATCH, cotangents=cotangents)
+            wide = {key: part.b.shape[0] for key, part in factors.items()}
+            assert set(wide.values()) == {2}
+            axes = {key: taps.Factors(None, 0, None) for key in factors}
+            return jax.vmap(lambda factors: from_factors(lm, factors), (axes,))(factors)
 
         return grads(f), grads(remat), per_example(f, params, BATCH)
 
@@ -138,6 +144,62 @@ def test_several_cotangents_and_rematerialisation():
     wanted = jax.tree.map(lambda value: jnp.einsum("kn,n...->kn...", cotangents, value), single)
     assert_equal(found, wanted)
     assert_equal(rematerialised, wanted)
+
+
+def square_norms(key, a, b, layer, scale):
+    """A rule: |gradient|^2 of every cotangent and example; and the same times (1 + layer) scale."""
+    found = jax.vmap(lambda b: gradient(key[1], a, b, None))(b)
+    norms = jnp.square(found).reshape(*found.shape[:2], -1).sum(-1)
+    return norms, (1 + layer) * (1.0 if scale is None else scale) * norms
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "layer"])
+def test_a_rule_sees_every_use_in_a_layer_with_all_cotangents(remat: str):
+    lm = jaxlm.from_pretrained(GOLDEN / "gpt2")
+    lm = lm.replace(config=lm.config.replace(remat=remat))
+    f = score(lm)
+    cotangents = jnp.array([[1.0, 0.0, 0.0], [1.0, -2.0, 0.5]])
+    scaled = ("layers.mlp.up_proj.kernel", "dense")
+    extras = {scaled: jnp.array([3.0, 5.0])}
+
+    @jax.jit
+    def both(params):
+        found = taps.reduce(f, params, BATCH, square_norms, cotangents=cotangents, extras=extras)
+        return (
+            found,
+            taps.factors(f, params, BATCH, cotangents=cotangents),
+            per_example(f, params, BATCH),
+        )
+
+    (total, own, rest), factors, single = both(lm.params)
+    layers = {
+        path: np.square(g).reshape(*g.shape[:2], -1).sum(-1).T
+        for path, g in single.items()
+        if path.startswith("layers.")
+    }
+    weights = np.square(cotangents)
+    assert {path for path, _ in own} == set(layers)
+    np.testing.assert_allclose(total, weights * sum(l.sum(0) for l in layers.values()), rtol=1e-4)
+    for (path, op), value in own.items():
+        scale = np.array([3.0, 5.0]) if (path, op) == scaled else np.ones(2)
+        wanted = (scale * [1, 2])[:, None, None] * weights * layers[path][:, None]
+        np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-6 * total.max())
+    assert {key for key in factors if not key[0].startswith("layers.")} == set(rest)
+    for key, part in rest.items():
+        jax.tree.map(np.testing.assert_array_equal, part, factors[key])
+
+
+def test_uses_are_counted():
+    lm = jaxlm.from_pretrained(GOLDEN / "gpt2")
+    f = score(lm)
+
+    def twice(params, x, *, tap=None):
+        return f(params, x, tap=tap) - f(params, x, tap=tap)
+
+    for function, times in ((f, 1), (twice, 2)):
+        for (path, _), use in tapped.uses(function, lm.params, BATCH).items():
+            assert use.stacked == path.startswith("layers.")
+            assert use.count == times * (2 if use.stacked else 1)
 
 
 def test_every_parameter_passes_one_tap_and_says_how():
@@ -154,9 +216,8 @@ def test_every_parameter_passes_one_tap_and_says_how():
     jax.eval_shape(lambda: lm.apply(lm.params, **BATCH, tap=Record()))
     wanted = []
     for leaf in paths.flatten(lm.params)[0]:
-        path, op = leaf.path, OPS[leaf.path.rsplit(".", 1)[1]]
-        head = path == "lm_head.embedding"
-        wanted.append(("lm_head", "head", False) if head else (path, op, leaf.stacked))
+        op = "head" if leaf.path == HEAD[0] else OPS[leaf.path.rsplit(".", 1)[1]]
+        wanted.append((leaf.path, op, leaf.stacked))
     assert sorted(seen) == sorted(wanted)
 
 
@@ -170,8 +231,8 @@ def test_the_factors_of_a_dense_layer_in_closed_form():
         y = taps.apply(tap, "w.bias", "bias", y, y + params["w"]["bias"][None], None)
         return (y**2).sum(-1)
 
-    factors = taps.factors(f, params, x, num_layers=0)
+    factors = taps.factors(f, params, x)
     y = np.array([[2.0, 3.0], [4.0, 7.0]])
-    np.testing.assert_array_equal(factors["w.kernel"][0], x)
-    np.testing.assert_array_equal(factors["w.kernel"][1], 2 * y)
-    np.testing.assert_array_equal(factors["w.bias"][1], 2 * y)
+    np.testing.assert_array_equal(factors["w.kernel", "dense"].a, x)
+    np.testing.assert_array_equal(factors["w.kernel", "dense"].b, 2 * y)
+    np.testing.assert_array_equal(factors["w.bias", "bias"].b, 2 * y)

@@ -1,0 +1,354 @@
+"""How long does the kernel of a language model take, and how much memory?
+
+usage: python -m benchmarks.ntk [--quick] [--repeats 5] [--no-torch] [--scaling] [--roberta-base]
+
+A masked model of 4 layers of width 256 with 2000 tokens, float32, random weights; f is the logits
+of three label words at one position, or for C = 1 a difference of two; 32 examples against 64,
+without padding. One table for each length and C, the methods taking turns:
+
+  factorized                the backward pass makes the kernel layer by layer; ways by cost
+  factorized, paired        the same, matrices always by products of factors, tables by matches
+  factorized, chunked       the same, always by pieces of gradients
+  jacobian contraction      all gradients in JAX, then contracted
+  torch.func, jacrev        the same in PyTorch, as in its tutorial
+  torch.func, vjp and jvp   the tutorial's other way, pair by pair; timed on one row of the kernel
+  LM-Kernel-FT's loop       its authors' way, one jvp for each pair of examples; its total follows
+                            from 16 jvps, since all of them take minutes
+
+  times                     time over that of factorized
+  peak_MB                   by the compiler
+  resident_MB               what a fresh process had resident at most, over what it had before
+  difference                largest |K - K'| over largest |K'|, K' by torch.func (else the Jacobian)
+
+A second table has the ways to the kernel of one matrix or table, for each length and C: seconds,
+which one is chosen, and its time over that of the best. With --scaling, how time grows with N, T
+and P; with --roberta-base, 32 examples of 32 tokens against 936 at that model's size. --quick has
+16 tokens and C = 1 alone. The last line is one JSON object.
+"""
+
+import argparse
+import functools
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import common
+from benchmarks.shapes import ROBERTA_BASE
+from jaxlm.kernels import factorized, gram, jacobian, rules, tables
+from jaxlm.kernels.sides import Sides
+from jaxlm.models import LanguageModel, ModelConfig, init_params
+
+SMALL = ROBERTA_BASE.replace(
+    vocab_size=2000,
+    hidden_size=256,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=4,
+    intermediate_size=1024,
+    embedding_size=256,
+)
+WORDS = (11, 12, 13)
+ROWS, COLUMNS = 32, 64
+SGD = gram.Features()
+JVPS = 16
+
+
+def examples(config: ModelConfig, count: int, length: int, seed: int) -> dict[str, np.ndarray]:
+    """Random tokens of full length, of which one position is scored."""
+    rng = np.random.default_rng(seed)
+    return {
+        "input_ids": rng.integers(20, config.vocab_size, (count, length), np.int32),
+        "attention_mask": np.ones((count, length), np.int32),
+        "positions": rng.integers(1, length - 1, count, np.int32),
+    }
+
+
+def label_logits(lm: LanguageModel, classes: int) -> Callable[..., Any]:
+    """`f(params, x) -> [N, C]`."""
+    words = np.asarray(WORDS[: max(classes, 2)], np.int32)
+
+    def f(params, x, *, tap=None):
+        where = {"positions": x["positions"], "token_ids": words, "tap": tap}
+        logits = lm.apply(params, x["input_ids"], x["attention_mask"], **where)
+        return logits[:, 1:] - logits[:, :1] if classes == 1 else logits
+
+    return f
+
+
+def ways(way: str, f: Callable[..., Any], params: Any, x1: Any, x2: Any) -> dict[Any, str]:
+    """One way for every use, where it has that way."""
+    plan = factorized.plan(f, params, x1, x2)
+    table = "matches" if way == "paired" else way
+    return {key: table if key[1] == "embed" else way for key in plan}
+
+
+def jax_methods(f: Callable[..., Any], params: Any, x1: Any, x2: Any) -> dict[str, Any]:
+    """Functions of (params, x1, x2)."""
+
+    def by_way(way):
+        plan = ways(way, f, params, x1, x2)
+        return lambda params, x1, x2: factorized.factorized(f, params, x1, x2, plan=plan)
+
+    return {
+        "factorized": functools.partial(factorized.factorized, f),
+        "factorized, paired": by_way("paired"),
+        "factorized, chunked": by_way("chunked"),
+        "jacobian contraction": lambda params, x1, x2: jacobian.block(
+            f, params, x1, x2, SGD, "full", None
+        ),
+    }
+
+
+def problem(classes: int, length: int, config: ModelConfig = SMALL, counts=(ROWS, COLUMNS)):
+    """(lm, f, x1, x2)."""
+    lm = LanguageModel(config, init_params(config, jax.random.key(0)))
+    x1, x2 = (examples(config, count, length, seed) for seed, count in enumerate(counts))
+    return lm, label_logits(lm, classes), x1, x2
+
+
+def torch_peer(lm: LanguageModel, classes: int) -> Any:
+    """PyTorch, or None where it is missing."""
+    try:
+        from benchmarks.torch_ntk import TorchKernel
+    except ImportError as missing:
+        print(f"no PyTorch rows, since {missing.name} is not installed (extra: parity)")
+        return None
+    return TorchKernel(lm, WORDS, classes)
+
+
+def whole_kernels(length: int, classes: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the first table."""
+    lm, f, x1, x2 = problem(classes, length)
+    arguments = (lm.params, *jax.tree.map(jnp.asarray, (x1, x2)))
+    calls, compiled, values, notes = {}, {}, {}, {}
+    for name, function in jax_methods(f, lm.params, x1, x2).items():
+        program, seconds = common.compiled(jax.jit(function), *arguments)
+        compiled[name] = (program, seconds)
+        calls[name] = functools.partial(program, *arguments)
+        values[name] = np.asarray(calls[name]())
+    reference = values["jacobian contraction"]
+    peer = None if options.no_torch else torch_peer(lm, classes)
+    estimated = {}
+    if peer is not None:
+        torch_x = [peer.batch(x) for x in (x1, x2)]
+        one = tuple(part[:1] for part in torch_x[0])
+        calls["torch.func, jacrev"] = lambda: peer.jacobians(*torch_x)
+        reference = values["torch.func, jacrev"] = peer.jacobians(*torch_x)
+        values["torch.func, vjp and jvp"] = peer.pairs(one, torch_x[1])
+        some, _ = peer.loop_estimate(*torch_x, JVPS)
+        values["LM-Kernel-FT's loop"] = some[None]
+        estimated["torch.func, vjp and jvp"] = lambda: (
+            common.seconds(lambda: peer.pairs(one, torch_x[1])) * ROWS
+        )
+        estimated["LM-Kernel-FT's loop"] = lambda: peer.loop_estimate(*torch_x, JVPS)[1]
+    found: dict[str, list[float]] = {name: [] for name in estimated}
+    times = common.interleaved(calls, options.repeats)
+    for name, estimate in estimated.items():
+        notes[name] = "estimated"
+        for _ in range(min(3, options.repeats)):
+            time.sleep(common.REST)
+            found[name].append(estimate())
+        times[name] = float(np.median(found[name]))
+    rows = []
+    for name, seconds in times.items():
+        value = values[name]
+        part = reference[: value.shape[0], :, : value.shape[2]]
+        program, compile_s = compiled.get(name, (None, None))
+        held = None
+        if name in calls and not options.quick:
+            held = fresh_process(name, length, classes)
+        rows.append(
+            {
+                "method": name,
+                "T": length,
+                "C": classes,
+                "seconds": seconds,
+                "times": seconds / times["factorized"],
+                "peak_MB": program and common.peak_bytes(program) / 1e6,
+                "resident_MB": held,
+                "compile_s": compile_s,
+                "difference": float(np.abs(value - part).max() / np.abs(reference).max()),
+                "note": notes.get(name),
+            }
+        )
+    return rows
+
+
+def resident_bytes() -> int:
+    """The most memory that this process has had resident."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def resident(name: str, length: int, classes: int) -> float:
+    """MB that a method adds to what this process had at most before it."""
+    lm, f, x1, x2 = problem(classes, length)
+    if name.startswith("torch"):
+        peer = torch_peer(lm, classes)
+        torch_x = [peer.batch(x) for x in (x1, x2)]
+        before = resident_bytes()
+        peer.jacobians(*torch_x)
+    else:
+        arguments = (lm.params, *jax.tree.map(jnp.asarray, (x1, x2)))
+        function = jax_methods(f, lm.params, x1, x2)[name]
+        program, _ = common.compiled(jax.jit(function), *arguments)
+        before = resident_bytes()
+        jax.block_until_ready(program(*arguments))
+    return (resident_bytes() - before) / 1e6
+
+
+def fresh_process(name: str, length: int, classes: int) -> float:
+    """`resident` in a process of its own."""
+    call = f"ntk.resident({name!r}, {length}, {classes})"
+    code = f"from benchmarks import ntk; print({call})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(run.stdout.splitlines()[-1])
+
+
+MATRICES = {"attention": (256, 256), "up": (256, 1024), "down": (1024, 256)}
+TABLES = {"tokens": (2000, 256), "positions": (512, 256)}
+
+
+def parts(length: int, classes: int, repeats: int) -> list[dict[str, Any]]:
+    """Rows of the second table."""
+    sides = Sides(ROWS, "full", "sgd")
+    count = ROWS + COLUMNS
+    key = jax.random.key(0)
+    rows = []
+    for name, (inputs, width) in MATRICES.items():
+        a = jax.random.normal(key, (count, length, inputs))
+        b = jax.random.normal(key, (classes, count, length, width))
+
+        def matrix(way, a, b):
+            return rules.dense(sides, a, b, way).kernel
+
+        chosen = factorized.cost.dense(
+            (ROWS, COLUMNS), (classes, classes**2), length, inputs, width
+        )
+        rows.append(part_row(name, matrix, ("paired", "chunked"), chosen, (a, b), repeats))
+    for name, shape in TABLES.items():
+        ids = jax.random.randint(key, (count, length), 0, shape[0])
+        if name == "positions":
+            ids = jnp.broadcast_to(jnp.arange(length) + 2, (count, length))
+        b = jax.random.normal(key, (classes, count, length, shape[1]))
+
+        def table(way, ids, b, shape=shape):
+            return tables.table(sides, shape, tables.looked_up(ids, b), None, way).kernel
+
+        chosen = factorized.cost.table((ROWS, COLUMNS), (classes, classes**2), length, *shape)
+        rows.append(part_row(name, table, ("matches", "chunked"), chosen, (ids, b), repeats))
+    return [{"part": row.pop("part"), "T": length, "C": classes, **row} for row in rows]
+
+
+def part_row(name, function, names, chosen, arguments, repeats) -> dict[str, Any]:
+    """Times of the two ways to one part."""
+    calls = {}
+    for way in names:
+        program = jax.jit(functools.partial(function, way)).lower(*arguments).compile()
+        calls[way] = functools.partial(program, *arguments)
+    times = common.interleaved(calls, repeats)
+    pairs = {"pairs_s": times[names[0]], "chunked_s": times["chunked"]}
+    over = times[chosen] / min(times.values())
+    return {"part": name, **pairs, "chosen": chosen, "over_best": over}
+
+
+def scaling(repeats: int) -> list[dict[str, Any]]:
+    """How the time of `factorized` grows with the examples, their length, and the parameters."""
+    rows = []
+    for what, changes in {
+        "N": [{"counts": (n, 2 * n)} for n in (8, 16, 32, 64)],
+        "T": [{"length": t} for t in (16, 32, 64, 128)],
+        "P": [{"config": SMALL.replace(**width_of(width))} for width in (128, 256, 384, 512)],
+    }.items():
+        calls, sizes = {}, {}
+        for i, change in enumerate(changes):
+            lm, f, x1, x2 = problem(1, **{"length": 32, **change})
+            program = jax.jit(functools.partial(factorized.factorized, f))
+            calls[str(i)] = functools.partial(program, lm.params, x1, x2)
+            count = sum(leaf.size for leaf in jax.tree.leaves(lm.params))
+            sizes[str(i)] = {"N": len(x1["positions"]), "T": x1["input_ids"].shape[1], "P": count}
+        times = common.interleaved(calls, repeats)
+        for i, size in sizes.items():
+            ratio = size[what] / sizes["0"][what]
+            rows.append(
+                {"grows": what, **size, "seconds": times[i], "times": ratio}
+                | {"time_times": times[i] / times["0"]}
+            )
+    return rows
+
+
+def width_of(width: int) -> dict[str, int]:
+    """A model of another width, with heads of 64."""
+    heads = width // 64
+    sizes = {"hidden_size": width, "embedding_size": width, "intermediate_size": 4 * width}
+    return {**sizes, "num_heads": heads, "num_kv_heads": heads}
+
+
+def roberta_base(columns: int = 936, block: int = 234) -> list[dict[str, Any]]:
+    """32 examples against 936 of 32 tokens, in blocks of columns."""
+    lm, f, x1, x2 = problem(1, 32, ROBERTA_BASE, (ROWS, columns))
+    arguments = jax.tree.map(jnp.asarray, (x1, {k: a[:block] for k, a in x2.items()}))
+    program, compile_s = common.compiled(
+        jax.jit(functools.partial(factorized.factorized, f)), lm.params, *arguments
+    )
+    start = time.perf_counter()
+    found = []
+    for at in range(0, columns, block):
+        part = {k: jnp.asarray(a[at : at + block]) for k, a in x2.items()}
+        found.append(np.asarray(program(lm.params, arguments[0], part)))
+        print(
+            f"RoBERTa-base: {at + block} columns, {time.perf_counter() - start:.0f} s", flush=True
+        )
+    seconds = time.perf_counter() - start
+    few = {k: jnp.asarray(a[:2]) for k, a in x1.items()}
+    exact = jacobian.block(
+        f, lm.params, few, {k: a[:2] for k, a in arguments[1].items()}, SGD, "full", None
+    )
+    difference = np.abs(found[0][:2, :, :2] - exact).max() / np.abs(exact).max()
+    row = {"shape": "RoBERTa-base", "N": ROWS, "N'": columns, "T": 32, "C": 1, "seconds": seconds}
+    peak = common.peak_bytes(program) / 1e6
+    return [row | {"peak_MB": peak, "compile_s": compile_s, "difference": float(difference)}]
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="16 tokens, one output, two repeats")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 128])
+    parser.add_argument("--classes", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--no-torch", action="store_true")
+    parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--roberta-base", action="store_true")
+    options = parser.parse_args()
+    if options.quick:
+        options.lengths, options.classes = [16], [1]
+        options.repeats = min(2, options.repeats)
+    cases = [(length, c) for length in options.lengths for c in options.classes]
+    report: dict[str, list[dict[str, Any]]] = {"kernels": [], "parts": []}
+    for length, classes in cases:
+        report["kernels"] += whole_kernels(length, classes, options)
+        print(f"T={length}, C={classes}", flush=True)
+        common.print_table(report["kernels"][-7 if not options.no_torch else -4 :])
+    for length, classes in cases:
+        report["parts"] += parts(length, classes, options.repeats)
+    common.print_table(report["parts"])
+    if options.scaling:
+        report["scaling"] = scaling(options.repeats)
+        common.print_table(report["scaling"])
+    if options.roberta_base:
+        report["roberta_base"] = roberta_base()
+        common.print_table(report["roberta_base"])
+    rows = [{"table": name, **row} for name, table in report.items() for row in table]
+    common.print_report("ntk", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Kernels by torch.func, on a masked model of transformers.
+
+Three ways. The tutorial "Neural Tangent Kernels" of PyTorch has two: the Jacobians of all examples
+by `vmap(jacrev)`, contracted parameter by parameter; and for every pair of examples a vjp behind a
+jvp, under `vmap`. And the authors of LM-Kernel-FT (arXiv:2210.05643) go through the examples one
+by one: C gradients of x, then for every x' one jvp along each of them.
+"""
+
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch.func import functional_call, jacrev, jvp, vjp, vmap
+from transformers import AutoModelForMaskedLM
+from transformers.utils.logging import disable_progress_bar
+
+from jaxlm.models import LanguageModel, save_pretrained
+
+
+class Scores(torch.nn.Module):
+    """Logits of label words at one position; for one class the difference of two."""
+
+    def __init__(self, model: Any, words: tuple[int, ...], classes: int):
+        super().__init__()
+        self.model, self.classes = model, classes
+        self.words = torch.tensor(words)
+
+    def forward(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Of ids [T] and position [], [C]."""
+        hidden = self.model.base_model(input_ids=ids[None]).last_hidden_state[0]
+        hidden = hidden.index_select(0, position[None])
+        head = self.model.lm_head
+        hidden = head.layer_norm(torch.nn.functional.gelu(head.dense(hidden)))
+        scores = (hidden @ head.decoder.weight[self.words].T)[0] + head.decoder.bias[self.words]
+        return scores[1:] - scores[:1] if self.classes == 1 else scores
+
+
+class TorchKernel:
+    """The kernels of a model.
+
+    Args:
+      lm: a RoBERTa whose weights are loaded.
+      words: token ids of the label words.
+      classes: C; with 1 the difference of the first two words.
+    """
+
+    def __init__(self, lm: LanguageModel, words: tuple[int, ...], classes: int):
+        with tempfile.TemporaryDirectory() as folder:
+            save_pretrained(lm, folder)
+            disable_progress_bar()
+            loaded: Any = AutoModelForMaskedLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="eager"
+            )
+        self.scores = Scores(loaded.eval(), words, classes)
+        self.params = {name: p.detach() for name, p in self.scores.named_parameters()}
+
+    def f(self, params: dict[str, torch.Tensor], ids: torch.Tensor, position: torch.Tensor) -> Any:
+        """[C] of one example."""
+        return functional_call(self.scores, params, (ids, position))
+
+    @staticmethod
+    def batch(x: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Examples as tensors; all rows are full."""
+        return tuple(
+            torch.tensor(np.asarray(x[k]), dtype=torch.long) for k in ("input_ids", "positions")
+        )  # type: ignore[return-value]
+
+    def jacobians(self, x1: Any, x2: Any) -> np.ndarray:
+        """[N1, C, N2, C] by the Jacobians of all examples."""
+        every = vmap(jacrev(self.f), (None, 0, 0))
+        left, right = every(self.params, *x1), every(self.params, *x2)
+        total: Any = 0
+        for name in left:
+            total = total + torch.einsum(
+                "naf,mbf->namb", left[name].flatten(2), right[name].flatten(2)
+            )
+        return total.numpy()
+
+    def pairs(self, x1: Any, x2: Any) -> np.ndarray:
+        """[N1, C, N2, C] by a vjp and a jvp for each pair."""
+
+        def pair(one, other):
+            def at(row):
+                return lambda params: self.f(params, *row)
+
+            value, pull = vjp(at(one), self.params)
+
+            def column(vector):
+                return jvp(at(other), (self.params,), pull(vector))[1]
+
+            return vmap(column)(torch.eye(value.shape[0]))  # [c, d]
+
+        def row(one):
+            return vmap(lambda *other: pair(one, other))(*x2)  # [m, c, d]
+
+        rows = [row((ids, position)).swapaxes(0, 1) for ids, position in zip(*x1, strict=True)]
+        return torch.stack(rows).detach().numpy()
+
+    def one_pair(self, one: Any, other: Any) -> tuple[np.ndarray, float, float]:
+        """The authors' way for one pair: [C, C], seconds of the gradients and of the jvps."""
+        start = time.perf_counter()
+        gradients = jacrev(self.f)(self.params, *one)
+        middle = time.perf_counter()
+
+        def along(tangents):
+            return jvp(lambda params: self.f(params, *other), (self.params,), (tangents,))[1]
+
+        values = vmap(along)(gradients).detach().numpy()
+        return values, middle - start, time.perf_counter() - middle
+
+    def loop_estimate(self, x1: Any, x2: Any, times: int) -> tuple[np.ndarray, float]:
+        """Some entries of the kernel as the authors compute them, and seconds that all would take.
+
+        Returns:
+          `K[0, :, m, :]` of the first `times` examples m, and the estimate: N1 times the median of
+          the gradients and N1 N2 times that of the jvps.
+        """
+        rows = [list(zip(*x, strict=True)) for x in (x1, x2)]
+        self.one_pair(rows[0][0], rows[1][0])
+        found = [self.one_pair(rows[0][0], other) for other in rows[1][:times]]
+        gradients, products = (float(np.median([one[i] for one in found])) for i in (1, 2))
+        n, m = len(rows[0]), len(rows[1])
+        return np.stack([one[0] for one in found], 1), n * (gradients + m * products)

@@ -1,0 +1,91 @@
+"""Which parameters a function uses where its tap stands, how often, and with which shapes.
+
+Every use is marked by a name in the trace of the function, where those that a loop repeats can be
+counted.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
+
+Key = tuple[str, str]
+"""Path and op of a use: a table that is tied to the head has two."""
+
+
+class Use(NamedTuple):
+    """How a function uses a parameter.
+
+    Attributes:
+      x, y: shapes and dtypes of what goes in and comes out; ids count as float32.
+      rows: of the ids of a restricted head, or None.
+      stacked: whether it is used in a layer.
+      count: how many times, over all layers.
+    """
+
+    x: jax.ShapeDtypeStruct
+    y: jax.ShapeDtypeStruct
+    rows: jax.ShapeDtypeStruct | None
+    stacked: bool
+    count: int
+
+
+MARK = "tap "
+
+
+class _Recorder:
+    """Notes the shapes that pass, and marks the uses in the trace so that they can be counted."""
+
+    layers = None
+
+    def __init__(self):
+        self.seen: dict[Key, Use] = {}
+
+    def __call__(self, path, op, x, y, layer, *, rows=None):
+        ids = None if rows is None else jax.ShapeDtypeStruct(jnp.shape(rows), jnp.float32)
+        shape = jax.ShapeDtypeStruct(x.shape, carrier(x))
+        self.seen[path, op] = Use(
+            shape, jax.ShapeDtypeStruct(y.shape, y.dtype), ids, layer is not None, 0
+        )
+        return checkpoint_name(y, f"{MARK}{path} {op}")
+
+
+def carrier(x: Any) -> Any:
+    """The dtype that factors carry `x` in: ids become exact integers in float32."""
+    return jnp.float32 if jnp.issubdtype(x.dtype, jnp.integer) else x.dtype
+
+
+def uses(f: Callable[..., Array], params: Any, x: Any) -> dict[Key, Use]:
+    """The uses of parameters that pass a tap.
+
+    Args:
+      f: `f(params, x, *, tap)`.
+      params, x: arrays or their shapes.
+    """
+    recorder = _Recorder()
+    traced = jax.make_jaxpr(lambda params, x: f(params, x, tap=recorder))(params, x)
+    counts: Counter[str] = Counter()
+    for name, times in _marks(traced.jaxpr, 1):
+        counts[name] += times
+    return {
+        (path, op): use._replace(count=counts[f"{MARK}{path} {op}"])
+        for (path, op), use in recorder.seen.items()
+    }
+
+
+def _marks(jaxpr, times) -> Iterator[tuple[str, int]]:
+    """Each marked name in a trace, with how often it runs (for a loop of unknown length, twice)."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "name":
+            yield equation.params["name"], times
+        again = {"scan": equation.params.get("length"), "while": 2}.get(name, 1)
+        for value in equation.params.values():
+            for part in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    yield from _marks(inner, times * again)

@@ -1,0 +1,235 @@
+"""A kernel on disk is used only for what it is of, and a killed computation goes on."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file
+
+from jaxlm import kernels
+from jaxlm.core.errors import UserError
+from jaxlm.kernels import saved
+
+RNG = np.random.default_rng(0)
+PARAMS = {
+    "w": jnp.asarray(RNG.standard_normal((4, 3)), jnp.float32),
+    "b": jnp.asarray(RNG.standard_normal(3), jnp.float32),
+}
+X1 = RNG.standard_normal((7, 4)).astype(np.float32)
+X2 = RNG.standard_normal((5, 4)).astype(np.float32)
+
+
+def f(params, x):
+    return jnp.tanh(x @ params["w"] + params["b"][None])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_there_and_back(tmp_path, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        params = jax.tree.map(lambda a: a.astype(dtype), PARAMS)
+        kernel = kernels.ntk(f, params, X1, X2)
+        manifest = kernels.describe(params, X1, X2, template="a review: {text}")
+        kernels.save_kernel(tmp_path / "new" / "k", kernel, manifest)
+        found = kernels.load_kernel(tmp_path / "new" / "k", manifest)
+        assert found.dtype == kernel.dtype == manifest.dtype == dtype
+        np.testing.assert_array_equal(found, kernel)
+    assert kernels.read_manifest(tmp_path / "new" / "k") == manifest
+    files = {path.name for path in (tmp_path / "new" / "k").iterdir()}
+    assert files == {"kernel.safetensors", "manifest.json"}
+    content = load_file(tmp_path / "new" / "k" / "kernel.safetensors")
+    np.testing.assert_array_equal(content["kernel"], kernel)
+
+
+def test_fingerprints():
+    one = kernels.fingerprint(PARAMS)
+    assert one == kernels.fingerprint(jax.tree.map(np.asarray, PARAMS))
+    bit = np.asarray(PARAMS["b"]).copy()
+    bit[0] = np.nextafter(bit[0], 9, dtype=np.float32)
+    others = [
+        {**PARAMS, "b": bit},
+        {**PARAMS, "b": PARAMS["b"].reshape(3, 1)},
+        {**PARAMS, "b": np.asarray(PARAMS["b"]).view(np.int32)},
+        {"w": PARAMS["w"], "c": PARAMS["b"]},
+    ]
+    assert len({one, *map(kernels.fingerprint, others)}) == 5
+
+
+def changed(**options):
+    base = {"params": PARAMS, "x1": X1, "x2": X2, "template": "plain", "kind": "signgd"}
+    return kernels.describe(**{**base, **options})
+
+
+MISMATCHES = [
+    ({"params": {**PARAMS, "b": PARAMS["b"] + 1}}, "model"),
+    ({"template": "other"}, "template ('plain' there, 'other' here)"),
+    ({"x1": X1[:6]}, "x1"),
+    ({"x2": None}, "x2"),
+    ({"x2": X2[::-1]}, "x2"),
+    ({"kind": "sgd"}, "kind ('signgd' there, 'sgd' here)"),
+    ({"trace_axes": (-1,)}, "axes ('full' there, 'trace' here)"),
+    ({"sign_threshold": 0}, "sign threshold (1e-06 there, 0.0 here)"),
+    ({"select": "w"}, "selection of parameters"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), MISMATCHES)
+def test_a_kernel_of_something_else_is_refused(tmp_path, change, reason):
+    kernels.save_kernel(tmp_path, np.ones((7, 3, 5, 3), np.float32), changed())
+    other = changed(**change)
+    for use in (
+        lambda: kernels.load_kernel(tmp_path, other),
+        lambda: kernels.save_kernel(tmp_path, np.ones(1, np.float32), other),
+    ):
+        with pytest.raises(UserError) as found:
+            use()
+        assert str(found.value).startswith(f"{tmp_path} has the kernel of another {reason}")
+        assert str(found.value).endswith("; give the same, or another folder")
+    assert kernels.load_kernel(tmp_path, changed(sign_threshold=1e-6)).shape == (7, 3, 5, 3)
+
+
+def test_the_state_of_adam_counts(tmp_path):
+    tx = optax.adam(1e-3)
+    fresh = tx.init(PARAMS)
+    later = tx.update(PARAMS, fresh, PARAMS)[1]
+    one, two, three = (
+        kernels.describe(PARAMS, X1, kind="adam", adam_state=state, eps=eps)
+        for state, eps in ((fresh, 1e-8), (later, 1e-8), (fresh, 1e-6))
+    )
+    assert len({each.adam for each in (one, two, three)}) == 3
+
+
+def test_damaged_and_missing_files(tmp_path):
+    with pytest.raises(UserError, match=r"has no complete kernel; compute one with saved_ntk$"):
+        kernels.load_kernel(tmp_path)
+    kernels.save_kernel(tmp_path, np.ones((2, 2), np.float32), changed())
+    path = tmp_path / "kernel.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match=r"is damaged; remove the folder and compute it again$"):
+        kernels.load_kernel(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="is not the manifest of a kernel; remove"):
+        kernels.load_kernel(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"is missing; a kernel is not used without it$"):
+        kernels.load_kernel(tmp_path)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_killed_computation_goes_on(tmp_path, monkeypatch, same):
+    x2 = None if same else X2
+    options = {"template": "t", "block_size": 2, "check": False}
+    wanted = np.asarray(kernels.ntk(f, PARAMS, X1, x2, block_size=2))
+    computed = []
+    compute = saved._ntk.blocks.Blocks.compute
+
+    def counted(self, i, j, limit):
+        if len(computed) == limit:
+            raise Killed
+        computed.append((i, j))
+        return compute(self, i, j)
+
+    def run(limit):
+        monkeypatch.setattr(
+            saved._ntk.blocks.Blocks, "compute", lambda self, i, j: counted(self, i, j, limit)
+        )
+        return kernels.saved_ntk(tmp_path, f, PARAMS, X1, x2, **options)
+
+    with pytest.raises(Killed):
+        run(5)
+    (tmp_path / "blocks" / "3-3.safetensors.tmp").write_bytes(b"half")
+    with pytest.raises(UserError, match="has no complete kernel"):
+        kernels.load_kernel(tmp_path)
+    with pytest.raises(UserError, match="another template"):
+        kernels.saved_ntk(tmp_path, f, PARAMS, X1, x2, template="other")
+    with pytest.raises(UserError, match=r"has blocks of 2 by 2 examples, here they are 4 by"):
+        kernels.saved_ntk(tmp_path, f, PARAMS, X1, x2, template="t", block_size=4)
+    found = run(None)
+    # 4 blocks of 7 examples, 3 of 5; of the symmetric kernel 4 * 5 / 2
+    assert len(computed) == len(set(computed)) == (10 if same else 12)
+    np.testing.assert_array_equal(found, wanted)
+    assert not (tmp_path / "blocks").exists()
+    np.testing.assert_array_equal(run(0), wanted)
+
+
+def test_what_is_not_finite_is_not_stored(tmp_path):
+    x = X1.copy()
+    x[5] = np.nan
+    with pytest.raises(UserError, match="f at example 5 of x1 is not finite"):
+        kernels.saved_ntk(tmp_path, f, PARAMS, x, template="t", block_size=2)
+    stored = {path.stem for path in (tmp_path / "blocks").iterdir()}
+    assert stored == {"0-0", "0-1"}
+
+
+def test_a_projection_is_not_saved_in_blocks(tmp_path):
+    with pytest.raises(UserError, match=r"has no blocks to save; give its kernel to save_kernel$"):
+        kernels.saved_ntk(tmp_path, f, PARAMS, X1, template="t", method="projected")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_manifest_is_readable(tmp_path):
+    kernels.saved_ntk(tmp_path, f, PARAMS, X1, template="It was {label}.", kind="signgd")
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    wanted = {field.name for field in dataclasses.fields(kernels.Manifest)}
+    assert content.keys() == wanted | {"method", "sizes"}
+    assert content["template"] == "It was {label}."
+    assert content["model"] == kernels.fingerprint(PARAMS)
+    assert content["examples1"] == content["examples2"] == kernels.fingerprint(X1)
+
+
+SLOW_RUN = """
+import sys, time
+import jax.numpy as jnp, numpy as np
+from jaxlm import kernels
+from jaxlm.kernels import blocks
+
+compute = blocks.Blocks.compute
+def slow(self, i, j):
+    time.sleep(float(sys.argv[2]))
+    return compute(self, i, j)
+blocks.Blocks.compute = slow
+x = np.cos(np.arange(12.0, dtype=np.float32)).reshape(6, 2)
+f = lambda params, x: jnp.tanh(x @ params)
+K = kernels.saved_ntk(sys.argv[1], f, jnp.ones((2, 1)), x, template="t", block_size=1)
+print(float(K.sum()))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed(tmp_path):
+    def start(seconds):
+        command = [sys.executable, "-c", SLOW_RUN, str(tmp_path), str(seconds)]
+        root = str(Path(__file__).parents[2])
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+
+    run = start(0.5)
+    blocks = tmp_path / "blocks"
+    deadline = time.monotonic() + 300
+    while len(list(blocks.glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    stored = {path: path.stat().st_mtime_ns for path in blocks.glob("*.safetensors")}
+    assert 3 <= len(stored) < 21
+    second = start(0.2)
+    while (tmp_path / "blocks").exists() and len(list(blocks.glob("*"))) <= len(stored):
+        time.sleep(0.01)
+    assert all(path.stat().st_mtime_ns == when for path, when in stored.items())
+    out, _ = second.communicate(timeout=300)
+    assert second.returncode == 0
+    assert np.isfinite(float(out))
+    assert kernels.load_kernel(tmp_path).shape == (6, 1, 6, 1)

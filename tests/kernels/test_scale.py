@@ -1,0 +1,111 @@
+"""What a kernel costs: half of a symmetric one, one block of gradients, or no gradients at all."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import kernels
+from jaxlm.kernels import blocks, gram, jacobian, vector_products
+from jaxlm.sharding import batch_sharding, make_mesh
+
+N, P = 16, 4096
+
+
+def f(params, x):
+    return jnp.tanh(x @ params["w"])[:, None] * params["s"]
+
+
+PARAMS = {"w": jnp.ones(P), "s": jnp.ones(())}
+X = np.random.default_rng(0).standard_normal((N, P)).astype(np.float32) / P
+
+
+def temporaries(method, count):
+    x = jax.ShapeDtypeStruct((count, P), jnp.float32)
+    options = {"features": gram.Features(), "over": "full", "select": None}
+
+    def function(params, x):
+        return method(f, params, x, None, **options)
+
+    memory = jax.jit(function).lower(PARAMS, x).compile().memory_analysis()
+    return memory.temp_size_in_bytes / (4 * P)
+
+
+def test_vector_products_hold_no_matrix_of_gradients():
+    gradients = temporaries(jacobian.block, 64)
+    few, many = (temporaries(vector_products.block, count) for count in (8, 64))
+    assert gradients >= 64
+    # the examples of x once more, and a few copies of the parameters
+    assert many - few < 64
+    assert many < 64 + 8
+
+
+def test_a_symmetric_kernel_multiplies_little_more_than_half():
+    features = [jax.ShapeDtypeStruct((64, 1, 1, P), jnp.float32)]
+    at = [
+        jax.jit(functools.partial(function, over="full")).lower(*arguments).compile()
+        for function, arguments in (
+            (gram.contract, (features, features)),
+            (gram.contract_self, (features,)),
+        )
+    ]
+    whole, half = (each.cost_analysis()["flops"] for each in at)
+    assert whole == pytest.approx(2 * 64 * 64 * P, rel=0.01)
+    assert half == pytest.approx(0.625 * whole, rel=0.01)  # tiles: (1 + 1/4) / 2
+
+
+def prepared(**options):
+    return kernels._ntk.prepare(f, PARAMS, X, options.pop("x2", None), check=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "pairs"),
+    [
+        ({"block_size": 4}, 10),
+        ({"block_size": 5}, 10),  # four equal blocks
+        ({"block_size": 6}, 6),
+        ({"block_size": 4, "kind": "asymmetric_signgd"}, 16),
+        ({"block_size": 4, "x2": X[:6]}, 8),
+        ({}, 1),
+    ],
+)
+def test_how_many_blocks_are_computed(options, pairs):
+    work = prepared(method="jacobian", **options)
+    assert len(work.pairs()) == len(set(work.pairs())) == pairs
+
+
+def test_blocks_are_as_large_as_the_budget(monkeypatch):
+    size = 4 * (P + 1)
+    for budget, wanted in ((16 * size, 16), (16 * size - 1, 8), (5 * size, 4), (1, 1)):
+        monkeypatch.setattr(blocks, "GRADIENT_BYTES", budget)
+        assert prepared(method="jacobian").sizes == (wanted, wanted)
+    assert prepared(method="ntk_vector_products").sizes == (16, 16)
+    assert prepared(method="jacobian", select="s").sizes == (1, 1)  # a budget of one byte
+    monkeypatch.setattr(blocks, "GRADIENT_BYTES", 16)
+    assert prepared(method="jacobian", select="s").sizes == (4, 4)
+
+
+def test_each_row_of_blocks_forms_its_gradients_once(monkeypatch):
+    formed = []
+    gradients = blocks._gradients
+
+    def counted(f, params, x, *, select):
+        formed.append(len(x))
+        return gradients(f, params, x, select=select)
+
+    monkeypatch.setattr(blocks, "_gradients", counted)
+    kernels.ntk(f, PARAMS, X, block_size=4, method="jacobian", check=False)
+    # four rows, and for those the 3, 2, 1, 0 blocks to their right
+    assert formed == [4] * (4 + 6)
+
+
+@pytest.mark.multidevice
+def test_every_device_forms_the_gradients_of_its_examples():
+    mesh = make_mesh(data=8)
+    params = blocks.on_mesh(PARAMS, mesh)
+    x = jax.device_put(X, batch_sharding(mesh))
+    for rows in blocks._gradients(f, params, x, select=None):
+        assert {shard.data.shape[0] for shard in rows.addressable_shards} == {N // 8}
+    assert prepared(method="jacobian", block_size=5, mesh=mesh).sizes == (8, 8)
