@@ -25,9 +25,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from jaxlm.core import paths, prng, taps
+from jaxlm.core import paths, prng, tapped, taps
 from jaxlm.core.errors import UserError
 from jaxlm.core.projection import Family, projector
 from jaxlm.kernels import checks, gram
@@ -106,7 +106,7 @@ def _need(params, pattern, what):
 
 
 def draw_adapters(
-    params: Any, rank: int, seed: int = 0, targets: paths.Select = r"\.kernel$"
+    params: Any, rank: int, seed: int | Array = 0, targets: paths.Select = r"\.kernel$"
 ) -> dict[str, Array]:
     """A of `activation_projected`, with entries N(0, 1 / rank), so that E A A^T = I.
 
@@ -183,23 +183,22 @@ def activation_projected(
 def _features(f, params, x, *, adapters, scale, name):
     """Gradients of B, [N, C, L, r * out] each."""
     count, outputs = checks.examples(x, name), checks.outputs(f, params, x, name)
-    leaves = [leaf for leaf in paths.flatten(params)[0] if leaf.stacked]
-    layers = leaves[0].value.shape[0] if leaves else 0
-
-    def at(one):
-        cotangent = jnp.broadcast_to(one, (count, outputs))
-        return taps.factors(f, params, x, num_layers=layers, cotangent=cotangent)
-
+    uses = tapped.uses(f, params, x)
+    for path in adapters:
+        if (path, "dense") not in uses:
+            raise UserError(f"adapters has {path}, which passes no tap; take paths of kernels")
+    keep = {(path, "dense"): uses[path, "dense"] for path in adapters}
+    ones = jnp.eye(outputs, dtype=jax.eval_shape(f, params, x).dtype)
+    cotangents = jnp.broadcast_to(ones[:, None], (outputs, count, outputs))
     with jax.default_matmul_precision("highest"):
-        found = jax.vmap(at)(jnp.eye(outputs, dtype=jax.eval_shape(f, params, x).dtype))
+        found = taps.factors(f, params, x, cotangents=cotangents, keep=keep)
         result = []
         for path, adapter in adapters.items():
-            if path not in found:
-                raise UserError(f"adapters has {path}, which passes no tap; take paths of kernels")
-            a, b = (value.astype(gram.wide(value.dtype)) for value in found[path])
+            a, b, _ = found[path, "dense"]
+            a, b = a.astype(gram.wide(a.dtype)), b.astype(gram.wide(b.dtype))
             if jnp.ndim(adapter) == 2:
-                a, b, adapter = a[:, None], b[:, None], adapter[None]
-            a = a[0].reshape(*a.shape[1:3], -1, a.shape[-1])
+                a, b, adapter = a[None], b[:, None], adapter[None]
+            a = a.reshape(*a.shape[:2], -1, a.shape[-1])
             b = b.reshape(*b.shape[:3], -1, b.shape[-1])
             low = jnp.einsum("lnti,lir->lntr", a, jnp.asarray(adapter))
             grads = scale * jnp.einsum("lntr,clnto->nclro", low, b)
@@ -219,7 +218,7 @@ def relative_error(kernel: Any, full: Any) -> float:
     return float(np.linalg.norm(kernel - full) / np.linalg.norm(full))
 
 
-def expected_error(full: Float[Any, "N C N C"], dim: int) -> float:
+def expected_error(full: Any, dim: int) -> float:
     """What `relative_error` of a Gaussian projection to `dim` is, in the root mean square.
 
     For rows g of Gaussian projections E (K_ij - <g_i, g_j>)^2 = (K_ii K_jj + K_ij^2) / dim, so
