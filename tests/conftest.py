@@ -18,7 +18,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # XLA stops at flags that it does not know, so other versions of jax go without.
 if metadata.version("jax").startswith("0.10."):
     os.environ["XLA_FLAGS"] = (
-        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+        "--xla_backend_optimization_level=0 "
         f"--xla_cpu_parallel_codegen_split_count=1 {os.environ.get('XLA_FLAGS', '')}"
     )
 

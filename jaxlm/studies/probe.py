@@ -41,8 +41,8 @@ class _HeadInput:
 
     layers = None
 
-    def __call__(self, path: str, op: str, x: Any, y: Any, layer: Any) -> Any:
-        del path, layer
+    def __call__(self, path: str, op: str, x: Any, y: Any, layer: Any, *, rows: Any = None) -> Any:
+        del path, layer, rows
         if op == "head":
             self.x = x
         return y
