@@ -35,6 +35,13 @@ jax.config.update("jax_legacy_prng_key", "error")
 install_import_hook("jaxlm", "beartype.beartype")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Programs of all modules would take gigabytes, and more memory maps than a process may have."""
+    yield
+    jax.clear_caches()
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     header = [f"jax {jax.__version__}: {jax.device_count()} {jax.default_backend()} devices"]
     if config.option.markexpr == "not slow":

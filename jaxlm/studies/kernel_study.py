@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
+
 from jaxlm.core.errors import UserError
 from jaxlm.data import TaskConfig, task_config
 from jaxlm.kernels import solve
@@ -132,6 +134,8 @@ def kernel_study(
         say(f"case {number}/{len(todo)}: {folder / 'reports' / case.name}")
         if case.draw != draw:
             draw = case.draw
+            # Every draw has shapes of its own, and programs of all of them would not fit.
+            jax.clear_caches()
             subject = kernel_task(
                 config.model,
                 case.task,
