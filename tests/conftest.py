@@ -37,7 +37,7 @@ install_import_hook("jaxlm", "beartype.beartype")
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Programs of all modules would take gigabytes, and more memory maps than a process may have."""
+    """Programs of all modules would take gigabytes, and more memory maps than may be had."""
     yield
     jax.clear_caches()
 
