@@ -2,10 +2,12 @@
 
 import json
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,6 +47,16 @@ def peak_bytes(program: Any) -> int:
     memory = program.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return held - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+
+
+def resident_bytes() -> int:
+    """The most memory that this process has had resident."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # There a process inherits the ru_maxrss of the one that started it.
+    (line,) = (each for each in status.read_text().splitlines() if each.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
 
 
 def seconds(function: Callable[[], Any]) -> float:

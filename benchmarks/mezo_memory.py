@@ -11,7 +11,6 @@ first shape is compiled. The last line is one JSON object.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -88,12 +87,6 @@ def compiled_rows(shape: str, config: ModelConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def resident_bytes() -> int:
-    """The most memory that this process has had resident."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def resident(name: str, config: ModelConfig = OPT_125M) -> dict[str, float]:
     """Runs a method three times in this process; megabytes before there were parameters, and after.
 
@@ -101,7 +94,7 @@ def resident(name: str, config: ModelConfig = OPT_125M) -> dict[str, float]:
     """
     function, params, state, batch = program(name, config)
     run, _ = common.compiled(function, params, state, batch)
-    before = resident_bytes()
+    before = common.resident_bytes()
     seed = jax.random.key(0)
     params, state = jax.tree.map(
         lambda x: (
@@ -115,7 +108,7 @@ def resident(name: str, config: ModelConfig = OPT_125M) -> dict[str, float]:
         out = jax.block_until_ready(run(params, state, batch))
         if METHODS[name] is not None:
             params, state = out[:2]
-    return {"before_MB": before / 1e6, "after_MB": resident_bytes() / 1e6}
+    return {"before_MB": before / 1e6, "after_MB": common.resident_bytes() / 1e6}
 
 
 def resident_rows() -> list[dict[str, Any]]:

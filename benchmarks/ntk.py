@@ -28,7 +28,6 @@ and P; with --roberta-base, 32 examples of 32 tokens against 936 at that model's
 
 import argparse
 import functools
-import resource
 import subprocess
 import sys
 import time
@@ -181,27 +180,21 @@ def whole_kernels(length: int, classes: int, options: argparse.Namespace) -> lis
     return rows
 
 
-def resident_bytes() -> int:
-    """The most memory that this process has had resident."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def resident(name: str, length: int, classes: int) -> float:
     """MB that a method adds to what this process had at most before it."""
     lm, f, x1, x2 = problem(classes, length)
     if name.startswith("torch"):
         peer = torch_peer(lm, classes)
         torch_x = [peer.batch(x) for x in (x1, x2)]
-        before = resident_bytes()
+        before = common.resident_bytes()
         peer.jacobians(*torch_x)
     else:
         arguments = (lm.params, *jax.tree.map(jnp.asarray, (x1, x2)))
         function = jax_methods(f, lm.params, x1, x2)[name]
         program, _ = common.compiled(jax.jit(function), *arguments)
-        before = resident_bytes()
+        before = common.resident_bytes()
         jax.block_until_ready(program(*arguments))
-    return (resident_bytes() - before) / 1e6
+    return (common.resident_bytes() - before) / 1e6
 
 
 def fresh_process(name: str, length: int, classes: int) -> float:
