@@ -17,7 +17,7 @@ def values(source: str, folder: Path, key: str = "train") -> list[dict]:
 
 def write(folder: Path, name: str, text: str) -> str:
     data = text.encode()
-    (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    (folder / name).write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
     return name
 
 
@@ -194,7 +194,7 @@ def test_missing(tmp_path, source: str, message: str) -> None:
         ),
         (
             "a.jsonl.gz",
-            gzip.compress(b'{"text": "cut short"}\n')[:-9],
+            gzip.compress(b'{"text": "cut short"}\n', mtime=0)[:-9],
             "task.train: a.jsonl.gz is not a whole gzip file: write it anew.",
         ),
         (
