@@ -6,6 +6,7 @@ r"""Gradient features: the projected gradient, or Adam's step on it, of every ex
 with S a random projection that is never stored (`jaxlm.core.projection`).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxlm.core import adam, paths
 from jaxlm.core.errors import UserError
 from jaxlm.core.projection import Projector
-from jaxlm.influence.rows import TOGETHER, Work, blocks, size_of_block
+from jaxlm.influence.rows import Work, groups, size_of_block
 
 
 class FeaturesInfo(NamedTuple):
@@ -91,8 +92,8 @@ def gradient_features(
       segments: [N, T] for rows that have several examples one after another: 1 to S at the tokens
         of each, 0 at padding. `loss_fn`, with a tap, then gives losses [N, S], and must keep the
         examples of a row apart.
-      mesh: divides the examples over all of its devices, each of which gets all parameters; by
-        default that of the projector.
+      mesh: groups of examples go round its devices, those of this process, each of which gets all
+        parameters; by default that of the projector.
 
     Returns:
       [N, R], R the projector's `dim` or the number of selected parameters in the order of the tree;
@@ -182,34 +183,13 @@ def features_with_info(
         raise UserError(f"block_size={size} is no number of examples; give 1 or more")
     if mesh is None and projector is not None:
         mesh = projector.mesh
+    if projector is not None:
+        projector = dataclasses.replace(projector, mesh=None)
     work = Work(_hashable(loss_fn), select, constants, projector is not None and not held)
     batch = (examples, segments)
-    per_group = max(1, TOGETHER // (size * (1 if mesh is None else mesh.size)))
-    rows, sums, waiting = [], [], []
-    for real, (block, part) in blocks(work, params, batch, projector, moments, size, mesh):
-        times = len(part["loss"]) // (size * (1 if mesh is None else mesh.size))
-        sums.append(jax.tree.map(lambda a, n=real * times: a[:n], part))
-        if work.project:
-            rows.append(block[: real * times])
-            continue
-        waiting.append([g[: real * times] for g in block] if projector is None else block)
-        if len(waiting) == per_group:
-            rows.append(_joined(waiting, params, select, projector))
-            waiting = []
-    if waiting:
-        rows.append(_joined(waiting, params, select, projector))
-    total = jax.tree.map(lambda *parts: jnp.concatenate(parts), *sums)
-    found = jnp.concatenate(rows)[: len(total["loss"])]
-    return found, _info(total, params, select)
-
-
-def _joined(waiting, params, select, projector):
-    """Rows of gradients of several blocks."""
-    leaves = [jnp.concatenate(parts) for parts in zip(*waiting, strict=True)]
-    if projector is None:
-        return jnp.concatenate([g.reshape(len(g), -1) for g in leaves], axis=1)
-    structure = jax.tree.structure(paths.split(params, select)[0])
-    return projector.project(jax.tree.unflatten(structure, leaves))
+    found = list(groups(work, params, batch, projector, moments, size, mesh))
+    rows, sums = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
+    return rows, _info(sums, params, select)
 
 
 def _info(total, params, select) -> FeaturesInfo:

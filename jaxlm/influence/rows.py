@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxlm.core import adam, paths, per_example, tapped
@@ -62,45 +62,49 @@ def size_of_block(
     return size, not lean or size * whole <= HELD_BYTES
 
 
-def blocks(
+def groups(
     work: Work, params: Any, batch: Any, projector: Any, moments: Any, size: int, mesh: Mesh | None
-) -> Iterator[tuple[int, Any]]:
-    """For block after block how many of its rows are real, and `_block` of it.
+) -> Iterator[tuple[Any, dict[str, Array]]]:
+    """(features, sums) of `_block` of group after group of examples, without what fills it up.
 
-    The last block is filled up with copies of the last example.
+    A group is what is projected at once, some blocks of `size` examples. The last block of all is
+    filled up with copies of the last example. On a mesh the groups go round its devices, each of
+    which runs the same program as a single one would.
     """
     count = len(jax.tree.leaves(batch)[0])
-    run = functools.partial(_block, work=work)
-    if mesh is not None:
-        whole = NamedSharding(mesh, PartitionSpec())
-        params, projector, moments = jax.device_put((params, projector, moments), whole)
-        run = functools.partial(_on_mesh, work=work, mesh=mesh)
-        size *= mesh.size
-    for start in range(0, count, size):
-        rows = np.minimum(np.arange(start, start + size), count - 1)
-        part = jax.tree.map(lambda a, rows=rows: a[rows], batch)
-        if mesh is not None:
-            part = jax.device_put(part, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
-        yield min(size, count - start), run(params, part, projector, moments)
+    at_once = size * max(1, TOGETHER // size)
+    devices = [None] if mesh is None else list(mesh.local_devices)
+    arguments = (params, projector, moments)
+    placed = [arguments if d is None else jax.device_put(arguments, d) for d in devices]
+    for number, first in enumerate(range(0, count, at_once)):
+        at = number % len(devices)
+        params, projector, moments = placed[at]
+        found = []
+        for start in range(first, min(first + at_once, count), size):
+            rows = np.minimum(np.arange(start, start + size), count - 1)
+            part = jax.tree.map(lambda a, rows=rows: a[rows], batch)
+            part = part if devices[at] is None else jax.device_put(part, devices[at])
+            found.append(_block(params, part, projector, moments, work=work))
+        features, sums = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
+        if not work.project:
+            features = _joined(features, params, work.select, projector)
+        per_row = len(sums["loss"]) // (size * len(found))
+        real = per_row * min(at_once, count - first)
+        result = jax.tree.map(lambda a, real=real: a[:real], (features, sums))
+        yield result if len(devices) == 1 else jax.device_put(result, devices[0])
+
+
+def _joined(leaves, params, select, projector):
+    """Features from the gradients of each leaf."""
+    if projector is None:
+        return jnp.concatenate([g.reshape(len(g), -1) for g in leaves], axis=1)
+    structure = jax.tree.structure(paths.split(params, select)[0])
+    return projector.project(jax.tree.unflatten(structure, leaves))
 
 
 @functools.partial(jax.jit, static_argnames="work")
 def _block(params, batch, projector, moments, *, work):
     return _rows(params, batch, projector, moments, work)
-
-
-@functools.partial(jax.jit, static_argnames=("work", "mesh"))
-def _on_mesh(params, batch, projector, moments, *, work, mesh):
-    """A block on each device, which has all parameters."""
-    rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
-    divided = jax.shard_map(
-        functools.partial(_rows, work=work),
-        mesh=mesh,
-        in_specs=(whole, rows, whole, whole),
-        out_specs=rows,
-        check_vma=False,
-    )
-    return divided(params, batch, projector, moments)
 
 
 def _rows(params, batch, projector: Projector | None, moments, work: Work):

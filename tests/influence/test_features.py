@@ -37,7 +37,7 @@ def alone(params, x):
 def problem(count=11, dtype=np.float32):
     rng = np.random.default_rng(0)
     shapes = {"a": (6, 9), "b": (9, 2), "c": (9,)}
-    params = {k: jnp.asarray(rng.standard_normal(s), dtype) for k, s in shapes.items()}
+    params = {k: jnp.asarray(0.2 * rng.standard_normal(s), dtype) for k, s in shapes.items()}
     return params, rng.standard_normal((count, 6)).astype(dtype)
 
 
@@ -50,6 +50,10 @@ def trained(params, transformation, count=3):
     return state
 
 
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
 def brute(loss, params, examples, update=None):
     """Gradients [N, P] of one example after another, or what `update` makes of each."""
     grad = jax.jit(jax.grad(loss))
@@ -57,7 +61,7 @@ def brute(loss, params, examples, update=None):
     for i in range(len(jax.tree.leaves(examples)[0])):
         g = grad(params, jax.tree.map(lambda a, i=i: a[i], examples))
         g = g if update is None else update(g)
-        rows.append(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(g)]))
+        rows.append(flat(g))
     return np.stack(rows)
 
 
@@ -153,25 +157,25 @@ def test_every_projection_with_a_tap_and_without(family: str):
 def test_the_step_of_adam_is_that_of_optax(dtype, tolerance: float, steps: int):
     with jax.enable_x64(dtype == np.float64):
         params, x = problem(dtype=dtype)
-        b1, b2, eps = 0.8, 0.99, 1e-3
+        # Where a gradient is about eps, its rounding is felt.
+        b1, b2, eps = 0.8, 0.99, 1e-8 if dtype == np.float32 else 0.05
         chain = optax.chain(optax.clip(1.0), optax.inject_hyperparams(optax.adam)(0.1, b1, b2, eps))
         state = trained(params, chain, steps)
         plain = optax.scale_by_adam(b1, b2, eps)
         own = state[1].inner_state[0]
-        expected = brute(alone, params, x, lambda g: plain.update(g, own)[0])
+        update = jax.jit(lambda g: plain.update(g, own)[0])
         options = {"adam_state": state, "b1": b1, "b2": b2, "eps": eps, "block_size": 4}
+        expected = brute(alone, params, x, update)
         for loss in (network, alone):
             found = influence.gradient_features(loss, params, x, **options)
             assert found.dtype == dtype
-            # relative to the largest step: the gradients themselves have errors of rounding
-            limit = tolerance * (10 if loss is network else 1)
-            np.testing.assert_allclose(found, expected, rtol=0, atol=limit * np.abs(expected).max())
+            np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_the_authors_variant_and_the_share_of_eps():
     params, x = problem()
     state = trained(params, optax.adam(1e-3))
-    m, v = (np.concatenate([np.ravel(a) for a in jax.tree.leaves(t)]) for t in state[0][1:])
+    m, v = (flat(moments) for moments in state[0][1:])
     g = brute(alone, params, x).astype(np.float64)
     b1, b2, eps = 0.9, 0.999, 2e-3
     below = b2 * v + (1 - b2) * g**2
@@ -186,7 +190,7 @@ def test_the_authors_variant_and_the_share_of_eps():
     root = np.sqrt(below / (1 - b2**4))
     np.testing.assert_allclose(info.eps_share, (root < 0.03).mean(1), atol=1e-6)
     np.testing.assert_allclose(info.norm, np.linalg.norm(g, axis=1), rtol=1e-5)
-    np.testing.assert_allclose(info.loss, network(params, x), rtol=1e-5)
+    np.testing.assert_allclose(info.loss, network(params, jnp.asarray(x)), rtol=1e-5)
     assert not info.skipped.any()
     assert not influence.features_info(alone, params, x).eps_share.any()
 
@@ -217,7 +221,7 @@ def test_devices_change_no_bit(streamed: bool, monkeypatch):
     options = {"projector": drawn, "adam_state": state, "block_size": 2}
     whole = np.asarray(influence.gradient_features(network, params, x, **options))
     assert np.all(np.linalg.norm(whole, axis=1) > 0)
-    mesh = make_mesh({"data": 4, "fsdp": 2})
+    mesh = make_mesh(data=4, fsdp=2)
     found = influence.gradient_features(network, params, x, **options, mesh=mesh)
     np.testing.assert_array_equal(found, whole)
 
