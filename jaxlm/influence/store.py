@@ -86,7 +86,8 @@ class GradientStore:
         if rows < 1:
             raise UserError(f"shard_rows is {rows}; give the rows of a shard, 1 or more")
         folder = Path(directory)
-        manifest = _write_manifest(folder, Manifest(spec, writers, rows), shard_rows is None)
+        manifest = Manifest(spec, writers, rows)
+        manifest = _write_manifest(folder, manifest, writer, any_size=shard_rows is None)
         return StoreWriter(folder, spec, writer, manifest.shard_rows)
 
     @classmethod
@@ -224,14 +225,15 @@ def _read_manifest(folder: Path) -> Manifest:
         raise shards.damaged(path) from None
 
 
-def _write_manifest(folder: Path, manifest: Manifest, any_size: bool) -> Manifest:
+def _write_manifest(folder: Path, manifest: Manifest, writer: int, *, any_size: bool) -> Manifest:
     """Writes a manifest unless there is one, and checks that it is the same."""
     path = folder / shards.MANIFEST
+    aside = folder / f"{shards.MANIFEST}.{writer:03d}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            _create(path, shards.sealed(dataclasses.asdict(manifest)))
-            shards.sync(folder)
+            _create(path, shards.sealed(dataclasses.asdict(manifest)), aside)
+        aside.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another") from error
     there = _read_manifest(folder)
@@ -242,9 +244,8 @@ def _write_manifest(folder: Path, manifest: Manifest, any_size: bool) -> Manifes
     return there
 
 
-def _create(path: Path, content: str) -> None:
-    """Writes a file that is whole or absent, and never one that another process has written."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def _create(path: Path, content: str, aside: Path) -> None:
+    """Writes a file that is whole or absent, and never over one of another process."""
     with aside.open("w") as file:
         file.write(content)
         file.flush()
@@ -255,4 +256,4 @@ def _create(path: Path, content: str) -> None:
         pass
     except OSError:  # a file system without links
         aside.replace(path)
-    aside.unlink(missing_ok=True)
+    shards.sync(path.parent)

@@ -41,6 +41,8 @@ class StoreWriter:
             self._last = closed[-1] if closed else None
             for shard in closed:
                 self.ids += shard.ids
+            if self._last is not None:
+                self._last.path.with_suffix(".log").unlink(missing_ok=True)
             path = shards.shard_path(folder, writer, self._closed)
             if path.with_suffix(".log").exists():
                 self._open = _OpenShard(shards.read_log(path), self._width)
@@ -137,6 +139,8 @@ class StoreWriter:
 
     def _shard(self) -> "_OpenShard":
         """The shard that has room, begun or opened again where there is none."""
+        if self._open is not None and len(self._open.ids) == self._shard_rows:
+            self._complete(self._open)  # what a killed process had no time for
         if self._open is not None:
             return self._open
         shards.committed_path(self._folder, self._writer).unlink(missing_ok=True)
