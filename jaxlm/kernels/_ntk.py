@@ -12,11 +12,12 @@ from jaxtyping import Array, Float
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
+from jaxlm.core.per_example import takes_tap
 from jaxlm.core.projection import Projector
 from jaxlm.kernels import blocks, checks, gram
 from jaxlm.kernels._projected import projected
 from jaxlm.kernels.arguments import features_of
-from jaxlm.kernels.factorized import obstacle, takes_tap
+from jaxlm.kernels.factorized import obstacle
 
 
 class NTKInfo(NamedTuple):

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from jaxlm.core import paths
+from jaxlm.core import adam, paths
 from jaxlm.core.errors import UserError
 from jaxlm.kernels import gram
 
@@ -42,48 +41,13 @@ def features_of(
 
 
 def _moments(params, select, state, b1, b2, eps) -> gram.Moments:
-    for name, value in (("b1", b1), ("b2", b2)):
-        if not 0 <= value < 1:
-            raise UserError(f"{name}={value} is impossible; give 0 <= {name} < 1")
-    found = _adam_states(state)
-    if not found:
-        raise UserError(
-            "adam_state has no ScaleByAdamState; give the state of an optax chain with adam, adamw "
-            "or scale_by_adam"
-        )
-    tables = [
-        [{(leaf.path, leaf.layer): leaf.value for leaf in paths.flatten(tree)[0]} for tree in pair]
-        for pair in ((each.mu, each.nu) for each in found)
-    ]
-    first, second, counts = [], [], []
-    for leaf in paths.flatten(paths.split(params, select)[0])[0]:
-        place = (leaf.path, leaf.layer)
-        having = [i for i, (mu, _) in enumerate(tables) if place in mu]
-        if len(having) != 1:
-            raise UserError(
-                f"adam_state has {len(having)} moments of {leaf.path}; "
-                + ("give one state" if having else "leave it out by select")
-            )
-        mu, nu = (table[place] for table in tables[having[0]])
-        if jnp.shape(mu) != jnp.shape(leaf.value):
-            raise UserError(
-                f"adam_state has moments of shape {jnp.shape(mu)} for {leaf.path}, which is "
-                f"{jnp.shape(leaf.value)}; give the state of these parameters"
-            )
-        slices = leaf.value.shape[0] if leaf.stacked else 1
-        first.append(jnp.reshape(mu, (slices, -1)))
-        second.append(jnp.reshape(nu, (slices, -1)))
-        counts.append(having[0])
-    if len(set(counts)) > 1:
-        raise UserError("adam_state has several ScaleByAdamStates; select what one of them trains")
-    count = jnp.asarray(found[counts[0]].count, jnp.result_type(float))
+    adam.check(adam.Constants(b1, b2, eps))
+    first, second, count = adam.moments(state, params, select)
+    leaves = paths.flatten(paths.split(params, select)[0])[0]
+    slices = [leaf.value.shape[0] if leaf.stacked else 1 for leaf in leaves]
+    first, second = (
+        [jnp.reshape(a, (n, -1)) for a, n in zip(side, slices, strict=True)]
+        for side in (first, second)
+    )
+    count = jnp.asarray(count, jnp.result_type(float))
     return gram.Moments(first, second, count, float(b1), float(b2), float(eps))
-
-
-def _adam_states(state) -> list[Any]:
-    from optax import ScaleByAdamState
-
-    def is_adam(node):
-        return isinstance(node, ScaleByAdamState)
-
-    return [node for node in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(node)]

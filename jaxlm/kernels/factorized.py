@@ -6,19 +6,17 @@ came out (`jaxlm.kernels.rules`, `jaxlm.kernels.tables`). Only pieces of gradien
 cache ever exist, of one layer at a time.
 """
 
-import inspect
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters import partial_eval
 from jaxtyping import Array
 
-from jaxlm.core import paths, tapped
+from jaxlm.core import paths, per_example, tapped
 from jaxlm.core.errors import UserError
+from jaxlm.core.per_example import takes_tap
 from jaxlm.kernels import cost, gram
 from jaxlm.kernels.arguments import features_of
 from jaxlm.kernels.backward import Backward, Plan
@@ -147,44 +145,17 @@ def plan(
     }
 
 
-def takes_tap(f: Callable[..., Array]) -> bool:
-    """Whether f has a keyword `tap`."""
-    return "tap" in inspect.signature(f).parameters
-
-
 def obstacle(f: Callable[..., Array], params: Any, x: Any, select: paths.Select) -> str | None:
     """Why `factorized` cannot make the kernel of f, in a sentence; None if it can."""
+    found = per_example.untapped(f, params, x, select)
+    if found is None:
+        return None
     if not takes_tap(f):
         return "f has no keyword tap, which method='factorized' needs; give method='jacobian'"
-    uses = tapped.uses(f, params, x)
-    slices: Counter[str] = Counter()
-    for leaf in paths.flatten(paths.split(params, select)[0])[0]:
-        slices[leaf.path] += leaf.value.shape[0] if leaf.stacked else 1
-    missing = slices.keys() - {path for path, _ in uses}
-    if missing:
-        missing &= _read(f, params, x)
-    if missing:
-        return (
-            f"{min(missing)} passes no tap in f, so its gradient has no factors; give "
-            "method='jacobian', or leave it out by select"
-        )
-    for path, times in slices.items():
-        own = {op: use for (at, op), use in uses.items() if at == path}
-        tied = set(own) == {"embed", "head"} and not any(use.stacked for use in own.values())
-        if any(use.times != times for use in own.values()) or (len(own) > 1 and not tied):
-            return (
-                f"{path} is used more than once in f, so its gradient is no product of factors; "
-                "give method='jacobian', or leave it out by select"
-            )
-    return None
-
-
-def _read(f, params, x) -> set[str]:
-    """Paths that f's value depends on."""
-    traced = jax.make_jaxpr(f)(params, x)
-    _, read = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
-    leaves = paths.flatten(params)[0]
-    return {leaf.path for leaf, used in zip(leaves, read, strict=False) if used}
+    return (
+        f"{found} in f, so its gradient has no factors; give method='jacobian', or leave "
+        "it out by select"
+    )
 
 
 def _places(key, use) -> int:

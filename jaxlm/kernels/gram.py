@@ -18,7 +18,6 @@ References: Malladi et al., "A Kernel-Based View of Language Model Fine-Tuning",
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxlm.core import adam
 from jaxlm.core.errors import UserError
 
 KINDS = ("sgd", "signgd", "asymmetric_signgd", "adam")
@@ -165,19 +165,12 @@ def dropped(gradients: list[Array], threshold: float | None = None) -> Float[Arr
 
 def adam_steps(gradients: list[Array], moments: Moments) -> list[Array]:
     """Adam's next step on each gradient, m̂ / (√v̂ + ε), without learning rate and sign."""
-    b1, b2, count = moments.b1, moments.b2, moments.count + 1
-
-    def seen(decay):
-        """1 - decay**count, in which float32 would lose digits."""
-        return -jnp.expm1(count * math.log(decay)) if decay else 1.0
-
-    def step(g, first, second):
-        g, first, second = (a.astype(wide(g.dtype)) for a in (g, first, second))
-        first = (b1 * first[None, None] + (1 - b1) * g) / seen(b1)
-        second = (b2 * second[None, None] + (1 - b2) * g**2) / seen(b2)
-        return jnp.where(first == 0, 0, first / (jnp.sqrt(second) + moments.eps))
-
-    return [step(*row) for row in zip(gradients, moments.first, moments.second, strict=True)]
+    constants = adam.Constants(moments.b1, moments.b2, moments.eps)
+    rows = zip(gradients, moments.first, moments.second, strict=True)
+    return [
+        adam.step(g, first[None, None], second[None, None], moments.count, constants)[0]
+        for g, first, second in rows
+    ]
 
 
 def contract(left: list[Array], right: list[Array], over: Axes) -> Array:
