@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -26,6 +25,7 @@ from jaxtyping import Array
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.core.files import write_atomic
+from jaxlm.core.fingerprints import fingerprint, short
 from jaxlm.kernels import _ntk, gram
 from jaxlm.kernels.arguments import features_of
 
@@ -56,21 +56,6 @@ class Manifest:
     sign_threshold: float | None
     select: str
     adam: str | None
-
-
-def fingerprint(tree: Any) -> str:
-    """SHA-256 of the paths, dtypes, shapes and bytes of a pytree of arrays, as hexadecimal digits.
-
-    >>> fingerprint({"a": np.zeros(2)}) == fingerprint({"b": np.zeros(2)})
-    False
-    """
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        value = np.asarray(leaf)
-        name = f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape};"
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
-    return digest.hexdigest()
 
 
 def describe(
@@ -248,7 +233,7 @@ def _check(folder: Path, manifest: Manifest) -> None:
     there = dataclasses.asdict(read_manifest(folder))
     for name, here in dataclasses.asdict(manifest).items():
         if there[name] != here:
-            both = f"{_short(there[name])} there, {_short(here)} here"
+            both = f"{short(there[name])} there, {short(here)} here"
             raise UserError(
                 f"{folder} has the kernel of another {WORDS.get(name, name)} ({both}); give the "
                 "same, or another folder"
@@ -262,11 +247,6 @@ WORDS = {
     "select": "selection of parameters",
     "adam": "state of Adam",
 }
-
-
-def _short(value) -> str:
-    is_hash = isinstance(value, str) and len(value) == 64 and " " not in value
-    return value[:8] if is_hash else repr(value)
 
 
 def _write_manifest(folder: Path, manifest: Manifest, **more: Any) -> None:

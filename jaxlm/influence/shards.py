@@ -1,0 +1,162 @@
+"""The files of a gradient store.
+
+    manifest.json         the spec, how many writers there are, rows in a full shard
+    000-000000.rows       rows of writer 0, shard 0, one after another; see `encodings`
+    000-000000.json       how many, their ids and checksum: the shard is complete
+    000-000000.log        until then, one line for every block: its ids, checksum of the rows so far
+    000.json              writer 0 has committed: its shards and rows
+    000.lock              held by the process that is writer 0
+
+Rows are read as far as a shard's JSON or log tells of them, and no further: what a killed process
+left after them is written over. Every JSON file has a checksum of itself. Checksums are CRC-32,
+which finds every change of up to four adjacent bytes.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlm.core.errors import UserError
+from jaxlm.core.files import write_atomic
+
+MANIFEST = "manifest.json"
+
+
+class Shard(NamedTuple):
+    """A complete shard.
+
+    Attributes:
+      path: of its rows.
+      ids: of its rows, in order.
+      checksum: CRC-32 of the rows.
+    """
+
+    path: Path
+    ids: list[str | int]
+    checksum: int
+
+    def bytes(self, width: int) -> np.ndarray:
+        """The file as a memory map [rows, width].
+
+        Raises:
+          UserError: if it is missing or has another size.
+        """
+        try:
+            size = self.path.stat().st_size
+        except FileNotFoundError:
+            raise UserError(f"{self.path} is missing; compute its rows again") from None
+        if size != len(self.ids) * width:
+            raise damaged(self.path)
+        return np.memmap(self.path, np.uint8, "r", shape=(len(self.ids), width))
+
+    def check(self, width: int) -> None:
+        """Compares the checksum.
+
+        Raises:
+          UserError: naming the file, if it differs.
+        """
+        if zlib.crc32(self.bytes(width)) != self.checksum:
+            raise damaged(self.path)
+
+
+def damaged(path: Path) -> UserError:
+    """The error of a file that is not as it was written."""
+    return UserError(f"{path} is damaged; remove the store and compute its rows again")
+
+
+def shard_path(folder: Path, writer: int, index: int) -> Path:
+    """Where the rows of a shard are."""
+    return folder / f"{writer:03d}-{index:06d}.rows"
+
+
+def committed_path(folder: Path, writer: int) -> Path:
+    """The file that says that a writer has committed."""
+    return folder / f"{writer:03d}.json"
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """A JSON text with a checksum of itself."""
+    return json.dumps({**content, "checksum": _own_checksum(content)}, indent=1) + "\n"
+
+
+def unsealed(path: Path) -> dict[str, Any]:
+    """Reads what `sealed` made.
+
+    Raises:
+      UserError: if it differs.
+      FileNotFoundError: if there is none.
+    """
+    try:
+        text = path.read_bytes().decode()
+        content = json.loads(text)
+        del content["checksum"]
+    except (ValueError, KeyError, TypeError):
+        raise damaged(path) from None
+    if sealed(content) != text:
+        raise damaged(path)
+    return content
+
+
+def _own_checksum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content).encode())
+
+
+def write_shard(shard: Shard) -> None:
+    """Declares a shard complete. Its rows are there."""
+    content = {"rows": len(shard.ids), "rows_checksum": shard.checksum, "ids": shard.ids}
+    write_atomic(shard.path.with_suffix(".json"), sealed(content))
+    sync(shard.path.parent)
+
+
+def read_shard(path: Path) -> Shard:
+    """A complete shard, from the path of its rows."""
+    content = unsealed(path.with_suffix(".json"))
+    return Shard(path, content["ids"], content["rows_checksum"])
+
+
+def closed_shards(folder: Path, writer: int) -> Iterator[Shard]:
+    """The complete shards of a writer, in order."""
+    index = 0
+    while (path := shard_path(folder, writer, index)).with_suffix(".json").exists():
+        yield read_shard(path)
+        index += 1
+
+
+def read_log(path: Path) -> Shard:
+    """What the log of a shard tells, from the path of its rows. A half line at its end is nothing.
+
+    Raises:
+      UserError: if another line is damaged.
+    """
+    log = path.with_suffix(".log")
+    ids: list[str | int] = []
+    checksum = 0
+    lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
+    for line in lines:
+        try:
+            content = json.loads(line)
+            ids += content["ids"]
+            checksum = content["rows_checksum"]
+        except (ValueError, KeyError, TypeError):
+            raise damaged(log) from None
+    return Shard(path, ids, checksum)
+
+
+def log_line(ids: list[str | int], checksum: int) -> bytes:
+    """What `read_log` reads."""
+    return json.dumps({"ids": ids, "rows_checksum": checksum}).encode() + b"\n"
+
+
+def sync(folder: Path) -> None:
+    """Waits until the names of a folder are on disk, where the system can tell."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
