@@ -1,0 +1,358 @@
+r"""The gradient of every example by itself, passed on leaf by leaf.
+
+Of a loss with a keyword `tap`, one backward pass for a whole batch gives the factors of every
+example's gradients; those of one layer are formed, handed to a rule, and dropped before the next
+layer is reached. Of any other loss, all gradients of a batch exist at once.
+"""
+
+import dataclasses
+import inspect
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.interpreters import partial_eval
+from jaxtyping import Array, Float, Int
+
+from jaxlm.core import paths, tapped, taps
+from jaxlm.core.errors import UserError
+
+LOSS = ("", "bias")
+"""The use by which losses leave a backward pass."""
+
+
+class Used(NamedTuple):
+    """The factors of one use of a parameter, see `jaxlm.core.taps`; `b` without cotangents' axis."""
+
+    op: str
+    a: Array
+    b: Array
+    rows: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """Per-example gradients of a leaf, a stack of layers, or one layer.
+
+    Attributes:
+      path: of the leaf.
+      layer: None for a leaf outside layers and for a whole stack.
+      shape: of one gradient.
+      value: the gradients [N, *shape], or None where they are not formed.
+      uses: whose factors they are products of, else.
+    """
+
+    path: str
+    layer: Any
+    shape: tuple[int, ...]
+    value: Array | None = None
+    uses: tuple[Used, ...] = ()
+
+    def formed(self) -> Float[Array, "N ..."]:
+        """[N, *shape], in at least float32."""
+        if self.value is not None:
+            return _wide(self.value)
+        return sum(_form(use, self.shape) for use in self.uses)  # type: ignore[return-value]
+
+    def factors(self) -> tuple[Array, Array] | None:
+        """(a, b) if the gradient is sum_t a_t b_t^T; else None."""
+        if len(self.uses) == 1 and self.uses[0].op == "dense":
+            return self.uses[0].a, self.uses[0].b
+        return None
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _form(use: Used, shape: tuple[int, ...]) -> Array:
+    """Gradients from factors a [N, T, ...], b [N, T, ...]."""
+    op, a, b, rows = use
+    if op == "bias":
+        g = _wide(b).sum(1)
+    elif op == "scale":
+        g = (_wide(a) * _wide(b)).sum(1)
+    elif op == "dense":
+        return _products(a, b)
+    elif op == "head":
+        g = _products(b, a)
+    else:
+        rows = None
+        g = jax.vmap(lambda ids, b: jnp.zeros(shape, b.dtype).at[ids].add(b))(
+            a.astype(jnp.int32), _wide(b)
+        )
+    if rows is None:
+        return g.reshape(len(g), *shape)
+    return jnp.zeros((len(g), *shape), g.dtype).at[:, rows.astype(jnp.int32)].add(g)
+
+
+def _products(a: Array, b: Array) -> Array:
+    return jnp.einsum("nti,nto->nio", _wide(a), _wide(b), precision=lax.Precision.HIGHEST)
+
+
+Rule = Callable[[Gradient, Any, Any], tuple[Any, Any]]
+
+
+class Reduced(NamedTuple):
+    """What `reduce` returns.
+
+    Attributes:
+      total: sum over all leaves and layers of the first value of the rule.
+      own: for each selected leaf the second, [N, ...], or [N, L, ...] where it is stacked.
+      losses: [N].
+    """
+
+    total: Any
+    own: list[Any]
+    losses: Array
+
+
+def takes_tap(loss_fn: Callable[..., Any]) -> bool:
+    """Whether a function has a keyword `tap`."""
+    return "tap" in inspect.signature(loss_fn).parameters
+
+
+def reduce(
+    loss_fn: Callable[..., Array],
+    params: Any,
+    examples: Any,
+    rule: Rule,
+    *,
+    select: paths.Select = None,
+    extras: Sequence[Any] | None = None,
+    shared: Any = None,
+    segments: Int[Array, "rows T"] | None = None,
+) -> Reduced:
+    """Calls a rule on the per-example gradients of one leaf, or of one layer, after another.
+
+    Memory: with a tap, activations of the batch and the gradients of one layer; without,
+    the gradients of all selected parameters. A loss with a tap that some selected parameter does
+    not pass, or passes twice, is treated as one without (`untapped` says why).
+
+    Args:
+      loss_fn: `loss_fn(params, example)`, the loss of one example; or `loss_fn(params, examples, *,
+        tap)`, the losses [N] of a batch, with `tap` handed to every use of a parameter.
+      params: any pytree.
+      examples: a pytree of arrays whose axis 0 is N.
+      rule: `rule(gradient, extra, shared) -> (total, own)`, pytrees of arrays, `own` with a leading
+        axis N, `total` with the same shapes at every leaf.
+      select: parameters to differentiate by.
+      extras: for each selected leaf, in their order, a pytree of arrays shaped like the leaf, of
+        which a rule for one layer gets that layer's.
+      shared: a pytree of small arrays that every call gets.
+      segments: for rows in which several examples stand one after another: the example of each
+        token, 1 to S, and 0 for padding. The losses are then [rows, S], gradients come for rows * S
+        examples. Needs a tap.
+
+    Raises:
+      UserError: for `segments` without a tap, or losses of another shape.
+      ValueError: if `select` takes nothing.
+    """
+    count = len(jax.tree.leaves(paths.split(params, select)[0]))
+    extras = [None] * count if extras is None else list(extras)
+    with jax.default_matmul_precision("highest"):
+        why = untapped(loss_fn, params, examples, select)
+        if why is None:
+            return _by_factors(loss_fn, params, examples, rule, select, extras, shared, segments)
+        if segments is not None:
+            raise UserError(f"examples in segments need a loss with a tap, but {why}")
+        return _by_gradients(loss_fn, params, examples, rule, select, extras, shared)
+
+
+def _by_gradients(loss_fn, params, examples, rule, select, extras, shared) -> Reduced:
+    losses, found = gradients(loss_fn, params, examples, select)
+    total, own = None, []
+    rows = zip(paths.flatten(found)[0], extras, strict=True)
+    for (path, layer, _, value), extra in rows:
+        part, one = rule(Gradient(path, layer, value.shape[1:], value), extra, shared)
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+        own.append(one)
+    return Reduced(total, own, losses)
+
+
+def gradients(
+    loss_fn: Callable[..., Array], params: Any, examples: Any, select: paths.Select = None
+) -> tuple[Float[Array, "N"], Any]:
+    """Losses and gradients of all examples, each by itself.
+
+    >>> losses, g = gradients(lambda w, x: (w * x) ** 2, jnp.float32(1), jnp.array([1.0, 2.0]))
+    >>> losses.tolist(), g.tolist()
+    ([1.0, 4.0], [2.0, 8.0])
+
+    Args:
+      loss_fn, params, examples, select: of `reduce`.
+
+    Returns:
+      [N], and a tree of the selected leaves with [N, *shape] each.
+    """
+    taken, rest = paths.split(params, select)
+    batched = takes_tap(loss_fn)
+
+    def one(chosen, example):
+        merged = paths.merge(chosen, rest)
+        if batched:
+            return loss_fn(merged, jax.tree.map(lambda a: a[None], example))[0]
+        return loss_fn(merged, example)
+
+    return jax.vmap(jax.value_and_grad(one), (None, 0))(taken, examples)
+
+
+def _by_factors(loss_fn, params, examples, rule, select, extras, shared, segments) -> Reduced:
+    leaves = paths.flatten(paths.split(params, select)[0])[0]
+    by_path: dict[str, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        by_path.setdefault(leaf.path, []).append(i)
+    shapes = {leaf.path: _layer_shape(leaf) for leaf in leaves}
+
+    def with_losses(params, examples, *, tap=None):
+        losses = loss_fn(params, examples, tap=tap)
+        return taps.apply(tap, *LOSS, losses, losses, None)  # type: ignore[arg-type]
+
+    value = jax.eval_shape(with_losses, params, examples)
+    _check_losses(value, examples, segments)
+    found = tapped.uses(with_losses, params, examples)
+    found = {key: use for key, use in found.items() if key[0] in by_path or key == LOSS}
+
+    per_row = None if segments is None else value.shape[1]
+
+    def in_layer(key, a, b, layer, extra):
+        extra, shared, segments = extra
+        uses = (_used(key[1], a, b[0], None, segments, per_row),)
+        return rule(Gradient(key[0], layer, shapes[key[0]], uses=uses), extra, shared)
+
+    # What is traced reaches a backward pass only as an argument.
+    by_layer = {
+        key: (_by_layer(by_path[key[0]], leaves, extras), *_repeated((shared, segments), use.times))
+        for key, use in found.items()
+        if use.stacked
+    }
+    total, stacked, rest = taps.reduce(
+        with_losses,
+        params,
+        examples,
+        in_layer,
+        cotangents=jnp.ones((1, *value.shape), value.dtype),
+        extras=by_layer,
+        keep=found,
+    )
+    own: list[Any] = [None] * len(leaves)
+    for (path, _), found_here in stacked.items():
+        for at, i in enumerate(_in_order(by_path[path], leaves)):
+            whole = leaves[i].stacked
+            own[i] = jax.tree.map(
+                lambda x, whole=whole, at=at: jnp.moveaxis(x, 0, 1) if whole else x[at], found_here
+            )
+    losses = rest.pop(LOSS).a
+    layered = {path for path, _ in stacked}
+    for path, places in by_path.items():
+        if path in layered:
+            continue
+        uses = tuple(
+            _used(op, a, b[0], rows, segments, per_row)
+            for (at, op), (a, b, rows) in rest.items()
+            if at == path
+        )
+        for i in places:
+            value = None if uses else jnp.zeros((losses.size, *leaves[i].value.shape))
+            gradient = Gradient(path, leaves[i].layer, leaves[i].value.shape, value, uses)
+            part, own[i] = rule(gradient, extras[i], shared)
+            total = part if total is None else jax.tree.map(jnp.add, total, part)
+    return Reduced(total, own, losses.reshape(-1))
+
+
+def _layer_shape(leaf: paths.Leaf) -> tuple[int, ...]:
+    return leaf.value.shape[1:] if leaf.stacked else leaf.value.shape
+
+
+def _by_layer(places, leaves, extras):
+    """The extras of a path behind an axis of layers."""
+    if leaves[places[0]].stacked:
+        return extras[places[0]]
+    ordered = [extras[i] for i in _in_order(places, leaves)]
+    return jax.tree.map(lambda *x: jnp.stack(x), *ordered)
+
+
+def _in_order(places, leaves):
+    return sorted(places, key=lambda i: leaves[i].layer or 0)
+
+
+def _repeated(shared, times):
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (times, *jnp.shape(x))), shared)
+
+
+def _used(op, a, b, rows, segments, per_row) -> Used:
+    """Factors with one axis of places, and with one example a row."""
+    count = a.shape[0]
+    if segments is not None and b.shape[1:-1] != segments.shape[1:]:
+        raise UserError(
+            f"segments have {segments.shape[1:]} places a row, but a parameter is used at "
+            f"{b.shape[1:-1]}; give the segments of what the loss reads"
+        )
+    a = a.reshape(count, -1) if op == "embed" else a.reshape(count, -1, a.shape[-1])
+    b = b.reshape(count, -1, b.shape[-1])
+    if segments is None:
+        return Used(op, a, b, rows)
+    own = segments[:, None] == jnp.arange(1, per_row + 1, dtype=segments.dtype)[None, :, None]
+    b = jnp.where(own[..., None], b[:, None], 0)
+    return Used(op, jnp.repeat(a, per_row, axis=0), b.reshape(-1, *b.shape[2:]), rows)
+
+
+def _check_losses(value, examples, segments) -> None:
+    count = jax.tree.leaves(examples)[0].shape[0]
+    axes = 1 if segments is None else 2
+    if getattr(value, "ndim", None) != axes or value.shape[0] != count:
+        wanted = "[N]" if segments is None else "[rows, segments]"
+        raise UserError(
+            f"a loss with a keyword tap is called on a batch and returns losses {wanted}, here "
+            f"{count} in front; it returned {getattr(value, 'shape', type(value).__name__)}"
+        )
+
+
+def untapped(
+    f: Callable[..., Any], params: Any, x: Any, select: paths.Select = None
+) -> str | None:
+    """Why the gradients of f are no products of factors, as the end of a sentence; None if they are.
+
+    Args:
+      f: a function with or without a keyword `tap`.
+      params, x: its arguments, or their shapes.
+      select: the parameters in question.
+    """
+    if not takes_tap(f):
+        return "it has no keyword tap"
+    uses = tapped.uses(f, params, x)
+    slices: Counter[str] = Counter()
+    for leaf in paths.flatten(paths.split(params, select)[0])[0]:
+        slices[leaf.path] += leaf.value.shape[0] if leaf.stacked else 1
+    missing = slices.keys() - {path for path, _ in uses}
+    if missing:
+        missing &= _read(f, params, x)
+    if missing:
+        return f"{min(missing)} passes no tap"
+    for path, times in slices.items():
+        own = {op: use for (at, op), use in uses.items() if at == path}
+        tied = set(own) == {"embed", "head"} and not any(use.stacked for use in own.values())
+        if any(use.times != times for use in own.values()) or (len(own) > 1 and not tied):
+            return f"{path} is used more than once"
+    return None
+
+
+def _read(f, params, x) -> set[str]:
+    """Paths that f's value depends on."""
+    traced = jax.make_jaxpr(f)(params, x)
+    _, read = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
+    leaves = paths.flatten(params)[0]
+    return {leaf.path for leaf, used in zip(leaves, read, strict=False) if used}
+
+
+def activation_bytes(uses: Mapping[tapped.Key, tapped.Use]) -> int:
+    """About what a backward pass keeps: all that enters and leaves the parameters."""
+    return sum(
+        use.times * (math.prod(part.shape) * part.dtype.itemsize)
+        for use in uses.values()
+        for part in (use.x, use.y)
+    )
