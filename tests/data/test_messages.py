@@ -171,7 +171,7 @@ def test_tokenizers_that_do_not_serve(bpe, slow) -> None:
     one = [conversation(("user", "it"), ("assistant", "fun"), name="rows:7")]
     with pytest.raises(UserError, match="character offsets"):
         encode_messages(one, slow)
-    with pytest.raises(UserError, match="^rows:7: the tokenizer has no chat template"):
+    with pytest.raises(UserError, match=r"^rows:7: the tokenizer has no chat template"):
         encode_messages(one, bpe, template="chat")
     without = with_template(bpe, CHATML)
     without.eos_token = None
