@@ -1,6 +1,6 @@
 """How much a step on each training example helps a target, from the rows of both."""
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -8,9 +8,6 @@ from jaxtyping import Float
 from jaxlm.core.errors import UserError
 from jaxlm.influence import products
 from jaxlm.influence.sides import check_sides, side, subtasks_of, weights_of
-
-Aggregate = Literal["cosine_of_mean", "mean_of_cosines"]
-Over = Literal["max", "mean"]
 
 
 def score(
@@ -66,23 +63,31 @@ def score(
         raise UserError(
             f"aggregate={aggregate!r} is not known; give cosine_of_mean or mean_of_cosines"
         )
-    if over not in (None, "max", "mean"):
-        raise UserError(f"over={over!r} is not known; give max, mean or None")
+    check_over(over)
     left, right = side(train, "train"), side(targets, "targets")
     check_sides(left, right)
     w = weights_of(left, weights)
-    groups = subtasks_of(right, subtask)
+    groups = subtasks_of(right.examples, subtask)
     directions = []
     for checkpoint, weight in enumerate(w):
         if aggregate == "cosine_of_mean":
             total = products.sums(right, checkpoint, groups, normalize=False)
             each = products.unit(total, right.name)
         else:
-            total = products.sums(right, checkpoint, groups, normalize=True)
-            each = total / np.bincount(groups)[:, None]
+            each = products.means(right, checkpoint, groups, normalize=True)
         directions.append(weight * each)
     found = products.products(left, directions, products.cosines)
     return reduced(found, subtask, over)
+
+
+def check_over(over: str | None) -> None:
+    """Checks how scores of subtasks become one.
+
+    Raises:
+      UserError: for an unknown way.
+    """
+    if over not in (None, "max", "mean"):
+        raise UserError(f"over={over!r} is not known; give max, mean or None")
 
 
 def reduced(

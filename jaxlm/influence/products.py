@@ -30,8 +30,17 @@ def cosines(rows: Array, directions: Array) -> Array:
     rows = rows.astype(directions.dtype)
     largest = jnp.abs(rows).max(axis=1, keepdims=True)
     scaled = rows / jnp.where(largest == 0, 1, largest)
-    norms = jnp.sqrt(jnp.square(scaled).sum(axis=1, keepdims=True))
-    return dots(scaled, directions) / jnp.where(norms == 0, 1, norms)
+    size = jnp.sqrt(jnp.square(scaled).sum(axis=1, keepdims=True))
+    return dots(scaled, directions) / jnp.where(size == 0, 1, size)
+
+
+@jax.jit
+def norms(rows: Array, weight: Array) -> Array:
+    """||row|| times a weight [1, 1], as a column."""
+    rows = rows.astype(weight.dtype)
+    largest = jnp.abs(rows).max(axis=1, keepdims=True)
+    scaled = rows / jnp.where(largest == 0, 1, largest)
+    return largest * jnp.sqrt(jnp.square(scaled).sum(axis=1, keepdims=True)) * weight
 
 
 def products(
@@ -46,7 +55,7 @@ def products(
       UserError: naming a row, if a product is not finite.
     """
     dtype = jax.dtypes.canonicalize_dtype(train.dtype)
-    total = np.zeros((train.count, len(directions[0])), dtype)
+    total = np.zeros((train.examples, len(directions[0])), dtype)
     for checkpoint, each in enumerate(directions):
         placed = jnp.asarray(each, dtype)
         for start, rows in train.blocks(checkpoint):
@@ -75,14 +84,33 @@ def sums(
     total = np.zeros((int(groups.max()) + 1, side.dim))
     for start, rows in side.blocks(checkpoint):
         values = np.asarray(rows).astype(np.float64)
-        norms = np.linalg.norm(values, axis=1, keepdims=True)
-        if not np.isfinite(norms).all():
-            raise side.not_finite(start + int(np.isfinite(norms[:, 0]).argmin()))
+        size = np.linalg.norm(values, axis=1, keepdims=True)
+        if not np.isfinite(size).all():
+            raise side.not_finite(start + int(np.isfinite(size[:, 0]).argmin()))
         if normalize:
-            if not norms.all():
-                raise _no_direction(f"row {start + int(norms[:, 0].argmin())} of {side.name}")
-            values /= norms
+            if not size.all():
+                raise _no_direction(f"row {start + int(size[:, 0].argmin())} of {side.name}")
+            values /= size
         np.add.at(total, groups[start : start + len(values)], values)
+    return total
+
+
+def means(
+    side: Side, checkpoint: int, groups: np.ndarray, *, normalize: bool = False
+) -> Float[np.ndarray, "S R"]:
+    """`sums` over the number of rows of each group."""
+    return sums(side, checkpoint, groups, normalize=normalize) / np.bincount(groups)[:, None]
+
+
+def second_moment(side: Side, checkpoint: int) -> Float[np.ndarray, "R R"]:
+    """The sum of row^T row, in float64."""
+    total = np.zeros((side.dim, side.dim))
+    for start, rows in side.blocks(checkpoint):
+        values = np.asarray(rows).astype(np.float64)
+        finite = np.isfinite(values).all(axis=1)
+        if not finite.all():
+            raise side.not_finite(start + int(finite.argmin()))
+        total += values.T @ values
     return total
 
 
@@ -92,10 +120,10 @@ def unit(directions: Float[np.ndarray, "S R"], name: str) -> Float[np.ndarray, "
     Raises:
       UserError: if one is zero.
     """
-    norms = np.linalg.norm(directions, axis=1, keepdims=True)
-    if not norms.all():
-        raise _no_direction(f"the mean of {name} in subtask {int(norms[:, 0].argmin())}")
-    return directions / norms
+    size = np.linalg.norm(directions, axis=1, keepdims=True)
+    if not size.all():
+        raise _no_direction(f"the mean of {name} in subtask {int(size[:, 0].argmin())}")
+    return directions / size
 
 
 def _no_direction(what: str) -> UserError:

@@ -60,7 +60,7 @@ class Shard(NamedTuple):
         Raises:
           UserError: naming the file, if it differs.
         """
-        if zlib.crc32(self.bytes(width)) != self.checksum:
+        if zlib.crc32(self.bytes(width).data) != self.checksum:
             raise damaged(self.path)
 
 

@@ -25,7 +25,7 @@ class Side(NamedTuple):
     rows: list[Any]
 
     @property
-    def count(self) -> int:
+    def examples(self) -> int:
         return self.rows[0].shape[0]
 
     @property
@@ -44,7 +44,7 @@ class Side(NamedTuple):
     def block_rows(self) -> int:
         """Rows of a block: a power of two that depends on N and R alone."""
         most = max(1, BLOCK_BYTES // (4 * self.dim))
-        return 1 << min((most).bit_length() - 1, (self.count - 1).bit_length())
+        return 1 << min((most).bit_length() - 1, (self.examples - 1).bit_length())
 
     def specs(self) -> list[tuple[str, specs.StoreSpec]] | None:
         """The specs of the stores with their names, or None of arrays."""
@@ -54,7 +54,7 @@ class Side(NamedTuple):
 
     def blocks(self, checkpoint: int) -> Iterator[tuple[int, Any]]:
         """The first row of every block, and its rows."""
-        for start in range(0, self.count, self.block_rows):
+        for start in range(0, self.examples, self.block_rows):
             yield start, self.rows[checkpoint][start : start + self.block_rows]
 
     def not_finite(self, example: int) -> UserError:
@@ -142,19 +142,19 @@ def weights_of(train: Side, weights: Any) -> Float[np.ndarray, " E"]:
     return found
 
 
-def subtasks_of(targets: Side, subtask: Any) -> Int[np.ndarray, " M"]:
-    """The subtask of every target, zeros for None.
+def subtasks_of(count: int, subtask: Any) -> Int[np.ndarray, " M"]:
+    """The subtask of each of `count` targets, zeros for None.
 
     Raises:
       UserError: for other shapes or numbers, or a subtask without targets.
     """
     if subtask is None:
-        return np.zeros(targets.count, np.int64)
+        return np.zeros(count, np.int64)
     found = np.asarray(subtask)
-    if found.shape != (targets.count,) or not np.issubdtype(found.dtype, np.integer):
+    if found.shape != (count,) or not np.issubdtype(found.dtype, np.integer):
         raise UserError(
             f"subtask is {found.dtype} of shape {found.shape}; give an integer for each of the "
-            f"{targets.count} targets"
+            f"{count} targets"
         )
     if found.min() < 0:
         raise UserError(f"subtask has {found.min()}; number subtasks from 0")

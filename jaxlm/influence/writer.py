@@ -44,9 +44,13 @@ class StoreWriter:
             if self._last is not None:
                 self._last.path.with_suffix(".log").unlink(missing_ok=True)
             path = shards.shard_path(folder, writer, self._closed)
-            if path.with_suffix(".log").exists():
-                self._open = _OpenShard(shards.read_log(path), self._width)
-                self.ids += self._open.ids
+            begun = shards.read_log(path)
+            if begun.ids:
+                self._open = _OpenShard(begun, self._width)
+                self.ids += begun.ids
+            else:  # killed before its first block was whole
+                path.with_suffix(".log").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
             self._known = set(self.ids)
         except BaseException:
             self.close()

@@ -1,12 +1,12 @@
 """Empirical neural tangent kernels of any function, for SGD, SignGD and Adam."""
 
+from jaxlm.core.fingerprints import fingerprint
 from jaxlm.kernels._ntk import NTKInfo, dropped_fraction, ntk, ntk_with_info
 from jaxlm.kernels._projected import projected, projected_features
 from jaxlm.kernels.jacobian import jacobian_contraction
 from jaxlm.kernels.saved import (
     Manifest,
     describe,
-    fingerprint,
     load_kernel,
     read_manifest,
     save_kernel,

@@ -29,8 +29,15 @@ def test_of_ties_the_lower_index_comes_first(dtype):
 
 @pytest.mark.parametrize(
     ("count", "fraction", "wanted"),
-    [(100, 0.29, 29), (100, 0.07, 7), (270679, 0.05, 13533), (19, 0.05, None), (20, 0.05, 1)]
-    + [(3, 1, 3), (10, 0.999, 9)],
+    [
+        (100, 0.29, 29),
+        (100, 0.07, 7),
+        (270679, 0.05, 13533),
+        (19, 0.05, None),
+        (20, 0.05, 1),
+        (3, 1, 3),
+        (10, 0.999, 9),
+    ],
 )
 def test_a_fraction_is_rounded_down(count, fraction, wanted):
     if wanted is None:

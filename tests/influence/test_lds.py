@@ -1,0 +1,130 @@
+"""The linear datamodelling score next to scipy, and its interval next to repeated experiments."""
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from jaxlm.core.errors import UserError
+from jaxlm.influence import _lds, lds, leave_one_out, subset_masks
+
+K, N, M = 12, 9, 3
+RNG = np.random.default_rng(0)
+TAU = RNG.standard_normal((N, M))
+MASKS = subset_masks(N, K)
+OUTPUTS = MASKS @ TAU + RNG.standard_normal((K, M))
+
+
+def test_the_score_is_scipys():
+    found = lds(TAU, MASKS, OUTPUTS)
+    wanted = [spearmanr(MASKS @ TAU[:, m], OUTPUTS[:, m]).statistic for m in range(M)]
+    np.testing.assert_allclose(found.of_targets, wanted, rtol=1e-12)
+    assert found.value == pytest.approx(np.mean(wanted), rel=1e-12)
+    assert found.low < found.value < found.high
+
+
+def test_one_target():
+    np.testing.assert_array_equal(
+        lds(TAU[:, 0], MASKS, OUTPUTS[:, 0]).of_targets, lds(TAU, MASKS, OUTPUTS).of_targets[:1]
+    )
+
+
+@pytest.mark.parametrize("levels", [2, 4, 1000])
+def test_ranks_of_subsets_that_are_drawn_again_are_scipys(levels):
+    """A weight says how often a row is there; few levels give ties."""
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(0, levels, (2, 15, 4)).astype(float)
+    sides = (_lds._Ranked(a, "a"), _lds._Ranked(b, "b"))
+    for _ in range(5):
+        weights = rng.integers(0, 3, 15)
+        again = [np.repeat(x, weights, axis=0) for x in (a, b)]
+        if any((x == x[:1]).all(axis=0).any() for x in again):
+            continue
+        wanted = [spearmanr(again[0][:, m], again[1][:, m]).statistic for m in range(4)]
+        found = _lds._spearman(*sides, weights.astype(float))
+        np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_perfect_and_opposite_attributions():
+    exact = MASKS @ TAU
+    assert lds(TAU, MASKS, np.exp(exact)).value == pytest.approx(1)
+    assert lds(-TAU, MASKS, exact).value == pytest.approx(-1)
+
+
+def test_the_interval_of_nothing_is_as_wide_as_it_should_be():
+    """Of independent ranks, the correlation has a standard deviation of 1 / sqrt(K - 1)."""
+    rng = np.random.default_rng(2)
+    masks = subset_masks(50, 100)
+    tau, outputs = rng.standard_normal(50), rng.standard_normal(100)
+    found = lds(tau, masks, outputs)
+    assert found.high - found.low == pytest.approx(2 * 1.96 / np.sqrt(99), rel=0.2)
+    narrow = lds(tau, masks, outputs, level=0.5)
+    assert narrow.high - narrow.low == pytest.approx(2 * 0.6745 / np.sqrt(99), rel=0.2)
+    assert lds(tau, masks, outputs)[:3] == found[:3]
+    assert lds(tau, masks, outputs, seed=1).low != found.low
+
+
+def test_the_interval_knows_of_targets_that_share_their_models():
+    """One noise for all targets: twenty of them say no more than one."""
+    rng = np.random.default_rng(3)
+    masks = subset_masks(40, 60)
+    tau, noise = rng.standard_normal((40, 1)), rng.standard_normal((60, 1))
+    outputs = masks @ tau + 5 * noise
+    one, many = (
+        lds(np.repeat(tau, m, 1), masks, np.repeat(outputs, m, 1), replicates=500) for m in (1, 20)
+    )
+    assert many.high - many.low == pytest.approx(one.high - one.low, rel=0.2)
+
+
+def test_subsets_are_random_halves():
+    masks = subset_masks(40, 500, fraction=0.3)
+    assert masks.dtype == bool
+    assert (masks.sum(axis=1) == 12).all()
+    deviation = np.sqrt(0.3 * 0.7 / 500)
+    assert np.abs(masks.mean(axis=0) - 0.3).max() < 4.5 * deviation
+    np.testing.assert_array_equal(subset_masks(40, 7, fraction=0.3), masks[:7])
+    assert (subset_masks(40, 7, fraction=0.3, seed=1) != masks[:7]).any()
+
+
+def test_leaving_one_out():
+    def output(mask):
+        return np.array([mask @ TAU[:, 0], (mask @ TAU[:, 0]) ** 2])
+
+    found = leave_one_out(output, N)
+    total = TAU[:, 0].sum()
+    squares = total**2 - (total - TAU[:, 0]) ** 2
+    np.testing.assert_allclose(found, np.stack([TAU[:, 0], squares], axis=1), rtol=1e-9)
+
+
+SAME = np.array(OUTPUTS)
+SAME[:, 1] = 0.5
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            lambda: lds(TAU[:4], MASKS, OUTPUTS),
+            "attributions (4, 3), masks (12, 9), outputs (12, 3)",
+        ),
+        (lambda: lds(TAU, MASKS.T, OUTPUTS), "do not fit; give [N, M], [K, N] and [K, M]"),
+        (lambda: lds(TAU[:, 0], MASKS, OUTPUTS), "do not fit; give [N, M], [K, N] and [K, M]"),
+        (lambda: lds(TAU, MASKS.astype(int), OUTPUTS), "masks are int64; give bool, true where"),
+        (lambda: lds(TAU, MASKS[:2], OUTPUTS[:2]), "are too few; give 3 or more subsets and a"),
+        (lambda: lds(TAU * np.nan, MASKS, OUTPUTS), "attributions are not finite; look at their"),
+        (lambda: lds(TAU, MASKS, OUTPUTS * np.inf), "outputs are not finite; look at their"),
+        (lambda: lds(TAU, MASKS, SAME), "the outputs of target 1 are the same for all subsets"),
+        (lambda: lds(TAU * 0, MASKS, OUTPUTS), "the attributions of target 0 are the same for all"),
+        (lambda: lds(TAU, MASKS, OUTPUTS, replicates=0), "replicates=0 and level=0.95 are imposs"),
+        (lambda: lds(TAU, MASKS, OUTPUTS, level=1.0), "replicates=1000 and level=1.0 are imposs"),
+        (
+            lambda: subset_masks(9, 3, fraction=0.1),
+            "fraction=0.1 of 9 examples is 0; give some, not",
+        ),
+        (lambda: subset_masks(9, 3, fraction=1), "fraction=1 of 9 examples is 9; give some, not"),
+        (lambda: leave_one_out(lambda mask: [0.0], 1), "count is 1; give two or more examples to"),
+    ],
+)
+def test_bad_input(call, text):
+    with pytest.raises(UserError) as found:
+        call()
+    assert text in str(found.value)
