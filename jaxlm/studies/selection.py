@@ -12,7 +12,7 @@ References: Xia et al., "LESS: Selecting Influential Data for Targeted Instructi
 arXiv:2402.04333.
 """
 
-import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +25,19 @@ from jaxlm.core.fingerprints import fingerprint
 from jaxlm.data.messages import MessageFormat
 from jaxlm.influence import GradientStore, score
 from jaxlm.studies.selection_batches import row_losses
-from jaxlm.studies.selection_choice import METHODS, Choice, write_choice
+from jaxlm.studies.selection_choice import METHODS, read_choice, shallow_scores, write_choice
 from jaxlm.studies.selection_features import Features, store_features, stored_order
 from jaxlm.studies.selection_measure import Measure
-from jaxlm.studies.selection_rows import Rows, Source, Target, digest, read_source, read_target
-from jaxlm.studies.selection_stage import stage
+from jaxlm.studies.selection_rows import (
+    Row,
+    Rows,
+    Source,
+    Target,
+    digest,
+    read_source,
+    read_target,
+)
+from jaxlm.studies.selection_stage import key, stage
 from jaxlm.studies.selection_training import Recipe, load_epoch, train
 from jaxlm.train.run import load_model
 from jaxlm.train.run_folder import to_dict
@@ -65,9 +73,9 @@ class SelectionConfig:
     target: Target
     template: MessageFormat = "tulu"
     max_length: int | None = None
-    recipe: Recipe = Recipe()
+    recipe: Recipe = field(default=Recipe())
     warmup_fraction: float = 0.05
-    features: Features = Features()
+    features: Features = field(default=Features())
     aggregate: Literal["cosine_of_mean", "mean_of_cosines"] = "cosine_of_mean"
     fraction: float = 0.05
     methods: tuple[str, ...] = ("less", "random", "full")
@@ -106,16 +114,14 @@ def selection_study(
 
     Returns:
         `{"pool", "runs"}`: what there is to choose from, and for every seed and method what was
-        chosen and measured; see `jaxlm.studies.selection_table.rows`.
+        chosen and measured.
 
     Raises:
         UserError: a source or the target cannot be read, or a stage fails.
     """
     study = _Study(config, base_dir, say)
-    return {
-        "pool": study.pool_summary(),
-        "runs": [run for seed in config.seeds for run in study.runs(seed)],
-    }
+    runs = [study.run(seed, method) for seed in config.seeds for method in config.methods]
+    return {"pool": study.summary(), "runs": runs}
 
 
 class _Study:
@@ -124,11 +130,10 @@ class _Study:
     def __init__(self, config: SelectionConfig, base_dir: Path | None, say: Say):
         self.config, self.say = config, say
         self.lm = load_model(config.model, param_dtype=config.param_dtype)
+        longest = self.lm.config.max_positions
         words: dict[str, Any] = {
             "template": config.template,
-            "max_length": min(
-                self.lm.config.max_positions, config.max_length or self.lm.config.max_positions
-            ),
+            "max_length": min(longest, config.max_length or longest),
             "seed": config.pool_seed,
             "base_dir": base_dir,
         }
@@ -145,36 +150,65 @@ class _Study:
         self.target = read_target(config.target, self.lm, **words)
         for what, rows in (("the sources have", self.pool), ("the target has", self.target)):
             if rows.cut:
-                say(f"{len(rows.cut)} rows are left out, of whose answers nothing is left")
+                say(f"{what} {len(rows.cut)} rows whose answers are cut off: they are left out")
             if not rows.rows:
                 raise UserError(f"{what} no rows with an answer: raise max_length.")
-        self.measure = Measure(self.lm, config, words)
-        self.losses = row_losses(self.lm_with_adapters())
-        self.model = fingerprint((self.lm.params, repr(self.lm.config)))
-        self.data, self.target_data = digest(self.pool.rows), digest(self.target.rows)
+        ready = config.recipe.prepare(self.lm, 0)
+        self.losses = row_losses(ready)
+        self.measure = Measure(ready, config.target, batch_size=config.eval_batch_size, **words)
+        self.hashes = {
+            "model": fingerprint(
+                (self.lm.params, np.frombuffer(repr(ready.config).encode(), "u1"))
+            ),
+            "rows": digest(self.pool.rows),
+            "target": digest(self.target.rows),
+        }
 
-    def lm_with_adapters(self) -> Any:
-        return self.config.recipe.prepare(self.lm, 0)
-
-    def pool_summary(self) -> dict[str, Any]:
-        names = list(dict.fromkeys(row.source for row in self.pool.rows))
+    def summary(self) -> dict[str, Any]:
+        """What there is to choose from, and what the target says of the model as it is."""
         rows = self.pool.rows
+        names = dict.fromkeys(row.source for row in rows)
+        inputs = {"model": self.hashes["model"], "test": key({"data": self.measure.data})}
+        root = Path(self.config.output)
+        before = stage(
+            root, "before", inputs, lambda _: {"value": self.measure(self.lm.params)}, say=self.say
+        )
         return {
             "rows": len(rows),
             "sources": {name: sum(row.source == name for row in rows) for name in names},
             "noise": sum(row.noise for row in rows),
             "cut": len(self.pool.cut),
             "target": len(self.target.rows),
-            "before": self.measure(self.lm, self.lm.params),
             "metric": self.measure.metric,
+            "before": before[1]["value"],
         }
 
-    def runs(self, seed: int) -> list[dict[str, Any]]:
-        found = []
-        for name in self.config.methods:
-            choice = self.choose(seed, name)
-            found.append({"method": name, "seed": seed, **self.tune(seed, name, choice)})
-        return found
+    def run(self, seed: int, method: str) -> dict[str, Any]:
+        """A choice, and training on it."""
+        folder, chosen = self._stage(
+            seed,
+            f"select-{method}",
+            self._choice_inputs(seed, method),
+            lambda place: write_choice(
+                place, self.pool.rows, self._scores(seed, method), self.config.fraction
+            ),
+        )
+        rows = read_choice(folder, self.pool.rows)
+        recipe = self.config.recipe
+        inputs = {
+            "model": self.hashes["model"],
+            "rows": digest(rows),
+            "recipe": to_dict(recipe),
+            "seed": seed,
+            "test": key({"data": self.measure.data}),
+        }
+
+        def work(place: Path) -> dict[str, Any]:
+            params = train(place, self.lm, rows, recipe, seed=seed)
+            return {"value": self.measure(params)}
+
+        _, found = self._stage(seed, f"tune-{method}", inputs, work)
+        return {"method": method, "seed": seed, **chosen, **found}
 
     def _stage(
         self, seed: int, name: str, inputs: dict[str, Any], work: Callable[[Path], dict[str, Any]]
@@ -182,75 +216,92 @@ class _Study:
         root = Path(self.config.output) / f"seed-{seed}"
         return stage(root, name, inputs, work, say=self.say)
 
-    def warmup_places(self, seed: int) -> list[int]:
+    def _choice_inputs(self, seed: int, method: str) -> dict[str, Any]:
+        """What the scores of a method depend on."""
+        if method == "full":
+            return {"rows": self.hashes["rows"]}
+        inputs = {**self.hashes, "fraction": self.config.fraction}
+        if method == "random":
+            return {**inputs, "seed": seed}
+        groups = self.target.subtasks
+        inputs["subtasks"] = None if groups is None else groups.tolist()
+        if method != "less":
+            return inputs
+        features = _but(self.config.features, "block_size")
+        aggregate = self.config.aggregate
+        return {**inputs, **self._warmup_inputs(seed), "features": features, "aggregate": aggregate}
+
+    def _scores(self, seed: int, method: str) -> np.ndarray | None:
+        if method == "full":
+            return None
+        if method == "less":
+            return self._less(seed)
+        return shallow_scores(method, self.lm, self.pool, self.target, seed=seed)
+
+    def _warmup_rows(self, seed: int) -> list[Row]:
         count = max(1, int(self.config.warmup_fraction * len(self.pool.rows) * (1 + 1e-12)))
-        return _permutation(seed, 0, len(self.pool.rows))[:count]
+        generator = np.random.Generator(np.random.PCG64([seed, 0]))
+        order = generator.permutation(len(self.pool.rows))
+        return [self.pool.rows[place] for place in order[:count]]
 
-    def warmup_inputs(self, seed: int) -> dict[str, Any]:
-        rows = [self.pool.rows[place] for place in self.warmup_places(seed)]
+    def _warmup_inputs(self, seed: int) -> dict[str, Any]:
+        part = digest(self._warmup_rows(seed))
         recipe = to_dict(self.config.recipe)
-        return {"model": self.model, "rows": digest(rows), "recipe": recipe, "seed": seed}
+        return {"model": self.hashes["model"], "part": part, "recipe": recipe, "seed": seed}
 
-    def warmup(self, seed: int) -> Path:
-        rows = [self.pool.rows[place] for place in self.warmup_places(seed)]
+    def _less(self, seed: int) -> np.ndarray:
+        """The score of every row, in the order of the pool."""
+        config, warmup_inputs = self.config, self._warmup_inputs(seed)
+        part = self._warmup_rows(seed)
 
-        def work(folder: Path) -> dict[str, Any]:
-            train(folder, self.lm, rows, self.config.recipe, seed=seed, keep=True)
-            return {"rows": len(rows)}
+        def warm_up(place: Path) -> dict[str, Any]:
+            train(place, self.lm, part, config.recipe, seed=seed, keep=True)
+            return {"rows": len(part)}
 
-        return self._stage(seed, "warmup", self.warmup_inputs(seed), work)[0]
-
-    def stores(self, seed: int) -> tuple[list[GradientStore], list[GradientStore], dict[str, Any]]:
-        """Features of both sides at each epoch, and what they are of."""
-        config, folder = self.config, self.warmup(seed)
-        shared = {"warmup": self.warmup_inputs(seed), "features": to_dict(config.features)}
-        sides = {"train": (self.pool, self.data), "target": (self.target, self.target_data)}
+        folder, _ = self._stage(seed, "warmup", warmup_inputs, warm_up)
+        load = functools.lru_cache(maxsize=1)(
+            lambda epoch: load_epoch(folder, self.lm, len(part), config.recipe, epoch, seed=seed)
+        )
         stores: dict[str, list[GradientStore]] = {"train": [], "target": []}
-        for number in range(1, config.recipe.epochs + 1):
-            loaded: Any = None
-            for side, (rows, data) in sides.items():
+        for epoch in range(1, config.recipe.epochs + 1):
+            for side, rows in (("train", self.pool), ("target", self.target)):
+                inputs = {
+                    "warmup": warmup_inputs,
+                    "epoch": epoch,
+                    "rows": digest(rows.rows),
+                    "features": _but(config.features, "block_size"),
+                }
 
-                def work(place: Path, side=side, rows=rows, number=number) -> dict[str, Any]:
-                    nonlocal loaded
-                    if loaded is None:
-                        loaded = load_epoch(
-                            folder,
-                            self.lm,
-                            len(self.warmup_places(seed)),
-                            config.recipe,
-                            number,
-                            seed=seed,
-                        )
+                def work(place: Path, epoch=epoch, side=side, rows=rows) -> dict[str, Any]:
                     return store_features(
                         place,
                         self.losses,
                         rows,
-                        loaded,
+                        load(epoch),
                         config.features,
                         config.recipe,
-                        number=number,
+                        number=epoch,
                         adam=side == "train",
                         pad_id=self.lm.config.pad_id or 0,
                     )
 
-                inputs = {**shared, "rows": data, "epoch": number}
-                place, _ = self._stage(seed, f"{side}-{number}", inputs, work)
+                place, _ = self._stage(seed, f"{side}-{epoch}", inputs, work)
                 stores[side].append(GradientStore.open(place / "store"))
-        return stores["train"], stores["target"], shared
-
-    def less(self, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
-        """The score of every row, in the order of the pool."""
-        train_stores, target_stores, shared = self.stores(seed)
-        subtasks = self.target.subtasks
-        if subtasks is not None:
-            subtasks = subtasks[stored_order(target_stores[0], self.target)]
+        groups = self.target.subtasks
+        if groups is not None:
+            groups = groups[stored_order(stores["target"][0], self.target)]
         found = score(
-            train_stores,
-            target_stores,
-            subtask=subtasks,
-            aggregate=self.config.aggregate,
-            over=None if subtasks is None else "max",
+            stores["train"],
+            stores["target"],
+            subtask=groups,
+            aggregate=config.aggregate,
+            over=None if groups is None else "max",
         )
         scores = np.empty_like(found)
-        scores[stored_order(train_stores[0], self.pool)] = found
-        return scores, shared
+        scores[stored_order(stores["train"][0], self.pool)] = found
+        return scores
+
+
+def _but(config: Any, name: str) -> dict[str, Any]:
+    """A configuration without what changes no number."""
+    return {key: value for key, value in to_dict(config).items() if key != name}

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +38,10 @@ class Recipe:
         batch_size: rows in a step.
     """
 
-    peft: Lora = Lora(rank=128, alpha=512.0, targets=r"attention\.(q|k|v|o)_proj")
-    optimizer: Adam = Adam(learning_rate=2e-5, schedule="linear")
+    peft: Lora = field(
+        default=Lora(rank=128, alpha=512.0, targets=r"attention\.(q|k|v|o)_proj")
+    )
+    optimizer: Adam = field(default=Adam(learning_rate=2e-5, schedule="linear"))
     warmup_share: float = 0.03
     epochs: int = 4
     batch_size: int = 128
@@ -133,9 +135,7 @@ def train(
     outcome = fit(
         method(optimizer, mean_loss(ready), steps),
         jax.tree.map(jnp.copy, ready.params),
-        lambda first, count: padded.batches(
-            first, count, batch_size=recipe.batch_size, seed=seed
-        ),
+        lambda first, count: padded.batches(first, count, batch_size=recipe.batch_size, seed=seed),
         LoopConfig(steps=steps, eval_every=each, checkpoint_every=each),
         key=jax.random.key(seed),
         checkpoints=checkpoints,
