@@ -28,8 +28,9 @@ The same command goes on with a study that was stopped: stages whose inputs have
 not done again. seed-N/select-M/selected.jsonl has what a method chose.
 
 `--dry-run` does nothing, and writes the FLOPs, bytes and hours of each stage: of the study, or,
-without a file, of LESS on 270,679 examples with a 7B Llama and LoRA of rank 128. The device is
-stated by --device.peak_flops=312e12 --device.utilisation=0.4.
+without a file, of LESS on 270,679 examples with a 7B Llama and LoRA of rank 128. State the device
+by --device.peak_flops=312e12 --device.utilisation=0.4, and other data by --sizes.examples=1000000
+--sizes.tokens=300.
 """
 
 import sys
@@ -59,22 +60,28 @@ def run(args: Sequence[str]) -> None:
 
 
 def _dry_run(path: str | None, overrides: dict[str, str]) -> None:
-    from jaxlm.studies.selection_cost import Device, Plan, markdown, plan_of
+    from jaxlm.studies.selection import SelectionConfig
+    from jaxlm.studies.selection_cost import Device, Plan, Sizes, markdown, plan_of, resized
 
-    kinds = ("device", "plan")
-    own = {key: value for key, value in overrides.items() if key.partition(".")[0] in kinds}
-    rest = {key: value for key, value in overrides.items() if key not in own}
-    found = {}
-    for kind, cls in zip(kinds, (Device, Plan), strict=True):
-        found[kind] = configs.load(
-            cls, None, {k.partition(".")[2]: v for k, v in own.items() if k.startswith(kind + ".")}
-        )
+    def section(name: str) -> dict[str, str]:
+        start = f"{name}."
+        return {
+            key.removeprefix(start): value
+            for key, value in overrides.items()
+            if key.startswith(start)
+        }
+
+    device = configs.load(Device, None, section("device"))
+    sizes = configs.load(Sizes, None, section("sizes"))
+    rest = {
+        key: value for key, value in overrides.items() if not key.startswith(("device.", "sizes."))
+    }
+    plan = Plan()
     if path is not None or rest:
-        from jaxlm.studies.selection import SelectionConfig
-
         config = configs.load(SelectionConfig, path, rest)
-        found["plan"] = plan_of(config, base_dir=Path(path).parent if path else None)
-    print(markdown(found["plan"], found["device"]))
+        plan = plan_of(config, base_dir=Path(path).parent if path else None)
+    plan = resized(plan, **{key: getattr(sizes, key) for key in section("sizes")})
+    print(markdown(plan, device))
 
 
 def _say(line: str) -> None:

@@ -124,37 +124,59 @@ def selection_study(
     return {"pool": study.summary(), "runs": runs}
 
 
+def read_sides(
+    config: SelectionConfig, lm: Any, *, base_dir: Path | None = None, say: Say = lambda line: None
+) -> tuple[Rows, Rows]:
+    """All rows of the sources, and those of the target.
+
+    Args:
+        config, base_dir: of `selection_study`.
+        lm: the model whose tokens they become; its parameters are not read.
+        say: is told what is left out.
+
+    Raises:
+        UserError: a source or the target cannot be read, or has no row with an answer.
+    """
+    words = _reading(config, lm, base_dir)
+    parts = []
+    for name, source in config.sources.items():
+        if source.given:
+            parts.append(read_source(name, source, lm, **words))
+        else:
+            say(f"source {name} has no task.train: it is left out")
+    pool = Rows(
+        tuple(row for part in parts for row in part.rows),
+        tuple(name for part in parts for name in part.cut),
+    )
+    target = read_target(config.target, lm, **words)
+    for what, rows in (("the sources have", pool), ("the target has", target)):
+        if rows.cut:
+            say(f"{what} {len(rows.cut)} rows whose answers are cut off: they are left out")
+        if not rows.rows:
+            raise UserError(f"{what} no rows with an answer: raise max_length.")
+    return pool, target
+
+
+def _reading(config: SelectionConfig, lm: Any, base_dir: Path | None) -> dict[str, Any]:
+    longest = lm.config.max_positions
+    return {
+        "template": config.template,
+        "max_length": min(longest, config.max_length or longest),
+        "seed": config.pool_seed,
+        "base_dir": base_dir,
+    }
+
+
 class _Study:
     """The model and the rows, and the stages on them."""
 
     def __init__(self, config: SelectionConfig, base_dir: Path | None, say: Say):
         self.config, self.say = config, say
         self.lm = load_model(config.model, param_dtype=config.param_dtype)
-        longest = self.lm.config.max_positions
-        words: dict[str, Any] = {
-            "template": config.template,
-            "max_length": min(longest, config.max_length or longest),
-            "seed": config.pool_seed,
-            "base_dir": base_dir,
-        }
-        parts = []
-        for name, source in config.sources.items():
-            if not source.given:
-                say(f"source {name} has no task.train: it is left out")
-                continue
-            parts.append(read_source(name, source, self.lm, **words))
-        self.pool = Rows(
-            tuple(row for part in parts for row in part.rows),
-            tuple(name for part in parts for name in part.cut),
-        )
-        self.target = read_target(config.target, self.lm, **words)
-        for what, rows in (("the sources have", self.pool), ("the target has", self.target)):
-            if rows.cut:
-                say(f"{what} {len(rows.cut)} rows whose answers are cut off: they are left out")
-            if not rows.rows:
-                raise UserError(f"{what} no rows with an answer: raise max_length.")
+        self.pool, self.target = read_sides(config, self.lm, base_dir=base_dir, say=say)
         ready = config.recipe.prepare(self.lm, 0)
         self.losses = row_losses(ready)
+        words = _reading(config, self.lm, base_dir)
         self.measure = Measure(ready, config.target, batch_size=config.eval_batch_size, **words)
         self.hashes = {
             "model": fingerprint(

@@ -38,9 +38,7 @@ class Recipe:
         batch_size: rows in a step.
     """
 
-    peft: Lora = field(
-        default=Lora(rank=128, alpha=512.0, targets=r"attention\.(q|k|v|o)_proj")
-    )
+    peft: Lora = field(default=Lora(rank=128, alpha=512.0, targets=r"attention\.(q|k|v|o)_proj"))
     optimizer: Adam = field(default=Adam(learning_rate=2e-5, schedule="linear"))
     warmup_share: float = 0.03
     epochs: int = 4
