@@ -175,7 +175,8 @@ def read_source(
         ]
         return _task_rows(name, task, examples, noise, lm, max_length)
     except UserError as error:
-        raise UserError(f"source {name}: {error}") from None
+        message = str(error).removeprefix("task.messages: ")
+        raise UserError(f"source {name}: {message}") from None
 
 
 def read_target(
@@ -189,9 +190,14 @@ def read_target(
 ) -> Rows:
     """The examples that are the target; arguments as of `read_source`."""
     if target.messages is not None:
-        rows = Source(messages=target.messages, rows=target.rows)
-        return _conversations(
-            "target", target.messages, lm, template, max_length, rows, seed, base_dir
+        return read_source(
+            "target",
+            Source(messages=target.messages, rows=target.rows),
+            lm,
+            template=template,
+            max_length=max_length,
+            seed=seed,
+            base_dir=base_dir,
         )
     assert target.task is not None
     task = load_task(target.task, seed=seed, base_dir=base_dir)

@@ -57,10 +57,10 @@ def markdown(found: dict[str, Any]) -> str:
     what = "accuracy in per cent" if accuracy else "loss in nats a token, lower is better"
     said = (
         f"Rows chosen of {pool['rows']} with {pool['target']} target examples; shares of the "
-        f"sources and of noise (rows that have another label than their own) in per cent; {what}, "
+        f"sources and of rows with another label than their own in per cent; {what}, "
         f"mean (standard deviation) over the seeds {seeds}."
     )
-    header = ("method", "rows", *pool["sources"], "noise", pool["metric"])
+    header = ("method", "rows", *pool["sources"], "wrong label", pool["metric"])
     cells = [
         (
             each["method"],

@@ -126,8 +126,7 @@ def train(
     each = recipe.epoch_steps(len(rows))
     steps = recipe.epochs * each
     optimizer = dataclasses.replace(recipe.optimizer_for(len(rows)), select=LORA)
-    place = folder / "checkpoints"
-    checkpoints = _Epochs(place, each) if keep else Checkpoints(place)
+    checkpoints = _Adapters(folder / "checkpoints", each if keep else None)
     metrics = Metrics(folder / "metrics.jsonl")
     metrics.cut(checkpoints.latest_step)
     outcome = fit(
@@ -171,16 +170,25 @@ def load_epoch(folder: Path, lm: Any, rows: int, recipe: Recipe, epoch: int, *, 
     return Epoch(params, found[1].opt_state, weights[epoch - 1])
 
 
-class _Epochs(Checkpoints):
-    """Checkpoints that also keep, of every epoch's end, what was trained."""
+class _Adapters(Checkpoints):
+    """Checkpoints of what is trained; the frozen parameters are those that training begins with."""
 
-    def __init__(self, folder: Path, epoch_steps: int):
+    def __init__(self, folder: Path, epoch_steps: int | None):
         super().__init__(folder)
         self._epoch_steps = epoch_steps
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        if step:
+        trained = TrainState(paths.split(state.params, LORA)[0], state.opt_state)
+        if step and self._epoch_steps:
             kept = Checkpoints(self.folder.parent / f"epoch-{step // self._epoch_steps}")
-            kept.save(step, TrainState(paths.split(state.params, LORA)[0], state.opt_state), {})
+            kept.save(step, trained, {})
             kept.close()
-        super().save(step, state, record)
+        super().save(step, trained, record)
+
+    def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
+        trained, frozen = paths.split(like.params, LORA)
+        found = super().restore(TrainState(trained, like.opt_state), step)
+        if found is None:
+            return None
+        step, state, record = found
+        return step, TrainState(paths.merge(state.params, frozen), state.opt_state), record
