@@ -44,7 +44,7 @@ class Side(NamedTuple):
     def block_rows(self) -> int:
         """Rows of a block: a power of two that depends on N and R alone."""
         most = max(1, BLOCK_BYTES // (4 * self.dim))
-        return 1 << min((most).bit_length() - 1, (self.examples - 1).bit_length())
+        return 1 << min(most.bit_length() - 1, (self.examples - 1).bit_length())
 
     def specs(self) -> list[tuple[str, specs.StoreSpec]] | None:
         """The specs of the stores with their names, or None of arrays."""

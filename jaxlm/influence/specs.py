@@ -41,6 +41,10 @@ class StoreSpec:
     weight: float | int = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("dim", "checkpoint", "weight"):
+            value: Any = getattr(self, name)
+            if hasattr(value, "item"):  # a scalar of NumPy or JAX, such as the value of a schedule
+                object.__setattr__(self, name, value.item())
         encoding(self.dtype)
         if self.dim < 1:
             raise UserError(f"dim is {self.dim}: give the numbers of a row, 1 or more")

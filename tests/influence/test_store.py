@@ -219,6 +219,19 @@ def test_impossible_specs(options, text):
     refused(lambda: StoreSpec(**{"dim": 3, **options}), text)
 
 
+def test_scalars_of_numpy_and_jax_are_written(tmp_path):
+    import jax.numpy as jnp
+
+    spec = StoreSpec(dim=DIM)
+    # The type checker of the tests lets them through nowhere else.
+    for name, value in (("dim", np.int64(DIM)), ("checkpoint", np.int32(7))):
+        object.__setattr__(spec, name, value)
+    object.__setattr__(spec, "weight", jnp.asarray(0.5))
+    spec.__post_init__()
+    GradientStore.create(tmp_path, spec).commit()
+    assert GradientStore.open(tmp_path).spec == StoreSpec(dim=DIM, checkpoint=7, weight=0.5)
+
+
 FULL = StoreSpec(
     dim=DIM,
     projection=projection_name(projector("srht", dim=DIM, seed=3)),
