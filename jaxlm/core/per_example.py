@@ -26,7 +26,7 @@ LOSS = ("", "bias")
 
 
 class Used(NamedTuple):
-    """The factors of one use of a parameter, see `jaxlm.core.taps`; `b` without cotangents' axis."""
+    """The factors of one use of a parameter, as in `jaxlm.core.taps`, for one cotangent."""
 
     op: str
     a: Array
@@ -312,10 +312,8 @@ def _check_losses(value, examples, segments) -> None:
         )
 
 
-def untapped(
-    f: Callable[..., Any], params: Any, x: Any, select: paths.Select = None
-) -> str | None:
-    """Why the gradients of f are no products of factors, as the end of a sentence; None if they are.
+def untapped(f: Callable[..., Any], params: Any, x: Any, select: paths.Select = None) -> str | None:
+    """Why gradients of f are no products of factors, as the end of a sentence; None if they are.
 
     Args:
       f: a function with or without a keyword `tap`.

@@ -14,17 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlm.core import adam, paths, per_example, tapped
+from jaxlm.core import adam, paths
 from jaxlm.core.errors import UserError
 from jaxlm.core.projection import Projector
-
-BLOCK_BYTES = 2**30
-"""What the activations or the gradients of a block take at most, about, by default."""
-BLOCK = 64
-"""Examples in a block at most, by default."""
+from jaxlm.influence.rows import Work, groups, size_of_block
 
 
 class FeaturesInfo(NamedTuple):
@@ -61,10 +57,62 @@ def gradient_features(
     variant: adam.Variant = "paper",
     select: paths.Select = None,
     block_size: int | None = None,
+    segments: Int[Array, "rows T"] | np.ndarray | None = None,
     mesh: Mesh | None = None,
-    segments: Int[Array, "rows T"] | None = None,
 ) -> Float[Array, "N R"]:
-    """Features [N, R]; see `features_with_info`, which returns more."""
+    r"""The projected gradient, or Adam's step on it, of every example.
+
+        phi(z) = S g(z),    g(z) = gradient of the loss of z by the selected parameters
+        phi(z) = S (m' / (1 - b1^t)) / (sqrt(v' / (1 - b2^t)) + eps)    with `adam_state`
+
+    with m' and v' the moments after a step on g(z). LESS compares the second of training examples
+    with the first of target examples by their cosine.
+
+    Memory: with a tap, activations of a block of examples and, of more parameters than 256 MiB have
+    room for, the gradients of one layer; without, all gradients of a block. Blocks have a fixed
+    size, so a row does not depend, to the last bit, on what is given with it. A block is compiled
+    once for each function `loss_fn`, its options and shapes: give the same function again.
+
+    Args:
+      loss_fn: `loss_fn(params, example)`, the loss of one example, a scalar; or one with a keyword
+        `tap`, `loss_fn(params, examples, *, tap=None)`, which is called on a batch, gives its
+        losses [N], row n depending on example n alone, and hands `tap` to every use of a parameter,
+        as the models of jaxlm do.
+      params: any pytree.
+      examples: a pytree of arrays whose axis 0 is N.
+      projector: S, of `projector`; None for whole gradients, of small models.
+      adam_state: a state of `optax.adam` and the like, or of a chain that has one; None for the
+        gradient itself.
+      b1, b2, eps: of that Adam.
+      variant: "paper", the step that optax makes; or "reference", that of the authors' code of
+        LESS, m' / sqrt(v' + eps).
+      select: restricts the features to some parameters: a regular expression searched in their
+        paths or a predicate on them, such as `jaxlm.peft.LORA`.
+      block_size: examples in a block; by default a power of 2 that the shapes alone decide.
+      segments: [N, T] for rows that have several examples one after another: 1 to S at the tokens
+        of each, 0 at padding. `loss_fn`, with a tap, then gives losses [N, S], and must keep the
+        examples of a row apart.
+      mesh: groups of examples go round its devices, those of this process, each of which gets all
+        parameters; by default that of the projector.
+
+    Returns:
+      [N, R], R the projector's `dim` or the number of selected parameters in the order of the tree;
+      of rows with segments [N * S, R]. float32, or float64 for gradients of that dtype. Rows that
+      are skipped are zero, see `FeaturesInfo`.
+
+    Raises:
+      UserError: for impossible constants, a state without Adam's moments of a selected leaf (which
+        it names), examples that do not agree, or losses of another shape.
+      ValueError: if `select` takes nothing.
+
+    >>> loss = lambda params, x: jnp.square(x @ params["w"]).sum()
+    >>> gradient_features(loss, {"w": jnp.ones(2)}, jnp.eye(2)).tolist()
+    [[2.0, 0.0], [0.0, 2.0]]
+
+    References: Xia et al., "LESS: Selecting Influential Data for Targeted Instruction Tuning",
+    arXiv:2402.04333 (their code differs from the paper, see `variant`); Park et al., "TRAK",
+    arXiv:2303.14186.
+    """
     return features_with_info(
         loss_fn,
         params,
@@ -77,15 +125,23 @@ def gradient_features(
         variant=variant,
         select=select,
         block_size=block_size,
-        mesh=mesh,
         segments=segments,
+        mesh=mesh,
     )[0]
 
 
 def features_info(
     loss_fn: Callable[..., Array], params: Any, examples: Any, **options: Any
 ) -> FeaturesInfo:
-    """What `features_with_info` returns beside the features."""
+    """The second of what `features_with_info` returns.
+
+    >>> loss = lambda params, x: jnp.square(x @ params["w"]).sum()
+    >>> features_info(loss, {"w": jnp.ones(2)}, jnp.array([[3.0, 4.0], [0.0, 0.0]])).norm.tolist()
+    [70.0, 0.0]
+
+    Args:
+      loss_fn, params, examples, **options: of `gradient_features`.
+    """
     return features_with_info(loss_fn, params, examples, **options)[1]
 
 
@@ -102,50 +158,52 @@ def features_with_info(
     variant: adam.Variant = "paper",
     select: paths.Select = None,
     block_size: int | None = None,
+    segments: Int[Array, "rows T"] | np.ndarray | None = None,
     mesh: Mesh | None = None,
-    segments: Int[Array, "rows T"] | None = None,
 ) -> tuple[Float[Array, "N R"], FeaturesInfo]:
-    """Features and info."""
-    options = {"b1": b1, "b2": b2, "eps": eps}
-    constants = None
+    """`gradient_features`, and what they were made of.
+
+    Args:
+      loss_fn, params, examples, projector, adam_state, b1, b2, eps, variant, select, block_size,
+        segments, mesh: of `gradient_features`.
+
+    Returns:
+      The features, and a `FeaturesInfo` of as many rows.
+    """
+    constants, moments = None, ()
     params = jax.tree.map(jnp.asarray, params)
-    moments: Any = ()
     if adam_state is not None:
-        constants = adam.Constants(**{k: float(v) for k, v in options.items()}, variant=variant)
+        constants = adam.Constants(float(b1), float(b2), float(eps), variant)
         adam.check(constants)
-        moments = adam.moments(adam_state, params, select)
-    count = _count(examples)
-    mesh = projector.mesh if mesh is None and projector is not None else mesh
-    projector = None if projector is None else dataclasses.replace(projector, mesh=None)
-    batch = (examples, segments)
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), examples)
-    size = _block_size(loss_fn, params, one, select) if block_size is None else block_size
+        moments = adam.moments(adam_state, params, select)  # type: ignore[assignment]
+    _check_examples(examples)
+    size, held = size_of_block(loss_fn, params, examples, select)
+    size = size if block_size is None else block_size
     if size < 1:
         raise UserError(f"block_size={size} is no number of examples; give 1 or more")
-    run = functools.partial(_block, loss_fn=_hashable(loss_fn), constants=constants, select=select)
-    if mesh is not None:
-        whole = NamedSharding(mesh, PartitionSpec())
-        params, projector, moments = jax.device_put((params, projector, moments), whole)
-        run = functools.partial(_on_mesh, **run.keywords, mesh=mesh)
-    step = size * (1 if mesh is None else mesh.size)
-    found = []
-    for start in range(0, count, step):
-        rows = np.minimum(np.arange(start, start + step), count - 1)
-        part = jax.tree.map(lambda a, rows=rows: a[rows], batch)
-        if mesh is not None:
-            part = jax.device_put(part, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
-        block = run(params, part, projector, moments)
-        found.append(jax.tree.map(lambda a, n=min(step, count - start): a[:n], block))
-    rows, info = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
-    return rows, info
+    if mesh is None and projector is not None:
+        mesh = projector.mesh
+    if projector is not None:
+        projector = dataclasses.replace(projector, mesh=None)
+    work = Work(_hashable(loss_fn), select, constants, projector is not None and not held)
+    batch = (examples, segments)
+    found = list(groups(work, params, batch, projector, moments, size, mesh))
+    rows, sums = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
+    return rows, _info(sums, params, select)
 
 
-def _count(examples) -> int:
-    """N.
+def _info(total, params, select) -> FeaturesInfo:
+    count = sum(leaf.size for leaf in jax.tree.leaves(paths.split(params, select)[0]))
+    return FeaturesInfo(
+        loss=total["loss"],
+        norm=jnp.sqrt(total["square"]),
+        skipped=total["skipped"],
+        zero=(total["nonzero"] == 0) & (total["bad"] == 0),
+        eps_share=total["eps"] / count,
+    )
 
-    Raises:
-      UserError: if there is none, or the arrays do not agree.
-    """
+
+def _check_examples(examples) -> None:
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(examples)]
     sizes = {shape[0] if shape else None for shape in shapes}
     if len(sizes) != 1 or None in sizes:
@@ -153,10 +211,8 @@ def _count(examples) -> int:
             f"examples have arrays of shapes {', '.join(map(str, shapes)) or 'none'}; axis 0 of "
             "each must be the examples"
         )
-    (count,) = sizes
-    if not count:
+    if sizes == {0}:
         raise UserError("there is no example; give at least one")
-    return count
 
 
 def _hashable(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,94 +222,3 @@ def _hashable(f: Callable[..., Any]) -> Callable[..., Any]:
     except TypeError:  # a callable object that holds arrays
         return functools.wraps(f, updated=())(lambda *args, **options: f(*args, **options))
     return f
-
-
-def _block_size(loss_fn, params, one, select) -> int:
-    """Examples in a block: a power of 2, from the shapes of one example alone."""
-    taken = paths.flatten(paths.split(params, select)[0])[0]
-    lean = per_example.untapped(loss_fn, params, one, select) is None
-    if lean:
-        bytes_of_one = per_example.activation_bytes(tapped.uses(loss_fn, params, one))
-        sizes = [leaf.value[0].size if leaf.stacked else leaf.value.size for leaf in taken]
-        bytes_of_one += 4 * max(sizes)
-    else:
-        bytes_of_one = 4 * sum(leaf.value.size for leaf in taken)
-    most = min(BLOCK, max(1, BLOCK_BYTES // max(bytes_of_one, 1)))
-    return 1 << (most.bit_length() - 1)
-
-
-STATIC = ("loss_fn", "constants", "select")
-
-
-@functools.partial(jax.jit, static_argnames=STATIC)
-def _block(params, batch, projector, moments, *, loss_fn, constants, select):
-    return _features(params, batch, projector, moments, loss_fn, constants, select)
-
-
-@functools.partial(jax.jit, static_argnames=(*STATIC, "mesh"))
-def _on_mesh(params, batch, projector, moments, *, loss_fn, constants, select, mesh):
-    """One block on each device."""
-
-    def here(params, batch, projector, moments):
-        return _features(params, batch, projector, moments, loss_fn, constants, select)
-
-    rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
-    divided = jax.shard_map(
-        here, mesh=mesh, in_specs=(whole, rows, whole, whole), out_specs=rows, check_vma=False
-    )
-    return divided(params, batch, projector, moments)
-
-
-def _features(params, batch, projector, moments, loss_fn, constants, select):
-    examples, segments = batch
-    extras, steps = None, None
-    if constants is not None:
-        first, second, steps = moments
-        extras = list(zip(first, second, strict=True))
-    seed = None if projector is None else projector.seed
-
-    def rule(gradient, extra, shared):
-        seed, steps = shared
-        g = gradient.formed()
-        over = tuple(range(1, g.ndim))
-        wide = jnp.float32
-        total = {
-            "bad": (~jnp.isfinite(g)).sum(over, dtype=wide),
-            "nonzero": (g != 0).sum(over, dtype=wide),
-            "square": jnp.square(g).sum(over),
-            "eps": jnp.zeros(len(g), wide),
-        }
-        if constants is not None:
-            g, small = adam.step(g, extra[0][None], extra[1][None], steps, constants)
-            total["eps"] = small.sum(over, dtype=wide)
-        if projector is None:
-            return total, g
-        here = dataclasses.replace(projector, seed=seed)
-        total["rows"] = here.leaf(gradient.path, gradient.layer, g)
-        return total, ()
-
-    found = per_example.reduce(
-        loss_fn,
-        params,
-        examples,
-        rule,
-        select=select,
-        extras=extras,
-        shared=(seed, steps),
-        segments=segments,
-    )
-    total = found.total
-    if projector is None:
-        rows = jnp.concatenate([g.reshape(len(g), -1) for g in found.own], axis=1)
-    else:
-        rows = total["rows"]
-    skipped = (total["bad"] > 0) | (total["nonzero"] == 0) | ~jnp.isfinite(found.losses)
-    size = sum(leaf.size for leaf in jax.tree.leaves(paths.split(params, select)[0]))
-    info = FeaturesInfo(
-        loss=found.losses,
-        norm=jnp.sqrt(total["square"]),
-        skipped=skipped,
-        zero=(total["nonzero"] == 0) & (total["bad"] == 0),
-        eps_share=total["eps"] / size,
-    )
-    return jnp.where(skipped[:, None], 0, rows), info
