@@ -212,19 +212,17 @@ def _templated(tokenizer: Any, turns: list[dict[str, str]], prompt: bool) -> str
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("the tokenizer has no chat template: give template tulu.")
     try:
-        import jinja2
-    except ImportError:
-        raise UserError("chat templates need jinja2: pip install jinja2.") from None
-    try:
         text: str = tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=prompt
         )
-        return text
-    except (jinja2.TemplateError, IndexError, ValueError) as error:
+    except ImportError:
+        raise UserError("chat templates need jinja2: pip install jinja2.") from None
+    except Exception as error:  # whatever the template, a program of its own, says
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"the chat template does not take it ({reason}): correct the messages."
         ) from None
+    return text
 
 
 def _conversation(row: Row) -> Conversation:

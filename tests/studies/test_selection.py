@@ -1,6 +1,7 @@
 """The study of selections: its stages against other ways to compute them, and that they go on."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.data import TaskConfig
-from jaxlm.influence import GradientStore, projector
+from jaxlm.influence import GradientStore, StoreWriter, projector
 from jaxlm.peft import LORA, Lora
 from jaxlm.studies import selection_training
 from jaxlm.studies.selection import SelectionConfig, read_sides, selection_study
@@ -188,6 +189,16 @@ def warmup(lm, sides, tmp_path_factory):
     return folder, rows, train(folder, lm, rows, RECIPE, seed=5, keep=True)
 
 
+def adam_state(state) -> optax.ScaleByAdamState:
+    """The only one in a chain's state."""
+
+    def is_adam(node) -> bool:
+        return isinstance(node, optax.ScaleByAdamState)
+
+    (found,) = filter(is_adam, jax.tree.leaves(state, is_leaf=is_adam))
+    return found
+
+
 def test_training_is_adam_on_the_mean_of_the_rows(lm, warmup) -> None:
     """Against optax alone, with the learning rates that linear warm-up and decay have: 4 steps."""
     folder, rows, params = warmup
@@ -210,16 +221,16 @@ def test_training_is_adam_on_the_mean_of_the_rows(lm, warmup) -> None:
         trained = jax.tree.map(lambda p, u, rate=rate: p - rate * u, trained, update)
         kept.append((trained, state))
     found = paths.split(params, LORA)[0]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), found, trained)
+    same = functools.partial(np.testing.assert_allclose, atol=1e-4)  # 1 % of the largest step
+    jax.tree.map(same, found, trained)
     for epoch, weight in ((1, np.mean(rates[:2])), (2, np.mean(rates[2:]))):
         end = load_epoch(folder, lm, 8, RECIPE, epoch, seed=5)
         expected, state = kept[2 * epoch - 1]
         found = paths.split(end.params, LORA)[0]
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), found, expected)
-        inside = optax.tree.get(end.opt_state, "mu")
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7), inside, state.mu
-        )
+        jax.tree.map(same, found, expected)
+        inside = adam_state(end.opt_state)
+        assert inside.count == 2 * epoch
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), inside.mu, state.mu)
         np.testing.assert_allclose(end.weight, weight, rtol=1e-6)
 
 
@@ -259,13 +270,9 @@ def test_features_are_projected_steps_of_adam(lm, sides, warmup, tmp_path, monke
             place, losses, rows, end, FEATURES, RECIPE, number=1, adam=adam, pad_id=0
         )
 
-    append = GradientStore.create.__func__  # the writer dies after its first block
-    del append
-    from jaxlm.influence import StoreWriter
-
     written = StoreWriter.append
 
-    def stop(self, *args):
+    def stop(self, *args):  # after the first block
         written(self, *args)
         raise KeyboardInterrupt
 
@@ -287,9 +294,7 @@ def test_features_are_projected_steps_of_adam(lm, sides, warmup, tmp_path, monke
     ready = RECIPE.prepare(lm, 0)
     trained, frozen = paths.split(end.params, LORA)
     adam = optax.scale_by_adam()
-    state = optax.ScaleByAdamState(
-        *(optax.tree.get(end.opt_state, name) for name in ("count", "mu", "nu"))
-    )
+    state = adam_state(end.opt_state)
 
     @jax.jit
     def gradient(trained, ids):
@@ -380,9 +385,8 @@ def test_a_study_from_rows_to_table(tiny_model, folder, tmp_path) -> None:
         return GradientStore.open(place / "store")[:].astype(np.float64)
 
     expected = 0
-    for epoch, weight in ((1, 1 / 6 * 0.01 * 3), (2, 0)):
-        del weight
-        rates = epoch_weights(RECIPE.optimizer_for(12), 2, 3)
+    rates = epoch_weights(RECIPE.optimizer_for(12), 2, 3)
+    for epoch in (1, 2):
         rows, target = stored("train", epoch), stored("target", epoch).mean(axis=0)
         cosines = rows @ target / np.linalg.norm(rows, axis=1) / np.linalg.norm(target)
         expected = expected + rates[epoch - 1] * cosines
