@@ -60,7 +60,8 @@ def step(
     if variant == "reference":
         return _divide(first, jnp.sqrt(second + eps)), second < eps
     # Rounded as optax does: 1 - b2 in float32 is off by 1e-5 of itself.
-    seen1, seen2 = ((1 - decay ** (count + 1)).astype(dtype) for decay in (b1, b2))
+    count = jnp.asarray(count) + 1
+    seen1, seen2 = ((1 - decay**count).astype(dtype) for decay in (b1, b2))
     root = jnp.sqrt(second / seen2)
     return _divide(first / seen1, root + eps), root < eps
 

@@ -177,6 +177,7 @@ def features_with_info(
         adam.check(constants)
         moments = adam.moments(adam_state, params, select)  # type: ignore[assignment]
     _check_examples(examples)
+    loss_fn = _hashable(loss_fn)
     size, held = size_of_block(loss_fn, params, examples, select)
     size = size if block_size is None else block_size
     if size < 1:
@@ -185,7 +186,7 @@ def features_with_info(
         mesh = projector.mesh
     if projector is not None:
         projector = dataclasses.replace(projector, mesh=None)
-    work = Work(_hashable(loss_fn), select, constants, projector is not None and not held)
+    work = Work(loss_fn, select, constants, projector is not None and not held)
     batch = (examples, segments)
     found = list(groups(work, params, batch, projector, moments, size, mesh))
     rows, sums = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)

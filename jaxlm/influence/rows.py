@@ -6,6 +6,7 @@ whichever examples are given with it, in which order, and on how many devices.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,14 +19,12 @@ from jaxtyping import Array
 from jaxlm.core import adam, paths, per_example, tapped
 from jaxlm.core.projection import Projector
 
-BLOCK_BYTES = 2**29
-"""What activations of a block take at most, about, by default."""
+CACHE_BYTES, BLOCK_BYTES = 2**27, 2**31
+"""What activations of a block take at most, about, by default: on a CPU, and elsewhere."""
 HELD_BYTES = 2**28
 """What gradients of the selected parameters may take; above that they are formed by layers."""
-MOST = 16
-"""Examples in a block, by default, at most."""
 TOGETHER = 64
-"""Examples that are projected at once, where gradients are held."""
+"""Examples that are projected at once, where gradients are held, and at most in a block."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +48,31 @@ def size_of_block(
     loss_fn: Callable[..., Array], params: Any, examples: Any, select: paths.Select
 ) -> tuple[int, bool]:
     """Examples in a block, a power of 2, and whether the gradients of a block are held."""
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *np.shape(a)[1:]), a.dtype), examples)
+
+    def described(tree, lead=None):
+        leaves, structure = jax.tree.flatten(tree)
+        shapes = [jnp.shape(leaf) if lead is None else (lead, *leaf.shape[1:]) for leaf in leaves]
+        return structure, tuple((s, leaf.dtype) for s, leaf in zip(shapes, leaves, strict=True))
+
+    return _size_of_block(loss_fn, described(params), described(examples, 1), select)
+
+
+@functools.lru_cache(maxsize=64)
+def _size_of_block(loss_fn, params, one, select):
+    """`size_of_block` from (structure, shapes): calls for batch after batch trace nothing."""
+    params, one = (
+        jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*each) for each in shapes])
+        for tree, shapes in (params, one)
+    )
     taken = paths.flatten(paths.split(params, select)[0])[0]
     whole = 4 * sum(leaf.value.size for leaf in taken)
     lean = per_example.untapped(loss_fn, params, one, select) is None
     each = whole
     if lean:
         each = per_example.activation_bytes(tapped.uses(loss_fn, params, one))
-        each += 4 * max(leaf.value[0].size if leaf.stacked else leaf.value.size for leaf in taken)
-    most = min(MOST, max(1, BLOCK_BYTES // max(each, 1)))
+        each += 4 * max(math.prod(leaf.value.shape[leaf.stacked :]) for leaf in taken)
+    room = CACHE_BYTES if jax.default_backend() == "cpu" else BLOCK_BYTES
+    most = min(TOGETHER, max(1, room // max(each, 1)))
     size = 1 << (most.bit_length() - 1)
     return size, not lean or size * whole <= HELD_BYTES
 

@@ -152,12 +152,12 @@ def test_every_projection_with_a_tap_and_without(family: str):
         close(found, expected, 1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-6), (np.float64, 1e-12)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 5e-6), (np.float64, 1e-12)])
 @pytest.mark.parametrize("steps", [0, 1, 40])
 def test_the_step_of_adam_is_that_of_optax(dtype, tolerance: float, steps: int):
     with jax.enable_x64(dtype == np.float64):
         params, x = problem(dtype=dtype)
-        # Where a gradient is about eps, its rounding is felt.
+        # In float32 the rounding of gradients is felt, the more so where they are about eps.
         b1, b2, eps = 0.8, 0.99, 1e-8 if dtype == np.float32 else 0.05
         chain = optax.chain(optax.clip(1.0), optax.inject_hyperparams(optax.adam)(0.1, b1, b2, eps))
         state = trained(params, chain, steps)
