@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.cli.main import main
-from tests.tiny import sentences, write_jsonl
+from tests.tiny import read_lines, sentences, write_jsonl
 
 STUDY = """\
 model: MODEL
@@ -43,7 +43,7 @@ def test_a_study_makes_a_table_and_a_file_of_what_is_chosen(study, capsys) -> No
     assert printed.out.strip() == (out / "table.md").read_text().strip()
     assert "select-less: begins" in printed.err
     (chosen,) = out.glob("seed-0/select-less-*/selected.jsonl")
-    lines = [json.loads(line) for line in chosen.open()]
+    lines = read_lines(chosen)
     assert len(lines) == 4
     assert {line["source"] for line in lines} == {"right"}
     assert all(line["completion"] in (" good", " bad") for line in lines)
