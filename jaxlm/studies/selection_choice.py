@@ -42,8 +42,7 @@ def shallow_scores(
     if method == "bm25":
         documents, queries = ([each.ids for each in side.rows] for side in (rows, target))
         return bm25(documents, queries, groups, over=over)
-    states = [_states(lm, side) for side in (rows, target)]
-    return representation_similarity(*states, groups, over=over)
+    return representation_similarity(_states(lm, rows), _states(lm, target), groups, over=over)
 
 
 def _states(lm: Any, rows: Rows) -> Float[np.ndarray, "N D"]:

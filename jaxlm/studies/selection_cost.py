@@ -124,8 +124,8 @@ class Cost(NamedTuple):
     """
 
     stage: str
-    flops: float
-    bytes: float
+    flops: float | int
+    bytes: float | int
     paper: str = ""
 
 
@@ -267,7 +267,7 @@ def _without_weights(name: str | None) -> Any:
     return LanguageModel(read_config(folder)[0], {}, read_tokenizer(folder))
 
 
-def _bytes(count: float) -> str:
+def _bytes(count: float | int) -> str:
     """Bytes in units of thousands.
 
     >>> _bytes(17.7e9)

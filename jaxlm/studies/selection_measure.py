@@ -35,7 +35,7 @@ class Measure:
         seed: int,
         base_dir: Path | None,
     ):
-        self._batch_size = batch_size
+        self._measure: Choices | _Loss
         if target.task is not None:
             task = load_task(target.task, seed=seed, base_dir=base_dir)
             if not task.test:

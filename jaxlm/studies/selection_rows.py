@@ -161,7 +161,9 @@ def read_source(
             return _conversations(
                 name, source.messages, lm, template, max_length, source, seed, base_dir
             )
-        task = load_task(_alone(source.task, "train"), seed=seed, base_dir=base_dir)
+        assert source.task is not None
+        alone = dataclasses.replace(source.task, validation=None, test=None)
+        task = load_task(alone, seed=seed, base_dir=base_dir)
         places = draw(len(task.train), source.rows, source.skip, seed)
         chosen = [task.train[place] for place in places]
         labels = [example.label for example in chosen]
@@ -231,13 +233,6 @@ def digest(rows: Sequence[Row]) -> str:
     for row in rows:
         found.update(repr((row.id, row.ids, row.scored)).encode())
     return found.hexdigest()
-
-
-def _alone(task: TaskConfig | None, split: str) -> TaskConfig:
-    """The task with one split; `k` and the like are of no use to a source."""
-    assert task is not None
-    others = {name: None for name in ("train", "validation", "test") if name != split}
-    return dataclasses.replace(task, **others)
 
 
 def _conversations(

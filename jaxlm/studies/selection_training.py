@@ -119,13 +119,18 @@ def train(
         The parameters in the end.
 
     Raises:
-        UserError: as `jaxlm.train.loop.fit`.
+        UserError: as `jaxlm.train.loop.fit`, or no step has a learning rate above 0.
     """
     padded = Padded(rows, pad_id=lm.config.pad_id or 0)
     ready = recipe.prepare(lm, seed)
     each = recipe.epoch_steps(len(rows))
     steps = recipe.epochs * each
     optimizer = dataclasses.replace(recipe.optimizer_for(len(rows)), select=LORA)
+    if not any(epoch_weights(optimizer, recipe.epochs, each)):
+        raise UserError(
+            f"training on {len(rows)} rows has steps: {steps}, all with the learning rate 0: give "
+            "more rows or epochs, a smaller recipe.batch_size, or recipe.warmup_share 0."
+        )
     checkpoints = _Adapters(folder / "checkpoints", each if keep else None)
     metrics = Metrics(folder / "metrics.jsonl")
     metrics.cut(checkpoints.latest_step)

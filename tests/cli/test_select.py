@@ -17,7 +17,7 @@ target:
   task: {name: tiny, validation: test.jsonl, test: test.jsonl, template: "{text} it was {label}",
          labels: [good, bad]}
   rows: 4
-recipe: {peft: {rank: 2}, optimizer: {learning_rate: 1e-2}, epochs: 1, batch_size: 4}
+recipe: {peft: {rank: 2}, optimizer: {learning_rate: 1e-2}, epochs: 1, batch_size: 2}
 features: {dim: 16, dtype: int8, block_size: 4}
 warmup_fraction: 0.5
 fraction: 0.5
@@ -51,6 +51,15 @@ def test_a_study_makes_a_table_and_a_file_of_what_is_chosen(study, capsys) -> No
     assert [row["method"] for row in table["rows"]] == ["no training", "less"]
     assert main(["select", str(study)]) == 0
     assert "begins" not in capsys.readouterr().err
+
+
+def test_a_warm_up_of_one_step_is_refused(study, capsys) -> None:
+    """The first step of a rising learning rate is 0."""
+    assert main(["select", str(study), "--recipe.batch_size=4"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "error: training on 4 rows has steps: 1, all with the learning rate 0: give more rows or "
+        "epochs, a smaller recipe.batch_size, or recipe.warmup_share 0.\n"
+    )
 
 
 def hours(text: str) -> dict[str, float]:
