@@ -9,6 +9,7 @@ from jaxlm.cli import config as configs
 from jaxlm.cli.sweep import SweepConfig, plan
 from jaxlm.studies.kernel_study import KernelConfig, cases
 from jaxlm.studies.quickstart import QuickstartConfig
+from jaxlm.studies.selection import SelectionConfig
 from jaxlm.train.pretraining import PretrainConfig
 from jaxlm.train.run import FinetuneConfig
 
@@ -30,6 +31,7 @@ def test_every_folder_is_tested():
         "mezo",
         "pretrain",
         "prompts",
+        "select",
     }
 
 
@@ -88,6 +90,16 @@ def test_a_method_has_its_forwards_on_every_task(path):
         if "steps" not in configs.read_yaml(path) and candidate.kind == "finetune":
             passes = mezo_accuracy.passes(run.optimizer)
             assert passes * run.steps <= 1000 < passes * (run.steps + 1)
+
+
+def test_a_mixture_has_four_sources_without_files_and_one_more_with():
+    path = FOLDER / "select" / "mixture.yaml"
+    config = configs.load(SelectionConfig, path)
+    given = [source for source in config.sources.values() if source.given]
+    assert len(given) >= 4
+    assert len({(source.task.train, source.skip) for source in given}) == len(given)
+    more = configs.load(SelectionConfig, path, {"sources.rte.task.train": "rte/train.jsonl"})
+    assert sum(source.given for source in more.sources.values()) == len(given) + 1
 
 
 def test_prompts_name_a_task():

@@ -23,6 +23,10 @@ def write_jsonl(path: Path, rows: list) -> Path:
     return path
 
 
+def read_lines(path: Path) -> list:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def make_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

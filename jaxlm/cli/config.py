@@ -144,10 +144,12 @@ def build(
         if name not in fields:
             raise UserError(f"{where}: unknown key '{prefix}{name}': {_offer(name, fields)}")
         kind, extra = hints[name], fields[name].metadata
-        if "registry" in extra and not (value in _NULL and fields[name].default is None):
+        none = value in _NULL and fields[name].default is None
+        if "registry" in extra and not none:
             value = _section(value, where, prefix + name)
             kind = _chosen(extra["registry"], value, where, name)
-        if "make" in extra:
+        if "make" in extra and not none:
+            kind = next((a for a in typing.get_args(kind) if a is not type(None)), kind)
             value = _section(value, where, prefix + name)
             values[name] = build(kind, value, where, prefix + name, extra["make"])
         else:
@@ -218,7 +220,10 @@ def _convert(value: Any, kind: Any, where: str, dotted: str) -> Any:
         data = _section(value, where, dotted)
         return build(cast(Any, kind), data, where, dotted)
     if origin is dict:
-        return _section(value, where, dotted)
+        section = _section(value, where, dotted)
+        if arguments[1:] in ((), (Any,)):
+            return section
+        return {k: _convert(v, arguments[1], where, f"{dotted}.{k}") for k, v in section.items()}
     if origin is tuple:
         value = _parse_flag(value) if isinstance(value, _Flag) else value
         if not isinstance(value, list):

@@ -13,6 +13,7 @@ COMMANDS = {
     "finetune": "fine-tune a model on a task; without arguments, the quickstart",
     "sweep": "fine-tune over a grid and several seeds, and write one table",
     "kernel": "say whether fine-tuning behaves like a kernel, in one table",
+    "select": "choose training data that helps a target task, and train on it",
     "evaluate": "accuracy of a model, as it is, on a task",
     "generate": "text that a model writes after a prompt",
     "pretrain": "train a causal language model from scratch on text",

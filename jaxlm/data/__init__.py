@@ -8,6 +8,13 @@ from jaxlm.data.continuations import encode_prompted
 from jaxlm.data.encoding import Encoded, encode, encode_all
 from jaxlm.data.examples import Example, Task, load_task
 from jaxlm.data.fewshot import draw_per_class, draw_split
+from jaxlm.data.messages import (
+    Conversation,
+    EncodedMessages,
+    Message,
+    encode_messages,
+    read_messages,
+)
 from jaxlm.data.opt_tasks import OPT_TASKS, OptTask
 from jaxlm.data.roberta_tasks import ROBERTA_TASKS
 from jaxlm.data.tasks import TaskConfig, shipped_names, shipped_task, task_config
@@ -16,9 +23,12 @@ from jaxlm.data.templates import Template
 __all__ = [
     "OPT_TASKS",
     "ROBERTA_TASKS",
+    "Conversation",
     "Encoded",
+    "EncodedMessages",
     "EncodedTask",
     "Example",
+    "Message",
     "OptTask",
     "Prompted",
     "Task",
@@ -31,11 +41,13 @@ __all__ = [
     "draw_split",
     "encode",
     "encode_all",
+    "encode_messages",
     "encode_prompted",
     "load_task",
     "prepare",
     "prepare_for",
     "prompted",
+    "read_messages",
     "shipped_names",
     "shipped_task",
     "task_config",

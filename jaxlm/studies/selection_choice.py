@@ -1,0 +1,119 @@
+"""Which rows are taken: the ways to score them without gradients, and the file of a choice."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jaxlm.core.errors import UserError
+from jaxlm.core.files import write_atomic
+from jaxlm.influence import bm25, pool, random_scores, representation_similarity, select
+from jaxlm.studies.selection_batches import Padded
+from jaxlm.studies.selection_rows import Row, Rows
+
+METHODS = ("less", "random", "full", "bm25", "representation")
+"""Ways to choose: by gradients, at random, all rows, by common words, by hidden states."""
+
+SCORES, SELECTED = "scores.jsonl", "selected.jsonl"
+BLOCK = 64
+
+
+def shallow_scores(
+    method: str, lm: Any, rows: Rows, target: Rows, *, seed: int
+) -> Float[np.ndarray, " N"]:
+    """Scores of rows by a method that needs no gradients.
+
+    Args:
+        method: "random"; "bm25" over tokens; "representation", cosines of the mean hidden state,
+            later tokens counting more.
+        lm: the model before training.
+        rows: to be scored.
+        target: what they are to help with; of its subtasks the best counts.
+        seed: of "random".
+    """
+    if method == "random":
+        return np.asarray(random_scores(jax.random.key(seed), len(rows.rows)))
+    groups = target.subtasks
+    over = None if groups is None else "max"
+    if method == "bm25":
+        documents, queries = ([each.ids for each in side.rows] for side in (rows, target))
+        return bm25(documents, queries, groups, over=over)
+    return representation_similarity(_states(lm, rows), _states(lm, target), groups, over=over)
+
+
+def _states(lm: Any, rows: Rows) -> Float[np.ndarray, "N D"]:
+    padded = Padded(rows.rows, pad_id=lm.config.pad_id or 0)
+
+    @jax.jit
+    def pooled(params, ids, mask):
+        return pool(lm.hidden(params, ids, mask), mask)
+
+    found: dict[int, np.ndarray] = {}
+    for places in padded.blocks(BLOCK):
+        filled = places + places[:1] * (BLOCK - len(places))
+        batch = padded.batch(filled)
+        states = np.asarray(pooled(lm.params, batch["input_ids"], batch["attention_mask"]))
+        found.update(zip(places, states, strict=False))
+    return np.stack([found[place] for place in range(len(padded))])
+
+
+def write_choice(
+    folder: Path, rows: Sequence[Row], scores: Float[np.ndarray, " N"] | None, fraction: float
+) -> dict[str, Any]:
+    """Takes the rows with the highest scores, of equal ones the first, and writes both files.
+
+    `scores.jsonl` has {"id", "score"} of every row, `selected.jsonl` of every row that is taken its
+    id, source, score and text, the best first.
+
+    Args:
+        folder: for the files.
+        rows: all rows.
+        scores: of each; None takes all rows.
+        fraction: the part that is taken.
+
+    Returns:
+        How many are taken of each source, and how many are noise.
+    """
+    places = list(range(len(rows))) if scores is None else select(scores, fraction).tolist()
+    if scores is not None:
+        lines = [
+            {"id": row.id, "score": float(each)} for row, each in zip(rows, scores, strict=True)
+        ]
+        write_atomic(folder / SCORES, _lines(lines))
+    chosen = []
+    for place in places:
+        row = rows[place]
+        number = {} if scores is None else {"score": float(scores[place])}
+        chosen.append({"id": row.id, "source": row.source, **number, **row.text})
+    write_atomic(folder / SELECTED, _lines(chosen))
+    taken = [rows[place] for place in places]
+    names = dict.fromkeys(row.source for row in rows)
+    return {
+        "rows": len(taken),
+        "sources": {name: sum(row.source == name for row in taken) for name in names},
+        "noise": sum(row.noise for row in taken),
+    }
+
+
+def read_choice(folder: Path, rows: Sequence[Row]) -> list[Row]:
+    """The rows that a choice took, in its order.
+
+    Raises:
+        UserError: the file is not there, or names other rows.
+    """
+    known = {row.id: row for row in rows}
+    try:
+        lines = (folder / SELECTED).read_text(encoding="utf-8").split("\n")[:-1]
+        return [known[json.loads(line)["id"]] for line in lines]
+    except (OSError, ValueError, KeyError):
+        raise UserError(
+            f"{folder / SELECTED} is not the choice that was made: remove {folder}."
+        ) from None
+
+
+def _lines(records: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

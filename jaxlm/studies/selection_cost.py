@@ -1,0 +1,283 @@
+"""What a study of selections will take, from sizes alone: FLOPs, bytes on disk and hours a stage.
+
+A row of T tokens costs a forward pass of 2 FLOPs a parameter and token and a backward pass to the
+activations of as many, since the frozen weights get no gradient; the adapters take 6, attention
+12 T D a layer. Padding is not counted, and neither is reading or writing.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm.core.errors import UserError
+from jaxlm.core.paths import matcher
+from jaxlm.influence.encodings import encoding
+from jaxlm.models import LanguageModel, ModelConfig, param_shapes
+from jaxlm.peft import Lora
+from jaxlm.studies.selection import SelectionConfig, read_sides
+from jaxlm.studies.selection_features import Features
+from jaxlm.studies.selection_training import Recipe
+from jaxlm.studies.sweep_table import aligned
+
+LLAMA_7B = ModelConfig(
+    family="llama",
+    kind="decoder",
+    head="lm",
+    vocab_size=32000,
+    hidden_size=4096,
+    embedding_size=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_size=128,
+    intermediate_size=11008,
+    max_positions=2048,
+    tie_embeddings=False,
+    activation="silu",
+    gated_mlp=True,
+    norm="rmsnorm",
+    positions="rotary",
+    attention_bias=False,
+    output_bias=False,
+    mlp_bias=False,
+)
+"""The shape of the model that LESS was published with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What computes.
+
+    Attributes:
+        name: for the table.
+        peak_flops: FLOPs a second in the dtype of the matrices; by default of an A100 in bfloat16.
+        utilisation: part of them that is reached.
+    """
+
+    name: str = "A100"
+    peak_flops: float = 312e12
+    utilisation: float = 0.4
+
+    def __post_init__(self):
+        if not self.peak_flops > 0 or not 0 < self.utilisation <= 1:
+            raise UserError(
+                f"device has peak_flops {self.peak_flops:g} and utilisation {self.utilisation:g}: "
+                "give a positive number, and a part of 1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much data there is; by default that of LESS, whose target is five examples of each of 57.
+
+    Attributes:
+        examples: rows to choose from.
+        targets: examples that are the target.
+        subtasks: groups of them.
+        tokens: in a row, in the mean.
+        target_tokens: in an example of the target; None for as many.
+    """
+
+    examples: int = 270_679
+    targets: int = 285
+    subtasks: int = 57
+    tokens: int = 300
+    target_tokens: int | None = None
+
+    def __post_init__(self):
+        for name in ("examples", "targets", "subtasks", "tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"sizes.{name} is {getattr(self, name)}: give 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A study by its sizes.
+
+    Attributes:
+        model: the shape of the model.
+        sizes: of the data.
+        recipe, warmup_fraction, features, fraction, methods: of `SelectionConfig`.
+        seeds: how many times all is done.
+    """
+
+    model: ModelConfig = field(default=LLAMA_7B)
+    sizes: Sizes = field(default=Sizes())
+    recipe: Recipe = field(default=Recipe())
+    warmup_fraction: float = 0.05
+    features: Features = field(default=Features())
+    fraction: float = 0.05
+    methods: tuple[str, ...] = ("less", "random", "full")
+    seeds: int = 1
+
+
+class Cost(NamedTuple):
+    """A stage.
+
+    Attributes:
+        stage: what it is.
+        flops: in all.
+        bytes: that stay on disk.
+        paper: what the paper says that it took, of its own plan on an A100.
+    """
+
+    stage: str
+    flops: float | int
+    bytes: float | int
+    paper: str = ""
+
+
+def adapter_size(model: ModelConfig, peft: Lora) -> int:
+    """Parameters of the adapters.
+
+    >>> adapter_size(LLAMA_7B, Recipe().peft)
+    134217728
+    """
+    takes = matcher(peft.targets)
+    return sum(
+        math.prod(shape[:-2]) * (shape[-2] + shape[-1]) * peft.rank
+        for path, shape in param_shapes(model).items()
+        if path.endswith(".kernel") and takes(path)
+    )
+
+
+def row_flops(model: ModelConfig, peft: Lora, tokens: int) -> float:
+    """Of the loss of one row and its gradient by the adapters."""
+    shapes = param_shapes(model).items()
+    weights = sum(math.prod(shape) for path, shape in shapes if path.endswith(".kernel"))
+    weights += model.vocab_size * model.embedding_size
+    attention = 12 * tokens * model.num_layers * model.num_heads * model.head_size
+    return float(tokens * (4 * weights + 6 * adapter_size(model, peft) + attention))
+
+
+def costs(plan: Plan) -> list[Cost]:
+    """What each stage of a plan takes, of all its seeds together."""
+    sizes, features, recipe = plan.sizes, plan.features, plan.recipe
+    epochs, adapters = recipe.epochs, adapter_size(plan.model, recipe.peft)
+    row = row_flops(plan.model, recipe.peft, sizes.tokens)
+    target_tokens = sizes.tokens if sizes.target_tokens is None else sizes.target_tokens
+    target = row_flops(plan.model, recipe.peft, target_tokens)
+    project = PROJECTION[features.family](adapters, features.dim)
+    width = encoding(features.dtype).width(features.dim)
+    chosen = int(plan.fraction * sizes.examples)
+    state = 12 * adapters  # float32: adapters and Adam's two moments
+    run = 2 * state  # the latest checkpoint, and while it is written the one before
+    found = []
+    if "less" in plan.methods:
+        first = int(plan.warmup_fraction * sizes.examples)
+        rows, targets = sizes.examples * epochs, sizes.targets * epochs
+        scoring = 2 * rows * features.dim * sizes.subtasks
+        found += [
+            Cost("warm-up", row * first * epochs, state * epochs + run, "6 h"),
+            Cost(
+                "features of the rows",
+                rows * (row + ADAM * adapters + project),
+                rows * width,
+                "48 h, 17.7 GB",
+            ),
+            Cost("features of the target", targets * (target + project), targets * width),
+            Cost("scores", scoring, 64 * sizes.examples, "< 1 min"),
+        ]
+    for method in plan.methods:
+        count = sizes.examples if method == "full" else chosen
+        found.append(Cost(f"training on {method}", row * count * epochs, run))
+    return [
+        each._replace(flops=plan.seeds * each.flops, bytes=plan.seeds * each.bytes)
+        for each in found
+    ]
+
+
+ADAM = 12
+"""FLOPs of Adam's direction, a parameter."""
+
+PROJECTION = {
+    "countsketch": lambda size, dim: 2 * size,
+    "srht": lambda size, dim: 2 * size * math.log2(dim),
+    "rademacher": lambda size, dim: 2 * size * dim,
+    "gaussian": lambda size, dim: 2 * size * dim,
+}
+"""FLOPs of a projection, of the numbers of a gradient and of a row."""
+
+
+def markdown(plan: Plan, device: Device) -> str:
+    """The costs as a table that is also aligned for a terminal."""
+    sizes, model, peft = plan.sizes, plan.model, plan.recipe.peft
+    size = sum(math.prod(shape) for shape in param_shapes(model).values())
+    said = (
+        f"{sizes.examples:,} rows of {sizes.tokens} tokens and {sizes.targets:,} target examples; "
+        f"{model.family} of {size / 1e9:.3g} G parameters, LoRA of rank {peft.rank} with "
+        f"{adapter_size(model, peft):,}; {device.name} of {device.peak_flops / 1e12:g} TFLOP/s at "
+        f"{100 * device.utilisation:g} %; seeds: {plan.seeds}. Beside it what LESS "
+        "(arXiv:2402.04333) reports of 270,679 rows on one A100."
+    )
+    rate = 3600 * device.peak_flops * device.utilisation
+    found = costs(plan)
+    total = Cost("total", sum(c.flops for c in found), sum(c.bytes for c in found))
+    cells = [
+        (c.stage, f"{c.flops:.2e}", _bytes(c.bytes), _hours(c.flops / rate), c.paper)
+        for c in (*found, total)
+    ]
+    return f"{said}\n\n{aligned(('stage', 'FLOPs', 'on disk', 'hours', 'paper'), cells)}"
+
+
+def plan_of(config: SelectionConfig, *, base_dir: Path | None = None) -> Plan:
+    """The plan of a study. Its rows are read, and of its model no weights where it is a folder.
+
+    Raises:
+        UserError: the model or a source cannot be read.
+    """
+    lm = _without_weights(config.model)
+    pool, target = read_sides(config, lm, base_dir=base_dir)
+    groups = target.subtasks
+    lengths = [sum(len(row.ids) for row in side.rows) for side in (pool, target)]
+    return Plan(
+        model=lm.config,
+        sizes=Sizes(
+            examples=len(pool.rows),
+            targets=len(target.rows),
+            subtasks=1 if groups is None else int(groups.max()) + 1,
+            tokens=-(-lengths[0] // len(pool.rows)),
+            target_tokens=-(-lengths[1] // len(target.rows)),
+        ),
+        recipe=config.recipe,
+        warmup_fraction=config.warmup_fraction,
+        features=config.features,
+        fraction=config.fraction,
+        methods=config.methods,
+        seeds=len(config.seeds),
+    )
+
+
+def resized(plan: Plan, **sizes: int) -> Plan:
+    """The plan with other sizes of the data."""
+    return dataclasses.replace(plan, sizes=dataclasses.replace(plan.sizes, **sizes))
+
+
+def _without_weights(name: str | None) -> Any:
+    from jaxlm.data.corpus import read_tokenizer
+    from jaxlm.models.hf import SHIPPED
+    from jaxlm.models.hf_folder import CONFIG, read_config
+    from jaxlm.train.run import load_model
+
+    folder = SHIPPED if name is None else Path(name).expanduser()
+    if not (folder / CONFIG).is_file():
+        return load_model(name)
+    return LanguageModel(read_config(folder)[0], {}, read_tokenizer(folder))
+
+
+def _bytes(count: float | int) -> str:
+    """Bytes in units of thousands.
+
+    >>> _bytes(17.7e9)
+    '17.7 GB'
+    """
+    unit = 0
+    while count >= 1000 and unit < 4:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.2g}" if hours < 10 else f"{hours:.0f}"

@@ -1,0 +1,162 @@
+"""Gradient features of rows at one checkpoint, written into a store that can be gone on with."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxlm.core import paths
+from jaxlm.core.fingerprints import fingerprint
+from jaxlm.influence import (
+    GradientStore,
+    StoreSpec,
+    features_with_info,
+    projection_name,
+    projector,
+)
+from jaxlm.models.adapters import LORA
+from jaxlm.studies.selection_batches import Padded
+from jaxlm.studies.selection_rows import Rows, digest
+from jaxlm.studies.selection_training import Epoch, Recipe
+
+BLOCK = 64
+"""Rows between two writes."""
+
+INFO = "info.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """How the gradient of a row becomes a row of a store.
+
+    Attributes:
+        family: of the projection, see `jaxlm.influence.projector`.
+        dim: numbers in a row.
+        seed: of the projection.
+        dtype: "float32", "float16", "int8" or "1bit".
+        variant: of Adam's direction, "paper" or "reference"; the latter is the authors' code.
+        block_size: rows in a backward pass; None for as many as the memory of a small machine has.
+    """
+
+    family: Literal["countsketch", "srht", "rademacher", "gaussian"] = "countsketch"
+    dim: int = 8192
+    seed: int = 0
+    dtype: Literal["float32", "float16", "int8", "1bit"] = "float16"
+    variant: Literal["paper", "reference"] = "paper"
+    block_size: int | None = None
+
+    def __post_init__(self):
+        projector(self.family, self.dim, self.seed)
+        StoreSpec(dim=self.dim, dtype=self.dtype)
+
+
+def store_features(
+    folder: Path,
+    losses: Any,
+    rows: Rows,
+    epoch: Epoch,
+    features: Features,
+    recipe: Recipe,
+    *,
+    number: int,
+    adam: bool,
+    pad_id: int,
+) -> dict[str, Any]:
+    """Writes the features of rows, or those that are not in the store yet.
+
+    Args:
+        folder: of `store/` and `info.jsonl`, a line {id, loss, norm, eps_share, skipped} a row.
+        losses: of `row_losses`; one function for all calls, which is compiled once.
+        rows: whose features.
+        epoch: parameters and optimizer state.
+        features: projection and encoding.
+        recipe: with the constants of Adam.
+        number: of the epoch.
+        adam: whether features are of Adam's direction, as of training rows, or of the gradient.
+        pad_id: token of the padding.
+
+    Returns:
+        Numbers of rows, of those without a gradient, and the mean share of coordinates where eps
+        prevails.
+    """
+    padded = Padded(rows.rows, pad_id=pad_id)
+    project = projector(features.family, features.dim, features.seed)
+    spec = StoreSpec(
+        dim=features.dim,
+        dtype=features.dtype,
+        projection=projection_name(project),
+        parameters=LORA,
+        gradient=f"adam {features.variant}" if adam else "sgd",
+        model=fingerprint(paths.split(epoch.params, LORA)[0]),
+        data=digest(rows.rows),
+        checkpoint=number,
+        weight=epoch.weight,
+    )
+    optimizer = recipe.optimizer
+    options: dict[str, Any] = {}
+    if adam:
+        options = {"adam_state": epoch.opt_state, "variant": features.variant}
+        options |= {"b1": optimizer.b1, "b2": optimizer.b2, "eps": optimizer.eps}
+    with GradientStore.create(folder / "store", spec) as writer:
+        info = _Info(folder / INFO, writer.ids)
+        for places in padded.blocks(features.block_size or BLOCK, len(writer)):
+            found, about = features_with_info(
+                losses,
+                epoch.params,
+                padded.batch(places),
+                projector=project,
+                select=LORA,
+                block_size=features.block_size,
+                **options,
+            )
+            ids = [rows.rows[place].id for place in places]
+            info.append(ids, about)
+            writer.append(np.asarray(found), ids)
+        writer.commit()
+    return info.summary()
+
+
+def stored_order(store: GradientStore, rows: Rows) -> np.ndarray:
+    """The place in `rows` of each row of a store."""
+    places = {row.id: place for place, row in enumerate(rows.rows)}
+    return np.array([places[str(name)] for name in store.ids])
+
+
+class _Info:
+    """A line for every row in the store; lines of rows that did not get there are dropped."""
+
+    def __init__(self, path: Path, ids: list[str | int]):
+        self._path = path
+        known = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+                record = json.loads(line)
+                known[record["id"]] = record
+        self._records = [known[name] for name in ids if name in known]
+        text = "".join(json.dumps(record) + "\n" for record in self._records)
+        path.write_text(text, encoding="utf-8")
+
+    def append(self, ids: list[str], about: Any) -> None:
+        numbers = {
+            "loss": np.asarray(about.loss, np.float64),
+            "norm": np.asarray(about.norm, np.float64),
+            "eps_share": np.asarray(about.eps_share, np.float64),
+            "skipped": np.asarray(about.skipped),
+        }
+        records = [
+            {"id": name, **{key: values[i].item() for key, values in numbers.items()}}
+            for i, name in enumerate(ids)
+        ]
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+        self._records += records
+
+    def summary(self) -> dict[str, Any]:
+        shares = [record["eps_share"] for record in self._records]
+        return {
+            "rows": len(self._records),
+            "skipped": sum(record["skipped"] for record in self._records),
+            "eps_share": float(np.mean(shares)) if shares else 0.0,
+        }

@@ -1,0 +1,287 @@
+"""Rows to choose from: prompts and answers of several sources as tokens, with what is learnt."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxlm.core.errors import UserError
+from jaxlm.data import (
+    Example,
+    TaskConfig,
+    encode_messages,
+    load_task,
+    prepare_for,
+    prompted,
+    read_messages,
+    task_config,
+)
+from jaxlm.data.continuations import completion
+from jaxlm.data.messages import MessageFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where rows of one kind come from: a task's training examples, or conversations.
+
+    Attributes:
+        task: prompts with their right options; one whose `train` is null gives no rows.
+        messages: a file of conversations, see `jaxlm.data.read_messages`.
+        rows: how many, drawn; None for all.
+        skip: how many of the draw are left to a source of the same file.
+        labels: "own", or "shuffled" over the rows of this source: those that get another label than
+            their own are noise.
+    """
+
+    task: TaskConfig | None = field(default=None, metadata={"make": task_config})
+    messages: str | None = None
+    rows: int | None = None
+    skip: int = 0
+    labels: Literal["own", "shuffled"] = "own"
+
+    def __post_init__(self):
+        if (self.task is None) == (self.messages is None):
+            raise UserError("a source has a task or messages: give one of them.")
+        if self.skip < 0 or (self.rows is not None and self.rows < 1):
+            raise UserError(
+                f"a source has rows {self.rows} and skip {self.skip}: give 1 or more, and 0 or "
+                "more."
+            )
+        if self.labels == "shuffled" and (self.task is None or self.task.own_options):
+            raise UserError("labels are shuffled, but there are no label words: give own.")
+
+    @property
+    def given(self) -> bool:
+        """Whether there is anything to read."""
+        return self.task is None or self.task.train is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What the chosen rows are to help with: a task, or conversations.
+
+    Attributes:
+        task: its validation examples are the target, its test examples measure the accuracy.
+        messages: a file of conversations that are the target; `subtask` groups them.
+        test: with `messages`, a file of conversations whose mean loss is measured; None for those
+            of the target.
+        rows: how many examples are the target, drawn; None for all.
+    """
+
+    task: TaskConfig | None = field(default=None, metadata={"make": task_config})
+    messages: str | None = None
+    test: str | None = None
+    rows: int | None = 100
+
+    def __post_init__(self):
+        if (self.task is None) == (self.messages is None):
+            raise UserError("target has a task or messages: give one of them.")
+        if self.rows is not None and self.rows < 1:
+            raise UserError(f"target.rows is {self.rows}: give 1 or more.")
+        if self.test is not None and self.task is not None:
+            raise UserError("target.test goes with target.messages: give target.task.test.")
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A prompt with its answer.
+
+    Attributes:
+        id: its source's name, and where it came from.
+        source: name of the source.
+        ids: tokens.
+        scored: increasing places of the tokens that are learnt, none of them 0.
+        text: what is written of it, {"messages"} or {"prompt", "completion"}.
+        noise: whether its label is not its own.
+        subtask: the group of a target.
+    """
+
+    id: str
+    source: str
+    ids: tuple[int, ...]
+    scored: tuple[int, ...]
+    text: dict[str, Any]
+    noise: bool = False
+    subtask: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows, and those that are none since nothing of the answer is left.
+
+    Attributes:
+        rows: with something to learn.
+        cut: ids of those of whose answer all is cut.
+    """
+
+    rows: tuple[Row, ...]
+    cut: tuple[str, ...] = ()
+
+    @property
+    def subtasks(self) -> Int[np.ndarray, " M"] | None:
+        """The group of each row, numbered in the order of their names; None where there is one."""
+        names = sorted({row.subtask for row in self.rows})
+        if len(names) < 2:
+            return None
+        return np.array([names.index(row.subtask) for row in self.rows])
+
+
+def read_source(
+    name: str,
+    source: Source,
+    lm: Any,
+    *,
+    template: MessageFormat,
+    max_length: int,
+    seed: int,
+    base_dir: Path | None = None,
+) -> Rows:
+    """The rows of a source.
+
+    Args:
+        name: of the source.
+        source: where they are.
+        lm: the model whose tokens they become.
+        template: of conversations.
+        max_length: most tokens of a row.
+        seed: of the draw and of shuffled labels.
+        base_dir: where relative paths start, before the working directory.
+
+    Raises:
+        UserError: see `load_task`, `read_messages` and the encoding of both; or there are fewer
+            rows than are asked for.
+    """
+    try:
+        if source.messages is not None:
+            return _conversations(
+                name, source.messages, lm, template, max_length, source, seed, base_dir
+            )
+        assert source.task is not None
+        alone = dataclasses.replace(source.task, validation=None, test=None)
+        task = load_task(alone, seed=seed, base_dir=base_dir)
+        places = draw(len(task.train), source.rows, source.skip, seed)
+        chosen = [task.train[place] for place in places]
+        labels = [example.label for example in chosen]
+        if source.labels == "shuffled":
+            generator = np.random.Generator(np.random.PCG64([seed, 1]))
+            labels = generator.permutation(labels).tolist()
+        noise = [each.label != label for each, label in zip(chosen, labels, strict=True)]
+        examples = [
+            dataclasses.replace(each, label=label)
+            for each, label in zip(chosen, labels, strict=True)
+        ]
+        return _task_rows(name, task, examples, noise, lm, max_length)
+    except UserError as error:
+        message = str(error).removeprefix("task.messages: ")
+        raise UserError(f"source {name}: {message}") from None
+
+
+def read_target(
+    target: Target,
+    lm: Any,
+    *,
+    template: MessageFormat,
+    max_length: int,
+    seed: int,
+    base_dir: Path | None = None,
+) -> Rows:
+    """The examples that are the target; arguments as of `read_source`."""
+    if target.messages is not None:
+        return read_source(
+            "target",
+            Source(messages=target.messages, rows=target.rows),
+            lm,
+            template=template,
+            max_length=max_length,
+            seed=seed,
+            base_dir=base_dir,
+        )
+    assert target.task is not None
+    task = load_task(target.task, seed=seed, base_dir=base_dir)
+    for split in ("validation", "test"):
+        if not getattr(task, split):
+            raise UserError(f"the target has no {split} examples: give target.task.{split}.")
+    places = draw(len(task.validation), target.rows, 0, seed)
+    examples = [task.validation[place] for place in places]
+    return _task_rows("target", task, examples, [False] * len(examples), lm, max_length)
+
+
+def draw(count: int, rows: int | None, skip: int, seed: int) -> list[int]:
+    """Places `skip, ..., skip + rows - 1` of a permutation by the seed, in increasing order.
+
+    >>> sorted(draw(5, 2, 0, 7) + draw(5, 3, 2, 7))
+    [0, 1, 2, 3, 4]
+    """
+    stop = count if rows is None else skip + rows
+    if stop > count or skip >= count:
+        raise UserError(
+            f"{skip} + {'some' if rows is None else rows} rows are asked for, but there are "
+            f"{count}: lower rows or skip."
+        )
+    order = np.random.Generator(np.random.PCG64([seed, 0])).permutation(count)
+    return sorted(order[skip:stop].tolist())
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """SHA-256 of what is computed with: ids, tokens, and which of them are learnt."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(repr((row.id, row.ids, row.scored)).encode())
+    return found.hexdigest()
+
+
+def _conversations(
+    name: str,
+    path: str,
+    lm: Any,
+    template: MessageFormat,
+    max_length: int,
+    source: Source,
+    seed: int,
+    base_dir: Path | None,
+) -> Rows:
+    if lm.tokenizer is None:
+        raise UserError("the model has no tokenizer: add tokenizer.json to its folder.")
+    found = read_messages(path, base_dir=base_dir)
+    chosen = [found[place] for place in draw(len(found), source.rows, source.skip, seed)]
+    encoded = encode_messages(chosen, lm.tokenizer, template=template, max_length=max_length)
+    rows, cut = [], []
+    for each, (ids, scored) in zip(chosen, encoded, strict=True):
+        if not scored:
+            cut.append(f"{name}:{each.id}")
+            continue
+        text = {"messages": [turn._asdict() for turn in each.messages]}
+        rows.append(Row(f"{name}:{each.id}", name, ids, scored, text, subtask=each.subtask))
+    return _unique(rows, cut)
+
+
+def _task_rows(
+    name: str, task: Any, examples: list[Example], noise: list[bool], lm: Any, max_length: int
+) -> Rows:
+    if lm.config.kind != "decoder":
+        raise UserError("rows are read by a decoder: give a model of that kind.")
+    alone = dataclasses.replace(task, train=tuple(examples), validation=(), test=())
+    encoded = prepare_for(lm, alone, max_length=max_length)
+    words = None if encoded.token_ids is None else encoded.token_ids.tolist()
+    rows = []
+    for example, each, wrong in zip(examples, encoded.train, noise, strict=True):
+        ids, count = completion(each, words)
+        shown = prompted(task, example)
+        text = {"prompt": shown.prompt, "completion": shown.options[shown.gold[0]]}
+        scored = tuple(range(len(ids) - count, len(ids)))
+        rows.append(Row(f"{name}:{example.id}", name, tuple(ids), scored, text, wrong))
+    return _unique(rows, [])
+
+
+def _unique(rows: list[Row], cut: list[str]) -> Rows:
+    seen: set[str] = set()
+    for row in rows:
+        if row.id in seen:
+            raise UserError(f"two rows have the id {row.id!r}: give every row its own.")
+        seen.add(row.id)
+    return Rows(tuple(rows), tuple(cut))

@@ -1,0 +1,199 @@
+"""LoRA training on chosen rows, with what LESS needs of every epoch's end."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.core import paths
+from jaxlm.core.errors import UserError
+from jaxlm.models.adapters import LORA
+from jaxlm.peft import Lora
+from jaxlm.studies.selection_batches import Padded, mean_loss
+from jaxlm.studies.selection_rows import Row
+from jaxlm.train.checkpoint import Checkpoints
+from jaxlm.train.logging import Metrics
+from jaxlm.train.loop import LoopConfig, fit
+from jaxlm.train.optimizers import Adam
+from jaxlm.train.state import TrainState, method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How adapters are trained, in the warm-up as on the rows that are chosen.
+
+    The numbers are those of LESS for models of billions of parameters.
+
+    Attributes:
+        peft: the adapters.
+        optimizer: Adam; `warmup` is set by `warmup_share`.
+        warmup_share: part of the steps over which the learning rate rises.
+        epochs: over the rows.
+        batch_size: rows in a step.
+    """
+
+    peft: Lora = field(default=Lora(rank=128, alpha=512.0, targets=r"attention\.(q|k|v|o)_proj"))
+    optimizer: Adam = field(default=Adam(learning_rate=2e-5, schedule="linear"))
+    warmup_share: float = 0.03
+    epochs: int = 4
+    batch_size: int = 128
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"recipe.{name} is {getattr(self, name)}: give 1 or more.")
+        if not 0 <= self.warmup_share < 1:
+            raise UserError(
+                f"recipe.warmup_share is {self.warmup_share:g}: give a number from 0 to below 1."
+            )
+        if self.optimizer.warmup:
+            raise UserError(
+                "recipe.optimizer.warmup differs from stage to stage: give recipe.warmup_share."
+            )
+
+    def epoch_steps(self, rows: int) -> int:
+        """Steps of one epoch over so many rows."""
+        return -(-rows // self.batch_size)
+
+    def optimizer_for(self, rows: int) -> Adam:
+        """The optimizer with the warm-up of a run over so many rows."""
+        steps = self.epochs * self.epoch_steps(rows)
+        return dataclasses.replace(self.optimizer, warmup=math.ceil(self.warmup_share * steps))
+
+    def prepare(self, lm: Any, seed: int) -> Any:
+        """The model with new adapters."""
+        return self.peft.prepare(lm, jax.random.key(seed))
+
+
+class Epoch(NamedTuple):
+    """The end of an epoch.
+
+    Attributes:
+        params: of the whole model.
+        opt_state: of the optimizer, Adam's moments among it.
+        weight: mean learning rate of the epoch.
+    """
+
+    params: Any
+    opt_state: Any
+    weight: float
+
+
+def epoch_weights(optimizer: Adam, epochs: int, epoch_steps: int) -> list[float]:
+    """The mean learning rate over the steps of each epoch.
+
+    Args:
+        optimizer: with its schedule.
+        epochs: how many.
+        epoch_steps: steps of each.
+    """
+    steps = epochs * epoch_steps
+    rate = optimizer.rate(steps)
+    if not callable(rate):
+        return [float(rate)] * epochs
+    rates = np.asarray(jax.vmap(rate)(jnp.arange(steps)), np.float64)
+    means: list[float] = rates.reshape(epochs, epoch_steps).mean(axis=1).tolist()
+    return means
+
+
+def train(
+    folder: Path, lm: Any, rows: Sequence[Row], recipe: Recipe, *, seed: int, keep: bool = False
+) -> Any:
+    """Trains adapters in a folder, or goes on there.
+
+    Args:
+        folder: of `checkpoints/` and `metrics.jsonl`; with `keep` also of `epoch-1/`, ...
+        lm: the model without adapters, whose parameters stay as they are.
+        rows: to train on.
+        recipe: how.
+        seed: of the adapters and the order of the rows.
+        keep: whether the end of every epoch is kept with the optimizer's state.
+
+    Returns:
+        The parameters in the end.
+
+    Raises:
+        UserError: as `jaxlm.train.loop.fit`, or no step has a learning rate above 0.
+    """
+    padded = Padded(rows, pad_id=lm.config.pad_id or 0)
+    ready = recipe.prepare(lm, seed)
+    each = recipe.epoch_steps(len(rows))
+    steps = recipe.epochs * each
+    optimizer = dataclasses.replace(recipe.optimizer_for(len(rows)), select=LORA)
+    if not any(epoch_weights(optimizer, recipe.epochs, each)):
+        raise UserError(
+            f"training on {len(rows)} rows has steps: {steps}, all with the learning rate 0: give "
+            "more rows or epochs, a smaller recipe.batch_size, or recipe.warmup_share 0."
+        )
+    checkpoints = _Adapters(folder / "checkpoints", each if keep else None)
+    metrics = Metrics(folder / "metrics.jsonl")
+    metrics.cut(checkpoints.latest_step)
+    outcome = fit(
+        method(optimizer, mean_loss(ready), steps),
+        jax.tree.map(jnp.copy, ready.params),
+        lambda first, count: padded.batches(first, count, batch_size=recipe.batch_size, seed=seed),
+        LoopConfig(steps=steps, eval_every=each, checkpoint_every=each),
+        key=jax.random.key(seed),
+        checkpoints=checkpoints,
+        metrics=metrics,
+    )
+    checkpoints.close()
+    return outcome.state.params
+
+
+def load_epoch(folder: Path, lm: Any, rows: int, recipe: Recipe, epoch: int, *, seed: int) -> Epoch:
+    """The end of an epoch that `train` kept in a folder; arguments as there.
+
+    Args:
+        rows: how many there were.
+        epoch: from 1.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    ready = recipe.prepare(lm, seed)
+    each = recipe.epoch_steps(rows)
+    optimizer = dataclasses.replace(recipe.optimizer_for(rows), select=LORA)
+    chosen = method(optimizer, mean_loss(ready), recipe.epochs * each)
+    trained, frozen = paths.split(ready.params, LORA)
+    like = TrainState(trained, jax.eval_shape(chosen.init, ready.params, jax.random.key(0)))
+    place = folder / f"epoch-{epoch}"
+    if not place.is_dir():
+        raise UserError(f"{place}: there is no checkpoint: remove {folder} to train again.")
+    kept = Checkpoints(place, read_only=True)
+    found = kept.restore(like)
+    kept.close()
+    assert found is not None
+    weights = epoch_weights(optimizer, recipe.epochs, each)
+    params = paths.merge(found[1].params, frozen)
+    return Epoch(params, found[1].opt_state, weights[epoch - 1])
+
+
+class _Adapters(Checkpoints):
+    """Checkpoints of what is trained; the frozen parameters are those that training begins with."""
+
+    def __init__(self, folder: Path, epoch_steps: int | None):
+        super().__init__(folder)
+        self._epoch_steps = epoch_steps
+
+    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
+        trained = TrainState(paths.split(state.params, LORA)[0], state.opt_state)
+        if step and self._epoch_steps:
+            kept = Checkpoints(self.folder.parent / f"epoch-{step // self._epoch_steps}")
+            kept.save(step, trained, {})
+            kept.close()
+        super().save(step, trained, record)
+
+    def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
+        trained, frozen = paths.split(like.params, LORA)
+        found = super().restore(TrainState(trained, like.opt_state), step)
+        if found is None:
+            return None
+        step, state, record = found
+        return step, TrainState(paths.merge(state.params, frozen), state.opt_state), record

@@ -1,0 +1,110 @@
+"""The command `jaxlm select`: a study from a file, what it will cost, and its mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxlm.cli.main import main
+from tests.tiny import read_lines, sentences, write_jsonl
+
+STUDY = """\
+model: MODEL
+sources:
+  right: {task: {name: tiny, train: train.jsonl, template: "{text} it was {label}",
+                 labels: [good, bad]}, rows: 8}
+target:
+  task: {name: tiny, validation: test.jsonl, test: test.jsonl, template: "{text} it was {label}",
+         labels: [good, bad]}
+  rows: 4
+recipe: {peft: {rank: 2}, optimizer: {learning_rate: 1e-2}, epochs: 1, batch_size: 2}
+features: {dim: 16, dtype: int8, block_size: 4}
+warmup_fraction: 0.5
+fraction: 0.5
+methods: [less]
+output: OUTPUT
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path, tiny_model: Path) -> Path:
+    write_jsonl(tmp_path / "train.jsonl", sentences(16))
+    write_jsonl(tmp_path / "test.jsonl", sentences(8))
+    path = tmp_path / "study.yaml"
+    text = STUDY.replace("MODEL", str(tiny_model)).replace("OUTPUT", str(tmp_path / "out"))
+    path.write_text(text)
+    return path
+
+
+def test_a_study_makes_a_table_and_a_file_of_what_is_chosen(study, capsys) -> None:
+    assert main(["select", str(study)]) == 0
+    printed = capsys.readouterr()
+    out = study.parent / "out"
+    assert printed.out.strip() == (out / "table.md").read_text().strip()
+    assert "select-less: begins" in printed.err
+    (chosen,) = out.glob("seed-0/select-less-*/selected.jsonl")
+    lines = read_lines(chosen)
+    assert len(lines) == 4
+    assert {line["source"] for line in lines} == {"right"}
+    assert all(line["completion"] in (" good", " bad") for line in lines)
+    table = json.loads((out / "table.json").read_text())
+    assert [row["method"] for row in table["rows"]] == ["no training", "less"]
+    assert main(["select", str(study)]) == 0
+    assert "begins" not in capsys.readouterr().err
+
+
+def test_a_warm_up_of_one_step_is_refused(study, capsys) -> None:
+    """The first step of a rising learning rate is 0."""
+    assert main(["select", str(study), "--recipe.batch_size=4"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "error: training on 4 rows has steps: 1, all with the learning rate 0: give more rows or "
+        "epochs, a smaller recipe.batch_size, or recipe.warmup_share 0.\n"
+    )
+
+
+def hours(text: str) -> dict[str, float]:
+    """The column of hours by stage."""
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if "|" in line]
+    return {row[1]: float(row[4]) for row in rows[2:]}
+
+
+def test_a_dry_run_without_a_file_is_of_the_paper(capsys) -> None:
+    flags = ["--sizes.examples=270000", "--device.peak_flops=1e15"]
+    assert main(["select", "--dry-run", *flags, "--device.utilisation=0.5"]) == 0
+    fast = capsys.readouterr().out
+    assert main(["select", "--dry-run", *flags, "--device.utilisation=0.05"]) == 0
+    slow = capsys.readouterr().out
+    assert "270,000 rows of 300 tokens" in fast
+    assert "LoRA of rank 128 with 134,217,728; A100 of 1000 TFLOP/s at 50 %" in fast
+    assert "48 h, 17.7 GB" in fast
+    assert "| 6 h " in fast
+    # about 4 FLOPs a token for each of 6.6e9 weights, 300 tokens, 4 epochs, at 5e14 a second
+    assert hours(fast)["features of the rows"] == pytest.approx(5.0, rel=0.1)
+    for stage, value in hours(fast).items():
+        assert hours(slow)[stage] == pytest.approx(10 * value, rel=0.1)
+
+
+def test_a_dry_run_of_a_study_reads_its_rows_and_does_nothing(study, capsys) -> None:
+    assert main(["select", str(study), "--dry-run", "--sizes.tokens=100"]) == 0
+    assert "8 rows of 100 tokens and 4 target examples" in capsys.readouterr().out
+    assert not (study.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--fraction=0", "fraction is 0: give 0 < fraction <= 1."),
+        ("--methods=[less, best]", "methods has 'best': choose of less, random, full, bm25, "),
+        ("--seeds=[]", "seeds is empty or has a value twice: give each once."),
+        ("--sources.right.rows=17", "source right: 0 + 17 rows are asked for, but there are 16: "),
+        ("--sources.other.rows=1", "a source has a task or messages: give one of them."),
+        ("--sources.right.row=1", "unknown key 'sources.right.row': did you mean 'rows'?"),
+        ("--sources.chat.messages=no.jsonl", "there is no file 'no.jsonl'"),
+        ("--features.dim=0", "dim is 0: give the numbers of a row, 1 or more"),
+        ("--target.rows=9", "9 rows are asked for, but there are 8"),
+    ],
+)
+def test_mistakes_end_in_a_sentence_and_leave_nothing(study, flag, sentence, capsys) -> None:
+    assert main(["select", str(study), flag]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (study.parent / "out").exists()

@@ -1,0 +1,191 @@
+"""Conversations: the text of the formats, and which tokens are learnt."""
+
+import json
+
+import pytest
+
+from jaxlm.core.errors import UserError
+from jaxlm.data.messages import (
+    Conversation,
+    Message,
+    chat,
+    encode_messages,
+    read_messages,
+    tulu,
+)
+
+TURNS = (
+    Message("system", "it was"),
+    Message("user", "  fun?\n"),
+    Message("assistant", "\nfun great "),
+    Message("user", "bad"),
+    Message("assistant", "it was badly\nfun"),
+)
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>"
+    "{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def conversation(*turns: tuple[str, str], name: str = "a") -> Conversation:
+    return Conversation(tuple(Message(*turn) for turn in turns), name)
+
+
+def learnt(tokenizer, encoded) -> list[str]:
+    return tokenizer.convert_ids_to_tokens([encoded.ids[place] for place in encoded.scored])
+
+
+def with_template(tokenizer, template: str):
+    import copy
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_the_tulu_format_to_the_letter() -> None:
+    text, spans = tulu(TURNS, "</s>")
+    assert text == (
+        "<|system|>\nit was\n"
+        "<|user|>\nfun?\n"
+        "<|assistant|>\nfun great</s>\n"
+        "<|user|>\nbad\n"
+        "<|assistant|>\nit was badly\nfun</s>\n"
+    )
+    assert [text[a:b] for a, b in spans] == ["fun great</s>", "it was badly\nfun</s>"]
+
+
+def test_every_answer_is_learnt_with_its_eos_and_nothing_else(bpe_bos) -> None:
+    (encoded,) = encode_messages([Conversation(TURNS, "a")], bpe_bos)
+    # "Ċ" is a line break; at its beginning a line has no Ġ word.
+    assert learnt(bpe_bos, encoded) == [
+        *("fun", "Ġgreat", "</s>"),
+        *("i", "t", "Ġwas", "Ġbadly", "Ċ", "fun", "</s>"),
+    ]
+    assert bpe_bos.convert_ids_to_tokens(list(encoded.ids))[:4] == ["<s>", "<", "|", "s"]
+    assert bpe_bos.decode(encoded.ids[-1:]) == "\n"
+    assert len(encoded.ids) - 1 not in encoded.scored
+
+
+@pytest.mark.parametrize("name", ["bpe", "bpe_bos", "bpe_bos_eos", "roberta_like"])
+def test_places_are_those_of_prefixes_tokenised_alone(name, request) -> None:
+    """As the reference code finds them, by the lengths of texts that end where an answer does."""
+    tokenizer = request.getfixturevalue(name)
+    (encoded,) = encode_messages([Conversation(TURNS, "a")], tokenizer)
+    text, spans = tulu(TURNS, "</s>")
+    first = 0 if name == "bpe" else 1
+
+    def count(end: int) -> int:
+        return first + len(tokenizer(text[:end], add_special_tokens=False)["input_ids"])
+
+    expected = [place for a, b in spans for place in range(count(a), count(b))]
+    assert list(encoded.scored) == expected
+    assert len(encoded.ids) == count(len(text))
+
+
+def test_a_chat_template_has_the_places_that_transformers_gives(bpe) -> None:
+    tokenizer = with_template(bpe, CHATML)
+    turns = [each._asdict() for each in TURNS]
+    theirs = tokenizer.apply_chat_template(
+        turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    (encoded,) = encode_messages([Conversation(TURNS, "a")], tokenizer, template="chat")
+    assert list(encoded.ids) == list(theirs["input_ids"])
+    expected = [i for i, learnt in enumerate(theirs["assistant_masks"]) if learnt]
+    assert list(encoded.scored) == expected
+    assert len(expected) > 20
+
+
+def test_a_chat_template_adds_no_special_tokens_of_its_own(bpe_bos) -> None:
+    tokenizer = with_template(bpe_bos, "{{ bos_token }}" + CHATML)
+    (encoded,) = encode_messages([Conversation(TURNS, "a")], tokenizer, template="chat")
+    assert encoded.ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_what_is_too_long_loses_its_end(bpe_bos) -> None:
+    whole = conversation(("user", "it"), ("assistant", "fun great"))
+    (full,) = encode_messages([whole], bpe_bos)
+    first = full.scored[0]
+    (part,) = encode_messages([whole], bpe_bos, max_length=first + 2)
+    assert part == (full.ids[: first + 2], (first, first + 1))
+    (cut,) = encode_messages([whole], bpe_bos, max_length=first)
+    assert cut == (full.ids[:first], ())
+
+
+def test_an_empty_answer_is_its_eos(bpe_bos) -> None:
+    (encoded,) = encode_messages([conversation(("user", "it"), ("assistant", "  "))], bpe_bos)
+    assert learnt(bpe_bos, encoded) == ["</s>"]
+
+
+def test_without_an_answer_nothing_is_learnt(bpe_bos) -> None:
+    (encoded,) = encode_messages([conversation(("user", "it"))], bpe_bos)
+    assert encoded.scored == ()
+
+
+def test_many_are_encoded_as_one_at_a_time(bpe_bos) -> None:
+    many = [conversation(("user", "it" * n), ("assistant", "fun")) for n in range(1100)]
+    encoded = encode_messages(many, bpe_bos)
+    assert encoded[1050:1052] == encode_messages(many[1050:1052], bpe_bos)
+    assert len(encoded) == 1100
+
+
+def test_rows_have_their_id_or_their_place(tmp_path) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [
+        {"messages": messages, "id": "flan_1", "subtask": "x"},
+        {"messages": messages, "dataset": "d"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = read_messages("rows.jsonl", base_dir=tmp_path)
+    assert first == Conversation((Message("user", "a"), Message("assistant", "b")), "flan_1", "x")
+    assert (second.id, second.subtask) == ("rows.jsonl:2", "")
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"text": "a"}, "has no messages: give a list of {role, content} in that field."),
+        ({"messages": []}, "has no messages: give a list of {role, content} in that field."),
+        (
+            {"messages": [{"role": "human", "content": "a"}]},
+            "message 1 has the role 'human': give system, user or assistant.",
+        ),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "message 1 has no content: give a text.",
+        ),
+    ],
+)
+def test_rows_that_are_no_conversations(row, sentence, tmp_path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError) as caught:
+        read_messages("rows.jsonl", base_dir=tmp_path)
+    assert str(caught.value).startswith("rows.jsonl, line 1")
+    assert str(caught.value).endswith(sentence)
+
+
+def test_tokenizers_that_do_not_serve(bpe, slow) -> None:
+    one = [conversation(("user", "it"), ("assistant", "fun"), name="rows:7")]
+    with pytest.raises(UserError, match="character offsets"):
+        encode_messages(one, slow)
+    with pytest.raises(UserError, match=r"^rows:7: the tokenizer has no chat template"):
+        encode_messages(one, bpe, template="chat")
+    without = with_template(bpe, CHATML)
+    without.eos_token = None
+    with pytest.raises(UserError, match="no eos_token"):
+        encode_messages(one, without)
+
+
+def test_a_template_that_rewrites_turns_is_refused(bpe) -> None:
+    last_only = (
+        "{% for m in messages %}[{{ m['role'] }}]{% if loop.last %}{{ m['content'] }}{% endif %}"
+        "{% endfor %}"
+    )
+    with pytest.raises(UserError, match="message 3 otherwise when others follow it"):
+        chat(TURNS, with_template(bpe, last_only))
+    refusing = "{{ raise_exception('Only users speak') }}"
+    with pytest.raises(UserError, match=r"does not take it \(Only users speak\)"):
+        chat(TURNS, with_template(bpe, refusing))
