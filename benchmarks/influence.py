@@ -30,7 +30,6 @@ import numpy as np
 import optax
 
 from benchmarks import common
-from benchmarks.ntk import resident_bytes
 from benchmarks.shapes import SHIPPED
 from jaxlm import influence, peft
 from jaxlm.core import paths
@@ -130,15 +129,15 @@ def resident(name: str, count: int, length: int, dim: int) -> float:
         from benchmarks.torch_influence import Projector
 
         loop, rows = torch_loop(lm, state), torch.tensor(ids, dtype=torch.long)
-        before = resident_bytes()
+        before = common.resident_bytes()
         if family is None:
             loop.directions(rows)
         else:
             loop.features(rows[:16], Projector(len(loop.first), dim))
     else:
-        before = resident_bytes()
+        before = common.resident_bytes()
         jax.block_until_ready(features_of(lm, state, ids, family, dim)())
-    return (resident_bytes() - before) / 1e6
+    return (common.resident_bytes() - before) / 1e6
 
 
 def fresh_process(name: str, *sizes: int) -> float:

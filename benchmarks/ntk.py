@@ -23,7 +23,9 @@ without padding. One table for each length and C, the methods taking turns:
 A second table has the ways to the kernel of one matrix or table, for each length and C: seconds,
 which one is chosen, and its time over that of the best. With --scaling, how time grows with N, T
 and P; with --roberta-base, 32 examples of 32 tokens against 936 at that model's size. --quick has
-16 tokens and C = 1 alone. The last line is one JSON object.
+16 tokens and C = 1 alone. A last table has the error of kernels in bfloat16, parameters and
+activations, against float32: the largest, as `difference` above, and in the Frobenius norm. The
+last line is one JSON object.
 """
 
 import argparse
@@ -310,6 +312,20 @@ def roberta_base(columns: int = 936, block: int = 234) -> list[dict[str, Any]]:
     return [row | {"peak_MB": peak, "compile_s": compile_s, "difference": float(difference)}]
 
 
+def bfloat16() -> list[dict[str, Any]]:
+    """How far the kernels of 8 examples of 16 tokens are from those in float32."""
+    lm, f, x, _ = problem(1, 16, counts=(8, 8))
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lm.params)
+    rows = []
+    for kind in ("sgd", "signgd", "asymmetric_signgd"):
+        kernel = functools.partial(factorized.factorized, f, kind=kind)
+        exact, found = (np.asarray(jax.jit(kernel)(params, x)) for params in (lm.params, rounded))
+        row = {"kind": kind, "largest": float(np.abs(found - exact).max() / np.abs(exact).max())}
+        error = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+        rows.append({**row, "frobenius": error})
+    return rows
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -339,6 +355,8 @@ def main() -> None:
     if options.roberta_base:
         report["roberta_base"] = roberta_base()
         common.print_table(report["roberta_base"])
+    report["bfloat16"] = bfloat16()
+    common.print_table(report["bfloat16"])
     rows = [{"table": name, **row} for name, table in report.items() for row in table]
     common.print_report("ntk", rows)
 

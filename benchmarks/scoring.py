@@ -23,7 +23,6 @@ to 1e-6. --quick has 20,000 rows of 256. The last line is one JSON object.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -41,16 +40,6 @@ ENCODINGS = ("float32", "float16", "int8", "1bit")
 SUBTASKS = 9
 BLOCK = 16384
 PART = 2000
-
-
-def resident_bytes() -> int:
-    """The most memory that this process has had resident, without what its parent had."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        (peak,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return 1024 * int(peak.split()[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def rows_of(start: int, count: int, dim: int) -> np.ndarray:
@@ -98,7 +87,7 @@ def score(folder: str) -> dict[str, Any]:
     begin, cpu = time.perf_counter(), time.process_time()
     again = influence.score(store, targets, subtask=subtask)
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
-    resident = resident_bytes() / 1e6
+    resident = common.resident_bytes() / 1e6
     part = np.linspace(0, len(store) - 1, min(PART, len(store))).astype(int)
     wanted = numpy_scores(store[part], targets, subtask)
     difference = float(np.abs(scores[part] - wanted).max() / np.abs(wanted).max())
@@ -149,7 +138,7 @@ def authors(folder: str, targets: int, subtasks: int) -> dict[str, Any]:
 def result(folder: str, name: str, begin: Begin, scores: Any, chosen: Any) -> dict[str, Any]:
     """What it took since `begin`; keeps the scores beside the store."""
     wall, cpu = (now - then for now, then in zip(clocks(), begin, strict=True))
-    resident = resident_bytes() / 1e6
+    resident = common.resident_bytes() / 1e6
     np.savez(Path(folder).with_name(f"{name}.npz"), scores=scores, chosen=chosen)
     return {"seconds": wall, "cpu_s": cpu, "resident_MB": resident}
 

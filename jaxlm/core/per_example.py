@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.interpreters import partial_eval
 from jaxtyping import Array, Float, Int
 
 from jaxlm.core import paths, tapped, taps
@@ -328,7 +327,7 @@ def untapped(f: Callable[..., Any], params: Any, x: Any, select: paths.Select = 
         slices[leaf.path] += leaf.value.shape[0] if leaf.stacked else 1
     missing = slices.keys() - {path for path, _ in uses}
     if missing:
-        missing &= _read(f, params, x)
+        missing &= tapped.read(f, params, x)
     if missing:
         return f"{min(missing)} passes no tap"
     for path, times in slices.items():
@@ -337,14 +336,6 @@ def untapped(f: Callable[..., Any], params: Any, x: Any, select: paths.Select = 
         if any(use.times != times for use in own.values()) or (len(own) > 1 and not tied):
             return f"{path} is used more than once"
     return None
-
-
-def _read(f, params, x) -> set[str]:
-    """Paths that f's value depends on."""
-    traced = jax.make_jaxpr(f)(params, x)
-    _, read = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
-    leaves = paths.flatten(params)[0]
-    return {leaf.path for leaf, used in zip(leaves, read, strict=False) if used}
 
 
 def activation_bytes(uses: Mapping[tapped.Key, tapped.Use]) -> int:

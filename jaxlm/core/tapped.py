@@ -1,7 +1,7 @@
 """Which parameters a function uses where its tap stands, how often, and with which shapes.
 
 Every use is marked by a name in the trace of the function, where those that a loop repeats can be
-counted.
+counted; the trace also says which parameters matter at all.
 """
 
 from collections import Counter
@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Literal
 from jaxtyping import Array
+
+from jaxlm.core import paths
 
 Key = tuple[str, str]
 """Path and op of a use: a table that is tied to the head has two."""
@@ -77,6 +80,44 @@ def uses(f: Callable[..., Array], params: Any, x: Any) -> dict[Key, Use]:
     }
 
 
+def read(f: Callable[..., Any], params: Any, x: Any) -> set[str]:
+    """Paths of the parameters that the value of f depends on, by its trace.
+
+    Args:
+      f: `f(params, x)`.
+      params, x: arrays or their shapes.
+    """
+    jaxpr = jax.make_jaxpr(f)(params, x).jaxpr
+    reached = _reached(jaxpr)
+    pairs = zip(paths.flatten(params)[0], jaxpr.invars, strict=False)
+    return {leaf.path for leaf, variable in pairs if variable in reached}
+
+
+def _reached(jaxpr) -> set[Any]:
+    """The variables of a trace on which an output depends."""
+    found = {variable for variable in jaxpr.outvars if not isinstance(variable, Literal)}
+    for equation in reversed(jaxpr.eqns):
+        if found.isdisjoint(equation.outvars):
+            continue
+        taken = equation.invars
+        inner = list(_inner(equation))
+        if len(inner) == 1 and len(inner[0].invars) == len(taken):  # a scan, or a call
+            needed = _reached(inner[0])
+            pairs = zip(taken, inner[0].invars, strict=True)
+            taken = [outer for outer, variable in pairs if variable in needed]
+        found.update(v for v in taken if not isinstance(v, Literal))
+    return found
+
+
+def _inner(equation) -> Iterator[Any]:
+    """The traces in an equation."""
+    for value in equation.params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            inner = getattr(part, "jaxpr", part)
+            if hasattr(inner, "eqns"):
+                yield inner
+
+
 def _marks(jaxpr, times) -> Iterator[tuple[str, int]]:
     """Each marked name in a trace, with how often it runs (for a loop of unknown length, twice)."""
     for equation in jaxpr.eqns:
@@ -84,8 +125,5 @@ def _marks(jaxpr, times) -> Iterator[tuple[str, int]]:
         if name == "name":
             yield equation.params["name"], times
         again = {"scan": equation.params.get("length"), "while": 2}.get(name, 1)
-        for value in equation.params.values():
-            for part in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(part, "jaxpr", part)
-                if hasattr(inner, "eqns"):
-                    yield from _marks(inner, times * again)
+        for inner in _inner(equation):
+            yield from _marks(inner, times * again)

@@ -136,6 +136,7 @@ def _rows(params, batch, projector: Projector | None, moments, work: Work):
         sums, g = _transformed(g, extra, steps, work.constants)
         if not work.project:
             return sums, g
+        assert projector is not None
         here = dataclasses.replace(projector, seed=seed)
         return {**sums, "rows": here.leaf(gradient.path, gradient.layer, g)}, ()
 

@@ -12,6 +12,8 @@ SLOWER = 1.7
 """Time of an operation on pieces of gradients over that of one on products of factors."""
 MOVED = 170
 """Operations on products of factors while a number of a gradient is written and read again."""
+SCATTERED = 300
+"""The same for a number of a table's gradients, which are gathered from the rows in use."""
 CHUNK = 2**22
 """Numbers of a piece of gradients, few enough to stay near the processor."""
 PAIRS = 2**22
@@ -83,5 +85,6 @@ def table(
     """For a table [vocab, width] of which an example uses `length` rows."""
     pairs, some = counts[0] * counts[1], sum(counts)
     matches = pairs * outputs[1] * length**2 * 2 * width
-    chunked = pairs * outputs[1] * vocab * 2 * width + some * outputs[0] * vocab * width * 4
+    products = pairs * outputs[1] * vocab * 2 * width
+    chunked = products + SCATTERED * some * outputs[0] * vocab * width
     return "matches" if matches < chunked else "chunked"

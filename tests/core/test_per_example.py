@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.core import paths, per_example, taps
+from jaxlm.core import paths, per_example, tapped, taps
 from jaxlm.core.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
@@ -204,3 +204,23 @@ def test_mistakes_are_named():
             select="head",
             segments=segments[:1, :1] * jnp.ones((1, 4), int),
         )
+
+
+def test_what_a_function_reads_is_seen_through_loops_and_calls():
+    def f(params, x):
+        def layer(x, w):
+            return jnp.tanh(x * w["used"]), None
+
+        x, _ = jax.lax.scan(layer, x, params["layers"])
+        x = jax.jit(lambda a, unused: a * params["b"])(x, params["passed"])
+        return jax.lax.cond(True, lambda: x * params["either"], lambda: x)
+
+    params = {
+        "layers": {"used": jnp.ones(2), "idle": jnp.ones(2)},
+        **{name: jnp.ones(()) for name in ("b", "passed", "either", "alone")},
+    }
+    expected = {"layers.used", "b", "either"}
+    assert tapped.read(f, params, jnp.ones(3)) == expected
+    gradients = jax.grad(lambda params: f(params, jnp.ones(3)).sum())(params)
+    moving = {leaf.path for leaf in paths.flatten(gradients)[0] if jnp.abs(leaf.value).max() > 0}
+    assert moving == expected

@@ -1,0 +1,166 @@
+"""How fast are random projections next to trak's BasicProjector, on the same rows?
+
+usage: python -m benchmarks.projection [--quick] [--repeats 3] [--sizes 1000000 10000000]
+                                       [--no-torch]
+
+16 rows of P normal numbers to 2048, float32. The peer draws a matrix of signs, a part of its
+columns at a time, and multiplies with it, as `benchmarks.torch_influence` does and trak's
+BasicProjector with parts of 100 columns; its seconds follow from two of the parts. Where the
+package `trak` is installed, its own class is a row as well.
+
+  seconds      median over repeats that take turns
+  times        the peer's seconds over these
+  resident_MB  what a fresh process had resident at most, over what it had before
+  error        root mean square error of the inner products of rows of length 1, over what theory
+               says of Rademacher's, sqrt((1 + c^2) / 2048) with c the inner product
+
+--quick has 20,000 numbers and two repeats. The last line is one JSON object.
+"""
+
+import argparse
+import functools
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import common
+from jaxlm.influence import projector
+
+FAMILIES = ("rademacher", "countsketch", "srht", "kronecker", "gaussian")
+ROWS, DIM = 16, 2048
+COLUMNS = 100
+"""Of the peer's parts."""
+TIMED = 2
+PEER, TRAK = "BasicProjector, two parts", "trak.BasicProjector"
+
+
+def rows_of(numbers: int) -> np.ndarray:
+    """[16, P], with something in common, so that cosines are not zero."""
+    rng = np.random.default_rng(0)
+    common_part = rng.standard_normal(numbers, np.float32)
+    return rng.standard_normal((ROWS, numbers), np.float32) + common_part
+
+
+def ours(family: str, numbers: int) -> Callable[[], Any]:
+    """A function without arguments."""
+    rows = {"w": jnp.asarray(rows_of(numbers)).reshape(ROWS, -1, 1000)}
+    drawn = projector(family, DIM)
+    return functools.partial(jax.jit(lambda rows: drawn.project(rows)), rows)
+
+
+def peer(numbers: int) -> Callable[[], Any]:
+    """Two parts of the columns."""
+    import torch
+
+    from benchmarks.torch_influence import Projector
+
+    drawn = Projector(numbers, TIMED * COLUMNS, COLUMNS)
+    rows = torch.from_numpy(rows_of(numbers))
+    return lambda: drawn(rows)
+
+
+def trak(numbers: int) -> Callable[[], Any]:
+    """trak's own class on all columns."""
+    import torch
+    from trak.projectors import BasicProjector, ProjectionType
+
+    kind = ProjectionType.rademacher
+    drawn = BasicProjector(numbers, DIM, 0, kind, torch.device("cpu"), block_size=COLUMNS)
+    rows = torch.from_numpy(rows_of(numbers))
+    return lambda: drawn.project(rows, model_id=0)
+
+
+def call(name: str, numbers: int) -> Callable[[], Any]:
+    """What is timed."""
+    if name in FAMILIES:
+        return ours(name, numbers)
+    return peer(numbers) if name == PEER else trak(numbers)
+
+
+def resident(name: str, numbers: int) -> float:
+    """MB that a call adds to what this process had at most before it."""
+    function = call(name, numbers)
+    before = common.resident_bytes()
+    jax.block_until_ready(function())
+    return (common.resident_bytes() - before) / 1e6
+
+
+def fresh_process(name: str, numbers: int) -> float:
+    """`resident` in a process of its own."""
+    code = f"from benchmarks import projection as p; print(p.resident({name!r}, {numbers}))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(run.stdout.splitlines()[-1])
+
+
+def error(projected: np.ndarray, whole: np.ndarray) -> float:
+    """Of inner products of rows of length 1, over that of Rademacher's in theory."""
+    size = np.linalg.norm(whole, axis=1, keepdims=True)
+    some, exact = (np.asarray(rows, np.float64) / size for rows in (projected, whole))
+    pairs = np.triu_indices(len(whole), 1)
+    some, exact = ((rows @ rows.T)[pairs] for rows in (some, exact))
+    return float(np.sqrt(np.mean((some - exact) ** 2) / np.mean((1 + exact**2) / DIM)))
+
+
+def peers(options: argparse.Namespace) -> list[str]:
+    """Names of the peers that are installed."""
+    found = []
+    for name, module in ((PEER, "benchmarks.torch_influence"), (TRAK, "trak")):
+        try:
+            __import__(module)
+        except ImportError as missing:
+            print(f"no row of {name}, since {missing.name} is not installed")
+        else:
+            found.append(name)
+    return [] if options.no_torch else found
+
+
+def measure(numbers: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the table for one P."""
+    names = [*FAMILIES, *peers(options)]
+    calls = {name: call(name, numbers) for name in names if name != TRAK}
+    whole = rows_of(numbers)
+    errors = {name: error(np.asarray(calls[name]()), whole) for name in FAMILIES}
+    times = common.interleaved(calls, options.repeats)
+    if TRAK in names:
+        times[TRAK] = common.seconds(call(TRAK, numbers))
+    if PEER in times:
+        times[PEER] *= DIM / COLUMNS / TIMED
+    basic = times.get(PEER)
+    return [
+        {
+            "projection": name.replace(", two parts", ", estimated"),
+            "P": numbers,
+            "seconds": seconds,
+            "times": None if basic is None else basic / seconds,
+            "resident_MB": None if options.quick else fresh_process(name, numbers),
+            "error": errors.get(name),
+        }
+        for name, seconds in times.items()
+    ]
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="20,000 numbers, two repeats")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 10_000_000])
+    parser.add_argument("--no-torch", action="store_true")
+    options = parser.parse_args()
+    if options.quick:
+        options.sizes, options.repeats = [20_000], 2
+    table = []
+    for numbers in options.sizes:
+        found = measure(numbers, options)
+        common.print_table(found)
+        table += found
+    common.print_report("projection", table)
+
+
+if __name__ == "__main__":
+    main()
