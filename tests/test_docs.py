@@ -23,7 +23,7 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
 
 
-@pytest.mark.parametrize("page", ["kernels.md", "mezo.md", "peft.md"])
+@pytest.mark.parametrize("page", ["kernels.md", "mezo.md", "peft.md", "selection.md"])
 def test_the_examples_of_a_page_run_in_order(page: str, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -49,3 +49,25 @@ def test_every_name_of_zo_that_a_page_mentions_is_there():
     for module in (zo.rules, zo.factored):
         name = module.__name__.rpartition(".")[2]
         assert all(hasattr(module, each) for each in re.findall(rf"\b{name}\.(\w+)", text))
+
+
+def test_every_name_of_influence_that_a_page_mentions_is_there():
+    from jaxlm import influence
+
+    text = (DOCS / "selection.md").read_text()
+    named = set(re.findall(r"influence\.(\w+)", text))
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", text.partition("| function |")[2], re.M)
+    named |= {name for row in rows for name in re.findall(r"\w+", row)}
+    assert {"score", "bm25", "lds"} <= named <= set(influence.__all__)
+
+
+def test_the_commands_of_the_page_of_selections_can_be_configured(monkeypatch):
+    from jaxlm.studies.selection import SelectionConfig
+
+    monkeypatch.chdir(DOCS.parent)
+    for line in "".join(blocks("selection.md", "bash")).splitlines():
+        words = line.partition("#")[0].split()
+        assert words[:2] == ["jaxlm", "select"], line
+        path, overrides = configs.parse_args([word for word in words[2:] if word != "--dry-run"])
+        if path is not None:
+            configs.load(SelectionConfig, path, overrides)

@@ -31,6 +31,94 @@ _PAPERS = {
           year    = {1992},
           doi     = {10.1109/9.119632}
         }""",
+    "malladi2023kernel": """
+        @inproceedings{malladi2023kernel,
+          title         = {A Kernel-Based View of Language Model Fine-Tuning},
+          author        = {Malladi, Sadhika and Wettig, Alexander and Yu, Dingli and Chen,
+                           Danqi and Arora, Sanjeev},
+          booktitle     = {Proceedings of the 40th International Conference on Machine
+                           Learning},
+          year          = {2023},
+          eprint        = {2210.05643},
+          archiveprefix = {arXiv}
+        }""",
+    "novak2022fast": """
+        @inproceedings{novak2022fast,
+          title         = {Fast Finite Width Neural Tangent Kernel},
+          author        = {Novak, Roman and Sohl-Dickstein, Jascha and Schoenholz, Samuel S.},
+          booktitle     = {Proceedings of the 39th International Conference on Machine
+                           Learning},
+          year          = {2022},
+          eprint        = {2206.08720},
+          archiveprefix = {arXiv}
+        }""",
+    "xia2024less": """
+        @inproceedings{xia2024less,
+          title         = {{LESS}: Selecting Influential Data for Targeted Instruction
+                           Tuning},
+          author        = {Xia, Mengzhou and Malladi, Sadhika and Gururangan, Suchin and
+                           Arora, Sanjeev and Chen, Danqi},
+          booktitle     = {Proceedings of the 41st International Conference on Machine
+                           Learning},
+          year          = {2024},
+          eprint        = {2402.04333},
+          archiveprefix = {arXiv}
+        }""",
+    "park2023trak": """
+        @inproceedings{park2023trak,
+          title         = {{TRAK}: Attributing Model Behavior at Scale},
+          author        = {Park, Sung Min and Georgiev, Kristian and Ilyas, Andrew and
+                           Leclerc, Guillaume and Madry, Aleksander},
+          booktitle     = {Proceedings of the 40th International Conference on Machine
+                           Learning},
+          year          = {2023},
+          eprint        = {2303.14186},
+          archiveprefix = {arXiv}
+        }""",
+    "pruthi2020tracin": """
+        @inproceedings{pruthi2020tracin,
+          title         = {Estimating Training Data Influence by Tracing Gradient Descent},
+          author        = {Pruthi, Garima and Liu, Frederick and Kale, Satyen and
+                           Sundararajan, Mukund},
+          booktitle     = {Advances in Neural Information Processing Systems},
+          volume        = {33},
+          year          = {2020},
+          eprint        = {2002.08484},
+          archiveprefix = {arXiv}
+        }""",
+    "paul2021diet": """
+        @inproceedings{paul2021diet,
+          title         = {Deep Learning on a Data Diet: Finding Important Examples Early in
+                           Training},
+          author        = {Paul, Mansheej and Ganguli, Surya and Dziugaite, Gintare Karolina},
+          booktitle     = {Advances in Neural Information Processing Systems},
+          volume        = {34},
+          year          = {2021},
+          eprint        = {2107.07075},
+          archiveprefix = {arXiv}
+        }""",
+    "ilyas2022datamodels": """
+        @inproceedings{ilyas2022datamodels,
+          title         = {Datamodels: Predicting Predictions from Training Data},
+          author        = {Ilyas, Andrew and Park, Sung Min and Engstrom, Logan and Leclerc,
+                           Guillaume and Madry, Aleksander},
+          booktitle     = {Proceedings of the 39th International Conference on Machine
+                           Learning},
+          year          = {2022},
+          eprint        = {2202.00622},
+          archiveprefix = {arXiv}
+        }""",
+    "chen2025lozo": """
+        @inproceedings{chen2025lozo,
+          title         = {Enhancing Zeroth-Order Fine-Tuning for Language Models with Low-
+                           Rank Structures},
+          author        = {Chen, Yiming and Zhang, Yuan and Cao, Liyuan and Yuan, Kun and
+                           Wen, Zaiwen},
+          booktitle     = {International Conference on Learning Representations},
+          year          = {2025},
+          eprint        = {2410.07698},
+          archiveprefix = {arXiv}
+        }""",
     "pang2004subjectivity": """
         @inproceedings{pang2004subjectivity,
           title     = {A Sentimental Education: Sentiment Analysis Using Subjectivity Summarization
@@ -60,6 +148,17 @@ _CITED_BY = {
     "mr": ("pang2005stars",),
     "spsa": ("spall1992spsa",),
     "subj": ("pang2004subjectivity",),
+    "lozo": ("chen2025lozo",),
+    "ntk": ("malladi2023kernel", "novak2022fast"),
+    "gradient_features": ("xia2024less",),
+    "score": ("xia2024less",),
+    "selection_study": ("xia2024less",),
+    "less": ("xia2024less",),
+    "trak": ("park2023trak",),
+    "tracin": ("pruthi2020tracin",),
+    "grand": ("paul2021diet",),
+    "el2n": ("paul2021diet",),
+    "lds": ("ilyas2022datamodels", "park2023trak"),
 }
 
 
