@@ -25,7 +25,13 @@ from jaxlm.core.fingerprints import fingerprint
 from jaxlm.data.messages import MessageFormat
 from jaxlm.influence import GradientStore, score
 from jaxlm.studies.selection_batches import row_losses
-from jaxlm.studies.selection_choice import METHODS, read_choice, shallow_scores, write_choice
+from jaxlm.studies.selection_choice import (
+    METHODS,
+    read_choice,
+    shallow_scores,
+    shares_of_answers,
+    write_choice,
+)
 from jaxlm.studies.selection_features import Features, store_features, stored_order
 from jaxlm.studies.selection_measure import Measure
 from jaxlm.studies.selection_rows import (
@@ -60,6 +66,10 @@ class SelectionConfig:
         features: of gradients.
         aggregate: see `jaxlm.influence.score`; "mean_of_cosines" is the authors' code.
         fraction: part of the rows that is chosen.
+        match_answers: whether what the methods choose has the answers of the target alone, in its
+            proportions; but "random" and "full" choose of all rows. Scores of a classification
+            task lean to whichever label word a model should say more often, and the best rows by
+            score may all have that one.
         methods: names of `jaxlm.studies.selection_choice.METHODS`, rows of the table.
         seeds: of warm-up, random choice and training; the table has their means.
         pool_seed: of the rows drawn from the sources and of shuffled labels.
@@ -78,6 +88,7 @@ class SelectionConfig:
     features: Features = field(default=Features())
     aggregate: Literal["cosine_of_mean", "mean_of_cosines"] = "cosine_of_mean"
     fraction: float = 0.05
+    match_answers: bool = False
     methods: tuple[str, ...] = ("less", "random", "full")
     seeds: tuple[int, ...] = (0,)
     pool_seed: int = 0
@@ -212,7 +223,11 @@ class _Study:
             f"select-{method}",
             self._choice_inputs(seed, method),
             lambda place: write_choice(
-                place, self.pool.rows, self._scores(seed, method), self.config.fraction
+                place,
+                self.pool.rows,
+                self._scores(seed, method),
+                self.config.fraction,
+                self._shares(method),
             ),
         )
         rows = read_choice(folder, self.pool.rows)
@@ -242,8 +257,8 @@ class _Study:
         """What the scores of a method depend on."""
         if method == "full":
             return {"rows": self.hashes["rows"]}
-        inputs = {**self.hashes, "fraction": self.config.fraction}
-        if method == "random":
+        inputs = {**self.hashes, "fraction": self.config.fraction, "shares": self._shares(method)}
+        if method in ("random", "matched"):
             return {**inputs, "seed": seed}
         groups = self.target.subtasks
         inputs["subtasks"] = None if groups is None else groups.tolist()
@@ -252,6 +267,12 @@ class _Study:
         features = _but(self.config.features, "block_size")
         aggregate = self.config.aggregate
         return {**inputs, **self._warmup_inputs(seed), "features": features, "aggregate": aggregate}
+
+    def _shares(self, method: str) -> dict[str, float] | None:
+        """Of answers among the rows that a method takes, or None."""
+        if method == "matched" or (self.config.match_answers and method not in ("random", "full")):
+            return shares_of_answers(self.target)
+        return None
 
     def _scores(self, seed: int, method: str) -> np.ndarray | None:
         if method == "full":

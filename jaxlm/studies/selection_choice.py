@@ -1,7 +1,7 @@
 """Which rows are taken: the ways to score them without gradients, and the file of a choice."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from jaxlm.influence import bm25, pool, random_scores, representation_similarity
 from jaxlm.studies.selection_batches import Padded
 from jaxlm.studies.selection_rows import Row, Rows
 
-METHODS = ("less", "random", "full", "bm25", "representation")
-"""Ways to choose: by gradients, at random, all rows, by common words, by hidden states."""
+METHODS = ("less", "random", "matched", "full", "bm25", "representation")
+"""Ways to choose: by gradients, at random, at random among the answers of the target, all rows, by
+common words, by hidden states."""
 
 SCORES, SELECTED = "scores.jsonl", "selected.jsonl"
 BLOCK = 64
@@ -28,14 +29,14 @@ def shallow_scores(
     """Scores of rows by a method that needs no gradients.
 
     Args:
-        method: "random"; "bm25" over tokens; "representation", cosines of the mean hidden state,
+        method: "random" or "matched"; "bm25" over tokens; "representation", cosines of the mean hidden state,
             later tokens counting more.
         lm: the model before training.
         rows: to be scored.
         target: what they are to help with; of its subtasks the best counts.
-        seed: of "random".
+        seed: of "random" and "matched".
     """
-    if method == "random":
+    if method in ("random", "matched"):
         return np.asarray(random_scores(jax.random.key(seed), len(rows.rows)))
     groups = target.subtasks
     over = None if groups is None else "max"
@@ -61,8 +62,64 @@ def _states(lm: Any, rows: Rows) -> Float[np.ndarray, "N D"]:
     return np.stack([found[place] for place in range(len(padded))])
 
 
+def shares_of_answers(target: Rows) -> dict[str, float]:
+    """How often each answer is right in the target.
+
+    Raises:
+        UserError: the target has conversations, whose answers are texts of their own.
+    """
+    answers = [_answer(row) for row in target.rows]
+    if None in answers:
+        raise UserError("match_answers needs a target with label words: give target.task.")
+    return {each: answers.count(each) / len(answers) for each in sorted(set(answers))}  # type: ignore[type-var]
+
+
+def matched(
+    rows: Sequence[Row], scores: Float[np.ndarray, " N"], count: int, shares: Mapping[str, float]
+) -> list[int]:
+    """The places of the best rows of each answer, as many of it as its share of all says.
+
+    Args:
+        rows: to choose from.
+        scores: of each.
+        count: how many are taken.
+        shares: of each answer, with the sum 1; rows with other answers are not taken.
+
+    Returns:
+        Places, the highest score first.
+
+    Raises:
+        UserError: there are too few rows with an answer.
+    """
+    exact = {answer: share * count for answer, share in shares.items()}
+    quotas = {answer: int(number) for answer, number in exact.items()}
+    by_rest = sorted(exact, key=lambda answer: quotas[answer] - exact[answer])
+    for answer in by_rest[: count - sum(quotas.values())]:
+        quotas[answer] += 1
+    places: list[int] = []
+    for answer, quota in quotas.items():
+        having = np.array([i for i, row in enumerate(rows) if _answer(row) == answer], int)
+        if len(having) < quota:
+            raise UserError(
+                f"{quota} rows with the answer {answer!r} are to be taken, but there are "
+                f"{len(having)}: lower fraction, or set match_answers to false."
+            )
+        if quota:
+            places += having[select(scores[having], count=quota)].tolist()
+    return sorted(places, key=lambda place: (-scores[place], place))
+
+
+def _answer(row: Row) -> str | None:
+    answer: str | None = row.text.get("completion")
+    return answer
+
+
 def write_choice(
-    folder: Path, rows: Sequence[Row], scores: Float[np.ndarray, " N"] | None, fraction: float
+    folder: Path,
+    rows: Sequence[Row],
+    scores: Float[np.ndarray, " N"] | None,
+    fraction: float,
+    shares: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Takes the rows with the highest scores, of equal ones the first, and writes both files.
 
@@ -74,11 +131,14 @@ def write_choice(
         rows: all rows.
         scores: of each; None takes all rows.
         fraction: the part that is taken.
+        shares: of answers among what is taken, see `matched`; None for what the scores give.
 
     Returns:
         How many are taken of each source, and how many are noise.
     """
     places = list(range(len(rows))) if scores is None else select(scores, fraction).tolist()
+    if scores is not None and shares is not None:
+        places = matched(rows, scores, len(places), shares)
     if scores is not None:
         lines = [
             {"id": row.id, "score": float(each)} for row, each in zip(rows, scores, strict=True)
