@@ -20,7 +20,7 @@ A study:
   warmup_fraction: 0.05            # part of the rows for the warm-up
   features: {family: countsketch, dim: 8192, dtype: float16}
   fraction: 0.05                   # part of the rows that is chosen
-  methods: [less, random, full]    # also bm25, representation
+  methods: [less, random, full]    # also matched, bm25, representation
   seeds: [0, 1, 2]
   output: runs/select-mr           # a folder for each seed and stage, table.md and table.json
 

@@ -29,8 +29,8 @@ def shallow_scores(
     """Scores of rows by a method that needs no gradients.
 
     Args:
-        method: "random" or "matched"; "bm25" over tokens; "representation", cosines of the mean hidden state,
-            later tokens counting more.
+        method: "random" or "matched"; "bm25" over tokens; "representation", cosines of the mean
+            hidden state, later tokens counting more.
         lm: the model before training.
         rows: to be scored.
         target: what they are to help with; of its subtasks the best counts.
@@ -68,10 +68,10 @@ def shares_of_answers(target: Rows) -> dict[str, float]:
     Raises:
         UserError: the target has conversations, whose answers are texts of their own.
     """
-    answers = [_answer(row) for row in target.rows]
-    if None in answers:
-        raise UserError("match_answers needs a target with label words: give target.task.")
-    return {each: answers.count(each) / len(answers) for each in sorted(set(answers))}  # type: ignore[type-var]
+    answers = [answer for row in target.rows if (answer := _answer(row)) is not None]
+    if len(answers) < len(target.rows):
+        raise UserError("answers are matched, but the target is conversations: give target.task.")
+    return {each: answers.count(each) / len(answers) for each in sorted(set(answers))}
 
 
 def matched(

@@ -18,7 +18,7 @@ from jaxlm.peft import LORA, Lora
 from jaxlm.studies import selection_training
 from jaxlm.studies.selection import SelectionConfig, read_sides, selection_study
 from jaxlm.studies.selection_batches import Padded, mean_loss, row_losses
-from jaxlm.studies.selection_choice import write_choice
+from jaxlm.studies.selection_choice import matched, shares_of_answers, write_choice
 from jaxlm.studies.selection_cost import LLAMA_7B, Plan, adapter_size, costs, row_flops
 from jaxlm.studies.selection_features import Features, store_features
 from jaxlm.studies.selection_measure import Measure
@@ -368,8 +368,29 @@ def test_a_choice_is_written_best_first_and_ties_by_place(tmp_path) -> None:
     assert scores == [0.5, 0.1, 0.9, 0.5]
 
 
+def answered(*answers: str | None) -> list[Row]:
+    texts = [{"messages": []} if each is None else {"completion": each} for each in answers]
+    return [Row(f"s:{i}", "s", (1, 2), (1,), text) for i, text in enumerate(texts)]
+
+
+def test_a_choice_may_have_the_answers_of_the_target(tmp_path) -> None:
+    target = Rows(tuple(answered("yes", "no", "yes", "yes")))
+    shares = shares_of_answers(target)
+    assert shares == {"no": 0.25, "yes": 0.75}
+    rows = answered("no", "yes", "maybe", "yes", "no", "yes", "yes", None)
+    scores = np.array([0.9, 0.1, 1.0, 0.3, 0.8, 0.2, 0.2, 1.0])
+    assert matched(rows, scores, 4, shares) == [0, 3, 5, 6]
+    assert matched(rows, scores, 2, shares) == [0, 3]  # 0.5 and 1.5: the first of equal rests
+    made = write_choice(tmp_path, rows, scores, 0.5, shares)
+    assert made["rows"] == 4
+    with pytest.raises(UserError, match="4 rows with the answer 'no' are to be taken, but there"):
+        matched(rows, scores, 4, {"no": 1.0})
+    with pytest.raises(UserError, match="the target is conversations"):
+        shares_of_answers(Rows(tuple(answered(None))))
+
+
 def test_a_study_from_rows_to_table(tiny_model, folder, tmp_path) -> None:
-    methods = ("less", "random", "bm25", "representation")
+    methods = ("less", "random", "matched", "bm25", "representation")
     study = config(tmp_path, tiny_model, methods=methods)
     said: list[str] = []
     found = selection_study(study, base_dir=folder, say=said.append)
