@@ -17,11 +17,13 @@ from jaxtyping import Array, Bool, Float, Int
 BLOCK = 256
 AHEAD = 2**30
 """A position that no window leaves behind."""
+ANY = -1
+"""The segment that all others see."""
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("keys", "query_positions", "key_positions", "first", "window"),
+    data_fields=("keys", "query_positions", "key_positions", "first", "window", "segments"),
     meta_fields=("causal",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Mask:
       first: index among the keys of the first query; the others follow it.
       window: tokens back that are seen, itself included; None for all.
       causal: whether keys after the query are hidden.
+      segments: [B, S] where queries are the keys, and see those of their own segment alone, and of
+        segment `ANY`; None for one segment.
     """
 
     keys: Int[Array, "B S"]
@@ -43,6 +47,7 @@ class Mask:
     first: Any = 0
     window: int | Array | None = None
     causal: bool = True
+    segments: Int[Array, "B S"] | None = None
 
     def block(self, query: Any, queries: int, key: Any, keys: int) -> Bool[Array, "B t s"]:
         """The part of `queries` queries from `query` on and `keys` keys from `key` on.
@@ -58,6 +63,10 @@ class Mask:
             here = lax.dynamic_slice_in_dim(self.query_positions, query, queries, axis=1)
             there = lax.dynamic_slice_in_dim(self.key_positions, key, keys, axis=1)
             seen = seen & (here[:, :, None] - there[:, None, :] < self.window)
+        if self.segments is not None:
+            own = lax.dynamic_slice_in_dim(self.segments, self.first + query, queries, axis=1)
+            there = lax.dynamic_slice_in_dim(self.segments, key, keys, axis=1)[:, None, :]
+            seen = seen & ((own[:, :, None] == there) | (there == ANY))
         return seen | (column == row)[None]
 
     def prefixed(self, count: int) -> "Mask":
@@ -70,6 +79,7 @@ class Mask:
             self,
             keys=before(self.keys, 1),
             key_positions=before(self.key_positions, AHEAD),
+            segments=None if self.segments is None else before(self.segments, ANY),
             first=self.first + count,
         )
 
@@ -167,6 +177,7 @@ def blockwise(
         keys=_pad(mask.keys),
         query_positions=_pad(mask.query_positions),
         key_positions=_pad(mask.key_positions),
+        segments=None if mask.segments is None else _pad(mask.segments),
     )
     rows, columns = min(BLOCK, length), min(BLOCK, keys)
     wide = jnp.promote_types(q.dtype, jnp.float32)

@@ -72,6 +72,17 @@ def positions_from_mask(attention_mask: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
 
 
+def positions_from_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Position of each token in its segment, 0-based; the tokens of a segment are neighbours.
+
+    >>> positions_from_segments(jnp.array([[1, 1, 1, 2, 2, 0]])).tolist()
+    [[0, 1, 2, 0, 1, 0]]
+    """
+    place = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
+    return place - lax.cummax(jnp.where(begins, place, 0), axis=1)
+
+
 def _embed(params, ctx: Context, input_ids, position_ids, token_type_ids):
     config = ctx.config
     x = embed(params, "embed.tokens", input_ids, ctx)
@@ -258,6 +269,7 @@ def hidden(
     *,
     position_ids: Int[ArrayLike, "B T"] | None = None,
     token_type_ids: Int[ArrayLike, "B T"] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
     view=None,
     tap=None,
 ) -> Float[Array, "B T D"]:
@@ -273,12 +285,23 @@ def hidden(
             f"the batch has {length} tokens a row, the model {config.max_positions} positions; "
             "truncate it"
         )
-    mask_BxT = jnp.ones_like(input_ids) if attention_mask is None else jnp.asarray(attention_mask)
-    derived = positions_from_mask(mask_BxT) if position_ids is None else position_ids
-    positions_BxT = jnp.asarray(derived)
+    segments_BxT = None if segment_ids is None else jnp.asarray(segment_ids)
+    if attention_mask is not None:
+        mask_BxT = jnp.asarray(attention_mask)
+    elif segments_BxT is not None:
+        mask_BxT = (segments_BxT > 0).astype(jnp.int32)
+    else:
+        mask_BxT = jnp.ones_like(input_ids)
+    if position_ids is not None:
+        positions_BxT = jnp.asarray(position_ids)
+    elif segments_BxT is not None:
+        positions_BxT = positions_from_segments(segments_BxT)
+    else:
+        positions_BxT = positions_from_mask(mask_BxT)
     ctx = Context(config, view, tap)
     x = _embed(params, ctx, input_ids, positions_BxT, token_type_ids)
-    mask = Mask(mask_BxT, positions_BxT, positions_BxT, causal=config.kind == "decoder")
+    causal = config.kind == "decoder"
+    mask = Mask(mask_BxT, positions_BxT, positions_BxT, causal=causal, segments=segments_BxT)
     return _layers(params, x, ctx, positions_BxT, mask, None)[0]
 
 
@@ -331,6 +354,7 @@ def apply(
     *,
     position_ids: Int[ArrayLike, "B T"] | None = None,
     token_type_ids: Int[ArrayLike, "B T"] | None = None,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
     positions: Int[ArrayLike, "B"] | Int[ArrayLike, "B K"] | None = None,
     token_ids: Int[ArrayLike, "C"] | None = None,
     view=None,
@@ -345,6 +369,8 @@ def apply(
       attention_mask: 1 for tokens, 0 for padding on either side; None means no padding.
       position_ids: positions of the tokens; derived from the mask if None.
       token_type_ids: segment ids (BERT); zeros if None.
+      segment_ids: for several texts in a row, 1, 2, ... at the tokens of each and 0 at padding: a
+        token sees its own text alone, and positions begin again with each.
       positions: where logits are wanted; everywhere if None.
       token_ids: tokens of which logits are wanted; the whole vocabulary if None.
       view, tap: see `jaxlm.core.views` and `jaxlm.core.taps`.
@@ -360,6 +386,7 @@ def apply(
         attention_mask,
         position_ids=position_ids,
         token_type_ids=token_type_ids,
+        segment_ids=segment_ids,
         view=view,
         tap=tap,
     )

@@ -279,3 +279,46 @@ def test_mistakes_are_named():
         features(network, params, {"x": x, "y": x[:2]})
     with pytest.raises(ValueError, match="takes no parameter"):
         features(network, params, x, select="nothing")
+
+
+def test_texts_packed_in_rows_have_the_features_of_each_alone():
+    lm = lora_llama()
+
+    def loss(params, batch, *, tap=None):
+        ids, segments = batch["ids"], batch["segments"]
+        x = lm.hidden(params, ids, segment_ids=segments, tap=tap)
+        logits = transformer.logits(lm.config, params, x)
+        scored = log_probs_of(logits[:, :-1], ids[:, 1:])[:, None]
+        own = segments[:, None] == jnp.arange(1, 4)[None, :, None]
+        counted = own[:, :, 1:] & own[:, :, :-1]
+        return -jnp.where(counted, scored, 0).sum(-1) / jnp.maximum(counted.sum(-1), 1)
+
+    rng = np.random.default_rng(4)
+    written = [rng.integers(3, 24, length) for length in (5, 3, 4, 6, 2)]
+    packed = {name: np.zeros((2, 12), np.int32) for name in ("ids", "segments")}
+    alone = {name: np.zeros((5, 6), np.int32) for name in ("ids", "segments")}
+    for row, members in enumerate(([0, 1, 2], [3, 4])):
+        start = 0
+        for number, i in enumerate(members, 1):
+            stop = start + len(written[i])
+            packed["ids"][row, start:stop], packed["segments"][row, start:stop] = written[i], number
+            alone["ids"][i, : stop - start], alone["segments"][i, : stop - start] = written[i], 1
+            start = stop
+
+    def features(batch):
+        return influence.features_with_info(
+            loss,
+            lm.params,
+            batch,
+            projector=influence.projector("countsketch", DIM),
+            adam_state=trained(lm.params, optax.adam(1e-3)),
+            select=peft.LORA,
+            segments=batch["segments"],
+            block_size=1,
+        )
+
+    found, info = features(packed)
+    expected, one = features(alone)
+    assert info.skipped.tolist() == [False] * 5 + [True]
+    close(found[:5], expected[::3], 1e-4)
+    np.testing.assert_allclose(info.loss[:5], one.loss[::3], rtol=1e-5)
