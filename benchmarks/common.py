@@ -1,5 +1,7 @@
 """What every benchmark shares: interleaved timing, memory by the compiler, the last line."""
 
+import ctypes
+import gc
 import json
 import platform
 import resource
@@ -57,6 +59,15 @@ def resident_bytes() -> int:
     # There a process inherits the ru_maxrss of the one that started it.
     (line,) = (each for each in status.read_text().splitlines() if each.startswith("VmHWM:"))
     return 1024 * int(line.split()[1])
+
+
+def fresh_peak() -> int:
+    """Lets `resident_bytes` begin again at what is in use now, where that can be done: its value."""
+    gc.collect()
+    if Path("/proc/self/clear_refs").exists():
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    return resident_bytes()
 
 
 def seconds(function: Callable[[], Any]) -> float:

@@ -119,7 +119,7 @@ def cosines(rows: np.ndarray) -> np.ndarray:
 
 
 def resident(name: str, count: int, length: int, dim: int) -> float:
-    """MB that features add to what this process had at most before it."""
+    """MB that features, compiled before, add to what this process has."""
     lm = model()
     state, ids = moments(lm), tokens(count, length)
     family = None if name.endswith(WHOLE) else name.split()[-1]
@@ -129,14 +129,16 @@ def resident(name: str, count: int, length: int, dim: int) -> float:
         from benchmarks.torch_influence import Projector
 
         loop, rows = torch_loop(lm, state), torch.tensor(ids, dtype=torch.long)
-        before = common.resident_bytes()
+        before = common.fresh_peak()
         if family is None:
             loop.directions(rows)
         else:
             loop.features(rows[:16], Projector(len(loop.first), dim))
     else:
-        before = common.resident_bytes()
-        jax.block_until_ready(features_of(lm, state, ids, family, dim)())
+        function = features_of(lm, state, ids, family, dim)
+        jax.block_until_ready(function())
+        before = common.fresh_peak()
+        jax.block_until_ready(function())
     return (common.resident_bytes() - before) / 1e6
 
 

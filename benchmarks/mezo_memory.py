@@ -5,8 +5,8 @@ usage: python -m benchmarks.mezo_memory [--quick]
 By the compiler, without running anything: the peak of a step over that of a forward pass on the
 same 16 rows of 64 tokens, at the shapes of OPT-125M and OPT-1.3B, for one and four directions; Adam
 by backpropagation beside it. And measured at OPT-125M: the most memory that a fresh process had
-resident after three steps, less what it had before there were any parameters. With --quick only the
-first shape is compiled. The last line is one JSON object.
+resident in three steps, less what it had after compiling and before there were any parameters. With
+--quick only the first shape is compiled. The last line is one JSON object.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def resident(name: str, config: ModelConfig = OPT_125M) -> dict[str, float]:
     """
     function, params, state, batch = program(name, config)
     run, _ = common.compiled(function, params, state, batch)
-    before = common.resident_bytes()
+    before = common.fresh_peak()
     seed = jax.random.key(0)
     params, state = jax.tree.map(
         lambda x: (

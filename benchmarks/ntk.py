@@ -188,13 +188,13 @@ def resident(name: str, length: int, classes: int) -> float:
     if name.startswith("torch"):
         peer = torch_peer(lm, classes)
         torch_x = [peer.batch(x) for x in (x1, x2)]
-        before = common.resident_bytes()
+        before = common.fresh_peak()
         peer.jacobians(*torch_x)
     else:
         arguments = (lm.params, *jax.tree.map(jnp.asarray, (x1, x2)))
         function = jax_methods(f, lm.params, x1, x2)[name]
         program, _ = common.compiled(jax.jit(function), *arguments)
-        before = common.resident_bytes()
+        before = common.fresh_peak()
         jax.block_until_ready(program(*arguments))
     return (common.resident_bytes() - before) / 1e6
 
