@@ -40,14 +40,14 @@ from jaxlm.studies.selection_training import Recipe, load_epoch, train
 from jaxlm.train.optimizers import Adam
 
 QUICK = os.environ.get("JAXLM_QUICK") == "1"
-EACH, TARGETS, EPOCHS = (16, 8, 2) if QUICK else (300, 100, 4)
+EACH, TARGETS, EPOCHS = (16, 8, 2) if QUICK else (200, 100, 4)
 
 # %% [markdown]
 # ## Rows and a target
 #
 # Three sources: sentences of film reviews with their sentiment, sentences that tell a story or
-# judge, and more reviews, half of whose labels are wrong since they were shuffled. The target is
-# sentiment, by a hundred examples that are in none of them.
+# judge, and more of the latter, half of whose labels are wrong since they were shuffled. The target
+# is to tell a story from a judgement, by a hundred examples that are in none of them.
 
 
 # %%
@@ -59,9 +59,9 @@ config = SelectionConfig(
     sources={
         "sentiment": Source(task=task("mr"), rows=EACH),
         "subjectivity": Source(task=task("subj"), rows=EACH),
-        "shuffled": Source(task=task("mr"), rows=EACH, skip=EACH, labels="shuffled"),
+        "shuffled": Source(task=task("subj"), rows=EACH, skip=EACH, labels="shuffled"),
     },
-    target=Target(task=task("mr"), rows=TARGETS),
+    target=Target(task=task("subj"), rows=TARGETS),
     recipe=Recipe(
         peft=peft.Lora(rank=8, alpha=16.0, targets=r"attention\.(q|k|v|o)_proj"),
         optimizer=Adam(name="adam", learning_rate=1e-3, schedule="linear"),
@@ -83,7 +83,7 @@ for row in (pool.rows[0], pool.rows[EACH], target.rows[0]):
 
 # %%
 order = np.random.default_rng(0).permutation(len(pool.rows))
-part = [pool.rows[place] for place in order[: len(pool.rows) // 4]]
+part = [pool.rows[place] for place in order[: len(pool.rows) // 2]]
 folder = Path(tempfile.mkdtemp())
 train(folder, lm, part, config.recipe, seed=0, keep=True)
 epochs = [
@@ -181,10 +181,14 @@ for name, each in ways.items():
     print(f"{name:20}" + "".join(f"{share:16.0%}" for share in shares))
 
 # %% [markdown]
-# The best and the worst rows:
+# The best rows have one label, since the mean gradient of a classification task is first of all to
+# say a label word more often; `match_answers` of a study takes the best of each label. The best and
+# the worst of one label:
 
 # %%
-for place in [*influence.select(scores, count=3), *influence.select(-scores, count=3)]:
+story = np.array([row.text["completion"] == " story" for row in pool.rows])
+ranked = [place for place in influence.select(scores, fraction=1) if story[place]]
+for place in [*ranked[:3], *ranked[-3:]]:
     row = pool.rows[place]
     print(f"{scores[place]:+.2e} {'WRONG ' if row.noise else ''}{row.text}")
 
