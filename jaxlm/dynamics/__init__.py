@@ -24,6 +24,7 @@ from jaxlm.dynamics.noise import (
     gaussian_example_weights,
     grad_noise_stats,
     ngos,
+    value_and_grad_with_noise,
 )
 from jaxlm.dynamics.pairs import pair_indices, split_halves
 from jaxlm.dynamics.scaling import (
@@ -68,4 +69,5 @@ __all__ = [
     "svag",
     "svag_coefficients",
     "svag_value_and_grad",
+    "value_and_grad_with_noise",
 ]

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxlm.core import paths, prng
 from jaxlm.core.errors import UserError
-from jaxlm.typing import Params, PRNGKey
+from jaxlm.typing import Batch, LossFn, Params, PRNGKey
 
 TYPICAL_CLOSENESS = math.sqrt(2)
 
@@ -55,12 +55,12 @@ class NoiseSums(NamedTuple):
     """What an accumulation of gradients needs to keep for `NoiseStats`: one gradient, two scalars.
 
     Attributes:
-        count: m, gradients so far.
+        batches: m, gradients so far.
         gradient: their sum, at least in float32; divided by m, the gradient for the optimizer.
         square: sum of their squared norms.
     """
 
-    count: Float[Array, ""]
+    batches: Float[Array, ""]
     gradient: Params
     square: Float[Array, ""]
 
@@ -73,7 +73,7 @@ class NoiseSums(NamedTuple):
     def add(self, grads: Params) -> "NoiseSums":
         """With the gradient of one more batch, at the same parameters."""
         total = jax.tree.map(lambda total, g: total + g, self.gradient, grads)
-        return NoiseSums(self.count + 1, total, self.square + _square(grads))
+        return NoiseSums(self.batches + 1, total, self.square + _square(grads))
 
     @property
     def stats(self) -> NoiseStats:
@@ -82,7 +82,7 @@ class NoiseSums(NamedTuple):
         $$\hat G = \frac{m \|\bar g\|^2 - \overline{\|g\|^2}}{m - 1}, \qquad
         \hat N = \overline{\|g\|^2} - \hat G$$
         """
-        m = self.count
+        m = self.batches
         of_mean, mean = _square(self.gradient) / m**2, self.square / m
         G = (m * of_mean - mean) / (m - 1)
         return NoiseStats(G, mean - G)
@@ -122,7 +122,7 @@ def grad_noise_stats(per_batch_grads: Params) -> NoiseStats:
 
     In a run, m is the number of micro-batches, of workers, or of SVAG's two halves. One step says
     little then: average over steps by `RunningNoise`. To spare the memory of m gradients, add them
-    one at a time to `NoiseSums`.
+    one at a time to `NoiseSums`, as `value_and_grad_with_noise` does.
 
     Args:
         per_batch_grads: leaves [m, ...], of batches drawn independently.
@@ -147,6 +147,47 @@ def grad_noise_stats(per_batch_grads: Params) -> NoiseStats:
     total = jax.tree.map(lambda g: g.astype(_wide(g)).sum(0), per_batch_grads)
     count = jnp.asarray(m, jnp.float32)
     return NoiseSums(count, total, _square(per_batch_grads)).stats
+
+
+def value_and_grad_with_noise(loss_fn: LossFn) -> Callable[..., Any]:
+    """Gradient of m micro-batches, one after another, with G and N beside it.
+
+    A step of a run that accumulates gradients, and pays nothing but two norms for knowing its
+    noise. Memory: two gradients.
+
+    Args:
+        loss_fn: `(params, batch, *rest) -> loss`.
+
+    Returns:
+        `fn(params, batches, *rest, key=None, **options)`, with leaves of `batches` [m, B, ...],
+        that returns `((loss, stats), grads)`: means over the micro-batches, and the `NoiseStats` of
+        one of them, of size B. Each micro-batch has its own key.
+
+    >>> fn = value_and_grad_with_noise(lambda w, x: jnp.mean(w * x))
+    >>> (loss, stats), grad = fn(2.0, jnp.array([[1.0, 3.0], [4.0, 4.0]]))
+    >>> float(loss), float(stats.G), float(stats.N), float(grad)
+    (6.0, 8.0, 2.0, 3.0)
+    """
+
+    def value_and_grad(
+        params: Params, batches: Batch, *rest: Any, key: Any = None, **options: Any
+    ) -> Any:
+        m = len(jax.tree.leaves(batches)[0])
+        keys = None if key is None else jax.random.split(key, m)
+
+        def add(sums: NoiseSums, one: Any) -> tuple[NoiseSums, Array]:
+            batch, own_key = one
+            given = options if own_key is None else {**options, "key": own_key}
+            loss, grads = jax.value_and_grad(loss_fn)(params, batch, *rest, **given)
+            return sums.add(grads), loss
+
+        sums, losses = jax.lax.scan(add, NoiseSums.zeros(params), (batches, keys))
+        grads = jax.tree.map(
+            lambda total, leaf: (total / m).astype(jnp.result_type(leaf)), sums.gradient, params
+        )
+        return (losses.mean(), sums.stats), grads
+
+    return value_and_grad
 
 
 def gaussian_example_weights(key: PRNGKey, n: int, batch_size: float | int) -> Float[Array, " n"]:

@@ -114,9 +114,10 @@ def _scaled_beta(name: str, hp: OptHParams, k: float | int) -> float | int | Non
         return beta
     scaled = 1 - k * (1 - beta)
     if scaled < ROUNDING:
+        shown = round(scaled, 9) + 0.0  # not -0
         raise UserError(
-            f"k={k:g} sends {name}={beta:g} to {round(scaled, 9):g}, and the square-root rule ends "
-            f"at 0; give k below {max_scale(hp):g}"
+            f"k={k:g} sends {name}={beta:g} to {shown:g}, and the square-root rule ends at 0; give "
+            f"k below {max_scale(hp):g}"
         )
     return scaled
 

@@ -40,12 +40,34 @@ def test_sums_give_the_same_inside_a_loop():
     sums = accumulate(stacked)
     assert sums.gradient["w"].dtype == jnp.float32
     np.testing.assert_allclose(
-        sums.gradient["w"] / sums.count, stacked["w"].astype(jnp.float32).mean(0), rtol=1e-5
+        sums.gradient["w"] / sums.batches, stacked["w"].astype(jnp.float32).mean(0), rtol=1e-5
     )
     expected = dynamics.grad_noise_stats(stacked)
     np.testing.assert_allclose(sums.stats, expected, rtol=1e-5)
     rows = as_rows(jax.tree.map(lambda x: np.asarray(x, np.float64), stacked))
     np.testing.assert_allclose(expected.N, rows.var(0, ddof=1).sum(), rtol=1e-5)
+
+
+def test_noise_beside_an_accumulated_gradient():
+    x = jax.random.normal(jax.random.key(0), (3, 4, 2))
+    params = {"w": jnp.array([0.5, -1.0]), "b": jnp.float32(0.2)}
+
+    def loss_fn(params, x, power, *, key, scale):
+        bent = jnp.tanh(x @ params["w"] + params["b"] + jax.random.normal(key))
+        return scale * jnp.mean(bent**power)
+
+    fn = jax.jit(
+        lambda key: dynamics.value_and_grad_with_noise(loss_fn)(params, x, 2, key=key, scale=3.0)
+    )
+    (loss, stats), grads = fn(jax.random.key(1))
+    each = [
+        jax.value_and_grad(loss_fn)(params, batch, 2, key=key, scale=3.0)
+        for batch, key in zip(x, jax.random.split(jax.random.key(1), 3), strict=True)
+    ]
+    np.testing.assert_allclose(loss, np.mean([loss for loss, _ in each]), rtol=1e-5)
+    stacked = jax.tree.map(lambda *g: jnp.stack(g), *(grads for _, grads in each))
+    np.testing.assert_allclose(stats, dynamics.grad_noise_stats(stacked), rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b.mean(0), rtol=1e-5), grads, stacked)
 
 
 def test_running_averages_come_before_the_ratio():
