@@ -93,7 +93,8 @@ def svag_value_and_grad(
 
             losses, aux = jax.vmap(of_half)(halves, keys)
             losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
-            return jnp.dot(jnp.asarray(weights, losses.dtype), losses), (losses.mean(), aux)
+            total = jnp.sum(jnp.asarray(weights, losses.dtype) * losses)
+            return total, (losses.mean(), aux)
 
         (_, (loss, aux)), grads = jax.value_and_grad(weighted, has_aux=True)(params)
         return ((loss, aux) if has_aux else loss), grads
