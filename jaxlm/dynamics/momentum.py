@@ -1,0 +1,221 @@
+r"""Momentum in the form whose learning rate is that of SGD, and what it does beyond SGD.
+
+With $m \leftarrow \beta m + (1 - \beta) g$ and $x \leftarrow x - \eta m$ a gradient moves x by η
+over time, as SGD does at once. Where noise dominates and η is small the two stay close, for a short
+time and for a long one (Wang et al. 2023, arXiv:2307.15196).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from jaxlm.core.errors import UserError
+from jaxlm.dynamics.choices import check_choice
+from jaxlm.typing import Params, PRNGKey
+
+Schedule = Callable[[Any], Any]
+Oracle = Callable[[PRNGKey, Params], Params]
+
+
+def sgdm(
+    eta: float | int | Schedule, beta: float | int | Schedule, form: str = "ema"
+) -> optax.GradientTransformation:
+    r"""SGD with momentum.
+
+    "ema": $m \leftarrow \beta m + (1 - \beta) g$, $x \leftarrow x - \eta m$, from m = 0 and without
+    a correction for it. "heavy_ball": $m \leftarrow \beta m + g$, what `optax.sgd(eta, beta)` does;
+    its η is $1 - \beta$ times that of the other form and of SGD, see `effective_lr_schedule`.
+
+    Args:
+        eta: η, a number or an optax schedule.
+        beta: β, likewise; a schedule needs `params` in `update`.
+        form: "ema" or "heavy_ball".
+
+    Raises:
+        UserError: β is outside [0, 1), or the form is not known.
+
+    References:
+        Wang et al. 2023, arXiv:2307.15196.
+
+    >>> tx = sgdm(0.1, 0.9)
+    >>> update, _ = tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+    >>> update.round(4).tolist()
+    [-0.009999999776482582, -0.009999999776482582]
+    """
+    check_choice("form", form, ("ema", "heavy_ball"))
+    _check_beta(beta)
+    average: Any = _ema if form == "ema" else optax.trace
+    if callable(beta):
+        average = optax.inject_hyperparams(average)
+    return optax.chain(average(decay=beta), optax.scale_by_learning_rate(eta))
+
+
+def _ema(decay: Any) -> optax.GradientTransformation:
+    return optax.ema(decay, debias=False)
+
+
+def _check_beta(beta: Any) -> None:
+    if not callable(beta) and not 0 <= beta < 1:
+        raise UserError(f"beta={beta:g} is impossible; give 0 <= beta < 1")
+
+
+def effective_lr_schedule(
+    eta: float | int | Schedule, beta: float | int | Schedule, steps: int
+) -> Float[np.ndarray, " steps"]:
+    r"""The learning rates with which SGD moves as far on each gradient as SGDM does over time.
+
+    $$\bar\eta_k = (1 - \beta_k) \sum_{s \ge k} \eta_s \prod_{\tau = k+1}^s \beta_\tau$$
+
+    for the form "ema" with $\eta_k$, $\beta_k$ in step k. After the last step both schedules are
+    taken to stay; constants give η itself. With $\gamma / (1 - \beta)$ for η this is also for the
+    sum form of learning rate γ and constant β.
+
+    Args:
+        eta: η, a number or an optax schedule.
+        beta: β, likewise.
+        steps: length of the run.
+
+    Returns:
+        float64; `lambda step: jnp.asarray(table)[step]` is a schedule.
+
+    Raises:
+        UserError: a β is outside [0, 1).
+
+    References:
+        Wang et al. 2023, arXiv:2307.15196.
+
+    >>> effective_lr_schedule(0.1, 0.9, 3).round(9).tolist()
+    [0.1, 0.1, 0.1]
+    """
+    rates, betas = _table(eta, steps + 1), _table(beta, steps + 1)
+    _check_beta(betas.max())
+    _check_beta(betas.min())
+    total = rates[-1] / (1 - betas[-1])
+    effective = np.empty(steps)
+    for k in reversed(range(steps)):
+        total = rates[k] + betas[k + 1] * total
+        effective[k] = (1 - betas[k]) * total
+    return effective
+
+
+def _table(schedule: Any, length: int) -> np.ndarray:
+    value = schedule
+    if callable(schedule):
+        with jax.ensure_compile_time_eval():
+            value = jax.vmap(lambda step: jnp.asarray(schedule(step)))(jnp.arange(length))
+    return np.broadcast_to(np.asarray(value, np.float64), (length,))
+
+
+def coupled_iterate(
+    params: Params, momentum: Params, eta: float | int, beta: float | int
+) -> Params:
+    r"""The point that moves by SGD steps on the gradients of SGDM.
+
+    $$z = x - \frac{\beta \eta}{1 - \beta}\, m$$
+
+    With constant η and β, $z_{k+1} = z_k - \bar\eta\, g(x_k)$ exactly, $\bar\eta = \eta$ for the
+    form "ema" and $\eta / (1 - \beta)$ for "heavy_ball".
+
+    Args:
+        params: x.
+        momentum: m, a pytree like x; `optax.tree.get(state, "ema")`, for "heavy_ball" `"trace"`.
+        eta: η, as it was given to `sgdm`.
+        beta: β.
+
+    Raises:
+        UserError: β is outside [0, 1).
+
+    >>> coupled_iterate(jnp.float32(1.0), jnp.float32(2.0), 0.1, 0.5).round(3).item()
+    0.800000011920929
+    """
+    _check_beta(beta)
+    behind = beta * eta / (1 - beta)
+    return jax.tree.map(lambda x, m: x - behind * m, params, momentum)
+
+
+class MomentumComparison(NamedTuple):
+    """What functions of the last iterate are over R runs of SGD and of SGDM.
+
+    Attributes:
+        sgd: F numbers of each run.
+        sgdm: of the run with the same noise.
+    """
+
+    sgd: Float[Array, "R F"]
+    sgdm: Float[Array, "R F"]
+
+    @property
+    def gap(self) -> Float[Array, " F"]:
+        """How far the means are apart: the weak error that these functions see."""
+        return jnp.abs(self.sgdm.mean(0) - self.sgd.mean(0))
+
+    @property
+    def standard_error(self) -> Float[Array, " F"]:
+        """Of the difference of the means; small, since runs share their noise."""
+        return (self.sgdm - self.sgd).std(0, ddof=1) / jnp.sqrt(len(self.sgd))
+
+    @property
+    def wasserstein(self) -> Float[Array, " F"]:
+        """Distance of the two distributions of each number, $W_1$."""
+        return jnp.abs(jnp.sort(self.sgdm, 0) - jnp.sort(self.sgd, 0)).mean(0)
+
+
+def compare_momentum(
+    key: PRNGKey,
+    oracle: Oracle,
+    x0: Params,
+    *,
+    eta: float | int | Schedule,
+    beta: float | int | Schedule,
+    steps: int,
+    num_runs: int,
+    test_fn: Callable[[Params], Array],
+) -> MomentumComparison:
+    """Runs SGDM, and SGD of the same effective learning rate, many times on a noisy function.
+
+    To see whether a gap is due to noise or to curvature, amplify the noise as SVAG does: σ times
+    the root of l in the oracle, η / l, l times the steps. What curvature does vanishes as 1/l.
+
+    Args:
+        key: in step k of run r both draw from `fold_in(fold_in(key, r), k)`.
+        oracle: `(key, x) -> noisy gradient`, for example of `jaxlm.dynamics.ngos`.
+        x0: where each run starts.
+        eta: η of the form "ema", a number or a schedule.
+        beta: β, likewise.
+        steps: of each run.
+        num_runs: R.
+        test_fn: `x -> [F]`, of the last x.
+
+    References:
+        Wang et al. 2023, arXiv:2307.15196.
+
+    >>> found = compare_momentum(
+    ...     jax.random.key(0), lambda key, x: x + jax.random.normal(key), jnp.float32(1.0),
+    ...     eta=0.1, beta=0.9, steps=50, num_runs=4, test_fn=lambda x: jnp.stack([x, x**2]),
+    ... )
+    >>> found.sgdm.shape
+    (4, 2)
+    """
+    rates = jnp.asarray(effective_lr_schedule(eta, beta, steps), jnp.float32)
+    keys = jax.vmap(lambda run: jax.random.fold_in(key, run))(jnp.arange(num_runs))
+
+    def values(tx: optax.GradientTransformation) -> Array:
+        def run(run_key: Array) -> Array:
+            def step(carry: Any, k: Array) -> Any:
+                x, state = carry
+                updates, state = tx.update(oracle(jax.random.fold_in(run_key, k), x), state, x)
+                return (optax.apply_updates(x, updates), state), None
+
+            (x, _), _ = jax.lax.scan(step, (x0, tx.init(x0)), jnp.arange(steps))
+            return test_fn(x)
+
+        return jax.vmap(run)(keys)
+
+    return MomentumComparison(
+        sgd=values(optax.sgd(lambda step: rates[step])), sgdm=values(sgdm(eta, beta))
+    )
