@@ -145,16 +145,16 @@ def run_optimizer(
     x0 = jax.tree.map(_as_float, x0)
     stretches = _stretches(0, steps, 1, save_at)
 
-    def move(path, index, part, carry):
+    def move(part, z, carry):
         del part
         x, state = carry
-        noise = as_operator(sqrt_cov(x), x)
-        z = noise.mv(_white(key, index, path, n_paths, noise.structure))
-        noisy = jax.tree.map(lambda g, z: g + sigma * z, grad(x), z)
+        kick = as_operator(sqrt_cov(x), x).mv(z)
+        noisy = jax.tree.map(lambda g, kick: g + sigma * kick, grad(x), kick)
         updates, state = optimizer.update(noisy, state, x)
         return optax.apply_updates(x, updates), state
 
-    return _run(n_paths, move, (x0, optimizer.init(x0)), stretches)[0]
+    white = _white(key, n_paths, as_operator(sqrt_cov(x0), x0).structure)
+    return _run(n_paths, white, move, (x0, optimizer.init(x0)), stretches)[0]
 
 
 def _as_float(leaf: Any) -> jax.Array:
@@ -185,42 +185,54 @@ def _stretches(t0: float | int, t1: float | int, dt0: float | int, save_at: Any)
     )
 
 
-def _white(key: Any, index: Any, path: Any, n_paths: int, structure: Any) -> Any:
-    """Standard normal numbers for one step of one path."""
-    key = jax.random.fold_in(key, index)
+def _white(key: Any, n_paths: int, structure: Any) -> Callable[[Any, Any], Any]:
+    """A function of path and step: standard normal numbers, a tree of the structure."""
 
-    def leaf(leaf):
-        shape, dtype = leaf.value.shape, leaf.value.dtype
-        leaf_key = prng.leaf_key(key, leaf.path, leaf.layer)
-        return prng.normal(leaf_key, (n_paths, *shape), rows=(path, 1))[0].astype(dtype)
+    def draw(path, index):
+        step_key = jax.random.fold_in(key, index)
 
-    return paths.map_with_path(leaf, structure)
+        def leaf(leaf):
+            shape, dtype = leaf.value.shape, leaf.value.dtype
+            leaf_key = prng.leaf_key(step_key, leaf.path, leaf.layer)
+            return prng.normal(leaf_key, (n_paths, *shape), rows=(path, 1))[0].astype(dtype)
+
+        return paths.map_with_path(leaf, structure)
+
+    return draw
 
 
-def _run(n_paths: int, move: Callable[..., Any], start: Any, stretches: Stretch) -> Any:
-    """Every path: `move(path, index, stretch, carry) -> carry` for all steps, saving carries.
+def _run(
+    n_paths: int,
+    white: Callable[[Any, Any], Any],
+    move: Callable[[Stretch, Any, Any], Any],
+    start: Any,
+    stretches: Stretch,
+) -> Any:
+    """Every path: `move(step, z, carry) -> carry` for all steps, saving carries.
 
-    What does not depend on the path, such as an optimizer's count, is computed once for all.
+    What does not depend on the path, such as an optimizer's count, is computed once for all. Noise
+    is drawn a step ahead: where several of a step's arrays need it, the compiler would rather draw
+    it for each of them than keep it.
     """
 
     def one(path):
         def stretch(carry, part):
             def step(j, carry):
+                z, state = carry
                 at = part._replace(start=part.start + j * part.width)
-                return move(path, part.first + j, at, carry)
+                return white(path, part.first + j + 1), move(at, z, state)
 
             carry = lax.fori_loop(0, part.count, step, carry)
-            return carry, carry
+            return carry, carry[1]
 
-        return lax.scan(stretch, start, stretches)[1]
+        return lax.scan(stretch, (white(path, 0), start), stretches)[1]
 
     return jax.vmap(one)(jnp.arange(n_paths))
 
 
 def _euler(key: Any, sde: SDE, x0: Any, stretches: Stretch, n_paths: int) -> Any:
-    def move(path, index, part, x):
-        noise = as_operator(sde.diffusion(part.start, x), x)
-        kick = noise.mv(_white(key, index, path, n_paths, noise.structure))
+    def move(part, z, x):
+        kick = as_operator(sde.diffusion(part.start, x), x).mv(z)
         root = jnp.sqrt(part.width)
 
         def add(x, drift, kick):
@@ -228,7 +240,8 @@ def _euler(key: Any, sde: SDE, x0: Any, stretches: Stretch, n_paths: int) -> Any
 
         return jax.tree.map(add, x, sde.drift(part.start, x), kick)
 
-    return _run(n_paths, move, x0, stretches)
+    white = _white(key, n_paths, as_operator(sde.diffusion(sde.t0, x0), x0).structure)
+    return _run(n_paths, white, move, x0, stretches)
 
 
 def _diffrax(key: Any, sde: SDE, x0: Any, stretches: Stretch, n_paths: int, name: str) -> Any:
@@ -268,7 +281,7 @@ def _diffrax(key: Any, sde: SDE, x0: Any, stretches: Stretch, n_paths: int, name
             solver,
             *(grid[0], grid[-1], None, x0),
             saveat=diffrax.SaveAt(ts=ends),
-            stepsize_controller=diffrax.StepTo(grid),
+            stepsize_controller=diffrax.StepTo(jnp.asarray(grid)),
             adjoint=diffrax.DirectAdjoint(),
             max_steps=len(grid),
         ).ys
