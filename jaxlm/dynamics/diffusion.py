@@ -62,11 +62,11 @@ def as_operator(noise: Any, x: Any) -> NoiseOperator:
 
 
 def _is_diagonal(noise: Any, x: Any) -> bool:
-    scales, noise_structure = jax.tree.flatten(noise)
-    leaves, structure = jax.tree.flatten(x)
-    return noise_structure == structure and all(
-        np.shape(scale) in ((), np.shape(leaf)) for scale, leaf in zip(scales, leaves, strict=True)
-    )
+    found: Any = jax.tree.structure(noise)
+    if found != jax.tree.structure(x):
+        return False
+    pairs = zip(jax.tree.leaves(noise), jax.tree.leaves(x), strict=True)
+    return all(np.shape(scale) in ((), np.shape(leaf)) for scale, leaf in pairs)
 
 
 def example_noise(

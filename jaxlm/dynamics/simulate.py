@@ -1,11 +1,10 @@
 """Paths of an equation, and of an optimizer on noisy gradients, by the thousand.
 
 Path i is a function of `(key, i)`: of few or of many paths, the first ones are the same. White
-noise comes from the counter generator of `jaxlm.core.prng`, 24 bits for each number, which fuses
-with the step that uses it.
+noise comes from the counter generator of `jaxlm.core.prng`, 24 bits for each number. Derivatives
+of paths are taken forward (`jax.jvp`), not backward.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -36,12 +35,14 @@ class Stretch(NamedTuple):
 
     Attributes:
       start: time of the first.
+      end: time that is saved.
       width: of each.
       count: how many.
       first: number of the first, from 0.
     """
 
     start: Any
+    end: Any
     width: Any
     count: Any
     first: Any
@@ -179,6 +180,7 @@ def _stretches(t0: float | int, t1: float | int, dt0: float | int, save_at: Any)
     dtype = jnp.result_type(float)
     return Stretch(
         times[:-1].astype(dtype),
+        times[1:].astype(dtype),
         (lengths / np.maximum(count, 1)).astype(dtype),
         count,
         first.astype(np.int32),
@@ -257,11 +259,9 @@ def _diffrax(key: Any, sde: SDE, x0: Any, stretches: Stretch, n_paths: int, name
     solver = getattr(diffrax, name)()
     areas = isinstance(solver, diffrax.AbstractSRK)
     kind = diffrax.SpaceTimeLevyArea if areas else diffrax.BrownianIncrement
-    parts = zip(*stretches, strict=True)
-    steps = [start + width * np.arange(count) for start, width, count, _ in parts]
-    ends = stretches.start + stretches.width * stretches.count
-    grid = np.unique(np.array([*itertools.chain(*steps), ends[-1]]))
-
+    parts = zip(stretches.start, stretches.end, stretches.count, strict=True)
+    grid = np.unique([time for a, b, count in parts for time in np.linspace(a, b, count + 1)])
+    grid = grid.astype(stretches.start.dtype)
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x0)
 
     def linear(t, x, _):
@@ -280,7 +280,7 @@ def _diffrax(key: Any, sde: SDE, x0: Any, stretches: Stretch, n_paths: int, name
             diffrax.MultiTerm(drift, noise),
             solver,
             *(grid[0], grid[-1], None, x0),
-            saveat=diffrax.SaveAt(ts=ends),
+            saveat=diffrax.SaveAt(ts=stretches.end),
             stepsize_controller=diffrax.StepTo(jnp.asarray(grid)),
             adjoint=diffrax.DirectAdjoint(),
             max_steps=len(grid),
