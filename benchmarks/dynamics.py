@@ -1,4 +1,4 @@
-"""How long do 100,000 paths of Adam on a noisy quadratic take?
+"""How long do 100,000 paths of Adam on a noisy quadratic take, and what do local steps cost?
 
 usage: python -m benchmarks.dynamics [--quick] [--paths 100000] [--steps 400] [--repeats 7]
 
@@ -9,11 +9,18 @@ through `jaxlm.dynamics.simulate`, and the same chain vectorised over paths in N
 write it and in place with half the memory, and in PyTorch. They take turns. The columns:
 
   seconds      median of the repeats
-  over_jaxlm   that over the first row's
+  Msteps_per_s paths times steps in a second, in millions
+  over_jaxlm   seconds over the first row's
   mean, sd     of x after the last step
   deviation    of mean and variance from the first row's, the larger, in standard errors
   compile_s    seconds that compilation took
   peak_MB      memory by the compiler
+
+The second table is of 64 steps of momentum SGD on a network of 256 by 256, eight batches of 16 a
+step: as one batch of 128, and by eight workers on this device that average every step, or every
+16th. `over_plain` is time over that of the one batch. Workers have parameters each, and so their
+own products of smaller matrices. `difference` is the largest of parameters from those of the one
+batch, where H = 1 makes both the same.
 
 The last line is one JSON object.
 """
@@ -157,6 +164,7 @@ def measure(paths: int, steps: int, repeats: int) -> list[dict[str, Any]]:
                 "paths": paths,
                 "steps": steps,
                 "seconds": times[name],
+                "Msteps_per_s": paths * steps / times[name] / 1e6,
                 "over_jaxlm": times[name] / times["jaxlm"],
                 "mean": mean,
                 "sd": variance**0.5,
@@ -166,6 +174,76 @@ def measure(paths: int, steps: int, repeats: int) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def loss(params: Any, batch: Any) -> jax.Array:
+    """Of a network with one hidden layer."""
+    x, y = batch
+    return jnp.mean((jnp.tanh(x @ params["first"]) @ params["second"] - y) ** 2)
+
+
+def plain_steps(params: Any, batches: Any) -> Any:
+    """Steps on the batches of all workers as one."""
+    sgd = optax.sgd(0.05, 0.9)
+    joint = jax.tree.map(
+        lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(leaf.shape[1], -1, leaf.shape[-1]), batches
+    )
+
+    def step(carry, batch):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, state = sgd.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    return jax.lax.scan(step, (params, sgd.init(params)), joint)[0][0]
+
+
+def local_steps(h: int, params: Any, batches: Any) -> Any:
+    """Steps of as many workers, their average."""
+    workers, steps = jax.tree.leaves(batches)[0].shape[:2]
+    optimizer = dynamics.local_update(
+        optax.sgd(0.05, 0.9), dynamics.constant_h(h), lambda step: 0.05, total_steps=steps
+    )
+    start = dynamics.start_workers(optimizer, params, workers)
+    end, _ = dynamics.run_workers(optimizer, jax.value_and_grad(loss), start, batches)
+    return jax.tree.map(lambda leaf: leaf.mean(0), end.params)
+
+
+def measure_local(width: int, repeats: int) -> list[dict[str, Any]]:
+    """One row for the plain steps, and for each H."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        name: jax.random.normal(key, (width, width)) / width**0.5
+        for name, key in zip(("first", "second"), keys, strict=False)
+    }
+    batches = tuple(jax.random.normal(key, (8, 64, 16, width)) for key in keys[2:])
+    functions = {"one batch": plain_steps}
+    functions |= {f"8 workers, H = {h}": functools.partial(local_steps, h) for h in (1, 16)}
+    programs = {
+        name: common.compiled(jax.jit(function), params, batches)
+        for name, function in functions.items()
+    }
+    calls = {
+        name: functools.partial(program, params, batches) for name, (program, _) in programs.items()
+    }
+    times = common.interleaved(calls, repeats)
+    expected = calls["one batch"]()
+
+    def difference(name):
+        gaps = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), calls[name](), expected)
+        return float(max(jax.tree.leaves(gaps)))
+
+    return [
+        {
+            "steps": name,
+            "seconds": times[name],
+            "over_plain": times[name] / times["one batch"],
+            "difference": difference(name),
+            "compile_s": compile_s,
+            "peak_MB": common.peak_bytes(program) / 1e6,
+        }
+        for name, (program, compile_s) in programs.items()
+    ]
 
 
 def main() -> None:
@@ -179,7 +257,9 @@ def main() -> None:
     size = (2_000, 40, 3) if options.quick else (options.paths, options.steps, options.repeats)
     rows = measure(*size)
     common.print_table(rows)
-    common.print_report("dynamics", rows)
+    local = measure_local(32 if options.quick else 256, size[2])
+    common.print_table(local)
+    common.print_report("dynamics", rows + local)
 
 
 if __name__ == "__main__":

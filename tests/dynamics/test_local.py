@@ -153,7 +153,7 @@ def test_workers_on_one_device_and_on_eight_end_alike(average):
     assert len(eight.params["w"].sharding.device_set) == WORKERS
     assert one.state.step == eight.state.step == 12
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(losses, others, rtol=1e-5)
     mu = np.asarray(one.state.inner[0].mu["w"])
     assert np.array_equal(mu, np.broadcast_to(mu[0], mu.shape)) is ("state" in average)
