@@ -1,5 +1,12 @@
 """Dynamics of training: equations that optimizers follow, and workers that average."""
 
+from jaxlm.dynamics.adaptive import (
+    AdamState,
+    AdaptiveConstants,
+    RMSpropState,
+    adam_sde,
+    rmsprop_sde,
+)
 from jaxlm.dynamics.diffusion import NoiseOperator, as_operator, example_noise, is_additive
 from jaxlm.dynamics.local import (
     LocalOptimizer,
@@ -17,17 +24,7 @@ from jaxlm.dynamics.schedules import (
     qsr,
     sync_steps,
 )
-from jaxlm.dynamics.sde import (
-    SDE,
-    AdamState,
-    AdaptiveConstants,
-    MomentumState,
-    RMSpropState,
-    adam_sde,
-    rmsprop_sde,
-    sgd_sde,
-    sgdm_sde,
-)
+from jaxlm.dynamics.sde import SDE, MomentumState, sgd_sde, sgdm_sde
 from jaxlm.dynamics.simulate import run_optimizer, simulate
 from jaxlm.dynamics.slow import local_drift_factor, local_sgd_sde
 from jaxlm.dynamics.weak import WeakError, ou_moments, weak_error, weak_order
