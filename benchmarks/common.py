@@ -62,7 +62,7 @@ def resident_bytes() -> int:
 
 
 def fresh_peak() -> int:
-    """Lets `resident_bytes` begin again at what is in use now, where that can be done: its value."""
+    """Lets `resident_bytes` begin again at what is in use now, where it can; its value."""
     gc.collect()
     if Path("/proc/self/clear_refs").exists():
         ctypes.CDLL(None).malloc_trim(0)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxlm import (
         core,
         data,
+        dynamics,
         evaluation,
         influence,
         kernels,
@@ -35,6 +36,7 @@ __all__ = [
     "cite",
     "core",
     "data",
+    "dynamics",
     "evaluation",
     "from_pretrained",
     "influence",

@@ -128,16 +128,19 @@ def test_text_libraries_are_imported_inside_functions(path: Path):
 
 def test_every_imported_library_is_a_declared_dependency():
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
-    declared, for_plots = (
+    extras = project["optional-dependencies"]
+    declared, optional = (
         {re.split(r"[^\w-]", line)[0] for line in lines}
-        for lines in (project["dependencies"], project["optional-dependencies"]["plots"])
+        for lines in (project["dependencies"], extras["plots"] + extras["sde"])
     )
     provided_by = packages_distributions()
     for path in MODULES:
         at_once = {name.partition(".")[0] for name, _ in imports(path, top_level=True)}
-        assert not at_once & for_plots, f"{path} imports what only plots need: do so in a function"
+        assert not at_once & optional, (
+            f"{path} imports what only an extra brings: do so in a function"
+        )
         roots = {name.partition(".")[0]: line for name, line in imports(path)}
-        roots = {root: line for root, line in roots.items() if root not in for_plots}
+        roots = {root: line for root, line in roots.items() if root not in optional}
         for root in roots.keys() - sys.stdlib_module_names - {"jaxlm"}:
             names = {name.lower().replace("_", "-") for name in provided_by.get(root, [root])}
             assert names & declared, places(path, [(root, roots[root])])
