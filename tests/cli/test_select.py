@@ -94,7 +94,10 @@ def test_a_dry_run_of_a_study_reads_its_rows_and_does_nothing(study, capsys) -> 
     ("flag", "sentence"),
     [
         ("--fraction=0", "fraction is 0: give 0 < fraction <= 1."),
-        ("--methods=[less, best]", "methods has 'best': choose of less, random, full, bm25, "),
+        (
+            "--methods=[less, best]",
+            "methods has 'best': choose of less, random, matched, full, bm25, ",
+        ),
         ("--seeds=[]", "seeds is empty or has a value twice: give each once."),
         ("--sources.right.rows=17", "source right: 0 + 17 rows are asked for, but there are 16: "),
         ("--sources.other.rows=1", "a source has a task or messages: give one of them."),
