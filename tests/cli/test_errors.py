@@ -346,8 +346,8 @@ def test_the_installed_command(name, folder):
 def test_an_unknown_command_and_help(capsys):
     assert main(["finetone"]) == 2
     assert capsys.readouterr().err == (
-        "error: unknown command 'finetone': choose one of finetune, sweep, kernel, select, evaluate, "
-        "generate, pretrain, convert, info.\n"
+        "error: unknown command 'finetone': choose one of finetune, sweep, kernel, select, "
+        "evaluate, generate, pretrain, convert, info.\n"
     )
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
