@@ -215,8 +215,6 @@ def _templated(tokenizer: Any, turns: list[dict[str, str]], prompt: bool) -> str
         text: str = tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=prompt
         )
-    except ImportError:
-        raise UserError("chat templates need jinja2: pip install jinja2.") from None
     except Exception as error:  # whatever the template, a program of its own, says
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
