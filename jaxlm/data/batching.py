@@ -121,11 +121,20 @@ class EncodedTask:
 
         All have one length: the bucket of the longest row among them.
         """
-        places = self._stream(step * batch_size, count * batch_size, seed)
-        stacked = self._collate_train(places)
+        streams = self.streams(step, count, batch_size=batch_size, seeds=(seed,))
+        return {key: value[:, 0] for key, value in streams.items()}
+
+    def streams(self, step: int, count: int, *, batch_size: int, seeds: Sequence[int]) -> Batch:
+        """The batches of `count` steps under each of several seeds, leaves [count, seeds, B, ...].
+
+        All have one length, as in `batches`.
+        """
+        sizes = count, batch_size
+        each = [self._stream(step * batch_size, count * batch_size, seed) for seed in seeds]
+        places = np.stack([np.reshape(stream, sizes) for stream in each], axis=1)
+        collated = self._collate_train(places.reshape(-1).tolist())
         return {
-            key: value.reshape(count, batch_size, *value.shape[1:])
-            for key, value in stacked.items()
+            key: value.reshape(*places.shape, *value.shape[1:]) for key, value in collated.items()
         }
 
     def eval_batches(self, split: Split, *, batch_size: int) -> Iterator[Batch]:

@@ -132,10 +132,12 @@ def start_workers(
     """
     copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *jnp.shape(leaf))), params)
     inner = jax.vmap(lambda params: optimizer.init(params).inner)(copies)
+    step = jnp.zeros((), jnp.int32)
     if mesh is not None:
         spread = NamedSharding(mesh, PartitionSpec(optimizer.axis_name))
         copies, inner = jax.device_put((copies, inner), spread)
-    return Workers(copies, LocalState(inner, jnp.zeros((), jnp.int32)))
+        step = jax.device_put(step, NamedSharding(mesh, PartitionSpec()))
+    return Workers(copies, LocalState(inner, step))
 
 
 def run_workers(

@@ -149,19 +149,21 @@ def grad_noise_stats(per_batch_grads: Params) -> NoiseStats:
     return NoiseSums(count, total, _square(per_batch_grads)).stats
 
 
-def value_and_grad_with_noise(loss_fn: LossFn) -> Callable[..., Any]:
+def value_and_grad_with_noise(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:
     """Gradient of m micro-batches, one after another, with G and N beside it.
 
     A step of a run that accumulates gradients, and pays nothing but two norms for knowing its
     noise. Memory: two gradients.
 
     Args:
-        loss_fn: `(params, batch, *rest) -> loss`.
+        loss_fn: `(params, batch, *rest) -> loss`, or `(loss, aux)` with `has_aux`.
+        has_aux: as in `jax.value_and_grad`.
 
     Returns:
         `fn(params, batches, *rest, key=None, **options)`, with leaves of `batches` [m, B, ...],
         that returns `((loss, stats), grads)`: means over the micro-batches, and the `NoiseStats` of
-        one of them, of size B. Each micro-batch has its own key.
+        one of them, of size B; or `((loss, stats, aux), grads)` with leaves of `aux` [m, ...]. Each
+        micro-batch has its own key.
 
     >>> fn = value_and_grad_with_noise(lambda w, x: jnp.mean(w * x))
     >>> (loss, stats), grad = fn(2.0, jnp.array([[1.0, 3.0], [4.0, 4.0]]))
@@ -175,17 +177,20 @@ def value_and_grad_with_noise(loss_fn: LossFn) -> Callable[..., Any]:
         m = len(jax.tree.leaves(batches)[0])
         keys = None if key is None else jax.random.split(key, m)
 
-        def add(sums: NoiseSums, one: Any) -> tuple[NoiseSums, Array]:
+        def add(sums: NoiseSums, one: Any) -> tuple[NoiseSums, Any]:
             batch, own_key = one
             given = options if own_key is None else {**options, "key": own_key}
-            loss, grads = jax.value_and_grad(loss_fn)(params, batch, *rest, **given)
-            return sums.add(grads), loss
+            value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(
+                params, batch, *rest, **given
+            )
+            return sums.add(grads), value if has_aux else (value, None)
 
-        sums, losses = jax.lax.scan(add, NoiseSums.zeros(params), (batches, keys))
+        sums, (losses, aux) = jax.lax.scan(add, NoiseSums.zeros(params), (batches, keys))
         grads = jax.tree.map(
             lambda total, leaf: (total / m).astype(jnp.result_type(leaf)), sums.gradient, params
         )
-        return (losses.mean(), sums.stats), grads
+        value = losses.mean(), sums.stats
+        return ((*value, aux) if has_aux else value), grads
 
     return value_and_grad
 

@@ -1,8 +1,11 @@
 """Configurations of the optimizers with gradients."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from jaxlm.core.errors import UserError
+from jaxlm.dynamics.scaling import OptHParams
 from jaxlm.train.settings import Optimizer, check
 
 
@@ -24,6 +27,20 @@ class FirstOrder(Optimizer):
     def scale(self) -> Any:
         """The optax transformation between clipping and weight decay."""
         raise TypeError(f"{type(self).__name__} is not an optimizer by itself")
+
+    def hparams(self, steps: int) -> OptHParams:
+        """What a scaling rule reads of it, for a run of `steps` steps.
+
+        Raises:
+            UserError: no rule is known for this optimizer.
+        """
+        raise UserError(
+            f"optimizer.name is {self.name}, for which no scaling rule is known: give sgd or adamw."
+        )
+
+    def with_hparams(self, hp: OptHParams) -> "FirstOrder":
+        """The optimizer with what a scaling rule changed, for a run of `hp.steps` steps."""
+        raise TypeError(f"{type(self).__name__} has no hparams")
 
     def transform(self, steps: int) -> Any:
         """The whole optax transformation for a run of `steps` steps."""
@@ -57,6 +74,28 @@ class Sgd(FirstOrder):
 
         return optax.trace(self.momentum) if self.momentum else optax.identity()
 
+    def hparams(self, steps: int) -> OptHParams:
+        """See `FirstOrder`; the sum of gradients is 1 / (1 - momentum) times their average."""
+        rest = 1 - self.momentum
+        return OptHParams(
+            self.learning_rate / rest,
+            b1=self.momentum or None,
+            weight_decay=self.weight_decay * rest,
+            steps=steps,
+            warmup=self.warmup,
+        )
+
+    def with_hparams(self, hp: OptHParams) -> "Sgd":
+        """See `FirstOrder`."""
+        momentum = hp.b1 or 0.0
+        return dataclasses.replace(
+            self,
+            learning_rate=hp.lr * (1 - momentum),
+            momentum=momentum,
+            weight_decay=hp.weight_decay / (1 - momentum),
+            warmup=hp.warmup,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Adam(FirstOrder):
@@ -84,6 +123,30 @@ class Adam(FirstOrder):
         import optax
 
         return optax.scale_by_adam(self.b1, self.b2, self.eps)
+
+    def hparams(self, steps: int) -> OptHParams:
+        """See `FirstOrder`."""
+        return OptHParams(
+            self.learning_rate,
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            steps=steps,
+            warmup=self.warmup,
+        )
+
+    def with_hparams(self, hp: OptHParams) -> "Adam":
+        """See `FirstOrder`."""
+        return dataclasses.replace(
+            self,
+            learning_rate=hp.lr,
+            b1=hp.b1 or 0.0,
+            b2=hp.b2 or 0.0,
+            eps=hp.eps,
+            weight_decay=hp.weight_decay,
+            warmup=hp.warmup,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

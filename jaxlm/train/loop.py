@@ -122,7 +122,7 @@ def fit(
         UserError: the trajectory is not that of these parameters and this method.
     """
     loop = _Loop(config, evaluate, maximize, checkpoints, metrics, progress)
-    state = TrainState(params, method.init(params, key))
+    state = method.start(params, key)
     restored = checkpoints.restore(state) if checkpoints else None
     if trajectory and method.settings is not None:
         step = None if restored is None else restored[0]

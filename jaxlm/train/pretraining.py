@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +15,21 @@ from jaxlm.data import corpus as corpora
 from jaxlm.evaluation.perplexity import perplexity
 from jaxlm.models import LanguageModel, ModelConfig, init_params, save_pretrained
 from jaxlm.train.checkpoint import Checkpoints
+from jaxlm.train.dynamics import (
+    DYNAMICS,
+    NOISE_INFO,
+    Batches,
+    Dynamics,
+    Source,
+    method_and_batches,
+)
 from jaxlm.train.logging import Progress
+from jaxlm.train.loop import Diverged
 from jaxlm.train.objective import lm_objective
 from jaxlm.train.optimizers import OPTIMIZERS, FirstOrder
 from jaxlm.train.run_folder import RunFolder, to_dict
-from jaxlm.train.state import Program, method
-from jaxlm.typing import Params
+from jaxlm.train.state import Method, Program, many_steps
+from jaxlm.typing import Batch, Params
 
 _FIRST_ORDER = {name: cls for name, cls in OPTIMIZERS.items() if issubclass(cls, FirstOrder)}
 _STYLES: dict[str, dict[str, Any]] = {
@@ -110,6 +119,7 @@ class PretrainConfig:
         tokenizer: folder with a tokenizer.json.
         corpus: the text.
         optimizer: a first-order one of `jaxlm.train.optimizers.OPTIMIZERS`, by its name.
+        dynamics: what becomes of its steps, one of `jaxlm.train.dynamics.DYNAMICS` by its name.
         steps: updates in all.
         batch_size: windows in a step.
         seq_len: predicted tokens in a window.
@@ -124,6 +134,7 @@ class PretrainConfig:
     tokenizer: str
     corpus: CorpusConfig
     optimizer: FirstOrder = field(metadata={"registry": _FIRST_ORDER})
+    dynamics: Dynamics | None = field(default=None, metadata={"registry": DYNAMICS})
     steps: int
     batch_size: int = 32
     seq_len: int = 128
@@ -142,6 +153,8 @@ class PretrainConfig:
                     f"{name} is {getattr(self, name)}: give a multiple of log_every, "
                     f"{self.log_every}."
                 )
+        if self.dynamics is not None:
+            self.dynamics.check(self.optimizer, self.batch_size)
         if self.seq_len > self.model.max_positions:
             raise UserError(
                 f"seq_len is {self.seq_len}: give at most model.max_positions, "
@@ -181,12 +194,14 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
     folder.create(config)
     cache = folder.path / "tokens"
-    windows = corpora.Windows(
-        [corpora.cached(path, tokenizer, cache) for path in paths],
-        config.corpus.domains,
+    tokens = [corpora.cached(path, tokenizer, cache) for path in paths]
+    chosen, batches = method_and_batches(
+        config.optimizer,
+        config.dynamics,
+        lm_objective(lm.log_probs),
+        _source(config, tokens),
         steps=config.steps,
         batch_size=config.batch_size,
-        seq_len=config.seq_len,
         seed=config.seed,
     )
     measure = None
@@ -198,60 +213,85 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             held_out.size,
             batch_size=config.batch_size,
         )
-    summary = _train(config, folder, lm, windows, measure)
+    summary = _train(config, folder, lm, chosen, batches, measure)
     folder.finish(summary)
     return summary
+
+
+def _source(config: PretrainConfig, tokens: Sequence[corpora.Tokens]) -> Source:
+    def source(batch_size: int, seeds: Sequence[int]) -> Batches:
+        streams = [
+            corpora.Windows(
+                tokens,
+                config.corpus.domains,
+                steps=config.steps,
+                batch_size=batch_size,
+                seq_len=config.seq_len,
+                seed=seed,
+            )
+            for seed in seeds
+        ]
+
+        def batches(first: int, count: int) -> Batch:
+            rows = [
+                [stream.batch(step)["input_ids"] for stream in streams]
+                for step in range(first, first + count)
+            ]
+            return {"input_ids": np.array(rows)}
+
+        return batches
+
+    return source
 
 
 def _train(
     config: PretrainConfig,
     folder: RunFolder,
     lm: LanguageModel,
-    windows: corpora.Windows,
+    way: Method,
+    batches: Batches,
     measure: Callable[[Params], dict[str, float]] | None,
 ) -> dict[str, Any]:
-    way = method(config.optimizer, lm_objective(lm.log_probs), config.steps)
-    step_program = Program(way.step, donate=(0, 1))
-    params, opt_state = lm.params, way.init(lm.params, jax.random.key(config.seed))
+    run = Program(many_steps(way.step), donate=(0,))
+    state = way.start(lm.params, jax.random.key(config.seed))
     checkpoints = Checkpoints(folder.checkpoints)
-    restored = checkpoints.restore([params, opt_state])
+    restored = checkpoints.restore(state)
     first, seconds = 0, 0.0
     if restored is not None:
-        first, (params, opt_state), record = restored
+        first, state, record = restored
         seconds = record["seconds"]
     folder.metrics.cut(first)
 
     begin = time.perf_counter() - seconds
     row: dict[str, Any] = folder.metrics.read()[-1] if first else {}
-    losses: list[jax.Array] = []
     with Progress(config.steps, start=first, log=folder.log) as progress:
-        for step in range(first + 1, config.steps + 1):
-            params, opt_state, info = step_program(params, opt_state, windows.batch(step - 1))
-            losses.append(info["loss"])
-            last = step == config.steps
-            if step % config.log_every and not last:
-                continue
-            loss = float(np.mean(jax.device_get(losses)))
-            losses.clear()
+        for done in range(first, config.steps, config.log_every):
+            count = min(config.log_every, config.steps - done)
+            state, infos = run(state, batches(done, count))
+            infos, step = jax.device_get(infos), done + count
+            loss = float(np.mean(infos["loss"]))
             if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} at step {step}: lower the learning rate.")
-            tokens = step * config.batch_size * config.seq_len
-            row = {"step": step, "loss": loss, "tokens": tokens}
+                raise Diverged(f"the loss is {loss} at step {step}: lower the learning rate.")
+            row = {"step": step, "loss": loss, "tokens": step * config.batch_size * config.seq_len}
+            row |= {name: float(infos[name][-1]) for name in NOISE_INFO if name in infos}
+            last = step == config.steps
             if measure and (last or step % config.eval_every == 0):
-                row |= {f"held_out_{name}": value for name, value in measure(params).items()}
+                row |= {f"held_out_{name}": value for name, value in measure(state.params).items()}
             seconds = time.perf_counter() - begin
             folder.metrics.append(row | {"seconds": round(seconds, 1)})
             progress.update(step, {k: v for k, v in row.items() if k not in ("step", "tokens")})
             if last or step % config.checkpoint_every == 0:
-                checkpoints.save(step, [params, opt_state], {"seconds": seconds})
+                checkpoints.save(step, state, {"seconds": seconds})
     checkpoints.close()
-    save_pretrained(lm, folder.path / "model", params)
+    save_pretrained(lm, folder.path / "model", state.params)
     return {
         **{name: value for name, value in row.items() if name not in ("step", "seconds")},
         "steps": config.steps,
         "seconds": round(seconds, 1),
-        "peak_memory_bytes": step_program.peak_bytes,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "peak_memory_bytes": run.peak_bytes,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "dynamics": config.dynamics
+        and config.dynamics.report(config.optimizer, config.steps, state.opt_state),
         "model": str(folder.path / "model"),
         "config": to_dict(config),
     }

@@ -1,7 +1,7 @@
 """Fine-tuning from a configuration to a summary: data, model, zero-shot, training, test."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +13,11 @@ from jaxlm.core.errors import UserError
 from jaxlm.data import EncodedTask, Task, TaskConfig, load_task, prepare_for, task_config
 from jaxlm.data.batching import Objective
 from jaxlm.peft import TUNINGS, Tuning
+from jaxlm.train.dynamics import DYNAMICS, Batches, Dynamics, Source, method_and_batches
 from jaxlm.train.loop import LoopConfig
 from jaxlm.train.optimizers import OPTIMIZERS, Mezo, Optimizer, ZerothOrder
 from jaxlm.train.run_folder import RunFolder, to_dict
-from jaxlm.typing import LossFn
+from jaxlm.typing import Batch, LossFn
 
 _FORMS: dict[str, Objective] = {"accuracy": "classification", "f1": "generation"}
 
@@ -31,6 +32,8 @@ class FinetuneConfig(LoopConfig):
         optimizer: one of `jaxlm.train.optimizers.OPTIMIZERS`, by its name.
         peft: what is trained in place of all parameters, one of `jaxlm.peft.TUNINGS` by its name;
             `optimizer.select`, where it is given, chooses among the parameters as they then are.
+        dynamics: what becomes of the steps of a first-order optimizer, one of
+            `jaxlm.train.dynamics.DYNAMICS` by its name.
         objective: "accuracy" of choices or "f1" of written answers in place of the likelihood of
             what is right; for optimizers without gradients.
         calibrate: whether scores are taken less the first model's `option_offsets`, in training and
@@ -49,6 +52,7 @@ class FinetuneConfig(LoopConfig):
     task: TaskConfig = field(metadata={"make": task_config})
     optimizer: Optimizer = field(default=Mezo(), metadata={"registry": OPTIMIZERS})
     peft: Tuning | None = field(default=None, metadata={"registry": TUNINGS})
+    dynamics: Dynamics | None = field(default=None, metadata={"registry": DYNAMICS})
     objective: Literal["accuracy", "f1"] | None = None
     calibrate: Literal[False, True, "sfc"] = False
     steps: int = 500
@@ -68,6 +72,8 @@ class FinetuneConfig(LoopConfig):
             raise UserError(f"seed is {self.seed}: give a number from 0 to 2**32 - 1.")
         if not self.output:
             raise UserError("output is empty: give the folder of the run.")
+        if self.dynamics is not None:
+            self.dynamics.check(self.optimizer, self.batch_size)
         if self.objective is not None:
             self._check_objective(self.objective)
 
@@ -247,7 +253,7 @@ def _run(
     from jaxlm.train.logging import Progress
     from jaxlm.train.loop import fit
     from jaxlm.train.measure import Answers, Choices
-    from jaxlm.train.state import device_peak_bytes, method
+    from jaxlm.train.state import device_peak_bytes
 
     size = config.eval_batch_size
     reduction: Literal["mean", "sum"] = "sum" if config.calibrate == "sfc" else "mean"
@@ -278,15 +284,20 @@ def _run(
             measure.offsets = folder.option_offsets()
         first = folder.metrics.read()[0]
         options = {"offsets": measure.offsets, "reduction": reduction}
-        chosen = method(
-            config.optimizer, _loss_fn(config, lm, task, encoded, options), config.steps
+        loss_fn = _loss_fn(config, lm, task, encoded, options)
+        chosen, batches = method_and_batches(
+            config.optimizer,
+            config.dynamics,
+            loss_fn,
+            _source(encoded),
+            steps=config.steps,
+            batch_size=config.batch_size,
+            seed=config.seed,
         )
         outcome = fit(
             chosen,
             lm.params,
-            lambda first, count: encoded.batches(
-                first, count, batch_size=config.batch_size, seed=config.seed
-            ),
+            batches,
             config,
             key=jax.random.key(config.seed),
             evaluate=validate if encoded.validation else None,
@@ -319,8 +330,20 @@ def _run(
         "seconds": record.seconds,
         "peak_memory_bytes": max(outcome.peak_bytes, measure.peak_bytes),
         "device_peak_bytes": device_peak_bytes(),
+        "dynamics": config.dynamics
+        and config.dynamics.report(config.optimizer, config.steps, state.opt_state),
         "config": to_dict(config),
     }
+
+
+def _source(encoded: EncodedTask) -> Source:
+    def source(batch_size: int, seeds: Sequence[int]) -> Batches:
+        def batches(first: int, count: int) -> Batch:
+            return encoded.streams(first, count, batch_size=batch_size, seeds=seeds)
+
+        return batches
+
+    return source
 
 
 def _named(what: str, values: Mapping[str, float]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What training is made of: a state, a method that moves it, programs that know their memory."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.core import paths
 from jaxlm.train.optimizers import FirstOrder, Optimizer, ZerothOrder
@@ -38,6 +40,7 @@ class Method(NamedTuple):
         backwards: backward passes in a step.
         settings: what `jaxlm.zo.Trajectory` records of a zeroth-order optimizer, JSON values with
             `num_directions`; its info then holds `projected_grad`. None for the others.
+        mesh: the devices that a step runs on; None for one.
     """
 
     init: Callable[[Params, PRNGKey], Any]
@@ -45,6 +48,13 @@ class Method(NamedTuple):
     forwards: int
     backwards: int
     settings: dict[str, Any] | None = None
+    mesh: Mesh | None = None
+
+    def start(self, params: Params, key: PRNGKey) -> TrainState:
+        """The state before the first step, where the steps run."""
+        if self.mesh is not None:
+            params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
+        return TrainState(params, self.init(params, key))
 
 
 def method(optimizer: Optimizer, loss_fn: LossFn, steps: int) -> Method:
@@ -77,7 +87,11 @@ def _zeroth_order(config: ZerothOrder, loss_fn: LossFn, steps: int) -> Method:
 
 
 def first_order(
-    transform: optax.GradientTransformation, loss_fn: LossFn, *, select: paths.Select = None
+    transform: optax.GradientTransformation,
+    loss_fn: LossFn,
+    *,
+    select: paths.Select = None,
+    value_and_grad: Callable[[LossFn], Callable[..., Any]] | None = None,
 ) -> Method:
     """A `Method` from an optax transformation, with gradients and state of what is selected.
 
@@ -85,7 +99,9 @@ def first_order(
         transform: updates are added to the parameters.
         loss_fn: see `method`.
         select: parameters to train, see `jaxlm.core.paths.matcher`.
+        value_and_grad: in place of `jax.value_and_grad` with aux.
     """
+    differentiate = value_and_grad or functools.partial(jax.value_and_grad, has_aux=True)
 
     def init(params: Params, key: PRNGKey) -> Any:
         del key
@@ -93,10 +109,8 @@ def first_order(
 
     def step(params: Params, opt_state: Any, batch: Batch) -> tuple[Params, Any, dict[str, Any]]:
         trained, frozen = paths.split(params, select)
-        value_and_grad = jax.value_and_grad(
-            lambda part: loss_fn(paths.merge(part, frozen), batch), has_aux=True
-        )
-        (loss, aux), grads = value_and_grad(trained)
+        fn = differentiate(lambda part, batch: loss_fn(paths.merge(part, frozen), batch))
+        (loss, aux), grads = fn(trained, batch)
         updates, opt_state = transform.update(grads, opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         info = {"loss": loss, **aux, "grad_norm": optax.tree.norm(grads)}
@@ -119,7 +133,7 @@ def many_steps(step: Callable[..., Any]) -> Callable[[TrainState, Batch], Any]:
 
 
 class Program:
-    """A function compiled once for each shape of its arguments, and the memory that this takes.
+    """A function compiled for each shape and place of its arguments, and the memory it takes.
 
     Attributes:
         peak_bytes: arguments + outputs + temporaries - aliased, of the largest compilation so far.
@@ -134,7 +148,9 @@ class Program:
 
     def __call__(self, *args: Any) -> Any:
         leaves, structure = jax.tree.flatten(args)
-        shapes = tuple((jnp.shape(leaf), leaf.dtype) for leaf in leaves)
+        shapes = tuple(
+            (jnp.shape(leaf), leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves
+        )
         program = self._compiled.get((structure, shapes))
         if program is None:
             begin = time.perf_counter()

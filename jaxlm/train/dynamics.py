@@ -1,0 +1,369 @@
+"""What the key `dynamics` of a configuration makes of the steps of a first-order run.
+
+`dynamics: {name: svag, l: 4}` follows the run's stochastic equation closer, `{name: noise}`
+measures the noise of its gradients, `{name: local, workers: 8}` lets workers step apart. The steps
+of the run stay what they are: schedules, evaluations and checkpoints count them as before, and runs
+are compared step by step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.core import paths
+from jaxlm.core.errors import UserError
+from jaxlm.train.first_order import FirstOrder
+from jaxlm.train.settings import Optimizer
+from jaxlm.train.state import Method, TrainState, first_order, many_steps, method
+from jaxlm.typing import Batch, LossFn, Params, PRNGKey
+
+Batches = Callable[[int, int], Batch]
+"""`(first, count) -> batches of the steps from first`, leaves [count, ...]."""
+
+Source = Callable[[int, Sequence[int]], Batches]
+"""`(batch_size, seeds) -> batches` of leaves [count, seeds, batch_size, ...], a stream a seed."""
+
+NOISE_INFO = ("grad_square", "grad_noise")
+"""Of the metrics: G and N of a batch, see `jaxlm.dynamics.NoiseStats`, averaged over past steps."""
+
+SECOND_STREAM = 2**32
+"""What is added to a seed, all of which are below it, for data in another order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dynamics:
+    """What all of them have.
+
+    Attributes:
+        name: key in `DYNAMICS`.
+    """
+
+    name: str
+
+    def check(self, optimizer: Optimizer, batch_size: int) -> None:
+        """Refuses a run that cannot be.
+
+        Raises:
+            UserError: the optimizer has no gradients, or as the class says.
+        """
+        self.gradients_of(optimizer)
+
+    def gradients_of(self, optimizer: Optimizer) -> FirstOrder:
+        """The optimizer, which is refused where it has no gradients."""
+        if not isinstance(optimizer, FirstOrder):
+            raise UserError(
+                f"dynamics {self.name} is of gradients, which {optimizer.name} does without: give "
+                "sgd or adamw."
+            )
+        return optimizer
+
+    def method(self, optimizer: FirstOrder, loss_fn: LossFn, steps: int) -> Method:
+        """The steps; `loss_fn` as in `jaxlm.train.state.method`."""
+        raise TypeError(f"{type(self).__name__} is no dynamics by itself")
+
+    def batches(
+        self, source: Source, optimizer: FirstOrder, *, batch_size: int, seed: int
+    ) -> Batches:
+        """What the steps read."""
+        raise TypeError(f"{type(self).__name__} is no dynamics by itself")
+
+    def report(self, optimizer: Optimizer, steps: int, opt_state: Any) -> dict[str, Any]:
+        """What the summary of a finished run says beside the rest."""
+        raise TypeError(f"{type(self).__name__} is no dynamics by itself")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Svag(Dynamics):
+    """Stochastic variance amplified gradient, see `jaxlm.dynamics.svag`.
+
+    A step makes l updates, or l² with Adam, and each reads two batches. The schedule of the
+    learning rate runs over all of them. With l = 1 it is the optimizer itself.
+
+    Attributes:
+        l: from 1.
+        pairing: "independent" takes the two batches from two orders of the data, "consecutive" one
+            after the other from one order, as the authors' code does.
+    """
+
+    name: str = "svag"
+    l: int = 1
+    pairing: Literal["independent", "consecutive"] = "independent"
+
+    def __post_init__(self):
+        if self.l < 1:
+            raise UserError(f"dynamics.l is {self.l}: give 1 or more.")
+
+    def check(self, optimizer: Optimizer, batch_size: int) -> None:
+        """See `Dynamics`. Clipping and optimizers without an equation are refused too."""
+        chosen = self.gradients_of(optimizer)
+        chosen.hparams(1)
+        if chosen.clip is not None:
+            raise UserError(
+                "optimizer.clip acts on gradients with amplified noise more than on others, and "
+                "dynamics svag would not follow the equation: leave it out."
+            )
+
+    def _svag(self, optimizer: FirstOrder) -> Any:
+        from jaxlm.dynamics import svag
+
+        kind = "sgd" if optimizer.hparams(1).b2 is None else "adaptive"
+        return svag(self.l, kind, pairing=self.pairing)
+
+    def method(self, optimizer: FirstOrder, loss_fn: LossFn, steps: int) -> Method:
+        """See `Dynamics`."""
+        svag = self._svag(optimizer)
+        scaled = svag.hparams(optimizer.hparams(steps))
+
+        def value_and_grad(loss_fn: LossFn) -> Callable[..., Any]:
+            amplified = svag.value_and_grad(loss_fn, has_aux=True)
+            return lambda params, pair: amplified(params, _part(pair, 0), _part(pair, 1))
+
+        way = first_order(
+            optimizer.with_hparams(scaled).transform(scaled.steps),
+            loss_fn,
+            select=optimizer.select,
+            value_and_grad=value_and_grad,
+        )
+        updates = many_steps(way.step)
+
+        def step(params: Params, opt_state: Any, pairs: Batch) -> Any:
+            (params, opt_state), infos = updates(TrainState(params, opt_state), pairs)
+            return params, opt_state, jax.tree.map(jnp.mean, infos)
+
+        passes = 2 * svag.steps_mult
+        return Method(way.init, step, forwards=passes, backwards=passes)
+
+    def batches(
+        self, source: Source, optimizer: FirstOrder, *, batch_size: int, seed: int
+    ) -> Batches:
+        """Leaves [count, updates, 2, batch_size, ...]."""
+        updates = self._svag(optimizer).steps_mult
+        if self.pairing == "consecutive":
+            pairs = source(2 * updates * batch_size, (seed,))
+            return _shaped(pairs, lambda x: x.reshape(-1, updates, 2, batch_size, *x.shape[3:]))
+        halves = source(updates * batch_size, (seed, seed + SECOND_STREAM))
+        return _shaped(
+            halves,
+            lambda x: x.reshape(-1, 2, updates, batch_size, *x.shape[3:]).swapaxes(1, 2),
+        )
+
+    def report(self, optimizer: Optimizer, steps: int, opt_state: Any) -> dict[str, Any]:
+        """The number of updates."""
+        return {"updates": steps * self._svag(self.gradients_of(optimizer)).steps_mult}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise(Dynamics):
+    """The optimizer itself, with its batch in parts whose gradients tell the noise.
+
+    Attributes:
+        parts: from 2, a divisor of the batch size; the memory of activations is that of one.
+    """
+
+    name: str = "noise"
+    parts: int = 4
+
+    def __post_init__(self):
+        if self.parts < 2:
+            raise UserError(f"dynamics.parts is {self.parts}: give 2 or more.")
+
+    def check(self, optimizer: Optimizer, batch_size: int) -> None:
+        """See `Dynamics`. A batch that has no such parts is refused too."""
+        super().check(optimizer, batch_size)
+        _check_divides("dynamics.parts", self.parts, batch_size)
+
+    def method(self, optimizer: FirstOrder, loss_fn: LossFn, steps: int) -> Method:
+        """See `Dynamics`; info has `grad_square` and `grad_noise`, averaged over steps."""
+        from jaxlm.dynamics import RunningNoise, value_and_grad_with_noise
+
+        def value_and_grad(loss_fn: LossFn) -> Callable[..., Any]:
+            measured = value_and_grad_with_noise(loss_fn, has_aux=True)
+
+            def fn(params: Params, parts: Batch) -> Any:
+                (loss, stats, aux), grads = measured(params, parts)
+                aux = {name: jnp.mean(value) for name, value in aux.items()}
+                return (loss, {**aux, "stats": stats}), grads
+
+            return fn
+
+        way = first_order(
+            optimizer.transform(steps),
+            loss_fn,
+            select=optimizer.select,
+            value_and_grad=value_and_grad,
+        )
+
+        def init(params: Params, key: PRNGKey) -> Any:
+            return way.init(params, key), RunningNoise.zeros()
+
+        def step(params: Params, opt_state: Any, parts: Batch) -> Any:
+            inner, noise = opt_state
+            params, inner, info = way.step(params, inner, parts)
+            noise = noise.add(info.pop("stats"))
+            stats = noise.stats
+            info |= dict(zip(NOISE_INFO, (stats.G, stats.N / self.parts), strict=True))
+            return params, (inner, noise), info
+
+        return Method(init, step, forwards=1, backwards=1)
+
+    def batches(
+        self, source: Source, optimizer: FirstOrder, *, batch_size: int, seed: int
+    ) -> Batches:
+        """Leaves [count, parts, batch_size / parts, ...]."""
+        return _in_parts(source, self.parts, batch_size, seed)
+
+    def report(self, optimizer: Optimizer, steps: int, opt_state: Any) -> dict[str, Any]:
+        """The noise near the end of the run, see `jaxlm.dynamics.NoiseStats`.
+
+        `ratio` is N/G of a whole batch, `critical_batches` the number of times that a batch can
+        grow until the linear scaling rule breaks; null where G is not above 0.
+        """
+        stats = opt_state[1].stats
+        G, N = float(stats.G), float(stats.N) / self.parts
+        ratio = N / G if G > 0 else None
+        return {"gradient_noise": {"G": G, "N": N, "ratio": ratio, "critical_batches": ratio}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local(Dynamics):
+    """Local steps of workers that average their parameters now and then.
+
+    A step reads a batch, of which each worker has its part. Evaluations and checkpoints see the
+    last average, and the run ends in one. With as many devices as workers, each has its own;
+    otherwise all are on one. Memory: parameters once more than those of the workers.
+
+    Attributes:
+        workers: from 2, a divisor of the batch size.
+        rule: H, the number of steps from one average to the next, is "constant", "linear" in
+            1/η or "qsr", quadratic; see `jaxlm.dynamics.qsr`.
+        h: H, or the least of it.
+        alpha: the coefficient of "linear" and "qsr". In warm-up their H is that of the highest
+            learning rate.
+    """
+
+    name: str = "local"
+    workers: int = 2
+    rule: Literal["constant", "linear", "qsr"] = "constant"
+    h: int = 4
+    alpha: float | None = None
+
+    def __post_init__(self):
+        for name, least in (("workers", 2), ("h", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"dynamics.{name} is {getattr(self, name)}: give {least} or more.")
+        if self.rule == "constant" and self.alpha is not None:
+            raise UserError("dynamics.alpha has no use in rule constant: give rule linear or qsr.")
+        if self.rule != "constant" and (self.alpha is None or self.alpha <= 0):
+            raise UserError(
+                f"dynamics.rule {self.rule} needs a positive dynamics.alpha: give it, or rule "
+                "constant."
+            )
+
+    def check(self, optimizer: Optimizer, batch_size: int) -> None:
+        """See `Dynamics`. A batch that has no such parts is refused too."""
+        super().check(optimizer, batch_size)
+        _check_divides("dynamics.workers", self.workers, batch_size)
+
+    def _plan(self, optimizer: FirstOrder, steps: int) -> tuple[Any, Callable[[int], Any]]:
+        from jaxlm import dynamics
+
+        rate = optimizer.rate(steps)
+        schedule = rate if callable(rate) else lambda step: rate
+        if self.alpha is None:
+            return dynamics.constant_h(self.h), schedule
+        make = dynamics.qsr if self.rule == "qsr" else dynamics.linear_h
+        at_peak = make(self.alpha, self.h)(0, optimizer.learning_rate)
+        h = make(self.alpha, self.h, warmup_steps=optimizer.warmup, warmup_h=at_peak)
+        return h, schedule
+
+    def method(self, optimizer: FirstOrder, loss_fn: LossFn, steps: int) -> Method:
+        """See `Dynamics`."""
+        from jaxlm import dynamics
+        from jaxlm.sharding import make_mesh
+
+        local = dynamics.local_update(
+            optimizer.transform(steps), *self._plan(optimizer, steps), total_steps=steps
+        )
+        own = len(jax.devices()) >= self.workers
+        mesh = make_mesh(data=self.workers) if own else None
+        ends = jnp.asarray(local.sync_steps)
+
+        def init(params: Params, key: PRNGKey) -> Any:
+            del key
+            trained = paths.split(params, optimizer.select)[0]
+            return dynamics.start_workers(local, trained, self.workers, mesh=mesh)
+
+        def step(params: Params, workers: Any, parts: Batch) -> Any:
+            trained, frozen = paths.split(params, optimizer.select)
+            value_and_grad = jax.value_and_grad(
+                lambda part, batch: loss_fn(paths.merge(part, frozen), batch), has_aux=True
+            )
+            batches = jax.tree.map(lambda leaf: leaf[:, None], parts)
+            workers, (losses, aux) = dynamics.run_workers(
+                local, value_and_grad, workers, batches, mesh=mesh
+            )
+            trained = jax.lax.cond(
+                jnp.isin(workers.state.step, ends),
+                lambda: jax.tree.map(lambda leaf: leaf[0], workers.params),
+                lambda: trained,
+            )
+            info = {"loss": losses, **aux}
+            return paths.merge(trained, frozen), workers, jax.tree.map(jnp.mean, info)
+
+        return Method(init, step, forwards=1, backwards=1, mesh=mesh)
+
+    def batches(
+        self, source: Source, optimizer: FirstOrder, *, batch_size: int, seed: int
+    ) -> Batches:
+        """Leaves [count, workers, batch_size / workers, ...]."""
+        return _in_parts(source, self.workers, batch_size, seed)
+
+    def report(self, optimizer: Optimizer, steps: int, opt_state: Any) -> dict[str, Any]:
+        """The number of averages, and their part of those of a run that averages every step."""
+        from jaxlm.dynamics import sync_steps
+
+        averages = len(sync_steps(*self._plan(self.gradients_of(optimizer), steps), steps))
+        return {"averages": averages, "communication": averages / max(steps, 1)}
+
+
+DYNAMICS: dict[str, type[Dynamics]] = {"svag": Svag, "noise": Noise, "local": Local}
+
+
+def method_and_batches(
+    optimizer: Optimizer,
+    dynamics: Dynamics | None,
+    loss_fn: LossFn,
+    source: Source,
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[Method, Batches]:
+    """The method of a run and what its steps read, with `dynamics` or (None) without."""
+    if dynamics is None:
+        batches = _shaped(source(batch_size, (seed,)), lambda x: x[:, 0])
+        return method(optimizer, loss_fn, steps), batches
+    chosen = dynamics.gradients_of(optimizer)
+    batches = dynamics.batches(source, chosen, batch_size=batch_size, seed=seed)
+    return dynamics.method(chosen, loss_fn, steps), batches
+
+
+def _in_parts(source: Source, parts: int, batch_size: int, seed: int) -> Batches:
+    size = batch_size // parts
+    return _shaped(source(batch_size, (seed,)), lambda x: x.reshape(-1, parts, size, *x.shape[3:]))
+
+
+def _shaped(batches: Batches, reshape: Callable[[Any], Any]) -> Batches:
+    return lambda first, count: jax.tree.map(reshape, batches(first, count))
+
+
+def _part(batch: Batch, place: int) -> Batch:
+    return jax.tree.map(lambda leaf: leaf[place], batch)
+
+
+def _check_divides(name: str, parts: int, batch_size: int) -> None:
+    if batch_size % parts:
+        raise UserError(f"{name} is {parts}: give a divisor of the batch size, {batch_size}.")
