@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "accuracy of a model, as it is, on a task",
     "generate": "text that a model writes after a prompt",
     "pretrain": "train a causal language model from scratch on text",
+    "compare": "pretrain under several settings, and compare the curves",
     "convert": "load a model or a run folder and save it in the Hugging Face layout",
     "info": "versions, devices and memory; with a model, its parameter table",
 }

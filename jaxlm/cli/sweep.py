@@ -65,16 +65,25 @@ class SweepConfig:
     output: str
 
     def __post_init__(self):
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise UserError("seeds is empty or has one twice: give each seed once.")
-        if not self.output:
-            raise UserError("output is empty: give the folder of the sweep.")
+        check_runs(self.run, self.seeds, self.output, "sweep")
         if self.grid and self.methods:
             raise UserError("grid stands beside methods: put it into the methods it belongs to.")
-        for key in ("seed", "output"):
-            if key in self.run:
-                plural = "seeds" if key == "seed" else key
-                raise UserError(f"run.{key} differs from run to run: give {plural} beside run.")
+
+
+def check_runs(run: Mapping[str, Any], seeds: Sequence[int], output: str, what: str) -> None:
+    """Refuses a file of many runs without seeds or output, or with those of one run.
+
+    Raises:
+        UserError: as it says.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError("seeds is empty or has one twice: give each seed once.")
+    if not output:
+        raise UserError(f"output is empty: give the folder of the {what}.")
+    for key in ("seed", "output"):
+        if key in run:
+            plural = "seeds" if key == "seed" else key
+            raise UserError(f"run.{key} differs from run to run: give {plural} beside run.")
 
 
 def run(args: Sequence[str]) -> None:
@@ -136,7 +145,7 @@ def _candidates(config: SweepConfig, name: str, section: Any, where: str) -> Ite
             configs.put(data, key, copy.deepcopy(value), place)
         first = configs.build(FinetuneConfig, {**data, "output": config.output}, place)
         method = name or first.optimizer.name
-        folder = Path(config.output, _name(method), _name(setting_title(settings)))
+        folder = Path(config.output, folder_name(method), folder_name(setting_title(settings)))
         runs = tuple(
             replace(first, seed=seed, output=str(folder / f"seed-{seed}")) for seed in config.seeds
         )
@@ -154,7 +163,7 @@ def _lists(grid: Any, place: str) -> tuple[list[str], list[list[Any]]]:
     return list(grid), list(grid.values())
 
 
-def _name(text: str) -> str:
+def folder_name(text: str) -> str:
     """A name for a folder; what cannot stand in one is replaced, and told apart by a hash."""
     plain = re.sub(r"[^\w.=,+-]+", "_", text.replace(", ", ","))
     if plain == text.replace(", ", ",") and len(plain) <= 100:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.core.errors import UserError
 from jaxlm.kernels import systems
+from jaxlm.studies.figures import new_axes, save_figure
 from jaxlm.studies.kernel_behaviour import WITHIN
 from jaxlm.studies.kernel_store import draw_name
 from jaxlm.studies.kernel_table import NAMES, rows
@@ -33,7 +33,7 @@ def heat_map(kernel: Any, labels: Any, *, names: Sequence[str] = (), axes: Any =
     size = np.sqrt(np.abs(np.diag(traced)))
     cosines = traced / np.where(size > 0, size, 1)[:, None] / np.where(size > 0, size, 1)[None]
     limit = float(np.abs(cosines).max())
-    axes = _axes(axes, (4.2, 3.6))
+    axes = axes or new_axes((4.2, 3.6))
     image = axes.imshow(cosines[np.ix_(order, order)], cmap="RdBu_r", vmin=-limit, vmax=limit)
     axes.figure.colorbar(image, ax=axes)
     counts = np.bincount(np.asarray(labels))
@@ -58,7 +58,7 @@ def spectrum(kernels: Mapping[str, Any], *, axes: Any = None) -> Any:
     Returns:
         The axes.
     """
-    axes = _axes(axes, (4.2, 3.2))
+    axes = axes or new_axes((4.2, 3.2))
     for name, kernel in kernels.items():
         values = np.linalg.svd(systems.training_matrix(kernel), compute_uv=False)
         axes.semilogy(np.arange(1, len(values) + 1), values / values[0], ".-", label=name)
@@ -79,7 +79,7 @@ def accuracies(records: Sequence[dict[str, Any]], *, axes: Any = None) -> Any:
     Returns:
         The axes.
     """
-    axes = _axes(axes, (4.2, 4.0))
+    axes = axes or new_axes((4.2, 4.0))
     found = rows(records)
     values: list[float] = []
     for kind in dict.fromkeys(kind for row in found for kind in row["kernels"]):
@@ -117,31 +117,15 @@ def draw(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     """
     from jaxlm.kernels.saved import load_kernel
 
-    made = [_save(accuracies(records), folder / "plots" / "accuracy.png")]
+    made = [save_figure(accuracies(records), folder / "plots" / "accuracy.png")]
     kinds: dict[str, dict[str, Any]] = {}
     for each in records:
         name = draw_name(each["prompt"], each["k"], each["seed"])
         for kind in (kernel["kind"] for kernel in each["kernels"]):
             kernel = load_kernel(folder / "kernels" / name / f"{kind}-train")
             path = folder / "plots" / f"{name}-{kind}.png"
-            made.append(_save(heat_map(kernel, each["train_labels"]), path))
+            made.append(save_figure(heat_map(kernel, each["train_labels"]), path))
             kinds.setdefault(name, {})[NAMES.get(kind, kind)] = kernel
     for name, kernels in kinds.items():
-        made.append(_save(spectrum(kernels), folder / "plots" / f"{name}-spectrum.png"))
+        made.append(save_figure(spectrum(kernels), folder / "plots" / f"{name}-spectrum.png"))
     return made
-
-
-def _save(axes: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    axes.figure.savefig(path, dpi=150, bbox_inches="tight")
-    return path
-
-
-def _axes(axes: Any, size: tuple[float, float]) -> Any:
-    if axes is not None:
-        return axes
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("plots need matplotlib: pip install 'jaxlm[plots]'.") from None
-    return Figure(figsize=size, layout="constrained").subplots()

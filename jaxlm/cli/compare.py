@@ -1,0 +1,140 @@
+"""Pretrain under several settings and seeds, and compare the curves of the loss.
+
+usage: jaxlm compare study.yaml [--dry-run] [--dotted.path=value ...]
+
+A study:
+
+  run:                           # a configuration of `jaxlm pretrain` without seed and output
+    model: {hidden_size: 64, num_layers: 2, num_heads: 2, intermediate_size: 128}
+    ...
+  variants:                      # name to the keys of `run` that it has otherwise
+    l = 1: {}
+    l = 4: {dynamics: {name: svag, l: 4}}
+    batch x 4: {scale: {rule: sqrt, k: 4}}   # batch, steps and optimizer under a scaling rule
+  seeds: [0, 1, 2]
+  output: runs/svag              # a folder for each run, table.md, table.json and curves.png
+  y: held_out_loss               # or loss, of training
+  start: 0.1                     # part of the run from which on curves are compared
+
+A key of a variant takes the place of the whole key of `run`; a dotted key (`optimizer.b1: 0.5`)
+changes one value within. `scale` comes after them. `--dry-run` lists the runs. The same command
+goes on with a study that was stopped. The figure needs matplotlib; `figure: false` goes without.
+"""
+
+import copy
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxlm.cli import config as configs
+from jaxlm.cli.sweep import check_runs, folder_name
+from jaxlm.core.errors import UserError
+from jaxlm.core.files import write_atomic
+from jaxlm.studies import curves
+from jaxlm.train.logging import write_json
+from jaxlm.train.pretraining import PretrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """A study as its file has it.
+
+    Attributes:
+        run: keys of a `PretrainConfig`.
+        variants: name to the keys that differ from `run`, and `scale`.
+        seeds: of the runs.
+        output: folder of the study.
+        y: what is compared.
+        start: part of the run from which on curves are compared, from 0 to below 1.
+        figure: whether to draw the curves.
+    """
+
+    run: dict[str, Any]
+    variants: dict[str, Any]
+    seeds: tuple[int, ...] = (0,)
+    output: str
+    y: Literal["held_out_loss", "loss"] = "held_out_loss"
+    start: float = 0.0
+    figure: bool = True
+
+    def __post_init__(self):
+        check_runs(self.run, self.seeds, self.output, "study")
+        if not self.variants:
+            raise UserError("variants is empty: give two or more.")
+        if not 0 <= self.start < 1:
+            raise UserError(f"start is {self.start:g}: give a number from 0 to below 1.")
+        if self.y == "held_out_loss" and not (self.run.get("corpus") or {}).get("held_out"):
+            raise UserError("y is held_out_loss: give run.corpus.held_out, or y: loss.")
+
+
+def run(args: Sequence[str]) -> None:
+    """The command `jaxlm compare`."""
+    dry = "--dry-run" in args
+    path, overrides = configs.parse_args([word for word in args if word != "--dry-run"])
+    if path is None:
+        raise UserError("jaxlm compare needs a file: give study.yaml.")
+    config = configs.load(CompareConfig, path, overrides)
+    variants = plan(config, path)
+    if dry:
+        for each in variants:
+            for one in each.runs:
+                print(one.output)
+        return
+    found = curves.compare(variants, y=config.y, say=_say)
+    print(write(found, config))
+    if config.figure:
+        output = Path(config.output, "curves.png")
+        print(curves.draw(found, output, y=config.y, start=config.start))
+
+
+def plan(config: CompareConfig, where: str) -> list[curves.Variant]:
+    """Every variant, with a run for each seed.
+
+    Args:
+        config: the study.
+        where: its file, for messages.
+
+    Raises:
+        UserError: a key is unknown or a value does not fit.
+    """
+    return [_variant(config, name, section, where) for name, section in config.variants.items()]
+
+
+def write(found: Sequence[curves.Curve], config: CompareConfig) -> str:
+    """Writes `table.json` and `table.md`, and returns the latter's text."""
+    text = curves.markdown(found, y=config.y, start=config.start)
+    rows = curves.rows(found, start=config.start)
+    write_json(Path(config.output, "table.json"), {"y": config.y, "rows": rows})
+    write_atomic(Path(config.output, "table.md"), text)
+    return text
+
+
+def _variant(config: CompareConfig, name: str, section: Any, where: str) -> curves.Variant:
+    place = f"{where}: variant {name}"
+    if not isinstance(section or {}, Mapping):
+        raise UserError(f"{place} is {section!r}: give a section of keys.")
+    section = dict(section or {})
+    scale = section.pop("scale", None)
+    data = copy.deepcopy(config.run)
+    for key, value in section.items():
+        configs.put(data, key, copy.deepcopy(value), place)
+    first = configs.build(PretrainConfig, {**data, "output": config.output}, place)
+    if scale is not None:
+        try:
+            changed = configs.build(curves.Scale, scale, place, "scale")(first)
+            first = dataclasses.replace(first, **changed)
+        except UserError as error:
+            raise UserError(f"{place}: {error}".replace(f"{place}: {place}", place)) from None
+    folder = Path(config.output, folder_name(name))
+    runs = tuple(
+        dataclasses.replace(first, seed=seed, output=str(folder / f"seed-{seed}"))
+        for seed in config.seeds
+    )
+    return curves.Variant(name=name, runs=runs)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,219 @@
+"""Pretraining runs that differ in a few keys, compared by their curves.
+
+What changes is how a model is trained, and the question whether it shows: each variant is trained
+for every seed, and their curves of the loss lie as far apart as a table says.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxlm.core.errors import UserError
+from jaxlm.dynamics.scaling import scale_rule
+from jaxlm.studies.figures import new_axes, save_figure
+from jaxlm.train.loop import Diverged
+from jaxlm.train.pretraining import PretrainConfig, pretrain
+from jaxlm.train.run_folder import RunFolder
+
+Y = Literal["loss", "held_out_loss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """A batch k times as large over the same text.
+
+    Attributes:
+        rule: what becomes of the optimizer, see `jaxlm.dynamics.scale_rule`.
+        k: whole; the numbers of steps in the configuration are its multiples.
+    """
+
+    rule: Literal["sqrt", "linear", "none"]
+    k: int
+
+    def __call__(self, config: PretrainConfig) -> dict[str, Any]:
+        """The keys of `config` that change.
+
+        Raises:
+            UserError: a number of steps is no multiple of k, or as `scale_rule` and
+                `FirstOrder.hparams`.
+        """
+        if self.k < 1:
+            raise UserError(f"scale.k is {self.k}: give 1 or more.")
+        steps = ("steps", "log_every", "eval_every", "checkpoint_every")
+        for name in steps:
+            if getattr(config, name) % self.k:
+                raise UserError(
+                    f"{name} is {getattr(config, name)}: give a multiple of scale.k, {self.k}."
+                )
+        scaled = scale_rule(self.rule, self.k, config.optimizer.hparams(config.steps))
+        return {
+            **{name: getattr(config, name) // self.k for name in steps},
+            "batch_size": config.batch_size * self.k,
+            "optimizer": config.optimizer.with_hparams(scaled),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way of training.
+
+    Attributes:
+        name: its row and its line.
+        runs: one for each seed.
+    """
+
+    name: str
+    runs: tuple[PretrainConfig, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """The curves of a variant.
+
+    Attributes:
+        name: of the variant.
+        tokens: predicted tokens so far, [points]; a step of SVAG counts as one of its optimizer.
+        values: [seeds, points]; NaN from where a run diverged.
+        reports: what `jaxlm.train.dynamics` says of each run that ended.
+    """
+
+    name: str
+    tokens: np.ndarray
+    values: np.ndarray
+    reports: tuple[dict[str, Any] | None, ...]
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Over seeds, [points]."""
+        return self.values.mean(0)
+
+
+def compare(
+    variants: Sequence[Variant], *, y: Y, say: Callable[[str], None] = lambda line: None
+) -> list[Curve]:
+    """Makes every run that is not finished, and returns the curves of all.
+
+    Args:
+        variants: with different outputs in all their runs.
+        y: what is compared.
+        say: is told of each run before it starts.
+
+    Raises:
+        UserError: what a run raises, except that it diverged.
+    """
+    total, number, curves = sum(len(each.runs) for each in variants), 0, []
+    for variant in variants:
+        found = []
+        for config in variant.runs:
+            number += 1
+            say(f"run {number}/{total}: {config.output}")
+            found.append(_trained(config, y))
+        points = max((len(values) for _, values, _ in found), default=0)
+        tokens = next((tokens for tokens, values, _ in found if len(values) == points), [])
+        padded = [[*values, *[math.nan] * (points - len(values))] for _, values, _ in found]
+        curves.append(
+            Curve(
+                name=variant.name,
+                tokens=np.asarray(tokens, np.float64),
+                values=np.asarray(padded, np.float64),
+                reports=tuple(report for _, _, report in found),
+            )
+        )
+    return curves
+
+
+def _trained(config: PretrainConfig, y: Y) -> tuple[list[int], list[float], dict[str, Any] | None]:
+    """Tokens, values and report of one run; the points before it diverged, if it did."""
+    folder = RunFolder(config.output)
+    folder.check(config)
+    failed = folder.path / "failed.txt"
+    report, ended = None, False
+    if not failed.exists():
+        try:
+            report, ended = pretrain(config)["dynamics"], True
+        except Diverged as error:
+            failed.write_text(f"{error}\n", encoding="utf-8")
+    written = folder.metrics.read() if folder.metrics.path.exists() else []
+    rows = [row for row in written if y in row]
+    tokens, values = [row["tokens"] for row in rows], [float(row[y]) for row in rows]
+    return (tokens, values, report) if ended else (tokens, [*values, math.nan], None)
+
+
+def distance(one: Curve, other: Curve, *, start: float = 0.0) -> float:
+    r"""Mean distance of two variants' mean curves, $\mathrm{mean}_t |\bar y_1(t) - \bar y_2(t)|$.
+
+    Args:
+        one: a variant's curves.
+        other: another's; points with other numbers of tokens are left out.
+        start: part of the run from which on points count.
+
+    Returns:
+        In units of y; NaN where no points are common or a run diverged.
+    """
+    _, first, second = np.intersect1d(one.tokens, other.tokens, return_indices=True)
+    if not len(first):
+        return math.nan
+    late = one.tokens[first] >= start * max(one.tokens.max(), other.tokens.max())
+    gaps = np.abs(one.mean[first] - other.mean[second])[late]
+    return float(gaps.mean()) if len(gaps) else math.nan
+
+
+def rows(curves: Sequence[Curve], *, start: float = 0.0) -> list[dict[str, Any]]:
+    """For each variant its last value over seeds, and the distances from all variants."""
+    first = _last(curves[0])
+    return [
+        {
+            "variant": curve.name,
+            "last": _last(curve),
+            "std": statistics.stdev(curve.values[:, -1].tolist())
+            if len(curve.values) > 1
+            else None,
+            "relative": _last(curve) / first - 1,
+            "distances": [distance(curve, other, start=start) for other in curves],
+            "reports": curve.reports,
+        }
+        for curve in curves
+    ]
+
+
+def markdown(curves: Sequence[Curve], *, y: Y, start: float = 0.0) -> str:
+    """The table of a comparison: last values, and distances between mean curves."""
+    names = [curve.name for curve in curves]
+    head = ["", f"last {y}", "of the first", *names]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for row in rows(curves, start=start):
+        last = _number(row["last"]) + (f" ({row['std']:.4f})" if row["std"] is not None else "")
+        relative = "diverged" if math.isnan(row["relative"]) else f"{100 * row['relative']:+.2f} %"
+        lines.append([row["variant"], last, relative, *map(_number, row["distances"])])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def draw(curves: Sequence[Curve], path: Path, *, y: Y, start: float = 0.0) -> Path:
+    """Draws the mean curves, each with the range of its seeds, from part `start` of the run on.
+
+    Raises:
+        UserError: matplotlib is not there.
+    """
+    axes = new_axes((5.2, 3.6))
+    for curve in curves:
+        late = curve.tokens >= start * curve.tokens.max()
+        (line,) = axes.plot(curve.tokens[late], curve.mean[late], label=curve.name)
+        if len(curve.values) > 1:
+            low, high = curve.values.min(0)[late], curve.values.max(0)[late]
+            axes.fill_between(curve.tokens[late], low, high, color=line.get_color(), alpha=0.15)
+    axes.set(xlabel="tokens", ylabel=y.replace("_", " "))
+    axes.legend()
+    return save_figure(axes, path)
+
+
+def _last(curve: Curve) -> float:
+    return float(curve.values[:, -1].mean())
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4f}"

@@ -1,0 +1,26 @@
+"""Figures of matplotlib, which is imported when one is drawn."""
+
+from pathlib import Path
+from typing import Any
+
+from jaxlm.core.errors import UserError
+
+
+def new_axes(size: tuple[float, float]) -> Any:
+    """Axes of a new figure of `size` inches.
+
+    Raises:
+        UserError: matplotlib is not there.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plots need matplotlib: pip install 'jaxlm[plots]'.") from None
+    return Figure(figsize=size, layout="constrained").subplots()
+
+
+def save_figure(axes: Any, path: Path) -> Path:
+    """Writes the figure of `axes`, and returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    axes.figure.savefig(path, dpi=150, bbox_inches="tight")
+    return path
