@@ -18,9 +18,10 @@ write it and in place with half the memory, and in PyTorch. They take turns. The
 
 The second table is of 64 steps of momentum SGD on a network of 256 by 256 by eight workers on this
 device, with a batch of 16 each: by themselves, without `jaxlm`, and with averages at every step or
-at every 16th; below them is one model on the joint batch of 128. `over_alone` is time over that of
-the first row. `difference` is the largest of parameters from those on the joint batch, which H = 1
-reaches as well.
+at every 16th; below them is one model on the joint batch of 128, and SVAG on its halves, with l = 1
+and l = 4 in as many updates. `over_alone` is time over that of the first row, `over_joint` over
+that of the joint batch, which is SVAG's peer. `difference` is the largest of parameters from those
+on the joint batch, which H = 1 reaches as well.
 
 The last line is one JSON object.
 """
@@ -182,13 +183,14 @@ def loss(params: Any, batch: Any) -> jax.Array:
     return jnp.mean((jnp.tanh(x @ params["first"]) @ params["second"] - y) ** 2)
 
 
-def plain_steps(params: Any, batches: Any) -> Any:
+def plain_steps(params: Any, batches: Any, value_and_grad: Callable[..., Any] | None = None) -> Any:
     """Steps of one model, by optax."""
+    value_and_grad = value_and_grad or jax.value_and_grad(loss)
     sgd = optax.sgd(0.05, 0.9)
 
     def step(carry, batch):
         params, state = carry
-        value, grads = jax.value_and_grad(loss)(params, batch)
+        value, grads = value_and_grad(params, batch)
         updates, state = sgd.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), value
 
@@ -201,13 +203,26 @@ def steps_alone(params: Any, batches: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.mean(0), ends)
 
 
-def joint_steps(params: Any, batches: Any) -> Any:
-    """Steps on the batches of all workers as one."""
+def joined(batches: Any) -> Any:
+    """The batches of all workers as one, [S, K B, ...]."""
 
     def join(leaf):
         return jnp.swapaxes(leaf, 0, 1).reshape(leaf.shape[1], -1, leaf.shape[-1])
 
-    return plain_steps(params, jax.tree.map(join, batches))
+    return jax.tree.map(join, batches)
+
+
+def joint_steps(params: Any, batches: Any) -> Any:
+    """Steps on the batches of all workers as one."""
+    return plain_steps(params, joined(batches))
+
+
+def svag_steps(l: int, params: Any, batches: Any) -> Any:
+    """Updates of SVAG, whose pairs are the halves of the joint batches."""
+    fn = dynamics.svag(l, "sgdm").value_and_grad(loss)
+    return plain_steps(
+        params, joined(batches), lambda params, batch: fn(params, *dynamics.split_halves(batch))
+    )
 
 
 def local_steps(h: int, params: Any, batches: Any) -> Any:
@@ -232,6 +247,7 @@ def measure_local(width: int, repeats: int) -> list[dict[str, Any]]:
     functions = {"alone": steps_alone}
     functions |= {f"H = {h}": functools.partial(local_steps, h) for h in (1, 16)}
     functions["joint batch"] = joint_steps
+    functions |= {f"SVAG, l = {l}": functools.partial(svag_steps, l) for l in (1, 4)}
     programs = {
         name: common.compiled(jax.jit(function), params, batches)
         for name, function in functions.items()
@@ -251,6 +267,7 @@ def measure_local(width: int, repeats: int) -> list[dict[str, Any]]:
             "steps": name,
             "seconds": times[name],
             "over_alone": times[name] / times["alone"],
+            "over_joint": times[name] / times["joint batch"],
             "difference": difference(name),
             "compile_s": compile_s,
             "peak_MB": common.peak_bytes(program) / 1e6,

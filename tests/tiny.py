@@ -129,6 +129,16 @@ output: {folder / "run"}
     return path
 
 
+def write_corpus(folder: Path) -> None:
+    """A tokenizer and a corpus of two domains, with held-out text."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<s>"})
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "corpus" / "held_out").mkdir(parents=True)
+    for name, count in (("films", 60), ("more", 50), ("held_out/films", 20)):
+        write_jsonl(folder / "corpus" / f"{name}.jsonl", sentences(count))
+
+
 @pytest.fixture
 def run_yaml(tmp_path: Path, tiny_model: Path) -> Path:
     return write_run(tmp_path, tiny_model)

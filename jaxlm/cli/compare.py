@@ -121,19 +121,27 @@ def _variant(config: CompareConfig, name: str, section: Any, where: str) -> curv
     data = copy.deepcopy(config.run)
     for key, value in section.items():
         configs.put(data, key, copy.deepcopy(value), place)
-    first = configs.build(PretrainConfig, {**data, "output": config.output}, place)
-    if scale is not None:
-        try:
-            changed = configs.build(curves.Scale, scale, place, "scale")(first)
-            first = dataclasses.replace(first, **changed)
-        except UserError as error:
-            raise UserError(f"{place}: {error}".replace(f"{place}: {place}", place)) from None
+    data["output"] = config.output
+    first = _scaled(data, scale, place) if scale else configs.build(PretrainConfig, data, place)
     folder = Path(config.output, folder_name(name))
     runs = tuple(
         dataclasses.replace(first, seed=seed, output=str(folder / f"seed-{seed}"))
         for seed in config.seeds
     )
     return curves.Variant(name=name, runs=runs)
+
+
+def _scaled(data: dict[str, Any], scale: Any, place: str) -> PretrainConfig:
+    """The run under a scaling rule; its `dynamics` are those of the new batch."""
+    plain = configs.build(PretrainConfig, {**data, "dynamics": "null"}, place)
+    rule = configs.build(curves.Scale, scale, place, "scale")
+    try:
+        changed = rule(plain)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    data = {**data, "batch_size": str(changed["batch_size"])}
+    dynamics = configs.build(PretrainConfig, data, place).dynamics
+    return dataclasses.replace(plain, **changed, dynamics=dynamics)
 
 
 def _say(line: str) -> None:

@@ -5,7 +5,6 @@ for every seed, and their curves of the loss lie as far apart as a table says.
 """
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,9 +169,7 @@ def rows(curves: Sequence[Curve], *, start: float = 0.0) -> list[dict[str, Any]]
         {
             "variant": curve.name,
             "last": _last(curve),
-            "std": statistics.stdev(curve.values[:, -1].tolist())
-            if len(curve.values) > 1
-            else None,
+            "std": float(curve.values[:, -1].std(ddof=1)) if len(curve.values) > 1 else None,
             "relative": _last(curve) / first - 1,
             "distances": [distance(curve, other, start=start) for other in curves],
             "reports": curve.reports,

@@ -13,7 +13,7 @@ from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.data.corpus import Windows
 from jaxlm.train.pretraining import PretrainConfig, pretrain
-from tests.tiny import make_tokenizer, sentences
+from tests.tiny import sentences, write_corpus
 
 YAML = """\
 model: {{family: llama, hidden_size: 16, num_layers: 2, num_heads: 2, intermediate_size: 16,
@@ -37,13 +37,7 @@ output: {folder}/run
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"eos_token": "<s>"})
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "corpus" / "held_out").mkdir(parents=True)
-    for name, count in (("films", 60), ("more", 50), ("held_out/films", 20)):
-        lines = "".join(json.dumps({"text": row["text"]}) + "\n" for row in sentences(count))
-        (tmp_path / "corpus" / f"{name}.jsonl").write_text(lines)
+    write_corpus(tmp_path)
     (tmp_path / "tiny.yaml").write_text(YAML.format(folder=tmp_path))
     return tmp_path
 
