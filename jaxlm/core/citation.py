@@ -119,6 +119,46 @@ _PAPERS = {
           eprint        = {2410.07698},
           archiveprefix = {arXiv}
         }""",
+    "li2021svag": """
+        @inproceedings{li2021svag,
+          title         = {On the Validity of Modeling {SGD} with Stochastic Differential
+                           Equations ({SDEs})},
+          author        = {Li, Zhiyuan and Malladi, Sadhika and Arora, Sanjeev},
+          booktitle     = {Advances in Neural Information Processing Systems},
+          year          = {2021},
+          eprint        = {2102.12470},
+          archiveprefix = {arXiv}
+        }""",
+    "malladi2022sdes": """
+        @inproceedings{malladi2022sdes,
+          title         = {On the {SDEs} and Scaling Rules for Adaptive Gradient Algorithms},
+          author        = {Malladi, Sadhika and Lyu, Kaifeng and Panigrahi, Abhishek and
+                           Arora, Sanjeev},
+          booktitle     = {Advances in Neural Information Processing Systems},
+          year          = {2022},
+          eprint        = {2205.10287},
+          archiveprefix = {arXiv}
+        }""",
+    "wang2024momentum": """
+        @inproceedings{wang2024momentum,
+          title         = {The Marginal Value of Momentum for Small Learning Rate {SGD}},
+          author        = {Wang, Runzhe and Malladi, Sadhika and Wang, Tianhao and Lyu,
+                           Kaifeng and Li, Zhiyuan},
+          booktitle     = {International Conference on Learning Representations},
+          year          = {2024},
+          eprint        = {2307.15196},
+          archiveprefix = {arXiv}
+        }""",
+    "gu2024qsr": """
+        @inproceedings{gu2024qsr,
+          title         = {A Quadratic Synchronization Rule for Distributed Deep Learning},
+          author        = {Gu, Xinran and Lyu, Kaifeng and Arora, Sanjeev and Zhang,
+                           Jingzhao and Huang, Longbo},
+          booktitle     = {International Conference on Learning Representations},
+          year          = {2024},
+          eprint        = {2310.14423},
+          archiveprefix = {arXiv}
+        }""",
     "pang2004subjectivity": """
         @inproceedings{pang2004subjectivity,
           title     = {A Sentimental Education: Sentiment Analysis Using Subjectivity Summarization
@@ -158,6 +198,14 @@ _CITED_BY = {
     "tracin": ("pruthi2020tracin",),
     "grand": ("paul2021diet",),
     "el2n": ("paul2021diet",),
+    "svag": ("li2021svag", "malladi2022sdes"),
+    "sgd_sde": ("li2021svag",),
+    "rmsprop_sde": ("malladi2022sdes",),
+    "adam_sde": ("malladi2022sdes",),
+    "scale_rule": ("malladi2022sdes", "li2021svag"),
+    "sgdm": ("wang2024momentum",),
+    "qsr": ("gu2024qsr",),
+    "local_update": ("gu2024qsr",),
     "lds": ("ilyas2022datamodels", "park2023trak"),
 }
 

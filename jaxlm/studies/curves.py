@@ -204,7 +204,7 @@ def draw(curves: Sequence[Curve], path: Path, *, y: Y, start: float = 0.0) -> Pa
             low, high = curve.values.min(0)[late], curve.values.max(0)[late]
             axes.fill_between(curve.tokens[late], low, high, color=line.get_color(), alpha=0.15)
     axes.set(xlabel="tokens", ylabel=y.replace("_", " "))
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return save_figure(axes, path)
 
 
