@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import mezo_accuracy
+from jaxlm.cli import compare
 from jaxlm.cli import config as configs
 from jaxlm.cli.sweep import SweepConfig, plan
 from jaxlm.studies.kernel_study import KernelConfig, cases
@@ -26,6 +27,7 @@ def test_every_folder_is_tested():
     assert folders == {
         "accuracy",
         "accuracy/tasks",
+        "dynamics",
         "effect",
         "kernel",
         "mezo",
@@ -33,6 +35,15 @@ def test_every_folder_is_tested():
         "prompts",
         "select",
     }
+
+
+@pytest.mark.parametrize("path", files("dynamics/*.yaml"))
+def test_a_comparison(path):
+    variants = compare.plan(configs.load(compare.CompareConfig, path), str(path))
+    outputs = [run.output for each in variants for run in each.runs]
+    assert len(set(outputs)) == len(outputs) == 3 * len(variants)
+    tokens = {run.steps * run.batch_size * run.seq_len for each in variants for run in each.runs}
+    assert len(tokens) == 1
 
 
 @pytest.mark.parametrize("path", files("mezo/*.yaml"))

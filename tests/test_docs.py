@@ -5,8 +5,10 @@ from pathlib import Path
 
 import jax
 import pytest
+import yaml
 
 from jaxlm.cli import config as configs
+from jaxlm.cli.compare import CompareConfig, plan
 from jaxlm.models.families import MODULES
 from jaxlm.train.run import FinetuneConfig
 
@@ -23,7 +25,9 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
 
 
-@pytest.mark.parametrize("page", ["kernels.md", "mezo.md", "peft.md", "selection.md"])
+@pytest.mark.parametrize(
+    "page", ["dynamics.md", "kernels.md", "mezo.md", "peft.md", "selection.md"]
+)
 def test_the_examples_of_a_page_run_in_order(page: str, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -59,6 +63,27 @@ def test_every_name_of_influence_that_a_page_mentions_is_there():
     rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", text.partition("| function |")[2], re.M)
     named |= {name for row in rows for name in re.findall(r"\w+", row)}
     assert {"score", "bm25", "lds"} <= named <= set(influence.__all__)
+
+
+def test_every_name_of_dynamics_that_a_page_mentions_is_there():
+    from jaxlm import dynamics
+    from jaxlm.train.dynamics import DYNAMICS
+
+    text = (DOCS / "dynamics.md").read_text()
+    named = set(re.findall(r"dynamics\.(\w+)", text)) - {"md", "yaml"}
+    assert {"svag", "simulate", "scale_rule", "local_update"} <= named <= set(dynamics.__all__)
+    keys = [yaml.safe_load(key) for key in re.findall(r"`(\{name: .*?\})`", text)]
+    assert {key["name"] for key in keys} == set(DYNAMICS)
+    for key in keys:
+        DYNAMICS[key["name"]](**key)
+
+
+def test_the_commands_of_the_page_of_dynamics_can_be_configured(monkeypatch):
+    monkeypatch.chdir(DOCS.parent)
+    for line in "".join(blocks("dynamics.md", "bash")).splitlines():
+        words = line.partition("#")[0].split()
+        assert words[:2] == ["jaxlm", "compare"], line
+        assert plan(configs.load(CompareConfig, *configs.parse_args(words[2:])), words[2])
 
 
 def test_the_commands_of_the_page_of_selections_can_be_configured(monkeypatch):
