@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from scipy.stats import spearmanr
 
 import jaxlm
 from benchmarks import common
@@ -82,17 +83,17 @@ class Problem:
         params = self.adapted(seed).params
         chosen, frozen = paths.split(params, peft.LORA)
         ends = self._fit(chosen, frozen, jnp.asarray(order), steps=EPOCHS * steps)
-        schedule = np.array([RATE * (1 - i / (EPOCHS * steps)) for i in range(EPOCHS * steps)])
+        rates = np.asarray(schedule(EPOCHS * steps)(np.arange(EPOCHS * steps)))
         models, states = [], []
         for epoch in range(EPOCHS):
             end, state = jax.tree.map(lambda a, epoch=epoch: a[epoch], ends)
             models.append(paths.merge(end, frozen))
             states.append(state)
-        return models, states, schedule.reshape(EPOCHS, steps).mean(1).tolist()
+        return models, states, rates.reshape(EPOCHS, steps).mean(1).tolist()
 
     @functools.partial(jax.jit, static_argnames=("self", "steps"))
     def _fit(self, chosen: Any, frozen: Any, order: Any, *, steps: int) -> Any:
-        tx = optimizer(steps)
+        tx = optax.adam(schedule(steps))
 
         def step(carry, places):
             chosen, state = carry
@@ -115,9 +116,9 @@ class Problem:
         return -self.losses(params, self.target)
 
 
-def optimizer(steps: int) -> optax.GradientTransformation:
-    """Adam with a rate that falls to zero."""
-    return optax.adam(optax.linear_schedule(RATE, 0.0, steps))
+def schedule(steps: int) -> optax.Schedule:
+    """A learning rate that falls to zero."""
+    return optax.linear_schedule(RATE, 0.0, steps)
 
 
 def retrained(problem: Problem, masks: np.ndarray, seeds: int) -> np.ndarray:
@@ -202,15 +203,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         table.append({"attribution": "noise", **dict.fromkeys(("score", "low", "high"))})
         others = found[1:].mean(0)
         table[-1]["score"] = float(
-            np.mean([correlation(found[0][:, m], others[:, m]) for m in range(others.shape[1])])
+            np.mean([spearmanr(found[0][:, m], others[:, m])[0] for m in range(others.shape[1])])
         )
     return table
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's."""
-    ranks = [np.argsort(np.argsort(x)) for x in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def main() -> None:

@@ -57,12 +57,6 @@ class Gradient:
             return _wide(self.value)
         return sum(_form(use, self.shape) for use in self.uses)  # type: ignore[return-value]
 
-    def factors(self) -> tuple[Array, Array] | None:
-        """(a, b) if the gradient is sum_t a_t b_t^T; else None."""
-        if len(self.uses) == 1 and self.uses[0].op == "dense":
-            return self.uses[0].a, self.uses[0].b
-        return None
-
 
 def _wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
