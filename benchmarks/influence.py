@@ -15,6 +15,9 @@ PyTorch and peft, one example at a time, projected by parts of a matrix of signs
   difference   of whole features: largest |ours - theirs| over the largest |theirs|; of projected
                ones: largest difference of the cosines of two examples, against whole features
 
+The row "batch gradient" is `jax.grad` of the sum of all losses: one gradient for all examples, what
+a step of training takes.
+
 --quick has 8 examples of 16 tokens and 512 numbers. The last line is one JSON object.
 """
 
@@ -46,7 +49,7 @@ SMALL = SHIPPED.replace(
     embedding_size=256,
 )
 FAMILIES = ("rademacher", "countsketch", "srht")
-WHOLE = "gradient, Adam"
+WHOLE, BATCH = "gradient, Adam", "batch gradient"
 
 
 def model() -> LanguageModel:
@@ -95,6 +98,13 @@ def features_of(lm: LanguageModel, state: Any, ids: Any, family: str | None, dim
     drawn = None if family is None else influence.projector(family, dim)
     options = {"adam_state": state, "select": peft.LORA, "projector": drawn}
     return functools.partial(influence.gradient_features, loss_of(lm), lm.params, ids, **options)
+
+
+def batch_gradient(lm: LanguageModel, ids: Any) -> Any:
+    """A function without arguments: the gradient of all examples together."""
+    chosen, frozen = paths.split(lm.params, peft.LORA)
+    grad = jax.grad(lambda part: loss_of(lm)(paths.merge(part, frozen), ids).sum())
+    return functools.partial(jax.jit(grad), chosen)
 
 
 def torch_loop(lm: LanguageModel, state: Any) -> Any:
@@ -156,8 +166,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     state, ids = moments(lm), tokens(count, length)
     calls = {WHOLE: features_of(lm, state, ids, None, dim)}
     calls |= {name: features_of(lm, state, ids, name, dim) for name in FAMILIES}
+    calls[BATCH] = batch_gradient(lm, ids)
     compile_s = {name: common.seconds(call) for name, call in calls.items()}
-    values = {name: np.asarray(call()) for name, call in calls.items()}
+    values = {name: np.asarray(calls[name]()) for name in (WHOLE, *FAMILIES)}
     differences = {
         name: float(np.abs(cosines(values[name]) - cosines(values[WHOLE])).max())
         for name in FAMILIES
@@ -182,7 +193,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     def row(name: str, gradient_s: float, project_s: float, peer: float | None) -> None:
         total = gradient_s + project_s
-        held = None if options.quick else fresh_process(name, count, length, dim)
+        fresh = not options.quick and name != BATCH
+        held = fresh_process(name, count, length, dim) if fresh else None
         table.append(
             {
                 "features": name,
@@ -204,6 +216,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     for name in FAMILIES:
         rest = max(0.0, seconds[name] - seconds[WHOLE])
         row(name, seconds[name] - rest, rest, peer_all)
+    row(BATCH, seconds[BATCH], 0.0, whole)
     if peers:
         row(f"torch, {WHOLE}", whole, 0.0, whole)
         row("torch, rademacher", whole, peer_all - whole, peer_all)
