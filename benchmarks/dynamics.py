@@ -8,7 +8,8 @@ own noise. It runs through `jaxlm.dynamics.run_optimizer` with `optax.adam`, the
 through `jaxlm.dynamics.simulate`, and the same chain vectorised over paths in NumPy, as one would
 write it and in place with half the memory, and in PyTorch. They take turns. The columns:
 
-  seconds      median of the repeats
+  seconds      of a run, median over the repeats; those that are shorter than half a second are
+               made one after another until it is over
   Msteps_per_s paths times steps in a second, in millions
   over_jaxlm   seconds over the first row's
   mean, sd     of x after the last step
@@ -28,6 +29,7 @@ The last line is one JSON object.
 
 import argparse
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -133,6 +135,19 @@ def torch_chain(paths: int, steps: int) -> Callable[[], Any] | None:
     return run
 
 
+def in_a_row(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of a call, where calls follow each other for half a second or longer."""
+    for call in calls.values():
+        common.seconds(call)
+    counts = {name: math.ceil(0.5 / common.seconds(call)) for name, call in calls.items()}
+
+    def many(name):
+        return lambda: [jax.block_until_ready(calls[name]()) for _ in range(counts[name])]
+
+    times = common.interleaved({name: many(name) for name in calls}, repeats)
+    return {name: times[name] / counts[name] for name in calls}
+
+
 def measure(paths: int, steps: int, repeats: int) -> list[dict[str, Any]]:
     """One row for each implementation."""
     key, numbers = jax.random.key(0), np.random.default_rng(0)
@@ -143,12 +158,12 @@ def measure(paths: int, steps: int, repeats: int) -> list[dict[str, Any]]:
         calls[name] = functools.partial(program, key)
     calls["numpy"] = functools.partial(numpy_chain, numbers, paths, steps)
     calls["numpy, in place"] = functools.partial(numpy_in_place, numbers, paths, steps)
-    times = common.interleaved(calls, repeats)
+    times = in_a_row(calls, repeats)
     # After the others, whose process its threads would share.
     peer = torch_chain(paths, steps)
     if peer is not None:
         calls["torch, in place"] = peer
-        times |= common.interleaved({"torch, in place": peer}, repeats)
+        times |= in_a_row({"torch, in place": peer}, repeats)
     rows, first = [], None
     for name, call in calls.items():
         x = np.asarray(call(), np.float64).reshape(-1)

@@ -157,6 +157,16 @@ def normal(
     )
 
 
+def stored(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Finite x as it is, computed once where several use it.
+
+    XLA's CPU compiler would fuse the making of noise into every use, a loop that broadcasts it or
+    each of several results, and draw it again; but it keeps a quotient. So x is divided by ones
+    that the compiler does not see through.
+    """
+    return x / (1 + 0 * x)
+
+
 def rademacher(
     key: Array, shape: tuple[int, ...], rows: Rows = None, generator: Generator = "counter"
 ) -> Float[Array, "..."]:

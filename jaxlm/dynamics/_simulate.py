@@ -154,7 +154,7 @@ def run_optimizer(
         updates, state = optimizer.update(noisy, state, x)
         return optax.apply_updates(x, updates), state
 
-    white = _white(key, n_paths, as_operator(sqrt_cov(x0), x0).structure)
+    white = _white(key, n_paths, as_operator(sqrt_cov(x0), x0).structure, stretches)
     return _run(n_paths, white, move, (x0, optimizer.init(x0)), stretches)[0]
 
 
@@ -187,18 +187,28 @@ def _stretches(t0: float | int, t1: float | int, dt0: float | int, save_at: Any)
     )
 
 
-def _white(key: Any, n_paths: int, structure: Any) -> Callable[[Any, Any], Any]:
-    """A function of path and step: standard normal numbers, a tree of the structure."""
+def _white(key: Any, n_paths: int, structure: Any, stretches: Stretch) -> Callable[[Any, Any], Any]:
+    """A function of path and step: standard normal numbers, a tree of the structure.
+
+    The keys of all steps are made at once: in a loop over few numbers they would take as long as
+    the numbers.
+    """
+
+    @jax.vmap
+    def keys_of(index):
+        step_key = jax.random.fold_in(key, index)
+        return [prng.leaf_key(step_key, leaf.path, leaf.layer) for leaf in leaves]
+
+    leaves, tree = paths.flatten(structure)
+    keys = keys_of(jnp.arange(int(np.sum(stretches.count))))
 
     def draw(path, index):
-        step_key = jax.random.fold_in(key, index)
-
-        def leaf(leaf):
+        def normal(leaf, keys):
             shape, dtype = leaf.value.shape, leaf.value.dtype
-            leaf_key = prng.leaf_key(step_key, leaf.path, leaf.layer)
-            return prng.normal(leaf_key, (n_paths, *shape), rows=(path, 1))[0].astype(dtype)
+            z = prng.normal(keys[index], (n_paths, *shape), rows=(path, 1))[0]
+            return prng.stored(z).astype(dtype)
 
-        return paths.map_with_path(leaf, structure)
+        return jax.tree.unflatten(tree, map(normal, leaves, keys))
 
     return draw
 
@@ -212,22 +222,19 @@ def _run(
 ) -> Any:
     """Every path: `move(step, z, carry) -> carry` for all steps, saving carries.
 
-    What does not depend on the path, such as an optimizer's count, is computed once for all. Noise
-    is drawn a step ahead: where several of a step's arrays need it, the compiler would rather draw
-    it for each of them than keep it.
+    What does not depend on the path, such as an optimizer's count, is computed once for all.
     """
 
     def one(path):
         def stretch(carry, part):
             def step(j, carry):
-                z, state = carry
                 at = part._replace(start=part.start + j * part.width)
-                return white(path, part.first + j + 1), move(at, z, state)
+                return move(at, white(path, part.first + j), carry)
 
             carry = lax.fori_loop(0, part.count, step, carry)
-            return carry, carry[1]
+            return carry, carry
 
-        return lax.scan(stretch, (white(path, 0), start), stretches)[1]
+        return lax.scan(stretch, start, stretches)[1]
 
     return jax.vmap(one)(jnp.arange(n_paths))
 
@@ -242,7 +249,7 @@ def _euler(key: Any, sde: SDE, x0: Any, stretches: Stretch, n_paths: int) -> Any
 
         return jax.tree.map(add, x, sde.drift(part.start, x), kick)
 
-    white = _white(key, n_paths, as_operator(sde.diffusion(sde.t0, x0), x0).structure)
+    white = _white(key, n_paths, as_operator(sde.diffusion(sde.t0, x0), x0).structure, stretches)
     return _run(n_paths, white, move, x0, stretches)
 
 

@@ -65,12 +65,11 @@ class Perturbation:
 def settled(z: Any) -> Any:
     """z as it is, drawn once and with the same last bits wherever it is used.
 
-    The barrier keeps fusions from changing bits. What is broadcast, vectors and factors, is also
-    divided by ones that the compiler does not see through: XLA would fuse the making of noise into
-    the loop that broadcasts it and draw it again for each row, but stores a quotient.
+    The barrier keeps fusions from changing bits. What is broadcast, vectors and factors, is
+    `prng.stored`, or it would be drawn again for each row.
     """
     if isinstance(z, views.LowRank) or z.ndim <= 1:
-        z = jax.tree.map(lambda x: x / (1 + 0 * x), z)
+        z = jax.tree.map(prng.stored, z)
     return lax.optimization_barrier(z)
 
 
