@@ -36,7 +36,7 @@ from jaxlm.evaluation import accuracy, calibrate, option_scores, score_split
 from jaxlm.train.objective import classification_objective
 
 QUICK = os.environ.get("JAXLM_QUICK") == "1"
-STEPS = 40 if QUICK else 600
+STEPS = 12 if QUICK else 600
 
 # %% [markdown]
 # ## Load

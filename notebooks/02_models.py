@@ -206,7 +206,7 @@ figure.tight_layout()
 # %%
 rows = jax.device_put(np.tile(ids[:1], (4, 1)), batch_sharding(mesh))
 there = jax.jit(lm.log_probs)(sharded, rows)
-here = lm.log_probs(lm.params, ids[:1])
+here = jax.jit(lm.log_probs)(lm.params, ids[:1])
 print("largest difference to one device:", np.abs(there - np.asarray(here)).max())
 (sample,) = generate_text(lm.replace(params=sharded), ["the film is"], max_new_tokens=12)[0]
 print(sample.text)

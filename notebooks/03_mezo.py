@@ -243,6 +243,6 @@ for name, chosen in choices.items():
     opt = zo.zeroth_order(2e-2, num_directions=4, **chosen)
     step = zo.jit_step(opt, my_loss)
     params, state = jax.tree.map(jnp.copy, mine), opt.init(mine, jax.random.key(2))
-    for _ in range(50 if QUICK else 500):
+    for _ in range(5 if QUICK else 500):
         params, state, info = step(params, state, data)
     print(f"{name:<13} loss {info.loss:.3f}, {opt.forwards} forward passes a step")

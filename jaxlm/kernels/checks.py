@@ -63,11 +63,13 @@ def outputs(f: Callable[..., Array], params: Any, x: Any, name: str) -> int:
 def _batches(f, params, x, other):
     """f at a pair of examples, at the pair exchanged, and at the first twice."""
 
-    def at(*rows):
-        return f(params, jax.tree.map(lambda a: jnp.asarray(a)[jnp.array(rows)], x))
+    def at(rows):
+        return f(params, jax.tree.map(lambda a: jnp.asarray(a)[rows], x))
 
+    # A loop, so that f is compiled once.
     with jax.default_matmul_precision("highest"):
-        return at(0, other), at(other, 0)[::-1], at(0, 0)
+        pair, exchanged, twice = jax.lax.map(at, jnp.array([[0, other], [other, 0], [0, 0]]))
+    return pair, exchanged[::-1], twice
 
 
 def check_independence(f: Callable[..., Array], params: Any, x: Any, name: str) -> None:

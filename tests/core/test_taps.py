@@ -1,5 +1,6 @@
 """The factors of a tap are those of the per-example gradients that vmap(grad) gives."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -42,6 +43,13 @@ def per_example(f, params, x):
     """Path -> [N, *shape of the leaf], by vmap(grad)."""
     one = lambda params, row: f(params, jax.tree.map(lambda a: a[None], row))[0]  # noqa: E731
     return by_path(jax.vmap(jax.grad(one), in_axes=(None, 0))(params, x))
+
+
+@functools.cache
+def of_gpt2():
+    """`per_example` of the scores of BATCH."""
+    lm = jaxlm.from_pretrained(GOLDEN / "gpt2")
+    return jax.jit(lambda params: per_example(score(lm), params, BATCH))(lm.params)
 
 
 def gradient(op, a, b, shape):
@@ -138,10 +146,10 @@ def test_several_cotangents_and_rematerialisation():
             axes = {key: taps.Factors(None, 0, None) for key in factors}
             return jax.vmap(lambda factors: from_factors(lm, factors), (axes,))(factors)
 
-        return grads(f), grads(remat), per_example(f, params, BATCH)
+        return grads(f), grads(remat)
 
-    found, rematerialised, single = both(lm.params)
-    wanted = jax.tree.map(lambda value: jnp.einsum("kn,n...->kn...", cotangents, value), single)
+    found, rematerialised = both(lm.params)
+    wanted = {path: np.einsum("kn,n...->kn...", cotangents, g) for path, g in of_gpt2().items()}
     assert_equal(found, wanted)
     assert_equal(rematerialised, wanted)
 
@@ -165,16 +173,12 @@ def test_a_rule_sees_every_use_in_a_layer_with_all_cotangents(remat: str):
     @jax.jit
     def both(params):
         found = taps.reduce(f, params, BATCH, square_norms, cotangents=cotangents, extras=extras)
-        return (
-            found,
-            taps.factors(f, params, BATCH, cotangents=cotangents),
-            per_example(f, params, BATCH),
-        )
+        return found, taps.factors(f, params, BATCH, cotangents=cotangents)
 
-    (total, own, rest), factors, single = both(lm.params)
+    (total, own, rest), factors = both(lm.params)
     layers = {
         path: np.square(g).reshape(*g.shape[:2], -1).sum(-1).T
-        for path, g in single.items()
+        for path, g in of_gpt2().items()
         if path.startswith("layers.")
     }
     weights = np.square(cotangents)

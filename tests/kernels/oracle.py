@@ -32,14 +32,23 @@ def jacobian(f, params, x, keep=lambda path: True):
     """(path, layer) -> [N, C, p] in float64, by reverse mode over the whole batch."""
     with jax.enable_x64(True):
         params = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), params)
-        lowered = jax.jit(jax.jacrev(lambda params: f(params, x))).lower(params)
-        found = lowered.compile(compiler_options=FAST_TO_COMPILE)(params)
+        kept = {path: value for path, value in entries(params) if keep(path)}
+
+        def at(kept, params):
+            return f(
+                jax.tree_util.tree_map_with_path(
+                    lambda path, value: kept.get(".".join(str(key.key) for key in path), value),
+                    params,
+                ),
+                x,
+            )
+
+        lowered = jax.jit(jax.jacrev(at)).lower(kept, params)
+        found = lowered.compile(compiler_options=FAST_TO_COMPILE)(kept, params)
         result = {}
-        for path, value in entries(found):
+        for path, value in found.items():
             value = np.asarray(value)
             shape = value.shape[:2]
-            if not keep(path):
-                continue
             if path.startswith("layers."):
                 for layer in range(value.shape[2]):
                     result[path, layer] = value[:, :, layer].reshape(*shape, -1)

@@ -40,13 +40,14 @@ def lm():
 def by_whole_passes(lm, prompt, count):
     """Greedy tokens and their log-probabilities without any cache."""
     apply = jax.jit(lm.apply)
-    ids, scored = np.zeros((1, len(prompt) + count), np.int32), []
+    # What stands behind a token is not seen: so all prompts are one program.
+    ids, scored = np.zeros((1, PROMPTS.shape[1] + count), np.int32), []
     ids[0, : len(prompt)] = prompt
     for place in range(len(prompt), len(prompt) + count):
         logits = apply(lm.params, ids)[0, place - 1]
         ids[0, place] = int(jnp.argmax(logits))
         scored.append(float(jax.nn.log_softmax(logits)[ids[0, place]]))
-    return ids[0, len(prompt) :].tolist(), scored
+    return ids[0, len(prompt) : len(prompt) + count].tolist(), scored
 
 
 @pytest.mark.parametrize("attention", ["xla", "blockwise"])

@@ -24,9 +24,14 @@ from tests.tiny import tiny_model
 __all__ = ["one_thread", "tiny_model"]
 
 
+def alike(folder):
+    """As many examples of like lengths in every split: kernels of two splits are one program."""
+    return few_shot(folder, long=" film", test=8)
+
+
 @pytest.fixture(scope="module")
 def task(tiny_model, tmp_path_factory):
-    return kernel_task(tiny_model, few_shot(tmp_path_factory.mktemp("task")), seed=0)
+    return kernel_task(tiny_model, alike(tmp_path_factory.mktemp("task")), seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +74,34 @@ def test_kernels_are_products_of_gradients(task, gradients, kind):
         wanted = train @ np.sign(test).T
         np.testing.assert_allclose(found, wanted, atol=tolerance * np.abs(found).max())
     assert kernels.of(kind, "test") is kernels.of(kind, "test")
+
+
+def test_kernels_of_groups_are_joined_in_the_order_of_the_split(tmp_path, tiny_model, monkeypatch):
+    task = kernel_task(tiny_model, few_shot(tmp_path), seed=0)
+    assert len(task.groups("test")) == 2
+    found, places = Kernels(task, tmp_path / "kernels"), []
+
+    def features(x):
+        ids = np.where(x["attention_mask"], x["input_ids"], 0)
+        return np.stack([ids.sum(1), ids.max(1), ids[:, 2]], 1)
+
+    def product(self, params, kind, x1, x2, place):
+        places.append(place)
+        # As K-A-SignGD, which is not symmetric.
+        return np.einsum("np,mp->nm", features(x1), np.sqrt(features(x2)))[:, None, :, None]
+
+    monkeypatch.setattr(Kernels, "_ntk", product)
+    rows = {}
+    for split in ("train", "test"):
+        texts = [each.input_ids[0] for each in getattr(task.encoded, split)]
+        rows[split] = np.array([[sum(ids), max(ids), ids[2]] for ids in texts])
+    assert len(np.unique(rows["test"], axis=0)) > 6
+    for kind in ("sgd", "signgd"):
+        wanted = rows["test"] @ np.sqrt(rows["train"]).T
+        np.testing.assert_allclose(found.of(kind, "test")[:, 0, :, 0], wanted)
+        wanted = rows["train"] @ np.sqrt(rows["test"]).T
+        np.testing.assert_allclose(found.flipped(kind, "test")[:, 0, :, 0], wanted)
+    assert len(set(places)) == len(places) == 8
 
 
 def test_training_keeps_what_is_best_on_validation(task, monkeypatch):
@@ -212,7 +245,7 @@ def test_a_table_has_means_over_seeds():
 
 
 def study(folder, tiny_model):
-    task = few_shot(folder)
+    task = alike(folder)
     path = folder / "study.yaml"
     path.write_text(f"""\
 model: {tiny_model}

@@ -23,13 +23,13 @@ GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 LONG = " number film" * 3
 
 
-def few_shot(folder, labels=("good", "bad"), k=4):
-    """Sentences of two lengths, `k` of a class to train on."""
+def few_shot(folder, labels=("good", "bad"), k=4, long=LONG, test=12):
+    """Sentences with and without `long` at their end, `k` of a class to train on."""
     found = [{**row, "label": i % len(labels)} for i, row in enumerate(sentences(60))]
     for row in found[::3]:
-        row["text"] += LONG
+        row["text"] += long
     path = str(write_jsonl(folder / "rows.jsonl", found))
-    test = str(write_jsonl(folder / "test.jsonl", found[:12]))
+    path_of_test = str(write_jsonl(folder / "test.jsonl", found[:test]))
     return task_config(
         {
             "name": "tiny",
@@ -37,7 +37,7 @@ def few_shot(folder, labels=("good", "bad"), k=4):
             "labels": list(labels),
             "train": path,
             "validation": "hold_out",
-            "test": test,
+            "test": path_of_test,
             "k": k,
         }
     )

@@ -1,11 +1,9 @@
 """A run that is killed and started again ends with the numbers of one that was never killed."""
 
 import json
-import os
+import multiprocessing
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,27 +11,27 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.logging import Metrics
 from tests.tiny import write_run
 
-STEPS = 120
+STEPS = 60
 
 
-def launch(path: Path) -> subprocess.Popen:
+# Each run is a process, that of a server which has imported what takes seconds, and done no more.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["jaxlm.train.run", "orbax.checkpoint", "transformers.models.auto.tokenization_auto"]
+)
+
+
+def launch(path: Path) -> multiprocessing.process.BaseProcess:
     flags = [f"--steps={STEPS}", "--eval-every=20", "--checkpoint-every=10"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "jaxlm.cli.main", "finetune", str(path), *flags],
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(path.parents[1] / "programs"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        },
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    process = SERVER.Process(target=main, args=(["finetune", str(path), *flags],))
+    process.start()
+    return process
 
 
 def lines(path: Path) -> int:
@@ -46,19 +44,20 @@ def kill_after(path: Path, count: int, delay: float) -> None:
     process = launch(path)
     deadline = time.monotonic() + 120
     while lines(path) < count:
-        assert process.poll() is None, process.stderr.read()
+        assert process.is_alive(), process.exitcode
         assert time.monotonic() < deadline
         time.sleep(0.002)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (path.parent / "run" / "summary.json").exists()
 
 
 def finish(path: Path) -> None:
     process = launch(path)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    process.join(120)
+    assert process.exitcode == 0
 
 
 def plain(leaf) -> np.ndarray:
@@ -81,15 +80,17 @@ def without_clock(summary: dict) -> dict:
     return {key: value for key, value in summary.items() if key != "seconds"} | {"config": config}
 
 
-def test_kill_9_at_three_random_moments(tmp_path, tiny_model):
+def test_kill_9_at_three_random_moments(tmp_path, tiny_model, monkeypatch):
+    # Programs half written by a process that is killed shall be found by no other test.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
     paths = []
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         paths.append(write_run(tmp_path / name, tiny_model))
     finish(paths[0])
     moments = random.Random(time.time_ns())
-    for first in (1, 45, 90):
-        kill_after(paths[1], first + moments.randrange(30), moments.random() * 0.05)
+    for first in (1, 20, 40):
+        kill_after(paths[1], first + moments.randrange(12), moments.random() * 0.05)
     finish(paths[1])
     (steps, leaves, written, summary), killed = map(final, paths)
     assert killed[0] == steps

@@ -68,7 +68,7 @@ def test_the_estimate_is_unbiased(loss_fn, sampler, n):
 @pytest.mark.parametrize(
     ("sampler", "extra"), [(zo.gaussian(), 1), (zo.rademacher(), -1), (zo.sphere(), -1)]
 )
-@pytest.mark.parametrize(("n", "d"), [(1, 2), (1, 16), (4, 16)])
+@pytest.mark.parametrize(("n", "d"), [(1, 2), (4, 16)])
 def test_the_second_moment_is_that_of_the_theory(sampler, extra, n, d):
     slope = jnp.linspace(0.5, 2, d)
     params = {"w": jnp.zeros(d)}
@@ -361,7 +361,7 @@ def test_select_moves_only_what_it_takes():
 
     est = spsa(loss_fn, params, key=jax.random.key(0), select=r"scale|bias")
     assert est.aux == 0
-    grads = zo.materialize(est, params)
+    grads = jax.jit(zo.materialize)(est, params)
     for path in (("layers", "w"), ("head", "w")):
         assert not np.any(grads[path[0]][path[1]])
     whole = compiled_directions(params, jax.random.key(0))
@@ -413,7 +413,8 @@ def test_half_precision_parameters_are_read_and_measured_in_float32():
     params = small_params(jnp.bfloat16)
     est = spsa(lambda p: flat(p).sum(), params, key=jax.random.key(0), eps=2.0**-3)
     assert est.projected_grad.dtype == jnp.float32
-    assert {x.dtype for x in jax.tree.leaves(zo.materialize(est, params))} == {jnp.dtype("float32")}
+    found = jax.eval_shape(zo.materialize, est, params)
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("float32")}
 
 
 def test_a_loss_that_is_not_a_number_gives_no_slope():

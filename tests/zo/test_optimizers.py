@@ -74,7 +74,7 @@ def test_a_step_moves_down_the_estimate():
     assert info.loss_plus.shape == info.loss_minus.shape == info.projected_grad.shape == (3,)
 
 
-@pytest.mark.parametrize(("model", "n"), [("dict", 1), ("dict", 3), ("network", 1)])
+@pytest.mark.parametrize(("model", "n"), [("dict", 3), ("network", 1)])
 def test_the_optax_chain_and_the_lean_step_agree_to_two_ulp(model, n):
     """From equal parameters; a unit is that of the largest of parameter, update and sum."""
     if model == "dict":
@@ -133,7 +133,8 @@ def test_half_precision_parameters_are_rounded_once():
     params = small_params(jnp.bfloat16)
     opt = zo.mezo(0.125, eps=2.0**-4, sampler=zo.rademacher())
     moved, _, info = compiled(opt, quadratic)(params, opt.init(params, KEY), BATCH)
-    z = directions(params, jax.random.fold_in(KEY, 0), sampler=zo.rademacher())
+    draw = jax.jit(directions, static_argnames="sampler")
+    z = draw(params, jax.random.fold_in(KEY, 0), sampler=zo.rademacher())
     expected = jax.tree.map(
         lambda w, z: (w.astype(jnp.float32) - 0.125 * info.projected_grad[0] * z).astype(w.dtype),
         params,
@@ -179,7 +180,7 @@ def test_decay_spares_biases_and_norms():
     shapes = param_shapes(small_decoder().config)
     params = nest({path: jnp.full((2,), 3.0) for path in [*shapes, "layers.lora.scaling"]})
     opt = zo.mezo(0.1, weight_decay=0.5)
-    moved, _, _ = opt.step(constant, params, opt.init(params, KEY), BATCH)
+    moved, _, _ = compiled(opt, constant)(params, opt.init(params, KEY), BATCH)
     spared = {path for path, _, _, new in paths.flatten(moved)[0] if np.array_equal(new, [3, 3])}
     assert spared == {path for path in shapes if path.endswith((".bias", ".scale"))}
     for path, _, _, new in paths.flatten(moved)[0]:
