@@ -161,8 +161,8 @@ axis.legend()
 # ## On a language model
 #
 # All of this is a key of a run. Here the shipped model is fine-tuned on movie reviews, and the
-# noise of its gradients is measured on the way: N/G, above 1 where noise is larger than the
-# gradient, is also how many times larger the batch can be before the linear scaling rule must fail.
+# noise of its gradients is measured on the way: N/G is above 1 where noise is larger than the
+# gradient, as scaling rules ask. Here it is below: this batch is large for this task.
 
 # %%
 from jaxlm.data import task_config

@@ -18,7 +18,8 @@ A study:
 
 A key of a variant takes the place of the whole key of `run`; a dotted key (`optimizer.b1: 0.5`)
 changes one value within. `scale` comes after them. `--dry-run` lists the runs. The same command
-goes on with a study that was stopped. The figure needs matplotlib; `figure: false` goes without.
+goes on with a study that was stopped; a run that diverged is not tried again until its folder is
+removed. The figure needs matplotlib; `figure: false` goes without.
 """
 
 import copy
@@ -27,7 +28,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jaxlm.cli import config as configs
 from jaxlm.cli.sweep import check_runs, folder_name
@@ -56,7 +57,7 @@ class CompareConfig:
     variants: dict[str, Any]
     seeds: tuple[int, ...] = (0,)
     output: str
-    y: Literal["held_out_loss", "loss"] = "held_out_loss"
+    y: curves.Y = "held_out_loss"
     start: float = 0.0
     figure: bool = True
 
@@ -117,6 +118,7 @@ def _variant(config: CompareConfig, name: str, section: Any, where: str) -> curv
     if not isinstance(section or {}, Mapping):
         raise UserError(f"{place} is {section!r}: give a section of keys.")
     section = dict(section or {})
+    check_runs(section, config.seeds, config.output, "study", f"variants.{name}")
     scale = section.pop("scale", None)
     data = copy.deepcopy(config.run)
     for key, value in section.items():

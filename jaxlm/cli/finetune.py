@@ -20,10 +20,11 @@ A configuration:
 
 More keys: objective (accuracy, or the f1 of written answers, in place of the likelihood), calibrate
 (true: start from scores less their median over the training texts; sfc: less those of the prompt
-without the example), eval_every, checkpoint_every, log_every, eval_batch_size, param_dtype, bits (8
-or 4: matrices in that many bits), and under optimizer schedule, warmup, weight_decay, select,
-num_directions, sampler. The same command goes on with a run that was stopped and shows the table of
-one that is finished; `--resume=never` refuses both.
+without the example), dynamics (svag, noise, or local steps of workers: docs/dynamics.md),
+eval_every, checkpoint_every, log_every, eval_batch_size, param_dtype, bits (8 or 4: matrices in
+that many bits), and under optimizer schedule, warmup, weight_decay, select, num_directions,
+sampler. The same command goes on with a run that was stopped and shows the table of one that is
+finished; `--resume=never` refuses both.
 """
 
 from collections.abc import Sequence

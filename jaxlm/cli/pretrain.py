@@ -3,7 +3,8 @@
 usage: jaxlm pretrain config.yaml [--dotted.path=value ...]
 
 The configuration names the sizes of the model, a tokenizer, a corpus of `<domain>.jsonl[.gz]`
-files with their shares, and an optimizer; configs/pretrain/tiny.yaml is an example. The run's
+files with their shares, and an optimizer; configs/pretrain/tiny.yaml is an example, and `dynamics`
+(svag, noise, or local steps of workers: docs/dynamics.md) says what becomes of the steps. The run's
 folder `output` holds config.yaml, metrics.jsonl, log.txt, checkpoints/ and, at the end,
 summary.json and model/, a model in the Hugging Face layout. The same command goes on with a run
 that was stopped and shows the summary of one that is finished.

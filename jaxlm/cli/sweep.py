@@ -70,7 +70,9 @@ class SweepConfig:
             raise UserError("grid stands beside methods: put it into the methods it belongs to.")
 
 
-def check_runs(run: Mapping[str, Any], seeds: Sequence[int], output: str, what: str) -> None:
+def check_runs(
+    run: Mapping[str, Any], seeds: Sequence[int], output: str, what: str, place: str = "run"
+) -> None:
     """Refuses a file of many runs without seeds or output, or with those of one run.
 
     Raises:
@@ -83,7 +85,7 @@ def check_runs(run: Mapping[str, Any], seeds: Sequence[int], output: str, what: 
     for key in ("seed", "output"):
         if key in run:
             plural = "seeds" if key == "seed" else key
-            raise UserError(f"run.{key} differs from run to run: give {plural} beside run.")
+            raise UserError(f"{place}.{key} differs from run to run: give {plural} beside run.")
 
 
 def run(args: Sequence[str]) -> None:

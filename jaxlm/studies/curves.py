@@ -112,9 +112,9 @@ def compare(
             number += 1
             say(f"run {number}/{total}: {config.output}")
             found.append(_trained(config, y))
-        points = max((len(values) for _, values, _ in found), default=0)
-        tokens = next((tokens for tokens, values, _ in found if len(values) == points), [])
-        padded = [[*values, *[math.nan] * (points - len(values))] for _, values, _ in found]
+        tokens = sorted({token for run_tokens, _, _ in found for token in run_tokens})
+        at = [dict(zip(run_tokens, values, strict=True)) for run_tokens, values, _ in found]
+        padded = [[values.get(token, math.nan) for token in tokens] for values in at]
         curves.append(
             Curve(
                 name=variant.name,
@@ -140,7 +140,10 @@ def _trained(config: PretrainConfig, y: Y) -> tuple[list[int], list[float], dict
     written = folder.metrics.read() if folder.metrics.path.exists() else []
     rows = [row for row in written if y in row]
     tokens, values = [row["tokens"] for row in rows], [float(row[y]) for row in rows]
-    return (tokens, values, report) if ended else (tokens, [*values, math.nan], None)
+    if not ended:  # its last point is no number
+        tokens.append(config.steps * config.batch_size * config.seq_len)
+        values.append(math.nan)
+    return tokens, values, report
 
 
 def distance(one: Curve, other: Curve, *, start: float = 0.0) -> float:
@@ -163,15 +166,17 @@ def distance(one: Curve, other: Curve, *, start: float = 0.0) -> float:
 
 
 def rows(curves: Sequence[Curve], *, start: float = 0.0) -> list[dict[str, Any]]:
-    """For each variant its last value over seeds, and the distances from all variants."""
-    first = _last(curves[0])
+    """For each variant its last value over seeds, and the distances from all variants.
+
+    What a run that diverged leaves without a value is None.
+    """
     return [
         {
             "variant": curve.name,
-            "last": _last(curve),
-            "std": float(curve.values[:, -1].std(ddof=1)) if len(curve.values) > 1 else None,
-            "relative": _last(curve) / first - 1,
-            "distances": [distance(curve, other, start=start) for other in curves],
+            "last": _finite(_last(curve)),
+            "std": _finite(curve.values[:, -1].std(ddof=1)) if len(curve.values) > 1 else None,
+            "relative": _finite(_last(curve) / _last(curves[0]) - 1),
+            "distances": [_finite(distance(curve, other, start=start)) for other in curves],
             "reports": curve.reports,
         }
         for curve in curves
@@ -184,9 +189,11 @@ def markdown(curves: Sequence[Curve], *, y: Y, start: float = 0.0) -> str:
     head = ["", f"last {y}", "of the first", *names]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for row in rows(curves, start=start):
-        last = _number(row["last"]) + (f" ({row['std']:.4f})" if row["std"] is not None else "")
-        relative = "diverged" if math.isnan(row["relative"]) else f"{100 * row['relative']:+.2f} %"
-        lines.append([row["variant"], last, relative, *map(_number, row["distances"])])
+        last = "diverged" if row["last"] is None else f"{row['last']:.4f}"
+        last += "" if row["std"] is None else f" ({row['std']:.4f})"
+        relative = "" if row["relative"] is None else f"{100 * row['relative']:+.2f} %"
+        distances = ["" if each is None else f"{each:.4f}" for each in row["distances"]]
+        lines.append([row["variant"], last, relative, *distances])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -212,5 +219,5 @@ def _last(curve: Curve) -> float:
     return float(curve.values[:, -1].mean())
 
 
-def _number(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.4f}"
+def _finite(value: float | np.floating) -> float | None:
+    return float(value) if math.isfinite(value) else None

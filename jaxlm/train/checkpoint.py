@@ -4,10 +4,13 @@ A checkpoint holds the whole training state (parameters, optimizer state, random
 JSON record. A process killed while it writes one leaves the former one in force.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxlm.core.errors import UserError
@@ -72,8 +75,13 @@ class Checkpoints:
         return step, found["state"], found["record"]
 
     def _read(self, step: int, **items: Any) -> Any:
-        try:
+        with self._reading(step):
             return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise UserError(
                 f"{self.folder / str(step)}: this checkpoint cannot be read "
@@ -84,17 +92,32 @@ class Checkpoints:
         """The steps of all checkpoints."""
         return list(self._manager.all_steps())
 
-    def read(self, step: int) -> Any:
-        """The state of one checkpoint as plain dicts and lists of arrays."""
-        return self._read(step, state=ocp.args.StandardRestore())["state"]
+    def read(self, step: int, *names: str) -> Any:
+        """The state of one checkpoint as plain dicts and lists of NumPy arrays.
 
-    def best(self) -> Any | None:
-        """The state of the best checkpoint, or of the latest where none is called so."""
+        Whatever devices it was on: none of them need be here.
+
+        Args:
+            step: of the checkpoint.
+            names: of the state's parts to read; all of them where none is given.
+        """
+        folder = self.folder / str(step) / "state"
+        with self._reading(step), ocp.PyTreeCheckpointer() as reader:
+            tree = reader.metadata(folder).item_metadata.tree
+            wanted = {name: tree[name] for name in names} if names else tree
+            host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            args = ocp.args.PyTreeRestore(
+                item=wanted, restore_args=host, partial_restore=bool(names)
+            )
+            return reader.restore(folder, args=args)
+
+    def best_params(self) -> Any | None:
+        """Those of the best checkpoint, or of the latest where none is called so; see `read`."""
         if self.latest_step is None:
             return None
         record = self._read(self.latest_step, record=ocp.args.JsonRestore())["record"]
         step = record.get("best_step")
-        return self.read(self.latest_step if step is None else step)
+        return self.read(self.latest_step if step is None else step, "params")["params"]
 
     def close(self) -> None:
         """Frees the threads of the manager."""

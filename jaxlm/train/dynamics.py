@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
@@ -29,8 +30,11 @@ Source = Callable[[int, Sequence[int]], Batches]
 NOISE_INFO = ("grad_square", "grad_noise")
 """Of the metrics: G and N of a batch, see `jaxlm.dynamics.NoiseStats`, averaged over past steps."""
 
-SECOND_STREAM = 2**32
-"""What is added to a seed, all of which are below it, for data in another order."""
+SECOND_STREAM = 2**64
+"""Added to a seed, it makes another order of the data, which no epoch of the first one has.
+
+NumPy takes a seed in words of 32 bits, of which epochs and domains are others.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +53,9 @@ class Dynamics:
         Raises:
             UserError: the optimizer has no gradients, or as the class says.
         """
-        self.gradients_of(optimizer)
+        self.with_gradients(optimizer)
 
-    def gradients_of(self, optimizer: Optimizer) -> FirstOrder:
+    def with_gradients(self, optimizer: Optimizer) -> FirstOrder:
         """The optimizer, which is refused where it has no gradients."""
         if not isinstance(optimizer, FirstOrder):
             raise UserError(
@@ -89,7 +93,7 @@ class Svag(Dynamics):
     """
 
     name: str = "svag"
-    l: int = 1
+    l: int
     pairing: Literal["independent", "consecutive"] = "independent"
 
     def __post_init__(self):
@@ -98,7 +102,7 @@ class Svag(Dynamics):
 
     def check(self, optimizer: Optimizer, batch_size: int) -> None:
         """See `Dynamics`. Clipping and optimizers without an equation are refused too."""
-        chosen = self.gradients_of(optimizer)
+        chosen = self.with_gradients(optimizer)
         chosen.hparams(1)
         if chosen.clip is not None:
             raise UserError(
@@ -152,12 +156,14 @@ class Svag(Dynamics):
 
     def report(self, optimizer: Optimizer, steps: int, opt_state: Any) -> dict[str, Any]:
         """The number of updates."""
-        return {"updates": steps * self._svag(self.gradients_of(optimizer)).steps_mult}
+        return {"updates": steps * self._svag(self.with_gradients(optimizer)).steps_mult}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Noise(Dynamics):
     """The optimizer itself, with its batch in parts whose gradients tell the noise.
+
+    The gradient is the mean over the parts: that of the batch where each has as many targets.
 
     Attributes:
         parts: from 2, a divisor of the batch size; the memory of activations is that of one.
@@ -216,15 +222,15 @@ class Noise(Dynamics):
         return _in_parts(source, self.parts, batch_size, seed)
 
     def report(self, optimizer: Optimizer, steps: int, opt_state: Any) -> dict[str, Any]:
-        """The noise near the end of the run, see `jaxlm.dynamics.NoiseStats`.
+        """G and N of a batch near the end of the run, see `jaxlm.dynamics.NoiseStats`.
 
-        `ratio` is N/G of a whole batch, `critical_batches` the number of times that a batch can
-        grow until the linear scaling rule breaks; null where G is not above 0.
+        `ratio` is N/G; null where G is not above 0.
         """
+        if not steps:
+            return {"gradient_noise": None}
         stats = opt_state[1].stats
         G, N = float(stats.G), float(stats.N) / self.parts
-        ratio = N / G if G > 0 else None
-        return {"gradient_noise": {"G": G, "N": N, "ratio": ratio, "critical_batches": ratio}}
+        return {"gradient_noise": {"G": G, "N": N, "ratio": N / G if G > 0 else None}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +239,8 @@ class Local(Dynamics):
 
     A step reads a batch, of which each worker has its part. Evaluations and checkpoints see the
     last average, and the run ends in one. With as many devices as workers, each has its own;
-    otherwise all are on one. Memory: parameters once more than those of the workers.
+    otherwise all are on one. Memory: parameters once more than those of the workers. SGD with H = 1
+    is that on the whole batch where each part has as many targets.
 
     Attributes:
         workers: from 2, a divisor of the batch size.
@@ -270,14 +277,13 @@ class Local(Dynamics):
     def _plan(self, optimizer: FirstOrder, steps: int) -> tuple[Any, Callable[[int], Any]]:
         from jaxlm import dynamics
 
-        rate = optimizer.rate(steps)
-        schedule = rate if callable(rate) else lambda step: rate
+        rates = optimizer.rates(steps)
         if self.alpha is None:
-            return dynamics.constant_h(self.h), schedule
+            return dynamics.constant_h(self.h), rates.__getitem__
         make = dynamics.qsr if self.rule == "qsr" else dynamics.linear_h
         at_peak = make(self.alpha, self.h)(0, optimizer.learning_rate)
         h = make(self.alpha, self.h, warmup_steps=optimizer.warmup, warmup_h=at_peak)
-        return h, schedule
+        return h, rates.__getitem__
 
     def method(self, optimizer: FirstOrder, loss_fn: LossFn, steps: int) -> Method:
         """See `Dynamics`."""
@@ -298,11 +304,16 @@ class Local(Dynamics):
 
         def step(params: Params, workers: Any, parts: Batch) -> Any:
             trained, frozen = paths.split(params, optimizer.select)
-            value_and_grad = jax.value_and_grad(
+            differentiate = jax.value_and_grad(
                 lambda part, batch: loss_fn(paths.merge(part, frozen), batch), has_aux=True
             )
+
+            def value_and_grad(part: Params, batch: Batch) -> Any:
+                (loss, aux), grads = differentiate(part, batch)
+                return {"loss": loss, **aux, "grad_norm": optax.tree.norm(grads)}, grads
+
             batches = jax.tree.map(lambda leaf: leaf[:, None], parts)
-            workers, (losses, aux) = dynamics.run_workers(
+            workers, infos = dynamics.run_workers(
                 local, value_and_grad, workers, batches, mesh=mesh
             )
             trained = jax.lax.cond(
@@ -310,8 +321,7 @@ class Local(Dynamics):
                 lambda: jax.tree.map(lambda leaf: leaf[0], workers.params),
                 lambda: trained,
             )
-            info = {"loss": losses, **aux}
-            return paths.merge(trained, frozen), workers, jax.tree.map(jnp.mean, info)
+            return paths.merge(trained, frozen), workers, jax.tree.map(jnp.mean, infos)
 
         return Method(init, step, forwards=1, backwards=1, mesh=mesh)
 
@@ -325,7 +335,7 @@ class Local(Dynamics):
         """The number of averages, and their part of those of a run that averages every step."""
         from jaxlm.dynamics import sync_steps
 
-        averages = len(sync_steps(*self._plan(self.gradients_of(optimizer), steps), steps))
+        averages = len(sync_steps(*self._plan(self.with_gradients(optimizer), steps), steps))
         return {"averages": averages, "communication": averages / max(steps, 1)}
 
 
@@ -346,7 +356,7 @@ def method_and_batches(
     if dynamics is None:
         batches = _shaped(source(batch_size, (seed,)), lambda x: x[:, 0])
         return method(optimizer, loss_fn, steps), batches
-    chosen = dynamics.gradients_of(optimizer)
+    chosen = dynamics.with_gradients(optimizer)
     batches = dynamics.batches(source, chosen, batch_size=batch_size, seed=seed)
     return dynamics.method(chosen, loss_fn, steps), batches
 

@@ -153,6 +153,8 @@ class PretrainConfig:
                     f"{name} is {getattr(self, name)}: give a multiple of log_every, "
                     f"{self.log_every}."
                 )
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}: give a number from 0 to 2**32 - 1.")
         if self.dynamics is not None:
             self.dynamics.check(self.optimizer, self.batch_size)
         if self.seq_len > self.model.max_positions:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
@@ -74,6 +75,11 @@ class FinetuneConfig(LoopConfig):
             raise UserError("output is empty: give the folder of the run.")
         if self.dynamics is not None:
             self.dynamics.check(self.optimizer, self.batch_size)
+            if self.dynamics.name == "svag" and (self.param_dtype != "float32" or self.bits):
+                raise UserError(
+                    "dynamics svag makes updates that are lost in few bits: give param_dtype "
+                    "float32 and no bits."
+                )
         if self.objective is not None:
             self._check_objective(self.objective)
 
@@ -162,7 +168,7 @@ def load_model(
 
     found = None
     if folder.checkpoints.is_dir():
-        found = Checkpoints(folder.checkpoints, read_only=True).best()
+        found = Checkpoints(folder.checkpoints, read_only=True).best_params()
     if found is None and not folder.trajectory.exists():
         raise UserError(f"{name}: the run has no checkpoint: start it again.")
     dtype, trained_bits = stored["param_dtype"] if found is None else param_dtype, stored["bits"]
@@ -170,10 +176,10 @@ def load_model(
     lm = with_head(lm, len(stored["task"]["labels"]), seed=stored["seed"])
     if (tuning := stored.get("peft")) is not None:
         lm = TUNINGS[tuning["name"]](**tuning).prepare(lm, jax.random.key(stored["seed"]))
-    end = _replayed(folder, lm.params) if found is None else found["params"]
+    end = _replayed(folder, lm.params) if found is None else found
     trained = {leaf.path: leaf.value for leaf in paths.flatten(end)[0]}
     params = paths.map_with_path(
-        lambda leaf: trained[leaf.path].astype(leaf.value.dtype), lm.params
+        lambda leaf: jnp.asarray(trained[leaf.path], leaf.value.dtype), lm.params
     )
     if found is None and dtype != param_dtype:
         params = jax.tree.map(lambda x: x.astype(param_dtype), params)

@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from jaxlm.core.errors import UserError
 
 
@@ -68,3 +70,11 @@ class Optimizer:
             ],
             [self.warmup],
         )
+
+    def rates(self, steps: int) -> np.ndarray:
+        """The learning rate of every step in float64, [steps]; see `rate`."""
+        end = self.learning_rate if self.schedule == "constant" else 0.0
+        after = self.warmup + max(steps - self.warmup, 1)
+        places = [0, self.warmup, after] if self.warmup else [0, after]
+        values = [0.0, self.learning_rate, end] if self.warmup else [self.learning_rate, end]
+        return np.interp(np.arange(steps), places, values)

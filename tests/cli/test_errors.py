@@ -105,6 +105,24 @@ ROWS: dict[str, tuple[Break, str]] = {
         "no.yaml: there is no such file: give the path of a configuration.",
     ),
     "bits that are not there": (flags("--bits=2"), "run.yaml: bits is '2': choose one of 8, 4."),
+    "dynamics without gradients": (
+        flags("--dynamics.name=svag", "--dynamics.l=2"),
+        "run.yaml: dynamics svag is of gradients, which mezo does without: give sgd or adamw.",
+    ),
+    "svag without l": (
+        flags("--dynamics.name=svag"),
+        "run.yaml: dynamics.l is missing: add it.",
+    ),
+    "svag in few bits": (
+        flags(
+            "--optimizer.name=adamw",
+            "--dynamics.name=svag",
+            "--dynamics.l=2",
+            "--param_dtype=bfloat16",
+        ),
+        "run.yaml: dynamics svag makes updates that are lost in few bits: give param_dtype "
+        "float32 and no bits.",
+    ),
     "missing file": (
         flags("--task.train=no.jsonl"),
         "task.train: there is no file 'no.jsonl': give a path relative to the YAML file or "
@@ -347,7 +365,7 @@ def test_an_unknown_command_and_help(capsys):
     assert main(["finetone"]) == 2
     assert capsys.readouterr().err == (
         "error: unknown command 'finetone': choose one of finetune, sweep, kernel, select, "
-        "evaluate, generate, pretrain, convert, info.\n"
+        "evaluate, generate, pretrain, compare, convert, info.\n"
     )
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out

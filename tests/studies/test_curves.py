@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from jaxlm.cli.main import main
-from jaxlm.studies.curves import Curve, distance, markdown, rows
+from jaxlm.studies.curves import Curve, distance, draw, markdown, rows
 from tests.tiny import write_corpus
 
 RUN = """\
@@ -64,11 +64,11 @@ def test_variants_are_trained_and_compared(study, tmp_path, capsys):
     plain, again, svag, twice, failed = table
     # l = 1 is the run itself, and no other variant is.
     assert again["distances"][0] < 1e-5 < svag["distances"][0]
-    assert plain["distances"] == pytest.approx([row["distances"][0] for row in table], nan_ok=True)
+    assert plain["distances"] == [row["distances"][0] for row in table]
     assert svag["reports"] == [{"updates": 32}, {"updates": 32}]
     assert plain["relative"] == 0
-    assert np.isnan(failed["last"])
-    assert "diverged" in shown
+    assert failed["last"] is None is failed["distances"][0]
+    assert "| too fast | diverged |  |" in shown
     ends = [json.loads(path.read_text()) for path in tmp_path.glob("out/twice/*/summary.json")]
     optimizer = {"learning_rate": 1e-2 * 2**0.5, "b1": 0.8, "b2": 0.98, "eps": 1e-8 / 2**0.5}
     assert len(ends) == 2
@@ -99,6 +99,7 @@ def test_the_runs_are_listed(study, tmp_path, capsys):
         ({}, {}, "variants is empty: give two or more."),
         ({"a": 3}, {}, "variant a is '3': give a section of keys."),
         ({"a": {"stepz": 3}}, {}, "variant a: unknown key 'stepz'"),
+        ({"a": {"seed": 3}}, {}, "variants.a.seed differs from run to run: give seeds beside run"),
         ({"a": {"scale": {"rule": "sqrt", "k": 3}}}, {}, "steps is 8: give a multiple of scale.k"),
         ({"a": {"scale": {"rule": "sqrt", "k": 16}}}, {}, "steps is 8: give a multiple of"),
         (
@@ -130,6 +131,19 @@ def curve(name, values):
         values=values,
         reports=(None,) * len(values),
     )
+
+
+def test_what_diverged_is_drawn_as_far_as_it_went(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs pip install 'jaxlm[plots]'")
+    found = [
+        curve("one", [[1, 2, 3], [3, 2, 1]]),
+        curve("late", [[1, 2, np.nan], [1, 2, 3]]),
+        curve("at once", [[np.nan], [np.nan]]),
+    ]
+    assert draw(found, tmp_path / "curves.png", y="loss", start=0.2).stat().st_size > 1000
+    lines = markdown(found, y="loss").splitlines()
+    assert lines[3] == "| late | diverged |  |  |  |  |"
+    assert lines[2].startswith("| one | 2.0000 (1.4142) | +0.00 % | 0.0000 |")
 
 
 def test_distances_are_between_means_over_seeds():

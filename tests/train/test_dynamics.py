@@ -3,6 +3,9 @@
 import contextlib
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.train.dynamics import Local, Noise, Svag, method_and_batches
 from jaxlm.train.first_order import Adam, Muon, Sgd
 from jaxlm.train.loop import LoopConfig, fit
+from jaxlm.train.run import load_model
 from jaxlm.train.zeroth_order import Mezo
 from tests.tiny import write_run
 
@@ -88,7 +92,7 @@ def test_svag_is_the_optimizer_on_weighted_pairs_of_batches(optimizer, pairing):
         if pairing == "consecutive":
             both = source(2 * updates * SIZE, (3,))(step, 1)
             return jax.tree.map(lambda x: x.reshape(updates, 2, SIZE, *x.shape[3:]), both)
-        halves = [source(updates * SIZE, (seed,))(step, 1) for seed in (3, 3 + 2**32)]
+        halves = [source(updates * SIZE, (seed,))(step, 1) for seed in (3, 3 + 2**64)]
         return jax.tree.map(
             lambda *x: np.stack([each.reshape(updates, SIZE, *each.shape[3:]) for each in x], 1),
             *halves,
@@ -174,10 +178,46 @@ def test_the_quadratic_rule_in_a_run():
     steps = 100
     ends, step = [], 0
     while step < steps:
-        rate = np.float32(0.008 * (1 - step / steps))
-        step = min(steps, step + max(4, int((0.0175 / float(rate)) ** 2)))
+        step = min(steps, step + max(4, int((0.0175 / (0.008 * (1 - step / steps))) ** 2)))
         ends.append(step)
     assert local.report(adam, steps, None)["averages"] == len(ends)
+
+
+def test_h_in_warm_up_is_that_of_the_rule_at_the_peak():
+    """0.03 / 0.003 is 10, and less in float32."""
+    adam = Adam(learning_rate=3e-3, warmup=100)
+    local = Local(workers=2, rule="linear", h=1, alpha=3e-2)
+    assert local.report(adam, 1000, None)["averages"] == 100
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_rates_on_the_host_are_those_of_optax(schedule, warmup):
+    sgd = Sgd(learning_rate=0.1, schedule=schedule, warmup=warmup)
+    rate = sgd.rate(10)
+    expected = [rate(step) if callable(rate) else rate for step in range(10)]
+    np.testing.assert_allclose(sgd.rates(10), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_the_two_streams_of_svag_are_different_orders():
+    from jaxlm.data.batching import _permutation
+    from jaxlm.train.dynamics import SECOND_STREAM
+
+    orders = {
+        tuple(_permutation(seed, epoch, 50))
+        for seed in (0, 1, 7, SECOND_STREAM, 1 + SECOND_STREAM, 7 + SECOND_STREAM)
+        for epoch in range(4)
+    }
+    assert len(orders) == 6 * 4
+
+
+@pytest.mark.multidevice
+def test_workers_train_what_is_selected():
+    sgd = Sgd(learning_rate=0.05, select="w")
+    found, plain = run(sgd, Local(workers=4, h=1)), run(sgd)
+    close(found.state.params, plain.state.params)
+    assert float(found.state.params["bias"]) == 0
+    assert found.infos[0].keys() == plain.infos[0].keys()
 
 
 @pytest.mark.parametrize(
@@ -263,6 +303,35 @@ def test_a_run_on_text_goes_on_to_the_same_bytes(tmp_path, tiny_model, name, cap
         assert found == {"averages": 2, "communication": 1 / 3}
     else:
         assert found["gradient_noise"]["N"] > 0
+
+
+@pytest.mark.multidevice
+def test_a_model_of_workers_on_devices_is_loaded_by_a_process_with_one(tmp_path, tiny_model):
+    """What the run tested is what `jaxlm evaluate` finds, on one device."""
+    path = write_run(tmp_path, tiny_model)
+    flags = ["--optimizer.name=adamw", "--optimizer.learning_rate=0.1", "--dynamics.name=local"]
+    flags += ["--dynamics.workers=4", "--steps=4"]
+    assert main(["finetune", str(path), *flags]) == 0
+    code = (
+        "import jax, json, sys; from jaxlm.train.run import load_model; "
+        "leaves = jax.tree.leaves(load_model(sys.argv[1]).params); "
+        "print(jax.device_count(), sum(float(abs(leaf).sum()) for leaf in leaves))"
+    )
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    shown = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr[-2000:]
+    devices, total = shown.stdout.split()
+    expected = sum(
+        float(abs(leaf).sum()) for leaf in jax.tree.leaves(load_model(tmp_path / "run").params)
+    )
+    assert devices == "1"
+    assert float(total) == pytest.approx(expected, rel=1e-6)
 
 
 def stop(path, flags):

@@ -122,7 +122,7 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
     assert (step, record) == (15, {"best_step": 5})
     np.testing.assert_array_equal(state["params"]["w"], 15.0)
     assert jax.random.key_data(state["key"]).tolist() == jax.random.key_data(key).tolist()
-    np.testing.assert_array_equal(Checkpoints(tmp_path).best()["params"]["w"], 5.0)
+    np.testing.assert_array_equal(Checkpoints(tmp_path).best_params()["w"], 5.0)
 
 
 def test_a_save_cut_short_leaves_the_former_checkpoint(tmp_path):
