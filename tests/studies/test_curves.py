@@ -134,7 +134,6 @@ def curve(name, values):
 
 
 def test_what_diverged_is_drawn_as_far_as_it_went(tmp_path):
-    pytest.importorskip("matplotlib", reason="needs pip install 'jaxlm[plots]'")
     found = [
         curve("one", [[1, 2, 3], [3, 2, 1]]),
         curve("late", [[1, 2, np.nan], [1, 2, 3]]),

@@ -9,7 +9,6 @@ from jaxlm.core.errors import UserError
 from jaxlm.studies import kernel_plots
 from tests.studies.test_kernel_behaviour import made
 
-pytest.importorskip("matplotlib", reason="needs pip install 'jaxlm[plots]'")
 G = np.random.default_rng(0).normal(size=(6, 2, 9))
 LABELS = [1, 0, 1, 0, 1, 1]
 
