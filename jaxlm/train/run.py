@@ -1,7 +1,8 @@
 """Fine-tuning from a configuration to a summary: data, model, zero-shot, training, test."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +15,11 @@ from jaxlm.core.errors import UserError
 from jaxlm.data import EncodedTask, Task, TaskConfig, load_task, prepare_for, task_config
 from jaxlm.data.batching import Objective
 from jaxlm.peft import TUNINGS, Tuning
-from jaxlm.train.dynamics import DYNAMICS, Batches, Dynamics, Source, method_and_batches
+from jaxlm.train.dynamics import DYNAMICS, Dynamics, method_and_batches
 from jaxlm.train.loop import LoopConfig
 from jaxlm.train.optimizers import OPTIMIZERS, Mezo, Optimizer, ZerothOrder
 from jaxlm.train.run_folder import RunFolder, to_dict
-from jaxlm.typing import Batch, LossFn
+from jaxlm.typing import LossFn
 
 _FORMS: dict[str, Objective] = {"accuracy": "classification", "f1": "generation"}
 
@@ -295,7 +296,9 @@ def _run(
             config.optimizer,
             config.dynamics,
             loss_fn,
-            _source(encoded),
+            lambda batch_size, seeds: functools.partial(
+                encoded.streams, batch_size=batch_size, seeds=seeds
+            ),
             steps=config.steps,
             batch_size=config.batch_size,
             seed=config.seed,
@@ -340,16 +343,6 @@ def _run(
         and config.dynamics.report(config.optimizer, config.steps, state.opt_state),
         "config": to_dict(config),
     }
-
-
-def _source(encoded: EncodedTask) -> Source:
-    def source(batch_size: int, seeds: Sequence[int]) -> Batches:
-        def batches(first: int, count: int) -> Batch:
-            return encoded.streams(first, count, batch_size=batch_size, seeds=seeds)
-
-        return batches
-
-    return source
 
 
 def _named(what: str, values: Mapping[str, float]) -> dict[str, Any]:
