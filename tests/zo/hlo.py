@@ -3,14 +3,12 @@
 import math
 import re
 
-KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+from jaxlm.sharding import hlo
 
 
 def collectives(compiled) -> list[int]:
     """Numbers in each array that a collective of a compiled program moves."""
-    found = re.findall(rf"= (.*?) (?:{KINDS})(?:-start)?\(", compiled.as_text())
-    shapes = [shape for result in found for shape in re.findall(r"\w+\[([\d,]*)\]", result)]
-    return [math.prod(int(size) for size in shape.split(",") if size) for shape in shapes]
+    return [each.size for each in hlo.collectives(compiled)]
 
 
 def largest_array(compiled) -> int:
