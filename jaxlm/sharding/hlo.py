@@ -1,13 +1,26 @@
-"""What the devices of a compiled program tell each other, by its text."""
+"""What one call of a compiled program does on each of its devices, by its text.
 
+The compiler's own count, `compiled.cost_analysis()`, takes the body of a loop once; here it counts
+as often as the loop turns.
+"""
+
+import functools
 import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jaxlm.sharding.hlo_bytes import bytes_accessed
+from jaxlm.sharding.hlo_text import Instruction, Shaped, arrays, elements, parse
+
 KINDS = (
-    "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|"
-    "collective-broadcast"
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
 )
 _ROUNDS: dict[str, Callable[[int], float]] = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -43,7 +56,7 @@ class Collective(NamedTuple):
     @property
     def bytes(self) -> int:
         """Bytes of the array."""
-        return -(-self.size * _bits(self.dtype) // 8)
+        return Shaped(self.dtype, self.shape).bytes
 
     @property
     def moved(self) -> float:
@@ -56,120 +69,113 @@ class Collective(NamedTuple):
         return self.times * self.bytes * rounds
 
 
+class Costs(NamedTuple):
+    """What a device does in one call of a program.
+
+    Attributes:
+        products: FLOPs of matrix products.
+        bytes: read from and written to memory, as if nothing stayed in a cache between two
+            operations of the program.
+        collectives: what it tells other devices.
+    """
+
+    products: int = 0
+    bytes: int = 0
+    collectives: tuple[Collective, ...] = ()
+
+    @property
+    def moved(self) -> float:
+        """Bytes that it sends, see `Collective.moved`."""
+        return sum((each.moved for each in self.collectives), 0.0)
+
+    def plus(self, other: "Costs", times: int = 1) -> "Costs":
+        """The sum with `times` as much as `other`."""
+        more = tuple(each._replace(times=times * each.times) for each in other.collectives)
+        return Costs(
+            self.products + times * other.products,
+            self.bytes + times * other.bytes,
+            self.collectives + more,
+        )
+
+
 def collectives(compiled: Any) -> list[Collective]:
     """The collective operations of a compiled program, as often as one call runs them.
-
-    Of the branches of a conditional the one that moves the most is taken.
 
     Args:
         compiled: what `jax.jit(f).lower(...).compile()` returns.
     """
-    text = compiled.as_text()
-    computations = _computations(text)
-    devices = _devices(text)
-    found: dict[str, list[Collective]] = {}
-
-    def within(name: str) -> list[Collective]:
-        if name not in found:
-            found[name] = [each for line in computations.get(name, ()) for each in of(line)]
-        return found[name]
-
-    def of(line: str) -> list[Collective]:
-        here = _own(line, devices)
-        if " while(" in line:
-            times = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            count = 1 if times is None else int(times[1])
-            inside = [each for name in _called(line, "body|condition") for each in within(name)]
-            return [each._replace(times=count * each.times) for each in inside]
-        if " conditional(" in line:
-            names = _called(line, "true_computation|false_computation|branch_computations")
-            return max(map(within, names), key=_total, default=[])
-        if " async-done(" not in line and " async-update(" not in line and not here:
-            here = [each for name in _called(line, "calls|to_apply") for each in within(name)]
-        return here
-
-    return [each for name in _entries(text) for each in within(name)]
+    return list(costs(compiled).collectives)
 
 
-def _total(found: list[Collective]) -> float:
-    return sum((each.moved for each in found), 0.0)
+def costs(compiled: Any) -> Costs:
+    """What each device does in one call; of the branches of a conditional the largest one.
+
+    A product that the compiler has handed to a library is not seen.
+
+    Args:
+        compiled: what `jax.jit(f).lower(...).compile()` returns.
+    """
+    module = parse(compiled.as_text())
+
+    @functools.cache
+    def within(name: str) -> Costs:
+        total, known = Costs(), module.computations.get(name, {})
+        for each in known.values():
+            total = total.plus(of(each, known))
+        return total
+
+    def of(each: Instruction, known: dict[str, Instruction]) -> Costs:
+        if each.op == "while":
+            found = re.search(r'"known_trip_count":\{"n":"(\d+)"', each.text)
+            times, inside = 1 if found is None else int(found[1]), Costs()
+            for name in each.called("body", "condition"):
+                inside = inside.plus(within(name), times)
+            return inside
+        if each.op == "conditional":
+            keys = ("true_computation", "false_computation", "branch_computations")
+            return max(map(within, each.called(*keys)), key=lambda cost: cost.bytes)
+        own = Costs(_products(each, known), 0, tuple(_own(each, module.devices)))
+        if each.op in ("call", "async-start"):
+            for name in each.called("calls", "to_apply"):
+                own = own.plus(within(name))
+            return own
+        for name in each.called("calls") if each.op == "fusion" else ():
+            own = own._replace(products=own.products + within(name).products)
+        return own._replace(bytes=bytes_accessed(each, known, module))
+
+    return within(module.entry)
 
 
-def _bits(dtype: str) -> int:
-    found = re.search(r"\d+", dtype)
-    return 8 * (dtype == "pred") if found is None else int(found[0])
+def _products(each: Instruction, known: dict[str, Instruction]) -> int:
+    """FLOPs of a matrix product."""
+    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.text)
+    if each.op != "dot" or found is None:
+        return 0
+    (left,) = known[each.operands[0]].arrays
+    return 2 * each.arrays[0].size * math.prod(left.shape[int(i)] for i in found[1].split(",") if i)
 
 
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", re.MULTILINE)
-
-
-def _computations(text: str) -> dict[str, list[str]]:
-    """The lines of each computation that may lead to a collective."""
-    wanted = re.compile(rf" (?:{KINDS})(?:-start)?\(|(?:calls|to_apply|body|computations?)=")
-    found: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in text.splitlines():
-        header = _HEADER.match(line)
-        if header is not None:
-            lines = found.setdefault(header[2], [])
-        elif wanted.search(line):
-            lines.append(line)
-    return found
-
-
-def _entries(text: str) -> list[str]:
-    return [name for entry, name in _HEADER.findall(text) if entry]
-
-
-def _called(line: str, keys: str) -> list[str]:
-    """Names of the computations that an instruction names under some keys."""
-    groups = re.findall(rf"\b(?:{keys})=(\{{[^}}]*\}}|%?[\w.\-]+)", line)
-    return [name for group in groups for name in re.findall(r"[\w.\-]+", group)]
-
-
-def _devices(text: str) -> int:
-    """All devices of a program."""
-    head = text.partition("\n")[0]
-    counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", head)
-    return math.prod(map(int, counts))
-
-
-def _own(line: str, devices: int) -> list[Collective]:
+def _own(each: Instruction, devices: int) -> list[Collective]:
     """What an instruction itself makes, if it is a collective."""
-    found = re.search(rf"= (.*?) ({KINDS})(-start)?\(", line)
-    if found is None:
+    op = each.op.removesuffix("-start")
+    if op not in KINDS:
         return []
-    result, op, start = found.groups()
-    if start and op != "all-reduce" and result.startswith("("):
-        result = _elements(result)[1]  # the first are the operands
-    group = _group(line, devices)
-    return [
-        Collective(op, dtype, tuple(int(size) for size in shape.split(",") if size), group, 1)
-        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result)
-    ]
+    made = each.type
+    if op != each.op and op != "all-reduce" and made.startswith("("):
+        made = elements(made)[1]  # the first are the operands
+    group = _group(each.text, devices)
+    return [Collective(op, *array, group, 1) for array in arrays(made)]
 
 
-def _elements(result: str) -> list[str]:
-    """The types in a tuple type."""
-    parts, depth = [""], 0
-    for letter in result[1:-1]:
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts
-
-
-def _group(line: str, devices: int) -> int:
+def _group(text: str, devices: int) -> int:
     """The number of devices in the first group of a collective; pairs are a group of two."""
-    if "source_target_pairs=" in line:
+    if "source_target_pairs=" in text:
         return 2
-    if (found := re.search(r"replica_groups=\{\{([\d,]*)\}", line)) is not None:
+    if (found := re.search(r"replica_groups=\{\{([\d,]*)\}", text)) is not None:
         return found[1].count(",") + 1
-    if (found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line)) is not None:
+    if (found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text)) is not None:
         return int(found[1])
-    if (found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line)) is not None:
+    if (found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text)) is not None:
         sizes = dict(re.findall(r"'([^']*)'=(\d+)", found[1]))
         axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part or sizes[name]) for name, part in axes)

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.sharding import make_mesh
-from jaxlm.sharding.hlo import Collective, collectives
+from jaxlm.sharding.hlo import Collective, collectives, costs
 
 ROWS, WIDTH = 6, 8  # on a device
 
@@ -117,3 +118,74 @@ def test_bytes_that_a_device_sends():
     assert Collective("all-to-all", "s4", (100,), 2, 1).moved == 1 / 2 * 50
     assert Collective("collective-permute", "pred", (100,), 2, 5).moved == 500
     assert Collective("all-reduce", "f32", (), 1, 1).moved == 0
+
+
+def shaped(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def one_by_one(x, ws):
+    for w in ws:
+        x = jnp.tanh(x @ w)
+    return x
+
+
+def scanned(x, ws):
+    return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0]
+
+
+def of(function, *args):
+    compiled = jax.jit(function).lower(*args).compile()
+    return costs(compiled), compiled.cost_analysis()
+
+
+STRAIGHT = {
+    "elementwise": (lambda x: x * 2 + 1, (shaped(1000),), 8 * 1000),
+    "one product": (jnp.matmul, (shaped(8, 16), shaped(16, 4)), 4 * (8 * 16 + 16 * 4 + 8 * 4)),
+    "several products": (lambda x, w: one_by_one(x, [w] * 3), (shaped(4, 8), shaped(8, 8)), None),
+    "a slice": (
+        lambda x, i: lax.dynamic_slice(x, (i,), (10,)) * 2,
+        (shaped(1000), shaped(dtype=jnp.int32)),
+        4 + 40 + 40,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STRAIGHT)
+def test_without_loops_the_counts_are_the_compilers(case):
+    function, args, wanted = STRAIGHT[case]
+    found, analysis = of(function, *args)
+    assert found.bytes == analysis["bytes accessed"]
+    assert wanted in (None, found.bytes)
+    assert found.collectives == ()
+
+
+def test_a_loop_counts_all_its_turns():
+    layers, width, rows = 10, 64, 8
+    args = shaped(rows, width), shaped(layers, width, width)
+    found, _ = of(scanned, *args)
+    unrolled, analysis = of(one_by_one, *args)
+    assert found.products == unrolled.products == layers * 2 * rows * width**2
+    assert unrolled.bytes == analysis["bytes accessed"]
+    # Each layer's weights are read once, or copied out of the stack first; never the whole stack.
+    weights = 4 * layers * width**2
+    assert weights < found.bytes < 4 * weights
+
+
+def test_the_largest_branch_counts():
+    def f(i, x):
+        return lax.switch(i, [lambda x: x, lambda x: jnp.tanh(x @ x) @ x], x)
+
+    found, _ = of(f, shaped(dtype=jnp.int32), shaped(32, 32))
+    assert found.products == 2 * 2 * 32**3
+
+
+@pytest.mark.multidevice
+def test_costs_are_those_of_one_device():
+    mesh = make_mesh(data=2, model=4)
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+    w = jax.ShapeDtypeStruct((16, 12), jnp.float32, sharding=NamedSharding(mesh, P(None, "model")))
+    out = NamedSharding(mesh, P("data", "model"))
+    found = costs(jax.jit(jnp.matmul, out_shardings=out).lower(x, w).compile())
+    assert found.products == 2 * 8 * 16 * 12 // 8
+    assert found.bytes == 4 * (4 * 16 + 16 * 3 + 4 * 3)
