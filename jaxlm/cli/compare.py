@@ -33,7 +33,7 @@ from typing import Any
 from jaxlm.cli import config as configs
 from jaxlm.cli.sweep import check_runs, folder_name
 from jaxlm.core.errors import UserError
-from jaxlm.core.files import write_atomic
+from jaxlm.core.files import write_shared
 from jaxlm.studies import curves
 from jaxlm.train.logging import write_json
 from jaxlm.train.pretraining import PretrainConfig
@@ -71,7 +71,7 @@ class CompareConfig:
             raise UserError("y is held_out_loss: give run.corpus.held_out, or y: loss.")
 
 
-def run(args: Sequence[str]) -> None:
+def run(args: Sequence[str], mesh: Any = None) -> None:
     """The command `jaxlm compare`."""
     dry = "--dry-run" in args
     path, overrides = configs.parse_args([word for word in args if word != "--dry-run"])
@@ -84,7 +84,7 @@ def run(args: Sequence[str]) -> None:
             for one in each.runs:
                 print(one.output)
         return
-    found = curves.compare(variants, y=config.y, say=_say)
+    found = curves.compare(variants, y=config.y, mesh=mesh, say=_say)
     print(write(found, config))
     if config.figure:
         output = Path(config.output, "curves.png")
@@ -109,7 +109,7 @@ def write(found: Sequence[curves.Curve], config: CompareConfig) -> str:
     text = curves.markdown(found, y=config.y, start=config.start)
     rows = curves.rows(found, start=config.start)
     write_json(Path(config.output, "table.json"), {"y": config.y, "rows": rows})
-    write_atomic(Path(config.output, "table.md"), text)
+    write_shared(Path(config.output, "table.md"), text)
     return text
 
 

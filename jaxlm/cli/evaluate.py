@@ -65,7 +65,7 @@ class EvaluateConfig:
             raise UserError(f"calibrate is sfc, but {self.task.name} has no options: leave it out.")
 
 
-def run(args: Sequence[str]) -> None:
+def run(args: Sequence[str], mesh: Any = None) -> None:
     """The command `jaxlm evaluate`."""
     path, overrides = configs.parse_args(args)
     file = Path(path) if path else None
@@ -78,11 +78,15 @@ def run(args: Sequence[str]) -> None:
     known = {f.name for f in fields(EvaluateConfig)}
     config = configs.load(EvaluateConfig, file, overrides, only=known)
     base_dir = file.parent if file else None
-    print(json.dumps(evaluate(config, base_dir=base_dir, offsets=offsets), indent=2))
+    print(json.dumps(evaluate(config, base_dir=base_dir, offsets=offsets, mesh=mesh), indent=2))
 
 
 def evaluate(
-    config: EvaluateConfig, *, base_dir: Path | None = None, offsets: Any = None
+    config: EvaluateConfig,
+    *,
+    base_dir: Path | None = None,
+    offsets: Any = None,
+    mesh: Any = None,
 ) -> dict[str, Any]:
     """Scores one split, less `offsets` if there are any, and returns the accuracies."""
     task = _load(config, base_dir)
@@ -93,7 +97,7 @@ def evaluate(
     from jaxlm.train.measure import Answers, Choices, domain_scores, less_domain
     from jaxlm.train.run import load_model
 
-    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits)
+    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
     if lm.config.head == "none":
         raise UserError(f"{config.model} has no head to evaluate: fine-tune it first.")
     result: dict[str, Any] = {

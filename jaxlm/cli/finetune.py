@@ -37,10 +37,12 @@ from jaxlm.core.errors import UserError
 QUICKSTART = Path(__file__).parent.parent / "assets" / "quickstart.yaml"
 
 
-def run(args: Sequence[str]) -> None:
+def run(args: Sequence[str], mesh: Any = None) -> None:
     """The command `jaxlm finetune`."""
     path, overrides = configs.parse_args(args)
     if path == "quickstart" or not args:
+        if mesh is not None:
+            raise UserError("the quickstart runs on one device: give a configuration.")
         _quickstart(overrides)
         return
     from jaxlm.train.run import FinetuneConfig, finetune
@@ -51,7 +53,8 @@ def run(args: Sequence[str]) -> None:
     config = configs.load(FinetuneConfig, path, overrides)
     if resume == "never" and (Path(config.output) / "config.yaml").exists():
         raise UserError(f"output {config.output}: there is a run already: choose another output.")
-    show(finetune(config, base_dir=Path(path).parent if path else None), config.output)
+    base_dir = Path(path).parent if path else None
+    show(finetune(config, base_dir=base_dir, mesh=mesh), config.output)
 
 
 def _quickstart(overrides: dict[str, str]) -> None:

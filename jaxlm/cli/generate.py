@@ -81,7 +81,7 @@ class GenerateConfig:
             raise UserError(f"{error}.") from None
 
 
-def run(args: Sequence[str]) -> None:
+def run(args: Sequence[str], mesh: Any = None) -> None:
     """The command `jaxlm generate`."""
     path, overrides = configs.parse_args(args)
     if path is not None and Path(path).suffix not in (".yaml", ".yml"):
@@ -95,11 +95,11 @@ def run(args: Sequence[str]) -> None:
     alone = config.file is None and config.num_samples == 1 and not config.json
     try:
         if config.output is not None:
-            _write(Path(config.output), completions(config, prompts))
+            _write(Path(config.output), completions(config, prompts, mesh))
         elif alone:
-            stream(config)
+            stream(config, mesh)
         else:
-            for line in completions(config, prompts):
+            for line in completions(config, prompts, mesh):
                 print(line, flush=True)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -145,9 +145,9 @@ def _prompt(line: str, where: str) -> str:
     return row["prompt"]
 
 
-def completions(config: GenerateConfig, prompts: Sequence[str]) -> Iterator[str]:
+def completions(config: GenerateConfig, prompts: Sequence[str], mesh: Any = None) -> Iterator[str]:
     """A line of JSON for each sample, batch after batch."""
-    lm, options = _load(config)
+    lm, options = _load(config, mesh)
     from jaxlm.evaluation import generate_text
 
     for start in range(0, len(prompts), config.batch_size):
@@ -168,9 +168,9 @@ def completions(config: GenerateConfig, prompts: Sequence[str]) -> Iterator[str]
                 yield json.dumps(row, ensure_ascii=False)
 
 
-def stream(config: GenerateConfig) -> None:
+def stream(config: GenerateConfig, mesh: Any = None) -> None:
     """Prints the text after one prompt as it comes."""
-    lm, options = _load(config)
+    lm, options = _load(config, mesh)
     from jaxlm.evaluation import stream_text
 
     for piece in stream_text(lm, config.prompt, key=_key(config, 0), **options):
@@ -178,11 +178,11 @@ def stream(config: GenerateConfig) -> None:
     print()
 
 
-def _load(config: GenerateConfig) -> tuple[Any, dict[str, Any]]:
+def _load(config: GenerateConfig, mesh: Any) -> tuple[Any, dict[str, Any]]:
     """The model, and what `generate_text` and `stream_text` both take."""
     from jaxlm.train.run import load_model
 
-    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits)
+    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
     return lm, {
         "max_new_tokens": config.max_new_tokens,
         "sampling": config.sampling(),

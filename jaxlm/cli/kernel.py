@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.cli import config as configs
-from jaxlm.core.files import write_atomic
+from jaxlm.core.files import write_shared
 
 
 def run(args: Sequence[str]) -> None:
@@ -62,7 +62,7 @@ def write(records: list[dict[str, Any]], output: str) -> str:
 
     text = markdown(records)
     write_json(Path(output) / "table.json", {"rows": rows(records)})
-    write_atomic(Path(output) / "table.md", text)
+    write_shared(Path(output) / "table.md", text)
     return text
 
 

@@ -22,6 +22,9 @@ COMMANDS = {
     "info": "versions, devices and memory; with a model, its parameter table",
 }
 
+ALONE = ("convert", "info")
+"""Commands that have nothing to divide over devices."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, or 2 for a mistake that the user can fix."""
@@ -29,10 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
     if debug:
-        _run(args)
-        return 0
+        return _run(args)
     try:
-        _run(args)
+        return _run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -40,32 +42,66 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        _end_if_alone(error)
+        raise
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    return 0
 
 
-def _run(args: list[str]) -> None:
+def _end_if_alone(error: Exception) -> None:
+    """Where the computation failed since another process is gone, says so and ends."""
+    import jax
+
+    from jaxlm.core.processes import distributed
+
+    if isinstance(error, jax.errors.JaxRuntimeError) and distributed():
+        from jaxlm.cli import launch
+
+        launch.lost(str(error).splitlines()[0])
+
+
+def _run(args: list[str]) -> int:
+    if args == ["help", "launch"]:
+        from jaxlm.cli import launch
+
+        print((launch.__doc__ or "").strip())
+        return 0
     if not args or args[0] in ("-h", "--help", "help"):
         print(__doc__.strip(), "\n\ncommands:")
         for name, line in COMMANDS.items():
             print(f"  {name:<10}{line}")
         print("\n`jaxlm COMMAND --help` says more; --debug shows the traceback of an error.")
-        return
+        print("`jaxlm help launch`: --mesh, several processes, traces.")
+        return 0
     command, *rest = args
     if command == "--version":
         import jaxlm
 
         print(jaxlm.__version__)
-        return
+        return 0
     if command not in COMMANDS:
         raise UserError(f"unknown command '{command}': choose one of {', '.join(COMMANDS)}.")
     module = importlib.import_module(f"jaxlm.cli.{command}")
     if "--help" in rest or "-h" in rest:
         print((module.__doc__ or "").strip())
-        return
-    module.run(rest)
+        return 0
+    from jaxlm.cli import launch
+
+    flags, rest = launch.parse(rest)
+    if flags == launch.Launch():
+        module.run(rest)
+        return 0
+    if flags.supervised:
+        return launch.supervise(flags, args)
+    if command in ALONE:
+        raise UserError(
+            f"{command} runs on one device of one process: leave out --mesh and others."
+        )
+    with flags.running() as mesh:
+        module.run(rest, mesh=mesh)
+    return 0
 
 
 if __name__ == "__main__":

@@ -12,17 +12,18 @@ that was stopped and shows the summary of one that is finished.
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from jaxlm.cli import config as configs
 from jaxlm.core.errors import UserError
 from jaxlm.train.pretraining import PretrainConfig, pretrain
 
 
-def run(args: Sequence[str]) -> None:
+def run(args: Sequence[str], mesh: Any = None) -> None:
     """The command `jaxlm pretrain`."""
     path, overrides = configs.parse_args(args)
     if path is None and not overrides:
         raise UserError("pretrain has no configuration: give configs/pretrain/tiny.yaml, say.")
-    summary = pretrain(configs.load(PretrainConfig, path, overrides))
+    summary = pretrain(configs.load(PretrainConfig, path, overrides), mesh=mesh)
     shown = {key: value for key, value in summary.items() if key != "config"}
     print(json.dumps(shown, indent=2))

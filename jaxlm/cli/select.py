@@ -38,7 +38,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxlm.cli import config as configs
-from jaxlm.core.files import write_atomic
+from jaxlm.core.files import write_shared
 
 
 def run(args: Sequence[str]) -> None:
@@ -55,7 +55,7 @@ def run(args: Sequence[str]) -> None:
     found = selection_study(config, base_dir=base_dir, say=_say)
     text = markdown(found)
     write_json(Path(config.output) / "table.json", {**found, "rows": rows(found)})
-    write_atomic(Path(config.output) / "table.md", text)
+    write_shared(Path(config.output) / "table.md", text)
     print(text)
 
 

@@ -39,7 +39,7 @@ from typing import Any
 
 from jaxlm.cli import config as configs
 from jaxlm.core.errors import UserError
-from jaxlm.core.files import write_atomic
+from jaxlm.core.files import write_shared
 from jaxlm.studies.sweep import KINDS, Candidate, setting_title, sweep
 from jaxlm.studies.sweep_table import markdown
 from jaxlm.train.logging import write_json
@@ -88,7 +88,7 @@ def check_runs(
             raise UserError(f"{place}.{key} differs from run to run: give {plural} beside run.")
 
 
-def run(args: Sequence[str]) -> None:
+def run(args: Sequence[str], mesh: Any = None) -> None:
     """The command `jaxlm sweep`."""
     dry = "--dry-run" in args
     path, overrides = configs.parse_args([word for word in args if word != "--dry-run"])
@@ -101,7 +101,7 @@ def run(args: Sequence[str]) -> None:
             for one in each.runs:
                 print(one.output)
         return
-    table = sweep(candidates, base_dir=Path(path).parent, say=_say)
+    table = sweep(candidates, base_dir=Path(path).parent, mesh=mesh, say=_say)
     print(write(table, config.output))
 
 
@@ -127,7 +127,7 @@ def write(table: dict[str, Any], output: str) -> str:
     """Writes `table.json` and `table.md`, and returns the latter's text."""
     text = markdown(table)
     write_json(Path(output) / "table.json", table)
-    write_atomic(Path(output) / "table.md", text)
+    write_shared(Path(output) / "table.md", text)
     return text
 
 

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from jaxlm.core.processes import is_first, meet
+
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a file under a temporary name and renames it, so that it is whole or absent."""
@@ -12,3 +14,18 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def write_shared(path: Path, content: str | bytes, *, once: bool = False) -> None:
+    """`write_atomic` of a file that all processes of a program have in common, on one file system.
+
+    All of them call it; the first writes, and none returns before the file is there.
+
+    Args:
+      path: the file.
+      content: of it.
+      once: leaves a file that is there.
+    """
+    if is_first() and not (once and path.exists()):
+        write_atomic(path, content)
+    meet(str(path))

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlm.core.processes import to_host
+
 
 def fingerprint(tree: Any) -> str:
     """SHA-256 of the paths, dtypes, shapes and bytes of a pytree of arrays, as hexadecimal digits.
@@ -15,7 +17,7 @@ def fingerprint(tree: Any) -> str:
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        value = np.asarray(leaf)
+        value = to_host(leaf)
         name = f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape};"
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(value).tobytes())

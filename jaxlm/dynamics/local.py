@@ -130,14 +130,19 @@ def start_workers(
       count: K.
       mesh: where given, worker i lives on device i of its axis `optimizer.axis_name`.
     """
-    copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *jnp.shape(leaf))), params)
-    inner = jax.vmap(lambda params: optimizer.init(params).inner)(copies)
-    step = jnp.zeros((), jnp.int32)
-    if mesh is not None:
-        spread = NamedSharding(mesh, PartitionSpec(optimizer.axis_name))
-        copies, inner = jax.device_put((copies, inner), spread)
-        step = jax.device_put(step, NamedSharding(mesh, PartitionSpec()))
-    return Workers(copies, LocalState(inner, step))
+
+    def start(params):
+        copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), params)
+        inner = jax.vmap(lambda params: optimizer.init(params).inner)(copies)
+        return Workers(copies, LocalState(inner, jnp.zeros((), jnp.int32)))
+
+    params = jax.tree.map(jnp.asarray, params)
+    if mesh is None:
+        return start(params)
+    spread = NamedSharding(mesh, PartitionSpec(optimizer.axis_name))
+    whole = NamedSharding(mesh, PartitionSpec())
+    places: Any = Workers(spread, LocalState(spread, whole))  # type: ignore[arg-type]
+    return jax.jit(start, out_shardings=places)(params)
 
 
 def run_workers(

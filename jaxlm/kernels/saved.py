@@ -24,7 +24,7 @@ from jaxtyping import Array
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
-from jaxlm.core.files import write_atomic
+from jaxlm.core.files import write_shared
 from jaxlm.core.fingerprints import fingerprint, short
 from jaxlm.kernels import _ntk, gram
 from jaxlm.kernels.arguments import features_of
@@ -261,7 +261,7 @@ def _write_manifest(folder: Path, manifest: Manifest, **more: Any) -> None:
                     f"{more['sizes'][0]} by {more['sizes'][1]}; give the same block_size"
                 )
         content = {**dataclasses.asdict(manifest), **more}
-        write_atomic(path, json.dumps(content, indent=2) + "\n")
+        write_shared(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another") from error
 
@@ -269,7 +269,7 @@ def _write_manifest(folder: Path, manifest: Manifest, **more: Any) -> None:
 def _write(path: Path, value: np.ndarray) -> None:
     from safetensors.numpy import save
 
-    write_atomic(path, save({"kernel": np.ascontiguousarray(value)}))
+    write_shared(path, save({"kernel": np.ascontiguousarray(value)}))
 
 
 def _read(path: Path) -> np.ndarray | None:

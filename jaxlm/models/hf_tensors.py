@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import LAYERS
+from jaxlm.core.processes import to_host
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import Name
 from jaxlm.models.initialise import param_shapes
@@ -189,7 +190,7 @@ class Target:
         tensor = np.empty(self.shape, self.dtype)
         for row, layer in self.parts:
             leaf = flat[row.path]
-            value = np.asarray(leaf[layer] if _stacked(row.path) else leaf)
+            value = to_host(leaf[layer] if _stacked(row.path) else leaf)
             whole = tensor.T if row.transpose else tensor
             for ours, theirs in runs(row, value.shape[-1], 0, value.shape[-1]):
                 whole[..., theirs] = value[..., ours]

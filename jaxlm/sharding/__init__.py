@@ -1,6 +1,31 @@
 """One program from one device to a pod: a mesh, and rules that place parameters by their paths."""
 
-from jaxlm.sharding.mesh import AXES, batch_sharding, make_mesh
-from jaxlm.sharding.rules import DEFAULT, Rules, param_shardings
+from jaxlm.sharding.mesh import AXES, batch_sharding, make_mesh, mesh_from_text
+from jaxlm.sharding.multihost import initialize
+from jaxlm.sharding.placement import (
+    mesh_of,
+    on_mesh,
+    place_batch,
+    place_params,
+    placed_like,
+    replicated,
+)
+from jaxlm.sharding.rules import DEFAULT, WHOLE, Rules, param_shardings
 
-__all__ = ["AXES", "DEFAULT", "Rules", "batch_sharding", "make_mesh", "param_shardings"]
+__all__ = [
+    "AXES",
+    "DEFAULT",
+    "WHOLE",
+    "Rules",
+    "batch_sharding",
+    "initialize",
+    "make_mesh",
+    "mesh_from_text",
+    "mesh_of",
+    "on_mesh",
+    "param_shardings",
+    "place_batch",
+    "place_params",
+    "placed_like",
+    "replicated",
+]

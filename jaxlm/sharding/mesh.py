@@ -55,3 +55,22 @@ def make_mesh(
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch: its leading axis over data and fsdp, the others whole."""
     return NamedSharding(mesh, PartitionSpec(AXES[:2]))
+
+
+def mesh_from_text(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that `data=2,fsdp=2,model=2` means; an axis that is left out has size 1.
+
+    >>> dict(mesh_from_text("fsdp=-1", devices=jax.devices()[:1]).shape)
+    {'data': 1, 'fsdp': 1, 'model': 1}
+
+    Raises:
+      UserError: the text means none; or as `make_mesh`.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        whole = size.strip().removeprefix("-").isdecimal()
+        if name not in AXES or name in sizes or not whole:
+            raise UserError(f"mesh '{text}' is no mesh: write data=2,fsdp=4,model=1, say.")
+        sizes[name] = int(size)
+    return make_mesh(**sizes, devices=devices)

@@ -69,6 +69,9 @@ DEFAULT = Rules(
     axes=(("vocab", "model"), ("heads", "model"), ("mlp", "model"), ("embed", "fsdp")),
 )
 
+WHOLE = Rules(paths=(), axes=())
+"""Every device has everything."""
+
 
 def param_shardings(params: PyTree, mesh: Mesh, rules: Rules = DEFAULT) -> PyTree:
     """The sharding of every leaf of a tree.

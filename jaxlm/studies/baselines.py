@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
+
 from jaxlm.core.errors import UserError
 from jaxlm.data import Task, load_task, prepare_for, with_demonstrations
 from jaxlm.studies.probe import linear_probe
@@ -32,7 +34,9 @@ class Measured(NamedTuple):
     peak_bytes: int
 
 
-def probe_run(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[str, Any]:
+def probe_run(
+    config: FinetuneConfig, *, base_dir: Path | None = None, mesh: Mesh | None = None
+) -> dict[str, Any]:
     """Linear probing in the place of `finetune`; what concerns training is passed over.
 
     Raises:
@@ -47,10 +51,12 @@ def probe_run(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[s
         test = {"accuracy": found["test"]}
         return Measured(test, found.get("validation"), forwards, probe.peak_bytes)
 
-    return _run(config, measure, base_dir)
+    return _run(config, measure, base_dir, mesh)
 
 
-def icl_run(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[str, Any]:
+def icl_run(
+    config: FinetuneConfig, *, base_dir: Path | None = None, mesh: Mesh | None = None
+) -> dict[str, Any]:
     """In-context learning in the place of `finetune`, from the training examples of the run.
 
     One draw by the run's seed stands before every test example, and is cut on the left where the
@@ -71,11 +77,14 @@ def icl_run(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[str
             found = Choices(lm, prepare_for(lm, task), batch_size=config.eval_batch_size)
         return Measured(found("test", lm.params), None, 0, found.peak_bytes)
 
-    return _run(config, measure, base_dir)
+    return _run(config, measure, base_dir, mesh)
 
 
 def _run(
-    config: FinetuneConfig, measure: Callable[[Any, Task], Measured], base_dir: Path | None
+    config: FinetuneConfig,
+    measure: Callable[[Any, Task], Measured],
+    base_dir: Path | None,
+    mesh: Mesh | None,
 ) -> dict[str, Any]:
     from jaxlm.train.state import device_peak_bytes
 
@@ -89,7 +98,7 @@ def _run(
     for split in ("train", "test"):
         if not getattr(task, split):
             raise UserError(f"task has no {split} examples: give task.{split}.")
-    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits)
+    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
     found = measure(lm, task)
     folder.create(config)
     metric = next(iter(found.test))

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlm.core.errors import UserError
+from jaxlm.core.files import write_shared
 from jaxlm.dynamics.scaling import scale_rule
 from jaxlm.studies.figures import new_axes, save_figure
 from jaxlm.train.loop import Diverged
@@ -93,13 +95,18 @@ class Curve:
 
 
 def compare(
-    variants: Sequence[Variant], *, y: Y, say: Callable[[str], None] = lambda line: None
+    variants: Sequence[Variant],
+    *,
+    y: Y,
+    mesh: Mesh | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Curve]:
     """Makes every run that is not finished, and returns the curves of all.
 
     Args:
         variants: with different outputs in all their runs.
         y: what is compared.
+        mesh: of all runs; None for one device.
         say: is told of each run before it starts.
 
     Raises:
@@ -111,7 +118,7 @@ def compare(
         for config in variant.runs:
             number += 1
             say(f"run {number}/{total}: {config.output}")
-            found.append(_trained(config, y))
+            found.append(_trained(config, y, mesh))
         tokens = sorted({token for run_tokens, _, _ in found for token in run_tokens})
         at = [dict(zip(run_tokens, values, strict=True)) for run_tokens, values, _ in found]
         padded = [[values.get(token, math.nan) for token in tokens] for values in at]
@@ -126,7 +133,9 @@ def compare(
     return curves
 
 
-def _trained(config: PretrainConfig, y: Y) -> tuple[list[int], list[float], dict[str, Any] | None]:
+def _trained(
+    config: PretrainConfig, y: Y, mesh: Mesh | None
+) -> tuple[list[int], list[float], dict[str, Any] | None]:
     """Tokens, values and report of one run; the points before it diverged, if it did."""
     folder = RunFolder(config.output)
     folder.check(config)
@@ -134,9 +143,9 @@ def _trained(config: PretrainConfig, y: Y) -> tuple[list[int], list[float], dict
     report, ended = None, False
     if not failed.exists():
         try:
-            report, ended = pretrain(config)["dynamics"], True
+            report, ended = pretrain(config, mesh=mesh)["dynamics"], True
         except Diverged as error:
-            failed.write_text(f"{error}\n", encoding="utf-8")
+            write_shared(failed, f"{error}\n")
     written = folder.metrics.read() if folder.metrics.path.exists() else []
     rows = [row for row in written if y in row]
     tokens, values = [row["tokens"] for row in rows], [float(row[y]) for row in rows]

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.files import write_atomic
+from jaxlm.core.files import write_shared
 from jaxlm.influence import bm25, pool, random_scores, representation_similarity, select
 from jaxlm.studies.selection_batches import Padded
 from jaxlm.studies.selection_rows import Row, Rows
@@ -143,13 +143,13 @@ def write_choice(
         lines = [
             {"id": row.id, "score": float(each)} for row, each in zip(rows, scores, strict=True)
         ]
-        write_atomic(folder / SCORES, _lines(lines))
+        write_shared(folder / SCORES, _lines(lines))
     chosen = []
     for place in places:
         row = rows[place]
         number = {} if scores is None else {"score": float(scores[place])}
         chosen.append({"id": row.id, "source": row.source, **number, **row.text})
-    write_atomic(folder / SELECTED, _lines(chosen))
+    write_shared(folder / SELECTED, _lines(chosen))
     taken = [rows[place] for place in places]
     names = dict.fromkeys(row.source for row in rows)
     return {

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from jax.sharding import Mesh
+
 from jaxlm.core.errors import UserError
 from jaxlm.studies.baselines import icl_run, probe_run
 from jaxlm.train.run import FinetuneConfig, finetune
@@ -80,6 +82,7 @@ def sweep(
     candidates: Sequence[Candidate],
     *,
     base_dir: Path | None = None,
+    mesh: Mesh | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Makes every run that is not finished, and the table of all.
@@ -87,6 +90,7 @@ def sweep(
     Args:
         candidates: see `Candidate`; those of one method follow each other.
         base_dir: where the relative paths of the task start, before the working directory.
+        mesh: of all runs; None for one device.
         say: is told of each run before it starts.
 
     Returns:
@@ -107,12 +111,14 @@ def sweep(
     results: dict[str, Result] = {}
     for number, (each, config) in enumerate(runs, start=1):
         say(f"run {number}/{len(runs)}: {config.output}")
-        results[config.output] = run_one(each.kind, config, base_dir=base_dir)
+        results[config.output] = run_one(each.kind, config, base_dir=base_dir, mesh=mesh)
     made = [[results[config.output] for config in each.runs] for each in candidates]
     return table(candidates, made)
 
 
-def run_one(kind: str, config: FinetuneConfig, *, base_dir: Path | None = None) -> Result:
+def run_one(
+    kind: str, config: FinetuneConfig, *, base_dir: Path | None = None, mesh: Mesh | None = None
+) -> Result:
     """One run, or what is on disk of one that ended; a run that diverges is not tried again.
 
     Raises:
@@ -127,7 +133,7 @@ def run_one(kind: str, config: FinetuneConfig, *, base_dir: Path | None = None) 
     if failed.exists():
         return Result(None, json.loads(failed.read_text(encoding="utf-8"))["failed"])
     try:
-        return Result(KINDS[kind](config, base_dir=base_dir))
+        return Result(KINDS[kind](config, base_dir=base_dir, mesh=mesh))
     except Diverged as error:
         write_json(failed, {"failed": str(error)})
         return Result(None, str(error))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
@@ -64,8 +65,10 @@ class Dynamics:
             )
         return optimizer
 
-    def method(self, optimizer: FirstOrder, loss_fn: LossFn, steps: int) -> Method:
-        """The steps; `loss_fn` as in `jaxlm.train.state.method`."""
+    def method(
+        self, optimizer: FirstOrder, loss_fn: LossFn, steps: int, mesh: Mesh | None = None
+    ) -> Method:
+        """The steps, on a mesh; `loss_fn` as in `jaxlm.train.state.method`."""
         raise TypeError(f"{type(self).__name__} is no dynamics by itself")
 
     def batches(
@@ -116,7 +119,9 @@ class Svag(Dynamics):
         kind = "sgd" if optimizer.hparams(1).b2 is None else "adaptive"
         return svag(self.l, kind, pairing=self.pairing)
 
-    def method(self, optimizer: FirstOrder, loss_fn: LossFn, steps: int) -> Method:
+    def method(
+        self, optimizer: FirstOrder, loss_fn: LossFn, steps: int, mesh: Mesh | None = None
+    ) -> Method:
         """See `Dynamics`."""
         svag = self._svag(optimizer)
         scaled = svag.hparams(optimizer.hparams(steps))
@@ -138,7 +143,7 @@ class Svag(Dynamics):
             return params, opt_state, jax.tree.map(jnp.mean, infos)
 
         passes = 2 * svag.steps_mult
-        return Method(way.init, step, forwards=passes, backwards=passes)
+        return Method(way.init, step, forwards=passes, backwards=passes, rows=2)
 
     def batches(
         self, source: Source, optimizer: FirstOrder, *, batch_size: int, seed: int
@@ -181,7 +186,9 @@ class Noise(Dynamics):
         super().check(optimizer, batch_size)
         _check_divides("dynamics.parts", self.parts, batch_size)
 
-    def method(self, optimizer: FirstOrder, loss_fn: LossFn, steps: int) -> Method:
+    def method(
+        self, optimizer: FirstOrder, loss_fn: LossFn, steps: int, mesh: Mesh | None = None
+    ) -> Method:
         """See `Dynamics`; info has `grad_square` and `grad_noise`, averaged over steps."""
         from jaxlm.dynamics import RunningNoise, value_and_grad_with_noise
 
@@ -213,7 +220,7 @@ class Noise(Dynamics):
             info |= dict(zip(NOISE_INFO, (stats.G, stats.N / self.parts), strict=True))
             return params, (inner, noise), info
 
-        return Method(init, step, forwards=1, backwards=1)
+        return Method(init, step, forwards=1, backwards=1, rows=1)
 
     def batches(
         self, source: Source, optimizer: FirstOrder, *, batch_size: int, seed: int
@@ -285,7 +292,9 @@ class Local(Dynamics):
         h = make(self.alpha, self.h, warmup_steps=optimizer.warmup, warmup_h=at_peak)
         return h, rates.__getitem__
 
-    def method(self, optimizer: FirstOrder, loss_fn: LossFn, steps: int) -> Method:
+    def method(
+        self, optimizer: FirstOrder, loss_fn: LossFn, steps: int, mesh: Mesh | None = None
+    ) -> Method:
         """See `Dynamics`."""
         from jaxlm import dynamics
         from jaxlm.sharding import make_mesh
@@ -293,8 +302,13 @@ class Local(Dynamics):
         local = dynamics.local_update(
             optimizer.transform(steps), *self._plan(optimizer, steps), total_steps=steps
         )
-        own = len(jax.devices()) >= self.workers
-        mesh = make_mesh(data=self.workers) if own else None
+        if mesh is None and len(jax.devices()) >= self.workers:
+            mesh = make_mesh(data=self.workers)
+        if mesh is not None and mesh.shape["data"] != self.workers:
+            raise UserError(
+                f"dynamics.workers is {self.workers} on a mesh with data={mesh.shape['data']}: "
+                "give as many of both."
+            )
         ends = jnp.asarray(local.sync_steps)
 
         def init(params: Params, key: PRNGKey) -> Any:
@@ -351,14 +365,19 @@ def method_and_batches(
     steps: int,
     batch_size: int,
     seed: int,
+    mesh: Mesh | None = None,
 ) -> tuple[Method, Batches]:
-    """The method of a run and what its steps read, with `dynamics` or (None) without."""
+    """The method of a run and what its steps read, with `dynamics` or (None) without.
+
+    Args:
+        mesh: that the parameters lie on.
+    """
     if dynamics is None:
         batches = _shaped(source(batch_size, (seed,)), lambda x: x[:, 0])
         return method(optimizer, loss_fn, steps), batches
     chosen = dynamics.with_gradients(optimizer)
     batches = dynamics.batches(source, chosen, batch_size=batch_size, seed=seed)
-    return dynamics.method(chosen, loss_fn, steps), batches
+    return dynamics.method(chosen, loss_fn, steps, mesh), batches
 
 
 def _in_parts(source: Source, parts: int, batch_size: int, seed: int) -> Batches:

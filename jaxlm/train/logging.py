@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from jaxlm.core.files import write_atomic
+from jaxlm.core.files import write_shared
+from jaxlm.core.processes import is_first
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Writes one JSON object, whole or not at all."""
-    write_atomic(path, json.dumps(record, indent=2) + "\n")
+    write_shared(path, json.dumps(record, indent=2) + "\n")
 
 
 class Metrics:
@@ -27,6 +28,8 @@ class Metrics:
 
     def append(self, *records: Mapping[str, Any]) -> None:
         """Adds lines and hands them to the operating system."""
+        if not is_first():
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(record) + "\n" for record in records))
 
@@ -34,7 +37,7 @@ class Metrics:
         """Keeps the lines up to `step` (None: no line); a line half written is dropped."""
         if self.path.exists():
             kept = [] if step is None else [r for r in self.read() if r["step"] <= step]
-            write_atomic(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+            write_shared(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def read(self) -> list[dict[str, Any]]:
         """The whole lines of the file."""
@@ -60,7 +63,7 @@ class Progress:
         self._begin = (time.perf_counter(), start)
 
     def __enter__(self) -> "Progress":
-        if not self._quiet and self._stream.isatty():
+        if not self._quiet and is_first() and self._stream.isatty():
             from rich import progress as bars
             from rich.console import Console
 
@@ -96,6 +99,8 @@ class Progress:
 
     def say(self, line: str, *, screen: bool = True) -> None:
         """Writes a line to the log and, unless told otherwise, to the screen."""
+        if not is_first():
+            return
         if self.log is not None:
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(time.strftime("%Y-%m-%d %H:%M:%S  ") + line + "\n")

@@ -134,7 +134,7 @@ def fit(
         start, state, saved = restored
         loop.record = Record(**saved)
         loop.saved = start
-    run = Program(many_steps(method.step), donate=(0,))
+    run = Program(many_steps(method.step), moves=True, rows=1 + method.rows)
     flight: list[tuple[int, Any]] = []
     for first, count in config.dispatches(start):
         state, infos = run(state, batches(first, count))

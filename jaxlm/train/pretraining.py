@@ -1,5 +1,6 @@
 """Pretraining from a configuration to a model in the Hugging Face layout."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -9,11 +10,13 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlm.core.errors import UserError
 from jaxlm.data import corpus as corpora
 from jaxlm.evaluation.perplexity import perplexity
 from jaxlm.models import LanguageModel, ModelConfig, init_params, save_pretrained
+from jaxlm.sharding import on_mesh
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.dynamics import (
     DYNAMICS,
@@ -170,11 +173,12 @@ def _check_positive(config: Any, *names: str) -> None:
             raise UserError(f"{name} is {getattr(config, name)}: give 1 or more.")
 
 
-def pretrain(config: PretrainConfig) -> dict[str, Any]:
+def pretrain(config: PretrainConfig, *, mesh: Mesh | None = None) -> dict[str, Any]:
     """Runs `config` in its folder, goes on with it, or returns the summary of the finished run.
 
     Args:
         config: the run.
+        mesh: of `jaxlm.sharding.make_mesh`; None for one device.
 
     Returns:
         What `summary.json` holds.
@@ -189,7 +193,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         return summary
     tokenizer = corpora.read_tokenizer(Path(config.tokenizer))
     model = config.model.build(tokenizer)
-    lm = LanguageModel(model, init_params(model, jax.random.key(config.seed)), tokenizer)
+    init, key = functools.partial(init_params, model), jax.random.key(config.seed)
+    params = init(key) if mesh is None else on_mesh(init, mesh, key)
+    lm = LanguageModel(model, params, tokenizer)
     source = Path(config.corpus.path)
     paths = [corpora.find(source, domain.name) for domain in config.corpus.domains]
     apart = corpora.find(source, config.corpus.held_out) if config.corpus.held_out else None
@@ -205,6 +211,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         steps=config.steps,
         batch_size=config.batch_size,
         seed=config.seed,
+        mesh=mesh,
     )
     measure = None
     if apart is not None:
@@ -254,7 +261,7 @@ def _train(
     batches: Batches,
     measure: Callable[[Params], dict[str, float]] | None,
 ) -> dict[str, Any]:
-    run = Program(many_steps(way.step), donate=(0,))
+    run = Program(many_steps(way.step), moves=True, rows=1 + way.rows)
     state = way.start(lm.params, jax.random.key(config.seed))
     checkpoints = Checkpoints(folder.checkpoints)
     restored = checkpoints.restore(state)
@@ -263,9 +270,9 @@ def _train(
         first, state, record = restored
         seconds = record["seconds"]
     folder.metrics.cut(first)
+    row: dict[str, Any] = folder.metrics.read()[-1] if first else {}
 
     begin = time.perf_counter() - seconds
-    row: dict[str, Any] = folder.metrics.read()[-1] if first else {}
     with Progress(config.steps, start=first, log=folder.log) as progress:
         for done in range(first, config.steps, config.log_every):
             count = min(config.log_every, config.steps - done)

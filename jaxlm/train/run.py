@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.data import EncodedTask, Task, TaskConfig, load_task, prepare_for, task_config
 from jaxlm.data.batching import Objective
 from jaxlm.peft import TUNINGS, Tuning
+from jaxlm.sharding import mesh_of, place_params, placed_like
 from jaxlm.train.dynamics import DYNAMICS, Dynamics, method_and_batches
 from jaxlm.train.loop import LoopConfig
 from jaxlm.train.optimizers import OPTIMIZERS, Mezo, Optimizer, ZerothOrder
@@ -97,14 +98,18 @@ class FinetuneConfig(LoopConfig):
             )
 
 
-def finetune(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[str, Any]:
+def finetune(
+    config: FinetuneConfig, *, base_dir: Path | None = None, mesh: Mesh | None = None
+) -> dict[str, Any]:
     """Runs `config` in its folder, goes on with it, or returns the summary of the finished run.
 
-    The folder is made only when the configuration, the data and the model are known to be good.
+    The folder is made only when the configuration, the data and the model are known to be good. A
+    run goes on wherever it is called again, on another mesh too.
 
     Args:
         config: the run.
         base_dir: where the relative paths of the task start, before the working directory.
+        mesh: of `jaxlm.sharding.make_mesh`; None for one device.
 
     Returns:
         What `summary.json` holds.
@@ -124,7 +129,7 @@ def finetune(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[st
     if config.calibrate and config.task.own_options:
         raise UserError("calibrate needs the same options in every example: leave it out.")
 
-    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits)
+    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
     encoded = prepare_for(lm, task)
     if config.objective is not None:
         form = _FORMS[config.objective]
@@ -138,6 +143,8 @@ def finetune(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[st
         paths.mask(lm.params, select)
     except ValueError as error:
         raise UserError(f"optimizer.{error}: correct it.") from None
+    if mesh is not None:
+        lm = lm.replace(params=place_params(lm.params, mesh))
     folder.create(config)
     optimizer = dataclasses.replace(config.optimizer, select=select)
     summary = _run(dataclasses.replace(config, optimizer=optimizer), folder, lm, task, encoded)
@@ -146,14 +153,22 @@ def finetune(config: FinetuneConfig, *, base_dir: Path | None = None) -> dict[st
 
 
 def load_model(
-    name: str | Path | None, *, param_dtype: str = "float32", bits: Literal[8, 4] | None = None
+    name: str | Path | None,
+    *,
+    param_dtype: str = "float32",
+    bits: Literal[8, 4] | None = None,
+    mesh: Mesh | None = None,
 ) -> Any:
     """A language model from a folder, a hub id, a run's folder, or (None) from the package.
 
     A run gives its best parameters on validation, or the last ones where it had no validation. Its
     matrices come in the bits that it was trained in, if there were any. A folder with no more than
     `config.yaml` and the `trajectory.zo` of a zeroth-order run gives its last parameters: the model
-    that it began with is loaded, and the run replayed.
+    that it began with is loaded, and the run replayed. A run is read whichever mesh it was on.
+
+    Args:
+        name: which model.
+        param_dtype, bits, mesh: see `jaxlm.from_pretrained`.
 
     Raises:
         UserError: there is no model there, or the run has neither checkpoint nor trajectory.
@@ -163,7 +178,7 @@ def load_model(
     folder = RunFolder(name) if name is not None else None
     stored = folder.config() if folder is not None else None
     if folder is None or stored is None:
-        return from_pretrained(name, param_dtype=param_dtype, bits=bits)
+        return from_pretrained(name, param_dtype=param_dtype, bits=bits, mesh=mesh)
     from jaxlm.core.precision import quantize
     from jaxlm.train.checkpoint import Checkpoints
 
@@ -173,15 +188,19 @@ def load_model(
     if found is None and not folder.trajectory.exists():
         raise UserError(f"{name}: the run has no checkpoint: start it again.")
     dtype, trained_bits = stored["param_dtype"] if found is None else param_dtype, stored["bits"]
-    lm = load_model(stored["model"], param_dtype=dtype, bits=trained_bits)
+    lm = load_model(stored["model"], param_dtype=dtype, bits=trained_bits, mesh=mesh)
     lm = with_head(lm, len(stored["task"]["labels"]), seed=stored["seed"])
     if (tuning := stored.get("peft")) is not None:
         lm = TUNINGS[tuning["name"]](**tuning).prepare(lm, jax.random.key(stored["seed"]))
-    end = _replayed(folder, lm.params) if found is None else found
-    trained = {leaf.path: leaf.value for leaf in paths.flatten(end)[0]}
-    params = paths.map_with_path(
-        lambda leaf: jnp.asarray(trained[leaf.path], leaf.value.dtype), lm.params
-    )
+    if mesh is not None:
+        lm = lm.replace(params=place_params(lm.params, mesh))
+    if found is None:
+        params = _replayed(folder, lm.params)
+    else:
+        trained = {leaf.path: leaf.value for leaf in paths.flatten(found)[0]}
+        params = paths.map_with_path(
+            lambda leaf: placed_like(trained[leaf.path], leaf.value), lm.params
+        )
     if found is None and dtype != param_dtype:
         params = jax.tree.map(lambda x: x.astype(param_dtype), params)
     if bits is not None and trained_bits is None:
@@ -287,9 +306,10 @@ def _run(
                 first["option_offsets"] = measure.offsets.tolist()
             folder.metrics.append(first)
             progress.say(f"zero-shot test {_shown(zero_shot)}")
-        elif isinstance(measure, Choices):
-            measure.offsets = folder.option_offsets()
-        first = folder.metrics.read()[0]
+        else:
+            first = folder.metrics.read()[0]
+            if isinstance(measure, Choices):
+                measure.offsets = folder.option_offsets()
         options = {"offsets": measure.offsets, "reduction": reduction}
         loss_fn = _loss_fn(config, lm, task, encoded, options)
         chosen, batches = method_and_batches(
@@ -302,6 +322,7 @@ def _run(
             steps=config.steps,
             batch_size=config.batch_size,
             seed=config.seed,
+            mesh=mesh_of(lm.params),
         )
         outcome = fit(
             chosen,

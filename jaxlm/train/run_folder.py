@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.files import write_atomic
+from jaxlm.core.files import write_shared
 from jaxlm.train.logging import Metrics, write_json
 
 
@@ -89,9 +89,8 @@ class RunFolder:
 
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if self.config() is None:
-                text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-                write_atomic(self.path / "config.yaml", text)
+            text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+            write_shared(self.path / "config.yaml", text, once=True)
         except OSError as error:
             reason = error.strerror or error
             raise UserError(

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxlm.core import paths
+from jaxlm.sharding import WHOLE, mesh_of, on_mesh, place_batch, place_params, replicated
 from jaxlm.train.optimizers import FirstOrder, Optimizer, ZerothOrder
 from jaxlm.typing import Batch, LossFn, Params, PRNGKey
 
@@ -40,7 +41,9 @@ class Method(NamedTuple):
         backwards: backward passes in a step.
         settings: what `jaxlm.zo.Trajectory` records of a zeroth-order optimizer, JSON values with
             `num_directions`; its info then holds `projected_grad`. None for the others.
-        mesh: the devices that a step runs on; None for one.
+        rows: axis of the examples in a step's batch.
+        mesh: the devices that steps need, where `init` places the state itself; None for those of
+            the parameters.
     """
 
     init: Callable[[Params, PRNGKey], Any]
@@ -48,13 +51,18 @@ class Method(NamedTuple):
     forwards: int
     backwards: int
     settings: dict[str, Any] | None = None
+    rows: int = 0
     mesh: Mesh | None = None
 
     def start(self, params: Params, key: PRNGKey) -> TrainState:
         """The state before the first step, where the steps run."""
         if self.mesh is not None:
-            params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
-        return TrainState(params, self.init(params, key))
+            params = place_params(params, self.mesh, WHOLE)
+            return TrainState(params, self.init(params, key))
+        mesh = mesh_of(params)
+        if mesh is None:
+            return TrainState(params, self.init(params, key))
+        return TrainState(params, on_mesh(self.init, mesh, params, key))
 
 
 def method(optimizer: Optimizer, loss_fn: LossFn, steps: int) -> Method:
@@ -135,18 +143,30 @@ def many_steps(step: Callable[..., Any]) -> Callable[[TrainState, Batch], Any]:
 class Program:
     """A function compiled for each shape and place of its arguments, and the memory it takes.
 
+    It runs on the mesh that its first argument lies on, or on one device. There the last argument,
+    a batch, is divided by rows, and results are given to every device.
+
     Attributes:
         peak_bytes: arguments + outputs + temporaries - aliased, of the largest compilation so far.
         compile_seconds: time spent compiling so far.
+
+    Args:
+        function: `(..., batch) -> results`.
+        moves: whether the first argument is a state that the first result replaces: its memory is
+            used again, and it stays where it is.
+        rows: axis of the rows of the batch.
     """
 
-    def __init__(self, function: Callable[..., Any], *, donate: tuple[int, ...] = ()):
+    def __init__(self, function: Callable[..., Any], *, moves: bool = False, rows: int = 0):
         self.peak_bytes = 0
         self.compile_seconds = 0.0
-        self._function = jax.jit(function, donate_argnums=donate)
+        self._function, self._moves, self._rows = function, moves, rows
         self._compiled: dict[Any, Any] = {}
 
     def __call__(self, *args: Any) -> Any:
+        mesh = mesh_of(args[0])
+        if mesh is not None:
+            args = (*args[:-1], place_batch(args[-1], mesh, self._rows))
         leaves, structure = jax.tree.flatten(args)
         shapes = tuple(
             (jnp.shape(leaf), leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves
@@ -154,11 +174,22 @@ class Program:
         program = self._compiled.get((structure, shapes))
         if program is None:
             begin = time.perf_counter()
-            program = self._function.lower(*args).compile()
+            program = self.lower(*args).compile()
             self._compiled[structure, shapes] = program
             self.compile_seconds += time.perf_counter() - begin
             self.peak_bytes = max(self.peak_bytes, _peak_bytes(program))
         return program(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """The lowered function; of arguments that need only have shapes, dtypes and shardings."""
+        mesh = mesh_of(args[0])
+        places: Any = None
+        if mesh is not None:
+            places = replicated(mesh)
+            if self._moves:
+                places = (jax.tree.map(lambda leaf: leaf.sharding, args[0]), places)
+        donated = (0,) if self._moves else ()
+        return jax.jit(self._function, donate_argnums=donated, out_shardings=places).lower(*args)
 
 
 def _peak_bytes(program: Any) -> int:

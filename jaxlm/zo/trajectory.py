@@ -26,7 +26,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.files import write_atomic
+from jaxlm.core.files import write_shared
+from jaxlm.core.processes import is_first
 from jaxlm.zo.trajectory_header import Header, parameters
 
 MAGIC = b"jaxlm trajectory"
@@ -87,7 +88,7 @@ class Trajectory:
         text = Header(__version__, key, num_directions, settings, found).encode()
         head = MAGIC + _THREE.pack(VERSION, len(text), zlib.crc32(text)) + text
         trajectory = cls(Path(path), head)
-        write_atomic(trajectory.path, trajectory._encode())
+        write_shared(trajectory.path, trajectory._encode())
         return trajectory
 
     @classmethod
@@ -150,13 +151,8 @@ class Trajectory:
         if not len(values):
             return
         try:
-            with self.path.open("r+b", buffering=0) as file:
-                file.truncate(self._end)
-                file.seek(self._end)
-                chunk = memoryview(_encode_chunk(first_step, values))
-                while chunk:
-                    chunk = chunk[file.write(chunk) :]
-                os.fsync(file.fileno())
+            if is_first():
+                self._write(_encode_chunk(first_step, values))
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror or error}), and its {self.steps} "
@@ -164,6 +160,15 @@ class Trajectory:
             ) from error
         self._add(values)
         self.torn = 0
+
+    def _write(self, chunk: bytes) -> None:
+        with self.path.open("r+b", buffering=0) as file:
+            file.truncate(self._end)
+            file.seek(self._end)
+            rest = memoryview(chunk)
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
 
     def cut(self, step: int) -> None:
         """Keeps the first `step` steps, for a run that goes on from there.
@@ -181,7 +186,7 @@ class Trajectory:
             for chunk in self._chunks:
                 if step > kept.steps:
                     kept._add(chunk[: step - kept.steps])
-            write_atomic(self.path, kept._encode())
+            write_shared(self.path, kept._encode())
             self.steps, self._chunks, self._end, self.torn = step, kept._chunks, kept._end, 0
 
     def check(self, params: Any, settings: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxlm.core import paths
+from jaxlm.core.processes import to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ def parameters(params: Any, *, checksums: bool) -> Iterator[Parameter]:
     for leaf in paths.flatten(params)[0]:
         path = leaf.path if leaf.layer is None else f"{leaf.path}[{leaf.layer}]"
         value = leaf.value
-        crc = zlib.crc32(np.asarray(value).tobytes()) if checksums else None
+        crc = zlib.crc32(to_host(value).tobytes()) if checksums else None
         yield Parameter(path, tuple(value.shape), str(value.dtype), crc)
 
 

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from jaxlm.train.logging import Progress, write_atomic
+from jaxlm.core.files import write_atomic
+from jaxlm.train.logging import Progress
 
 
 def test_a_write_that_fails_leaves_the_former_file(tmp_path):

@@ -118,7 +118,7 @@ def test_first_order_gives_state_to_what_is_selected_only():
 
 
 def test_a_program_counts_what_it_keeps():
-    program = Program(lambda x, y: (x + y, x @ y.T @ x), donate=(0,))
+    program = Program(lambda x, y: (x + y, x @ y.T @ x), moves=True)
     x = jnp.ones((64, 64))
     program(x, jnp.ones((64, 64)))
     size = 64 * 64 * 4

@@ -1,0 +1,101 @@
+"""One program in several processes, by JAX's own distributed runtime.
+
+On a Cloud TPU pod, under Slurm or Open MPI, and in a Kubernetes job `initialize()` finds the other
+processes by itself; elsewhere the address of the first one is told.
+"""
+
+import os
+from dataclasses import dataclass
+
+import jax
+
+from jaxlm.core.errors import UserError
+
+HEARTBEAT = 20
+"""Seconds after which a process that says nothing is lost, and the others end."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Which process of how many this is.
+
+    Attributes:
+      coordinator: "host:port" of process 0; None where the environment tells all.
+      processes: how many there are.
+      process: which one this is, from 0.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+    def __post_init__(self):
+        if self.coordinator is None and self.processes is None and self.process is None:
+            return
+        if self.coordinator is None or self.processes is None or self.process is None:
+            raise UserError(
+                "a group of processes is told by its coordinator (host:port), processes and "
+                "process, all three: add what is missing, or leave all to the environment (auto)."
+            )
+        host, colon, port = self.coordinator.rpartition(":")
+        if not host or not colon or not port.isdecimal():
+            raise UserError(f"coordinator is {self.coordinator}: give host:port of process 0.")
+        if self.processes < 1 or not 0 <= self.process < self.processes:
+            raise UserError(
+                f"process is {self.process} of {self.processes}: count from 0 to one less than "
+                "there are."
+            )
+
+
+def group_from_text(text: str) -> Group:
+    """The group that `coordinator=host:port,processes=2,process=0` means, or `auto`.
+
+    >>> group_from_text("coordinator=10.0.0.1:1234,processes=2,process=0").process
+    0
+    """
+    if text == "auto":
+        return Group()
+    values = dict(part.strip().partition("=")[::2] for part in text.split(","))
+    known = {"coordinator", "processes", "process"}
+    numbers = [values.get(name, "0") for name in ("processes", "process")]
+    if set(values) - known or not all(number.isdecimal() for number in numbers):
+        raise UserError(
+            f"distributed '{text}' is no group: write auto, or "
+            "coordinator=host:port,processes=2,process=0."
+        )
+    return Group(
+        coordinator=values.get("coordinator"),
+        **{name: int(values[name]) for name in ("processes", "process") if name in values},
+    )
+
+
+def initialize(group: Group = Group(), *, timeout: int = 300) -> None:
+    """Joins the other processes; once, before anything asks for a device.
+
+    A process that is lost is noticed within `HEARTBEAT` seconds, and ends the others.
+
+    Args:
+      group: where it is not told, the environment tells.
+      timeout: seconds to wait for the others.
+
+    Raises:
+      UserError: the environment tells nothing, or the others do not come.
+    """
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms.split(",")[0] in ("", "cpu"):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            group.coordinator,
+            group.processes,
+            group.process,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=HEARTBEAT,
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the other processes could not be joined ({reason}): start them all, with one "
+            "coordinator=host:port."
+        ) from error
