@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 from jaxlm.cli import config as configs
 from jaxlm.core.errors import UserError
+from jaxlm.core.processes import is_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +205,10 @@ def _write(path: Path, lines: Iterator[str]) -> None:
     if not path.parent.is_dir():
         raise UserError(f"output {path}: there is no folder {path.parent}: make it.")
     first = next(lines)
+    if not is_first():
+        for _ in lines:  # all processes compute them
+            pass
+        return
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         print(first, file=file)

@@ -34,7 +34,7 @@ from jaxlm.cli import config as configs
 from jaxlm.core.files import write_shared
 
 
-def run(args: Sequence[str]) -> None:
+def run(args: Sequence[str], mesh: Any = None) -> None:
     """The command `jaxlm kernel`."""
     from jaxlm.studies.kernel_study import KernelConfig, cases, kernel_study
 
@@ -46,7 +46,7 @@ def run(args: Sequence[str]) -> None:
             print(Path(config.output) / "reports" / case.name)
         return
     base_dir = Path(path).parent if path else None
-    records = kernel_study(config, base_dir=base_dir, say=_say)
+    records = kernel_study(config, base_dir=base_dir, mesh=mesh, say=_say)
     print(write(records, config.output))
     if config.plots:
         from jaxlm.studies.kernel_plots import draw

@@ -36,12 +36,13 @@ by --device.peak_flops=312e12 --device.utilisation=0.4, and other data by --size
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxlm.cli import config as configs
 from jaxlm.core.files import write_shared
 
 
-def run(args: Sequence[str]) -> None:
+def run(args: Sequence[str], mesh: Any = None) -> None:
     """The command `jaxlm select`."""
     from jaxlm.studies.selection import SelectionConfig, selection_study
     from jaxlm.studies.selection_table import markdown, rows
@@ -52,7 +53,7 @@ def run(args: Sequence[str]) -> None:
         return _dry_run(path, overrides)
     config = configs.load(SelectionConfig, path, overrides)
     base_dir = Path(path).parent if path else None
-    found = selection_study(config, base_dir=base_dir, say=_say)
+    found = selection_study(config, base_dir=base_dir, mesh=mesh, say=_say)
     text = markdown(found)
     write_json(Path(config.output) / "table.json", {**found, "rows": rows(found)})
     write_shared(Path(config.output) / "table.md", text)

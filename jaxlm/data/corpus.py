@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from jaxlm.core.errors import UserError
+from jaxlm.core.processes import is_first, meet
 
 DOCUMENTS_AT_ONCE = 1000
 
@@ -152,10 +153,13 @@ def find(folder: Path, name: str) -> Path:
 
 
 def cached(path: Path, tokenizer: Any, cache: Path) -> Tokens:
-    """`tokenize`, kept in folder `cache` and memory-mapped from there the next time."""
+    """`tokenize`, kept in folder `cache` and memory-mapped from there the next time.
+
+    Of several processes the first one does it.
+    """
     record = cache / (path.name.split(".")[0] + ".json")
     names = {field: record.with_suffix(f".{field}.npy") for field in ("ids", "starts")}
-    if not record.exists():
+    if is_first() and not record.exists():
         tokens = tokenize(path, tokenizer)
         cache.mkdir(parents=True, exist_ok=True)
         for field, name in names.items():
@@ -163,6 +167,7 @@ def cached(path: Path, tokenizer: Any, cache: Path) -> Tokens:
         aside = record.with_suffix(".tmp")
         aside.write_text(json.dumps({"boundary": tokens.boundary, "size": tokens.size}))
         aside.replace(record)
+    meet(str(record))
     arrays = {field: np.load(name, mmap_mode="r") for field, name in names.items()}
     return Tokens(**arrays, **json.loads(record.read_text()))
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlm.core.errors import UserError
+from jaxlm.core.processes import to_host
 from jaxlm.models import LanguageModel
 from jaxlm.models.generation import Generator, Sampling, State, decoding_params
 
@@ -89,7 +90,7 @@ def generate_text(
     ended: dict[int, Completion] = {}
     params = decoding_params(lm.params)
     while True:
-        found = jax.tree.map(np.array, state.found)
+        found = jax.tree.map(to_host, state.found)
         for i in range(len(rows) * num_samples):
             completion = ended.get(i) or rows[i // num_samples].end(found, i)
             if completion is not None:
@@ -135,7 +136,7 @@ def stream_text(
     def pieces(state: State) -> Iterator[str]:
         shown, params = 0, decoding_params(lm.params)
         while True:
-            found = jax.tree.map(np.array, state.found)
+            found = jax.tree.map(to_host, state.found)
             completion = row.end(found, 0)
             text = row.settled(found) if completion is None else completion.text
             if len(text) > shown:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxlm.sharding import mesh_of, place_batch
 from jaxlm.typing import Params
 
 
@@ -43,7 +44,9 @@ def perplexity(
         return jnp.sum(jax.lax.map(nats, batches))
 
     def measure(params: Params) -> dict[str, float]:
-        nats = float(total(params, batches))
+        mesh = mesh_of(params)
+        placed = batches if mesh is None else place_batch(batches, mesh, axis=1)
+        nats = float(total(params, placed))
         return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / size}
 
     return measure

@@ -13,11 +13,13 @@ from jaxtyping import Array, Float
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.core.per_example import takes_tap
+from jaxlm.core.processes import to_host
 from jaxlm.core.projection import Projector
 from jaxlm.kernels import blocks, checks, gram
 from jaxlm.kernels._projected import projected
 from jaxlm.kernels.arguments import features_of
 from jaxlm.kernels.factorized import obstacle
+from jaxlm.sharding import WHOLE, mesh_of, place_params
 
 
 class NTKInfo(NamedTuple):
@@ -98,7 +100,7 @@ def ntk(
       b1, b2, eps: of that Adam.
       projector: of `jaxlm.core.projection.projector`, for "projected".
       mesh: divides the examples of a block over its axes data and fsdp; the parameters stay where
-        they are on it, or are copied to each device.
+        they are on it, or are copied to each device. By default the mesh that they lie on.
       check: whether to look at values: that exchanging two examples exchanges f, and that the
         kernel is finite. Under `jax.jit` there are none to look at.
 
@@ -238,6 +240,9 @@ def prepare(
         f = _hashable(f)
     params = jax.tree.map(jnp.asarray, params)
     x1, x2 = jax.tree.map(jnp.asarray, (x1, x2))
+    mesh = mesh_of(params) if mesh is None else mesh
+    if mesh is not None:
+        params, x1, x2 = place_params((params, x1, x2), mesh, WHOLE)
     count = checks.outputs(f, params, x1, "x1")
     if x2 is not None and checks.outputs(f, params, x2, "x2") != count:
         other = checks.outputs(f, params, x2, "x2")
@@ -251,8 +256,6 @@ def prepare(
                 checks.check_independence(f, params, x, name)
     counts = (checks.examples(x1, "x1"), checks.examples(x1 if x2 is None else x2, "x2"))
     size = blocks.sizes(counts, count, params, select, (block_size, method, mesh))
-    if mesh is not None:
-        params = blocks.on_mesh(params, mesh)
     return blocks.Blocks(f, params, x1, x2, features, over, select, method, size, mesh)
 
 
@@ -263,7 +266,7 @@ def _hashable(f: Callable[..., Array]) -> Callable[..., Array]:
 
 def check_kernel(work: blocks.Blocks, kernel: Any) -> None:
     """Raises UserError if a kernel, or a block of it, is not finite, naming an example."""
-    if not checks.concrete(kernel) or np.isfinite(np.asarray(kernel)).all():
+    if not checks.concrete(kernel) or np.isfinite(to_host(kernel)).all():
         return
     for name, x in (("x1", work.x1), ("x2", work.x2)):
         if x is not None:

@@ -20,7 +20,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.projection import Projector
 from jaxlm.kernels import blocks, checks, gram, jacobian
 from jaxlm.kernels.arguments import features_of
-from jaxlm.sharding import batch_sharding
+from jaxlm.sharding import WHOLE, batch_sharding, place_params
 
 Side = Literal["left", "right"]
 
@@ -150,7 +150,7 @@ def _rows(f, params, x, *, features, projector, select, block_size, check, side,
     count, mesh = checks.examples(x, name), projector.mesh
     options = (block_size, "jacobian", mesh)
     size = blocks.sizes((count, count), outputs, params, select, options)[0]
-    placed = params if mesh is None else blocks.on_mesh(params, mesh)
+    placed = params if mesh is None else place_params(params, mesh, WHOLE)
     found = []
     for start in range(0, count, size):
         rows = np.minimum(np.arange(start, start + size), count - 1)

@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxlm.core import paths
 from jaxlm.kernels import gram, jacobian, vector_products
 from jaxlm.kernels.factorized import block as factorized_block
-from jaxlm.sharding import batch_sharding
+from jaxlm.sharding import batch_sharding, replicated
 
 GRADIENT_BYTES = 2**30
 """What the gradients of a block take at most, by default."""
@@ -156,8 +156,9 @@ class Blocks:
         if self.mesh is None:
             return part
         columns_whole = side == 1 and self.method == "ntk_vector_products"
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        return jax.device_put(part, whole if columns_whole else batch_sharding(self.mesh))
+        return jax.device_put(
+            part, replicated(self.mesh) if columns_whole else batch_sharding(self.mesh)
+        )
 
 
 def sizes(
@@ -188,15 +189,3 @@ def _even(count: int, most: int, shards: int) -> int:
     blocks = -(-count // most)
     each = -(-count // blocks)
     return -(-each // shards) * shards
-
-
-def on_mesh(params: Any, mesh: Mesh) -> Any:
-    """Parameters on the devices of a mesh: as they lie there, or copied to each."""
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def place(leaf):
-        sharding = getattr(leaf, "sharding", None)
-        there = sharding is not None and sharding.device_set == set(mesh.devices.flat)
-        return leaf if there else jax.device_put(leaf, whole)
-
-    return jax.tree.map(place, params)

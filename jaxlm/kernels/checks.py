@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
+from jaxlm.core.processes import to_host
 from jaxlm.kernels import gram
 from jaxlm.kernels.jacobian import gradients
 
@@ -81,7 +82,7 @@ def check_independence(f: Callable[..., Array], params: Any, x: Any, name: str) 
     other = _another(x)
     if other is None:
         return
-    pair, exchanged, twice = (np.asarray(a, np.float64) for a in _batches(f, params, x, other))
+    pair, exchanged, twice = (to_host(a).astype(np.float64) for a in _batches(f, params, x, other))
     narrow = jax.eval_shape(f, params, x).dtype
     allowed = float(jnp.finfo(narrow).eps) ** 0.5 * np.abs(pair).max(initial=0)
     rows = ((exchanged, pair, "their order"), (twice[:1], pair[:1], "each other"))
@@ -99,7 +100,7 @@ def check_independence(f: Callable[..., Array], params: Any, x: Any, name: str) 
 def _another(x) -> int | None:
     """The first example that is not the same as example 0."""
     differs = False
-    for leaf in map(np.asarray, jax.tree.leaves(x)):
+    for leaf in map(to_host, jax.tree.leaves(x)):
         flat = leaf.reshape(leaf.shape[0], -1)
         differs = differs | (flat != flat[:1]).any(1)
     found = np.flatnonzero(differs)
@@ -127,7 +128,7 @@ def check_finite(
       UserError: naming the first example for which they are not, and the leaf.
     """
     taken = paths.flatten(paths.split(params, select)[0])[0]
-    values, rows = (np.asarray(a) for a in _finite(f, params, jax.tree.map(jnp.asarray, x), select))
+    values, rows = (to_host(a) for a in _finite(f, params, jax.tree.map(jnp.asarray, x), select))
     bad = np.flatnonzero(~(values & rows.all(1)))
     if not bad.size:
         return

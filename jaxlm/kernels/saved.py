@@ -26,6 +26,7 @@ from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.core.files import write_shared
 from jaxlm.core.fingerprints import fingerprint, short
+from jaxlm.core.processes import is_first, to_host
 from jaxlm.kernels import _ntk, gram
 from jaxlm.kernels.arguments import features_of
 
@@ -118,7 +119,7 @@ def save_kernel(directory: str | Path, kernel: Any, manifest: Manifest) -> None:
     folder = Path(directory)
     _check(folder, manifest)
     _write_manifest(folder, manifest)
-    _write(folder / KERNEL, np.asarray(kernel))
+    _write(folder / KERNEL, to_host(kernel))
 
 
 def load_kernel(directory: str | Path, manifest: Manifest | None = None) -> Array:
@@ -201,7 +202,7 @@ def saved_ntk(
     manifest = describe(params, x1, x2, template=template, **options)
     _check(folder, manifest)
     if (folder / KERNEL).exists():
-        shutil.rmtree(folder / BLOCKS, ignore_errors=True)
+        _remove_blocks(folder)
         return load_kernel(folder)
     if method == "projected":
         raise UserError("method='projected' has no blocks to save; give its kernel to save_kernel")
@@ -215,15 +216,20 @@ def saved_ntk(
         path = folder / BLOCKS / f"{i}-{j}.safetensors"
         block = _read(path) if path.exists() else None
         if block is None:
-            block = np.asarray(work.compute(i, j))
+            block = to_host(work.compute(i, j))
             if check:
                 _ntk.check_kernel(work, block)
             _write(path, block)
         finished[i, j] = block
     kernel = work.join(finished)
-    _write(folder / KERNEL, np.asarray(kernel))
-    shutil.rmtree(folder / BLOCKS)
+    _write(folder / KERNEL, to_host(kernel))
+    _remove_blocks(folder)
     return kernel
+
+
+def _remove_blocks(folder: Path) -> None:
+    if is_first():
+        shutil.rmtree(folder / BLOCKS, ignore_errors=True)
 
 
 def _check(folder: Path, manifest: Manifest) -> None:

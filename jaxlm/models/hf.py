@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import flatten, matcher
 from jaxlm.core.precision import MATRICES, Packed, dequantize, pack
+from jaxlm.core.processes import is_first, meet
 from jaxlm.models import adapters
 from jaxlm.models.attention import IMPLEMENTATIONS
 from jaxlm.models.config import ModelConfig
@@ -195,8 +196,9 @@ def save_pretrained(
     """Writes a model in the HF layout; transformers opens it and gives the same logits.
 
     Everything is written into a temporary folder beside and then renamed; of sharded parameters the
-    tensors of one file at a time are gathered. Weights in 8 or 4 bits are written as the floats
-    that the model sees, and low-rank adapters are merged into them.
+    tensors of one file at a time are gathered, and of several processes the first one writes.
+    Weights in 8 or 4 bits are written as the floats that the model sees, and low-rank adapters are
+    merged into them.
 
     Args:
       lm: the model; its tokenizer is written too.
@@ -226,6 +228,11 @@ def save_pretrained(
     dtype, *_ = (str(target.dtype) for target in tensors.values())
     config = {**module.write_config(lm.config), "dtype": dtype}
     count = sum(math.prod(shape) for shape in param_shapes(lm.config).values())
+    if not is_first():
+        for names in split.filename_to_tensors.values():
+            _gathered(names, tensors, flat)
+        meet(str(folder))
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="saving-") as name:
@@ -241,6 +248,7 @@ def save_pretrained(
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write the model to {folder}: {reason}; choose another") from error
+    meet(str(folder))
 
 
 def _split(tensors: dict[str, Target], max_shard_size: int | str) -> Any:
@@ -260,12 +268,16 @@ def _split(tensors: dict[str, Target], max_shard_size: int | str) -> Any:
         ) from error
 
 
+def _gathered(names: Any, tensors: dict[str, Target], flat: Any) -> dict[str, np.ndarray]:
+    """The tensors of one file; of parameters on several processes all of them take part."""
+    return {name: tensors[name].gather(flat) for name in names}
+
+
 def _write_weights(folder: Path, split: Any, tensors: dict[str, Target], flat) -> None:
     from safetensors.numpy import save_file
 
     for file, names in split.filename_to_tensors.items():
-        host = {name: tensors[name].gather(flat) for name in names}
-        save_file(host, folder / file, {"format": "pt"})
+        save_file(_gathered(names, tensors, flat), folder / file, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

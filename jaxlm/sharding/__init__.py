@@ -3,6 +3,7 @@
 from jaxlm.sharding.mesh import AXES, batch_sharding, make_mesh, mesh_from_text
 from jaxlm.sharding.multihost import initialize
 from jaxlm.sharding.placement import (
+    abstract,
     mesh_of,
     on_mesh,
     place_batch,
@@ -17,6 +18,7 @@ __all__ = [
     "DEFAULT",
     "WHOLE",
     "Rules",
+    "abstract",
     "batch_sharding",
     "initialize",
     "make_mesh",

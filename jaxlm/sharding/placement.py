@@ -88,6 +88,18 @@ def on_mesh(init: Callable[..., PyTree], mesh: Mesh, *args: Any) -> PyTree:
     return jax.jit(init, out_shardings=places)(*args)
 
 
+def abstract(init: Callable[..., PyTree], mesh: Mesh | None, *args: Any) -> PyTree:
+    """Shapes, dtypes and shardings of `init(*args)` on a mesh, or (None) on one device."""
+    shapes = jax.eval_shape(init, *args)
+    if mesh is None:
+        return shapes
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        param_shardings(shapes, mesh),
+    )
+
+
 def _put(leaf: Any, sharding: Any) -> jax.Array:
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _put(jax.random.key_data(leaf), sharding)

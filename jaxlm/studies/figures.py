@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.core.errors import UserError
+from jaxlm.core.processes import is_first
 
 
 def new_axes(size: tuple[float, float]) -> Any:
@@ -21,6 +22,8 @@ def new_axes(size: tuple[float, float]) -> Any:
 
 def save_figure(axes: Any, path: Path) -> Path:
     """Writes the figure of `axes`, and returns its path."""
+    if not is_first():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     axes.figure.savefig(path, dpi=150, bbox_inches="tight")
     return path

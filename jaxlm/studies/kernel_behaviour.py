@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlm.data import TaskConfig
 from jaxlm.kernels import solve
@@ -20,6 +20,7 @@ from jaxlm.studies.kernel_store import Kernels
 from jaxlm.studies.kernel_task import KernelTask, kernel_task
 from jaxlm.studies.kernel_training import KINDS, Training, Tuned, fine_tune
 from jaxlm.train.optimizers import Optimizer
+from jaxlm.train.state import Program
 
 WITHIN = 0.10
 """A kernel solves a task whose accuracy is at most this far below that of fine-tuning."""
@@ -141,6 +142,7 @@ def kernel_behaviour_report(
     solvers: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
     base_dir: Path | None = None,
+    mesh: Mesh | None = None,
 ) -> Report:
     """Fine-tunes, computes the kernels at the pretrained parameters, solves, and compares.
 
@@ -158,6 +160,7 @@ def kernel_behaviour_report(
             asymmetric machine for "asymmetric_signgd" where not given.
         folder: where kernels are stored and found again; None keeps none.
         base_dir: where the relative paths of the task start, before the working directory.
+        mesh: of `jaxlm.sharding.make_mesh`; None for where the parameters lie, or one device.
 
     Returns:
         The report; `print(report)` shows it as a table.
@@ -168,7 +171,7 @@ def kernel_behaviour_report(
     """
     training = optimizer if isinstance(optimizer, Training) else Training(optimizer=optimizer)
     subject = kernel_task(
-        model, task, seed=seed, prompt=prompt, calibrate=calibrate, base_dir=base_dir
+        model, task, seed=seed, prompt=prompt, calibrate=calibrate, base_dir=base_dir, mesh=mesh
     )
     kernels = Kernels(subject, None if folder is None else Path(folder))
     return measure(subject, training, kernels, task=task, seed=seed, kinds=kinds, solvers=solvers)
@@ -200,13 +203,13 @@ def measure(
     from jaxlm.evaluation import majority_accuracy
 
     kinds = KINDS[training.optimizer.name] if kinds is None else kinds
-    f = jax.jit(subject.f)
+    f = Program(subject.f)
     first = subject.values(f, "test", subject.lm.params)
     say(f"fine-tune with {training.optimizer.name}")
     tuned = fine_tune(subject, training, seed=seed)
     final = subject.values(f, "test", tuned.params)
-    f_lin = jax.jit(linearize(subject.f, subject.lm.params))
-    linear = subject.values(f_lin, "test", tuned.params)
+    f_lin = Program(lambda params, other, x: linearize(subject.f, params)(other, x))
+    linear = subject.values(f_lin, "test", subject.lm.params, tuned.params)
     accuracies = [subject.accuracy(scores, "test") for scores in (first, final, linear)]
     results = []
     for kind in kinds:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from jaxlm.core.processes import to_host
 from jaxlm.studies.kernel_task import KernelTask, Split
+from jaxlm.train.state import Program
 
 
 def draw_name(prompt: bool, k: int | None, seed: int) -> str:
@@ -57,7 +58,7 @@ class Kernels:
         """The function of a split, [M, C]."""
 
         def compute() -> np.ndarray:
-            return self.task.values(jax.jit(self.task.f), split, self.task.lm.params)
+            return self.task.values(Program(self.task.f), split, self.task.lm.params)
 
         return self._remember(("f0", split), compute)
 
@@ -84,11 +85,11 @@ class Kernels:
         from jaxlm.kernels import ntk
 
         if place is None:
-            return np.asarray(ntk(self.task.f, params, x1, x2, kind=kind, **self.options))
+            return to_host(ntk(self.task.f, params, x1, x2, kind=kind, **self.options))
         from jaxlm.kernels.saved import saved_ntk
 
         words = {"template": self.task.description, "kind": kind, **self.options}
-        return np.asarray(saved_ntk(place, self.task.f, params, x1, x2, **words))
+        return to_host(saved_ntk(place, self.task.f, params, x1, x2, **words))
 
     def _remember(self, key: tuple[str, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
         if key not in self._known:

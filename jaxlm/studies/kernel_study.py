@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from jaxlm.core.errors import UserError
 from jaxlm.data import TaskConfig, task_config
@@ -108,6 +109,7 @@ def kernel_study(
     config: KernelConfig,
     *,
     base_dir: Path | None = None,
+    mesh: Mesh | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Makes the report of every case that has none, and returns all.
@@ -115,6 +117,7 @@ def kernel_study(
     Args:
         config: the study.
         base_dir: where the relative paths of the task start, before the working directory.
+        mesh: of `jaxlm.sharding.make_mesh`; None for one device.
         say: is told of each case before it starts.
 
     Returns:
@@ -143,6 +146,7 @@ def kernel_study(
                 prompt=case.prompt,
                 calibrate=config.calibrate,
                 base_dir=base_dir,
+                mesh=mesh,
             )
             kernels = Kernels(subject, folder / "kernels" / draw)
         solvers = {"sgd": solve.SOLVERS[config.solver](), "signgd": solve.SOLVERS[config.solver]()}

@@ -6,6 +6,7 @@ the kernel of a random head says nothing of the model (Malladi et al. 2022, arXi
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,17 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxlm.core.errors import UserError
 from jaxlm.data import TaskConfig, Template, collate, load_task, prepare_for
 from jaxlm.evaluation import calibration_offsets
 from jaxlm.kernels import systems
+from jaxlm.sharding import place_params, placed_like
 from jaxlm.studies.probe import fit_rows, linear_probe, with_rows
 from jaxlm.train.run import load_model, with_head
+from jaxlm.train.state import Program
 
 Split = Literal["train", "validation", "test"]
 Function = Callable[..., Float[Array, "N C"]]
@@ -155,6 +159,7 @@ def kernel_task(
     prompt: bool = True,
     calibrate: bool = False,
     base_dir: Path | None = None,
+    mesh: Mesh | None = None,
 ) -> KernelTask:
     """Loads a model and a task; f is the difference of two label words, or the logits of more.
 
@@ -170,12 +175,13 @@ def kernel_task(
         calibrate: whether scores are taken less `jaxlm.evaluation.calibration_offsets` of the
             training and validation texts, whose labels are not used; not where a head is fitted.
         base_dir: where the relative paths of the task start, before the working directory.
+        mesh: of the parameters; None for where they lie, or one device.
 
     Raises:
         UserError: a split is missing, label words are several tokens each, or see `load_task`,
             `load_model` and `prepare_for`.
     """
-    lm = load_model(model) if model is None or isinstance(model, str | Path) else model
+    lm = load_model(model, mesh=mesh) if model is None or isinstance(model, str | Path) else model
     config = task if prompt else dataclasses.replace(task, template=bare_template(task.template))
     loaded = load_task(config, seed=seed, base_dir=base_dir)
     for split in ("train", "validation", "test"):
@@ -192,6 +198,8 @@ def kernel_task(
     elif fitted:
         lm = with_rows(lm, encoded.token_ids, linear_probe(lm, encoded))
     function = label_difference if len(encoded.labels) == 2 else label_logits
+    if mesh is not None:
+        lm = lm.replace(params=place_params(lm.params, mesh))
     description = f"{config.template} | {', '.join(encoded.labels)} | {function.__name__}"
     offsets = _offsets(lm, encoded) if calibrate and not fitted else None
     f = function(lm, encoded.token_ids, offsets)
@@ -200,7 +208,7 @@ def kernel_task(
 
 def _offsets(lm: Any, encoded: Any) -> Float[np.ndarray, " C"]:
     task = KernelTask(lm, encoded, label_logits(lm, encoded.token_ids), True)
-    f = jax.jit(task.f)
+    f = Program(task.f)
     texts = [task.values(f, split, lm.params) for split in ("train", "validation")]
     return calibration_offsets(np.concatenate(texts))
 
@@ -226,12 +234,12 @@ def fit_classifier(lm: Any, encoded: Any) -> Any:
         encoded: its task.
     """
     task = KernelTask(lm, encoded, label_logits(lm, encoded.token_ids), False)
-    read = jax.jit(lambda params, x: _classifier_input(lm, params, x))
+    read = Program(functools.partial(_classifier_input, lm))
     features = task.values(read, "train", lm.params)
     rows, constant = fit_rows(features, task.labels("train"), names=encoded.labels, intercept=True)
     old = lm.params["classifier"]
     fitted = {"kernel": rows.T, "bias": constant}
-    new = {name: jnp.asarray(fitted[name], old[name].dtype) for name in old}
+    new = {name: placed_like(fitted[name], old[name]) for name in old}
     return lm.replace(params={**lm.params, "classifier": new})
 
 

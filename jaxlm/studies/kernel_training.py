@@ -14,7 +14,7 @@ from jaxlm.studies.kernel_task import KernelTask
 from jaxlm.train.loop import Diverged, LoopConfig, fit
 from jaxlm.train.objective import classification_objective
 from jaxlm.train.optimizers import OPTIMIZERS, Optimizer
-from jaxlm.train.state import method
+from jaxlm.train.state import Program, method
 
 KINDS = {
     "sgd": ("sgd",),
@@ -103,7 +103,7 @@ def fine_tune(task: KernelTask, training: Training, *, seed: int) -> Tuned:
     """
     loss_fn = classification_objective(task.lm.apply, task.encoded.token_ids, offsets=task.offsets)
     batches = functools.partial(task.encoded.batches, batch_size=training.batch_size, seed=seed)
-    scorer = jax.jit(task.f)
+    scorer = Program(task.f)
     best: tuple[tuple[float, float], Tuned] | None = None
     for rate in training.learning_rates or (training.optimizer.learning_rate,):
         look = _Best(task, training.eval_every, scorer)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.fingerprints import fingerprint
@@ -114,13 +115,19 @@ class SelectionConfig:
 
 
 def selection_study(
-    config: SelectionConfig, *, base_dir: Path | None = None, say: Say = lambda line: None
+    config: SelectionConfig,
+    *,
+    base_dir: Path | None = None,
+    mesh: Mesh | None = None,
+    say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Does every stage that is not done, and gathers the numbers.
 
     Args:
         config: the study.
         base_dir: where relative paths of sources and target start, before the working directory.
+        mesh: of `jaxlm.sharding.make_mesh`; None for one device. Features are computed on all
+            devices of every process, with all parameters on each.
         say: is told of each stage.
 
     Returns:
@@ -130,7 +137,7 @@ def selection_study(
     Raises:
         UserError: a source or the target cannot be read, or a stage fails.
     """
-    study = _Study(config, base_dir, say)
+    study = _Study(config, base_dir, mesh, say)
     runs = [study.run(seed, method) for seed in config.seeds for method in config.methods]
     return {"pool": study.summary(), "runs": runs}
 
@@ -181,9 +188,9 @@ def _reading(config: SelectionConfig, lm: Any, base_dir: Path | None) -> dict[st
 class _Study:
     """The model and the rows, and the stages on them."""
 
-    def __init__(self, config: SelectionConfig, base_dir: Path | None, say: Say):
+    def __init__(self, config: SelectionConfig, base_dir: Path | None, mesh: Mesh | None, say: Say):
         self.config, self.say = config, say
-        self.lm = load_model(config.model, param_dtype=config.param_dtype)
+        self.lm = load_model(config.model, param_dtype=config.param_dtype, mesh=mesh)
         self.pool, self.target = read_sides(config, self.lm, base_dir=base_dir, say=say)
         ready = config.recipe.prepare(self.lm, 0)
         self.losses = row_losses(ready)

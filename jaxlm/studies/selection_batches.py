@@ -83,9 +83,17 @@ class Padded:
         places: list[int] = np.argsort(self._bucket, kind="stable").tolist()
         return places
 
-    def blocks(self, size: int, start: int = 0) -> Iterator[list[int]]:
-        """The places of `order` from `start` on, at most `size` of one shape at a time."""
-        order = self.order()
+    def blocks(
+        self, size: int, start: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[list[int]]:
+        """Places from `start` on, at most `size` of one shape at a time.
+
+        Args:
+            size: places in a block.
+            start: how many are passed over.
+            part: (p, P) for every P-th place of `order` from the p-th on.
+        """
+        order = self.order()[part[0] :: part[1]]
         while start < len(order):
             stop = start + 1
             while stop < min(len(order), start + size) and (

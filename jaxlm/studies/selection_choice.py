@@ -14,6 +14,7 @@ from jaxlm.core.files import write_shared
 from jaxlm.influence import bm25, pool, random_scores, representation_similarity, select
 from jaxlm.studies.selection_batches import Padded
 from jaxlm.studies.selection_rows import Row, Rows
+from jaxlm.train.state import Program
 
 METHODS = ("less", "random", "matched", "full", "bm25", "representation")
 """Ways to choose: by gradients, at random, at random among the answers of the target, all rows, by
@@ -49,15 +50,15 @@ def shallow_scores(
 def _states(lm: Any, rows: Rows) -> Float[np.ndarray, "N D"]:
     padded = Padded(rows.rows, pad_id=lm.config.pad_id or 0)
 
-    @jax.jit
-    def pooled(params, ids, mask):
-        return pool(lm.hidden(params, ids, mask), mask)
+    def pool_states(params, batch):
+        mask = batch["attention_mask"]
+        return pool(lm.hidden(params, batch["input_ids"], mask), mask)
 
+    pooled = Program(pool_states)
     found: dict[int, np.ndarray] = {}
     for places in padded.blocks(BLOCK):
         filled = places + places[:1] * (BLOCK - len(places))
-        batch = padded.batch(filled)
-        states = np.asarray(pooled(lm.params, batch["input_ids"], batch["attention_mask"]))
+        states = np.asarray(pooled(lm.params, padded.batch(filled)))
         found.update(zip(places, states, strict=False))
     return np.stack([found[place] for place in range(len(padded))])
 

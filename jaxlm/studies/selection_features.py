@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from jaxlm.core import paths
+from jaxlm.core.files import write_atomic
 from jaxlm.core.fingerprints import fingerprint
+from jaxlm.core.processes import meet, to_host
 from jaxlm.influence import (
     GradientStore,
     StoreSpec,
@@ -17,6 +20,7 @@ from jaxlm.influence import (
     projector,
 )
 from jaxlm.models.adapters import LORA
+from jaxlm.sharding import make_mesh, mesh_of
 from jaxlm.studies.selection_batches import Padded
 from jaxlm.studies.selection_rows import Rows, digest
 from jaxlm.studies.selection_training import Epoch, Recipe
@@ -25,6 +29,7 @@ BLOCK = 64
 """Rows between two writes."""
 
 INFO = "info.jsonl"
+"""What is known of the rows; of process p > 0 `info.p.jsonl`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,7 @@ def store_features(
 
     Args:
         folder: of `store/` and `info.jsonl`, a line {id, loss, norm, eps_share, skipped} a row.
+            Of several processes each computes and writes a part of the rows.
         losses: of `row_losses`; one function for all calls, which is compiled once.
         rows: whose features.
         epoch: parameters and optimizer state.
@@ -95,13 +101,21 @@ def store_features(
         weight=epoch.weight,
     )
     optimizer = recipe.optimizer
+    process, processes = jax.process_index(), jax.process_count()
+    mesh = None
+    if mesh_of(epoch.params) is not None:
+        mesh = make_mesh(data=-1, devices=jax.local_devices())
+        params, opt_state = jax.tree.map(to_host, (epoch.params, epoch.opt_state))
+        epoch = Epoch(params, opt_state, epoch.weight)
     options: dict[str, Any] = {}
     if adam:
-        options = {"adam_state": epoch.opt_state, "variant": features.variant}
+        options |= {"adam_state": epoch.opt_state, "variant": features.variant}
         options |= {"b1": optimizer.b1, "b2": optimizer.b2, "eps": optimizer.eps}
-    with GradientStore.create(folder / "store", spec) as writer:
-        info = _Info(folder / INFO, writer.ids)
-        for places in padded.blocks(features.block_size or BLOCK, len(writer)):
+    each = {"writer": process, "writers": processes}
+    with GradientStore.create(folder / "store", spec, **each) as writer:
+        info = _Info(folder / _info_name(process), writer.ids)
+        part = (process, processes)
+        for places in padded.blocks(features.block_size or BLOCK, len(writer), part):
             found, about = features_with_info(
                 losses,
                 epoch.params,
@@ -109,13 +123,31 @@ def store_features(
                 projector=project,
                 select=LORA,
                 block_size=features.block_size,
+                mesh=mesh,
                 **options,
             )
             ids = [rows.rows[place].id for place in places]
             info.append(ids, about)
             writer.append(np.asarray(found), ids)
         writer.commit()
-    return info.summary()
+    meet(str(folder / INFO))
+    return _summary(folder, processes)
+
+
+def _info_name(process: int) -> str:
+    return INFO if process == 0 else INFO.replace(".", f".{process}.")
+
+
+def _summary(folder: Path, processes: int) -> dict[str, Any]:
+    """Of the rows of all processes."""
+    files = [folder / _info_name(process) for process in range(processes)]
+    records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    shares = [record["eps_share"] for record in records]
+    return {
+        "rows": len(records),
+        "skipped": sum(record["skipped"] for record in records),
+        "eps_share": float(np.mean(shares)) if shares else 0.0,
+    }
 
 
 def stored_order(store: GradientStore, rows: Rows) -> np.ndarray:
@@ -134,9 +166,8 @@ class _Info:
             for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
                 record = json.loads(line)
                 known[record["id"]] = record
-        self._records = [known[name] for name in ids if name in known]
-        text = "".join(json.dumps(record) + "\n" for record in self._records)
-        path.write_text(text, encoding="utf-8")
+        kept = [known[name] for name in ids if name in known]
+        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def append(self, ids: list[str], about: Any) -> None:
         numbers = {
@@ -151,12 +182,3 @@ class _Info:
         ]
         with self._path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(record) + "\n" for record in records))
-        self._records += records
-
-    def summary(self) -> dict[str, Any]:
-        shares = [record["eps_share"] for record in self._records]
-        return {
-            "rows": len(self._records),
-            "skipped": sum(record["skipped"] for record in self._records),
-            "eps_share": float(np.mean(shares)) if shares else 0.0,
-        }

@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxlm.core.errors import UserError
@@ -13,6 +12,7 @@ from jaxlm.data.messages import MessageFormat
 from jaxlm.studies.selection_batches import Padded, row_losses
 from jaxlm.studies.selection_rows import Rows, Source, Target, digest, read_source
 from jaxlm.train.measure import Choices
+from jaxlm.train.state import Program
 from jaxlm.typing import Params
 
 
@@ -67,7 +67,7 @@ class _Loss:
 
     def __init__(self, lm: Any, rows: Rows, batch_size: int):
         self._padded = Padded(rows.rows, pad_id=lm.config.pad_id or 0)
-        self._losses, self._batch_size = jax.jit(row_losses(lm)), batch_size
+        self._losses, self._batch_size = Program(row_losses(lm)), batch_size
 
     def __call__(self, split: str, params: Params) -> dict[str, float]:
         del split

@@ -15,6 +15,7 @@ from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.models.adapters import LORA
 from jaxlm.peft import Lora
+from jaxlm.sharding import abstract, mesh_of, place_params
 from jaxlm.studies.selection_batches import Padded, mean_loss
 from jaxlm.studies.selection_rows import Row
 from jaxlm.train.checkpoint import Checkpoints
@@ -122,7 +123,7 @@ def train(
         UserError: as `jaxlm.train.loop.fit`, or no step has a learning rate above 0.
     """
     padded = Padded(rows, pad_id=lm.config.pad_id or 0)
-    ready = recipe.prepare(lm, seed)
+    ready = _prepared(lm, recipe, seed)
     each = recipe.epoch_steps(len(rows))
     steps = recipe.epochs * each
     optimizer = dataclasses.replace(recipe.optimizer_for(len(rows)), select=LORA)
@@ -157,12 +158,14 @@ def load_epoch(folder: Path, lm: Any, rows: int, recipe: Recipe, epoch: int, *, 
     Raises:
         UserError: it is not there, or damaged.
     """
-    ready = recipe.prepare(lm, seed)
+    ready = _prepared(lm, recipe, seed)
     each = recipe.epoch_steps(rows)
     optimizer = dataclasses.replace(recipe.optimizer_for(rows), select=LORA)
     chosen = method(optimizer, mean_loss(ready), recipe.epochs * each)
     trained, frozen = paths.split(ready.params, LORA)
-    like = TrainState(trained, jax.eval_shape(chosen.init, ready.params, jax.random.key(0)))
+    like = TrainState(
+        trained, abstract(chosen.init, mesh_of(trained), ready.params, jax.random.key(0))
+    )
     place = folder / f"epoch-{epoch}"
     if not place.is_dir():
         raise UserError(f"{place}: there is no checkpoint: remove {folder} to train again.")
@@ -173,6 +176,12 @@ def load_epoch(folder: Path, lm: Any, rows: int, recipe: Recipe, epoch: int, *, 
     weights = epoch_weights(optimizer, recipe.epochs, each)
     params = paths.merge(found[1].params, frozen)
     return Epoch(params, found[1].opt_state, weights[epoch - 1])
+
+
+def _prepared(lm: Any, recipe: Recipe, seed: int) -> Any:
+    """The model with new adapters, which lie where it lies."""
+    ready, mesh = recipe.prepare(lm, seed), mesh_of(lm.params)
+    return ready if mesh is None else ready.replace(params=place_params(ready.params, mesh))
 
 
 class _Adapters(Checkpoints):

@@ -58,14 +58,22 @@ class Record(NamedTuple):
     """What a checkpoint holds beside the state.
 
     Attributes:
-        seconds: wall time of the run so far, all its processes together.
+        seconds: wall time of the run so far, of all that it took to get here.
+        stepping: the part of it that went into steps, and not into starting, compiling, evaluating
+            or saving.
         best_step: step of the highest value of what is maximized, so far.
         best_value: that value.
     """
 
     seconds: float = 0.0
+    stepping: float = 0.0
     best_step: int | None = None
     best_value: float | None = None
+
+    @property
+    def goodput(self) -> float:
+        """The share of the wall time that went into steps."""
+        return self.stepping / self.seconds if self.seconds else 0.0
 
 
 class Outcome(NamedTuple):
@@ -134,7 +142,8 @@ def fit(
         start, state, saved = restored
         loop.record = Record(**saved)
         loop.saved = start
-    run = Program(many_steps(method.step), moves=True, rows=1 + method.rows)
+    run = loop.program = Program(many_steps(method.step), moves=True, rows=1 + method.rows)
+    loop.ready()
     flight: list[tuple[int, Any]] = []
     for first, count in config.dispatches(start):
         state, infos = run(state, batches(first, count))
@@ -184,18 +193,27 @@ class _Loop:
         self.metrics = metrics
         self.progress = progress
         self.trajectory: Trajectory | None = None
+        self.program: Program | None = None
         self.record = Record()
         self.saved: int | None = None
         self.infos: list[dict[str, Any]] = []
-        self._begin = time.perf_counter()
+        self._begin = self._mark = time.perf_counter()
+        self._stepped = 0.0
         self._finite = jax.jit(
             lambda tree: jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
         )
 
+    def ready(self) -> None:
+        """Steps begin now, or go on."""
+        self._mark = time.perf_counter()
+
     def elapsed(self) -> Record:
         """The record with the time until now."""
-        seconds = self.record.seconds + time.perf_counter() - self._begin
-        return self.record._replace(seconds=seconds)
+        compiling = 0.0 if self.program is None else self.program.compile_seconds
+        return self.record._replace(
+            seconds=self.record.seconds + time.perf_counter() - self._begin,
+            stepping=self.record.stepping + max(0.0, self._stepped - compiling),
+        )
 
     def write(self, first: int, infos: dict[str, Any], peak_bytes: int) -> None:
         """Takes the metrics of one dispatch from the device and writes them down."""
@@ -221,6 +239,8 @@ class _Loop:
 
     def look_up(self, step: int, state: TrainState) -> None:
         """Evaluates and saves, as the schedule has it."""
+        if self.program is not None:
+            self._stepped += time.perf_counter() - self._mark
         if not self._finite(state.params):
             self._stop(f"a parameter is not finite after step {step}")
         last, config = step == self.config.steps, self.config
@@ -239,6 +259,7 @@ class _Loop:
         if self.checkpoints and save:
             self.checkpoints.save(step, state, self.elapsed()._asdict())
             self.saved = step
+        self.ready()
 
     def _stop(self, what: str) -> None:
         kept = ""

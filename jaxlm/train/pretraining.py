@@ -265,10 +265,10 @@ def _train(
     state = way.start(lm.params, jax.random.key(config.seed))
     checkpoints = Checkpoints(folder.checkpoints)
     restored = checkpoints.restore(state)
-    first, seconds = 0, 0.0
+    first, seconds, stepping = 0, 0.0, 0.0
     if restored is not None:
         first, state, record = restored
-        seconds = record["seconds"]
+        seconds, stepping = record["seconds"], record.get("stepping", 0.0)
     folder.metrics.cut(first)
     row: dict[str, Any] = folder.metrics.read()[-1] if first else {}
 
@@ -276,8 +276,10 @@ def _train(
     with Progress(config.steps, start=first, log=folder.log) as progress:
         for done in range(first, config.steps, config.log_every):
             count = min(config.log_every, config.steps - done)
+            started, compiled = time.perf_counter(), run.compile_seconds
             state, infos = run(state, batches(done, count))
             infos, step = jax.device_get(infos), done + count
+            stepping += time.perf_counter() - started - (run.compile_seconds - compiled)
             loss = float(np.mean(infos["loss"]))
             if not math.isfinite(loss):
                 raise Diverged(f"the loss is {loss} at step {step}: lower the learning rate.")
@@ -290,13 +292,14 @@ def _train(
             folder.metrics.append(row | {"seconds": round(seconds, 1)})
             progress.update(step, {k: v for k, v in row.items() if k not in ("step", "tokens")})
             if last or step % config.checkpoint_every == 0:
-                checkpoints.save(step, state, {"seconds": seconds})
+                checkpoints.save(step, state, {"seconds": seconds, "stepping": stepping})
     checkpoints.close()
     save_pretrained(lm, folder.path / "model", state.params)
     return {
         **{name: value for name, value in row.items() if name not in ("step", "seconds")},
         "steps": config.steps,
         "seconds": round(seconds, 1),
+        "goodput": stepping / seconds,
         "peak_memory_bytes": run.peak_bytes,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "dynamics": config.dynamics

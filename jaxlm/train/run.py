@@ -358,6 +358,7 @@ def _run(
         "forwards": chosen.forwards * config.steps,
         "backwards": chosen.backwards * config.steps,
         "seconds": record.seconds,
+        "goodput": record.goodput,
         "peak_memory_bytes": max(outcome.peak_bytes, measure.peak_bytes),
         "device_peak_bytes": device_peak_bytes(),
         "dynamics": config.dynamics
