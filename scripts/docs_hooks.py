@@ -1,0 +1,115 @@
+"""Hooks of mkdocs: files of the repository that pages link to become pages of the site.
+
+In the repository a page links to what lies beside docs/ (`../configs/mezo/opt.yaml`,
+`../notebooks/03_mezo.ipynb`). On the site there is a page for each of these: Markdown as it is, a
+notebook as text and code, the text of any other file, the files of a folder one after the other.
+"""
+
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+from mkdocs.structure.files import File, Files, InclusionLevel
+
+ROOT = Path(__file__).parents[1]
+LINK = re.compile(r"(?<=\]\()(\.\./[^)#\s]+)")
+IMAGES = (".png", ".svg")
+ALWAYS = ("CHANGELOG.md", "CONTRIBUTING.md", "notebooks/*.ipynb")
+LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".toml": "toml"}
+
+_sources: dict[str, str] = {}
+"""Address of a page of the site to its file in the repository."""
+
+
+def on_files(files: Files, config) -> Files:
+    """Adds a page for every file that is linked to, directly or by such a page."""
+    _sources.clear()
+    _sources.update({file.src_uri: f"docs/{file.src_uri}" for file in files})
+    waiting = [str(path.relative_to(ROOT)) for each in ALWAYS for path in sorted(ROOT.glob(each))]
+    for file in files.documentation_pages():
+        waiting += links(file.src_uri, file.content_string)
+    while waiting:
+        source = waiting.pop()
+        uri = address(source)
+        if uri in _sources or source.startswith("docs/"):
+            continue
+        _sources[uri] = source
+        if source.endswith(IMAGES):
+            files.append(File.generated(config, uri, abs_src_path=str(ROOT / source)))
+            continue
+        text = page(ROOT / source)
+        level = InclusionLevel.INCLUDED if _in_nav(uri, config.nav) else InclusionLevel.NOT_IN_NAV
+        files.append(File.generated(config, uri, content=text, inclusion=level))
+        waiting += links(uri, text)
+    return files
+
+
+def on_page_markdown(markdown: str, page, config, files) -> str:
+    """Turns links between files of the repository into links between pages."""
+    del config, files
+    here = page.file.src_uri
+
+    def moved(match: re.Match) -> str:
+        target = address(_target(_sources[here], match[1]))
+        return os.path.relpath(target, PurePosixPath(here).parent)
+
+    return LINK.sub(moved, markdown) if here in _sources else markdown
+
+
+def links(uri: str, markdown: str) -> list[str]:
+    """The files of the repository that a page links to by a relative path upwards."""
+    return [_target(_sources[uri], match[1]) for match in LINK.finditer(markdown)]
+
+
+def _target(source: str, link: str) -> str:
+    return os.path.normpath(PurePosixPath(source).parent / link)
+
+
+def address(source: str) -> str:
+    """Where on the site the page of a file is.
+
+    >>> address("docs/mezo.md"), address("configs/mezo/opt.yaml")
+    ('mezo.md', 'configs/mezo/opt.md')
+    """
+    if source.startswith("docs/"):
+        return source.removeprefix("docs/")
+    path = PurePosixPath(source)
+    return source if path.suffix in IMAGES else str(path.with_suffix(".md"))
+
+
+def page(path: Path) -> str:
+    """A file or folder as Markdown."""
+    if path.suffix == ".md":
+        return path.read_text()
+    if path.suffix == ".ipynb":
+        return notebook(path.with_suffix(".py").read_text(), path.name)
+    name = path.relative_to(ROOT)
+    if path.is_dir():
+        parts = [listing(each, f"## {each.name}") for each in sorted(path.glob("*.*"))]
+        return f"# `{name}`\n\n" + "\n".join(parts)
+    return listing(path, f"# `{name}`")
+
+
+def listing(path: Path, title: str) -> str:
+    """The text of a file in a block, under a title."""
+    return f"{title}\n\n````{LANGUAGES.get(path.suffix, '')}\n{path.read_text()}````\n"
+
+
+def notebook(source: str, name: str) -> str:
+    """A notebook in the percent format of jupytext as Markdown, without what its cells print."""
+    parts = []
+    for cell in re.split(r"^# %%", source, flags=re.M)[1:]:
+        kind, _, body = cell.partition("\n")
+        if "[markdown]" in kind:
+            parts.append(re.sub(r"^# ?", "", body.strip(), flags=re.M))
+        else:
+            parts.append(f"```python\n{body.strip()}\n```")
+    parts.insert(1, f"This is `notebooks/{name}`, which runs on a CPU without a network.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _in_nav(uri: str, nav) -> bool:
+    if isinstance(nav, str):
+        return nav == uri
+    values = nav.values() if isinstance(nav, dict) else nav or ()
+    return any(_in_nav(uri, each) for each in values)
