@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parents[1]
-LINK = re.compile(r"(?<=\]\()(\.\./[^)#\s]+)")
+LINK = re.compile(r"(?<=\]\()([\w./-]+)(?=[)#])")
 IMAGES = (".png", ".svg")
-ALWAYS = ("CHANGELOG.md", "CONTRIBUTING.md", "notebooks/*.ipynb")
+ALWAYS = ("CHANGELOG.md", "CONTRIBUTING.md", "README.md", "notebooks/*.ipynb")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".toml": "toml"}
 
 _sources: dict[str, str] = {}
@@ -50,15 +50,18 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
     here = page.file.src_uri
 
     def moved(match: re.Match) -> str:
-        target = address(_target(_sources[here], match[1]))
-        return os.path.relpath(target, PurePosixPath(here).parent)
+        target = _target(_sources[here], match[1])
+        if not (ROOT / target).exists():
+            return match[0]
+        return os.path.relpath(address(target), PurePosixPath(here).parent)
 
     return LINK.sub(moved, markdown) if here in _sources else markdown
 
 
 def links(uri: str, markdown: str) -> list[str]:
-    """The files of the repository that a page links to by a relative path upwards."""
-    return [_target(_sources[uri], match[1]) for match in LINK.finditer(markdown)]
+    """The files of the repository that a page links to."""
+    found = [_target(_sources[uri], match[1]) for match in LINK.finditer(markdown)]
+    return [target for target in found if (ROOT / target).exists()]
 
 
 def _target(source: str, link: str) -> str:
@@ -73,6 +76,8 @@ def address(source: str) -> str:
     """
     if source.startswith("docs/"):
         return source.removeprefix("docs/")
+    if source == "README.md":
+        return "readme.md"  # README is mkdocs' other name for index
     path = PurePosixPath(source)
     return source if path.suffix in IMAGES else str(path.with_suffix(".md"))
 

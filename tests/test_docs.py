@@ -1,18 +1,134 @@
-"""The documentation names what there is."""
+"""The documentation names what there is, and all that it shows runs."""
 
+import json
+import os
 import re
 from pathlib import Path
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import pytest
 import yaml
 
-from jaxlm.cli import config as configs
-from jaxlm.cli.compare import CompareConfig, plan
+import jaxlm
+from jaxlm.data.opt_tasks import OPT_TASKS
 from jaxlm.models.families import MODULES
-from jaxlm.train.run import FinetuneConfig
+from jaxlm.models.hf import SHIPPED
+from jaxlm.train.optimizers import OPTIMIZERS
+from tests import pages
+from tests.models import reference
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = pages.ROOT / "docs"
+PAGES = [pytest.param(path, id=str(path.relative_to(pages.ROOT))) for path in pages.pages()]
+RUN = ("index.md", "add_a_task.md")
+"""Pages whose commands of jaxlm run; those of the others stop where their work begins."""
+
+
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A working directory like a clone's; what pages add to registries is taken back."""
+    monkeypatch.chdir(tmp_path)
+    pages.link_into(tmp_path)
+    registries = (OPTIMIZERS, OPT_TASKS, reference.CASES)
+    patches = [mock.patch.dict(registry) for registry in registries]
+    for each in patches:
+        each.start()
+    with jax.numpy_rank_promotion("allow"):
+        yield {"__name__": "page"}
+    for each in patches:
+        each.stop()
+
+
+def readme(names: dict) -> None:
+    """What the README leaves to its reader: a model, data, a loss."""
+    os.symlink(SHIPPED, "path-or-hub-id")
+    rows = [{"text": f"what is number {i} ?", "label": i % 6} for i in range(60)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for split in ("train", "test"):
+        Path(f"{split}.jsonl").write_text(lines)
+    names.update(
+        jaxlm=jaxlm,
+        loss_fn=lambda params, batch: jnp.sum((params["w"] - batch) ** 2),
+        params={"w": jnp.ones((4, 3))},
+        batches=[jnp.zeros((4, 3))] * 2,
+        input_ids=jnp.ones((8, 4), jnp.int32),
+        attention_mask=jnp.ones((8, 4), jnp.int32),
+    )
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_the_blocks_of_a_page_run_in_order(path: Path, names: dict, monkeypatch):
+    if path.name == "README.md":
+        readme(names)
+    for block in pages.blocks(path):
+        pages.execute(block, names, monkeypatch, run=path.name in RUN)
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_the_commands_within_the_text_of_a_page_are_known(path: Path, names: dict):
+    for span in pages.spans(path):
+        if pages.is_command(span):
+            pages.command(span, run=False)
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_the_names_within_the_text_of_a_page_are_there(path: Path):
+    rooms = "|".join(room for room in jaxlm.__all__ if room not in ("__version__", "data"))
+    for span in pages.spans(path):
+        for name in re.findall(rf"(?<![\w./-])(?:jaxlm|{rooms})(?:\.\w+)+(?![\w/])", span):
+            if not name.endswith((".md", ".yaml", ".jsonl")):
+                whole = name if name.startswith("jaxlm.") else f"jaxlm.{name}"
+                assert pages.known(whole), f"{path.name}: there is no {whole}"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("jaxlm finetun", "jaxlm has no command finetun"),
+        ("jaxlm finetune --task.name=subj --stepz=3", "did you mean 'steps'"),
+        ("jaxlm sweep configs/mezo/none.yaml", "there is no such file"),
+        ("python -m benchmarks.scoring --rows=3", "SystemExit"),
+        ("pip install '.[none]'", "none"),
+        ("pytest tests/none", "tests/none"),
+        ("rm -r /tmp/x", "nothing checks the command rm"),
+    ],
+)
+def test_a_command_that_is_wrong_is_found(line: str, reason: str, names: dict):
+    with pytest.raises((AssertionError, SystemExit)) as caught:
+        pages.command(line, run=False)
+    assert reason in repr(caught.value)
+
+
+def test_a_block_of_another_kind_is_found(monkeypatch):
+    block = pages.Block("fortran", "", "", "page:1")
+    with pytest.raises(AssertionError, match=r"page:1: nothing runs a block of 'fortran'"):
+        pages.execute(block, {}, monkeypatch, run=False)
+
+
+def test_every_room_has_a_page_of_reference():
+    shown = [
+        name
+        for page in DOCS.glob("api/*.md")
+        for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)
+    ]
+    assert len(shown) == len(set(shown))
+    assert all(pages.known(name) for name in shown)
+    rooms = {path.parent.name for path in (DOCS.parent / "jaxlm").glob("*/__init__.py")} - {"cli"}
+    assert rooms <= {name.removeprefix("jaxlm.") for name in shown} | {"core", "train", "studies"}
+
+
+@pytest.mark.torch
+def test_the_family_of_a_page_has_the_logits_of_transformers(
+    names: dict, tmp_path: Path, monkeypatch
+):
+    from tests.models import test_parity
+
+    for block in pages.blocks(DOCS / "howto" / "add_a_model.md"):
+        if block.language == "python":
+            pages.execute(block, names, monkeypatch, run=False)
+    for case in ("stablelm", "stablelm-biases"):
+        test_parity.test_logits_of_theirs_and_of_ours_opened_by_them(case, tmp_path / case)
 
 
 def test_the_table_of_models_has_every_family():
@@ -21,78 +137,31 @@ def test_the_table_of_models_has_every_family():
     assert sorted(set(types) & set(MODULES)) == sorted(MODULES)
 
 
-def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
-
-
-@pytest.mark.parametrize(
-    "page", ["dynamics.md", "kernels.md", "mezo.md", "peft.md", "selection.md"]
-)
-def test_the_examples_of_a_page_run_in_order(page: str, tmp_path: Path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    with jax.numpy_rank_promotion("allow"):
-        for block in blocks(page, "python"):
-            exec(compile(block, page, "exec"), names)
-
-
-@pytest.mark.parametrize("page", ["peft.md"])
-def test_the_runs_of_a_page_can_be_configured(page: str):
-    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
-    assert lines
-    for line in lines:
-        assert line.startswith("jaxlm finetune "), line
-        configs.load(FinetuneConfig, *configs.parse_args(line.split()[2:]))
-
-
-def test_every_name_of_zo_that_a_page_mentions_is_there():
+def test_the_pieces_of_optimizers_that_a_page_mentions_are_there():
     from jaxlm import zo
 
     text = (DOCS / "mezo.md").read_text()
-    assert set(re.findall(r"`(?:.*?\()?zo\.(\w+)", text)) <= set(zo.__all__)
     for module in (zo.rules, zo.factored):
         name = module.__name__.rpartition(".")[2]
-        assert all(hasattr(module, each) for each in re.findall(rf"\b{name}\.(\w+)", text))
+        named = re.findall(rf"\b{name}\.(\w+)", text)
+        assert named
+        assert all(hasattr(module, each) for each in named)
 
 
-def test_every_name_of_influence_that_a_page_mentions_is_there():
+def test_the_scores_that_a_page_lists_are_there():
     from jaxlm import influence
 
-    text = (DOCS / "selection.md").read_text()
-    named = set(re.findall(r"influence\.(\w+)", text))
-    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", text.partition("| function |")[2], re.M)
-    named |= {name for row in rows for name in re.findall(r"\w+", row)}
-    assert {"score", "bm25", "lds"} <= named <= set(influence.__all__)
+    text = (DOCS / "selection.md").read_text().partition("| function |")[2]
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", text, re.M)
+    named = {name for row in rows for name in re.findall(r"\w+", row)}
+    assert {"score", "bm25"} <= named <= set(influence.__all__)
 
 
-def test_every_name_of_dynamics_that_a_page_mentions_is_there():
-    from jaxlm import dynamics
+def test_the_dynamics_of_a_run_that_a_page_lists_are_those_there_are():
     from jaxlm.train.dynamics import DYNAMICS
 
     text = (DOCS / "dynamics.md").read_text()
-    named = set(re.findall(r"dynamics\.(\w+)", text)) - {"md", "yaml"}
-    assert {"svag", "simulate", "scale_rule", "local_update"} <= named <= set(dynamics.__all__)
     keys = [yaml.safe_load(key) for key in re.findall(r"`(\{name: .*?\})`", text)]
     assert {key["name"] for key in keys} == set(DYNAMICS)
     for key in keys:
         DYNAMICS[key["name"]](**key)
-
-
-def test_the_commands_of_the_page_of_dynamics_can_be_configured(monkeypatch):
-    monkeypatch.chdir(DOCS.parent)
-    for line in "".join(blocks("dynamics.md", "bash")).splitlines():
-        words = line.partition("#")[0].split()
-        assert words[:2] == ["jaxlm", "compare"], line
-        assert plan(configs.load(CompareConfig, *configs.parse_args(words[2:])), words[2])
-
-
-def test_the_commands_of_the_page_of_selections_can_be_configured(monkeypatch):
-    from jaxlm.studies.selection import SelectionConfig
-
-    monkeypatch.chdir(DOCS.parent)
-    for line in "".join(blocks("selection.md", "bash")).splitlines():
-        words = line.partition("#")[0].split()
-        assert words[:2] == ["jaxlm", "select"], line
-        path, overrides = configs.parse_args([word for word in words[2:] if word != "--dry-run"])
-        if path is not None:
-            configs.load(SelectionConfig, path, overrides)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.opt_tasks import OPT_TASKS, opt_task
+from jaxlm.data.opt_tasks import OPT_TASKS, OptTask, opt_task
 from jaxlm.data.roberta_tasks import ROBERTA_TASKS
 from jaxlm.data.sources import SHIPPED, SPLITS
 from jaxlm.data.templates import Template
@@ -118,8 +118,8 @@ class TaskConfig:
             )
 
 
-_SUITES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "opt": {name: task.values for name, task in OPT_TASKS.items()},
+_SUITES: Mapping[str, Mapping[str, OptTask | Mapping[str, Any]]] = {
+    "opt": OPT_TASKS,
     "roberta": ROBERTA_TASKS,
 }
 
@@ -213,7 +213,8 @@ def _known_values(name: str) -> Mapping[str, Any]:
     if known not in _SUITES[prefix]:
         names = ", ".join(_SUITES[prefix])
         raise UserError(f"task.name is {name!r}, but {prefix}/ has {names}: choose one of them.")
-    return _SUITES[prefix][known]
+    task = _SUITES[prefix][known]
+    return task.values if isinstance(task, OptTask) else task
 
 
 def _shipped_values(name: str) -> dict[str, Any]:

@@ -1,0 +1,283 @@
+"""Pages of the documentation as blocks and commands, and a check of every kind of them."""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import yaml
+
+from jaxlm.cli.main import COMMANDS, main
+from jaxlm.core.errors import UserError
+from jaxlm.train.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[1]
+SMALL = (
+    *("--steps=2", "--batch_size=4", "--eval_batch_size=16"),
+    *("--task.k=4", "--task.num_test=16", "--task.validation=hold_out"),
+)
+"""What makes a run of a page one of seconds."""
+REPEATS = 20
+"""Rows of a data file that a page shows are written so many times."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What stands between two fences; `title` is the file that it is."""
+
+    language: str
+    title: str
+    text: str
+    where: str
+
+
+def pages() -> list[Path]:
+    """Everything with text of its own on the site, and the README."""
+    found = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    return sorted(path for path in found if path.parent.name != "api")
+
+
+FENCE = re.compile(r"^( *)(`{3,}|~{3,})([^\n]*)\n(.*?)^\1\2", re.M | re.S)
+
+
+def blocks(path: Path) -> Iterator[Block]:
+    """The fenced blocks of a page in order."""
+    text = path.read_text()
+    for match in FENCE.finditer(text):
+        language, _, options = match[3].strip().partition(" ")
+        title = re.search(r'title="([^"]*)"', options)
+        body = match[4]
+        comment = re.match(r"# (\S+\.ya?ml)\n", body)
+        name = title[1] if title else comment[1] if comment else ""
+        line = text.count("\n", 0, match.start()) + 1
+        yield Block(language, name, body, f"{path.name}:{line}")
+
+
+def spans(path: Path) -> list[str]:
+    """The inline code of a page, each on one line."""
+    text = FENCE.sub("", path.read_text())
+    return [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+
+
+class Stopped(Exception):
+    """A command came as far as to its work."""
+
+
+def stop(*args: Any, **kwargs: Any) -> None:
+    raise Stopped
+
+
+def stop_with_folder(config: Any, **kwargs: Any) -> None:
+    """In place of a run: its folder, for the commands that follow."""
+    RunFolder(config.output).create(config)
+    raise Stopped
+
+
+DRY = ("sweep", "kernel", "compare", "select")
+WORK = {
+    "finetune": [
+        ("jaxlm.train.run.finetune", stop_with_folder),
+        ("jaxlm.studies.quickstart.run", stop),
+    ],
+    "pretrain": [("jaxlm.cli.pretrain.pretrain", stop)],
+    "evaluate": [("jaxlm.cli.evaluate.evaluate", stop)],
+    "select": [("jaxlm.studies.selection_cost.plan_of", stop)],
+    **{name: [("jaxlm.train.run.load_model", stop)] for name in ("generate", "convert", "info")},
+}
+"""Where the work of a command begins, and what is done in its place."""
+
+
+def run_jaxlm(args: list[str], run: bool) -> None:
+    """Runs a command of jaxlm; where not `run`, up to its work or as a dry run."""
+    assert args, "jaxlm without a command"
+    name, rest = args[0], args[1:]
+    assert name in COMMANDS or name.startswith("--"), f"jaxlm has no command {name}"
+    if name in DRY and "--help" not in args:
+        args = [*args, *(() if "--dry-run" in args else ("--dry-run",))]
+    run = (run and bool(rest)) or name not in WORK
+    if run and name == "finetune":
+        args = [*args, *SMALL]
+    with contextlib.ExitStack() as patches:
+        for place, stand_in in () if run else WORK[name]:
+            patches.enter_context(mock.patch(place, stand_in))
+        with contextlib.suppress(Stopped):
+            succeeds(args)
+
+
+def succeeds(args: list[str]) -> None:
+    try:
+        assert main([*args, "--debug"]) == 0
+    except UserError as error:
+        raise AssertionError(f"jaxlm {shlex.join(args)}: {error}") from None
+
+
+def parse_python(args: list[str], run: bool) -> None:
+    """Checks that `python -m module` or `python file.py` takes the arguments that follow."""
+    del run
+    if args[0] == "-m":
+        name, rest = args[1], args[2:]
+    else:
+        assert (ROOT / args[0]).exists(), f"there is no {args[0]}"
+        name, rest = args[0].removesuffix(".py").replace("/", "."), args[1:]
+    if name == "jaxlm":
+        return run_jaxlm(rest, False)
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser: argparse.ArgumentParser, given: Any = None, space: Any = None):
+        parse(parser, rest, space)
+        raise Stopped
+
+    module = importlib.import_module(name)
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_and_stop):
+        try:
+            module.main()
+        except Stopped:
+            return
+    raise AssertionError(f"{name} reads no arguments")
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def check_pip(args: list[str], run: bool) -> None:
+    """Checks that the extras that are installed are there."""
+    del run
+    assert args[0] == "install"
+    extras = project()["project"]["optional-dependencies"]
+    for word in args[1:]:
+        if match := re.fullmatch(r"(?:\.|jaxlm)\[([\w,]+)\]", word):
+            assert set(match[1].split(",")) <= set(extras), word
+
+
+def check_pytest(args: list[str], run: bool) -> None:
+    """Checks that the paths and markers of a test command are there."""
+    del run
+    markers = project()["tool"]["pytest"]["ini_options"]["markers"]
+    known = {marker.partition(":")[0] for marker in markers}
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        if word == "-m":
+            assert set(re.findall(r"\w+", rest.pop(0))) <= known | {"and", "or", "not"}
+        elif word in ("-k", "-n"):
+            rest.pop(0)
+        elif not word.startswith("-"):
+            assert (ROOT / word).exists(), word
+
+
+def check_tool(args: list[str], run: bool) -> None:
+    """A tool of the lint, notebooks or docs extra."""
+    del args, run
+
+
+CHECKS: dict[str, Callable[[list[str], bool], None]] = {
+    "jaxlm": run_jaxlm,
+    "python": parse_python,
+    "pip": check_pip,
+    "pytest": check_pytest,
+    **dict.fromkeys(("cd", "git", "mkdocs", "mypy", "pre-commit", "ruff"), check_tool),
+}
+
+
+def command(line: str, *, run: bool) -> None:
+    """Checks one shell command, or runs it; of a kind that is not known it fails."""
+    for part in re.split(r" && ", line):
+        words = shlex.split(part, comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words.pop(0)
+        if words:
+            assert words[0] in CHECKS, f"nothing checks the command {words[0]}"
+            CHECKS[words[0]](words[1:], run)
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a shell block, each on one line."""
+    return text.replace("\\\n", " ").splitlines()
+
+
+def is_command(span: str) -> bool:
+    """Whether inline code is a command with arguments that can be checked.
+
+    One that names a file that is not there (`jaxlm sweep sweep.yaml`) stands for any such file; its
+    command is known by its first two words.
+    """
+    words = span.split()
+    if words[0] not in ("jaxlm", "pip", "pytest", "python") or len(words) < 2:
+        return False
+    if words[0] == "jaxlm":
+        assert words[1] in COMMANDS or words[1].startswith("--"), span
+        files = [word for word in words[2:] if word.endswith((".yaml", ".yml"))]
+        return len(words) > 2 and all(Path(file).exists() for file in files)
+    return True
+
+
+def write(block: Block) -> None:
+    """Writes a block that is a file into the working directory."""
+    path = Path(block.title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(block.text * (REPEATS if path.suffix == ".jsonl" else 1))
+
+
+def add_family(block: Block, monkeypatch: Any) -> None:
+    """Makes a page's file of a model family one of the package."""
+    from jaxlm.models import families
+
+    write(block)
+    path = Path(block.title)
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(path.parent.resolve())])
+    monkeypatch.setattr(families, "MODULES", (*families.MODULES, path.stem))
+    monkeypatch.delitem(sys.modules, f"{families.__name__}.{path.stem}", raising=False)
+
+
+def execute(block: Block, names: dict[str, Any], monkeypatch: Any, *, run: bool) -> None:
+    """Runs a block, or checks it; one of a kind that is not known fails."""
+    if block.language == "python":
+        if block.title and not (ROOT / block.title).exists():
+            add_family(block, monkeypatch)
+        else:
+            exec(compile(block.text, block.where, "exec"), names)
+    elif block.language == "bash":
+        for line in commands(block.text):
+            command(line, run=run)
+    elif block.language == "yaml":
+        assert isinstance(yaml.safe_load(block.text), dict)
+        assert block.title, f"{block.where}: nothing reads this; give it the title of its file"
+        write(block)
+    elif block.language == "json":
+        for line in block.text.splitlines():
+            json.loads(line)
+        if block.title:
+            write(block)
+    else:
+        raise AssertionError(f"{block.where}: nothing runs a block of {block.language!r}")
+
+
+def known(name: str) -> bool:
+    """Whether a dotted name is a module or what one has."""
+    found, *rest = name.split(".")
+    value = importlib.import_module(found)
+    for part in rest:
+        if not hasattr(value, part):
+            try:
+                importlib.import_module(f"{value.__name__}.{part}")
+            except (ImportError, AttributeError):
+                return False
+        value = getattr(value, part)
+    return True
+
+
+def link_into(folder: Path) -> None:
+    """What a command finds in the root of a clone."""
+    for name in ("configs", "tests"):
+        os.symlink(ROOT / name, folder / name)
