@@ -17,8 +17,11 @@ from unittest import mock
 
 import yaml
 
-from jaxlm.cli.main import COMMANDS, main
+from jaxlm.cli import launch
+from jaxlm.cli.main import ALONE, COMMANDS, main
 from jaxlm.core.errors import UserError
+from jaxlm.sharding import AXES
+from jaxlm.sharding.multihost import group_from_text
 from jaxlm.train.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -100,11 +103,12 @@ WORK = {
 def run_jaxlm(args: list[str], run: bool) -> None:
     """Runs a command of jaxlm; where not `run`, up to its work or as a dry run."""
     assert args, "jaxlm without a command"
-    name, rest = args[0], args[1:]
-    assert name in COMMANDS or name.startswith("--"), f"jaxlm has no command {name}"
+    name = args[0]
+    assert name in COMMANDS or name == "help" or name.startswith("--"), f"no command {name}"
+    args = [name, *on_one_device(name, args[1:])]
     if name in DRY and "--help" not in args:
         args = [*args, *(() if "--dry-run" in args else ("--dry-run",))]
-    run = (run and bool(rest)) or name not in WORK
+    run = (run and len(args) > 1) or name not in WORK
     if run and name == "finetune":
         args = [*args, *SMALL]
     with contextlib.ExitStack() as patches:
@@ -112,6 +116,17 @@ def run_jaxlm(args: list[str], run: bool) -> None:
             patches.enter_context(mock.patch(place, stand_in))
         with contextlib.suppress(Stopped):
             succeeds(args)
+
+
+def on_one_device(name: str, args: list[str]) -> list[str]:
+    """The arguments without those that say where a command runs, which are checked."""
+    flags, rest = launch.parse(args)
+    assert flags == launch.Launch() or name not in ALONE, f"{name} runs on one device"
+    for axis in (flags.mesh or "").split(",") if flags.mesh else ():
+        assert re.fullmatch(rf"({'|'.join(AXES)})=(-1|[1-9]\d*)", axis), flags.mesh
+    if flags.distributed is not None:
+        group_from_text(flags.distributed)
+    return rest
 
 
 def succeeds(args: list[str]) -> None:
@@ -176,6 +191,19 @@ def check_pytest(args: list[str], run: bool) -> None:
             assert (ROOT / word).exists(), word
 
 
+def check_files(args: list[str], run: bool) -> None:
+    """Checks that the files that a command is given are in the repository."""
+    del run
+    for word in args:
+        assert "/" not in word or word.startswith("-") or (ROOT / word).exists(), word
+
+
+def check_start(args: list[str], run: bool) -> None:
+    """Checks the command of jaxlm that another one starts in every process."""
+    del run
+    run_jaxlm(args[args.index("jaxlm") + 1 :], False)
+
+
 def check_tool(args: list[str], run: bool) -> None:
     """A tool of the lint, notebooks or docs extra."""
     del args, run
@@ -186,6 +214,8 @@ CHECKS: dict[str, Callable[[list[str], bool], None]] = {
     "python": parse_python,
     "pip": check_pip,
     "pytest": check_pytest,
+    **dict.fromkeys(("mpirun", "srun"), check_start),
+    **dict.fromkeys(("kubectl", "sbatch"), check_files),
     **dict.fromkeys(("cd", "git", "mkdocs", "mypy", "pre-commit", "ruff"), check_tool),
 }
 
@@ -216,7 +246,7 @@ def is_command(span: str) -> bool:
     if words[0] not in ("jaxlm", "pip", "pytest", "python") or len(words) < 2:
         return False
     if words[0] == "jaxlm":
-        assert words[1] in COMMANDS or words[1].startswith("--"), span
+        assert words[1] in (*COMMANDS, "help") or words[1].startswith("--"), span
         files = [word for word in words[2:] if word.endswith((".yaml", ".yml"))]
         return len(words) > 2 and all(Path(file).exists() for file in files)
     return True

@@ -85,7 +85,11 @@ def test_the_names_within_the_text_of_a_page_are_there(path: Path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("jaxlm finetun", "jaxlm has no command finetun"),
+        ("jaxlm finetun", "no command finetun"),
+        ("jaxlm info --mesh=data=2", "info runs on one device"),
+        ("jaxlm finetune --task.name=mr --output=x --mesh=rows=2", "rows=2"),
+        ("srun --nodes=4 jaxlm finetune --stepz=2 --distributed=auto", "did you mean 'steps'"),
+        ("kubectl apply -f launch/none.yaml", "launch/none.yaml"),
         ("jaxlm finetune --task.name=subj --stepz=3", "did you mean 'steps'"),
         ("jaxlm sweep configs/mezo/none.yaml", "there is no such file"),
         ("python -m benchmarks.scoring --rows=3", "SystemExit"),
