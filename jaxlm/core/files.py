@@ -1,8 +1,11 @@
 """Files that are whole or absent."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+from jaxlm.core.errors import UserError
 from jaxlm.core.processes import is_first, meet
 
 
@@ -14,6 +17,23 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says of what cannot be written in it, such as to a full disk, where that is.
+
+    Raises:
+      UserError: in place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: cannot be written ({reason}): make room there; the same command then goes on "
+            "from the last checkpoint."
+        ) from error
 
 
 def write_shared(path: Path, content: str | bytes, *, once: bool = False) -> None:

@@ -5,6 +5,9 @@ JSON record. A process killed while it writes one leaves the former one in force
 """
 
 import contextlib
+import logging
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,26 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxlm.core.errors import UserError
+from jaxlm.core.files import writing
+
+_SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
+
+
+@contextlib.contextmanager
+def _system_errors() -> Iterator[None]:
+    """What the operating system refuses is an `OSError`, and its traceback is not printed."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except ValueError as error:  # from TensorStore
+        code = _SYSTEM_ERROR.search(str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+    finally:
+        log.setLevel(level)
 
 
 class Checkpoints:
@@ -47,11 +70,15 @@ class Checkpoints:
             state: pytree of arrays.
             record: JSON values; `record["best_step"]`, where given, names the checkpoint to keep
                 beside this one.
+
+        Raises:
+            UserError: it cannot be written; the former one is kept.
         """
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
         )
-        self._manager.save(step, args=args, force=True)
+        with writing(self.folder / str(step)), _system_errors():
+            self._manager.save(step, args=args, force=True)
         for old in list(self._manager.all_steps()):
             if old not in (step, record.get("best_step")):
                 self._manager.delete(old)

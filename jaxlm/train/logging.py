@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from jaxlm.core.files import write_shared
+from jaxlm.core.files import write_shared, writing
 from jaxlm.core.processes import is_first
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Writes one JSON object, whole or not at all."""
-    write_shared(path, json.dumps(record, indent=2) + "\n")
+    with writing(path):
+        write_shared(path, json.dumps(record, indent=2) + "\n")
 
 
 class Metrics:
@@ -30,7 +31,7 @@ class Metrics:
         """Adds lines and hands them to the operating system."""
         if not is_first():
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(record) + "\n" for record in records))
 
     def cut(self, step: int | None) -> None:
@@ -102,7 +103,7 @@ class Progress:
         if not is_first():
             return
         if self.log is not None:
-            with self.log.open("a", encoding="utf-8") as file:
+            with writing(self.log), self.log.open("a", encoding="utf-8") as file:
                 file.write(time.strftime("%Y-%m-%d %H:%M:%S  ") + line + "\n")
         if screen and not self._quiet:
             if self._live is not None:

@@ -1,0 +1,196 @@
+"""Every command on eight devices, and in two processes of four each: the numbers of one device."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxlm.cli.main import main
+from jaxlm.influence import GradientStore
+from jaxlm.sharding import mesh_from_text
+from tests.cli.processes import MESH, run_in_two
+from tests.cli.test_select import STUDY
+from tests.tiny import read_lines, sentences, write_corpus, write_jsonl, write_run
+from tests.train.test_pretraining import YAML
+
+pytestmark = pytest.mark.multidevice
+KERNEL = """\
+model: MODEL
+task: {name: tiny, train: train.jsonl, test: test.jsonl, template: "{text} it was {label}",
+       labels: [good, bad]}
+ks: [4]
+prompts: [true]
+seeds: [0]
+training: [{optimizer: {name: sgd}, learning_rates: [0.1], steps: 4, batch_size: 4, eval_every: 2}]
+output: OUTPUT
+"""
+ADAM = ("--optimizer.name=adamw", "--optimizer.learning_rate=0.01")
+LOCAL = (*ADAM, "--dynamics.name=local", "--dynamics.workers=2")
+
+
+def commands(folder: Path) -> list[list[str]]:
+    """Every command, with outputs in a folder of inputs."""
+    run = str(folder / "run.yaml")
+    return [
+        ["finetune", run, f"--output={folder / 'mezo'}", "--optimizer.learning_rate=1e-3"],
+        ["finetune", run, f"--output={folder / 'adam'}", *ADAM],
+        ["finetune", run, f"--output={folder / 'local'}", *LOCAL],
+        ["pretrain", str(folder / "tiny.yaml")],
+        ["kernel", str(folder / "kernel.yaml")],
+        ["select", str(folder / "study.yaml")],
+        ["generate", str(folder / "run" / "model"), "--prompt=the warm", "--max_new_tokens=4",
+         f"--output={folder / 'texts.jsonl'}"],
+        ["evaluate", run],
+    ]  # fmt: skip
+
+
+def inputs(folder: Path, model: Path) -> Path:
+    folder.mkdir()
+    write_run(folder, model)
+    write_corpus(folder)
+    (folder / "tiny.yaml").write_text(YAML.format(folder=folder))
+    write_jsonl(folder / "train.jsonl", sentences(40))
+    for name, text in (("kernel", KERNEL), ("study", STUDY)):
+        text = text.replace("MODEL", str(model)).replace("OUTPUT", str(folder / name))
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tiny_model, tmp_path_factory) -> Path:
+    """What one device makes."""
+    folder = inputs(tmp_path_factory.mktemp("mesh") / "one", tiny_model)
+    for words in commands(folder):
+        assert main(words) == 0, words
+    return folder
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("eight devices", marks=pytest.mark.slow), "two processes"],
+)
+def other(request, one, tiny_model, tmp_path_factory) -> Path:
+    """The same commands on a mesh."""
+    folder = inputs(tmp_path_factory.mktemp("mesh") / "other", tiny_model)
+    if request.param == "two processes":
+        run_in_two(commands(folder))
+        return folder
+    for command, *words in commands(folder):
+        module = importlib.import_module(f"jaxlm.cli.{command}")
+        module.run(words, mesh=mesh_from_text(MESH))
+    return folder
+
+
+def numbers(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl without the clock."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_lines(path)]
+
+
+@pytest.mark.parametrize("run", ["mezo", "adam", "local", "run"])
+def test_runs_have_the_curves_of_one_device(run, one, other):
+    found, wanted = (numbers(folder / run / "metrics.jsonl") for folder in (other, one))
+    assert len(found) == len(wanted) > 3
+    # A projected gradient is a difference of losses near 3 over 2 eps = 2e-3.
+    slack = {"projected_grad": 3 * 2**-22 / 2e-3}
+    for new, old in zip(found, wanted, strict=True):
+        assert new.keys() == old.keys()
+        for name, value in old.items():
+            np.testing.assert_allclose(
+                new[name], value, rtol=2e-4, atol=slack.get(name, 1e-6), err_msg=name
+            )
+
+
+def test_kernels_are_those_of_one_device(one, other):
+    files = sorted((one / "kernel" / "kernels").rglob("kernel.safetensors"))
+    assert len(files) >= 3
+    for file in files:
+        wanted = load_file(file)["kernel"]
+        found = load_file(other / file.relative_to(one))["kernel"]
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_selections_are_those_of_one_device(one, other):
+    (wanted,), (found,) = (list(f.glob("study/seed-0/train-1-*/store")) for f in (one, other))
+    stores = [GradientStore.open(path) for path in (found, wanted)]
+    order = [np.argsort(store.ids) for store in stores]
+    new, old = (store[places] for store, places in zip(stores, order, strict=True))
+    np.testing.assert_allclose(new, old, atol=2 / 127 * np.abs(old).max())  # int8
+    chosen = [{row["id"] for f in [folder] for row in selected(f)} for folder in (other, one)]
+    assert chosen[0] == chosen[1]
+
+
+def selected(folder: Path) -> list[dict]:
+    (path,) = folder.glob("study/seed-0/select-less-*/selected.jsonl")
+    return read_lines(path)
+
+
+def test_models_and_texts_are_those_of_one_device(one, other):
+    found, wanted = (load_file(f / "run" / "model" / "model.safetensors") for f in (other, one))
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, atol=2e-5, err_msg=name)
+    texts = [read_lines(folder / "texts.jsonl")[0]["text"] for folder in (other, one)]
+    assert texts[0] == texts[1]
+
+
+def test_a_run_goes_on_with_another_mesh(one, tiny_model, tmp_path):
+    """Stopped on fsdp=8, on with data=2, model=4, finished on one device."""
+    path = write_run(tmp_path, tiny_model)
+    for mesh, steps in (("fsdp=8", 4), ("data=2,model=4", 8), (None, 12)):
+        flags = [f"--steps={steps}", "--checkpoint-every=4", "--eval-every=4", *ADAM]
+        edit(tmp_path / "run" / "config.yaml", steps)
+        (tmp_path / "run" / "summary.json").unlink(missing_ok=True)
+        module = importlib.import_module("jaxlm.cli.finetune")
+        module.run([str(path), *flags], mesh=mesh and mesh_from_text(mesh))
+    shutil.rmtree(tmp_path / "whole", ignore_errors=True)
+    whole = f"--output={tmp_path / 'whole'}"
+    assert main(["finetune", str(path), *flags, whole]) == 0
+    found, wanted = (numbers(tmp_path / name / "metrics.jsonl") for name in ("run", "whole"))
+    for new, old in zip(found, wanted, strict=True):
+        for name, value in old.items():
+            np.testing.assert_allclose(new[name], value, rtol=2e-4, atol=1e-6, err_msg=name)
+
+
+def edit(config: Path, steps: int) -> None:
+    """Makes a finished run one of more steps."""
+    if config.exists():
+        lines = config.read_text().splitlines()
+        config.write_text(
+            "".join(
+                (f"steps: {steps}" if line.startswith("steps:") else line) + "\n" for line in lines
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--mesh=data=3"], "mesh sizes data=3, fsdp=1, model=1 need 3 devices, there are"),
+        (["--mesh=rows=2"], "mesh 'rows=2' is no mesh: write data=2,fsdp=4,model=1, say."),
+        (["--mesh"], "--mesh has no value: write --mesh=value."),
+        (["--processes=0"], "--processes is 0: give 1 or more."),
+        (["--devices=two"], "--devices is 'two': give a whole number."),
+        (["--distributed=here"], "distributed 'here' is no group: write auto, or"),
+    ],
+)
+def test_mistakes(flags, sentence, capsys, monkeypatch):
+    monkeypatch.setenv("JAXLM_PARENT", "1")
+    if "data=3" in flags[0]:
+        flags = ["--mesh=data=30"]
+        sentence = sentence.replace("=3,", "=30,").replace(" 3 ", " 30 ")
+    assert main(["evaluate", *flags]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_profile_is_written(tmp_path, capsys):
+    assert main(["evaluate", "--split=none", f"--profile={tmp_path}"]) == 2
+    assert list(tmp_path.rglob("*.xplane.pb"))
+    capsys.readouterr()
+
+
+def test_the_summary_says_how_much_of_the_time_went_into_steps(one):
+    summary = json.loads((one / "adam" / "summary.json").read_text())
+    assert 0 < summary["goodput"] < 1
