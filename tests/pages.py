@@ -309,5 +309,4 @@ def known(name: str) -> bool:
 
 def link_into(folder: Path) -> None:
     """What a command finds in the root of a clone."""
-    for name in ("configs", "tests"):
-        os.symlink(ROOT / name, folder / name)
+    os.symlink(ROOT / "configs", folder / "configs")

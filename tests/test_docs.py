@@ -15,7 +15,7 @@ import jaxlm
 from jaxlm.data.opt_tasks import OPT_TASKS
 from jaxlm.models.families import MODULES
 from jaxlm.models.hf import SHIPPED
-from jaxlm.train.optimizers import OPTIMIZERS
+from jaxlm.train.optimizers import OPTIMIZERS, ZerothOrder
 from tests import pages
 from tests.models import reference
 
@@ -150,6 +150,8 @@ def test_the_pieces_of_optimizers_that_a_page_mentions_are_there():
         named = re.findall(rf"\b{name}\.(\w+)", text)
         assert named
         assert all(hasattr(module, each) for each in named)
+    names = (name for name, kind in OPTIMIZERS.items() if issubclass(kind, ZerothOrder))
+    assert all(f"`{name}`" in text for name in names)
 
 
 def test_the_scores_that_a_page_lists_are_there():
