@@ -73,8 +73,9 @@ class Launch:
         if self.distributed is not None:
             from jaxlm.sharding.multihost import group_from_text, initialize
 
+            group = group_from_text(self.distributed)
             _end_with_parent()
-            initialize(group_from_text(self.distributed))
+            initialize(group)
         from jaxlm.sharding import mesh_from_text
 
         mesh = None
