@@ -10,15 +10,17 @@ speed, so that the columns are of the compiled program, for one device and one s
 
   collectives    arrays that it makes together with others, with the turns of loops
   moved_MB       megabytes that it sends for them, where all devices form a ring
-  most           the kind of collective and the array that take most of those, with the number
+  most           which array takes most of those, and how often it is made
   arguments_MB   its part of parameters, state and batch
   temp_MB        its temporary memory
   peak_over_one  its peak memory over that of one device alone
-  difference     of the losses of two steps from those of one device, the largest, at a small shape
-                 that is run
+  difference     from one device: of losses, and of slopes or the norm of the gradient, in two
+                 steps; the largest, over its size. At a small shape, which is run on a mesh with
+                 two devices along each axis
 
 A compiler for CPUs has no reduce-scatter of its own: where gradients are divided it sums them
-everywhere, and keeps a part. --quick has 2 layers, and 8 devices. The last line is one JSON object.
+everywhere, and keeps a part. --quick has 2 layers, and meshes of 8. The last line is one JSON
+object.
 """
 
 import argparse
@@ -27,29 +29,35 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import common
-from benchmarks.mezo_step import LABEL_WORDS, make_batch
-from benchmarks.shapes import OPT_125M
+from benchmarks.shapes import LABEL_WORDS, OPT_125M, make_batch
 from jaxlm.models import LanguageModel, ModelConfig, init_params
-from jaxlm.sharding import AXES, make_mesh, param_shardings, place_batch, place_params
+from jaxlm.sharding import AXES, mesh_from_text, param_shardings, place_batch, place_params
 from jaxlm.sharding.hlo import Collective, collectives
 from jaxlm.train.objective import classification_objective
 from jaxlm.train.optimizers import Adam, Mezo
 from jaxlm.train.state import Method, Program, TrainState, method
 
-RATE = 1e-3
-METHODS = {"MeZO": Mezo(learning_rate=RATE), "Adam": Adam(learning_rate=RATE)}
+METHODS = {"MeZO": Mezo(learning_rate=1e-3), "Adam": Adam(learning_rate=1e-3)}
 SMALL = OPT_125M.replace(
-    vocab_size=512, hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=8, head_size=8,
-    intermediate_size=128, max_positions=64, embedding_size=64,
-)  # fmt: skip
+    vocab_size=512,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=8,
+    head_size=8,
+    intermediate_size=128,
+    max_positions=64,
+    embedding_size=64,
+)
+ALONE, TOGETHER = "data=1", "data=2,fsdp=2,model=2"
 
 
 def stepper(name: str, config: ModelConfig) -> tuple[Method, Program]:
     """A method, and its step `(state, batch) -> (state, info)` that moves the state."""
-    lm = LanguageModel(config, None)
-    loss_fn = classification_objective(lm.apply, jnp.asarray(LABEL_WORDS))
+    loss_fn = classification_objective(LanguageModel(config, {}).apply, jnp.asarray(LABEL_WORDS))
     chosen = method(METHODS[name], loss_fn, steps=1000)
 
     def step(state, batch):
@@ -59,91 +67,89 @@ def stepper(name: str, config: ModelConfig) -> tuple[Method, Program]:
     return chosen, Program(step, moves=True)
 
 
-def compiled(name: str, config: ModelConfig, axis: str, devices: int) -> Any:
+def compiled(name: str, config: ModelConfig, mesh_text: str) -> Any:
     """The program of a step on a mesh, of shapes alone."""
-    mesh = make_mesh(**{axis: devices}, devices=jax.devices()[:devices])
+    mesh = mesh_from_text(mesh_text)
     chosen, program = stepper(name, config)
 
     def start(key):
         params = init_params(config, key)
         return TrainState(params, chosen.init(params, key))
 
+    def placed(leaf, place):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
     shapes = jax.eval_shape(start, jax.random.key(0))
-    places = param_shardings(shapes, mesh)
-    state = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        shapes,
-        places,
-    )
+    state = jax.tree.map(placed, shapes, param_shardings(shapes, mesh))
     return program.lower(state, place_batch(make_batch(config, 16, 64), mesh)).compile()
 
 
-def losses(name: str, axis: str, devices: int) -> jax.Array:
-    """Of two steps at the small shape."""
-    mesh = make_mesh(**{axis: devices}, devices=jax.devices()[:devices])
+def numbers(name: str, mesh_text: str) -> np.ndarray:
+    """Losses, and slopes or norms of gradients, of two steps at the small shape."""
     chosen, step = stepper(name, SMALL)
-    params = place_params(init_params(SMALL, jax.random.key(0)), mesh)
+    params = place_params(init_params(SMALL, jax.random.key(0)), mesh_from_text(mesh_text))
     state, batch = chosen.start(params, jax.random.key(1)), make_batch(SMALL, 16, 32)
-    found = []
+    found: list[float] = []
     for _ in range(2):
         state, info = step(state, batch)
-        found.append(float(info["loss"]))
-    return jnp.array(found)
+        more = ("loss", "projected_grad", "grad_norm")
+        found += [float(np.squeeze(info[what])) for what in more if what in info]
+    return np.array(found)
 
 
-def row(name: str, axis: str, devices: int, program: Any) -> dict[str, Any]:
-    """A line of the table, without what is compared with one device."""
+def difference(name: str) -> dict[str, Any]:
+    """The row in which programs are run."""
+    wanted = numbers(name, ALONE)
+    gaps = np.abs(numbers(name, TOGETHER) - wanted) / np.abs(wanted)
+    return {"method": name, "mesh": TOGETHER, "difference": float(gaps.max())}
+
+
+def row(name: str, mesh_text: str, program: Any, alone: Any) -> dict[str, Any]:
+    """The row of a compiled program, beside the one for one device."""
     found, memory = collectives(program), program.memory_analysis()
     return {
         "method": name,
-        "axis": axis,
-        "devices": devices,
+        "mesh": mesh_text,
         "collectives": sum(each.times for each in found),
-        "moved_MB": sum(each.moved for each in found) / 1e6,
+        "moved_MB": sum((each.moved for each in found), 0.0) / 1e6,
         "most": most(found),
         "arguments_MB": memory.argument_size_in_bytes / 1e6,
         "temp_MB": memory.temp_size_in_bytes / 1e6,
+        "peak_over_one": common.peak_bytes(program) / common.peak_bytes(alone),
+        "difference": None,
     }
 
 
 def most(found: list[Collective]) -> str | None:
-    """The kind and the shape that take most of the traffic: "12 all-gather f32[768,3072]"."""
+    """The kind and shape that take most of the traffic: "12 x all-gather f32[768,3072]"."""
     times: collections.Counter[str] = collections.Counter()
     moved: collections.Counter[str] = collections.Counter()
     for each in found:
         kind = f"{each.op} {each.dtype}[{','.join(map(str, each.shape))}]"
         times[kind] += each.times
-        moved[kind] += each.moved
-    return next((f"{times[kind]} {kind}" for kind, _ in moved.most_common(1)), None)
+        moved[kind] += round(each.moved)
+    return next((f"{times[kind]} x {kind}" for kind, _ in moved.most_common(1)), None)
 
 
-def measure(name: str, config: ModelConfig, counts: list[int]) -> list[dict[str, Any]]:
+def measure(name: str, config: ModelConfig, counts: tuple[int, ...]) -> list[dict[str, Any]]:
     """Rows of one method."""
-    one = compiled(name, config, "data", 1)
-    peak, expected = common.peak_bytes(one), losses(name, "data", 1)
-    rows = [{**row(name, "", 1, one), "peak_over_one": 1.0, "difference": None}]
-    for axis in AXES:
-        for devices in counts:
-            program = compiled(name, config, axis, devices)
-            print(f"{name}: {axis}={devices} compiled", flush=True)
-            compared: dict[str, Any] = {"peak_over_one": common.peak_bytes(program) / peak}
-            compared["difference"] = None
-            if devices == max(counts):
-                gaps = jnp.abs(losses(name, axis, devices) - expected)
-                compared["difference"] = float(gaps.max())
-            rows.append(row(name, axis, devices, program) | compared)
-    return rows
+    alone = compiled(name, config, ALONE)
+    rows = [row(name, ALONE, alone, alone)]
+    for mesh_text in (f"{axis}={count}" for axis in AXES for count in counts):
+        rows.append(row(name, mesh_text, compiled(name, config, mesh_text), alone))
+        print(f"{name}: {mesh_text} compiled", flush=True)
+    return [*rows, dict.fromkeys(rows[0]) | difference(name)]
 
 
 def main() -> None:
     """Compiles and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="2 layers, 8 devices")
+    parser.add_argument("--quick", action="store_true", help="2 layers, meshes of 8")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     config = OPT_125M.replace(num_layers=2) if options.quick else OPT_125M
-    counts = [8] if options.quick else [2, 4, 8]
+    counts = (8,) if options.quick else (2, 4, 8)
     rows = [each for name in METHODS for each in measure(name, config, counts)]
     common.print_table(rows)
     common.print_report("scaling", rows)
