@@ -30,72 +30,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from benchmarks.results import Figure, Result, device_of, markdown, versions_of
+from benchmarks.results import Result, device_of, markdown, versions_of
+from benchmarks.suite import SUITE, Benchmark
 
 FOLDER = Path(__file__).parent
-
-
-class Benchmark(NamedTuple):
-    """A file of the folder.
-
-    Attributes:
-      figures: its headline.
-      needs: packages without which it measures nothing.
-      full: further arguments of a run that is not quick; {output} is the folder of the results.
-    """
-
-    figures: tuple[Figure, ...]
-    needs: tuple[str, ...] = ()
-    full: tuple[str, ...] = ()
-
-
-SUITE = {
-    "mezo_step": Benchmark(
-        (
-            Figure("over_forwards", ("shape", "method"), "MeZO|LOZO|FZOO|Muon|Adam"),
-            Figure("over_forward_peak", ("shape", "method"), "MeZO|LOZO|FZOO|Muon|Adam"),
-            Figure("torch_over_it", ("shape", "method"), r"MeZO, \w+$|LOZO"),
-        )
-    ),
-    "mezo_memory": Benchmark((Figure("over_forward", ("shape", "method"), "MeZO|LOZO|Adam"),)),
-    "mezo_accuracy": Benchmark(
-        (Figure("accuracy", ("task", "method"), "zero_shot|calibrated|mezo$|lozo|fzoo|adam"),),
-        full=("--output", "{output}/mezo_accuracy"),
-    ),
-    "effect": Benchmark((Figure("gains", ("task",)),)),
-    "estimator_quality": Benchmark(
-        (
-            Figure("cosine_over_expected", ("checkpoint", "layer"), "all$"),
-            Figure("slope_error", ("checkpoint", "layer"), "all$"),
-            Figure("rank", ("checkpoint",)),
-        )
-    ),
-    "scaling": Benchmark(
-        (
-            Figure("moved_MB", ("method", "axis", "devices"), "devices=8"),
-            Figure("peak_over_one", ("method", "axis", "devices"), "devices=8"),
-        )
-    ),
-    "models": Benchmark((Figure("ratio", ("what", "shape")),), needs=("torch",)),
-    "ntk": Benchmark(
-        (
-            Figure("times", ("method", "T", "C"), "(jacobian|jacrev|loop).*C=1"),
-            Figure("frobenius", ("kind",)),
-        )
-    ),
-    "influence": Benchmark((Figure("times", ("features",), "^(?!torch|batch)"),)),
-    "projection": Benchmark((Figure("times", ("projection", "P"), "^(?!BasicProjector)"),)),
-    "scoring": Benchmark((Figure("again_s", ("dtype",)), Figure("seconds", ("method",)))),
-    "lds": Benchmark((Figure("score", ("attribution",)),)),
-    "dynamics": Benchmark(
-        (
-            Figure("over_jaxlm", ("implementation",), "numpy|torch"),
-            Figure("over_joint", ("steps",), "H =|SVAG"),
-        )
-    ),
-}
 
 
 def run(

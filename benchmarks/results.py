@@ -13,29 +13,44 @@ class Figure(NamedTuple):
     """A column that tells most of what a benchmark has found.
 
     Attributes:
-      column: a number; of a list the mean counts, of a mapping each value by itself.
-      by: columns that tell its rows apart.
+      says: what its numbers are.
+      column: of the rows: a number; of a list the mean counts, of a mapping each value by itself.
+      by: columns that tell the rows apart, with spaces between.
       only: a regular expression; rows count in whose name it is found.
     """
 
+    says: str
     column: str
-    by: tuple[str, ...]
+    by: str
     only: str = ""
 
-    def read(self, rows: Iterable[Row]) -> dict[str, float]:
-        """The figures of all rows that have them, by the rows' names."""
+    def read(self, rows: Iterable[Row]) -> dict[tuple[str, ...], float]:
+        """The numbers of all rows that have one, by the parts of the rows' names."""
         found = {}
         for row in rows:
-            value = row.get(self.column)
-            if value is None or not row.keys() >= set(self.by):
+            value, columns = row.get(self.column), self.by.split()
+            if value is None or not row.keys() >= set(columns):
                 continue
-            name = ", ".join(_part(column, row[column]) for column in self.by)
-            parts = value if isinstance(value, Mapping) else {"": value}
-            for part, number in parts.items():
-                whole = f"{name}, {part}" if part else name
-                if re.search(self.only, whole):
+            name = tuple(_part(column, row[column]) for column in columns)
+            each = value.items() if isinstance(value, Mapping) else [("", value)]
+            for last, number in each:
+                whole = (*name, last) if last else name
+                if re.search(self.only, ", ".join(whole)):
                     found[whole] = _mean(number)
         return found
+
+    def line(self, rows: Iterable[Row]) -> str:
+        """All numbers in one line; what all names have in common stands once."""
+        found = self.read(rows)
+        kept = [len(set(parts)) > 1 for parts in zip(*found, strict=False)]
+        if not any(kept):
+            kept = [True] * len(kept)
+        cells, shared = [], ""
+        for name, number in found.items():
+            own = ", ".join(part for part, keep in zip(name, kept, strict=False) if keep)
+            shared = ", ".join(part for part, keep in zip(name, kept, strict=False) if not keep)
+            cells.append(f"{own} **{_short(number)}**")
+        return f"{self.says}{f' ({shared})' if shared else ''}: {'; '.join(cells)}"
 
 
 class Result(NamedTuple):
@@ -92,12 +107,7 @@ def versions_of(results: Iterable[Result]) -> dict[str, str]:
 
 def headline(rows: Sequence[Row], figures: Iterable[Figure]) -> str:
     """All figures in one cell of a table."""
-    lines = []
-    for figure in figures:
-        found = figure.read(rows)
-        cells = "; ".join(f"{name} {number:.3g}" for name, number in found.items())
-        lines += [f"{figure.column}: {cells}"] if found else []
-    return _escaped("<br>".join(lines))
+    return _escaped("<br>".join(figure.line(rows) for figure in figures if figure.read(rows)))
 
 
 def markdown(
@@ -180,6 +190,10 @@ def _part(column: str, value: Any) -> str:
 
 def _mean(value: Any) -> float:
     return statistics.fmean(value) if isinstance(value, list) else float(value)
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if abs(number) >= 1000 else f"{number:.3g}"
 
 
 def _escaped(text: str) -> str:
