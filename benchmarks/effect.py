@@ -3,8 +3,8 @@
 usage: python -m benchmarks.effect [--seeds 3] [--quick] [--model FOLDER] [TASK.yaml ...]
 
 Runs every row of the quickstart's table on mr and subj for several seeds (under an hour on 2 cores)
-and prints means, standard deviations, and the differences that the claim is made of. The last line
-is one JSON object.
+and prints means, standard deviations, and the differences that the claim is made of. --quick has
+one seed of the first task, few steps and few texts. The last line is one JSON object.
 """
 
 import argparse
@@ -65,11 +65,13 @@ def main() -> None:
     parser.add_argument("configs", nargs="*", default=sorted(map(str, FOLDER.glob("*.yaml"))))
     parser.add_argument("--model")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps")
+    parser.add_argument("--quick", action="store_true", help="one task and seed, few steps")
     options = parser.parse_args()
     overrides = {} if options.model is None else {"model": options.model}
     if options.quick:
         overrides |= {f"{row}.steps": "20" for row in ("mezo", "random_init", "adam")}
+        overrides |= {"task.num_test": "200", "unlabelled": "200"}
+        options.configs = options.configs[:1]
     results = []
     for path in options.configs:
         config = configs.load(quickstart.QuickstartConfig, path, overrides)

@@ -40,19 +40,19 @@ Tree = Any
 
 
 class Problem:
-    """A model with a task and its objective."""
+    """A model with a task and its objective on batches of some examples."""
 
-    def __init__(self, lm: LanguageModel, task: str):
+    def __init__(self, lm: LanguageModel, task: str, rows: int = 32):
         config = dataclasses.replace(data.shipped_task(task), max_length=64)
-        self.lm = lm
+        self.lm, self.rows = lm, rows
         self.encoded = data.prepare_for(lm, data.load_task(config, seed=0))
         self.objective = classification_objective(
             lm.apply, self.encoded.token_ids, log_probs=lm.continuation_log_probs
         )
 
     def batch(self, step: int) -> Any:
-        """32 training examples; what is measured is measured on those of step 0."""
-        return self.encoded.batch(step, batch_size=32, seed=0)
+        """Training examples; what is measured is measured on those of step 0."""
+        return self.encoded.batch(step, batch_size=self.rows, seed=0)
 
     def loss(self, params: Tree, view: Any = None) -> jax.Array:
         """The loss on the batch of step 0."""
@@ -88,7 +88,7 @@ def after_mezo(problem: Problem, steps: int) -> Tree:
 
 def checkpoints(options: argparse.Namespace) -> Iterator[tuple[str, Problem, Tree]]:
     """Name, problem and parameters of each checkpoint."""
-    problem = Problem(load_model(options.model), options.task)
+    problem = Problem(load_model(options.model), options.task, 8 if options.quick else 32)
     yield "pretrained", problem, problem.lm.params
     if options.run:
         for folder in options.run:
@@ -194,6 +194,7 @@ def by_layer(
     rows = []
     for i, part in enumerate([*names, "all"]):
         effective = sizes[i] * squares[-1] / squares[i]
+        expected = {n: np.sqrt(n / (n + 1 + effective)) for n in found}
         error = np.sqrt(np.mean((measured[i] - exact[i]) ** 2) / np.mean(exact[i] ** 2))
         rows.append(
             {
@@ -202,7 +203,8 @@ def by_layer(
                 "parameters": int(sizes[i]),
                 "gradient_norm": float(np.sqrt(squares[i])),
                 "cosine": {str(n): float(cosine[i]) for n, cosine in found.items()},
-                "expected": {str(n): float(np.sqrt(n / (n + 1 + effective))) for n in found},
+                "expected": {str(n): float(x) for n, x in expected.items()},
+                "cosine_over_expected": float(found[most][i] / expected[most]),
                 "projected": measured[i].tolist(),
                 "jvp": exact[i].tolist(),
                 "slope_error": float(error),
@@ -277,7 +279,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="8 directions in place of 1024")
+    parser.add_argument("--quick", action="store_true", help="8 directions on 8 examples")
     parser.add_argument("--model", help="folder, hub id or run; the shipped model if not given")
     parser.add_argument("--run", nargs="+", metavar="FOLDER", help="runs to measure after it")
     parser.add_argument("--task", default="subj", choices=data.shipped_names())

@@ -1,6 +1,6 @@
 """How far do forward passes alone go, by which method, and do the curves flatten?
 
-usage: python -m benchmarks.mezo_accuracy --output FOLDER [--tasks mr,subj] [--methods mezo,lozo]
+usage: python -m benchmarks.mezo_accuracy [--output FOLDER] [--tasks mr,subj] [--methods mezo,lozo]
            [--seeds 3] [--forwards 2000] [--model FOLDER] [--data FOLDER] [--quick]
 
 Every file of configs/accuracy is a method, and every file of configs/accuracy/tasks a task. A
@@ -8,8 +8,10 @@ method without `steps` gets as many as make `--forwards` forward passes of a bat
 zeroth-order methods are compared at equal forwards. The task rte reads train.jsonl and
 validation.jsonl (premise, hypothesis, label) in the folder `--data`.
 
-Each (task, method, seed) is a run with a folder of its own; started again, the benchmark goes on
-where it was. The parameters that are best on validation are tested. A task may multiply the
+Each (task, method, seed) is a run with a folder of its own; started again on the same output, the
+benchmark goes on where it was. Without --output the folders are gone at the end. --quick has one
+seed, 40 forward passes, 100 examples of each split, and unless others are named some methods on
+subj. The parameters that are best on validation are tested. A task may multiply the
 learning rates of the methods that take as many steps as they may by `zeroth_order_scale`. Beside
 accuracy, passes, seconds and memory stands what validation accuracy gained in the last quarter of
 the run: about 0 where the curve has flattened. The last line is one JSON object, which has the
@@ -20,6 +22,7 @@ import argparse
 import dataclasses
 import statistics
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from jaxlm.studies.sweep import Candidate, sweep
 from jaxlm.train.run_folder import RunFolder
 
 FOLDER = Path(__file__).parent.parent / "configs" / "accuracy"
+QUICK = "zero_shot,calibrated,probe,mezo,lozo,adam"
 LOOKS = 16  # at validation, in a run whose length is given by its forwards
 
 
@@ -74,6 +78,23 @@ def cut(candidate: Candidate, forwards: int) -> Candidate:
     every = max(1, steps // LOOKS)
     runs = (
         dataclasses.replace(run, steps=steps, eval_every=every, checkpoint_every=every)
+        for run in candidate.runs
+    )
+    return dataclasses.replace(candidate, runs=tuple(runs))
+
+
+def small(candidate: Candidate) -> Candidate:
+    """Runs of at most 20 steps, with 100 examples of each split."""
+    runs = (
+        dataclasses.replace(
+            run,
+            steps=min(20, run.steps),
+            eval_every=10,
+            checkpoint_every=10,
+            task=dataclasses.replace(
+                run.task, validation="hold_out", num_train=100, num_validation=100, num_test=100
+            ),
+        )
         for run in candidate.runs
     )
     return dataclasses.replace(candidate, runs=tuple(runs))
@@ -136,15 +157,23 @@ def _percent(share: float | None) -> float | None:
 def main() -> None:
     """Runs, and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--tasks", default="mr,subj")
-    parser.add_argument("--methods", default=",".join(methods()))
+    parser.add_argument("--output")
+    parser.add_argument("--tasks")
+    parser.add_argument("--methods")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--forwards", type=int, default=2000)
     parser.add_argument("--model")
     parser.add_argument("--data", type=Path, help="folder of the files of rte")
-    parser.add_argument("--quick", action="store_true", help="one seed, 40 forwards")
+    parser.add_argument("--quick", action="store_true", help="one seed, 40 forwards, few examples")
     options = parser.parse_args()
+    options.tasks = options.tasks or ("subj" if options.quick else "mr,subj")
+    options.methods = options.methods or (QUICK if options.quick else ",".join(methods()))
+    with tempfile.TemporaryDirectory() as folder:
+        print_tables(options, options.output or folder)
+
+
+def print_tables(options: argparse.Namespace, output: str) -> None:
+    """Makes the runs below a folder, and prints."""
     seeds, forwards = (1, 40) if options.quick else (options.seeds, options.forwards)
     changes = {} if options.model is None else {"model": options.model}
     found, curves = [], []
@@ -154,11 +183,12 @@ def main() -> None:
             options.methods.split(","),
             seeds=range(seeds),
             forwards=forwards,
-            output=options.output,
+            output=output,
             changes=changes,
         )
+        runs = [small(each) for each in runs] if options.quick else runs
         table = sweep(runs, base_dir=options.data, say=lambda line: print(line, file=sys.stderr))
-        write(table, str(Path(options.output, task)))
+        write(table, str(Path(output, task)))
         found += rows(task, table)
         curves += [curve(each["runs"]) for each in table["methods"]]
     print_table(found)

@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import common
-from benchmarks.mezo_step import LABEL_WORDS, make_batch
-from benchmarks.shapes import OPT_1_3B, OPT_125M
+from benchmarks.shapes import LABEL_WORDS, OPT_1_3B, OPT_125M, make_batch
 from jaxlm import zo
 from jaxlm.models import LanguageModel, ModelConfig, init_params
 from jaxlm.train.objective import classification_objective

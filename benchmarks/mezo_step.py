@@ -6,9 +6,9 @@ usage: python -m benchmarks.mezo_step [--quick] [--dtype float32|bfloat16] [--re
 Times one step of each method and two compiled forward passes of the same objective in turns, then
 those of PyTorch in turns, whose threads would slow the others in their process; at the shape of
 OPT-125M with 16 rows of 64 tokens and at the size of the shipped model, with --quick only the
-latter. Beside them stand a step of Adam by backpropagation, and MeZO in PyTorch on the same
-weights and tokens, as its authors wrote it and as one would write it to save time
-(`benchmarks.torch_mezo`). The columns:
+latter, without the methods that take longest to compile. Beside them stand a step of Adam by
+backpropagation, and MeZO in PyTorch on the same weights and tokens, as its authors wrote it and as
+one would write it to save time (`benchmarks.torch_mezo`). The columns:
 
   forwards            forward passes in a step
   over_forwards       time over that of as many forward passes, in the same framework
@@ -26,16 +26,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from benchmarks import common
-from benchmarks.shapes import OPT_125M, SHIPPED
+from benchmarks.shapes import LABEL_WORDS, OPT_125M, SHIPPED, make_batch
 from jaxlm import zo
 from jaxlm.models import LanguageModel, ModelConfig, init_params
 from jaxlm.train.objective import classification_objective
 
-EPS, LEARNING_RATE, LABEL_WORDS = 1e-3, 1e-6, (5, 9)
+EPS, LEARNING_RATE = 1e-3, 1e-6
 METHODS = {
     "MeZO, gaussian": zo.mezo(LEARNING_RATE, eps=EPS),
     "MeZO, rademacher": zo.mezo(LEARNING_RATE, eps=EPS, sampler=zo.rademacher()),
@@ -45,19 +44,8 @@ METHODS = {
     "ZO-Muon, rank 64, n=4": zo.zo_muon(LEARNING_RATE, eps=EPS, rank=64, num_directions=4),
 }
 FORWARD, FULL = "two forwards", "two forwards, torch, all logits"
+QUICK = ("MeZO, gaussian", "MeZO, rademacher", "LOZO, rank 2", "FZOO, n=8")
 LEAN, PUBLISHED = "two forwards, torch, label words", "MeZO as published, torch"
-
-
-def make_batch(config: ModelConfig, rows: int, length: int) -> dict[str, np.ndarray]:
-    """Random tokens of full length, whose last position predicts one of two label words."""
-    numbers = np.random.default_rng(0)
-    return {
-        "input_ids": numbers.integers(10, config.vocab_size, (rows, length), np.int32),
-        "attention_mask": np.ones((rows, length), np.int32),
-        "positions": np.full((rows,), length - 1, np.int32),
-        "labels": (np.arange(rows) % 2).astype(np.int32),
-        "weights": np.ones((rows,), np.float32),
-    }
 
 
 class Method(NamedTuple):
@@ -204,16 +192,17 @@ def row(method: Method, times: dict[str, float], forward_peak: int) -> dict[str,
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the small shape, three repeats")
+    parser.add_argument("--quick", action="store_true", help="the small shape, two repeats")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS)
     options = parser.parse_args()
-    repeats = min(3, options.repeats) if options.quick else options.repeats
+    repeats = min(2, options.repeats) if options.quick else options.repeats
+    methods = options.methods or list(QUICK if options.quick else METHODS)
     shapes = {"shipped size": SHIPPED} | ({} if options.quick else {"OPT-125M": OPT_125M})
     rows = []
     for shape, config in shapes.items():
-        rows += measure(shape, config, options.dtype, options.methods, repeats)
+        rows += measure(shape, config, options.dtype, methods, repeats)
     common.print_table(rows)
     common.print_report("mezo_step", rows)
 

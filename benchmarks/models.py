@@ -150,7 +150,7 @@ def main() -> None:
     chosen = {options.only: SHAPES[options.only]} if options.only else SHAPES
     sizes, generated, repeats = (8, 128), (16, 32, 64), options.repeats
     if options.quick:
-        chosen, sizes, generated, repeats = {"shipped": shapes.SHIPPED}, (2, 16), (2, 4, 4), 1
+        chosen, sizes, generated, repeats = {"shipped": shapes.SHIPPED}, (8, 64), (8, 16, 16), 3
     rows = []
     for name, config in chosen.items():
         rows += measure(name, config, *sizes, repeats)

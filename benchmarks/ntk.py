@@ -22,10 +22,10 @@ without padding. One table for each length and C, the methods taking turns:
 
 A second table has the ways to the kernel of one matrix or table, for each length and C: seconds,
 which one is chosen, and its time over that of the best. With --scaling, how time grows with N, T
-and P; with --roberta-base, 32 examples of 32 tokens against 936 at that model's size. --quick has
-16 tokens and C = 1 alone. A last table has the error of kernels in bfloat16, parameters and
-activations, against float32: the largest, as `difference` above, and in the Frobenius norm. The
-last line is one JSON object.
+and P; with --roberta-base, 32 examples of 32 tokens against 936 at that model's size. A last table
+has the error of kernels in bfloat16, parameters and activations, against float32: the largest, as
+`difference` above, and in the Frobenius norm. --quick has 2 layers, 8 examples of 16 tokens against
+16, C = 1 alone, and in the last table one kind. The last line is one JSON object.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import functools
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,9 +56,11 @@ SMALL = ROBERTA_BASE.replace(
     embedding_size=256,
 )
 WORDS = (11, 12, 13)
-ROWS, COLUMNS = 32, 64
+COUNTS = (32, 64)
 SGD = gram.Features()
 JVPS = 16
+KINDS = ("sgd", "signgd", "asymmetric_signgd")
+QUICK_COUNTS, QUICK_JVPS, QUICK_CONFIG = (8, 16), 2, SMALL.replace(num_layers=2)
 
 
 def examples(config: ModelConfig, count: int, length: int, seed: int) -> dict[str, np.ndarray]:
@@ -107,7 +109,7 @@ def jax_methods(f: Callable[..., Any], params: Any, x1: Any, x2: Any) -> dict[st
     }
 
 
-def problem(classes: int, length: int, config: ModelConfig = SMALL, counts=(ROWS, COLUMNS)):
+def problem(classes: int, length: int, config: ModelConfig = SMALL, counts=COUNTS):
     """(lm, f, x1, x2)."""
     lm = LanguageModel(config, init_params(config, jax.random.key(0)))
     x1, x2 = (examples(config, count, length, seed) for seed, count in enumerate(counts))
@@ -126,7 +128,10 @@ def torch_peer(lm: LanguageModel, classes: int) -> Any:
 
 def whole_kernels(length: int, classes: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the first table."""
-    lm, f, x1, x2 = problem(classes, length)
+    config, counts, jvps = SMALL, COUNTS, JVPS
+    if options.quick:
+        config, counts, jvps = QUICK_CONFIG, QUICK_COUNTS, QUICK_JVPS
+    lm, f, x1, x2 = problem(classes, length, config, counts)
     arguments = (lm.params, *jax.tree.map(jnp.asarray, (x1, x2)))
     calls, compiled, values, notes = {}, {}, {}, {}
     for name, function in jax_methods(f, lm.params, x1, x2).items():
@@ -143,12 +148,12 @@ def whole_kernels(length: int, classes: int, options: argparse.Namespace) -> lis
         calls["torch.func, jacrev"] = lambda: peer.jacobians(*torch_x)
         reference = values["torch.func, jacrev"] = peer.jacobians(*torch_x)
         values["torch.func, vjp and jvp"] = peer.pairs(one, torch_x[1])
-        some, _ = peer.loop_estimate(*torch_x, JVPS)
+        some, _ = peer.loop_estimate(*torch_x, jvps)
         values["LM-Kernel-FT's loop"] = some[None]
         estimated["torch.func, vjp and jvp"] = lambda: (
-            common.seconds(lambda: peer.pairs(one, torch_x[1])) * ROWS
+            common.seconds(lambda: peer.pairs(one, torch_x[1])) * counts[0]
         )
-        estimated["LM-Kernel-FT's loop"] = lambda: peer.loop_estimate(*torch_x, JVPS)[1]
+        estimated["LM-Kernel-FT's loop"] = lambda: peer.loop_estimate(*torch_x, jvps)[1]
     found: dict[str, list[float]] = {name: [] for name in estimated}
     times = common.interleaved(calls, options.repeats)
     for name, estimate in estimated.items():
@@ -211,10 +216,12 @@ MATRICES = {"attention": (256, 256), "up": (256, 1024), "down": (1024, 256)}
 TABLES = {"tokens": (2000, 256), "positions": (512, 256)}
 
 
-def parts(length: int, classes: int, repeats: int) -> list[dict[str, Any]]:
+def parts(
+    length: int, classes: int, repeats: int, counts: tuple[int, int] = COUNTS
+) -> list[dict[str, Any]]:
     """Rows of the second table."""
-    sides = Sides(ROWS, "full", "sgd")
-    count = ROWS + COLUMNS
+    sides = Sides(counts[0], "full", "sgd")
+    count = sum(counts)
     key = jax.random.key(0)
     rows = []
     for name, (inputs, width) in MATRICES.items():
@@ -224,9 +231,7 @@ def parts(length: int, classes: int, repeats: int) -> list[dict[str, Any]]:
         def matrix(way, a, b):
             return rules.dense(sides, a, b, way).kernel
 
-        chosen = factorized.cost.dense(
-            (ROWS, COLUMNS), (classes, classes**2), length, inputs, width
-        )
+        chosen = factorized.cost.dense(counts, (classes, classes**2), length, inputs, width)
         rows.append(part_row(name, matrix, ("paired", "chunked"), chosen, (a, b), repeats))
     for name, shape in TABLES.items():
         ids = jax.random.randint(key, (count, length), 0, shape[0])
@@ -237,7 +242,7 @@ def parts(length: int, classes: int, repeats: int) -> list[dict[str, Any]]:
         def table(way, ids, b, shape=shape):
             return tables.table(sides, shape, tables.looked_up(ids, b), None, way).kernel
 
-        chosen = factorized.cost.table((ROWS, COLUMNS), (classes, classes**2), length, *shape)
+        chosen = factorized.cost.table(counts, (classes, classes**2), length, *shape)
         rows.append(part_row(name, table, ("matches", "chunked"), chosen, (ids, b), repeats))
     return [{"part": row.pop("part"), "T": length, "C": classes, **row} for row in rows]
 
@@ -288,7 +293,7 @@ def width_of(width: int) -> dict[str, int]:
 
 def roberta_base(columns: int = 936, block: int = 234) -> list[dict[str, Any]]:
     """32 examples against 936 of 32 tokens, in blocks of columns."""
-    lm, f, x1, x2 = problem(1, 32, ROBERTA_BASE, (ROWS, columns))
+    lm, f, x1, x2 = problem(1, 32, ROBERTA_BASE, (COUNTS[0], columns))
     arguments = jax.tree.map(jnp.asarray, (x1, {k: a[:block] for k, a in x2.items()}))
     program, compile_s = common.compiled(
         jax.jit(functools.partial(factorized.factorized, f)), lm.params, *arguments
@@ -307,17 +312,17 @@ def roberta_base(columns: int = 936, block: int = 234) -> list[dict[str, Any]]:
         f, lm.params, few, {k: a[:2] for k, a in arguments[1].items()}, SGD, "full", None
     )
     difference = np.abs(found[0][:2, :, :2] - exact).max() / np.abs(exact).max()
-    row = {"shape": "RoBERTa-base", "N": ROWS, "N'": columns, "T": 32, "C": 1, "seconds": seconds}
-    peak = common.peak_bytes(program) / 1e6
-    return [row | {"peak_MB": peak, "compile_s": compile_s, "difference": float(difference)}]
+    row = {"shape": "RoBERTa-base", "N": COUNTS[0], "N'": columns, "T": 32, "C": 1}
+    row |= {"seconds": seconds, "peak_MB": common.peak_bytes(program) / 1e6}
+    return [row | {"compile_s": compile_s, "difference": float(difference)}]
 
 
-def bfloat16() -> list[dict[str, Any]]:
+def bfloat16(kinds: Sequence[str] = KINDS) -> list[dict[str, Any]]:
     """How far the kernels of 8 examples of 16 tokens are from those in float32."""
     lm, f, x, _ = problem(1, 16, counts=(8, 8))
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lm.params)
     rows = []
-    for kind in ("sgd", "signgd", "asymmetric_signgd"):
+    for kind in kinds:
         kernel = functools.partial(factorized.factorized, f, kind=kind)
         exact, found = (np.asarray(jax.jit(kernel)(params, x)) for params in (lm.params, rounded))
         row = {"kind": kind, "largest": float(np.abs(found - exact).max() / np.abs(exact).max())}
@@ -329,7 +334,7 @@ def bfloat16() -> list[dict[str, Any]]:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="16 tokens, one output, two repeats")
+    parser.add_argument("--quick", action="store_true", help="few short examples, two repeats")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 128])
     parser.add_argument("--classes", type=int, nargs="+", default=[1, 3])
@@ -347,7 +352,8 @@ def main() -> None:
         print(f"T={length}, C={classes}", flush=True)
         common.print_table(report["kernels"][-7 if not options.no_torch else -4 :])
     for length, classes in cases:
-        report["parts"] += parts(length, classes, options.repeats)
+        counts = QUICK_COUNTS if options.quick else COUNTS
+        report["parts"] += parts(length, classes, options.repeats, counts)
     common.print_table(report["parts"])
     if options.scaling:
         report["scaling"] = scaling(options.repeats)
@@ -355,7 +361,7 @@ def main() -> None:
     if options.roberta_base:
         report["roberta_base"] = roberta_base()
         common.print_table(report["roberta_base"])
-    report["bfloat16"] = bfloat16()
+    report["bfloat16"] = bfloat16(KINDS[:1] if options.quick else KINDS)
     common.print_table(report["bfloat16"])
     rows = [{"table": name, **row} for name, table in report.items() for row in table]
     common.print_report("ntk", rows)

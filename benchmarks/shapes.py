@@ -1,4 +1,6 @@
-"""Sizes of well-known models, for benchmarks and tests on random weights."""
+"""Sizes of well-known models, for benchmarks and tests on random weights, and a batch for them."""
+
+import numpy as np
 
 from jaxlm.models import ModelConfig
 
@@ -79,3 +81,16 @@ SHIPPED = ModelConfig(
     bos_id=0,
     eos_id=0,
 )
+LABEL_WORDS = (5, 9)
+
+
+def make_batch(config: ModelConfig, rows: int, length: int) -> dict[str, np.ndarray]:
+    """Random tokens of full length, whose last position predicts one of two label words."""
+    numbers = np.random.default_rng(0)
+    return {
+        "input_ids": numbers.integers(10, config.vocab_size, (rows, length), np.int32),
+        "attention_mask": np.ones((rows, length), np.int32),
+        "positions": np.full((rows,), length - 1, np.int32),
+        "labels": (np.arange(rows) % 2).astype(np.int32),
+        "weights": np.ones((rows,), np.float32),
+    }
