@@ -367,8 +367,12 @@ def _run(
             progress=progress,
         )
         state, record = outcome.state, outcome.record
-        best = checkpoints.restore(state, record.best_step)
-        params = state.params if best is None else best[1].params
+        dynamics = config.dynamics and config.dynamics.report(
+            config.optimizer, config.steps, state.opt_state
+        )
+        params = state.params
+        if record.best_step not in (None, config.steps):
+            params = _best(checkpoints, state, record.best_step)
         checkpoints.close()
         test = measure("test", params)
         progress.say(f"test {_shown(test)}")
@@ -390,10 +394,20 @@ def _run(
         "goodput": record.goodput,
         "peak_memory_bytes": max(outcome.peak_bytes, measure.peak_bytes),
         "device_peak_bytes": device_peak_bytes(),
-        "dynamics": config.dynamics
-        and config.dynamics.report(config.optimizer, config.steps, state.opt_state),
+        "dynamics": dynamics,
         "config": to_dict(config),
     }
+
+
+def _best(checkpoints: Any, state: Any, step: int) -> Any:
+    """The parameters of a checkpoint; the memory of the state is given back before."""
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+        state.params,
+    )
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()
+    return checkpoints.restore_params(like, step)
 
 
 def _named(what: str, values: Mapping[str, float]) -> dict[str, Any]:
