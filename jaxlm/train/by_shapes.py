@@ -76,7 +76,8 @@ class ByShapes:
         select: which of them are trained.
         batch_size: examples in a step.
         unit: batch sizes that the devices and the dynamics divide evenly are multiples of it.
-        count: steps in the longest dispatch.
+        steps: updates in all.
+        count: of them in the longest dispatch.
         make: batch size -> the method and what its steps read.
         evaluation: what measures the parameters, and the largest batch that it reads; None where
             answers are written.
@@ -86,6 +87,7 @@ class ByShapes:
     select: paths.Select
     batch_size: int
     unit: int
+    steps: int
     count: int
     make: Callable[[int], tuple[Method, Batches]]
     evaluation: Call | None
@@ -153,6 +155,7 @@ def finetuning(
         select=config.optimizer.select,
         batch_size=config.batch_size,
         unit=_unit(config, mesh),
+        steps=config.steps,
         count=max((count for _, count in config.dispatches(0)), default=0),
         make=_maker(config, loss_fn, _longest(config, encoded), mesh),
         evaluation=evaluation,
@@ -179,6 +182,7 @@ def pretraining(config: PretrainConfig, *, mesh: Mesh | None = None) -> ByShapes
         select=config.optimizer.select,
         batch_size=size,
         unit=_unit(config, mesh),
+        steps=config.steps,
         count=min(config.log_every, config.steps),
         make=_maker(config, lm_objective(lm.log_probs), tail, mesh),
         evaluation=held_out if config.corpus.held_out else None,

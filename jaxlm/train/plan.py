@@ -5,6 +5,7 @@ otherwise, and one for a CPU computes in float32 what is stored in bfloat16.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.core import paths
+from jaxlm.core.errors import UserError
 from jaxlm.core.flops import Flops, count_flops
 from jaxlm.sharding.hlo import Costs, costs
 from jaxlm.sharding.placement import mesh_of
@@ -75,7 +77,8 @@ class Plan(NamedTuple):
         batch_size: examples in a step.
         largest_batch: what fits into the memory of the device, by compilation; 0 where nothing
             does, None where nothing was sought.
-        steps: in a dispatch.
+        steps: of the run.
+        dispatch: steps in a dispatch.
         flops: of a step, all devices together, as the algorithm has them.
         costs: of a dispatch on one device, as it is compiled.
     """
@@ -89,6 +92,7 @@ class Plan(NamedTuple):
     batch_size: int
     largest_batch: int | None
     steps: int
+    dispatch: int
     flops: Flops
     costs: Costs
 
@@ -125,17 +129,17 @@ class Plan(NamedTuple):
         The compiled program has more where devices do the same, and fewer where products were
         handed to a library or written otherwise.
         """
-        return max(self.flops.products / self.devices, self.costs.products / self.steps)
+        return max(self.flops.products / self.devices, self.costs.products / self.dispatch)
 
     @property
     def bytes(self) -> float:
         """Bytes that a device reads and writes in a step."""
-        return self.costs.bytes / self.steps
+        return self.costs.bytes / self.dispatch
 
     @property
     def moved(self) -> float:
         """Bytes that a device sends to others in a step."""
-        return self.costs.moved / self.steps
+        return self.costs.moved / self.dispatch
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -184,7 +188,13 @@ def dry_run(
 
 
 def plan(run: ByShapes, device: Device) -> Plan:
-    """The costs of a run by its shapes."""
+    """The costs of a run by its shapes.
+
+    Raises:
+        UserError: it has no steps.
+    """
+    if not run.count:
+        raise UserError("steps is 0, and a dry run is of steps: give 1 or more.")
     step = run.dispatch()
     (state, batches), compiled = step.args, step.compile(cpu=device.cpu)
     memory = [_memory("training", compiled)]
@@ -202,11 +212,24 @@ def plan(run: ByShapes, device: Device) -> Plan:
         state_bytes=_bytes(state),
         checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         batch_size=run.batch_size,
-        largest_batch=None if device.memory is None else largest_batch(run, device, memory[0].peak),
-        steps=run.count,
+        largest_batch=_largest_batch(run, device, memory[0].peak),
+        steps=run.steps,
+        dispatch=run.count,
         flops=count_flops(method.step, state.params, state.opt_state, one),
         costs=costs(compiled),
     )
+
+
+def _largest_batch(run: ByShapes, device: Device, peak: int) -> int | None:
+    if device.memory is None:
+        return None
+
+    def peak_bytes(size: int) -> int:
+        if size == run.batch_size:
+            return peak
+        return _memory("training", run.dispatch(size).compile(cpu=device.cpu)).peak
+
+    return largest_batch(peak_bytes, device.memory, first=run.batch_size, unit=run.unit)
 
 
 def _parameters(run: ByShapes) -> tuple[Parameter, ...]:
@@ -255,36 +278,42 @@ def _memory(name: str, compiled: Any, held: int = 0) -> Memory:
     )
 
 
-def largest_batch(run: ByShapes, device: Device, peak: int) -> int:
+def largest_batch(
+    peak_bytes: Callable[[int], int], memory: float, *, first: int, unit: int = 1
+) -> int:
     """The largest batch whose training fits into the memory of a device; every one is compiled.
 
     Two batch sizes make a line, the third is where it meets the memory, and where the third is off
     the line there are further ones.
 
     Args:
-        run: the run.
-        device: its memory counts.
-        peak: bytes that its own batch size takes.
+        peak_bytes: of a batch size, what its training takes.
+        memory: bytes.
+        first: batch size to begin with.
+        unit: batch sizes are multiples of it.
 
     Returns:
-        A multiple of the run's unit, at most 65,536; 0 where nothing fits.
+        A batch size of at most 65,536; 0 where nothing fits.
+
+    >>> largest_batch(lambda size: 1000 + 7 * size, 8000.0, first=16)
+    1000
     """
-    assert device.memory is not None
-    unit, memory, peaks = run.unit, device.memory, {run.batch_size: peak}
-    guess = max(unit, 2 * run.batch_size // unit * unit)
+    peaks = {first: peak_bytes(first)}
+    guess = first * 2 if peaks[first] <= memory else first // 2
     for _ in range(COMPILATIONS):
+        guess = max(unit, guess // unit * unit)
         if guess not in peaks:
-            compiled = run.dispatch(guess).compile(cpu=device.cpu)
-            peaks[guess] = _memory("training", compiled).peak
+            peaks[guess] = peak_bytes(guess)
         fits = max(
             (size for size in peaks if size % unit == 0 and peaks[size] <= memory), default=0
         )
         fails = min((size for size in peaks if peaks[size] > memory), default=LARGEST + unit)
-        near, far = sorted(peaks, key=lambda size: abs(peaks[size] - memory))[:2]
-        slope = (peaks[near] - peaks[far]) / (near - far)
-        line = near + (memory - peaks[near]) / slope if slope > 0 else LARGEST
-        guess = int(min(max(line, fits + unit), fails - 1, LARGEST)) // unit * unit
-        if guess <= fits:
+        known = [size for size in (fits, fails) if size in peaks]
+        low, high = known if len(known) == 2 else (min(peaks), max(peaks))
+        slope = (peaks[high] - peaks[low]) / (high - low) if high > low else 0.0
+        line = low + (memory - peaks[low]) / slope if slope > 0 else LARGEST
+        guess = int(min(max(line, fits + unit), fails - 1, LARGEST))
+        if guess // unit * unit <= fits:
             break
     return fits
 

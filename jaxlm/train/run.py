@@ -401,12 +401,13 @@ def _run(
 
 def _best(checkpoints: Any, state: Any, step: int) -> Any:
     """The parameters of a checkpoint; the memory of the state is given back before."""
+    from jaxlm.train.state import free
+
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
         state.params,
     )
-    for leaf in jax.tree.leaves(state):
-        leaf.delete()
+    free(state)
     return checkpoints.restore_params(like, step)
 
 
