@@ -25,6 +25,12 @@ eval_every, checkpoint_every, log_every, eval_batch_size, param_dtype, bits (8 o
 that many bits), and under optimizer schedule, warmup, weight_decay, select, num_directions,
 sampler. The same command goes on with a run that was stopped and shows the table of one that is
 finished; `--resume=never` refuses both.
+
+`--dry-run` does nothing, and writes what the run will cost: shardings, memory of a device, FLOPs,
+bytes between devices, seconds of a step, and the largest batch that fits. The model's folder needs
+no weights. It takes the rates of the device that is here, or of another one: --device.name=H200
+(A100, H100, H200, TPU v4, TPU v5e, TPU v5p), --device.memory=80e9, --device.peak_flops=312e12,
+--device.utilisation=0.4, --device.bandwidth=2e12, --device.interconnect=300e9.
 """
 
 from collections.abc import Sequence
@@ -32,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.cli import config as configs
+from jaxlm.cli import dry_run
 from jaxlm.core.errors import UserError
 
 QUICKSTART = Path(__file__).parent.parent / "assets" / "quickstart.yaml"
@@ -39,12 +46,15 @@ QUICKSTART = Path(__file__).parent.parent / "assets" / "quickstart.yaml"
 
 def run(args: Sequence[str], mesh: Any = None) -> None:
     """The command `jaxlm finetune`."""
+    if dry_run.FLAG in args:
+        from jaxlm.train.run import FinetuneConfig
+
+        return dry_run.run(FinetuneConfig, args, mesh)
     path, overrides = configs.parse_args(args)
     if path == "quickstart" or not args:
         if mesh is not None:
             raise UserError("the quickstart runs on one device: give a configuration.")
-        _quickstart(overrides)
-        return
+        return _quickstart(overrides)
     from jaxlm.train.run import FinetuneConfig, finetune
 
     resume = overrides.pop("resume", "auto")

@@ -8,6 +8,8 @@ files with their shares, and an optimizer; configs/pretrain/tiny.yaml is an exam
 folder `output` holds config.yaml, metrics.jsonl, log.txt, checkpoints/ and, at the end,
 summary.json and model/, a model in the Hugging Face layout. The same command goes on with a run
 that was stopped and shows the summary of one that is finished.
+
+`--dry-run` does nothing, and writes what the run will cost; `jaxlm finetune --help` says more.
 """
 
 import json
@@ -15,12 +17,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxlm.cli import config as configs
+from jaxlm.cli import dry_run
 from jaxlm.core.errors import UserError
 from jaxlm.train.pretraining import PretrainConfig, pretrain
 
 
 def run(args: Sequence[str], mesh: Any = None) -> None:
     """The command `jaxlm pretrain`."""
+    if dry_run.FLAG in args:
+        return dry_run.run(PretrainConfig, args, mesh)
     path, overrides = configs.parse_args(args)
     if path is None and not overrides:
         raise UserError("pretrain has no configuration: give configs/pretrain/tiny.yaml, say.")

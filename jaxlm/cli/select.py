@@ -62,7 +62,8 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
 
 def _dry_run(path: str | None, overrides: dict[str, str]) -> None:
     from jaxlm.studies.selection import SelectionConfig
-    from jaxlm.studies.selection_cost import Device, Plan, Sizes, markdown, plan_of, resized
+    from jaxlm.studies.selection_cost import Plan, Sizes, markdown, plan_of, resized
+    from jaxlm.train.device import Device
 
     def section(name: str) -> dict[str, str]:
         start = f"{name}."

@@ -36,12 +36,7 @@ def perplexity(
     }
     tokens = float(windows["weights"].sum())
 
-    @jax.jit
-    def total(params: Params, batches: Mapping[str, Array]) -> Array:
-        def nats(batch: Mapping[str, Array]) -> Array:
-            return -jnp.sum(log_probs(params, batch["input_ids"]) * batch["weights"])
-
-        return jnp.sum(jax.lax.map(nats, batches))
+    total = jax.jit(total_nats(log_probs))
 
     def measure(params: Params) -> dict[str, float]:
         mesh = mesh_of(params)
@@ -50,3 +45,15 @@ def perplexity(
         return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / size}
 
     return measure
+
+
+def total_nats(log_probs: Callable[..., Any]) -> Callable[[Params, Mapping[str, Array]], Array]:
+    """Makes `(params, batches) -> nats` of windows [N, B, T + 1] and weights [N, B, T]."""
+
+    def total(params: Params, batches: Mapping[str, Array]) -> Array:
+        def nats(batch: Mapping[str, Array]) -> Array:
+            return -jnp.sum(log_probs(params, batch["input_ids"]) * batch["weights"])
+
+        return jnp.sum(jax.lax.map(nats, batches))
+
+    return total

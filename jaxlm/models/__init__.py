@@ -1,7 +1,7 @@
 """Transformer families as pure functions of a nested dict of parameters."""
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.hf import from_pretrained, save_pretrained
+from jaxlm.models.hf import from_pretrained, save_pretrained, shapes_from_pretrained
 from jaxlm.models.initialise import init_params, param_shapes
 from jaxlm.models.language_model import LanguageModel, add_classifier
 
@@ -13,4 +13,5 @@ __all__ = [
     "init_params",
     "param_shapes",
     "save_pretrained",
+    "shapes_from_pretrained",
 ]

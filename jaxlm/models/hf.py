@@ -21,14 +21,22 @@ from jax.sharding import Mesh
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import flatten, matcher
-from jaxlm.core.precision import MATRICES, Packed, dequantize, pack
+from jaxlm.core.precision import MATRICES, Packed, dequantize, pack, quantize
 from jaxlm.core.processes import is_first, meet
 from jaxlm.models import adapters
 from jaxlm.models.attention import IMPLEMENTATIONS
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import family
 from jaxlm.models.hf_card import model_card
-from jaxlm.models.hf_folder import CONFIG, INDEX, modern_name, read_config, weight_files
+from jaxlm.models.hf_folder import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    modern_name,
+    read_config,
+    read_json,
+    weight_files,
+)
 from jaxlm.models.hf_tensors import Checkpoint, Stored, Target, targets
 from jaxlm.models.initialise import nest, param_shapes
 from jaxlm.models.language_model import LanguageModel
@@ -100,7 +108,47 @@ def from_pretrained(
     return LanguageModel(config, nest(flat), _tokenizer(folder))
 
 
-def _resolve(name_or_path) -> Path:
+def shapes_from_pretrained(
+    name_or_path: str | os.PathLike | None = None,
+    param_dtype="float32",
+    *,
+    bits: Literal[8, 4] | None = None,
+) -> LanguageModel:
+    """The model of `from_pretrained` with shapes as its parameters, for what only plans.
+
+    No weights are read, and none need be there: config.json suffices. Without them the head of an
+    encoder is what `architectures` in it says.
+
+    Args:
+      name_or_path, param_dtype, bits: see `from_pretrained`.
+
+    Returns:
+      The model; its parameters are `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      UserError: see `from_pretrained`.
+    """
+    folder = SHIPPED if name_or_path is None else _resolve(name_or_path, weights=False)
+    config, module = read_config(folder)
+    if any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        checkpoint = _open(folder, module)
+        config = checkpoint.match_head(config)
+        checkpoint.check(config)
+    elif config.kind == "encoder":
+        named = " ".join(read_json(folder / CONFIG).get("architectures") or ())
+        config = config.replace(head="mlm" if re.search("MaskedLM|PreTraining", named) else "none")
+    params = nest(
+        {
+            path: jax.ShapeDtypeStruct(shape, jnp.dtype(param_dtype))
+            for path, shape in param_shapes(config).items()
+        }
+    )
+    if bits is not None:
+        params = jax.eval_shape(partial(quantize, bits=bits), params)
+    return LanguageModel(config, params, _tokenizer(folder))
+
+
+def _resolve(name_or_path, *, weights: bool = True) -> Path:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
@@ -110,7 +158,7 @@ def _resolve(name_or_path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+        patterns = ["*.json", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
         return Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:
         raise UserError(

@@ -64,15 +64,22 @@ def place_batch(batch: PyTree, mesh: Mesh, axis: int = 0) -> PyTree:
       mesh: of `make_mesh`.
       axis: of the rows. A leaf without it, or whose rows the devices do not divide, is replicated.
     """
+
+    def place(leaf: Any, sharding: NamedSharding) -> Any:
+        return leaf if mesh_of(leaf) == mesh else _put(leaf, sharding)
+
+    return jax.tree.map(place, batch, batch_places(batch, mesh, axis))
+
+
+def batch_places(batch: PyTree, mesh: Mesh, axis: int = 0) -> PyTree:
+    """Where `place_batch` puts the leaves of a batch, which need only have shapes."""
     count = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = NamedSharding(mesh, PartitionSpec(*[None] * axis, AXES[:2]))
 
-    def place(leaf: Any) -> Any:
-        if mesh_of(leaf) == mesh:
-            return leaf
+    def place(leaf: Any) -> NamedSharding:
         shape = np.shape(leaf)
         divided = len(shape) > axis and shape[axis] % count == 0
-        return _put(leaf, rows if divided else replicated(mesh))
+        return rows if divided else replicated(mesh)
 
     return jax.tree.map(place, batch)
 

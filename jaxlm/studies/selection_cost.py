@@ -9,17 +9,19 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import matcher
 from jaxlm.influence.encodings import encoding
-from jaxlm.models import LanguageModel, ModelConfig, param_shapes
+from jaxlm.models import ModelConfig, param_shapes
 from jaxlm.peft import Lora
 from jaxlm.studies.selection import SelectionConfig, read_sides
 from jaxlm.studies.selection_features import Features
 from jaxlm.studies.selection_training import Recipe
 from jaxlm.studies.sweep_table import aligned
+from jaxlm.train.by_shapes import model_shapes
+from jaxlm.train.device import Device
 
 LLAMA_7B = ModelConfig(
     family="llama",
@@ -44,28 +46,6 @@ LLAMA_7B = ModelConfig(
     mlp_bias=False,
 )
 """The shape of the model that LESS was published with."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """What computes.
-
-    Attributes:
-        name: for the table.
-        peak_flops: FLOPs a second in the dtype of the matrices; by default of an A100 in bfloat16.
-        utilisation: part of them that is reached.
-    """
-
-    name: str = "A100"
-    peak_flops: float = 312e12
-    utilisation: float = 0.4
-
-    def __post_init__(self):
-        if not self.peak_flops > 0 or not 0 < self.utilisation <= 1:
-            raise UserError(
-                f"device has peak_flops {self.peak_flops:g} and utilisation {self.utilisation:g}: "
-                "give a positive number, and a part of 1."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,14 +185,15 @@ def markdown(plan: Plan, device: Device) -> str:
     """The costs as a table that is also aligned for a terminal."""
     sizes, model, peft = plan.sizes, plan.model, plan.recipe.peft
     size = sum(math.prod(shape) for shape in param_shapes(model).values())
+    peak = device.flops / device.utilisation
     said = (
         f"{sizes.examples:,} rows of {sizes.tokens} tokens and {sizes.targets:,} target examples; "
         f"{model.family} of {size / 1e9:.3g} G parameters, LoRA of rank {peft.rank} with "
-        f"{adapter_size(model, peft):,}; {device.name} of {device.peak_flops / 1e12:g} TFLOP/s at "
+        f"{adapter_size(model, peft):,}; {device.name} of {peak / 1e12:g} TFLOP/s at "
         f"{100 * device.utilisation:g} %; seeds: {plan.seeds}. Beside it what LESS "
         "(arXiv:2402.04333) reports of 270,679 rows on one A100."
     )
-    rate = 3600 * device.peak_flops * device.utilisation
+    rate = 3600 * device.flops
     found = costs(plan)
     total = Cost("total", sum(c.flops for c in found), sum(c.bytes for c in found))
     cells = [
@@ -223,12 +204,12 @@ def markdown(plan: Plan, device: Device) -> str:
 
 
 def plan_of(config: SelectionConfig, *, base_dir: Path | None = None) -> Plan:
-    """The plan of a study. Its rows are read, and of its model no weights where it is a folder.
+    """The plan of a study. Its rows are read, and of its model no weights.
 
     Raises:
         UserError: the model or a source cannot be read.
     """
-    lm = _without_weights(config.model)
+    lm = model_shapes(config.model, "float32")
     pool, target = read_sides(config, lm, base_dir=base_dir)
     groups = target.subtasks
     lengths = [sum(len(row.ids) for row in side.rows) for side in (pool, target)]
@@ -253,18 +234,6 @@ def plan_of(config: SelectionConfig, *, base_dir: Path | None = None) -> Plan:
 def resized(plan: Plan, **sizes: int) -> Plan:
     """The plan with other sizes of the data."""
     return dataclasses.replace(plan, sizes=dataclasses.replace(plan.sizes, **sizes))
-
-
-def _without_weights(name: str | None) -> Any:
-    from jaxlm.data.corpus import read_tokenizer
-    from jaxlm.models.hf import SHIPPED
-    from jaxlm.models.hf_folder import CONFIG, read_config
-    from jaxlm.train.run import load_model
-
-    folder = SHIPPED if name is None else Path(name).expanduser()
-    if not (folder / CONFIG).is_file():
-        return load_model(name)
-    return LanguageModel(read_config(folder)[0], {}, read_tokenizer(folder))
 
 
 def _bytes(count: float | int) -> str:

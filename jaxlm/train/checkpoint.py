@@ -101,6 +101,22 @@ class Checkpoints:
         )
         return step, found["state"], found["record"]
 
+    def restore_params(self, like: Any, step: int) -> Any:
+        """Reads the parameters alone of a checkpoint's state, where and shaped as `like`.
+
+        Args:
+            like: `jax.ShapeDtypeStruct`s with shardings, so that no others need be there.
+            step: of the checkpoint.
+
+        Raises:
+            UserError: the checkpoint does not fit `like`, or its files are damaged.
+        """
+        item = {"params": like}
+        places = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.PyTreeRestore(item=item, restore_args=places, partial_restore=True)
+        with self._reading(step), ocp.PyTreeCheckpointer() as reader:
+            return reader.restore(self.folder / str(step) / "state", args=args)["params"]
+
     def _read(self, step: int, **items: Any) -> Any:
         with self._reading(step):
             return self._manager.restore(step, args=ocp.args.Composite(**items))

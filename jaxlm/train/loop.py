@@ -13,7 +13,7 @@ import numpy as np
 from jaxlm.core.errors import UserError
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.logging import Metrics, Progress
-from jaxlm.train.state import Method, Program, TrainState, many_steps
+from jaxlm.train.state import Method, Program, TrainState, free, many_steps
 from jaxlm.typing import Batch, Params, PRNGKey
 from jaxlm.zo import Trajectory
 
@@ -140,6 +140,7 @@ def fit(
         loop.look_up(0, state)
     else:
         start, state, saved = restored
+        free(params, keep=state)
         loop.record = Record(**saved)
         loop.saved = start
     run = loop.program = Program(many_steps(method.step), moves=True, rows=1 + method.rows)

@@ -31,7 +31,7 @@ from jaxlm.train.loop import Diverged
 from jaxlm.train.objective import lm_objective
 from jaxlm.train.optimizers import OPTIMIZERS, FirstOrder
 from jaxlm.train.run_folder import RunFolder, to_dict
-from jaxlm.train.state import Method, Program, many_steps
+from jaxlm.train.state import Method, Program, free, many_steps
 from jaxlm.typing import Batch, Params
 
 _FIRST_ORDER = {name: cls for name, cls in OPTIMIZERS.items() if issubclass(cls, FirstOrder)}
@@ -268,6 +268,7 @@ def _train(
     first, seconds, stepping = 0, 0.0, 0.0
     if restored is not None:
         first, state, record = restored
+        free(lm.params, keep=state)
         seconds, stepping = record["seconds"], record.get("stepping", 0.0)
     folder.metrics.cut(first)
     row: dict[str, Any] = folder.metrics.read()[-1] if first else {}

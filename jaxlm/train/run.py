@@ -122,19 +122,48 @@ def finetune(
     summary = folder.summary()
     if summary is not None:
         return summary
+    task = read_task(config, base_dir=base_dir)
+    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
+    encoded = encoded_for(config, lm, task)
+    given, (config, lm) = config, prepared(config, lm, len(encoded.labels))
+    if mesh is not None:
+        lm = lm.replace(params=place_params(lm.params, mesh))
+    folder.create(given)
+    summary = _run(config, folder, lm, task, encoded)
+    folder.finish(summary)
+    return summary
+
+
+def read_task(config: FinetuneConfig, *, base_dir: Path | None = None) -> Task:
+    """The examples of a run.
+
+    Raises:
+        UserError: see `load_task`; or there are none to train on or to test on.
+    """
     task = load_task(config.task, seed=config.seed, base_dir=base_dir)
     for split in ("train", "test"):
         if not getattr(task, split):
             raise UserError(f"task has no {split} examples: give task.{split}.")
     if config.calibrate and config.task.own_options:
         raise UserError("calibrate needs the same options in every example: leave it out.")
+    return task
 
-    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
+
+def encoded_for(config: FinetuneConfig, lm: Any, task: Task) -> EncodedTask:
+    """The tokens of a run."""
     encoded = prepare_for(lm, task)
-    if config.objective is not None:
-        form = _FORMS[config.objective]
-        encoded = dataclasses.replace(encoded, objective=form)
-    lm = with_head(lm, len(encoded.labels), seed=config.seed)
+    if config.objective is None:
+        return encoded
+    return dataclasses.replace(encoded, objective=_FORMS[config.objective])
+
+
+def prepared(config: FinetuneConfig, lm: Any, num_labels: int) -> tuple[FinetuneConfig, Any]:
+    """The model with what is trained, and the configuration with what its optimizer selects.
+
+    Raises:
+        UserError: nothing is selected.
+    """
+    lm = with_head(lm, num_labels, seed=config.seed)
     select = config.optimizer.select
     if config.peft is not None:
         lm = config.peft.prepare(lm, jax.random.key(config.seed))
@@ -143,13 +172,8 @@ def finetune(
         paths.mask(lm.params, select)
     except ValueError as error:
         raise UserError(f"optimizer.{error}: correct it.") from None
-    if mesh is not None:
-        lm = lm.replace(params=place_params(lm.params, mesh))
-    folder.create(config)
     optimizer = dataclasses.replace(config.optimizer, select=select)
-    summary = _run(dataclasses.replace(config, optimizer=optimizer), folder, lm, task, encoded)
-    folder.finish(summary)
-    return summary
+    return dataclasses.replace(config, optimizer=optimizer), lm
 
 
 def load_model(
@@ -247,15 +271,20 @@ def option_offsets(
     return calibration_offsets(score_split(scorer, params, few, "train", batch_size=batch_size)[0])
 
 
-def _loss_fn(
-    config: FinetuneConfig, lm: Any, task: Task, encoded: EncodedTask, options: Mapping[str, Any]
+def loss_of(
+    config: FinetuneConfig,
+    lm: Any,
+    task: Task | None,
+    encoded: EncodedTask,
+    options: Mapping[str, Any],
 ) -> LossFn:
+    """The loss of a batch; `task` is read for written answers alone, `options` are of scores."""
     from jaxlm.train.objective import accuracy_objective, classification_objective, lm_objective
 
     if encoded.objective == "generation":
         from jaxlm.train.rewards import f1_objective
 
-        answers = [example.answers for example in task.train]
+        answers = [example.answers for example in task.train] if task is not None else []
         return f1_objective(lm, answers, max_new_tokens=config.task.answer_length)
     if encoded.objective == "completion":
         return lm_objective(lm.log_probs)
@@ -311,7 +340,7 @@ def _run(
             if isinstance(measure, Choices):
                 measure.offsets = folder.option_offsets()
         options = {"offsets": measure.offsets, "reduction": reduction}
-        loss_fn = _loss_fn(config, lm, task, encoded, options)
+        loss_fn = loss_of(config, lm, task, encoded, options)
         chosen, batches = method_and_batches(
             config.optimizer,
             config.dynamics,
@@ -338,8 +367,12 @@ def _run(
             progress=progress,
         )
         state, record = outcome.state, outcome.record
-        best = checkpoints.restore(state, record.best_step)
-        params = state.params if best is None else best[1].params
+        dynamics = config.dynamics and config.dynamics.report(
+            config.optimizer, config.steps, state.opt_state
+        )
+        params = state.params
+        if record.best_step not in (None, config.steps):
+            params = _best(checkpoints, state, record.best_step)
         checkpoints.close()
         test = measure("test", params)
         progress.say(f"test {_shown(test)}")
@@ -361,10 +394,21 @@ def _run(
         "goodput": record.goodput,
         "peak_memory_bytes": max(outcome.peak_bytes, measure.peak_bytes),
         "device_peak_bytes": device_peak_bytes(),
-        "dynamics": config.dynamics
-        and config.dynamics.report(config.optimizer, config.steps, state.opt_state),
+        "dynamics": dynamics,
         "config": to_dict(config),
     }
+
+
+def _best(checkpoints: Any, state: Any, step: int) -> Any:
+    """The parameters of a checkpoint; the memory of the state is given back before."""
+    from jaxlm.train.state import free
+
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+        state.params,
+    )
+    free(state)
+    return checkpoints.restore_params(like, step)
 
 
 def _named(what: str, values: Mapping[str, float]) -> dict[str, Any]:

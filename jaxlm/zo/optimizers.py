@@ -313,7 +313,8 @@ def descend(
         return value
 
     params = paths.map_with_path(leaf_update, params)
-    return params, sum(counts) / sum(sizes)
+    total = float(sum(sizes))  # which may not fit an int of 32 bits
+    return params, jnp.asarray(sum(counts) / total)
 
 
 def _some_rows(value: Array) -> Array:

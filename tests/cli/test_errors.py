@@ -299,6 +299,19 @@ ROWS: dict[str, tuple[Break, str]] = {
         flags("run.yaml"),
         "two configuration files, run.yaml and run.yaml: give one.",
     ),
+    "dry run on a device that is not known": (
+        flags("--dry-run", "--device.name=H999"),
+        "command line: device.name is 'H999': choose one of A100, H100, H200, TPU v4, TPU v5e, "
+        "TPU v5p, or give device.peak_flops.",
+    ),
+    "dry run on a device that reaches more than its peak": (
+        flags("--dry-run", "--device.name=A100", "--device.utilisation=40"),
+        "command line: device.utilisation is 40: give a part of 1.",
+    ),
+    "dry run of no steps": (
+        flags("--dry-run", "--device.name=A100", "--steps=0"),
+        "steps is 0, and a dry run is of steps: give 1 or more.",
+    ),
     "flag without value": (
         flags("--steps"),
         "--steps has no value: write --steps=value.",

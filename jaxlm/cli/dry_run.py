@@ -1,0 +1,159 @@
+"""What a run will cost, before it: `jaxlm finetune CONFIG --dry-run`, and so for pretrain.
+
+The model's folder needs no weights, and nothing is written. The programs are compiled for the
+devices that are here, or for those that --devices simulates, and --mesh divides the work over them.
+The rates are those of the device that is here, on a CPU measured ones. State another device by
+--device.name (A100, H100, H200, TPU v4, TPU v5e, TPU v5p), or rates by --device.peak_flops=312e12
+--device.utilisation=0.4 --device.bandwidth=2e12 --device.interconnect=300e9 --device.memory=80e9,
+in FLOPs, bytes a second and bytes.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlm.cli import config as configs
+from jaxlm.core.errors import UserError
+
+FLAG = "--dry-run"
+
+
+def run(cls: type[Any], args: Sequence[str], mesh: Any = None) -> None:
+    """Writes the plan of a configuration of the class `cls`."""
+    from jaxlm.train.plan import dry_run
+
+    path, flags = configs.parse_args([word for word in args if word != FLAG])
+    if path == "quickstart" or (path is None and not flags):
+        raise UserError("--dry-run is of a configuration: give a file, or its keys as flags.")
+    flags.pop("resume", None)
+    rates = {key: flags.pop(key) for key in list(flags) if key.startswith("device.")}
+    config = configs.load(cls, path, flags)
+    device = device_of({key.removeprefix("device."): value for key, value in rates.items()})
+    base_dir = Path(path).parent if path else None
+    print(text(dry_run(config, base_dir=base_dir, mesh=mesh, device=device)))
+
+
+def device_of(rates: dict[str, str]) -> Any:
+    """A device from flags: the one that is named, or the one that is here, with other rates."""
+    from jaxlm.train.device import Device, this_device
+
+    if "name" in rates:
+        return configs.load(Device, None, rates)
+    here = this_device()
+    values = ((field.name, getattr(here, field.name)) for field in dataclasses.fields(Device))
+    known = {name: str(value).lower() if isinstance(value, bool) else str(value)
+             for name, value in values if value is not None}  # fmt: skip
+    return configs.load(Device, None, known | rates)
+
+
+def text(plan: Any) -> str:
+    """The plan in words and tables."""
+    return "\n\n".join((_head(plan), _parameters(plan), _memory(plan), _step(plan), _end(plan)))
+
+
+def _head(plan: Any) -> str:
+    device, count = plan.device, plan.num_parameters
+    rates = [f"{device.peak_flops:.3g} FLOP/s at {100 * device.utilisation:g} %"]
+    if device.bandwidth is not None:
+        rates.append(f"{size(device.bandwidth)}/s of memory")
+    if device.interconnect is not None and plan.devices > 1:
+        rates.append(f"{size(device.interconnect)}/s between devices")
+    trained = "all of them" if plan.num_trained == count else f"{plan.num_trained:,} of them"
+    return (
+        f"{count:,} parameters, {trained} trained; {plan.batch_size} examples in a step; "
+        f"devices: {plan.devices} x {device.name} ({', '.join(rates)})"
+    )
+
+
+def _parameters(plan: Any) -> str:
+    from jaxlm.studies.sweep_table import aligned
+
+    rows = [
+        (
+            each.path,
+            " x ".join(map(str, each.shape)),
+            each.dtype,
+            each.spec or "whole",
+            size(each.bytes),
+            "yes" if each.trained else "no",
+        )
+        for each in plan.parameters
+    ]
+    total = size(sum(each.bytes for each in plan.parameters))
+    header = ("parameter", "shape", "dtype", "divided over", "on a device", "trained")
+    return aligned(header, [*rows, ("all", "", "", "", total, "")])
+
+
+def _memory(plan: Any) -> str:
+    from jaxlm.studies.sweep_table import aligned
+
+    header = ("memory of a device", "arguments", "outputs", "temporaries", "aliased", "beside")
+    rows = [
+        (
+            each.program,
+            *map(size, (each.arguments, each.outputs, each.temporaries)),
+            f"-{size(each.aliased)}" if each.aliased else "0 B",
+            size(each.held),
+            size(each.peak),
+        )
+        for each in plan.memory
+    ]
+    said = (
+        f"The state takes {size(plan.state_bytes)} of each device, and while a checkpoint is "
+        f"written up to {size(plan.checkpoint_bytes)} of the host."
+    )
+    if plan.device.cpu:
+        said += f" The machine needs up to {size(plan.host_bytes)}."
+    return f"{aligned((*header, 'in all'), rows)}\n\n{said}"
+
+
+def _step(plan: Any) -> str:
+    from jaxlm.studies.sweep_table import aligned
+
+    seconds = plan.seconds
+    rows = [
+        ("matrix products", f"{plan.device_flops:.3g} FLOPs", _seconds(seconds["products"])),
+        ("memory", size(plan.bytes), _seconds(seconds.get("memory"))),
+        ("collectives", size(plan.moved), _seconds(seconds.get("collectives"))),
+    ]
+    for op in dict.fromkeys(each.op for each in plan.costs.collectives):
+        some = [each for each in plan.costs.collectives if each.op == op]
+        times = sum(each.times for each in some) / plan.dispatch
+        moved = sum(each.moved for each in some) / plan.dispatch
+        rows.append((f"  {op}, {times:.3g} times", size(moved), ""))
+    header = ("a step", "of a device", "seconds")
+    said = (
+        f"All devices together: {plan.flops.products:.3g} FLOPs of matrix products, "
+        f"{plan.flops.others:.3g} of other operations."
+    )
+    return f"{aligned(header, rows)}\n\n{said}"
+
+
+def _end(plan: Any) -> str:
+    step = plan.step_seconds
+    lines = [f"Expected: {_seconds(step)} s a step, {plan.steps * step / 3600:.2g} h for the run."]
+    if plan.largest_batch is not None:
+        room = f"the {size(plan.device.memory)} of a device"
+        lines.append(
+            f"The largest batch that fits into {room}: {plan.largest_batch:,} examples."
+            if plan.largest_batch
+            else f"No batch fits into {room}."
+        )
+    return "\n".join(lines)
+
+
+def size(count: float | int) -> str:
+    """Bytes in units of thousands.
+
+    >>> size(17_700_000_000)
+    '17.7 GB'
+    """
+    unit = 0
+    while count >= 999.5 and unit < 5:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.3g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[unit]}"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.3g}"

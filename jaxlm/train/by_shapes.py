@@ -1,0 +1,308 @@
+"""A run by its shapes alone: its model, its state and its programs, and no weights."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlm.core import paths
+from jaxlm.core.errors import UserError
+from jaxlm.data import EncodedTask
+from jaxlm.data.corpus import read_tokenizer
+from jaxlm.data.encoding import Encoded
+from jaxlm.data.opt_tasks import opt_task
+from jaxlm.evaluation.classification import Reduction
+from jaxlm.evaluation.perplexity import total_nats
+from jaxlm.models import LanguageModel, ModelConfig, init_params, shapes_from_pretrained
+from jaxlm.peft import TUNINGS
+from jaxlm.sharding import WHOLE, abstract, mesh_of, param_shardings
+from jaxlm.sharding.placement import batch_places
+from jaxlm.train.dynamics import Batches, Source, method_and_batches
+from jaxlm.train.measure import Choices
+from jaxlm.train.objective import lm_objective
+from jaxlm.train.pretraining import PretrainConfig
+from jaxlm.train.run import (
+    FinetuneConfig,
+    encoded_for,
+    loss_of,
+    prepared,
+    read_task,
+    with_head,
+)
+from jaxlm.train.run_folder import RunFolder
+from jaxlm.train.state import Method, Program, TrainState, many_steps
+from jaxlm.typing import Batch, Params
+
+Tail = Mapping[str, tuple[tuple[int, ...], np.dtype]]
+"""Of each key of a batch the shape of an example and the dtype."""
+
+
+_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""They change the machine code, and neither operations nor memory."""
+_IN_LOOPS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+"""On a CPU bfloat16 becomes float32 before products, which is done to whole stacks before the loop
+over layers. An accelerator does neither; so the weights of one layer are widened at a time."""
+
+
+class Call(NamedTuple):
+    """A program and what it is called with, as shapes."""
+
+    program: Program
+    args: tuple[Any, ...]
+
+    def compile(self, *, cpu: bool) -> Any:
+        """The compiled program, which is not meant to be run: on a CPU its code is not made fast.
+
+        Args:
+            cpu: whether it is meant for a CPU, or compiled on one in place of an accelerator.
+        """
+        options = None
+        if jax.default_backend() == "cpu":
+            options = _QUICK if cpu else _QUICK | _IN_LOOPS
+        return self.program.lower(*self.args).compile(compiler_options=options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByShapes:
+    """A run of which nothing is there.
+
+    Attributes:
+        params: `jax.ShapeDtypeStruct`s, with their places on a mesh.
+        select: which of them are trained.
+        batch_size: examples in a step.
+        unit: batch sizes that the devices and the dynamics divide evenly are multiples of it.
+        steps: updates in all.
+        count: of them in the longest dispatch.
+        make: batch size -> the method and what its steps read.
+        evaluation: what measures the parameters, and the largest batch that it reads; None where
+            answers are written.
+    """
+
+    params: Params
+    select: paths.Select
+    batch_size: int
+    unit: int
+    steps: int
+    count: int
+    make: Callable[[int], tuple[Method, Batches]]
+    evaluation: Call | None
+
+    def dispatch(self, batch_size: int | None = None, count: int | None = None) -> Call:
+        """The program of `count` steps (None: of the longest dispatch) at a batch size."""
+        method, batches = self.make(self.batch_size if batch_size is None else batch_size)
+        program = Program(many_steps(method.step), moves=True, rows=1 + method.rows)
+        state, length = self.state(method), self.count if count is None else count
+        read = shapes_of(batches(0, length), mesh_of(state.params), 1 + method.rows)
+        return Call(program, (state, read))
+
+    def state(self, method: Method) -> TrainState:
+        """The state of a method before its first step."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        if method.mesh is None:
+            return TrainState(
+                self.params, abstract(method.init, mesh_of(self.params), self.params, key)
+            )
+        params = _placed(self.params, param_shardings(self.params, method.mesh, WHOLE))
+        # Such a method places its state itself.
+        places = jax.jit(method.init).lower(params, key).compile().output_shardings
+        return TrainState(params, _placed(jax.eval_shape(method.init, params, key), places))
+
+
+def _placed(tree: Any, places: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        tree,
+        places,
+    )
+
+
+def shapes_of(batch: Batch, mesh: Mesh | None, axis: int = 0) -> Any:
+    """The shapes of a batch, on a mesh where it would be put; `axis` is that of the rows."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)
+    return shapes if mesh is None else _placed(shapes, batch_places(shapes, mesh, axis))
+
+
+def finetuning(
+    config: FinetuneConfig, *, base_dir: Path | None = None, mesh: Mesh | None = None
+) -> ByShapes:
+    """A run of `jaxlm.train.run.finetune`.
+
+    Its batches are the longest that it reads. Where the model has no tokenizer the data are not
+    read: rows then have `task.max_length` tokens, or as many as the model takes.
+    """
+    lm = model_shapes(config.model, config.param_dtype, config.bits)
+    if lm.tokenizer is None:
+        task, encoded = None, _unread(config, lm.config)
+    else:
+        task = read_task(config, base_dir=base_dir)
+        encoded = encoded_for(config, lm, task)
+    config, lm = changed(lm, lambda lm: prepared(config, lm, len(encoded.labels)), mesh)
+    reduction: Reduction = "sum" if config.calibrate == "sfc" else "mean"
+    offsets = np.zeros(encoded.num_options, np.float32) if config.calibrate else None
+    loss_fn = loss_of(config, lm, task, encoded, {"offsets": offsets, "reduction": reduction})
+    evaluation = None
+    if not config.task.answered:
+        size, batch = config.eval_batch_size, _longest_scored(config, encoded)
+        scorer = Choices(lm, encoded, batch_size=size, reduction=reduction).scorer
+        evaluation = Call(scorer, (lm.params, shapes_of(batch, mesh)))
+    return ByShapes(
+        params=lm.params,
+        select=config.optimizer.select,
+        batch_size=config.batch_size,
+        unit=_unit(config, mesh),
+        steps=config.steps,
+        count=max((count for _, count in config.dispatches(0)), default=0),
+        make=_maker(config, loss_fn, _longest(config, encoded), mesh),
+        evaluation=evaluation,
+    )
+
+
+def pretraining(config: PretrainConfig, *, mesh: Mesh | None = None) -> ByShapes:
+    """A run of `jaxlm.train.pretraining.pretrain`; of its corpus nothing is read."""
+    tokenizer = read_tokenizer(Path(config.tokenizer))
+    model = config.model.build(tokenizer)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    lm = LanguageModel(model, abstract(functools.partial(init_params, model), mesh, key), tokenizer)
+    size, length = config.batch_size, config.seq_len
+    windows = {
+        "input_ids": np.zeros((1, size, length + 1), np.int32),
+        "weights": np.zeros((1, size, length), np.float32),
+    }
+    held_out = Call(
+        Program(total_nats(lm.log_probs), rows=1), (lm.params, shapes_of(windows, mesh, 1))
+    )
+    tail = {"input_ids": ((length + 1,), np.dtype(np.int32))}
+    return ByShapes(
+        params=lm.params,
+        select=config.optimizer.select,
+        batch_size=size,
+        unit=_unit(config, mesh),
+        steps=config.steps,
+        count=min(config.log_every, config.steps),
+        make=_maker(config, lm_objective(lm.log_probs), tail, mesh),
+        evaluation=held_out if config.corpus.held_out else None,
+    )
+
+
+def model_shapes(name: str | None, param_dtype: str, bits: Any = None) -> LanguageModel:
+    """What `jaxlm.train.run.load_model` would load, with shapes as parameters."""
+    stored = RunFolder(name).config() if name is not None else None
+    if stored is None:
+        return shapes_from_pretrained(name, param_dtype, bits=bits)
+    lm = model_shapes(stored["model"], param_dtype, stored["bits"] if bits is None else bits)
+
+    def change(lm: LanguageModel) -> tuple[None, LanguageModel]:
+        lm = with_head(lm, len(stored["task"]["labels"]), seed=stored["seed"])
+        if (tuning := stored.get("peft")) is not None:
+            lm = TUNINGS[tuning["name"]](**tuning).prepare(lm, jax.random.key(stored["seed"]))
+        return None, lm
+
+    return changed(lm, change, None)[1]
+
+
+def changed(
+    lm: LanguageModel, change: Callable[[LanguageModel], tuple[Any, Any]], mesh: Mesh | None
+) -> tuple[Any, LanguageModel]:
+    """`change(lm)`, a pair of anything and a model, for one of shapes; placed on a mesh."""
+    found: list[tuple[Any, LanguageModel]] = []
+
+    def run(params: Params) -> Params:
+        first, made = change(lm.replace(params=params))
+        found.append((first, made.replace(params=None)))
+        return made.params
+
+    params = abstract(run, mesh, lm.params)
+    return found[0][0], found[0][1].replace(params=params)
+
+
+def _unit(config: Any, mesh: Mesh | None) -> int:
+    dynamics = config.dynamics
+    parts = getattr(dynamics, "parts", getattr(dynamics, "workers", 1))
+    return parts * (1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"])
+
+
+def _maker(
+    config: Any, loss_fn: Any, tail: Tail, mesh: Mesh | None
+) -> Callable[[int], tuple[Method, Batches]]:
+    def make(batch_size: int) -> tuple[Method, Batches]:
+        return method_and_batches(
+            config.optimizer,
+            config.dynamics,
+            loss_fn,
+            _source(tail),
+            steps=config.steps,
+            batch_size=batch_size,
+            seed=config.seed,
+            mesh=mesh,
+        )
+
+    return make
+
+
+def _source(tail: Tail) -> Source:
+    """Batches of zeros, which take no memory as long as nobody reads them."""
+
+    def source(batch_size: int, seeds: Sequence[int]) -> Batches:
+        def batches(first: int, count: int) -> Batch:
+            del first
+            rows = count, len(seeds), batch_size
+            return {key: np.zeros((*rows, *shape), dtype) for key, (shape, dtype) in tail.items()}
+
+        return batches
+
+    return source
+
+
+def _longest(config: FinetuneConfig, encoded: EncodedTask) -> Tail:
+    """Of the batches of the first epoch the largest, which holds the longest example."""
+    epoch = -(-len(encoded.train) // config.batch_size)
+    best: dict[str, Any] = {}
+    for first, count in config.dispatches(0):
+        if first < epoch:
+            found = encoded.streams(
+                first, count, batch_size=config.batch_size, seeds=(config.seed,)
+            )
+            tails = {key: (value.shape[3:], value.dtype) for key, value in found.items()}
+            best = max(best, tails, key=_bytes)
+    return best
+
+
+def _bytes(tails: Tail) -> int:
+    return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in tails.values())
+
+
+def _longest_scored(config: FinetuneConfig, encoded: EncodedTask) -> Batch:
+    """Of the batches that are scored the largest."""
+    best: Batch = {}
+    for split in ("test", "validation", *(("train",) if config.calibrate else ())):
+        for batch in encoded.eval_batches(split, batch_size=config.eval_batch_size):
+            del batch["index"]
+            best = max(best, batch, key=lambda each: sum(x.nbytes for x in each.values()))
+    return best
+
+
+def _unread(config: FinetuneConfig, model: ModelConfig) -> EncodedTask:
+    """A task of one example, as long as they may be, whose options are a token each."""
+    if config.objective == "f1":
+        raise UserError("objective f1 writes answers, and the model has no tokenizer: add it.")
+    length = min(config.task.max_length or model.max_positions, model.max_positions)
+    targets = config.task.answer_length if config.task.answered else 1
+    length -= targets if config.task.answered else 0
+    labels = config.task.labels or ("first", "second")
+    known = opt_task(config.task.name)
+    example = Encoded(0, ((0,) * length,), ((length - 1,) * targets,), ())
+    return EncodedTask(
+        labels=labels,
+        token_ids=np.arange(len(labels), dtype=np.int32),
+        pad_id=0,
+        buckets=(length,),
+        train=(example,),
+        validation=(),
+        test=(example,),
+        objective="classification" if known is None else known.objective,
+    )

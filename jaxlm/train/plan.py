@@ -1,0 +1,322 @@
+"""What a run will cost, before it and without weights: parameters, memory, FLOPs, time.
+
+Everything is compiled for the devices that are there and nothing is run. Another compiler fuses
+otherwise, and one for a CPU computes in float32 what is stored in bfloat16.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from jaxlm.core import paths
+from jaxlm.core.errors import UserError
+from jaxlm.core.flops import Flops, count_flops
+from jaxlm.sharding.hlo import Costs, costs
+from jaxlm.sharding.placement import mesh_of
+from jaxlm.train.by_shapes import ByShapes, finetuning, pretraining
+from jaxlm.train.device import Device, this_device
+from jaxlm.train.pretraining import PretrainConfig
+from jaxlm.train.run import FinetuneConfig
+
+
+class Parameter(NamedTuple):
+    """A leaf of the parameters.
+
+    Attributes:
+        path, shape, dtype: of it.
+        spec: the axes of the mesh that divide its axes.
+        bytes: on a device.
+        trained: whether it is.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: str
+    bytes: int
+    trained: bool
+
+
+class Memory(NamedTuple):
+    """Bytes of a device while a program runs.
+
+    Attributes:
+        program: its name.
+        arguments, outputs, temporaries, aliased: of the program.
+        held: what is there beside it.
+    """
+
+    program: str
+    arguments: int
+    outputs: int
+    temporaries: int
+    aliased: int
+    held: int = 0
+
+    @property
+    def peak(self) -> int:
+        """All together."""
+        used = self.arguments + self.outputs + self.temporaries - self.aliased
+        return used + self.held
+
+
+class Plan(NamedTuple):
+    """What a run will cost.
+
+    Attributes:
+        device: what computes.
+        devices: how many.
+        parameters: the leaves.
+        memory: of each program, on one device.
+        state_bytes: of the state, on one device.
+        checkpoint_bytes: of the host, all processes together, while a checkpoint is written.
+        batch_size: examples in a step.
+        largest_batch: what fits into the memory of the device, by compilation; 0 where nothing
+            does, None where nothing was sought.
+        steps: of the run.
+        dispatch: steps in a dispatch.
+        flops: of a step, all devices together, as the algorithm has them.
+        costs: of a dispatch on one device, as it is compiled.
+    """
+
+    device: Device
+    devices: int
+    parameters: tuple[Parameter, ...]
+    memory: tuple[Memory, ...]
+    state_bytes: int
+    checkpoint_bytes: int
+    batch_size: int
+    largest_batch: int | None
+    steps: int
+    dispatch: int
+    flops: Flops
+    costs: Costs
+
+    @property
+    def num_parameters(self) -> int:
+        """All of them."""
+        return sum(math.prod(each.shape) for each in self.parameters)
+
+    @property
+    def num_trained(self) -> int:
+        """Those that are trained."""
+        return sum(math.prod(each.shape) for each in self.parameters if each.trained)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of a device, at most."""
+        return max((each.peak for each in self.memory), default=self.state_bytes)
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory of a machine that has no devices but its processor, at most.
+
+        While a checkpoint is written the state is there a second time.
+        """
+        return max(
+            self.devices * self.peak_bytes,
+            self.devices * self.state_bytes + self.checkpoint_bytes,
+        )
+
+    @property
+    def device_flops(self) -> float:
+        """FLOPs of matrix products in a step of one device.
+
+        The compiled program has more where devices do the same, and fewer where products were
+        handed to a library or written otherwise.
+        """
+        return max(self.flops.products / self.devices, self.costs.products / self.dispatch)
+
+    @property
+    def bytes(self) -> float:
+        """Bytes that a device reads and writes in a step."""
+        return self.costs.bytes / self.dispatch
+
+    @property
+    def moved(self) -> float:
+        """Bytes that a device sends to others in a step."""
+        return self.costs.moved / self.dispatch
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of a step: each part whose rate is known.
+
+        A device computes while it reads and writes memory, and waits while it tells the others.
+        """
+        device = self.device
+        found = {"products": self.device_flops / device.flops}
+        if device.bandwidth is not None:
+            found["memory"] = self.bytes / device.bandwidth
+        if device.interconnect is not None:
+            found["collectives"] = self.moved / device.interconnect
+        return found
+
+    @property
+    def step_seconds(self) -> float:
+        """Of a step, expected."""
+        parts = self.seconds
+        return max(parts["products"], parts.get("memory", 0.0)) + parts.get("collectives", 0.0)
+
+
+def dry_run(
+    config: FinetuneConfig | PretrainConfig,
+    *,
+    base_dir: Path | None = None,
+    mesh: Mesh | None = None,
+    device: Device | None = None,
+) -> Plan:
+    """The costs of a run that `finetune` or `pretrain` would do.
+
+    Args:
+        config: the run.
+        base_dir: see `finetune`.
+        mesh: see `finetune`; its devices may be simulated ones.
+        device: whose rates and memory count; None for the one that is here.
+
+    Raises:
+        UserError: the configuration, the data or config.json of the model are not as they must be.
+    """
+    if isinstance(config, FinetuneConfig):
+        run = finetuning(config, base_dir=base_dir, mesh=mesh)
+    else:
+        run = pretraining(config, mesh=mesh)
+    return plan(run, this_device() if device is None else device)
+
+
+def plan(run: ByShapes, device: Device) -> Plan:
+    """The costs of a run by its shapes.
+
+    Raises:
+        UserError: it has no steps.
+    """
+    if not run.count:
+        raise UserError("steps is 0, and a dry run is of steps: give 1 or more.")
+    step = run.dispatch()
+    (state, batches), compiled = step.args, step.compile(cpu=device.cpu)
+    memory = [_memory("training", compiled)]
+    if run.evaluation is not None:
+        held = _bytes(state.opt_state)
+        memory.append(_memory("evaluation", run.evaluation.compile(cpu=device.cpu), held=held))
+    method, _ = run.make(run.batch_size)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batches)
+    mesh = mesh_of(state.params)
+    return Plan(
+        device=device,
+        devices=1 if mesh is None else mesh.size,
+        parameters=_parameters(run),
+        memory=tuple(memory),
+        state_bytes=_bytes(state),
+        checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+        batch_size=run.batch_size,
+        largest_batch=_largest_batch(run, device, memory[0].peak),
+        steps=run.steps,
+        dispatch=run.count,
+        flops=count_flops(method.step, state.params, state.opt_state, one),
+        costs=costs(compiled),
+    )
+
+
+def _largest_batch(run: ByShapes, device: Device, peak: int) -> int | None:
+    if device.memory is None:
+        return None
+
+    def peak_bytes(size: int) -> int:
+        if size == run.batch_size:
+            return peak
+        return _memory("training", run.dispatch(size).compile(cpu=device.cpu)).peak
+
+    return largest_batch(peak_bytes, device.memory, first=run.batch_size, unit=run.unit)
+
+
+def _parameters(run: ByShapes) -> tuple[Parameter, ...]:
+    trained = paths.chooser(run.select)
+    return tuple(
+        Parameter(
+            leaf.path,
+            leaf.value.shape,
+            str(leaf.value.dtype),
+            _spec(leaf.value),
+            _bytes(leaf.value),
+            trained(leaf.path, leaf.value),
+        )
+        for leaf in paths.flatten(run.params)[0]
+    )
+
+
+def _spec(leaf: Any) -> str:
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return ""
+    return ", ".join("-" if axis is None else str(axis) for axis in sharding.spec)
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of a tree on one device."""
+
+    def of(leaf: Any) -> int:
+        sharding, size = getattr(leaf, "sharding", None), leaf.size
+        if sharding is not None:
+            size = math.prod(sharding.shard_shape(leaf.shape))
+        return size * leaf.dtype.itemsize
+
+    return sum(map(of, jax.tree.leaves(tree)))
+
+
+def _memory(name: str, compiled: Any, held: int = 0) -> Memory:
+    use = compiled.memory_analysis()
+    return Memory(
+        name,
+        use.argument_size_in_bytes,
+        use.output_size_in_bytes,
+        use.temp_size_in_bytes,
+        use.alias_size_in_bytes,
+        held,
+    )
+
+
+def largest_batch(
+    peak_bytes: Callable[[int], int], memory: float, *, first: int, unit: int = 1
+) -> int:
+    """The largest batch whose training fits into the memory of a device; every one is compiled.
+
+    Two batch sizes make a line, the third is where it meets the memory, and where the third is off
+    the line there are further ones.
+
+    Args:
+        peak_bytes: of a batch size, what its training takes.
+        memory: bytes.
+        first: batch size to begin with.
+        unit: batch sizes are multiples of it.
+
+    Returns:
+        A batch size of at most 65,536; 0 where nothing fits.
+
+    >>> largest_batch(lambda size: 1000 + 7 * size, 8000.0, first=16)
+    1000
+    """
+    peaks = {first: peak_bytes(first)}
+    guess = first * 2 if peaks[first] <= memory else first // 2
+    for _ in range(COMPILATIONS):
+        guess = max(unit, guess // unit * unit)
+        if guess not in peaks:
+            peaks[guess] = peak_bytes(guess)
+        fits = max(
+            (size for size in peaks if size % unit == 0 and peaks[size] <= memory), default=0
+        )
+        fails = min((size for size in peaks if peaks[size] > memory), default=LARGEST + unit)
+        known = [size for size in (fits, fails) if size in peaks]
+        low, high = known if len(known) == 2 else (min(peaks), max(peaks))
+        slope = (peaks[high] - peaks[low]) / (high - low) if high > low else 0.0
+        line = low + (memory - peaks[low]) / slope if slope > 0 else LARGEST
+        guess = int(min(max(line, fits + unit), fails - 1, LARGEST))
+        if guess // unit * unit <= fits:
+            break
+    return fits
+
+
+COMPILATIONS = 4
+LARGEST = 2**16
