@@ -37,25 +37,32 @@ class Curvature(NamedTuple):
     sgd_learning_rate: float
 
 
+@functools.partial(jax.jit, static_argnames="loss")
 def hessian_product(loss: Loss, params: Any, vector: Any) -> Any:
     """H v, by a derivative of the gradient along v."""
     return jax.jvp(jax.grad(loss), (params,), (vector,))[1]
 
 
+@jax.jit
 def inner(a: Any, b: Any) -> jax.Array:
     """The inner product of two trees."""
     return sum(jnp.vdot(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
 
 
+@functools.partial(jax.jit, static_argnames="draw")
 def _draw(draw: Callable[..., jax.Array], key: jax.Array, params: Any) -> Any:
+    """A tree like `params` of random arrays."""
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
     return structure.unflatten([draw(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
 
 
-@functools.partial(jax.jit, static_argnames="loss")
+def _signs(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.rademacher(key, shape, float)
+
+
 def _sample(loss: Loss, params: Any, key: jax.Array) -> jax.Array:
-    v = _draw(lambda k, shape: jax.random.rademacher(k, shape, float), key, params)
+    v = _draw(_signs, key, params)
     return inner(v, hessian_product(loss, params, v))
 
 
@@ -67,20 +74,18 @@ def hutchinson_trace(
     return float(found.mean()), float(found.std(ddof=1) / np.sqrt(probes))
 
 
-@functools.partial(jax.jit, static_argnames="loss")
-def _power(loss: Loss, params: Any, v: Any) -> tuple[Any, jax.Array]:
-    product = hessian_product(loss, params, v)
-    length = jnp.sqrt(inner(product, product))
-    return jax.tree.map(lambda x: x / length, product), length
+@jax.jit
+def _unit(v: Any) -> tuple[Any, jax.Array]:
+    """A tree over its length, and that."""
+    length = jnp.sqrt(inner(v, v))
+    return jax.tree.map(lambda x: x / length, v), length
 
 
 def spectral_norm(loss: Loss, params: Any, key: jax.Array, steps: int = 30) -> float:
     """The largest absolute eigenvalue of H by power iteration, from below."""
-    v = _draw(jax.random.normal, key, params)
-    length = jnp.sqrt(inner(v, v))
-    v = jax.tree.map(lambda x: x / length, v)
+    v, length = _unit(_draw(jax.random.normal, key, params))
     for _ in range(steps):
-        v, length = _power(loss, params, v)
+        v, length = _unit(hessian_product(loss, params, v))
     return float(length)
 
 

@@ -133,6 +133,12 @@ def only(parts: Tree, count: int, tree: Tree, part: jax.Array) -> Tree:
     return jax.tree.map(kept, parts, tree)
 
 
+@functools.partial(jax.jit, static_argnames="loss")
+def gradient_of(loss, params: Tree) -> Tree:
+    """The gradient; compiled once for all checkpoints."""
+    return jax.grad(loss)(params)
+
+
 @functools.partial(jax.jit, static_argnames=("loss", "sampler"))
 def add_estimates(loss, sampler, params: Tree, total: Tree, key, first, last) -> Tree:
     """The sum of estimates, with those from `first` to `last` added."""
@@ -185,7 +191,7 @@ def by_layer(
     names, parts = layers(params)
     count = len(names)
     most, directions = (8, 2) if options.quick else (1024, 10)
-    gradient = jax.jit(jax.grad(loss))(params)
+    gradient = gradient_of(loss, params)
     found = cosines(loss, params, gradient, parts, count, most, sampler)
     measured, exact = slopes(loss, params, parts, count, directions, options.eps, sampler)
     squares = np.asarray(inner(parts, count, gradient, gradient))
