@@ -41,7 +41,7 @@ class Trainer:
     def __init__(self, diverging=(), stop_at=None):
         self.calls, self.diverging, self.stop_at = [], diverging, stop_at
 
-    def __call__(self, config, *, base_dir=None):
+    def __call__(self, config, *, base_dir=None, mesh=None):
         folder = RunFolder(config.output)
         if (summary := folder.summary()) is not None:
             return summary
