@@ -53,6 +53,9 @@ SUITE = {
             Figure("peak memory over one device's", "peak_over_one", "method mesh", "=8"),
         )
     ),
+    "dry_run": Benchmark(
+        (Figure("predicted memory of training over measured", "training_ratio", "run"),)
+    ),
     "models": Benchmark(
         (Figure("time over transformers'", "ratio", "what shape"),), needs=("torch",)
     ),
