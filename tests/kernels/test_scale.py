@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm import kernels
 from jaxlm.kernels import blocks, gram, jacobian, vector_products
-from jaxlm.sharding import batch_sharding, make_mesh
+from jaxlm.sharding import WHOLE, batch_sharding, make_mesh, place_params
 
 N, P = 16, 4096
 
@@ -104,7 +104,7 @@ def test_each_row_of_blocks_forms_its_gradients_once(monkeypatch):
 @pytest.mark.multidevice
 def test_every_device_forms_the_gradients_of_its_examples():
     mesh = make_mesh(data=8)
-    params = blocks.on_mesh(PARAMS, mesh)
+    params = place_params(PARAMS, mesh, WHOLE)
     x = jax.device_put(X, batch_sharding(mesh))
     for rows in blocks._gradients(f, params, x, select=None):
         assert {shard.data.shape[0] for shard in rows.addressable_shards} == {N // 8}
