@@ -32,16 +32,19 @@ ADAM = ("--optimizer.name=adamw", "--optimizer.learning_rate=0.01")
 LOCAL = (*ADAM, "--dynamics.name=local", "--dynamics.workers=2")
 
 
-def commands(folder: Path) -> list[list[str]]:
-    """Every command, with outputs in a folder of inputs."""
+def commands(folder: Path, which: str) -> list[list[str]]:
+    """Commands, with outputs in a folder of inputs."""
     run = str(folder / "run.yaml")
+    if which == "some":
+        return [
+            ["finetune", run, f"--output={folder / 'mezo'}", "--optimizer.learning_rate=1e-3"],
+            ["finetune", run, f"--output={folder / 'adam'}", *ADAM],
+            ["kernel", str(folder / "kernel.yaml")],
+            ["select", str(folder / "study.yaml")],
+        ]
     return [
-        ["finetune", run, f"--output={folder / 'mezo'}", "--optimizer.learning_rate=1e-3"],
-        ["finetune", run, f"--output={folder / 'adam'}", *ADAM],
         ["finetune", run, f"--output={folder / 'local'}", *LOCAL],
         ["pretrain", str(folder / "tiny.yaml")],
-        ["kernel", str(folder / "kernel.yaml")],
-        ["select", str(folder / "study.yaml")],
         ["generate", str(folder / "run" / "model"), "--prompt=the warm", "--max_new_tokens=4",
          f"--output={folder / 'texts.jsonl'}"],
         ["evaluate", run],
@@ -60,29 +63,39 @@ def inputs(folder: Path, model: Path) -> Path:
     return folder
 
 
+def made(folder: Path, model: Path, where: str, which: str) -> Path:
+    """A folder in which commands have run."""
+    words = commands(inputs(folder, model), which)
+    if where == "two processes":
+        run_in_two(words)
+    for command, *rest in () if where == "two processes" else words:
+        module = importlib.import_module(f"jaxlm.cli.{command}")
+        module.run(rest, mesh=mesh_from_text(MESH) if where == "eight devices" else None)
+    return folder
+
+
+EIGHT = pytest.param("eight devices", marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def one(tiny_model, tmp_path_factory) -> Path:
     """What one device makes."""
-    folder = inputs(tmp_path_factory.mktemp("mesh") / "one", tiny_model)
-    for words in commands(folder):
-        assert main(words) == 0, words
-    return folder
+    return made(tmp_path_factory.mktemp("mesh") / "one", tiny_model, "one device", "some")
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param("eight devices", marks=pytest.mark.slow), "two processes"],
-)
-def other(request, one, tiny_model, tmp_path_factory) -> Path:
-    """The same commands on a mesh."""
-    folder = inputs(tmp_path_factory.mktemp("mesh") / "other", tiny_model)
-    if request.param == "two processes":
-        run_in_two(commands(folder))
-        return folder
-    for command, *words in commands(folder):
-        module = importlib.import_module(f"jaxlm.cli.{command}")
-        module.run(words, mesh=mesh_from_text(MESH))
-    return folder
+@pytest.fixture(scope="module", params=[EIGHT, "two processes"])
+def other(request, tiny_model, tmp_path_factory) -> Path:
+    """The same on a mesh."""
+    return made(tmp_path_factory.mktemp("mesh") / "other", tiny_model, request.param, "some")
+
+
+@pytest.fixture(scope="module", params=["eight devices", "two processes"])
+def rest(request, tiny_model, tmp_path_factory) -> tuple[Path, Path]:
+    """What one device and a mesh make by the other commands."""
+    folder = tmp_path_factory.mktemp("mesh")
+    places = (("mesh", request.param), ("one", "one device"))
+    found, wanted = (made(folder / name, tiny_model, where, "rest") for name, where in places)
+    return found, wanted
 
 
 def numbers(path: Path) -> list[dict]:
@@ -90,9 +103,19 @@ def numbers(path: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in read_lines(path)]
 
 
-@pytest.mark.parametrize("run", ["mezo", "adam", "local", "run"])
+@pytest.mark.parametrize("run", ["mezo", "adam"])
 def test_runs_have_the_curves_of_one_device(run, one, other):
-    found, wanted = (numbers(folder / run / "metrics.jsonl") for folder in (other, one))
+    assert_same_curves(other / run, one / run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["local", "run"])
+def test_workers_and_pretraining_have_the_curves_of_one_device(run, rest):
+    assert_same_curves(*(folder / run for folder in rest))
+
+
+def assert_same_curves(*runs: Path) -> None:
+    found, wanted = (numbers(run / "metrics.jsonl") for run in runs)
     assert len(found) == len(wanted) > 3
     # A projected gradient is a difference of losses near 3 over 2 eps = 2e-3.
     slack = {"projected_grad": 3 * 2**-22 / 2e-3}
@@ -128,11 +151,12 @@ def selected(folder: Path) -> list[dict]:
     return read_lines(path)
 
 
-def test_models_and_texts_are_those_of_one_device(one, other):
-    found, wanted = (load_file(f / "run" / "model" / "model.safetensors") for f in (other, one))
+@pytest.mark.slow
+def test_models_and_texts_are_those_of_one_device(rest):
+    found, wanted = (load_file(f / "run" / "model" / "model.safetensors") for f in rest)
     for name, value in wanted.items():
         np.testing.assert_allclose(found[name], value, atol=2e-5, err_msg=name)
-    texts = [read_lines(folder / "texts.jsonl")[0]["text"] for folder in (other, one)]
+    texts = [read_lines(folder / "texts.jsonl")[0]["text"] for folder in rest]
     assert texts[0] == texts[1]
 
 
