@@ -6,7 +6,7 @@
 #SBATCH --job-name=jaxlm
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
-#SBATCH --gpus-per-task=1
+#SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=12:00:00
 #SBATCH --requeue
@@ -15,10 +15,11 @@
 set -uo pipefail
 
 config=${1:?give a configuration}
-srun --kill-on-bad-exit=1 \
+srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
   jaxlm finetune "$config" --distributed=auto --mesh=data=-1 --compile-cache="$HOME/.cache/jaxlm"
 code=$?
-if [ "$code" -eq 75 ]; then
+# 128 and above: a signal ended a task, such as that of a node that went.
+if { [ "$code" -eq 75 ] || [ "$code" -ge 128 ]; } && [ "${SLURM_RESTART_COUNT:-0}" -lt 10 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -26,10 +26,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.processes import is_first
+from jaxlm.core.processes import is_first, meet
 
 TRY_AGAIN = 75
 """Exit code of a run that lost a process: the same command goes on with it (EX_TEMPFAIL)."""
+
+GRACE = 10
+"""Seconds that a process has to end after it was told to."""
 
 _CHILD = "JAXLM_PARENT"
 _FLAGS = ("mesh", "devices", "processes", "distributed", "profile", "compile_cache")
@@ -69,6 +72,7 @@ class Launch:
         if self.compile_cache is not None:
             jax.config.update("jax_compilation_cache_dir", self.compile_cache)
         if self.devices is not None:
+            jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", self.devices)
         if self.distributed is not None:
             from jaxlm.sharding.multihost import group_from_text, initialize
@@ -81,6 +85,7 @@ class Launch:
         mesh = None
         if self.mesh is not None or self.distributed is not None:
             mesh = mesh_from_text(self.mesh or "data=-1")
+            _check_all_take_part(mesh)
         with contextlib.ExitStack() as stack:
             if not is_first():  # it speaks for all
                 silence = stack.enter_context(open(os.devnull, "w"))
@@ -89,6 +94,18 @@ class Launch:
             if self.profile is not None:
                 stack.enter_context(jax.profiler.trace(self.profile))
             yield mesh
+            meet("the end of the command")  # or one that is early would be taken for lost
+
+
+def _check_all_take_part(mesh: Any) -> None:
+    import jax
+
+    here = {device.process_index for device in mesh.devices.flat}
+    if len(here) < jax.process_count():
+        raise UserError(
+            f"the mesh has devices of {len(here)} processes, and there are {jax.process_count()}: "
+            f"give sizes whose product is the {jax.device_count()} devices of all."
+        )
 
 
 def parse(args: Sequence[str]) -> tuple[Launch, list[str]]:
@@ -147,13 +164,15 @@ def supervise(launch: Launch, args: Sequence[str]) -> int:
             )
             for i in range(launch.processes or 1)
         }
-    with _passed_on(children.values()):
-        return _watch(children)
+    with _passed_on(children.values()) as told:
+        return _watch(children, told)
 
 
 def _start(args: Sequence[str]) -> subprocess.Popen[bytes]:
     environment = os.environ | {_CHILD: str(os.getpid())}
-    return subprocess.Popen([sys.executable, "-m", "jaxlm.cli.main", *args], env=environment)
+    command = [sys.executable, "-m", "jaxlm.cli.main", *args]
+    # In a session of its own: what a terminal sends comes through this process, once.
+    return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
 def _without(args: Sequence[str], name: str) -> Iterator[str]:
@@ -166,8 +185,11 @@ def _without(args: Sequence[str], name: str) -> Iterator[str]:
             yield word
 
 
-def _watch(children: dict[Any, subprocess.Popen[bytes]]) -> int:
-    """Waits for all; when one fails, the others have a little time to end by themselves."""
+def _watch(children: dict[Any, subprocess.Popen[bytes]], told: list[int]) -> int:
+    """Waits for all; when one fails, the others have a little time to end by themselves.
+
+    And all of them when they are told to stop, since JAX goes on after SIGTERM.
+    """
     from jaxlm.sharding.multihost import HEARTBEAT
 
     deadline, first = None, None
@@ -176,11 +198,17 @@ def _watch(children: dict[Any, subprocess.Popen[bytes]]) -> int:
         if bad and first is None:
             first = next(iter(bad.items()))
             deadline = time.monotonic() + HEARTBEAT + 5
+        if told and deadline is None:
+            deadline = time.monotonic() + GRACE
         if deadline is not None and time.monotonic() > deadline:
             for child in children.values():
                 child.kill()
         time.sleep(0.05)
+    if told:
+        return 128 + told[0]
     codes = {i: child.returncode for i, child in children.items()}
+    if 2 in codes.values():  # a mistake of one process ends the others
+        return 2
     first = first or next(((i, code) for i, code in codes.items() if code), None)
     if first is None:
         return 0
@@ -188,11 +216,23 @@ def _watch(children: dict[Any, subprocess.Popen[bytes]]) -> int:
     if code > 0 and code != TRY_AGAIN:
         return code
     if code == -signal.SIGABRT:  # what JAX does when the others are gone
-        _say("another process was lost")
+        _say("another process was lost, or never came")
     elif code < 0:
         name = "this process" if which is None else f"process {which} of {len(children)}"
         _say(f"{name} was ended by {signal.Signals(-code).name}")
     return TRY_AGAIN
+
+
+def leave(code: int) -> None:
+    """Ends one process of several at once; at a usual end it would wait for the others.
+
+    The first process, without which no other can go on, lets them say the same mistake before.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_first():
+        time.sleep(3)
+    os._exit(code)
 
 
 def lost(reason: str) -> None:
@@ -210,17 +250,19 @@ def _say(what: str) -> None:
 
 
 @contextlib.contextmanager
-def _passed_on(children: Any) -> Iterator[None]:
-    """Signals to stop go to the children."""
+def _passed_on(children: Any) -> Iterator[list[int]]:
+    """Signals to stop go to the children; which ones came."""
+    told: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:
+        told.append(number)
         for child in children:
             if child.poll() is None:
                 child.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

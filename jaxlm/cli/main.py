@@ -32,22 +32,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
     if debug:
-        return _run(args)
+        return _run(args, debug=True)
     try:
         return _run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _mistake()
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
+        return _mistake()
     except Exception as error:
         _end_if_alone(error)
         raise
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+
+
+def _mistake() -> int:
+    """The exit code of a mistake; one process of several ends at once, since the others wait."""
+    if "jax" in sys.modules:
+        from jaxlm.core.processes import distributed
+
+        if distributed():
+            from jaxlm.cli import launch
+
+            launch.leave(2)
+    return 2
 
 
 def _end_if_alone(error: Exception) -> None:
@@ -62,7 +74,7 @@ def _end_if_alone(error: Exception) -> None:
         launch.lost(str(error).splitlines()[0])
 
 
-def _run(args: list[str]) -> int:
+def _run(args: list[str], debug: bool = False) -> int:
     if args == ["help", "launch"]:
         from jaxlm.cli import launch
 
@@ -94,7 +106,7 @@ def _run(args: list[str]) -> int:
         module.run(rest)
         return 0
     if flags.supervised:
-        return launch.supervise(flags, args)
+        return launch.supervise(flags, [*args, *(["--debug"] if debug else [])])
     if command in ALONE:
         raise UserError(
             f"{command} runs on one device of one process: leave out --mesh and others."

@@ -264,7 +264,7 @@ def _write_manifest(folder: Path, manifest: Manifest, **more: Any) -> None:
             if sizes != more["sizes"]:
                 raise UserError(
                     f"{folder} has blocks of {sizes[0]} by {sizes[1]} examples, here they are "
-                    f"{more['sizes'][0]} by {more['sizes'][1]}; give the same block_size"
+                    f"{more['sizes'][0]} by {more['sizes'][1]}; give the same block_size and mesh"
                 )
         content = {**dataclasses.asdict(manifest), **more}
         write_shared(path, json.dumps(content, indent=2) + "\n")

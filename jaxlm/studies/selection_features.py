@@ -115,7 +115,9 @@ def store_features(
     with GradientStore.create(folder / "store", spec, **each) as writer:
         info = _Info(folder / _info_name(process), writer.ids)
         part = (process, processes)
-        for places in padded.blocks(features.block_size or BLOCK, len(writer), part):
+        # Of one block each device of a mesh has a group, and the parameters go there once.
+        size = (features.block_size or BLOCK) * (1 if mesh is None else 8 * mesh.size)
+        for places in padded.blocks(size, len(writer), part):
             found, about = features_with_info(
                 losses,
                 epoch.params,

@@ -36,9 +36,9 @@ class Metrics:
 
     def cut(self, step: int | None) -> None:
         """Keeps the lines up to `step` (None: no line); a line half written is dropped."""
-        if self.path.exists():
-            kept = [] if step is None else [r for r in self.read() if r["step"] <= step]
-            write_shared(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        found = self.read() if self.path.exists() and step is not None else []
+        kept = [record for record in found if record["step"] <= (step or 0)]
+        write_shared(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def read(self) -> list[dict[str, Any]]:
         """The whole lines of the file."""

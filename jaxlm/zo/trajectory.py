@@ -181,13 +181,12 @@ class Trajectory:
                 f"{self.path}: the trajectory has {self.steps} steps, and {step} are needed: take "
                 "another copy of the file."
             )
-        if self.torn or step < self.steps:
-            kept = Trajectory(self.path, self._head)
-            for chunk in self._chunks:
-                if step > kept.steps:
-                    kept._add(chunk[: step - kept.steps])
-            write_shared(self.path, kept._encode())
-            self.steps, self._chunks, self._end, self.torn = step, kept._chunks, kept._end, 0
+        kept = Trajectory(self.path, self._head)
+        for chunk in self._chunks:
+            if step > kept.steps:
+                kept._add(chunk[: step - kept.steps])
+        write_shared(self.path, kept._encode())
+        self.steps, self._chunks, self._end, self.torn = step, kept._chunks, kept._end, 0
 
     def check(self, params: Any, settings: dict[str, Any]) -> None:
         """Refuses a trajectory that was not made from these parameters with these settings.

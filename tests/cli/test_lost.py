@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.cli.launch import TRY_AGAIN
+from jaxlm.cli.launch import GRACE, TRY_AGAIN
 from jaxlm.cli.main import main
 from jaxlm.models import init_params
 from jaxlm.models.hf_folder import read_config
@@ -148,6 +148,46 @@ def test_a_full_disk_keeps_the_last_checkpoint(room, tmp_path, tiny_model, capfd
         assert written[0].read_text() == written[1].read_text()
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.multidevice
+def test_a_full_disk_of_two_processes_is_a_mistake_and_not_a_loss(tmp_path, tiny_model):
+    """Only the first process writes metrics; the other one waits for it in vain."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: to mount a small file system")
+    path, small = write_run(tmp_path, tiny_model), tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], check=True)
+    words = ["finetune", str(path), *FLAGS, "--steps=2000", f"--output={small / 'run'}"]
+    try:
+        runs = pair(words)
+        while lines(small / "run") < 5:
+            assert all(run.poll() is None for run in runs), ended(runs, 1)
+            time.sleep(0.005)
+        write_until_full(small / "other", 0)
+        begin = time.monotonic()
+        said = ended(runs, 60)
+        assert runs[0].returncode == 2, said
+        assert "cannot be written (No space left on device): make room there" in said[0]
+        assert runs[1].returncode in (2, TRY_AGAIN)
+        assert time.monotonic() - begin < 60
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.multidevice
+def test_processes_that_are_told_to_stop_do(tmp_path, tiny_model):
+    words = ["finetune", str(write_run(tmp_path, tiny_model)), *FLAGS, "--steps=2000"]
+    runs = pair(words)
+    while lines(tmp_path / "run") < 5:
+        assert all(run.poll() is None for run in runs), ended(runs, 1)
+        time.sleep(0.005)
+    for run in runs:
+        run.terminate()
+    said = ended(runs, GRACE + 20)
+    assert [run.returncode for run in runs] == [128 + signal.SIGTERM] * 2, said
 
 
 def write_until_full(path: Path, room: int) -> None:
