@@ -7,7 +7,7 @@ set -uo pipefail
 config=${1:?give a configuration on a file system that all hosts share}
 while true; do
   gcloud compute tpus tpu-vm ssh "${TPU_NAME:?}" --zone="${ZONE:?}" --worker=all --command="
-    jaxlm finetune $config --distributed=auto --mesh=fsdp=-1 --compile-cache=$(dirname "$config")/compiled
+    jaxlm finetune $config --distributed=auto --mesh=fsdp=-1 --compile-cache=${config%/*}/compiled
   "
   code=$?
   [ "$code" -eq 75 ] || exit "$code"
