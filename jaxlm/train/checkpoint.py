@@ -20,6 +20,32 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.files import writing
 
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
+AT_ONCE = 2**27
+"""Bytes that are copied at a time, where no array asks for more."""
+
+
+def copied_bytes(state: Any) -> int:
+    """Bytes of the host that a checkpoint takes beside `state` itself while it is written or read.
+
+    Args:
+        state: pytree of arrays, or of their shapes.
+    """
+    return min(sum(_sizes(state)), _at_once(state))
+
+
+def _sizes(state: Any) -> list[int]:
+    return [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)]
+
+
+def _at_once(state: Any) -> int:
+    """Bytes to copy at a time; a part of an array is read in whole chunks of the file."""
+    return max(AT_ONCE, 2 * max(_sizes(state), default=0) + 1)
+
+
+def _handler(at_once: int) -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler(
+        save_device_host_concurrent_gb=at_once / 1e9, restore_concurrent_gb=at_once / 1e9
+    )
 
 
 @contextlib.contextmanager
@@ -39,6 +65,12 @@ def _system_errors() -> Iterator[None]:
         log.setLevel(level)
 
 
+def _wanted(like: Any, **options: Any) -> Any:
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    places = ocp.checkpoint_utils.construct_restore_args(like)
+    return ocp.args.PyTreeRestore(item=like, restore_args=places, **options)
+
+
 class Checkpoints:
     """The checkpoints in one folder, named by their step.
 
@@ -48,14 +80,27 @@ class Checkpoints:
 
     def __init__(self, folder: Path | str, *, read_only: bool = False):
         self.folder = Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(
+        self._options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             enable_async_checkpointing=False,
             lightweight_initialize=True,
             save_root_metadata=False,
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manage(AT_ONCE)
+
+    def _manage(self, at_once: int) -> None:
+        handlers = {"state": _handler(at_once), "record": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(
+            self.folder, options=self._options, item_handlers=handlers
+        )
+        self._at_once = at_once
+
+    def _allow(self, state: Any) -> None:
+        """Lets as much of a state be copied at a time as its largest array asks for."""
+        if _at_once(state) > self._at_once:
+            self._manager.close()
+            self._manage(_at_once(state))
 
     @property
     def latest_step(self) -> int | None:
@@ -74,8 +119,9 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written; the former one is kept.
         """
+        self._allow(state)
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
+            state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record)
         )
         with writing(self.folder / str(step)), _system_errors():
             self._manager.save(step, args=args, force=True)
@@ -95,10 +141,8 @@ class Checkpoints:
         step = self.latest_step if step is None else step
         if step is None:
             return None
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        found = self._read(
-            step, state=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore()
-        )
+        self._allow(like)
+        found = self._read(step, state=_wanted(like), record=ocp.args.JsonRestore())
         return step, found["state"], found["record"]
 
     def restore_params(self, like: Any, step: int) -> Any:
@@ -111,10 +155,8 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint does not fit `like`, or its files are damaged.
         """
-        item = {"params": like}
-        places = ocp.checkpoint_utils.construct_restore_args(item)
-        args = ocp.args.PyTreeRestore(item=item, restore_args=places, partial_restore=True)
-        with self._reading(step), ocp.PyTreeCheckpointer() as reader:
+        with self._reading(step), ocp.Checkpointer(_handler(_at_once(like))) as reader:
+            args = _wanted({"params": like}, partial_restore=True)
             return reader.restore(self.folder / str(step) / "state", args=args)["params"]
 
     def _read(self, step: int, **items: Any) -> Any:

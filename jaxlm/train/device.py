@@ -15,7 +15,8 @@ from jaxlm.core.errors import UserError
 # bytes a second that a device sends to others of its node or slice. NVIDIA's data sheets of the
 # SXM models state twice as many FLOPs, with sparsity, except for the A100, and NVLink in both
 # directions together: nvidia.com/en-us/data-center/{a100, h100, h200}. Google's pages state the
-# links of a chip together: cloud.google.com/tpu/docs/{v4, v5e, v5p}.
+# links of a chip together, cloud.google.com/tpu/docs/{v4, v5e, v5p}, those of a v4 chip (six of
+# 50 GB/s) arXiv:2304.01433.
 _KNOWN: dict[str, dict[str, float]] = {
     "A100": {"peak_flops": 312e12, "memory": 80e9, "bandwidth": 2039e9, "interconnect": 300e9},
     "H100": {"peak_flops": 989e12, "memory": 80e9, "bandwidth": 3350e9, "interconnect": 450e9},

@@ -18,6 +18,7 @@ from jaxlm.core.flops import Flops, count_flops
 from jaxlm.sharding.hlo import Costs, costs
 from jaxlm.sharding.placement import mesh_of
 from jaxlm.train.by_shapes import ByShapes, finetuning, pretraining
+from jaxlm.train.checkpoint import copied_bytes
 from jaxlm.train.device import Device, this_device
 from jaxlm.train.pretraining import PretrainConfig
 from jaxlm.train.run import FinetuneConfig
@@ -73,7 +74,7 @@ class Plan(NamedTuple):
         parameters: the leaves.
         memory: of each program, on one device.
         state_bytes: of the state, on one device.
-        checkpoint_bytes: of the host, all processes together, while a checkpoint is written.
+        checkpoint_bytes: of a process's host, while a checkpoint is written.
         batch_size: examples in a step.
         largest_batch: what fits into the memory of the device, by compilation; 0 where nothing
             does, None where nothing was sought.
@@ -115,7 +116,7 @@ class Plan(NamedTuple):
     def host_bytes(self) -> int:
         """Memory of a machine that has no devices but its processor, at most.
 
-        While a checkpoint is written the state is there a second time.
+        While a checkpoint is written a part of the state is there a second time.
         """
         return max(
             self.devices * self.peak_bytes,
@@ -210,7 +211,7 @@ def plan(run: ByShapes, device: Device) -> Plan:
         parameters=_parameters(run),
         memory=tuple(memory),
         state_bytes=_bytes(state),
-        checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+        checkpoint_bytes=copied_bytes(state),
         batch_size=run.batch_size,
         largest_batch=_largest_batch(run, device, memory[0].peak),
         steps=run.steps,

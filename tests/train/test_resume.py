@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
-from jaxlm.train.checkpoint import Checkpoints
+from jaxlm.train.checkpoint import Checkpoints, copied_bytes
 from jaxlm.train.logging import Metrics
 from tests.tiny import write_run
 
@@ -127,6 +128,24 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
     np.testing.assert_array_equal(Checkpoints(tmp_path).best_params()["w"], 5.0)
 
 
+def test_a_state_is_copied_a_part_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxlm.train.checkpoint.AT_ONCE", 2**12)
+    sizes = (10, 1000, 3, 3000, 2000, 2000)
+    params = {f"w{i}": jnp.arange(size) + 0.5 for i, size in enumerate(sizes)}
+    state = {"params": params, "key": jax.random.key(1)}
+    assert copied_bytes(state) == 2 * 4 * 3000 + 1
+    assert copied_bytes({"w": params["w0"]}) == 40
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, {})
+    like = jax.eval_shape(lambda: params)
+    for found in (
+        checkpoints.restore(state)[1]["params"],
+        checkpoints.restore_params(like, 1),
+        checkpoints.best_params(),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
 def test_a_save_cut_short_leaves_the_former_checkpoint(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     state = {"w": np.ones(3, np.float32)}
@@ -137,13 +156,14 @@ def test_a_save_cut_short_leaves_the_former_checkpoint(tmp_path):
     assert Checkpoints(tmp_path).restore(state)[0] == 1
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+@pytest.mark.parametrize("folder", ["state", "state/d"])
+def test_a_damaged_checkpoint_is_named(folder, tmp_path):
     checkpoints = Checkpoints(tmp_path)
     state = {"w": np.ones(3, np.float32)}
     checkpoints.save(1, state, {})
     checkpoints.close()
-    for file in (tmp_path / "1" / "state").rglob("*"):
+    for file in (tmp_path / "1" / folder).rglob("*"):
         if file.is_file():
-            file.write_bytes(b"")
+            file.write_bytes(b"" if folder == "state" else file.read_bytes()[::-1])
     with pytest.raises(UserError, match=f"^{tmp_path / '1'}: this checkpoint cannot be read"):
         Checkpoints(tmp_path).restore(state)
