@@ -14,9 +14,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".jax_cache")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-# Tests compile much and compute little: so it is three times faster. (Level 0 would form no fused
-# multiply-adds, and hide where results depend on them.) Flags of the caller come last and prevail.
-# XLA stops at flags that it does not know, so other versions of jax go without.
+# Tests compile much and compute little: so it is four times faster. Where results depend on fused
+# multiply-adds, or memory on what is fused, a module is marked `optimized`: compiled at level 1.
+# Flags of the caller come last and prevail. XLA stops at flags that it does not know, so other
+# versions of jax go without.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 if metadata.version("jax").startswith("0.10."):
     os.environ["XLA_FLAGS"] = (
         "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false "
@@ -40,8 +42,14 @@ install_import_hook("jaxlm", "beartype.beartype")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forget_programs():
-    """Programs of all modules would take gigabytes, and more memory maps than may be had."""
+def programs(request):
+    """How those of a module are compiled, here and in what it starts; then they are forgotten.
+
+    Programs of all modules would take gigabytes, and more memory maps than may be had.
+    """
+    quickly = request.node.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", quickly)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))
     yield
     jax.clear_caches()
 

@@ -11,6 +11,8 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.precision import dequantize, pack, quantize
 from jaxlm.zo import Perturbation
 
+pytestmark = pytest.mark.optimized
+
 BITS = pytest.mark.parametrize("bits", [8, 4])
 TREE = {
     "embed": {"tokens": {"embedding": (11, 6)}, "positions": {"embedding": (9, 6)}},

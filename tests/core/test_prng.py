@@ -13,6 +13,8 @@ from scipy.stats import norm
 
 from jaxlm.core import prng
 
+pytestmark = pytest.mark.optimized
+
 GENERATORS = ("counter", "threefry")
 SHAPES = ((), (1,), (7,), (1001,), (8, 40), (17, 33), (8, 3, 5), (16, 8, 24))
 DRAWN = [("counter", shape) for shape in SHAPES] + [("threefry", shape) for shape in ((), (5, 6))]

@@ -16,6 +16,8 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.projection import Projector, projector
 from jaxlm.sharding import make_mesh
 
+pytestmark = pytest.mark.optimized
+
 FAMILIES = sorted(sketches.SKETCHES)
 FOLDS = ("countsketch", "srht")
 SHAPES = {

@@ -14,6 +14,8 @@ import jaxlm
 from jaxlm.core import paths, views
 from jaxlm.models import layers
 
+pytestmark = pytest.mark.optimized
+
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 FAMILIES = ("gpt2", "llama", "opt-projected", "bert", "bert-untied", "roberta-classifier")
 IDS = jnp.array([[5, 6, 7, 1, 1], [8, 9, 10, 11, 12]])

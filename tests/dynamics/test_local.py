@@ -17,6 +17,8 @@ from jaxlm.sharding import make_mesh
 from jaxlm.train.checkpoint import Checkpoints
 from tests.dynamics import local_run
 
+pytestmark = pytest.mark.optimized
+
 WORKERS = 8
 
 

@@ -17,6 +17,8 @@ from jaxlm.models import transformer
 from jaxlm.models.scoring import log_probs_of
 from jaxlm.sharding import make_mesh
 
+pytestmark = pytest.mark.optimized
+
 LLAMA = Path(__file__).parents[1] / "models" / "golden" / "llama"
 DIM = 64
 

@@ -10,6 +10,8 @@ import pytest
 from jaxlm.models import attention
 from jaxlm.models.attention import BLOCK, IMPLEMENTATIONS, Mask
 
+pytestmark = pytest.mark.optimized
+
 B, H, G, K = 2, 4, 2, 3
 PLAIN = ("xla", "blockwise")
 

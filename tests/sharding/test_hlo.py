@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.sharding import make_mesh
 from jaxlm.sharding.hlo import Collective, collectives, costs
 
+pytestmark = pytest.mark.optimized
+
 ROWS, WIDTH = 6, 8  # on a device
 
 

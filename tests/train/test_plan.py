@@ -22,6 +22,8 @@ from jaxlm.train.pretraining import PretrainConfig, pretrain
 from jaxlm.train.run import FinetuneConfig, encoded_for, finetune, load_model, prepared, read_task
 from tests.tiny import write_corpus
 
+pytestmark = pytest.mark.optimized
+
 ADAM = {"optimizer.name": "adam"}
 LORA = ADAM | {"peft.name": "lora", "peft.rank": 2}
 TOY = Device(name="toy", peak_flops=1e12, cpu=True)  # no memory: no search for a batch size

@@ -16,6 +16,8 @@ from jaxlm import zo
 from jaxlm.models import LanguageModel, init_params
 from tests.zo.problems import label_word_loss
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).parents[2]
 ROWS, LENGTH = 16, 64
 # Buffers are assigned before machine code is made.

@@ -23,6 +23,8 @@ from tests.zo.problems import (
     small_params,
 )
 
+pytestmark = pytest.mark.optimized
+
 BATCH = jnp.float32(0.25)
 KEY = jax.random.key(7)
 

@@ -9,6 +9,8 @@ from jaxlm import zo
 from jaxlm.core.errors import UserError
 from tests.zo.problems import network_batch, network_loss, network_params
 
+pytestmark = pytest.mark.optimized
+
 METHODS = {
     "mezo": lambda: zo.mezo(1e-2, weight_decay=0.1),
     "stochastic": lambda: zo.mezo(1e-2, num_directions=2, rounding="stochastic"),

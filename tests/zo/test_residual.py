@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxlm import zo
 from tests.zo.problems import flat, network_batch, network_loss, network_params
+
+pytestmark = pytest.mark.optimized
 
 KEY = jax.random.key(1)
 

@@ -18,6 +18,8 @@ from tests.zo.problems import (
     over_keys,
 )
 
+pytestmark = pytest.mark.optimized
+
 KEY = jax.random.key(7)
 
 

@@ -18,6 +18,8 @@ from tests.zo.problems import (
     over_keys,
 )
 
+pytestmark = pytest.mark.optimized
+
 KEY = jax.random.key(11)
 SHAPES = {"head.bias": (3,), "embed.tokens": (5, 3), "layers.kernel": (2, 4, 3)}
 NORMS = {"layers": jnp.array([0.5, 2.0]), "embed": jnp.float32(4), "head": jnp.float32(3)}

@@ -18,6 +18,8 @@ from jaxlm.zo import sites
 from tests.zo.hlo import collectives, largest_array
 from tests.zo.problems import network_batch, network_loss, network_params
 
+pytestmark = pytest.mark.optimized
+
 KEY = jax.random.key(3)
 RATE = 0.1
 slow = pytest.mark.slow
