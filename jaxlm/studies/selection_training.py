@@ -199,9 +199,11 @@ class _Adapters(Checkpoints):
             kept.close()
         super().save(step, trained, record)
 
-    def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
+    def restore(
+        self, like: Any, step: int | None = None, *, donate: bool = False
+    ) -> tuple[int, Any, dict[str, Any]] | None:
         trained, frozen = paths.split(like.params, LORA)
-        found = super().restore(TrainState(trained, like.opt_state), step)
+        found = super().restore(TrainState(trained, like.opt_state), step, donate=donate)
         if found is None:
             return None
         step, state, record = found

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.files import writing
+from jaxlm.train.state import free
 
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 AT_ONCE = 2**27
@@ -38,13 +40,15 @@ def _sizes(state: Any) -> list[int]:
 
 
 def _at_once(state: Any) -> int:
-    """Bytes to copy at a time; a part of an array is read in whole chunks of the file."""
-    return max(AT_ONCE, 2 * max(_sizes(state), default=0) + 1)
+    """Bytes to copy at a time: more than the largest array has."""
+    return max(AT_ONCE, max(_sizes(state), default=0) + 1)
 
 
 def _handler(at_once: int) -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(
-        save_device_host_concurrent_gb=at_once / 1e9, restore_concurrent_gb=at_once / 1e9
+        save_device_host_concurrent_gb=at_once / 1e9,
+        restore_concurrent_gb=at_once / 1e9,
+        use_compression=False,
     )
 
 
@@ -69,6 +73,18 @@ def _wanted(like: Any, **options: Any) -> Any:
     like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     places = ocp.checkpoint_utils.construct_restore_args(like)
     return ocp.args.PyTreeRestore(item=like, restore_args=places, **options)
+
+
+def _views(state: Any) -> Any:
+    """The same arrays anew: what writers remember of an array would keep its memory."""
+
+    def again(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            return leaf
+        shards = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+
+    return jax.tree.map(again, state)
 
 
 class Checkpoints:
@@ -121,7 +137,7 @@ class Checkpoints:
         """
         self._allow(state)
         args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record)
+            state=ocp.args.PyTreeSave(_views(state)), record=ocp.args.JsonSave(record)
         )
         with writing(self.folder / str(step)), _system_errors():
             self._manager.save(step, args=args, force=True)
@@ -129,8 +145,15 @@ class Checkpoints:
             if old not in (step, record.get("best_step")):
                 self._manager.delete(old)
 
-    def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
+    def restore(
+        self, like: Any, step: int | None = None, *, donate: bool = False
+    ) -> tuple[int, Any, dict[str, Any]] | None:
         """Reads the checkpoint of `step` (None: the latest) into a tree shaped as `like`.
+
+        Args:
+            like: pytree of arrays.
+            step: of the checkpoint.
+            donate: whether to give back the memory of `like` before, where there is a checkpoint.
 
         Returns:
             (step, state, record), or None where there is no checkpoint.
@@ -142,7 +165,10 @@ class Checkpoints:
         if step is None:
             return None
         self._allow(like)
-        found = self._read(step, state=_wanted(like), record=ocp.args.JsonRestore())
+        wanted = _wanted(like)
+        if donate:
+            free(like)
+        found = self._read(step, state=wanted, record=ocp.args.JsonRestore())
         return step, found["state"], found["record"]
 
     def restore_params(self, like: Any, step: int) -> Any:

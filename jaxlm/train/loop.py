@@ -131,10 +131,10 @@ def fit(
     """
     loop = _Loop(config, evaluate, maximize, checkpoints, metrics, progress)
     state = method.start(params, key)
-    restored = checkpoints.restore(state) if checkpoints else None
+    latest = checkpoints.latest_step if checkpoints else None
     if trajectory and method.settings is not None:
-        step = None if restored is None else restored[0]
-        loop.trajectory = _trajectory(trajectory, method.settings, params, key, step)
+        loop.trajectory = _trajectory(trajectory, method.settings, params, key, latest)
+    restored = checkpoints.restore(state, latest, donate=True) if checkpoints else None
     if restored is None:
         start = 0
         loop.look_up(0, state)

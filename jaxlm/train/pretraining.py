@@ -264,7 +264,7 @@ def _train(
     run = Program(many_steps(way.step), moves=True, rows=1 + way.rows)
     state = way.start(lm.params, jax.random.key(config.seed))
     checkpoints = Checkpoints(folder.checkpoints)
-    restored = checkpoints.restore(state)
+    restored = checkpoints.restore(state, donate=True)
     first, seconds, stepping = 0, 0.0, 0.0
     if restored is not None:
         first, state, record = restored
