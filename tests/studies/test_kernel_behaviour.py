@@ -295,7 +295,8 @@ def test_a_stopped_study_takes_its_kernels_from_disk(tmp_path, tiny_model, monke
     from jaxlm.kernels import _ntk
 
     path = study(tmp_path, tiny_model)
-    words = ["--prompts=[true]"]
+    adam = "{optimizer: {name: adam, learning_rate: 0.01}, steps: 6, eval_every: 3, batch_size: 4}"
+    words = ["--prompts=[true]", f"--training=[{adam}]"]
     assert main(["kernel", str(path), *words]) == 0
     report = tmp_path / "study" / "reports" / "prompt-k4-seed0-adam.json"
     before = json.loads(report.read_text())
