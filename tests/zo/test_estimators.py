@@ -30,6 +30,8 @@ from tests.zo.problems import (
     token_batch,
 )
 
+pytestmark = pytest.mark.optimized
+
 SAMPLERS = (zo.gaussian(), zo.rademacher())
 BATCH = jnp.float32(0.25)
 
