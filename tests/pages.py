@@ -112,6 +112,8 @@ def run_jaxlm(args: list[str], run: bool) -> None:
     if run and name == "finetune":
         args = [*args, *SMALL]
     with contextlib.ExitStack() as patches:
+        # A dry run compiles its programs, but does not look for the largest batch.
+        patches.enter_context(mock.patch("jaxlm.train.plan._largest_batch", return_value=None))
         for place, stand_in in () if run else WORK[name]:
             patches.enter_context(mock.patch(place, stand_in))
         with contextlib.suppress(Stopped):
