@@ -6,8 +6,8 @@ Real runs, each in a fresh process: fine-tuning a random model of two hundred mi
 MeZO and by AdamW with LoRA, one of a hundred million by AdamW, and pretraining one; with their
 evaluations and checkpoints. Measured is what the process had resident at most, less what it had
 before there were parameters; and in the same way the programs of training alone. Compiling takes
-memory of its own, which is left out. With --quick the models are small, and two runs suffice. The
-last line is one JSON object.
+memory of its own, which is left out. With --quick two runs suffice, of models so small that what a
+process takes beside them is most of it. The last line is one JSON object.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 
@@ -174,10 +175,12 @@ def resident(config: Any, run: Callable[[Any], Any]) -> dict[str, float]:
         meter.note("training" if self._moves else "evaluation")
         return out
 
-    Program.__call__ = watched  # type: ignore[method-assign]
-    compiled_apart = lambda self, *args: Lowered(meter.apart(lower)(self, *args))  # noqa: E731
-    Program.lower = compiled_apart  # type: ignore[method-assign]
-    summary = run(config)
+    lowered_apart = lambda self, *args: Lowered(meter.apart(lower)(self, *args))  # noqa: E731
+    with (
+        mock.patch.object(Program, "__call__", watched),
+        mock.patch.object(Program, "lower", lowered_apart),
+    ):
+        summary = run(config)
     meter.note("all")
     seconds = summary["seconds"] * summary["goodput"] / config.steps
     return {f"{phase}_MB": most / 1e6 for phase, most in meter.most.items()} | {"step_s": seconds}

@@ -74,7 +74,7 @@ class Plan(NamedTuple):
         parameters: the leaves.
         memory: of each program, on one device.
         state_bytes: of the state, on one device.
-        checkpoint_bytes: of a process's host, while a checkpoint is written.
+        checkpoint_bytes: of a process's host, while a checkpoint is written or read.
         batch_size: examples in a step.
         largest_batch: what fits into the memory of the device, by compilation; 0 where nothing
             does, None where nothing was sought.
@@ -116,7 +116,7 @@ class Plan(NamedTuple):
     def host_bytes(self) -> int:
         """Memory of a machine that has no devices but its processor, at most.
 
-        While a checkpoint is written a part of the state is there a second time.
+        While a checkpoint is written or read, a part of the state is there a second time.
         """
         return max(
             self.devices * self.peak_bytes,
