@@ -23,6 +23,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     {"typing"},
     {"core"},
+    {"artifacts"},
     {"sharding"},
     {"models"},
     {"peft"},

@@ -33,7 +33,7 @@ from typing import Any
 from jaxlm.cli import config as configs
 from jaxlm.cli.sweep import check_runs, folder_name
 from jaxlm.core.errors import UserError
-from jaxlm.core.files import write_shared
+from jaxlm.artifacts.files import write_shared
 from jaxlm.studies import curves
 from jaxlm.train.logging import write_json
 from jaxlm.train.pretraining import PretrainConfig

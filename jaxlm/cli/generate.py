@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 from jaxlm.cli import config as configs
 from jaxlm.core.errors import UserError
-from jaxlm.core.processes import is_first
+from jaxlm.artifacts.processes import is_first
 
 
 @dataclass(frozen=True, kw_only=True)

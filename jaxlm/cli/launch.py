@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.processes import is_first, meet
+from jaxlm.artifacts.processes import is_first, meet
 
 TRY_AGAIN = 75
 """Exit code of a run that lost a process: the same command goes on with it (EX_TEMPFAIL)."""

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _mistake() -> int:
     """The exit code of a mistake; one process of several ends at once, since the others wait."""
     if "jax" in sys.modules:
-        from jaxlm.core.processes import distributed
+        from jaxlm.artifacts.processes import distributed
 
         if distributed():
             from jaxlm.cli import launch
@@ -66,7 +66,7 @@ def _end_if_alone(error: Exception) -> None:
     """Where the computation failed since another process is gone, says so and ends."""
     import jax
 
-    from jaxlm.core.processes import distributed
+    from jaxlm.artifacts.processes import distributed
 
     if isinstance(error, jax.errors.JaxRuntimeError) and distributed():
         from jaxlm.cli import launch

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.cli import config as configs
-from jaxlm.core.files import write_shared
+from jaxlm.artifacts.files import write_shared
 
 
 def run(args: Sequence[str], mesh: Any = None) -> None:

@@ -39,7 +39,7 @@ from typing import Any
 
 from jaxlm.cli import config as configs
 from jaxlm.core.errors import UserError
-from jaxlm.core.files import write_shared
+from jaxlm.artifacts.files import write_shared
 from jaxlm.studies.sweep import KINDS, Candidate, setting_title, sweep
 from jaxlm.studies.sweep_table import markdown
 from jaxlm.train.logging import write_json

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.processes import is_first, meet
+from jaxlm.artifacts.processes import is_first, meet
 
 DOCUMENTS_AT_ONCE = 1000
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.processes import to_host
+from jaxlm.artifacts.processes import to_host
 from jaxlm.models import LanguageModel
 from jaxlm.models.generation import Generator, Sampling, State, decoding_params
 

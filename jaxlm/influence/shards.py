@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.files import write_atomic
+from jaxlm.artifacts.files import write_atomic
 
 MANIFEST = "manifest.json"
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.fingerprints import short
+from jaxlm.artifacts.fingerprints import short
 from jaxlm.core.projection import Projector
 from jaxlm.influence.encodings import encoding
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.files import write_atomic
+from jaxlm.artifacts.files import write_atomic
 from jaxlm.influence import shards
 from jaxlm.influence.encodings import encoding
 from jaxlm.influence.shards import Shard

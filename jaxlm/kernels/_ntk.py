@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.core.per_example import takes_tap
-from jaxlm.core.processes import to_host
+from jaxlm.artifacts.processes import to_host
 from jaxlm.core.projection import Projector
 from jaxlm.kernels import blocks, checks, gram
 from jaxlm.kernels._projected import projected

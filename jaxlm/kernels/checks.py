@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
-from jaxlm.core.processes import to_host
+from jaxlm.artifacts.processes import to_host
 from jaxlm.kernels import gram
 from jaxlm.kernels.jacobian import gradients
 

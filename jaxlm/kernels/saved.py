@@ -24,9 +24,9 @@ from jaxtyping import Array
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
-from jaxlm.core.files import write_shared
-from jaxlm.core.fingerprints import fingerprint, short
-from jaxlm.core.processes import is_first, to_host
+from jaxlm.artifacts.files import write_shared
+from jaxlm.artifacts.fingerprints import fingerprint, short
+from jaxlm.artifacts.processes import is_first, to_host
 from jaxlm.kernels import _ntk, gram
 from jaxlm.kernels.arguments import features_of
 

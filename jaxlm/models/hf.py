@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import flatten, matcher
 from jaxlm.core.precision import MATRICES, Packed, dequantize, pack, quantize
-from jaxlm.core.processes import is_first, meet
+from jaxlm.artifacts.processes import is_first, meet
 from jaxlm.models import adapters
 from jaxlm.models.attention import IMPLEMENTATIONS
 from jaxlm.models.config import ModelConfig

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import LAYERS
-from jaxlm.core.processes import to_host
+from jaxlm.artifacts.processes import to_host
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import Name
 from jaxlm.models.initialise import param_shapes

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.files import write_shared
+from jaxlm.artifacts.files import write_shared
 from jaxlm.dynamics.scaling import scale_rule
 from jaxlm.studies.figures import new_axes, save_figure
 from jaxlm.train.loop import Diverged

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.processes import is_first
+from jaxlm.artifacts.processes import is_first
 
 
 def new_axes(size: tuple[float, float]) -> Any:

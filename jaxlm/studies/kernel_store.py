@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.core.processes import to_host
+from jaxlm.artifacts.processes import to_host
 from jaxlm.studies.kernel_task import KernelTask, Split
 from jaxlm.train.state import Program
 

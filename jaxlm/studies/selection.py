@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.fingerprints import fingerprint
+from jaxlm.artifacts.fingerprints import fingerprint
 from jaxlm.data.messages import MessageFormat
 from jaxlm.influence import GradientStore, score
 from jaxlm.studies.selection_batches import row_losses

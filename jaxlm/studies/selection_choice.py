@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.files import write_shared
+from jaxlm.artifacts.files import write_shared
 from jaxlm.influence import bm25, pool, random_scores, representation_similarity, select
 from jaxlm.studies.selection_batches import Padded
 from jaxlm.studies.selection_rows import Row, Rows

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from jaxlm.core import paths
-from jaxlm.core.files import write_atomic
-from jaxlm.core.fingerprints import fingerprint
-from jaxlm.core.processes import meet, to_host
+from jaxlm.artifacts.files import write_atomic
+from jaxlm.artifacts.fingerprints import fingerprint
+from jaxlm.artifacts.processes import meet, to_host
 from jaxlm.influence import (
     GradientStore,
     StoreSpec,

@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.files import writing
+from jaxlm.artifacts.files import writing
 from jaxlm.train.state import free
 
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")

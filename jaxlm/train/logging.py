@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from jaxlm.core.files import write_shared, writing
-from jaxlm.core.processes import is_first
+from jaxlm.artifacts.files import write_shared, writing
+from jaxlm.artifacts.processes import is_first
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

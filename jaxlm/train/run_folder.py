@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.files import write_shared
+from jaxlm.artifacts.files import write_shared
 from jaxlm.train.logging import Metrics, write_json
 
 

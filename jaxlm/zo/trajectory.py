@@ -26,8 +26,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.files import write_shared
-from jaxlm.core.processes import is_first
+from jaxlm.artifacts.files import write_shared
+from jaxlm.artifacts.processes import is_first
 from jaxlm.zo.trajectory_header import Header, parameters
 
 MAGIC = b"jaxlm trajectory"

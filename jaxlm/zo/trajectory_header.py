@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxlm.core import paths
-from jaxlm.core.processes import to_host
+from jaxlm.artifacts.processes import to_host
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from jaxlm.core.files import write_atomic
+from jaxlm.artifacts.files import write_atomic
 from jaxlm.train.logging import Progress
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.processes import is_first, meet
+from jaxlm.artifacts.processes import is_first, meet
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.core.processes import to_host
+from jaxlm.artifacts.processes import to_host
 
 
 def fingerprint(tree: Any) -> str:
