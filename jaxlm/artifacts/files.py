@@ -1,27 +1,34 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and records that are what they say they are."""
 
 import contextlib
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from jaxlm.core.errors import UserError
 from jaxlm.artifacts.processes import is_first, meet
+from jaxlm.core.errors import UserError
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a file under a temporary name and renames it, so that it is whole or absent."""
     aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Says of what cannot be written in it, such as to a full disk, where that is.
+    """Turns the refusal of the operating system, such as a full disk, into a sentence.
 
     Raises:
       UserError: in place of an `OSError`.
@@ -31,8 +38,8 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
         raise UserError(
-            f"{path}: cannot be written ({reason}): make room there; the same command then goes on "
-            "from the last checkpoint."
+            f"{path}: cannot be written ({reason}). Make room there, or choose another place; the "
+            "same command resumes from the last checkpoint, if there is one."
         ) from error
 
 
@@ -49,3 +56,100 @@ def write_shared(path: Path, content: str | bytes, *, once: bool = False) -> Non
     if is_first() and not (once and path.exists()):
         write_atomic(path, content)
     meet(str(path))
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON that every reader takes: what is not finite becomes null, which JSON can say.
+
+    >>> to_json({"loss": float("nan"), "steps": (1, 2)})
+    '{"loss": null, "steps": [1, 2]}'
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes one JSON object, whole or not at all; see `write_shared` and `to_json`."""
+    with writing(path):
+        write_shared(path, to_json(record, indent=2) + "\n")
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text from outside.
+
+    Args:
+      text: one JSON value.
+      where: file, or file and line, that a message names.
+
+    Raises:
+      UserError: it is not JSON, is nested too deeply, has a number of thousands of digits, or a
+        text that is not Unicode (half of a surrogate pair).
+    """
+    try:
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # JSON may write half a character, UTF-8 may not
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} at character {error.pos}"
+    except UnicodeEncodeError:
+        reason = r"a \ud800-like escape without its other half"
+    except RecursionError:
+        reason = "nested too deeply"
+    except ValueError:  # Python converts no integer of more than 4,300 digits
+        reason = "a number with thousands of digits"
+    else:
+        return value
+    raise UserError(f"{where}: not valid JSON ({reason}). Correct the file or write it again.")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+      UserError: it cannot be opened or is not UTF-8; `FileNotFoundError` is left to the caller.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not text in UTF-8. Correct the file or write it again.") from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}). Give a file that you may read."
+        ) from None
+
+
+def read_json(path: Path, **fields: type | tuple[type, ...]) -> dict[str, Any]:
+    """A JSON object from a file, with the fields that the caller relies on.
+
+    Args:
+      path: the file.
+      fields: name to type of each field that must be there. `float` takes whole numbers too.
+
+    Raises:
+      UserError: the file is damaged: not JSON, no object, or a field is missing or of another type.
+      FileNotFoundError: there is none.
+    """
+    value = parse_json(read_text(path), str(path))
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object. Correct the file or write it again.")
+    for name, kind in fields.items():
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        kinds = (*kinds, int) if float in kinds else kinds
+        item = value.get(name)
+        if name not in value or not isinstance(item, kinds) or (
+            isinstance(item, bool) and bool not in kinds
+        ):
+            raise UserError(
+                f"{path}: the field {name} is missing or of another type. The file is damaged or "
+                "not of jaxlm: remove it, or make it again."
+            )
+    return value

@@ -35,7 +35,7 @@ from jaxlm.cli.sweep import check_runs, folder_name
 from jaxlm.core.errors import UserError
 from jaxlm.artifacts.files import write_shared
 from jaxlm.studies import curves
-from jaxlm.train.logging import write_json
+from jaxlm.artifacts.files import write_json
 from jaxlm.train.pretraining import PretrainConfig
 
 

@@ -58,7 +58,7 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
 def write(records: list[dict[str, Any]], output: str) -> str:
     """Writes `table.json` and `table.md`, and returns the latter's text."""
     from jaxlm.studies.kernel_table import markdown, rows
-    from jaxlm.train.logging import write_json
+    from jaxlm.artifacts.files import write_json
 
     text = markdown(records)
     write_json(Path(output) / "table.json", {"rows": rows(records)})

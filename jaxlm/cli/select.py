@@ -46,7 +46,7 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
     """The command `jaxlm select`."""
     from jaxlm.studies.selection import SelectionConfig, selection_study
     from jaxlm.studies.selection_table import markdown, rows
-    from jaxlm.train.logging import write_json
+    from jaxlm.artifacts.files import write_json
 
     path, overrides = configs.parse_args([word for word in args if word != "--dry-run"])
     if "--dry-run" in args:

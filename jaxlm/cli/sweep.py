@@ -42,7 +42,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.artifacts.files import write_shared
 from jaxlm.studies.sweep import KINDS, Candidate, setting_title, sweep
 from jaxlm.studies.sweep_table import markdown
-from jaxlm.train.logging import write_json
+from jaxlm.artifacts.files import write_json
 from jaxlm.train.run import FinetuneConfig
 
 

@@ -18,7 +18,7 @@ from jaxlm.studies.kernel_behaviour import measure, record
 from jaxlm.studies.kernel_store import Kernels, draw_name
 from jaxlm.studies.kernel_task import kernel_task
 from jaxlm.studies.kernel_training import Training
-from jaxlm.train.logging import write_json
+from jaxlm.artifacts.files import write_json
 from jaxlm.train.optimizers import Adam, Sgd
 from jaxlm.train.run_folder import differences, to_dict
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.core.errors import UserError
-from jaxlm.train.logging import write_json
+from jaxlm.artifacts.files import write_json
 
 MANIFEST = "manifest.json"
 

@@ -124,7 +124,7 @@ def run_one(
     Raises:
         UserError: what the run raises, except that it diverged.
     """
-    from jaxlm.train.logging import write_json
+    from jaxlm.artifacts.files import write_json
     from jaxlm.train.loop import Diverged
 
     folder = RunFolder(config.output)

@@ -11,12 +11,6 @@ from jaxlm.artifacts.files import write_shared, writing
 from jaxlm.artifacts.processes import is_first
 
 
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes one JSON object, whole or not at all."""
-    with writing(path):
-        write_shared(path, json.dumps(record, indent=2) + "\n")
-
-
 class Metrics:
     """metrics.jsonl: one JSON object a line, each with its `step`.
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxlm.core.errors import UserError
 from jaxlm.artifacts.files import write_shared
-from jaxlm.train.logging import Metrics, write_json
+from jaxlm.artifacts.files import write_json
+from jaxlm.train.logging import Metrics
 
 
 def to_dict(config: Any) -> dict[str, Any]:
