@@ -61,6 +61,7 @@ class ModelConfig:
       embedding_scale: factor of the token embeddings.
       pooled: there is a pooler, tanh(dense(first token)), which the classifier reads.
       num_labels: classes of the classifier.
+      label_names: what the classes are called, in their order; empty for classes without names.
       bos_id, eos_id, pad_id: special token ids, or None; the first where HF lists several.
       stop_ids: tokens that end a generated text, where there are others than `eos_id`.
       attention: implementation, one of `jaxlm.models.attention.IMPLEMENTATIONS`.
@@ -113,6 +114,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     pooled: bool = False
     num_labels: int = 0
+    label_names: tuple[str, ...] = ()
     bos_id: int | None = None
     eos_id: int | None = None
     pad_id: int | None = None
@@ -126,6 +128,19 @@ class ModelConfig:
     def stops(self) -> tuple[int, ...]:
         """The tokens that end a generated text: `stop_ids`, or `eos_id`, or none."""
         return self.stop_ids or (() if self.eos_id is None else (self.eos_id,))
+
+    @property
+    def longest_text(self) -> int:
+        """How many tokens a text may have, new ones included.
+
+        Some configurations with stretched rotary positions tell the length before, others the one
+        after stretching: the larger of both counts.
+        """
+        scaling = self.rope_scaling
+        if scaling is None:
+            return self.max_positions
+        original = scaling.original_positions or self.max_positions
+        return max(self.max_positions, int(original * scaling.factor))
 
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some attributes changed."""

@@ -17,7 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.scoring import last_token, log_probs_of, repeat
-from jaxlm.models.transformer import Cache, empty_cache, extend, logits, unstack
+from jaxlm.models.transformer import Cache, check_ids, empty_cache, extend, logits, unstack
+
+MOST_SAMPLES = 2**16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,8 @@ class Sampling:
     Attributes:
       temperature: divides the logits; 0 takes the most likely token.
       top_k: only the k most likely tokens, and those as likely as the k-th; None for all.
-      top_p: only the most likely tokens whose mass reaches p; the first is always in
-        (arXiv:1904.09751).
+      top_p: only the fewest most likely tokens whose mass reaches p; the first is always in, and of
+        equal ones no more than that takes (arXiv:1904.09751).
       min_p: only tokens at least p times as likely as the first (arXiv:2407.01082).
     """
 
@@ -38,7 +40,7 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self):
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature <= 1e30:
             raise ValueError(f"temperature is {self.temperature}: give 0 or more")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}: give 1 or more, or None")
@@ -50,16 +52,22 @@ class Sampling:
 
 def filter_logits(scores: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """Logits at the temperature, -inf where the filters leave a token out."""
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)) / sampling.temperature
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    # The best score is 0 before it is divided, and the divisor a normal number: so a tiny
+    # temperature gives 0 and -inf, the most likely token, and never inf - inf.
+    scores = scores - jnp.max(scores, axis=-1, keepdims=True)
+    scores = scores / max(sampling.temperature, float(jnp.finfo(scores.dtype).tiny))
     if sampling.top_k is not None:
         least = lax.top_k(scores, min(sampling.top_k, scores.shape[-1]))[0][:, -1:]
         scores = jnp.where(scores >= least, scores, -jnp.inf)
     if sampling.top_p < 1:
-        ordered = jnp.flip(jnp.sort(scores, axis=-1), axis=-1)
-        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-        before = jnp.pad(before[:, :-1], ((0, 0), (1, 0)))
-        least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), -1, keepdims=True)
-        scores = jnp.where(scores >= least, scores, -jnp.inf)
+        # From the least likely on, as transformers does it, which also sums small numbers first.
+        order = jnp.argsort(scores, axis=-1)
+        ordered = jnp.take_along_axis(scores, order, axis=-1)
+        mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+        kept = (mass > 1 - sampling.top_p).at[:, -1].set(True)
+        kept = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
+        scores = jnp.where(kept, scores, -jnp.inf)
     if sampling.min_p > 0:
         least = jnp.max(scores, axis=-1, keepdims=True) + jnp.log(sampling.min_p)
         scores = jnp.where(scores >= least, scores, -jnp.inf)
@@ -79,8 +87,8 @@ class Generated(NamedTuple):
 
     Attributes:
       tokens: int32 [B, N]; the stop token is the last one of a row, padding follows it.
-      log_probs: float32 [B, N], of the tokens under the model itself, at temperature 1 and without
-        filters; 0 at padding.
+      log_probs: [B, N] in at least float32, of the tokens under the model itself, at temperature 1
+        and without filters; 0 at padding.
       lengths: int32 [B], tokens of a row, its stop token counted.
     """
 
@@ -147,7 +155,7 @@ def _start(static, params, input_ids, mask, key, view, *, max_new_tokens, num_sa
     rows = batch * num_samples
     found = Generated(
         jnp.full((rows, max_new_tokens), static.pad_id, jnp.int32),
-        jnp.zeros((rows, max_new_tokens), jnp.float32),
+        jnp.zeros((rows, max_new_tokens), jnp.promote_types(scores.dtype, jnp.float32)),
         jnp.zeros(rows, jnp.int32),
     )
     zeros = jnp.zeros(rows, jnp.int32)
@@ -254,7 +262,7 @@ class Generator:
         """The whole generation as a part of a larger program: under jit, scan and vmap.
 
         The values of the prompts are not looked at: each needs a token, all within the vocabulary.
-        Learned positions must suffice for T + N - 1 tokens, padding counted.
+        Positions must suffice for T + N - 1 tokens, padding counted.
         """
         ids = jnp.asarray(input_ids)
         mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask)
@@ -273,26 +281,23 @@ class Generator:
 
     def _check_prompts(self, ids, mask) -> int:
         """Looks at the values; returns the tokens of the longest prompt."""
-        vocabulary = self.config.vocab_size
         if ids.shape[0] == 0 or (mask.sum(axis=1) == 0).any():
             raise ValueError("a prompt is empty; give at least one token, such as the bos_id")
-        if ids.min() < 0 or ids.max() >= vocabulary:
-            raise ValueError(
-                f"a prompt has a token outside the vocabulary of {vocabulary}; is the tokenizer "
-                "that of the model?"
-            )
+        check_ids("input_ids", ids, self.config.vocab_size)
         return int(mask.sum(axis=1).max())
 
     def _check_choices(self, needed, max_new_tokens, num_samples, key):
         config = self.config
         if config.kind != "decoder" or config.head != "lm":
             raise ValueError(f"a {config.family} model with head '{config.head}' does not generate")
-        if max_new_tokens < 1 or num_samples < 1:
-            raise ValueError("max_new_tokens and num_samples are 1 or more")
-        if config.positions == "learned" and needed > config.max_positions:
+        if max_new_tokens < 1 or not 1 <= num_samples <= MOST_SAMPLES:
+            raise ValueError(
+                f"max_new_tokens and num_samples are 1 or more, and at most {MOST_SAMPLES} samples"
+            )
+        if needed > config.longest_text:
             raise ValueError(
                 f"prompt and new tokens take {needed} positions, the model has "
-                f"{config.max_positions}; shorten the prompt or max_new_tokens"
+                f"{config.longest_text}; shorten the prompt or max_new_tokens"
             )
         if self.sampling.temperature > 0 and key is None:
             raise ValueError("sampling needs a key; give key=jax.random.key(0) or temperature 0")
@@ -342,8 +347,9 @@ def generate(
       view: see `jaxlm.core.views`.
 
     Raises:
-      ValueError: empty prompt, token outside the vocabulary, no room in the table of positions, no
-        key, impossible settings.
+      ValueError: empty prompt, token outside the vocabulary, more positions than the model was
+        made for (rotary ones too: it was not trained beyond `config.longest_text`), no key,
+        impossible settings.
     """
     stop = config.stops if eos_id is None else eos_id
     stop_ids = (stop,) if isinstance(stop, int) else tuple(stop)

@@ -3,12 +3,13 @@
 Only safetensors and JSON are read; never pickle, never remote code.
 """
 
+import contextlib
 import json
 import math
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -19,10 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxlm.artifacts.folders import exchange
+from jaxlm.artifacts.names import file_path
+from jaxlm.artifacts.processes import is_first, meet
+from jaxlm.core.checks import one_of, show
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import flatten, matcher
 from jaxlm.core.precision import MATRICES, Packed, dequantize, pack, quantize
-from jaxlm.artifacts.processes import is_first, meet
 from jaxlm.models import adapters
 from jaxlm.models.attention import IMPLEMENTATIONS
 from jaxlm.models.config import ModelConfig
@@ -32,20 +36,20 @@ from jaxlm.models.hf_folder import (
     CONFIG,
     INDEX,
     WEIGHTS,
+    is_of_a_model,
     modern_name,
     read_config,
     read_json,
     weight_files,
 )
 from jaxlm.models.hf_tensors import Checkpoint, Stored, Target, targets
+from jaxlm.models.hf_tokenizer import has_tokenizer, read_tokenizer
 from jaxlm.models.initialise import nest, param_shapes
 from jaxlm.models.language_model import LanguageModel
 from jaxlm.sharding import param_shardings
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "model"
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 Read = Callable[[tuple[slice, ...]], np.ndarray]
-_WEIGHTS_OR_INDEX = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def from_pretrained(
@@ -78,20 +82,18 @@ def from_pretrained(
 
     Raises:
       UserError: folder missing, unknown architecture, no safetensors, a file truncated or missing,
-        weights that contradict the configuration, unknown attention, remat or bits.
+        weights that contradict the configuration or are not finite, unknown attention, remat or
+        bits, more parameters than the memory holds.
     """
-    for option, value, known in (
-        ("attention", attention, tuple(IMPLEMENTATIONS)),
-        ("remat", remat, get_args(ModelConfig.__annotations__["remat"])),
-        ("bits", bits, (8, 4, None)),
-    ):
-        if value not in known:
-            names = ", ".join(map(str, known))
-            raise UserError(f"{option}={value!r} is not known; choose one of {names}")
+    one_of("attention", attention, tuple(IMPLEMENTATIONS))
+    one_of("remat", remat, get_args(ModelConfig.__annotations__["remat"]))
+    one_of("bits", bits, (8, 4, None))
+    dtype = _float_dtype(param_dtype)
     folder = SHIPPED if name_or_path is None else _resolve(name_or_path)
     config, module = read_config(folder)
+    tokenizer = read_tokenizer(folder) if has_tokenizer(folder) else None
     checkpoint = _open(folder, module)
-    config = checkpoint.match_head(config).replace(
+    config = checkpoint.match(config).replace(
         compute_dtype=None if compute_dtype is None else str(jnp.dtype(compute_dtype)),
         attention=attention,
         remat=remat,
@@ -99,13 +101,45 @@ def from_pretrained(
     checkpoint.check(config)
     is_matrix = matcher(MATRICES)
     flat: dict[str, Any] = {}
-    for path, shape in param_shapes(config).items():
-        read = partial(checkpoint.read, config, path, jnp.dtype(param_dtype))
-        if bits is not None and is_matrix(path):
-            flat[path] = _load_packed(read, path, shape, mesh, bits)
-        else:
-            flat[path] = _load(read, path, shape, mesh)
-    return LanguageModel(config, nest(flat), _tokenizer(folder))
+    with _enough_memory(folder, config, dtype):
+        for path, shape in param_shapes(config).items():
+            read = partial(checkpoint.read, config, path, dtype)
+            if bits is not None and is_matrix(path):
+                flat[path] = _load_packed(read, path, shape, mesh, bits)
+            else:
+                flat[path] = _load(read, path, shape, mesh)
+    return LanguageModel(config, nest(flat), tokenizer)
+
+
+def _float_dtype(param_dtype: Any) -> np.dtype:
+    try:
+        dtype = jnp.dtype(param_dtype)
+        if param_dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+            return dtype
+    except TypeError:
+        pass
+    raise UserError(
+        f"param_dtype: must be a floating-point type (got {show(param_dtype)}). Choose one of "
+        "float32, bfloat16, float16, float64."
+    )
+
+
+@contextlib.contextmanager
+def _enough_memory(folder: Path, config: ModelConfig, dtype: np.dtype) -> Iterator[None]:
+    """Says of parameters that the memory does not hold how much they need, and what needs less."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        count = sum(math.prod(shape) for shape in param_shapes(config).values())
+        sizes = {f"param_dtype={dtype}": dtype.itemsize}
+        sizes |= {"param_dtype=bfloat16": 2, "bits=8": 1, "bits=4": 0.5}
+        asked, *less = (f"{count * size / 1e9:.3g} GB with {how}" for how, size in sizes.items())
+        raise UserError(
+            f"{folder}: the parameters do not fit into memory (got {asked}). Choose less: about "
+            f"{', '.join(less)}; --dry-run of a command says what its work takes beside them."
+        ) from error
 
 
 def shapes_from_pretrained(
@@ -116,8 +150,9 @@ def shapes_from_pretrained(
 ) -> LanguageModel:
     """The model of `from_pretrained` with shapes as its parameters, for what only plans.
 
-    No weights are read, and none need be there: config.json suffices. Without them the head of an
-    encoder is what `architectures` in it says.
+    No weights need be there: config.json suffices. Without them the head of an encoder is what
+    `architectures` in it says. With them, what is read is their shapes, and a tied table that is
+    stored twice.
 
     Args:
       name_or_path, param_dtype, bits: see `from_pretrained`.
@@ -128,28 +163,27 @@ def shapes_from_pretrained(
     Raises:
       UserError: see `from_pretrained`.
     """
+    dtype = _float_dtype(param_dtype)
     folder = SHIPPED if name_or_path is None else _resolve(name_or_path, weights=False)
     config, module = read_config(folder)
     if any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
         checkpoint = _open(folder, module)
-        config = checkpoint.match_head(config)
+        config = checkpoint.match(config)
         checkpoint.check(config)
     elif config.kind == "encoder":
         named = " ".join(read_json(folder / CONFIG).get("architectures") or ())
         config = config.replace(head="mlm" if re.search("MaskedLM|PreTraining", named) else "none")
     params = nest(
-        {
-            path: jax.ShapeDtypeStruct(shape, jnp.dtype(param_dtype))
-            for path, shape in param_shapes(config).items()
-        }
+        {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in param_shapes(config).items()}
     )
     if bits is not None:
         params = jax.eval_shape(partial(quantize, bits=bits), params)
-    return LanguageModel(config, params, _tokenizer(folder))
+    tokenizer = read_tokenizer(folder) if has_tokenizer(folder) else None
+    return LanguageModel(config, params, tokenizer)
 
 
 def _resolve(name_or_path, *, weights: bool = True) -> Path:
-    folder = Path(name_or_path).expanduser()
+    folder = file_path(name_or_path, "model")
     if folder.is_dir():
         return folder
     text = str(name_or_path)
@@ -175,12 +209,18 @@ def _open(folder: Path, module: ModuleType) -> Checkpoint:
     tensors = {}
     for path in weight_files(folder):
         try:
+            path.open("rb").close()  # what the operating system refuses is not what a file holds
             with open_file(path) as file:
                 for name in file.keys():  # noqa: SIM118 - the file is no dict
                     part = file.get_slice(name)
                     shape = tuple(part.get_shape())
                     tensors[modern_name(name)] = Stored(path, name, shape, part.get_dtype())
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(
+                f"{path}: cannot be read ({reason}). Give a file that you may read."
+            ) from error
+        except SafetensorError as error:
             raise UserError(
                 f"{path} is truncated or not a safetensors file; download it again"
             ) from error
@@ -220,20 +260,6 @@ def _load_packed(
     return leaf if mesh is None else jax.device_put(leaf, param_shardings({path: leaf}, mesh)[path])
 
 
-def _tokenizer(folder: Path):
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        raise UserError(
-            f"the tokenizer in {folder} cannot be read ({type(error).__name__}); "
-            "download its files again"
-        ) from error
-
-
 def save_pretrained(
     lm: LanguageModel,
     directory: str | os.PathLike,
@@ -243,15 +269,16 @@ def save_pretrained(
 ) -> None:
     """Writes a model in the HF layout; transformers opens it and gives the same logits.
 
-    Everything is written into a temporary folder beside and then renamed; of sharded parameters the
-    tensors of one file at a time are gathered, and of several processes the first one writes.
-    Weights in 8 or 4 bits are written as the floats that the model sees, and low-rank adapters are
-    merged into them.
+    Everything is written into a temporary folder within and then moved, config.json last and after
+    the old one is gone: a save that is cut short leaves the model before, or a folder without a
+    model, but never parts of two. Of sharded parameters the tensors of one file at a time are
+    gathered, and of several processes the first one writes. Weights in 8 or 4 bits are written as
+    the floats that the model sees, and low-rank adapters are merged into them.
 
     Args:
       lm: the model; its tokenizer is written too.
-      directory: created if missing. The weights of an earlier save are removed, a model card that
-        is there stays.
+      directory: created if missing. Of a model that is there, all is removed: weights in any
+        format, tokenizer, generation_config.json, adapters. A model card and other files stay.
       params: in place of `lm.params`.
       max_shard_size: bytes of a file, as a number or like "200MB"; a model that needs several gets
         an index. A tensor is never divided.
@@ -262,7 +289,7 @@ def save_pretrained(
     """
     from safetensors import SafetensorError
 
-    folder = Path(directory)
+    folder = file_path(directory, "directory")
     params = dequantize(lm.params if params is None else params)
     if adapters.found(params, adapters.PREFIX):
         raise UserError(
@@ -286,13 +313,13 @@ def save_pretrained(
         with tempfile.TemporaryDirectory(dir=folder, prefix="saving-") as name:
             temporary = Path(name)
             _write_weights(temporary, split, tensors, flat)
-            (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if not (folder / "README.md").exists():
                 text = model_card(lm.config, folder.resolve().name, dtype, count)
-                (temporary / "README.md").write_text(text)
+                (temporary / "README.md").write_text(text, encoding="utf-8")
             if lm.tokenizer is not None:
                 lm.tokenizer.save_pretrained(temporary)
-            _move(temporary, folder)
+            exchange(temporary, folder, last=CONFIG, stale=is_of_a_model)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write the model to {folder}: {reason}; choose another") from error
@@ -328,14 +355,5 @@ def _write_weights(folder: Path, split: Any, tensors: dict[str, Target], flat) -
         save_file(_gathered(names, tensors, flat), folder / file, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _move(source: Path, target: Path) -> None:
-    """Moves every file, then removes the weights that an earlier save left and this has not."""
-    names = {path.name for path in source.iterdir()}
-    for path in source.iterdir():
-        path.replace(target / path.name)
-    for path in target.iterdir():
-        if path.name not in names and _WEIGHTS_OR_INDEX.fullmatch(path.name):
-            path.unlink()
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / INDEX).write_text(text, encoding="utf-8")

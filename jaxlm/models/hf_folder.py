@@ -1,31 +1,41 @@
 """What a model's folder holds besides tensors: its configuration, and which files have weights."""
 
-import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from jaxlm.artifacts import files
+from jaxlm.artifacts.names import inside
 from jaxlm.core.errors import UserError
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import MODULES, family, take
+from jaxlm.models.hf_fields import TOKENS, check_config, check_fields, check_sizes
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 GENERATION = "generation_config.json"
+_OF_A_MODEL = re.compile(
+    r"(config|(generation|adapter|preprocessor|processor|tokenizer)_config|tokenizer|vocab"
+    r"|special_tokens_map|added_tokens|chat_template)\.json"
+    r"|(vocab|merges)\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model"
+    r"|chat_template\.jinja|additional_chat_templates"
+    r"|(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+)
+
+
+def is_of_a_model(name: str) -> bool:
+    """Whether a file of this name belongs to a model in the HF layout, in any format."""
+    return _OF_A_MODEL.fullmatch(name) is not None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """One JSON object; UserError where the file is missing or holds something else."""
-    if not path.is_file():
+    try:
+        return files.read_json(path)
+    except FileNotFoundError:
         raise UserError(
             f"model folder {path.parent} has no {path.name}; it is not in the HF layout"
-        )
-    try:
-        found = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} does not hold one JSON object; download it again")
-    return found
+        ) from None
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, ModuleType]:
@@ -36,6 +46,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, ModuleType]:
     except KeyError as error:
         known = ", ".join(MODULES)
         raise UserError(f"{path} has the model_type {error}; supported are {known}") from None
+    check_config(hf, str(path))
     try:
         take(hf, "quantization_config", None)
         config = module.read_config(hf)
@@ -43,37 +54,43 @@ def read_config(folder: Path) -> tuple[ModelConfig, ModuleType]:
         raise UserError(f"{path} lacks the key {error}; complete it") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    except TypeError as error:
-        raise UserError(f"{path} has a value of the wrong type; download it again") from error
+    check_sizes(config, str(path))
     stop_ids = _stop_ids(folder) or config.stop_ids
-    return config.replace(stop_ids=() if stop_ids == (config.eos_id,) else stop_ids), module
+    stop_ids = () if stop_ids == (config.eos_id,) else stop_ids
+    return config.replace(stop_ids=stop_ids, label_names=_label_names(hf)), module
+
+
+def _label_names(hf: dict[str, Any]) -> tuple[str, ...]:
+    """The names of a classifier's classes, if they say more than their numbers."""
+    found = hf.get("id2label") or {}
+    names = tuple(found[str(i)] for i in range(len(found)))
+    return () if names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
 
 
 def _stop_ids(folder: Path) -> tuple[int, ...]:
     """The end tokens of generation_config.json, which chat models list there alone."""
     path = folder / GENERATION
-    found = read_json(path).get("eos_token_id") if path.is_file() else None
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(isinstance(i, int) for i in ids):
-        raise UserError(f"{path} has a value of the wrong type; download it again")
-    return tuple(ids)
+    found = read_json(path) if path.is_file() else {}
+    check_fields(found, {"eos_token_id": TOKENS}, str(path))
+    ids = found.get("eos_token_id")
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model; UserError where one is missing."""
+    """The safetensors files of a model; UserError where one is missing or lies elsewhere."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         places = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(places, dict):
+        if not isinstance(places, dict) or not places:
             raise UserError(f"{folder / INDEX} has no weight_map; download it again")
-        names = sorted(set(places.values()))
-        for name in names:
-            if not (folder / name).is_file():
+        found = {inside(folder, name, str(folder / INDEX)) for name in places.values()}
+        for path in sorted(found):
+            if not path.is_file():
                 raise UserError(
-                    f"{folder / INDEX} names {name}, which is missing; download it again"
+                    f"{folder / INDEX} names {path.name}, which is missing; download it again"
                 )
-        return [folder / name for name in names]
+        return sorted(found)
     for ending in ("bin", "pt", "pth"):
         for path in sorted(folder.glob(f"*.{ending}")):
             raise UserError(

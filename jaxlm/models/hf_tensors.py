@@ -6,6 +6,8 @@ Nothing here knows the file format: a file is something with `get_slice(name)[in
 
 import dataclasses
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,15 +16,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlm.artifacts.finite import all_finite, check_finite
+from jaxlm.artifacts.processes import to_host
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import LAYERS
-from jaxlm.artifacts.processes import to_host
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import Name
 from jaxlm.models.initialise import param_shapes
 
 PIECE = 2**23
 _FLOATS = ("BF16", "F16", "F32", "F64")
+# What old checkpoints hold beside weights: tables that follow from the configuration, and the parts
+# of BERT's pretraining that its model of masked tokens has no use for.
+_HARMLESS = re.compile(
+    r"(.*\.)?(rotary_emb\.inv_freq|masked_bias|position_ids|token_type_ids|(attn|attention)\.bias)"
+    r"|(.*\.)?pooler\.dense\.(weight|bias)|cls\.seq_relationship\.(weight|bias)"
+)
 
 
 class Stored(NamedTuple):
@@ -96,8 +105,27 @@ class Checkpoint:
                     return row, known
         return None
 
-    def match_head(self, config: ModelConfig) -> ModelConfig:
-        """Settles the head of an encoder by what the checkpoint holds."""
+    def match(self, config: ModelConfig) -> ModelConfig:
+        """Settles what the tensors tell better than config.json: the head, and whether it is tied.
+
+        Raises:
+          UserError: config.json does not name each class of a classifier once.
+        """
+        config = self._match_head(config)
+        if config.head != "classifier":
+            untied = config.tie_embeddings and config.head != "none" and self._untied(config)
+            return config.replace(
+                label_names=(), tie_embeddings=config.tie_embeddings and not untied
+            )
+        names, count = config.label_names, config.num_labels
+        if names and (len(names) != count or len({*names}) != count):
+            raise UserError(
+                f"{self.folder}/config.json: id2label must name each of {count} classes once (got "
+                f"{', '.join(names)}). Correct it."
+            )
+        return config
+
+    def _match_head(self, config: ModelConfig) -> ModelConfig:
         if config.kind == "decoder":
             return config
         if self.find(config, "mlm.dense.kernel"):
@@ -108,12 +136,36 @@ class Checkpoint:
             return classifier.replace(num_labels=self.tensors[bias[1]].shape[0])
         return config.replace(pooled=self.find(config, "pooler.kernel") is not None)
 
+    def _untied(self, config: ModelConfig) -> bool:
+        """Whether an output table is stored that differs from the input table.
+
+        So it is where the head of a tied model was trained alone and then merged. transformers
+        takes what is stored, too.
+        """
+        apart = config.replace(tie_embeddings=False)
+        found = [self.find(apart, path) for path in ("embed.tokens.embedding", "lm_head.embedding")]
+        if None in found:
+            return False
+        one, other = (self.tensors[name] for _, name in found)  # type: ignore[misc]
+        if one.shape != other.shape:
+            return True
+        rows = max(1, PIECE // math.prod(one.shape[1:]))
+        return not all(
+            np.array_equal(*(self._piece(x, slice(low, low + rows)) for x in (one, other)))
+            for low in range(0, one.shape[0], rows)
+        )
+
+    def _piece(self, stored: Stored, *index: slice) -> np.ndarray:
+        with self.open(stored.file) as file:
+            return file.get_slice(stored.name)[index]
+
     def check(self, config: ModelConfig) -> None:
         """Holds every leaf against what is stored, before anything is read.
 
         Raises:
-          UserError: for a tensor that is missing, of another shape or no floating-point one, and
-            for more layers than the configuration has.
+          UserError: for a tensor that is missing, of another shape or no floating-point one, for
+            more layers than the configuration has, and for a tensor that belongs to a part of the
+            model and is not used there. One of another head is left out with a warning.
         """
         for path, shape in param_shapes(config).items():
             layers = config.num_layers if _stacked(path) else 1
@@ -125,6 +177,35 @@ class Checkpoint:
                     f"{self.folder} holds {more[1]}, config.json asks for {layers} layers; "
                     "one of them is wrong"
                 )
+        self._check_unused(config)
+
+    def _check_unused(self, config: ModelConfig) -> None:
+        shapes, prefix = param_shapes(config), self.module.PREFIX
+        used = set()
+        for row in self.module.names(config):
+            if row.path in shapes or (row.path == "lm_head.embedding" and config.head != "none"):
+                for layer in range(config.num_layers if _stacked(row.path) else 1):
+                    name = row.hf.format(layer=layer)
+                    used |= {name, name.removeprefix(prefix)}
+        parts = {name.rpartition(".")[0] for name in used}
+        others = []
+        for name in sorted({*self.tensors} - used):
+            if _HARMLESS.fullmatch(name):
+                continue
+            of_a_part = name.rpartition(".")[0] in parts or re.search(r"\.\d+\.", name)
+            if not of_a_part and not name.startswith(prefix):
+                others.append(name)
+                continue
+            raise UserError(
+                f"{self.folder}: {name} is not used by a {config.family} model with this "
+                "config.json. Correct config.json, or remove the tensor."
+            )
+        if others:
+            warnings.warn(
+                f"{self.folder}: {', '.join(others[:8])} belong to another head than "
+                f"'{config.head}' and are left out",
+                stacklevel=4,
+            )
 
     def _check(self, config: ModelConfig, path: str, layer: int, shape: tuple[int, ...]) -> None:
         found = self.find(config, path, layer)
@@ -150,7 +231,11 @@ class Checkpoint:
     def read(
         self, config: ModelConfig, path: str, dtype: Any, index: tuple[slice, ...]
     ) -> np.ndarray:
-        """The part `index` of a leaf of ours; of the files only that part is read."""
+        """The part `index` of a leaf of ours; of the files only that part is read.
+
+        Raises:
+          UserError: a number is not finite, or not in this dtype.
+        """
         shape = param_shapes(config)[path]
         bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
         host = np.empty([stop - start for start, stop in bounds], dtype)
@@ -167,9 +252,16 @@ class Checkpoint:
                     part, into = part[::-1], into.T
                 for low in range(part[0].start, part[0].stop, rows):
                     high = min(low + rows, part[0].stop)
-                    with self.open(stored.file) as file:
-                        piece = file.get_slice(stored.name)[slice(low, high), *part[1:]]
-                    into[low - part[0].start : high - part[0].start] = piece
+                    piece = self._piece(stored, slice(low, high), *part[1:])
+                    place = into[low - part[0].start : high - part[0].start]
+                    with np.errstate(over="ignore"):
+                        place[...] = piece
+                    if not all_finite(place):
+                        check_finite(piece, stored.name, stored.file)
+                        raise UserError(
+                            f"{stored.file}: {stored.name} holds numbers that {host.dtype} cannot "
+                            f"(got {np.abs(piece).max()}). Choose a wider param_dtype."
+                        )
         return host
 
 

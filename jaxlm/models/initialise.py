@@ -118,7 +118,7 @@ def init_leaf(
         if path.endswith(("o_proj.kernel", "down_proj.kernel"))
         else 1
     )
-    return (0.02 / depth * jax.random.normal(leaf_key(key, path), shape)).astype(dtype)
+    return (0.02 / depth * jax.random.normal(leaf_key(key, path), shape, jnp.float32)).astype(dtype)
 
 
 def init_params(config: ModelConfig, key: Array, dtype="float32") -> dict:

@@ -1,6 +1,7 @@
 """A model as users hold it: configuration, parameters, tokenizer."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -54,20 +55,27 @@ class LanguageModel:
         return dataclasses.replace(self, **changes)
 
 
-def add_classifier(lm: LanguageModel, num_labels: int, key: jax.Array) -> LanguageModel:
+def add_classifier(
+    lm: LanguageModel, num_labels: int, key: jax.Array, label_names: Sequence[str] = ()
+) -> LanguageModel:
     """Puts a new classifier on the first token of an encoder, in place of any head.
 
     Args:
       lm: an encoder; its pooler is kept, or a new one made.
       num_labels: number of classes.
       key: of the random initialisation of what is new.
+      label_names: what the classes are called, for `config.label_names`; none by default.
 
     Raises:
-      ValueError: for a decoder, which is prompted instead.
+      ValueError: for a decoder, which is prompted instead; for another number of names.
     """
+    if len(label_names) not in (0, num_labels):
+        raise ValueError(f"label_names has {len(label_names)} names for {num_labels} classes")
     if lm.config.kind != "encoder":
         raise ValueError("a classifier needs an encoder; a decoder is prompted instead")
-    config = dataclasses.replace(lm.config, head="classifier", num_labels=num_labels, pooled=True)
+    config = lm.config.replace(
+        head="classifier", num_labels=num_labels, label_names=tuple(label_names), pooled=True
+    )
     flat = {leaf.path: leaf.value for leaf in flatten(lm.params)[0]}
     dtype = flat["embed.tokens.embedding"].dtype
     new = {

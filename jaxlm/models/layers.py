@@ -94,18 +94,20 @@ def add_bias(params, path: str, x, ctx: Context):
 
 
 def norm(params, path: str, x, ctx: Context):
-    """LayerNorm or RMSNorm over the last axis, statistics in float32; scale and bias if stored."""
+    """LayerNorm or RMSNorm over the last axis; scale and bias if stored.
+
+    All of it is in at least float32 and rounded once, at the end: an offset is 1 where the scale
+    that is stored may be 1e-3, of which bfloat16 would keep nothing in their sum.
+    """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if ctx.config.norm == "layernorm":
         wide = wide - wide.mean(-1, keepdims=True)
     wide = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + ctx.config.norm_eps)
-    y = wide.astype(x.dtype)
     scale = ctx.read(params, path + ".scale")
     if scale is not None:
-        if ctx.config.norm_offset:
-            scale = scale + jnp.asarray(ctx.config.norm_offset, scale.dtype)
-        y = ctx.out(path + ".scale", "scale", y, y * _broadcast(scale, y))
-    return add_bias(params, path, y, ctx)
+        scale = _broadcast(scale.astype(wide.dtype) + ctx.config.norm_offset, wide)
+        wide = ctx.out(path + ".scale", "scale", wide, wide * scale)
+    return add_bias(params, path, wide, ctx).astype(x.dtype)
 
 
 def embed(params, path: str, ids_BxT, ctx: Context):

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Num
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.transformer import Cache, empty_cache, extend, hidden, logits
+from jaxlm.models.transformer import Cache, check_ids, empty_cache, extend, hidden, logits
 
 LOGITS = 2**26
 """Logits in a block, where the caller does not say how many tokens."""
@@ -86,7 +86,11 @@ def next_token_log_probs(
 
     Returns:
       In at least float32; what is at padding means nothing.
+
+    Raises:
+      UserError: concrete ids are out of range, see `jaxlm.models.transformer.check_ids`.
     """
+    check_ids("input_ids", input_ids, config.vocab_size)
     ids = jnp.asarray(input_ids)
     seen = None if attention_mask is None else jnp.asarray(attention_mask)
     targets, length = jnp.roll(ids, -1, axis=1), ids.shape[1]
@@ -163,13 +167,18 @@ def continuation_log_probs(
       params: its parameters.
       prompt_ids: token ids of the prompts, at least one a row.
       prompt_mask: 1 for tokens, 0 for padding on either side.
-      continuation_ids: token ids of the continuations, padded on the right with any id.
+      continuation_ids: token ids of the continuations, padded on the right with any id of the
+        vocabulary.
       view: see `jaxlm.core.views`.
       block: see `head_log_probs`.
 
     Returns:
       In at least float32; `reduce_log_probs` sums those that count.
+
+    Raises:
+      UserError: concrete ids are out of range, see `jaxlm.models.transformer.check_ids`.
     """
+    check_ids("continuation_ids", continuation_ids, config.vocab_size)
     ids = jnp.asarray(continuation_ids)
     batch, options, length = ids.shape
     prompt_mask = jnp.asarray(prompt_mask)

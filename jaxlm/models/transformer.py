@@ -20,11 +20,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from jaxlm.core.errors import UserError
 from jaxlm.core.paths import lookup
 from jaxlm.models import rotary
 from jaxlm.models.attention import IMPLEMENTATIONS, Mask
@@ -65,6 +67,32 @@ def empty_cache(config: ModelConfig, batch: int, size: int, dtype: Any) -> Cache
     row = jnp.zeros((batch, size), jnp.int32)
     values = jnp.zeros(shape, dtype)
     return Cache(values, values, row, row, jnp.zeros((), jnp.int32))
+
+
+def check_ids(name: str, ids: Any, size: int) -> None:
+    """Refuses ids outside [0, size), where a table would give the row of another.
+
+    Only of concrete ids are the values known: under `jit`, `vmap` and `grad` with respect to them
+    nothing is checked, and ids beyond a table are taken for its last.
+
+    Args:
+      name: of the ids, for messages.
+      ids: array, traced array, or None.
+      size: of the table.
+
+    Raises:
+      UserError: an id is out of range.
+    """
+    if ids is None or isinstance(ids, jax.core.Tracer):
+        return
+    shards = ids.addressable_shards if isinstance(ids, jax.Array) else ()
+    for part in [np.asarray(shard.data) for shard in shards] or [np.asarray(ids)]:
+        if part.size and not (part.min() >= 0 and part.max() < size):
+            wrong = part.min() if part.min() < 0 else part.max()
+            raise UserError(
+                f"{name}: must be from 0 to {size - 1} (got {wrong}). Is the tokenizer that of the "
+                "model?"
+            )
 
 
 def positions_from_mask(attention_mask: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -277,7 +305,12 @@ def hidden(
 
     Raises:
       ValueError: if the batch is longer than a table of learned positions.
+      UserError: concrete ids are out of range, see `check_ids`.
     """
+    check_ids("input_ids", input_ids, config.vocab_size)
+    check_ids("token_type_ids", token_type_ids, max(config.token_types, 1))
+    if config.positions == "learned":
+        check_ids("position_ids", position_ids, config.max_positions)
     input_ids = jnp.asarray(input_ids)
     length = input_ids.shape[1]
     if config.positions == "learned" and length > config.max_positions:
@@ -326,11 +359,15 @@ def extend(
 
     Returns:
       (hidden states of the new tokens, the cache with them).
+
+    Raises:
+      UserError: concrete ids are out of range, see `check_ids`.
     """
+    check_ids("input_ids", input_ids, config.vocab_size)
     input_ids = jnp.asarray(input_ids)
     mask_BxT = jnp.ones_like(input_ids) if attention_mask is None else jnp.asarray(attention_mask)
     mask_BxT = mask_BxT.astype(jnp.int32)
-    before = cache.mask.sum(axis=1, keepdims=True)
+    before = cache.mask.sum(axis=1, keepdims=True, dtype=jnp.int32)
     positions_BxT = jnp.maximum(before + jnp.cumsum(mask_BxT, axis=1) - 1, 0)
 
     def write(store, new):
@@ -378,7 +415,12 @@ def apply(
     Returns:
       [B, T, V]; [B, V] or [B, K, V] with `positions`; C in the place of V with `token_ids`. A
       classifier returns [B, num_labels].
+
+    Raises:
+      ValueError: if the batch is longer than a table of learned positions, or there is no head.
+      UserError: concrete ids are out of range, see `check_ids`.
     """
+    check_ids("token_ids", token_ids, config.vocab_size)
     x = hidden(
         config,
         params,

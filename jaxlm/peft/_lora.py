@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import Select, matcher
+from jaxlm.core.patterns import searcher
 from jaxlm.core.prng import leaf_key
 from jaxlm.models import LanguageModel, adapters
 from jaxlm.models.initialise import nest, unnest
@@ -44,23 +45,30 @@ def lora(
       A model with the further leaves `lora_a` and `lora_b`. It shares the other arrays with `lm`.
 
     Raises:
-      UserError: if the model has such adapters, no kernel is taken, or the rank is below 1.
+      UserError: if the model has such adapters, no kernel is taken, alpha is not finite, or the
+        rank is below 1 or above every side of the matrices.
     """
     flat = unnest(lm.params)
     refuse_second(lm)
     if rank < 1:
         raise UserError(f"rank is {rank}: give 1 or more")
+    if not abs(alpha) <= 1e30:
+        raise UserError(f"alpha is {alpha}: give a finite number")
     kernels = [path for path in flat if path.endswith(".kernel")]
-    chosen = [path for path in kernels if matcher(targets)(path)]
+    takes = searcher(targets, "targets") if isinstance(targets, str) else matcher(targets)
+    chosen = [path for path in kernels if takes(path)]
     if not chosen:
         shown = ", ".join(kernels[:8]) + (", ..." if len(kernels) > 8 else "")
         raise UserError(f"targets={targets!r} takes no kernel; kernels are {shown}")
+    most = max(max(flat[path].shape[-2:]) for path in chosen)
+    if rank > most:
+        raise UserError(f"rank is {rank}: give at most {most}, the side of the largest matrix")
     for path in chosen:
         *stack, size_in, size_out = flat[path].shape
         left = path.removesuffix(".kernel") + ".lora_a"
         bound = 1 / math.sqrt(size_in)
         shape = (*stack, size_in, rank)
-        drawn = jax.random.uniform(leaf_key(key, left), shape, minval=-bound, maxval=bound)
+        drawn = jax.random.uniform(leaf_key(key, left), shape, jnp.float32, -bound, bound)
         flat[left] = drawn.astype(dtype)
         flat[left[:-1] + "b"] = jnp.zeros((*stack, rank, size_out), dtype)
     return lm.replace(config=lm.config.replace(lora_scale=alpha / rank), params=nest(flat))

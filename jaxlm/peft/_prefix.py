@@ -53,14 +53,17 @@ def prefix(
     config = lm.config
     if adapters.found(lm.params, adapters.PREFIX):
         raise UserError("the model has a prefix; give the model without")
-    if length < 1 or (config.positions == "learned" and length > config.max_positions):
+    if not 1 <= length <= config.max_positions:
         raise UserError(f"length is {length}: give 1 to {config.max_positions}")
     if init == "activations":
-        ids = jax.random.randint(leaf_key(key, KEYS), (1, length), 0, config.vocab_size)
+        draw = leaf_key(key, KEYS)
+        ids = jax.random.randint(draw, (1, length), 0, config.vocab_size, jnp.int32)
         keys, values = activations(lm, ids)
     elif init == "normal":
         shape = (config.num_layers, length, config.num_kv_heads, config.head_size)
-        keys, values = (jax.random.normal(leaf_key(key, path), shape) for path in (KEYS, VALUES))
+        keys, values = (
+            jax.random.normal(leaf_key(key, path), shape, jnp.float32) for path in (KEYS, VALUES)
+        )
     else:
         raise UserError(f"init={init!r} is not known; choose one of activations, normal")
     leaves = {KEYS: keys.astype(dtype), VALUES: values.astype(dtype)}

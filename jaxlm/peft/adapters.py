@@ -14,6 +14,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.artifacts.finite import check_finite
+from jaxlm.artifacts.folders import exchange
+from jaxlm.artifacts.names import file_path
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import LAYERS
 from jaxlm.models import LanguageModel, ModelConfig, param_shapes
@@ -55,6 +58,7 @@ def save_adapter(
     Raises:
       UserError: if the model has no adapters, or the directory cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     modules = _modules(lm.config)
@@ -77,19 +81,23 @@ def save_adapter(
         targets=_targets(list(modules), list(pairs)),
         transposed=not any(row.transpose for name in pairs for row, _ in modules[name]),
     )
-    folder = Path(directory)
+    folder = file_path(directory, "directory")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix="saving-") as temporary:
-            save_file(tensors, Path(temporary) / WEIGHTS, {"format": "pt"})
-            (Path(temporary) / CONFIG).write_text(settings)
-            for name in (WEIGHTS, CONFIG):
-                (Path(temporary) / name).replace(folder / name)
-    except OSError as error:
-        reason = error.strerror or error
+        with tempfile.TemporaryDirectory(dir=folder, prefix="saving-") as name:
+            temporary = Path(name)
+            save_file(tensors, temporary / WEIGHTS, {"format": "pt"})
+            (temporary / CONFIG).write_text(settings, encoding="utf-8")
+            exchange(temporary, folder, last=CONFIG, stale=_is_of_an_adapter)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"cannot write the adapter to {folder}: {reason}; choose another"
         ) from error
+
+
+def _is_of_an_adapter(name: str) -> bool:
+    return name == CONFIG or name.startswith("adapter_model.")
 
 
 def _pair(rows: list[tuple[Name, int | None]], flat: dict[str, Any]) -> Any:
@@ -140,7 +148,7 @@ def load_adapter(
         that are not supported, or is for another model; or if the model has an adapter.
     """
     refuse_second(lm)
-    folder = Path(directory)
+    folder = file_path(directory, "adapter")
     rank, scale = read_settings(folder)
     tensors = _read_tensors(folder)
     modules, shapes = _modules(lm.config), param_shapes(lm.config)
@@ -154,8 +162,8 @@ def load_adapter(
             )
         size_in = shapes[rows[0][0].path][-2]
         size_out = shapes[rows[0][0].path][-1] * rows[0][0].part[1]
-        left = _tensor(folder, tensors, name + ".lora_A.weight", (rank, size_in))
-        right = _tensor(folder, tensors, name + ".lora_B.weight", (size_out, rank))
+        left = _tensor(folder, tensors, name + ".lora_A.weight", (rank, size_in), dtype)
+        right = _tensor(folder, tensors, name + ".lora_B.weight", (size_out, rank), dtype)
         for row, layer in rows:
             size = shapes[row.path][-1]
             part = np.empty((rank, size), right.dtype)
@@ -201,8 +209,9 @@ def _find(modules: dict[str, Any], name: str, prefix: str) -> Any:
 
 
 def _tensor(
-    folder: Path, tensors: dict[str, np.ndarray], name: str, shape: tuple[int, int]
+    folder: Path, tensors: dict[str, np.ndarray], name: str, shape: tuple[int, int], dtype: Any
 ) -> np.ndarray:
+    """One matrix, in a dtype; UserError where it does not fit or holds what is no finite number."""
     if name not in tensors:
         raise UserError(f"{folder / WEIGHTS} has no {name}; download it again")
     if tensors[name].shape != shape:
@@ -210,4 +219,14 @@ def _tensor(
             f"{folder}: {name} has the shape {list(tensors[name].shape)}, this model asks for "
             f"{list(shape)}; is the adapter for another model?"
         )
-    return tensors[name]
+    tensor = tensors[name]
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise UserError(
+            f"{folder / WEIGHTS}: {name} holds no floating-point numbers (got {tensor.dtype}). "
+            "Download it again."
+        )
+    check_finite(tensor, name, folder / WEIGHTS)
+    with np.errstate(over="ignore"):
+        tensor = tensor.astype(dtype)
+    check_finite(tensor, f"{name} as {tensor.dtype}", folder / WEIGHTS)
+    return tensor

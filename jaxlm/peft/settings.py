@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from jaxlm.core.errors import UserError
+from jaxlm.models.hf_fields import FLAG, WIDTH, Kind, check_fields, optional
 from jaxlm.models.hf_folder import read_json
 
 CONFIG = "adapter_config.json"
@@ -25,6 +26,14 @@ _REFUSED = (
     "use_qalora",
     "velora_config",
 )
+_FIELDS = {
+    "r": WIDTH,
+    "lora_alpha": Kind(
+        "a finite number",
+        lambda x: type(x) in (int, float) and -1e30 <= x <= 1e30,
+    ),
+    "use_rslora": optional(FLAG),
+}
 # Ways to start that leave the base model alone; the others take something out of its weights.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -48,10 +57,11 @@ def read_settings(folder: Path) -> tuple[int, float]:
         refused = {"peft_type": config.get("peft_type")}
     for name, value in refused.items():
         raise UserError(f"{folder / CONFIG}: {name}={value!r} is not supported, only plain LoRA")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+    if config.get("r") is None or config.get("lora_alpha") is None:
         raise UserError(f"{folder / CONFIG} has no r and lora_alpha; download it again")
-    return rank, alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    check_fields(config, _FIELDS, str(folder / CONFIG))
+    rank = config["r"]
+    return rank, config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def write_settings(

@@ -3,11 +3,11 @@
 `peft: {name: lora, rank: 4}` chooses a dataclass of `TUNINGS` and fills it.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 from jaxlm.core.errors import UserError
+from jaxlm.core.patterns import searcher
 from jaxlm.models import LanguageModel
 from jaxlm.models.adapters import LORA, PREFIX
 from jaxlm.peft._lora import lora
@@ -55,12 +55,9 @@ class Lora(Tuning):
     def __post_init__(self):
         if self.rank < 1:
             raise UserError(f"peft.rank is {self.rank}: give 1 or more.")
-        try:
-            re.compile(self.targets)
-        except re.error as error:
-            raise UserError(
-                f"peft.targets is '{self.targets}': give a regular expression ({error})."
-            ) from None
+        if not 0 < self.alpha <= 1e30:
+            raise UserError(f"peft.alpha is {self.alpha}: give a finite number above 0.")
+        searcher(self.targets, "peft.targets")
 
     def prepare(self, lm: LanguageModel, key: PRNGKey) -> LanguageModel:
         """See `Tuning`."""

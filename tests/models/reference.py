@@ -138,12 +138,16 @@ CASES: dict[str, tuple[str, dict]] = {
 }
 
 
-def make_model(name: str):
-    """The model of a case, every parameter random: a bias of zero would hide a mistake."""
+def make_model(name: str, **changes):
+    """The model of a case, with changes of its configuration.
+
+    Every parameter is random: a bias of zero would hide a mistake.
+    """
     import torch
     import transformers
 
     architecture, options = CASES[name]
+    options = options | changes
     cls = getattr(transformers, architecture)
     torch.manual_seed(len(name))
     model = cls(cls.config_class(**options, attn_implementation="eager")).eval()

@@ -93,9 +93,14 @@ def write_activation(activation: Activation) -> str:
 
 def read_special_ids(hf: dict[str, Any]) -> dict[str, Any]:
     """`bos_id`, `eos_id`, `pad_id` and `stop_ids` for `ModelConfig`."""
-    ids = {name: hf.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    found = {f"{name}_id": i[0] if isinstance(i, list) else i for name, i in ids.items()}
-    return found | {"stop_ids": tuple(ids["eos"]) if isinstance(ids["eos"], list) else ()}
+    found: dict[str, Any] = {}
+    for name in ("bos", "eos", "pad"):
+        ids = hf.get(f"{name}_token_id")
+        several = [i for i in (ids if isinstance(ids, list) else [ids]) if i not in (None, -1)]
+        found[name + "_id"] = several[0] if several else None
+        if name == "eos":
+            found["stop_ids"] = tuple(several) if isinstance(ids, list) else ()
+    return found
 
 
 def write_special_ids(config: ModelConfig) -> dict[str, Any]:

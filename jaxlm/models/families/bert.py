@@ -73,8 +73,9 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         **write_special_ids(config),
     }
     if config.head == "classifier":
-        hf["id2label"] = {i: f"LABEL_{i}" for i in range(config.num_labels)}
-        hf["label2id"] = {label: i for i, label in hf["id2label"].items()}
+        names = config.label_names or [f"LABEL_{i}" for i in range(config.num_labels)]
+        hf["id2label"] = dict(enumerate(names))
+        hf["label2id"] = {name: i for i, name in enumerate(names)}
     return hf
 
 

@@ -21,7 +21,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     )
     hf = {**DEFAULTS, **hf}
     # The first release named the exact GELU and meant the approximation.
-    named = hf.get("hidden_activation") or hf.get("hidden_act") or "gelu"
+    named = hf.get("hidden_act") or "gelu"
     meant = "gelu_pytorch_tanh" if named == "gelu" else named
     config = llama.read_config({**hf, "hidden_act": "silu"})
     return config.replace(

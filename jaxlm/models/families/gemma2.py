@@ -6,22 +6,34 @@ References: Gemma 2, arXiv:2408.00118.
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.families import Name, gemma, layer_norm, llama, read_windows, write_layer_types
+from jaxlm.models.families import (
+    Name,
+    gemma,
+    layer_norm,
+    llama,
+    read_activation,
+    read_windows,
+    write_layer_types,
+)
 
 PREFIX = llama.PREFIX
+WINDOW = 4096
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
     """Our configuration from a HF Gemma 2 config."""
-    config = gemma.read_config({"hidden_activation": "gelu_pytorch_tanh", **hf})
+    config = gemma.read_config(hf)
+    # Unlike Gemma's, it means what it says.
+    named = hf.get("hidden_activation") or "gelu_pytorch_tanh"
     alternate = tuple(layer % 2 == 0 for layer in range(config.num_layers))
     return config.replace(
         family="gemma2",
+        activation=read_activation({}, "hidden_activation", named),
         norm_position="both",
         attention_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
         attention_cap=hf.get("attn_logit_softcapping", 50.0),
         logit_cap=hf.get("final_logit_softcapping", 30.0),
-        **read_windows({"sliding_window": 4096, **hf}, alternate),
+        **read_windows({"sliding_window": WINDOW, **hf}, alternate),
     )
 
 
@@ -36,7 +48,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "query_pre_attn_scalar": round(config.attention_scale**-2),
         "attn_logit_softcapping": config.attention_cap,
         "final_logit_softcapping": config.logit_cap,
-        "sliding_window": config.window,
+        "sliding_window": config.window or WINDOW,  # transformers needs it, even for no layer
         "layer_types": write_layer_types(config),
     }
 

@@ -14,7 +14,9 @@ PREFIX = llama.PREFIX
 def read_config(hf: dict[str, Any]) -> ModelConfig:
     """Our configuration from a HF Mistral config."""
     config = llama.read_config({"sliding_window": 4096, "num_key_value_heads": 8, **hf})
-    windows = read_windows({"sliding_window": 4096, **hf}, (True,) * config.num_layers)
+    windows = read_windows(
+        {"sliding_window": 4096, **hf, "layer_types": None}, (True,) * config.num_layers
+    )
     return config.replace(family="mistral", **windows)
 
 
