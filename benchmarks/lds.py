@@ -3,24 +3,29 @@
 usage: python -m benchmarks.lds [--quick] [--subsets 48] [--seeds 3]
 
 The shipped model with adapters of rank 8; 192 rows, half of them sentiment (mr) and half
-subjectivity (subj); targets are 32 more rows of mr. Models are trained on random halves of the
-rows, each with several seeds of adapters and order; what is foreseen is the negative loss of every
-target, averaged over the seeds. Attributions come from models trained on all rows, with as many
-other seeds:
+subjectivity (subj); targets are 32 more rows of mr. Models are trained on halves of the rows, each
+with several seeds of adapters and order; what is foreseen is the negative loss of every target,
+averaged over the seeds. Halves are of two kinds: random ones, in which how often each answer word
+occurs differs; and balanced ones, which have half of the rows of every answer word, so that no
+counting of answers tells them apart. Attributions come from models trained on all rows, with as
+many other seeds, each from the ends of all epochs:
 
-  LESS             cosine of Adam's step on a training row with the gradient of a target, over the
-                   ends of all epochs, weighted by learning rates
-  cosine           cosine of both gradients, after the last epoch
-  TracIn           their inner product, over the ends of all epochs, weighted by learning rates
-  TRAK             influence functions of the margin log(p / (1 - p)), after the last epoch
+  LESS             cosine of Adam's step on a training row with the gradient of a target, weighted
+                   by learning rates
+  cosine           cosine of both gradients, likewise
+  TracIn           their inner product, likewise
+  TRAK             influence functions of the margin log(p / (1 - p)), mean over these models
   representation   cosine of mean hidden states before training
   BM25             words in common
+  answer words     1 where a training row has the target's answer, else 0: the trivial explanation
   random           numbers that know nothing
 
-  score            linear datamodelling score: Spearman's correlation over the subsets, mean over
-                   targets
-  low, high        its 95 % interval, over other subsets and other targets
-  noise            the same score of one seed of the trained models against the others: as much as a
+  score            linear datamodelling score on random halves: Spearman's correlation over the
+                   halves, mean over targets
+  partial          the same with the counts of all answer words regressed out of the ranks
+  balanced         the score on balanced halves
+  ..._low, _high   their 95 % intervals, over other halves and other targets
+  noise            the same of one seed of the trained models against the others: as much as a
                    perfect attribution could reach of one seed
 
 --quick has 5 subsets of 32 rows. The last line is one JSON object.
@@ -28,13 +33,14 @@ other seeds:
 
 import argparse
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 import jaxlm
 from benchmarks import common
@@ -49,6 +55,8 @@ LENGTH = 48
 RATE = 1e-3
 DIM = 128
 """Numbers in a row of features, fewer than the training rows that TRAK has."""
+REPLICATES = 300
+"""Of the bootstrap of partial correlations."""
 
 
 class Problem:
@@ -65,6 +73,7 @@ class Problem:
         self.targets = list(read_target(target, self.lm, **words).rows)
         self.train, self.target = (self._whole(side) for side in (self.rows, self.targets))
         self.losses = row_losses(self.adapted(0))
+        self.answers, self.target_answers = answer_words(self.rows, self.targets)
 
     def adapted(self, seed: int) -> Any:
         """The model with new adapters."""
@@ -116,6 +125,52 @@ class Problem:
         return -self.losses(params, self.target)
 
 
+def answer_words(*sides: Sequence[Row]) -> list[np.ndarray]:
+    """Number of the answer of every row; equal answers have one number on all sides."""
+    words = [[tuple(row.ids[place] for place in row.scored) for row in rows] for rows in sides]
+    known = sorted({word for side in words for word in side})
+    return [np.array([known.index(word) for word in side]) for side in words]
+
+
+def balanced_masks(answers: np.ndarray, subsets: int) -> np.ndarray:
+    """Halves of the rows with half of those of every answer, [K, N]."""
+    masks = np.zeros((subsets, len(answers)), bool)
+    groups = [np.flatnonzero(answers == answer) for answer in np.unique(answers)]
+    # Odd groups are rounded down and up by turns, so that all halves have as many rows.
+    taken = np.diff(np.cumsum([0, *map(len, groups)]) // 2)
+    for seed, (places, count) in enumerate(zip(groups, taken, strict=True)):
+        share = count / len(places)
+        masks[:, places] = influence.subset_masks(len(places), subsets, share, seed=seed)
+    return masks
+
+
+def partial(sums: np.ndarray, outputs: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Spearman's correlation [M] of columns, `counts` [K, C] regressed out of the ranks."""
+    known = np.column_stack([np.ones(len(counts)), rankdata(counts, axis=0)])
+
+    def rest(values):
+        ranks = rankdata(values, axis=0)
+        return ranks - known @ np.linalg.lstsq(known, ranks, rcond=None)[0]
+
+    a, b = rest(sums), rest(outputs)
+    # What the counts explain altogether leaves rounding, which correlates with anything.
+    a[:, np.abs(a).max(0) < 1e-6 * len(a)] = 0
+    size = np.sqrt((a * a).sum(0) * (b * b).sum(0))
+    return np.divide((a * b).sum(0), size, out=np.zeros_like(size), where=size > 0)
+
+
+def interval(sums: np.ndarray, outputs: np.ndarray, counts: np.ndarray) -> tuple[float, ...]:
+    """Mean of `partial` over targets and its 95 % interval, as `influence.lds` draws it."""
+    rng = np.random.default_rng(0)
+    subsets, targets = outputs.shape
+    found = []
+    for _ in range(REPLICATES):
+        k, m = rng.integers(subsets, size=subsets), rng.integers(targets, size=targets)
+        found.append(partial(sums[k][:, m], outputs[k][:, m], counts[k]).mean())
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(partial(sums, outputs, counts).mean()), float(low), float(high)
+
+
 def schedule(steps: int) -> optax.Schedule:
     """A learning rate that falls to zero."""
     return optax.linear_schedule(RATE, 0.0, steps)
@@ -155,25 +210,24 @@ def attributions(problem: Problem, seeds: int) -> dict[str, np.ndarray]:
             sides["adam"].append(features(problem.losses, params, problem.train, state))
             sides["train"].append(features(problem.losses, params, problem.train))
             sides["target"].append(features(problem.losses, params, problem.target))
-        last = models[-1]
-        sides["margin"].append(features(margins, last, problem.train))
-        sides["margin of target"].append(features(margins, last, problem.target))
-        sides["residual"].append(1 - np.exp(-np.asarray(problem.losses(last, problem.train))))
+            sides["margin"].append(features(margins, params, problem.train))
+            sides["margin of target"].append(features(margins, params, problem.target))
+            sides["residual"].append(1 - np.exp(-np.asarray(problem.losses(params, problem.train))))
     s = {name: np.stack(parts) for name, parts in sides.items()}
     each = np.arange(len(problem.targets))
-    ends = slice(EPOCHS - 1, None, EPOCHS)
     tokens = [[row.ids for row in side] for side in (problem.rows, problem.targets)]
     states = [hidden(problem.lm, batch) for batch in (problem.train, problem.target)]
     rng = np.random.default_rng(0)
     return {
         "LESS": influence.score(s["adam"], s["target"], rates, each),
-        "cosine": influence.score(s["train"][ends], s["target"][ends], [1.0] * seeds, each),
+        "cosine": influence.score(s["train"], s["target"], rates, each),
         "TracIn": influence.tracin(s["train"], s["target"], rates, each),
         "TRAK": influence.trak(
             s["margin"], s["margin of target"], s["residual"], each, ridge=ridge(s["margin"])
         ),
         "representation": influence.representation_similarity(*states, each),
         "BM25": influence.bm25(*tokens, each),
+        "answer words": (problem.answers[:, None] == problem.target_answers).astype(float),
         "random": rng.random((len(problem.rows), len(problem.targets))),
     }
 
@@ -192,20 +246,35 @@ def hidden(lm: Any, batch: Any) -> np.ndarray:
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the table."""
     problem = Problem(32 if options.quick else 192, 4 if options.quick else 32)
-    masks = influence.subset_masks(len(problem.rows), options.subsets)
-    found = retrained(problem, masks, options.seeds)
+    halves = influence.subset_masks(len(problem.rows), options.subsets)
+    even = balanced_masks(problem.answers, options.subsets)
+    found, balanced = (retrained(problem, masks, options.seeds) for masks in (halves, even))
+    counts = halves @ (problem.answers[:, None] == np.unique(problem.answers))
     values = attributions(problem, options.seeds)
     table = []
     for name, tau in values.items():
-        value, low, high, _ = influence.lds(tau, masks, found.mean(0))
-        table.append({"attribution": name, "score": value, "low": low, "high": high})
+        row: dict[str, Any] = {"attribution": name}
+        sums = halves.astype(float) @ tau
+        rows = {
+            "score": influence.lds(tau, halves, found.mean(0))[:3],
+            "partial": interval(sums, found.mean(0), counts),
+        }
+        # Every balanced half has as many of an answer: the counts are the same.
+        if name != "answer words":
+            rows["balanced"] = influence.lds(tau, even, balanced.mean(0))[:3]
+        for column, (value, low, high) in rows.items():
+            row |= {column: value, f"{column}_low": low, f"{column}_high": high}
+        table.append(row)
     if options.seeds > 1:
-        table.append({"attribution": "noise", **dict.fromkeys(("score", "low", "high"))})
-        others = found[1:].mean(0)
-        table[-1]["score"] = float(
-            np.mean([spearmanr(found[0][:, m], others[:, m])[0] for m in range(others.shape[1])])
-        )
+        table.append({"attribution": "noise", "score": noise(found), "balanced": noise(balanced)})
+        table[-1]["partial"] = float(partial(found[0], found[1:].mean(0), counts).mean())
     return table
+
+
+def noise(found: np.ndarray) -> float:
+    """Spearman's correlation of the first seed with the mean of the others, mean over targets."""
+    first, others = found[0], found[1:].mean(0)
+    return float(np.mean([spearmanr(a, b)[0] for a, b in zip(first.T, others.T, strict=True)]))
 
 
 def main() -> None:

@@ -77,7 +77,12 @@ SUITE = {
             Figure("seconds to select", "seconds", "method"),
         )
     ),
-    "lds": Benchmark((Figure("linear datamodelling score", "score", "attribution"),)),
+    "lds": Benchmark(
+        (
+            Figure("linear datamodelling score", "score", "attribution"),
+            Figure("with answers balanced", "balanced", "attribution"),
+        )
+    ),
     "dynamics": Benchmark(
         (
             Figure("time over ours", "over_jaxlm", "implementation", "numpy|torch"),

@@ -1,0 +1,45 @@
+"""What counting answers explains is told apart from what an attribution foresees."""
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from benchmarks.lds import answer_words, balanced_masks, interval, partial
+from jaxlm import influence
+from jaxlm.studies.selection_rows import Row
+
+
+def test_balanced_halves_have_half_of_every_answer():
+    answers = np.repeat([0, 1, 2, 3], [5, 7, 8, 4])
+    masks = balanced_masks(answers, 20)
+    counts = masks @ (answers[:, None] == np.arange(4))
+    assert (masks.sum(1) == 12).all()
+    assert (counts == counts[0]).all()
+    assert np.abs(counts[0] - np.array([2.5, 3.5, 4, 2])).max() <= 0.5
+    assert len({mask.tobytes() for mask in masks}) == 20
+
+
+def test_a_partial_correlation_is_that_of_the_textbook():
+    rng = np.random.default_rng(0)
+    x, y, z = rng.normal(size=(3, 40)) + rng.normal(size=40)
+    r, a, b = (spearmanr(*pair)[0] for pair in ((x, y), (x, z), (y, z)))
+    wanted = (r - a * b) / np.sqrt((1 - a**2) * (1 - b**2))
+    found = partial(x[:, None], y[:, None], z[:, None])
+    np.testing.assert_allclose(found, [wanted], atol=1e-12)
+
+
+def test_an_attribution_that_counts_answers_foresees_them_and_nothing_else():
+    answers = np.repeat([0, 1], 32)
+    masks = influence.subset_masks(64, 60)
+    tau = (answers == 1).astype(float)[:, None]
+    outputs = masks @ tau
+    assert influence.lds(tau, masks, outputs).value == pytest.approx(1)
+    counts = masks @ (answers[:, None] == np.arange(2))
+    assert interval(masks @ tau, outputs + np.arange(60)[:, None] / 1e3, counts)[0] == 0
+
+
+def test_answers_are_the_tokens_that_are_learnt():
+    rows = [Row("a", "s", (5, 6, 7), (2,), {}), Row("b", "s", (7, 7, 6), (2,), {})]
+    train, target = answer_words(rows, rows[::-1])
+    assert train.tolist() == [1, 0]
+    assert target.tolist() == [0, 1]
