@@ -13,8 +13,9 @@ import pytest
 from scipy import stats
 
 import jaxlm
-from jaxlm import zo
+from jaxlm import peft, zo
 from jaxlm.models import LanguageModel, ModelConfig, generation, init_params
+from jaxlm.models.config import RopeScaling
 from jaxlm.models.generation import Generator, Sampling, filter_logits
 from jaxlm.models.transformer import unstack
 from jaxlm.zo import Perturbation
@@ -236,20 +237,112 @@ def test_bad_input_is_refused(lm):
         call(lm.params, PROMPTS, MASK * np.array([[1], [1], [0]]), max_new_tokens=2)
     with pytest.raises(ValueError, match="a prompt is empty"):
         call(lm.params, PROMPTS[:0], MASK[:0], max_new_tokens=2)
-    with pytest.raises(ValueError, match="outside the vocabulary of 29"):
+    with pytest.raises(ValueError, match=r"input_ids: must be from 0 to 28 \(got 37\)"):
         call(lm.params, PROMPTS + 28, MASK, max_new_tokens=2)
     with pytest.raises(ValueError, match="sampling needs a key"):
         call(lm.params, PROMPTS, MASK, max_new_tokens=2, temperature=1.0)
     with pytest.raises(ValueError, match="are 1 or more"):
         call(lm.params, PROMPTS, MASK, max_new_tokens=0)
-    learned = lm.replace(config=dataclasses.replace(lm.config, positions="learned"))
-    with pytest.raises(ValueError, match="take 33 positions, the model has 32"):
-        learned.generate(lm.params, PROMPTS, MASK, max_new_tokens=30)
-    with pytest.raises(ValueError, match="take 33 positions, the model has 32"):
-        Generator(learned.config).sample(lm.params, PROMPTS, max_new_tokens=30)
+    for positions in ("learned", "rotary"):
+        config = lm.config.replace(positions=positions)
+        with pytest.raises(ValueError, match="take 33 positions, the model has 32"):
+            lm.replace(config=config).generate(lm.params, PROMPTS, MASK, max_new_tokens=30)
+        with pytest.raises(ValueError, match="take 33 positions, the model has 32"):
+            Generator(config).sample(lm.params, PROMPTS, max_new_tokens=30)
     encoder = lm.replace(config=dataclasses.replace(lm.config, kind="encoder"))
     with pytest.raises(ValueError, match="does not generate"):
         encoder.generate(lm.params, PROMPTS, MASK, max_new_tokens=2)
-    for options in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"min_p": 2.0}):
+    for options in (
+        {"temperature": -1.0},
+        {"temperature": np.inf},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"min_p": 2.0},
+    ):
         with pytest.raises(ValueError, match=next(iter(options))):
             generation.Sampling(**options)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "most"),
+    [
+        (RopeScaling("linear", 4.0), 128),
+        (RopeScaling("yarn", 4.0, original_positions=32), 128),
+        (RopeScaling("llama3", 4.0, original_positions=4), 32),
+        (RopeScaling("linear", 0.5), 32),
+    ],
+)
+def test_stretched_positions_allow_longer_texts(scaling: RopeScaling, most: int):
+    assert CONFIG.replace(rope_scaling=scaling).longest_text == most
+
+
+def kept_by_brute_force(probabilities: np.ndarray, p: float) -> int:
+    """Size of the smallest set of tokens whose mass reaches p."""
+    ordered = np.sort(probabilities)[::-1]
+    return next(k for k in range(1, len(ordered) + 1) if ordered[:k].sum() >= p)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.375, 0.5, 0.75, 0.9, 0.999])
+def test_top_p_keeps_the_smallest_set_of_tokens_that_tie(p: float):
+    """Probabilities in sixteenths, of which sums are exact."""
+    rows = np.array(
+        [[2] * 8, [4] * 4 + [0] * 4, [8, 1, 1, 1, 1, 1, 1, 2], [1, 3, 3, 3, 3, 1, 1, 1]]
+    )
+    scores = jnp.log(jnp.asarray(rows / 16, jnp.float32))
+    found = np.isfinite(filter_logits(scores, Sampling(temperature=1.0, top_p=p)))
+    assert found.sum(axis=1).tolist() == [kept_by_brute_force(row / 16, p) for row in rows]
+    for kept, row in zip(found, rows, strict=True):
+        assert row[kept].min() >= row[~kept].max(initial=0)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.5, 0.8, 0.95])
+def test_top_p_keeps_what_transformers_keeps(p: float):
+    import torch
+    from transformers import TopPLogitsWarper
+
+    rng = np.random.default_rng(0)
+    scores = rng.integers(-3, 4, (64, 17)).astype(np.float32)
+    scores[0] = 0
+    wanted = TopPLogitsWarper(p)(None, torch.from_numpy(scores)).isfinite().sum(1).tolist()
+    found = filter_logits(jnp.asarray(scores), Sampling(temperature=1.0, top_p=p))
+    assert np.isfinite(found).sum(axis=1).tolist() == wanted
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-38, 1e-45, 1e-300])
+def test_a_tiny_temperature_draws_the_most_likely_token(temperature: float):
+    scores = jnp.array([[1.0, 3.0, 2.0], [-5.0, -7.0, -6.0], [0.0, 1e-2, 5.0]])
+    filtered = filter_logits(scores, Sampling(temperature=temperature))
+    assert not np.isnan(filtered).any()
+    for seed in range(5):
+        drawn = generation.draw(scores, Sampling(temperature=temperature), jax.random.key(seed))
+        assert drawn.tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_tokens_and_scores_are_the_same_in_64_bit_mode(name: str):
+    """In it, numbers without a type are wider; those of the model keep their width."""
+    lm = jaxlm.from_pretrained(GOLDEN / name)
+    options = {"max_new_tokens": 5, "eos_id": ()}
+    sampled = options | {"temperature": 1.0, "key": jax.random.key(0)}
+    answers = np.arange(6).reshape(3, 1, 2) + np.zeros((3, 2, 1), np.int64)
+
+    def results():
+        tuned = peft.prefix(lm, jax.random.key(1), length=2)
+        return {
+            "greedy": lm.generate(lm.params, PROMPTS, MASK, **options).tokens,
+            "sampled": lm.generate(lm.params, PROMPTS, MASK, **sampled).tokens.dtype,
+            "scores": lm.continuation_log_probs(lm.params, PROMPTS, MASK, answers),
+            "prefix": tuned.params["layers"]["attention"]["prefix_keys"],
+            "after prefix": tuned.generate(tuned.params, PROMPTS, MASK, **options).tokens,
+        }
+
+    wanted = results()
+    with jax.enable_x64(True):
+        found = results()
+    for part in wanted:
+        if part == "sampled":
+            assert found[part] == wanted[part]
+            continue
+        assert found[part].dtype == wanted[part].dtype
+        np.testing.assert_allclose(found[part], wanted[part], atol=1e-5)

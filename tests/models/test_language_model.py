@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm.core.errors import UserError
 from jaxlm.core.paths import flatten
 from jaxlm.models import add_classifier, init_params, layers, param_shapes
 
@@ -141,3 +142,49 @@ def test_backward_of_a_norm_for_several_cotangents_of_many_rows():
     along = (cotangents * y).mean(-1, keepdims=True)
     expected = inverse * (cotangents - cotangents.mean(-1, keepdims=True) - y * along)
     np.testing.assert_allclose(backward(x, cotangents), expected, rtol=0, atol=1e-5)
+
+
+def test_concrete_ids_beyond_a_table_are_refused():
+    """Indexing would take the row of another; under `jit` there are no values to look at."""
+    lm = jaxlm.from_pretrained(GOLDEN / "llama")
+    ids, mask, size = np.array([[3, 4, 5]]), np.ones((1, 3), np.int32), lm.config.vocab_size
+    answers = np.array([[[3], [4]]])
+    for wrong in (-1, -100, size, 10**6):
+        bad, worse = ids.copy(), answers.copy()
+        bad[0, 2] = worse[0, 1, 0] = wrong
+        for given in (bad, jnp.asarray(bad)):
+            for function in (lm.apply, lm.hidden, lm.log_probs):
+                with pytest.raises(UserError, match=rf"^input_ids: .*\(got {wrong}\)"):
+                    function(lm.params, given)
+        with pytest.raises(UserError, match=r"^input_ids: "):
+            lm.continuation_log_probs(lm.params, bad, mask, answers)
+        with pytest.raises(UserError, match=r"^continuation_ids: "):
+            lm.continuation_log_probs(lm.params, ids, mask, worse)
+        with pytest.raises(UserError, match=r"^token_ids: "):
+            lm.apply(lm.params, ids, token_ids=np.array([wrong]))
+        assert jax.jit(lm.apply)(lm.params, bad).shape == (1, 3, size)
+    learned = jaxlm.from_pretrained(GOLDEN / "bert")
+    with pytest.raises(UserError, match=r"^position_ids: "):
+        learned.apply(learned.params, ids, position_ids=ids + 16)
+    with pytest.raises(UserError, match=r"^token_type_ids: "):
+        learned.apply(learned.params, ids, token_type_ids=ids)
+
+
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_norm_in_bfloat16_is_rounded_once(kind: str, offset: float):
+    """The error against float64 is that of one rounding, of 8 bits."""
+    config = jaxlm.from_pretrained(GOLDEN / "gemma").config
+    config = config.replace(norm=kind, norm_offset=offset, norm_eps=1e-6)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 256)).astype(jnp.bfloat16)
+    scale = (rng.normal(size=256) * 0.05 + 1 - offset).astype(jnp.bfloat16)
+    params = {"n": {"scale": jnp.asarray(scale)}}
+    found = layers.norm(params, "n", jnp.asarray(x), layers.Context(config))
+    assert found.dtype == jnp.bfloat16
+    wide = x.astype(np.float64)
+    wide = wide - wide.mean(-1, keepdims=True) if kind == "layernorm" else wide
+    wide = wide / np.sqrt(np.square(wide).mean(-1, keepdims=True) + 1e-6)
+    wanted = wide * (offset + scale.astype(np.float64))
+    error = np.abs(np.asarray(found, np.float64) - wanted) / np.abs(wanted)
+    assert error.max() <= 2**-8 * (1 + 1e-2)

@@ -155,6 +155,26 @@ ROWS = {
     "ranks": (change(rank_pattern={"q_proj": 4}), r"rank_pattern={'q_proj': 4} is not"),
     "changed weights": (change(init_lora_weights="pissa"), "init_lora_weights='pissa' is not"),
     "no rank": (change(r=None), "has no r and lora_alpha; download it again"),
+    **{
+        f"alpha {alpha}": (change(lora_alpha=alpha), r"lora_alpha must be a finite number \(got")
+        for alpha in (float("nan"), float("inf"), "16", True, [16])
+    },
+    **{
+        f"rank {rank}": (change(r=rank), r"r must be a whole number from 1 to .* \(got")
+        for rank in (0, 2.5, "3", True, 10**12)
+    },
+    "whole numbers": (
+        tensors(lambda found: found | {A0: found[A0].astype(np.int32)}),
+        rf"{Q}\.lora_A\.weight holds no floating-point numbers \(got int32\)",
+    ),
+    "no number": (
+        tensors(lambda found: found | {A0: found[A0] * np.nan}),
+        rf"{Q}\.lora_A\.weight holds numbers that are not finite \(got nan\)",
+    ),
+    "too large a number": (
+        tensors(lambda found: found | {A0: np.full((3, 24), 1e300)}),
+        rf"{Q}\.lora_A\.weight as float32 holds numbers that are not finite \(got inf\)",
+    ),
     "another rank": (change(r=4), rf"{Q}\.lora_A.weight has the shape \[3, 24\], this model asks"),
     "other tensors": (
         tensors(lambda found: found | {"base_model.model.x.lora_embedding_A": found[A0]}),
