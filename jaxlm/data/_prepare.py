@@ -46,7 +46,7 @@ def prepare(
             leaves no room for a prompt.
     """
     if tokenizer is None:
-        raise UserError("the model has no tokenizer: add tokenizer.json to its folder.")
+        raise UserError("model: has no tokenizer. Add tokenizer.json to its folder.")
     limits = [limit for limit in (max_length, task.config.max_length) if limit is not None]
     examples = [*task.train, *task.validation, *task.test]
     limit = min(limits, default=None)
@@ -56,8 +56,8 @@ def prepare(
     largest = max(max(map(max, (*x.input_ids, *x.targets))) for x in encoded)
     if vocab_size is not None and largest >= vocab_size:
         raise UserError(
-            f"the tokenizer makes token {largest}, the model has {vocab_size}: take the tokenizer "
-            "of the model."
+            f"tokenizer: makes tokens beyond the {vocab_size} of the model (got {largest}). Take "
+            "that of the model."
         )
     token_ids = _label_words(encoded)
     if token_ids is not None:
@@ -99,7 +99,8 @@ def _encode(
     if kind == "encoder" and (config.own_options or any(each.context for each in examples)):
         wanted = "options of several tokens" if config.own_options else "demonstrations"
         raise UserError(
-            f"{config.name} has {wanted}, which an encoder cannot read: give a decoder."
+            f"model: an encoder cannot read {wanted}, which the task has (got {config.name}). Give "
+            "a decoder."
         )
     if kind == "encoder" or (config.truncation == "fields" and not config.own_options):
         return list(
@@ -122,8 +123,8 @@ def _room(limit: int, config: TaskConfig) -> int:
     """Tokens that an answer leaves for a prompt."""
     if limit <= config.answer_length:
         raise UserError(
-            f"{config.name} has answers of {config.answer_length} tokens, but task.max_length or "
-            f"the model allow {limit} in all: lower task.max_new_tokens."
+            f"task.max_new_tokens: leaves no room for a prompt, since task.max_length or the model "
+            f"allow {limit} tokens in all (got {config.answer_length}). Lower it."
         )
     return limit - config.answer_length
 
@@ -144,12 +145,12 @@ def _check_words(labels: Sequence[str], tokens: Sequence[int], tokenizer: Any) -
     for i, (label, token) in enumerate(zip(labels, tokens, strict=True)):
         if token == tokenizer.unk_token_id:
             raise UserError(
-                f"task.labels: {label!r} is unknown to the tokenizer: choose another label word."
+                f"task.labels: {label!r} is unknown to the tokenizer. Choose another label word."
             )
         if token in tokens[:i]:
             raise UserError(
-                f"task.labels: {labels[tokens.index(token)]!r} and {label!r} are the same tokens: "
-                "change one."
+                f"task.labels: {labels[tokens.index(token)]!r} and {label!r} are the same tokens. "
+                "Change one."
             )
 
 

@@ -81,8 +81,8 @@ def with_demonstrations(task: Task, k: int, *, seed: int | None = None) -> Task:
     """
     if not 1 <= k <= len(task.train):
         raise UserError(
-            f"{k} demonstrations are asked for, but task.train has {len(task.train)} examples: "
-            "give a number from 1 to that."
+            f"icl: task.train has {len(task.train)} examples to draw demonstrations from (got "
+            f"{k}). Give a number from 1 to that."
         )
     count = len(task.test)
     drawn = np.random.RandomState(0).randint(0, 10000, count)
@@ -132,6 +132,9 @@ def without_examples(task: Task) -> Task:
     template = task.template.bare
     if known is not None:
         if known.calibration is None:
-            raise UserError(f"{task.config.name} generates a text: it has no options to calibrate.")
+            raise UserError(
+                "calibrate: the task generates a text, so it has no options to calibrate (got "
+                f"{task.config.name}). Leave it out."
+            )
         template = Template.parse(known.calibration)
     return replace(task, config=replace(task.config, truncation="left"), template=template)

@@ -1,6 +1,7 @@
 """Batches of an encoded task: few shapes, and every training batch a function of seed and step."""
 
 import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -104,6 +105,16 @@ class EncodedTask:
         """K, the most tokens scored in any option."""
         return max(len(row) for each in self._examples for row in each.targets or each.positions)
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the tokens of each split that is there, and of how they are scored."""
+        whole = (self.form, None if self.token_ids is None else self.token_ids.tolist())
+        splits = {name: getattr(self, name) for name in ("train", "validation", "test")}
+        return {
+            name: hashlib.sha256(repr((whole, examples)).encode()).hexdigest()
+            for name, examples in splits.items()
+            if examples
+        }
+
     def batch(self, step: int, *, batch_size: int, seed: int) -> Batch:
         """The training batch of a step, a pure function of (seed, step).
 
@@ -157,7 +168,7 @@ class EncodedTask:
     def _stream(self, start: int, count: int, seed: int) -> list[int]:
         size = len(self.train)
         if not size:
-            raise UserError("there are no training examples: give task.train.")
+            raise UserError("task.train: there are no training examples. Give some.")
         places = range(start, start + count)
         return [int(_permutation(seed, p // size, size)[p % size]) for p in places]
 

@@ -34,7 +34,7 @@ def encode_prompted(
     """
     for each in examples:
         if not each.options:
-            raise UserError(f"{each.id} has no options: leave it out.")
+            raise UserError(f"{each.id}: has no options. Leave it out.")
     special = set(tokenizer.all_special_ids)
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
@@ -58,10 +58,10 @@ def _encoded(each: Prompted, rows: Sequence[Row], special: set[int], limit: int 
     for option, row in zip(each.options, rows, strict=True):
         first = row.scored.start - excess
         if not row.scored:
-            raise UserError(f"{each.id}: the option {option!r} has no token: give it text.")
+            raise UserError(f"{each.id}: the option {option!r} has no token. Give it text.")
         if first < max(kept, 1):
             raise UserError(
-                f"{each.id} has no token before the option {option!r}: give it a prompt, or a "
+                f"{each.id}: has no token before the option {option!r}. Give it a prompt, or a "
                 "model that reads longer texts."
             )
         cut = (*row.ids[:kept], *row.ids[kept + excess :])

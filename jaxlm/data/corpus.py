@@ -7,21 +7,28 @@ length, N tokens, S sentences.
 
 import dataclasses
 import functools
-import gzip
-import itertools
+import hashlib
 import json
-import zlib
+import math
+import shutil
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Integer
 
-from jaxlm.core.errors import UserError
+from jaxlm.artifacts.checksums import seal, verify
+from jaxlm.artifacts.files import parse_json, read_json, to_json, write_atomic, writing
+from jaxlm.artifacts.names import inside
 from jaxlm.artifacts.processes import is_first, meet
+from jaxlm.core import checks
+from jaxlm.core.errors import UserError
+from jaxlm.data import files
+from jaxlm.models import hf_tokenizer
 
 DOCUMENTS_AT_ONCE = 1000
+CHARACTERS_AT_ONCE = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +46,43 @@ class Domain:
     final_weight: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("weight", self.weight), ("final_weight", self.final_weight)):
-            if value is not None and not 0 <= value < np.inf:
-                raise UserError(f"{name} of domain '{self.name}' is {value:g}: give 0 or more.")
+        try:
+            checks.number(self, "weight", "final_weight", least=0)
+        except UserError as error:
+            raise UserError(f"corpus.domains: {self.name}: {error}") from None
 
     @property
     def last_weight(self) -> float:
         """The share at the last step."""
         return self.weight if self.final_weight is None else self.final_weight
+
+
+def check_domains(domains: Sequence[Domain], held_out: str | None = None) -> None:
+    """Checks the domains of a run with each other.
+
+    Args:
+      domains: to train on.
+      held_out: the domain to measure on.
+
+    Raises:
+      UserError: there is none, one is there twice or is held out too, or no share is above 0.
+    """
+    names = [str(PurePosixPath(domain.name)) for domain in domains]
+    checks.distinct("corpus.domains", names)
+    for field, shares in (
+        ("weight", [domain.weight for domain in domains]),
+        ("final_weight", [domain.last_weight for domain in domains]),
+    ):
+        if not 0 < math.fsum(shares) < math.inf:
+            raise UserError(
+                f"corpus.domains: {field} of all domains together is not a positive number (got "
+                f"{checks.show(shares)}). Give at least one a share."
+            )
+    if held_out is not None and str(PurePosixPath(held_out)) in names:
+        raise UserError(
+            f"corpus.held_out: is trained on too (got {held_out!r}). Hold out another domain, or "
+            "leave it out of corpus.domains."
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,12 +94,14 @@ class Tokens:
       starts: increasing indices into `ids` of the first token of each sentence.
       boundary: id of the token that starts a document.
       size: bytes of the text as the tokenizer's normaliser leaves it (lower-cased, say).
+      digest: SHA-256 of the file and the tokenizer that they come from; empty if not from a file.
     """
 
     ids: Integer[np.ndarray, "N"]
     starts: Int[np.ndarray, "S"]
     boundary: int
     size: int
+    digest: str = ""
 
     def window(self, start: int, length: int) -> Int[np.ndarray, "length"]:
         """`boundary`, then `length - 1` tokens from `start`, going round at the end."""
@@ -72,16 +110,14 @@ class Tokens:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The transformers tokenizer in `folder`.
+    """The transformers tokenizer in `folder`; see `jaxlm.models.hf_tokenizer`.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none with a tokenizer.json, or it cannot be read.
     """
-    from transformers import AutoTokenizer
-
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"tokenizer {folder}: there is no tokenizer.json: train one.")
-    return AutoTokenizer.from_pretrained(folder)
+        raise UserError(f"tokenizer: {folder} has no tokenizer.json. Train one.")
+    return hf_tokenizer.read_tokenizer(folder)
 
 
 def tokenize(path: Path, tokenizer: Any) -> Tokens:
@@ -96,15 +132,14 @@ def tokenize(path: Path, tokenizer: Any) -> Tokens:
     """
     boundary = tokenizer.eos_token_id
     if boundary is None:
-        raise UserError("the tokenizer has no eos_token, which sets documents apart: add one.")
+        raise UserError("tokenizer: has no eos_token, which sets documents apart. Add one.")
     if len(tokenizer) > 2**16:
-        raise UserError(f"the tokenizer has {len(tokenizer)} tokens: give one of at most 65536.")
+        raise UserError(f"tokenizer: has more than 65536 tokens (got {len(tokenizer)}). Train one.")
     normalizer = tokenizer.backend_tokenizer.normalizer
     ids: list[np.ndarray] = []
     starts: list[np.ndarray] = []
     total = size = 0
-    documents = _documents(path)
-    while lines := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
+    for lines in _batches(path):
         texts = [" ".join(document) for document in lines]
         encoded = tokenizer(
             texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -121,55 +156,110 @@ def tokenize(path: Path, tokenizer: Any) -> Tokens:
             total += len(tokens) + 1
             size += len((normalizer.normalize_str(text) if normalizer else text).encode())
     if not ids:
-        raise UserError(f'{path} has no text: write {{"text": "..."}} on each line.')
+        raise UserError(f'{path}: has no text. Write {{"text": "..."}} on each line.')
     return Tokens(np.concatenate(ids), np.unique(np.concatenate(starts)), boundary, size)
+
+
+def _batches(path: Path) -> Iterator[list[list[str]]]:
+    """Documents as `_documents` gives them, as many as are tokenised at once."""
+    batch: list[list[str]] = []
+    size = 0
+    for document in _documents(path):
+        batch.append(document)
+        size += sum(map(len, document))
+        if len(batch) == DOCUMENTS_AT_ONCE or size >= CHARACTERS_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _documents(path: Path) -> Iterator[list[str]]:
     """The lines of each document that are not empty."""
-    number = 0
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as records:
+    for number, record in enumerate(files.lines(path, str(path)), start=1):
+        if not record.strip():
+            continue
+        where = f"{path}, line {number}"
         try:
-            for record in records:
-                if record.strip():
-                    text = json.loads(record)["text"]
-                    yield [line for line in text.split("\n") if line.strip()]
-                number += 1
-        except (ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, zlib.error):
-            where = f"{path}, line {number + 1},"
-            raise UserError(f'{where} is no document: write {{"text": "..."}} on each.') from None
+            value = parse_json(record.decode("utf-8-sig"), where)
+        except UnicodeDecodeError:
+            raise UserError(f"{where}: not text in UTF-8. Save the file as UTF-8.") from None
+        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+            raise UserError(f'{where}: not a document. Write {{"text": "..."}}.')
+        yield [line for line in value["text"].split("\n") if line.strip()]
 
 
 def find(folder: Path, name: str) -> Path:
     """The file of domain `name` in `folder`.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or its name leaves the folder.
     """
     for suffix in (".jsonl", ".jsonl.gz"):
-        if (folder / (name + suffix)).is_file():
-            return folder / (name + suffix)
-    raise UserError(f"{folder} has no {name}.jsonl or {name}.jsonl.gz: write it there.")
+        if (path := inside(folder, name + suffix, "corpus.domains")).exists():
+            return path
+    raise UserError(
+        f"corpus.domains: {folder} has no {name}.jsonl or {name}.jsonl.gz. Write it there."
+    )
 
 
 def cached(path: Path, tokenizer: Any, cache: Path) -> Tokens:
     """`tokenize`, kept in folder `cache` and memory-mapped from there the next time.
 
-    Of several processes the first one does it.
+    What is kept belongs to the content of the file and the tokenizer, not to their names, and has
+    checksums: what is damaged is made again. Of several processes the first one does it.
     """
-    record = cache / (path.name.split(".")[0] + ".json")
-    names = {field: record.with_suffix(f".{field}.npy") for field in ("ids", "starts")}
-    if is_first() and not record.exists():
-        tokens = tokenize(path, tokenizer)
-        cache.mkdir(parents=True, exist_ok=True)
-        for field, name in names.items():
-            np.save(name, getattr(tokens, field))
-        aside = record.with_suffix(".tmp")
-        aside.write_text(json.dumps({"boundary": tokens.boundary, "size": tokens.size}))
-        aside.replace(record)
-    meet(str(record))
-    arrays = {field: np.load(name, mmap_mode="r") for field, name in names.items()}
-    return Tokens(**arrays, **json.loads(record.read_text()))
+    source = f"{files.digest(path, str(path))} {_digest(tokenizer)}"
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    name = path.name.removesuffix(".gz").removesuffix(".jsonl")
+    folder = cache / f"{name}-{digest[:16]}"
+    tokens = None
+    if is_first():
+        tokens = _kept(folder, digest)
+        if tokens is None:
+            with writing(folder):
+                _keep(folder, tokenize(path, tokenizer))
+    meet(str(folder))
+    tokens = tokens or _kept(folder, digest)
+    if tokens is None:
+        raise UserError(f"{folder}: cannot be read back. Remove it and run the command again.")
+    return tokens
+
+
+def _digest(tokenizer: Any) -> str:
+    """SHA-256 of what a tokenizer makes of a text."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state |= {"truncation": None, "padding": None}  # of the last call; `tokenize` uses neither
+    text = json.dumps([state, tokenizer.eos_token_id], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _keep(folder: Path, tokens: Tokens) -> None:
+    """Writes tokens into a folder that is whole or absent."""
+    aside = folder.with_name(folder.name + ".tmp")
+    for old in (aside, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for field in ("ids", "starts"):
+        np.save(aside / f"{field}.npy", getattr(tokens, field))
+    write_atomic(aside / "tokens.json", to_json({"boundary": tokens.boundary, "size": tokens.size}))
+    seal(aside)
+    aside.rename(folder)
+
+
+def _kept(folder: Path, digest: str) -> Tokens | None:
+    """What `_keep` has written; None where it is not there or not whole."""
+    try:
+        verify(folder)
+        record = read_json(folder / "tokens.json", boundary=int, size=int)
+        ids, starts = (
+            np.load(folder / f"{field}.npy", mmap_mode="r") for field in ("ids", "starts")
+        )
+    except (UserError, OSError, ValueError, EOFError):
+        return None
+    if ids.dtype != np.uint16 or not np.issubdtype(starts.dtype, np.integer):
+        return None
+    return Tokens(ids, starts, record["boundary"], record["size"], digest)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -196,6 +286,9 @@ class Windows:
     batch_size: int
     seq_len: int
     seed: int
+
+    def __post_init__(self) -> None:
+        check_domains(self.domains)
 
     @functools.cached_property
     def plan(self) -> tuple[Int[np.ndarray, "steps B"], Int[np.ndarray, "steps B"]]:

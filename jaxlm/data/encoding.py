@@ -88,7 +88,7 @@ def encode_all(
             as another, or has nothing before it (decoder); a template longer than `max_length`.
     """
     if kind == "encoder" and tokenizer.mask_token_id is None:
-        raise UserError("the tokenizer has no mask token: give an encoder with one, or a decoder.")
+        raise UserError("tokenizer: has no mask token. Give an encoder with one, or a decoder.")
     room = None if max_length is None else max_length + (kind == "decoder")
     size = max(1, _CHUNK // len(labels))
     for start in range(0, len(examples), size):
@@ -113,8 +113,8 @@ def _truncate(options: Sequence[Row], room: int | None, first: int | None) -> li
         kept[0] = first
     if sum(kept) < excess:
         raise UserError(
-            f"task.template with its label words needs {excess - sum(kept)} tokens more than "
-            "task.max_length or the model allow: shorten it or raise task.max_length."
+            f"task.template: with its label words needs {excess - sum(kept)} tokens more than "
+            "task.max_length or the model allow. Shorten it or raise task.max_length."
         )
     for _ in range(excess):
         kept[kept.index(max(kept))] -= 1
@@ -145,14 +145,14 @@ def _join(
         scored = tuple(row.ids[i] for i in row.scored)
         if kind == "encoder" and len(scored) != 1:
             raise UserError(
-                f"task.labels: {label!r} is {len(scored)} tokens of the tokenizer: an encoder "
-                "needs label words of one token."
+                f"task.labels: {label!r} is {len(scored)} tokens of the tokenizer, and an "
+                "encoder reads label words of one token. Choose another label word."
             )
         if not scored:
-            raise UserError(f"task.labels: {label!r} has no token: choose another label word.")
+            raise UserError(f"task.labels: {label!r} has no token. Choose another label word.")
         if tokenizer.unk_token_id in scored:
             raise UserError(
-                f"task.labels: {label!r} is unknown to the tokenizer: choose another label word."
+                f"task.labels: {label!r} is unknown to the tokenizer. Choose another label word."
             )
         if kind == "encoder":
             place = row.scored.start
@@ -161,7 +161,7 @@ def _join(
         else:
             if row.scored.start == 0:
                 raise UserError(
-                    f"{example.id} has no token before the label word {label!r}: put text before "
+                    f"{example.id}: has no token before the label word {label!r}. Put text before "
                     "{label} in task.template."
                 )
             inputs.append(tuple(row.ids[:-1]))
@@ -171,7 +171,7 @@ def _join(
     for label, option in zip(labels, zip(inputs, targets, strict=True), strict=True):
         twin = seen.setdefault(option, label)
         if twin != label:
-            raise UserError(f"task.labels: {twin!r} and {label!r} are the same tokens: change one.")
+            raise UserError(f"task.labels: {twin!r} and {label!r} are the same tokens. Change one.")
     types = None
     if kind == "encoder" and "token_type_ids" in tokenizer.model_input_names:
         types = tuple(tuple(row.types) for row in options)

@@ -1,12 +1,16 @@
 """Examples of a task, read from its sources and checked against its configuration."""
 
 import functools
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from jaxlm.core import checks
 from jaxlm.core.errors import UserError
 from jaxlm.data.fewshot import draw_per_class, draw_split
 from jaxlm.data.opt_tasks import OptTask, opt_task
@@ -48,6 +52,30 @@ class Task:
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
 
+    def repeated(self, split: str = "test") -> int:
+        """How many examples of a split have the very texts of a training example.
+
+        Whatever their labels are, what is measured on them is not how well a model generalizes.
+        """
+        trained = {_texts(example) for example in self.train}
+        return sum(_texts(example) in trained for example in getattr(self, split))
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the examples of each split that is there: not of where they came from."""
+        return {split: _digest(getattr(self, split)) for split in SPLITS if getattr(self, split)}
+
+
+def _texts(example: Example) -> tuple[Any, ...]:
+    return (example.context, example.options, tuple(sorted(example.fields.items())))
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for each in examples:
+        what = (_texts(each), each.label, each.gold, each.answers)
+        digest.update(json.dumps(what).encode())
+    return digest.hexdigest()
+
 
 def load_task(config: TaskConfig, *, seed: int, base_dir: str | Path | None = None) -> Task:
     """Reads a task's examples.
@@ -63,13 +91,14 @@ def load_task(config: TaskConfig, *, seed: int, base_dir: str | Path | None = No
     Raises:
         UserError: a source, field, or label is not as the configuration says; k is too large.
     """
+    checks.seeds(SimpleNamespace(seed=seed), "seed")
     base = None if base_dir is None else Path(base_dir)
     sources = {split: getattr(config, split) for split in SPLITS}
     held_out = sources["validation"] == "hold_out"
     if held_out:
         sources["validation"] = None
     if not any(sources.values()):
-        raise UserError("task has no data: give task.train, task.test or both.")
+        raise UserError("task: has no data. Give task.train, task.test or both.")
     rows = {
         split: read_rows(source, key=split, base_dir=base) if source else []
         for split, source in sources.items()
@@ -100,6 +129,13 @@ def _draw(
         chosen, rest = draw(), draw(skip=config.k) if held_out else []
     elif config.num_train is not None or held_out:
         count = (config.num_validation or 0) if held_out else 0
+        if held_out and config.num_validation is None and config.num_train is not None:
+            count = min(config.num_train, len(train) - config.num_train)
+            if count < 1:
+                raise UserError(
+                    f"task.num_train: leaves none of the {len(train)} examples of task.train to "
+                    f"hold out (got {config.num_train}). Lower it."
+                )
         chosen, rest = draw_split(len(train), config.num_train, count, seed=seed)
     else:
         return tuple(train), ()
@@ -116,18 +152,22 @@ def _read(row: Row, template: Template, config: TaskConfig, known: OptTask | Non
         texts = {name: _text(row, name) for name in template.field_names}
         return Example(texts, _label(row, config), name)
     try:
-        reading = known.read(row.values)
+        reading = known.read(_renumbered(row, known))
         fields = {name: reading.fields[name] for name in template.field_names}
-        if not all(isinstance(text, str) for text in fields.values()):
+        texts = (*fields.values(), *reading.options, *reading.answers)
+        places = range(len(reading.options or config.labels))
+        if not all(isinstance(text, str) for text in texts) or not reading.gold:
             raise TypeError
+        if any(place not in places for place in reading.gold):
+            raise IndexError
     except KeyError as error:
         names = ", ".join(repr(name) for name in row.values)
         raise UserError(
-            f"{row.where} has no field {error}, which {config.name} reads: its fields are {names}."
+            f"{row.where}: has no field {error}, which {config.name} reads (got {names}). Give it."
         ) from None
-    except (TypeError, ValueError, AttributeError, IndexError):
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError):
         raise UserError(
-            f"{row.where} is not a row of {config.name}: give rows as the data set "
+            f"{row.where}: is not a row of {config.name}. Give rows as the data set "
             f"{known.train.partition(':')[0]} has them."
         ) from None
     if template.before and isinstance(first := template.before[0], Field):
@@ -137,16 +177,25 @@ def _read(row: Row, template: Template, config: TaskConfig, known: OptTask | Non
     return Example(fields, reading.gold[0], name, options, gold, reading.answers)
 
 
+def _renumbered(row: Row, known: OptTask) -> Mapping[str, Any]:
+    """The values of a row with the classes as the task numbers them, where the data name them."""
+    names, label = row.class_names.get("label", ()), row.values.get("label")
+    if set(names) != set(known.classes) or label not in range(len(names)):
+        return row.values
+    return {**row.values, "label": known.classes.index(names[label])}
+
+
 def _value(row: Row, name: str, key: str) -> Any:
     if name not in row.values:
         names = ", ".join(repr(name) for name in row.values)
         raise UserError(
-            f"{row.where} has no field {name!r}, which task.{key} names: its fields are {names}."
+            f"{row.where}: has no field {name!r}, which task.{key} names (got {names}). Name one "
+            "of these."
         )
     value = row.values[name]
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise UserError(
-            f"{row.where}: field {name!r} is null: give a value or leave the {row.unit} out."
+            f"{row.where}: field {name!r} is null. Give a value or leave the {row.unit} out."
         )
     return value
 
@@ -155,41 +204,62 @@ def _text(row: Row, name: str) -> str:
     value = _value(row, name, "template")
     if not isinstance(value, str):
         raise UserError(
-            f"{row.where}: field {name!r} holds {value!r}, which is not text: put it in quotes."
+            f"{row.where}: field {name!r} is not text (got {checks.show(value)}). Put it in quotes."
         )
     return value
 
 
 def _label(row: Row, config: TaskConfig) -> int:
-    """The class of a row: `classes` decide first, then label words and indices where they agree."""
+    """The class of a row.
+
+    `classes` decide first; then, for an index, the names that the data give its classes, if any of
+    them is one of `classes` or a label word, whatever their case; then label words and indices,
+    where they agree.
+    """
     value = _value(row, config.label_field, "label_field")
+    shown = checks.show(value)
     if config.threshold is not None:
         try:
-            return int(float(value) >= config.threshold)
-        except (TypeError, ValueError):
+            score = float(value)
+        except (TypeError, ValueError, OverflowError):
+            score = math.nan
+        if not math.isfinite(score):
             raise UserError(
-                f"{row.where}: label {value!r} is not a number, which task.threshold compares."
-            ) from None
+                f"{row.where}: the label is not a number, which task.threshold compares (got "
+                f"{shown}). Correct it."
+            )
+        return int(score >= config.threshold)
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise UserError(
-            f"{row.where}: label {value!r} is neither text nor a whole number: give an index, a "
-            "label word or a class name."
+            f"{row.where}: the label is neither text nor a whole number (got {shown}). Give an "
+            "index, a label word or a class name."
         )
     name = str(value)
     classes = [str(word) for word in config.classes or ()]
     if name in classes:
         return classes.index(name)
+    names = row.class_names.get(config.label_field, ())
+    if isinstance(value, int) and 0 <= value < len(names):
+        places = config.classes_of(names)
+        if classes or any(place is not None for place in places):
+            if (place := places[value]) is not None:
+                return place
+            raise UserError(
+                f"{row.where}: the data name the class {value} {names[value]!r}, which is not one "
+                f"of {', '.join(classes or config.labels)} (got {', '.join(names)}). Name the "
+                "classes in task.classes, in the order of task.labels."
+            )
     indices = [str(i) for i in range(len(config.labels))]
     found = {words.index(name) for words in (config.labels, indices) if name in words}
     if len(found) > 1:
         raise UserError(
-            f"{row.where}: label {value!r} may be an index or a label word: name the classes in "
-            "task.classes."
+            f"{row.where}: the label may be an index or a label word (got {shown}). Name the "
+            "classes in task.classes."
         )
     if not found:
         raise UserError(
-            f"{row.where}: label {value!r} is not one of {', '.join(classes or config.labels)} "
-            f"nor an index from 0 to {len(config.labels) - 1}: correct it, or name the classes in "
-            "task.classes."
+            f"{row.where}: the label is not one of {', '.join(classes or config.labels)} nor an "
+            f"index from 0 to {len(config.labels) - 1} (got {shown}). Correct it, or name the "
+            "classes in task.classes."
         )
     return found.pop()

@@ -39,8 +39,8 @@ def draw_per_class(
         if len(members) < skip + k:
             asked = f"{skip} training and {k} held-out examples" if skip else f"{k} examples"
             raise UserError(
-                f"task.k asks for {asked} of every class, but task.train has {len(members)} of "
-                f"{name!r}: lower task.k or give more examples."
+                f"task.k: asks for {asked} of every class, but task.train has {len(members)} of "
+                f"{name!r}. Lower it or give more examples."
             )
         generator = np.random.Generator(np.random.PCG64([seed, label]))
         chosen += generator.permutation(members)[skip : skip + k].tolist()
@@ -75,8 +75,8 @@ def draw_split(
     taken = places[: None if num_train is None else num_train + num_validation]
     if num_validation >= len(taken):
         raise UserError(
-            f"task.num_validation is {num_validation}, but task.train has {count} examples: "
-            "lower it or give more examples."
+            f"task.num_validation: leaves nothing of the {count} examples of task.train to train "
+            f"on (got {num_validation}). Lower it or give more examples."
         )
     cut = len(taken) - num_validation
     return taken[:cut], taken[cut:]

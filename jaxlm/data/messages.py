@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
 from jaxlm.data.sources import Row, read_rows
+from jaxlm.models.chat_template import render_chat
 
 ROLES = ("system", "user", "assistant")
 MessageFormat = Literal["tulu", "chat"]
@@ -119,17 +121,17 @@ def chat(messages: Sequence[Message], tokenizer: Any) -> Transcript:
             when others follow.
     """
     turns = [each._asdict() for each in messages]
-    whole = _templated(tokenizer, turns, False)
+    whole = render_chat(tokenizer, turns)
     spans = []
     for place, (role, _) in enumerate(messages):
         if role != "assistant":
             continue
-        before = _templated(tokenizer, turns[:place], True)
-        after = _templated(tokenizer, turns[: place + 1], False).rstrip()
+        before = render_chat(tokenizer, turns[:place], add_generation_prompt=True)
+        after = render_chat(tokenizer, turns[: place + 1]).rstrip()
         if not (whole.startswith(after) and after.startswith(before)):
             raise UserError(
-                f"the chat template writes message {place + 1} otherwise when others follow it or "
-                "it is asked for: give template tulu."
+                f"chat template: writes message {place + 1} otherwise when others follow it or "
+                "it is asked for. Give template tulu."
             )
         spans.append((len(before), len(after)))
     return Transcript(whole, tuple(spans))
@@ -159,7 +161,9 @@ def encode_messages(
         UserError: the tokenizer gives no offsets, has no token that ends a turn, or see `chat`.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError("messages need a tokenizer with character offsets: add tokenizer.json.")
+        raise UserError(
+            "tokenizer: gives no character offsets, which messages need. Add tokenizer.json."
+        )
     render = _renderer(tokenizer, template)
     encoded: list[EncodedMessages] = []
     for start in range(0, len(conversations), _CHUNK):
@@ -179,10 +183,10 @@ def _renderer(tokenizer: Any, template: str) -> Callable[[Sequence[Message]], Tr
     if template == "chat":
         return lambda messages: chat(messages, tokenizer)
     if template != "tulu":
-        raise UserError(f"template is '{template}': choose tulu or chat.")
+        raise UserError(f"template: not known (got {template!r}). Choose tulu or chat.")
     eos = tokenizer.eos_token
     if eos is None:
-        raise UserError("the tokenizer has no eos_token, which ends a turn: add one.")
+        raise UserError("tokenizer: has no eos_token, which ends a turn. Add one.")
     return lambda messages: tulu(messages, eos)
 
 
@@ -208,36 +212,21 @@ def _encoded(each: Transcript, encoding: Any, max_length: int | None) -> Encoded
     return EncodedMessages(tuple(ids[:end]), tuple(scored))
 
 
-def _templated(tokenizer: Any, turns: list[dict[str, str]], prompt: bool) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("the tokenizer has no chat template: give template tulu.")
-    try:
-        text: str = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=prompt
-        )
-    except Exception as error:  # whatever the template, a program of its own, says
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"the chat template does not take it ({reason}): correct the messages."
-        ) from None
-    return text
-
-
 def _conversation(row: Row) -> Conversation:
     found = row.values.get("messages")
     if not isinstance(found, list) or not found:
         raise UserError(
-            f"{row.where} has no messages: give a list of {{role, content}} in that field."
+            f"{row.where}: has no messages. Give a list of {{role, content}} in that field."
         )
     for number, each in enumerate(found, start=1):
         if not isinstance(each, dict) or each.get("role") not in ROLES:
             role = each.get("role") if isinstance(each, dict) else None
             raise UserError(
-                f"{row.where}: message {number} has the role {role!r}: give system, user or "
-                "assistant."
+                f"{row.where}: message {number} has an unknown role (got {show(role)}). Give "
+                "system, user or assistant."
             )
         if not isinstance(each.get("content"), str):
-            raise UserError(f"{row.where}: message {number} has no content: give a text.")
+            raise UserError(f"{row.where}: message {number} has no content. Give a text.")
     name = row.values.get("id")
     own = isinstance(name, str | int) and not isinstance(name, bool) and name != ""
     return Conversation(

@@ -39,6 +39,7 @@ class OptTask:
         template: in braces; `{label}` is the place of the option.
         read: what a row says. A `KeyError` names a field that it lacks.
         labels: the label words; none where every row brings its own options.
+        classes: what the hub's data set calls the classes, in its order.
         calibration: template of the prompt without the example, for domain calibration; None where
             a text is generated.
         objective: "classification" trains on the choice among the options, "completion" on the
@@ -52,6 +53,7 @@ class OptTask:
     template: str
     read: Callable[[Values], Reading]
     labels: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     calibration: str | None = "{label}"
     objective: Literal["classification", "completion"] = "classification"
     metric: Literal["accuracy", "f1"] = "accuracy"
@@ -134,10 +136,13 @@ def _drop(row: Values) -> Reading:
 
 def _answered(fields: Mapping[str, str], answers: Any) -> Reading:
     """The option to train on is the first answer and the end of its line."""
+    if not isinstance(answers, list | tuple):
+        raise TypeError
     return Reading(fields, (0,), (f"{answers[0]}\n",), tuple(answers))
 
 
 _YES_NO, _NO_YES = ("Yes", "No"), ("No", "Yes")
+_FALSE_TRUE = ("False", "True")
 
 OPT_TASKS: Mapping[str, OptTask] = {
     "sst2": OptTask(
@@ -146,6 +151,7 @@ OPT_TASKS: Mapping[str, OptTask] = {
         template="{sentence} It was {label}",
         read=_sst2,
         labels=("terrible", "great"),
+        classes=("negative", "positive"),
         calibration="It was {label}",
     ),
     "rte": OptTask(
@@ -154,6 +160,7 @@ OPT_TASKS: Mapping[str, OptTask] = {
         template='{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n{label}',
         read=_labelled("premise", "hypothesis"),
         labels=_YES_NO,
+        classes=("entailment", "not_entailment"),
     ),
     "cb": OptTask(
         train="aps/super_glue/cb:train",
@@ -161,6 +168,7 @@ OPT_TASKS: Mapping[str, OptTask] = {
         template='Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n{label}',
         read=_labelled("premise", "hypothesis"),
         labels=("Yes", "No", "Maybe"),
+        classes=("entailment", "contradiction", "neutral"),
         num_validation=100,
     ),
     "boolq": OptTask(
@@ -169,6 +177,7 @@ OPT_TASKS: Mapping[str, OptTask] = {
         template="{passage} {question}\n{label}",
         read=_boolq,
         labels=_YES_NO,
+        classes=_FALSE_TRUE,
     ),
     "wsc": OptTask(
         train="aps/super_glue/wsc.fixed:train",
@@ -177,6 +186,7 @@ OPT_TASKS: Mapping[str, OptTask] = {
         "Yes or No?\n{label}",
         read=_wsc,
         labels=_NO_YES,
+        classes=_FALSE_TRUE,
     ),
     "wic": OptTask(
         train="aps/super_glue/wic:train",
@@ -185,6 +195,7 @@ OPT_TASKS: Mapping[str, OptTask] = {
         "{sentence1}\n{sentence2}\n{label}",
         read=_labelled("word", "sentence1", "sentence2"),
         labels=_NO_YES,
+        classes=_FALSE_TRUE,
     ),
     "multirc": OptTask(
         train="aps/super_glue/multirc:train",
@@ -193,12 +204,14 @@ OPT_TASKS: Mapping[str, OptTask] = {
         "Is that correct? Yes or No?\n{label}",
         read=_labelled("paragraph", "question", "answer"),
         labels=_NO_YES,
+        classes=_FALSE_TRUE,
     ),
     "copa": OptTask(
         train="aps/super_glue/copa:train",
         test="aps/super_glue/copa:validation",
         template="{premise} {connective} {label}",
         read=_copa,
+        classes=("choice1", "choice2"),
         calibration="{connective} {label}",
         objective="completion",
         num_validation=100,

@@ -1,23 +1,26 @@
-"""Rows of a data source: JSONL, CSV, TSV and Parquet files, or what `datasets` can load."""
+"""Rows of a data source: JSON, CSV, TSV and Parquet files, or what `datasets` can load."""
 
-import csv
-import gzip
-import io
+import dataclasses
 import json
-import zlib
+import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxlm.artifacts.files import parse_json, read_json
+from jaxlm.artifacts.names import file_path, inside
+from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
+from jaxlm.data.delimited import read_table
+from jaxlm.data.files import check_folder, read_bytes, room, too_large
 
 SPLITS = ("train", "validation", "test")
 SHIPPED = Path(__file__).parent.parent / "assets" / "tasks"
 _PREFIX = "jaxlm:"
+_ROWS = 1024  # of a Parquet file that are unpacked at once
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Row:
     """One record of a source.
 
@@ -26,12 +29,14 @@ class Row:
         source: the source as the user named it.
         number: line of the file, or row of the table, counted from 1.
         unit: "line" or "row".
+        class_names: of the fields that hold the index of a class, where the source names them.
     """
 
     values: Mapping[str, Any]
     source: str
     number: int
     unit: str = "row"
+    class_names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -42,10 +47,11 @@ def read_rows(source: str, *, key: str, base_dir: Path | None = None) -> list[Ro
     """Reads every row of a file or of a split of a data set.
 
     A file is looked for in `base_dir` first, then in the working directory; its ending says its
-    format: .jsonl, .csv, .tsv or .parquet, the text formats also with .gz. `jaxlm:` stands for the
-    folder of the shipped tasks. Everything else is a data set: a folder, `name`, `name/config` or
+    format: .jsonl, .json (an array or lines), .csv, .tsv or .parquet, the text formats also with
+    .gz. `jaxlm:` stands for the folder of the shipped tasks. Everything else is a data set: a
+    folder of files or of `Dataset.save_to_disk`, `name`, `name/config` or
     `namespace/name/config`, and the split `key`, or the one after a colon:
-    `nyu-mll/glue/sst2:validation`.
+    `nyu-mll/glue/sst2:validation`. Code of a data set is never run.
 
     Args:
         source: the file or data set as the user named it.
@@ -53,55 +59,46 @@ def read_rows(source: str, *, key: str, base_dir: Path | None = None) -> list[Ro
         base_dir: where relative paths start: the folder of the YAML file.
 
     Raises:
-        UserError: the source is missing, empty, or not what its name says.
+        UserError: the source is missing, empty, too large, or not what its name says.
     """
-    path = _find(source, base_dir)
+    path = _find(source, f"task.{key}", base_dir)
     format_ = _format(source)
     if format_ is None and (path is None or path.is_dir()):
         rows = _read_dataset(source, key, base_dir)
     elif path is None:
         raise UserError(
-            f"task.{key}: there is no file {source!r}: give a path relative to the YAML file or "
+            f"task.{key}: there is no file {source!r}. Give a path relative to the YAML file or "
             "to the working directory, or the name of a data set."
         )
     elif format_ is None:
         raise UserError(
-            f"task.{key}: the ending of {source!r} is not a known one: use .jsonl, .csv, .tsv or "
-            ".parquet."
+            f"task.{key}: the ending of {source!r} is not known. Use one of {', '.join(_READERS)}."
         )
     else:
-        rows = list(_READERS[format_](source, _read_bytes(path, source, key)))
+        rows = list(_READERS[format_](source, read_bytes(path, f"task.{key}: {source}")))
     if not rows:
-        raise UserError(f"task.{key}: {source} is empty: give a file with at least one example.")
+        raise UserError(f"task.{key}: {source} is empty. Give a file with at least one example.")
     return rows
 
 
-def _find(source: str, base_dir: Path | None) -> Path | None:
+def _find(source: str, key: str, base_dir: Path | None) -> Path | None:
     if source.startswith(_PREFIX):
-        path = SHIPPED / source.removeprefix(_PREFIX)
-        return path if path.exists() else None
-    path = Path(source).expanduser()
-    for candidate in (base_dir / path if base_dir else path, path):
-        if candidate.exists():
-            return candidate
-    return None
+        candidates = [inside(SHIPPED, source.removeprefix(_PREFIX), key)]
+    else:
+        path = file_path(source, key)
+        candidates = [base_dir / path, path] if base_dir else [path]
+    try:
+        return next((candidate for candidate in candidates if candidate.exists()), None)
+    except OSError as error:
+        raise UserError(
+            f"{key}: cannot be looked for, {error.strerror} (got {show(source)}). Give another "
+            "path."
+        ) from None
 
 
 def _format(source: str) -> str | None:
     ending = Path(source.removesuffix(".gz")).suffix
     return ending if ending in _READERS else None
-
-
-def _read_bytes(path: Path, source: str, key: str) -> bytes:
-    try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if source.endswith(".gz") else data
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"task.{key}: {source} is not a whole gzip file: write it anew.") from error
-    except OSError as error:
-        raise UserError(
-            f"task.{key}: {source} cannot be read ({error.strerror}): give a readable file."
-        ) from error
 
 
 def _decode(source: str, data: bytes) -> str:
@@ -110,55 +107,40 @@ def _decode(source: str, data: bytes) -> str:
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
-        raise UserError(f"{source} is not a text file in UTF-8: save it as UTF-8.")
+        raise UserError(f"{source}: not a text file in UTF-8. Save it as UTF-8.")
     return text
 
 
 def _read_jsonl(source: str, data: bytes) -> Iterator[Row]:
     for number, line in enumerate(_decode(source, data).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
-            values = None
-        if not isinstance(values, dict):
-            raise UserError(
-                f'{source}, line {number} is not a JSON object: write {{"name": value}} on each.'
-            )
+        if line.strip():
+            where = f"{source}, line {number}"
+            yield Row(_object(parse_json(line, where), where), source, number, "line")
+
+
+def _read_json(source: str, data: bytes) -> Iterator[Row]:
+    text = _decode(source, data)
+    if not text.lstrip().startswith("["):
+        yield from _read_jsonl(source, data)
+        return
+    for number, value in enumerate(parse_json(text, source), start=1):
+        yield Row(_object(value, f"{source}, row {number}"), source, number)
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f'{where}: not a JSON object. Write {{"name": value}} there.')
+    return value
+
+
+def _read_csv(source: str, data: bytes) -> Iterator[Row]:
+    for number, values in read_table(_decode(source, data), ",", source):
         yield Row(values, source, number, "line")
 
 
-def _read_csv(source: str, data: bytes, delimiter: str = ",") -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(_decode(source, data), newline=""), delimiter=delimiter)
-    header: list[str] | None = None
-    while True:
-        number = reader.line_num + 1
-        try:
-            values = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(
-                f"{source}, line {number} cannot be read ({error}): quote it."
-            ) from error
-        if not values:
-            continue
-        if header is None:
-            header = values
-            if len(set(header)) < len(header):
-                raise UserError(f"{source}, line {number} names a column twice: rename one.")
-            continue
-        if len(values) != len(header):
-            raise UserError(
-                f"{source}, line {number} has {len(values)} values for {len(header)} columns: "
-                "quote a value that holds the delimiter."
-            )
-        yield Row(dict(zip(header, values, strict=True)), source, number, "line")
-
-
 def _read_tsv(source: str, data: bytes) -> Iterator[Row]:
-    return _read_csv(source, data, delimiter="\t")
+    for number, values in read_table(_decode(source, data), "\t", source):
+        yield Row(values, source, number, "line")
 
 
 def _read_parquet(source: str, data: bytes) -> Iterator[Row]:
@@ -168,15 +150,41 @@ def _read_parquet(source: str, data: bytes) -> Iterator[Row]:
     if not data:
         return
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{source} is not a Parquet file: write it anew.") from error
-    for number, values in enumerate(table.to_pylist(), start=1):
-        yield Row(values, source, number)
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
+        schema = file.schema_arrow
+        for name in schema.names:
+            if schema.names.count(name) > 1:
+                raise UserError(f"{source}: names the column {name!r} twice. Rename one.")
+        names, number, size = _class_names(schema.metadata), 0, 0
+        for batch in file.iter_batches(_ROWS):
+            size += batch.nbytes
+            if size > room():
+                raise too_large(source)
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(values, source, number, class_names=names)
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise UserError(f"{source}: not a whole Parquet file. Write it again.") from error
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
+    """The names of classes that `datasets` writes into the files it makes."""
+    try:
+        features = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {
+            name: tuple(map(str, feature["names"]))
+            for name, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 _READERS: dict[str, Callable[[str, bytes], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
+    ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,
@@ -184,30 +192,92 @@ _READERS: dict[str, Callable[[str, bytes], Iterator[Row]]] = {
 
 
 def _read_dataset(source: str, key: str, base_dir: Path | None) -> list[Row]:
-    import datasets
-
     name, _, split = source.partition(":")
     failure: Exception | None = None
-    for path, config in _dataset_names(name, base_dir):
+    for path, config in _dataset_names(name, f"task.{key}", base_dir):
         try:
-            loaded = datasets.load_dataset(path, config, split=split or key)
-        except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+            if isinstance(path, Path):
+                return _read_folder(path, config, split, key, source)
+            return _rows(_hub().load_dataset(path, config, split=split or key), source, key)
+        except UserError:
+            raise
+        except Exception as error:  # whatever the library meets in files from outside
             failure = failure or error
-            continue
-        return [Row(values, source, number) for number, values in enumerate(loaded, start=1)]
+    reason = next(iter(str(failure).splitlines()), "") or type(failure).__name__
     raise UserError(
         f"task.{key}: {name!r} is neither a file nor a data set with a split {split or key!r} that "
-        "can be loaded: check the name and the network, or name another split after a colon."
+        f"can be loaded ({reason[:160]}). Check the name and the network, or name another split "
+        "after a colon."
     ) from failure
 
 
-def _dataset_names(name: str, base_dir: Path | None) -> Iterator[tuple[str, str | None]]:
+def _hub() -> Any:
+    import datasets
+
+    return datasets
+
+
+def _rows(loaded: Any, source: str, key: str) -> list[Row]:
+    if loaded.data.nbytes > room():
+        raise too_large(f"task.{key}: {source}")
+    names = {
+        column: tuple(feature.names)
+        for column, feature in loaded.features.items()
+        if isinstance(feature, _hub().ClassLabel)
+    }
+    return [
+        Row(values, source, number, class_names=names)
+        for number, values in enumerate(loaded.with_format(None), start=1)
+    ]
+
+
+def _read_folder(path: Path, config: str | None, given: str, key: str, source: str) -> list[Row]:
+    """A split of a folder; `key` where none is given."""
+    where, split = f"task.{key}: {source}", given or key
+    check_folder(path, where)
+    if (path / "dataset_dict.json").is_file():
+        splits = read_json(path / "dataset_dict.json", splits=list)["splits"]
+        if split not in splits:
+            raise UserError(
+                f"{where}: has no split {split!r}. Name one of {', '.join(map(str, splits))} after "
+                "a colon."
+            )
+        path, given = inside(path, split, where), ""
+    if (path / "state.json").is_file():
+        state = read_json(path / "state.json", _data_files=list)
+        for file in state["_data_files"]:
+            inside(path, file.get("filename") if isinstance(file, dict) else None, where)
+        if given and given != state.get("_split"):
+            raise UserError(
+                f"{where}: holds one split, {state.get('_split')!r} (got {given!r}). Leave out "
+                "what stands after the colon."
+            )
+        return _rows(_hub().Dataset.load_from_disk(str(path)), source, key)
+    builder = _hub().load_dataset_builder(str(path), config)
+    files: Mapping[str, list[str]] = builder.config.data_files or {}
+    for file in (file for several in files.values() for file in several):
+        # A README may name files elsewhere, which are not the folder's to give.
+        if not os.path.normpath(file).startswith(os.path.abspath(path) + os.sep):
+            raise UserError(
+                f"{where}: names a file outside its folder (got {show(file)}). Use files that lie "
+                "beside it."
+            )
+    read = {",": _read_csv, "\t": _read_tsv}.get(getattr(builder.config, "sep", ""))
+    if read is None or split not in files:
+        return _rows(_hub().load_dataset(str(path), config, split=split), source, key)
+    # pandas, which reads tables there, loses rows to stray quotes.
+    return [row for file in files[split] for row in read(file, read_bytes(Path(file), file))]
+
+
+def _dataset_names(
+    name: str, key: str, base_dir: Path | None
+) -> Iterator[tuple[str | Path, str | None]]:
     """The ways to read `a/b/c` as (path, config): a folder first, then names on the hub."""
     head, _, tail = name.rpartition("/")
-    if folder := _find(name, base_dir):
-        yield str(folder), None
-    elif head and (folder := _find(head, base_dir)):
-        yield str(folder), tail
+    if folder := _find(name, key, base_dir):
+        yield folder, None
+    elif head and (folder := _find(head, key, base_dir)):
+        yield folder, tail
     else:
         if name.count("/") < 2:
             yield name, None

@@ -1,10 +1,11 @@
 """Tasks: where the examples are, the template, and the label words."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from jaxlm.core import checks
 from jaxlm.core.errors import UserError
 from jaxlm.data.opt_tasks import OPT_TASKS, OptTask, opt_task
 from jaxlm.data.roberta_tasks import ROBERTA_TASKS
@@ -19,8 +20,8 @@ class TaskConfig:
     Attributes:
         name: name of the task.
         train: file or data set with the training examples (`read_rows` says which); None for none.
-        validation: the same, or "hold_out": k per class, or `num_validation` in all, of what train
-            leaves.
+        validation: the same, or "hold_out" for some of what training leaves: k per class,
+            `num_validation` in all, or as many as `num_train` if there are so many.
         test: the same.
         template: see `Template`.
         labels: the label words, in the order of the classes.
@@ -41,9 +42,9 @@ class TaskConfig:
         threshold: where the label is a score, the least score of the second class.
 
     Raises:
-        UserError: a value of the wrong type, an empty or repeated label word, fewer than two of
-            them, `classes` of another length, "hold_out" without k or `num_validation`, or k
-            beside `num_train`.
+        UserError: a value of the wrong type or size, an empty or repeated label word, fewer than
+            two of them, `classes` of another length, "hold_out" without k, `num_validation` or
+            `num_train`, or k beside `num_train`.
     """
 
     name: str
@@ -67,17 +68,25 @@ class TaskConfig:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        for key in _COUNTS:
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UserError(f"task.{key} is {value}: give a whole number of at least 1.")
+        try:
+            checks.whole(self, *_COUNTS)
+            checks.seeds(self, "test_seed")
+            checks.number(self, "threshold")
+        except UserError as error:
+            raise UserError(f"task.{error}") from None
         Template.parse(self.template)
         if self.labels or not self.own_options:
             self._check_labels()
         if self.k is not None and self.num_train is not None:
-            raise UserError("task.k and task.num_train are both given: keep one.")
-        if self.validation == "hold_out" and self.k is None and self.num_validation is None:
-            raise UserError("task.validation is hold_out, but task.k is not given: give task.k.")
+            raise UserError(
+                f"task.num_train: is given beside task.k (got {self.num_train}). Keep one."
+            )
+        counts = (self.k, self.num_train, self.num_validation)
+        if self.validation == "hold_out" and not any(counts):
+            raise UserError(
+                "task.validation: nothing says how many examples to hold out (got hold_out). Give "
+                "task.k, task.num_train or task.num_validation."
+            )
 
     @property
     def own_options(self) -> bool:
@@ -96,25 +105,63 @@ class TaskConfig:
         """Most tokens of an answer; a prompt leaves room for them."""
         return 50 if self.max_new_tokens is None else self.max_new_tokens
 
+    def classes_of(self, names: Sequence[str]) -> list[int | None]:
+        """The class that each of some names is, whatever their case; None of a name that is none.
+
+        Data and models name their classes, in an order of their own. The names are looked for in
+        `classes` or, without these, in `labels`.
+        """
+        words = [str(word) for word in self.classes or self.labels]
+        folded = [word.casefold() for word in words]
+        places: list[int | None] = []
+        for name in names:
+            alike = folded.count(name.casefold()) == 1
+            place = folded.index(name.casefold()) if alike else None
+            places.append(words.index(name) if name in words else place)
+        return places
+
+    def columns_of(self, names: Sequence[str]) -> list[int]:
+        """For each class the place of its name among those of a model's outputs.
+
+        Where no name is that of a class they say nothing, and the order is taken as it is.
+
+        Raises:
+            UserError: some names are those of classes, but not all, or there are others.
+        """
+        places = self.classes_of(names)
+        count = len(self.labels)
+        if all(place is None for place in places):
+            return list(range(count))
+        if sorted(-1 if place is None else place for place in places) != list(range(count)):
+            words = ", ".join(map(str, self.classes or self.labels))
+            raise UserError(
+                f"model: its classes are not {words} (got {', '.join(names)}). Name those of the "
+                "model in task.classes, in the order of task.labels."
+            )
+        return [places.index(place) for place in range(count)]
+
     def _check_labels(self) -> None:
         for number, label in enumerate(self.labels, start=1):
             if not label.strip():
                 raise UserError(
-                    f"task.labels: word {number} is empty: give a word for every class."
+                    f"task.labels: word {number} is empty. Give a word for every class."
                 )
         if len(self.labels) < 2:
             raise UserError(
-                f"task.labels has {len(self.labels)} words: give one for each class, at least two."
+                "task.labels: needs a word for each class, at least two (got "
+                f"{checks.show(self.labels)}). Give the others."
             )
         for key in ("labels", "classes"):
             words = [str(word) for word in getattr(self, key) or ()]
             for word in words:
                 if words.count(word) > 1:
-                    raise UserError(f"task.{key} has {word!r} twice: give every class its own.")
+                    raise UserError(
+                        f"task.{key}: has a word twice (got {word!r}). Give every class its own."
+                    )
         if self.classes is not None and len(self.classes) != len(self.labels):
             raise UserError(
-                f"task.classes has {len(self.classes)} names for {len(self.labels)} labels: give "
-                "one for each label, in the same order."
+                f"task.classes: needs {len(self.labels)} names, as many as task.labels (got "
+                f"{len(self.classes)}). Give one for each label, in the same order."
             )
 
 
@@ -147,19 +194,24 @@ def task_config(values: Mapping[str, Any]) -> TaskConfig:
     Raises:
         UserError: an unknown or missing key, a value of the wrong type, or as `TaskConfig`.
     """
+    if not isinstance(values, Mapping):
+        raise UserError(f"task: not a section of keys (got {checks.show(values)}). Give its keys.")
     known = [field.name for field in fields(TaskConfig)]
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean task.{near[0]}?" if near else f"use one of {', '.join(known)}."
-            raise UserError(f"task.{key} is not a key of a task: {hint}")
+            hint = f"Did you mean task.{near[0]}?" if near else f"Use one of {', '.join(known)}."
+            raise UserError(f"task.{key}: not a key of a task. {hint}")
     name = values.get("name")
     merged = {**_known_values(str(name)), **values}
     for key in ("name", "template", "labels"):
         if key not in merged:
+            meant = [f"{suite}/{name}" for suite, known in _SUITES.items() if str(name) in known]
+            hint = f" Did you mean {' or '.join(meant)}?" if meant else ""
             raise UserError(
-                f"task.{key} is missing: give it, or the name of a shipped task "
-                f"({', '.join(shipped_names())})."
+                f"task.{key}: missing, and task.name is not that of a task that is known (got "
+                f"{checks.show(name)}). Give it, or the name of a shipped task "
+                f"({', '.join(shipped_names())}).{hint}"
             )
     return TaskConfig(**{key: _typed(key, value) for key, value in merged.items()})
 
@@ -169,38 +221,49 @@ _COUNTS = (
     *("max_length", "max_new_tokens", "first_field_limit"),
 )
 _KEYS: dict[str, tuple[tuple[type, ...], str]] = {
-    **dict.fromkeys(
-        ("name", "template", "label_field", "truncation"), ((str,), "text: put it in quotes")
-    ),
-    **dict.fromkeys(SPLITS, ((str, type(None)), "the name of a file or data set")),
-    **dict.fromkeys(_COUNTS, ((int, type(None)), "a whole number")),
-    "test_seed": ((int,), "a whole number"),
-    "threshold": ((int, float, type(None)), "a number"),
+    **dict.fromkeys(("name", "template", "label_field"), ((str,), "text. Put it in quotes")),
+    **dict.fromkeys(SPLITS, ((str, type(None)), "the name of a file or data set. Give that")),
 }
 _LISTS = {"labels": (str,), "classes": (str, int), "fields": (str,)}
 
 
 def _typed(key: str, value: Any) -> Any:
-    """The value of a key, with lists as tuples.
+    """The value of a key, with lists as tuples; `TaskConfig` looks at numbers itself.
 
     Raises:
         UserError: a value of the wrong type.
     """
-    if key == "truncation" and value not in ("fields", "left"):
-        raise UserError(f"task.truncation is {value!r}: choose fields or left.")
+    if key == "truncation":
+        checks.one_of("task.truncation", value, ("fields", "left"))
     if key in _KEYS:
         types, wanted = _KEYS[key]
         if not isinstance(value, types) or isinstance(value, bool):
-            raise UserError(f"task.{key} is {value!r}, which is not {wanted}.")
-        return value
-    if value is None and key != "labels":
-        return None
+            reason, _, remedy = wanted.partition(". ")
+            raise UserError(f"task.{key}: not {reason} (got {checks.show(value)}). {remedy}.")
+    if key not in _LISTS or (value is None and key != "labels"):
+        return _unicode(key, value)
     if not isinstance(value, list | tuple):
-        raise UserError(f"task.{key} is {value!r}, which is not a list.")
+        raise UserError(f"task.{key}: not a list (got {checks.show(value)}). Give one.")
     for item in value:
-        if not isinstance(item, _LISTS[key]) or isinstance(item, bool):
-            raise UserError(f"task.{key} holds {item!r}, which is not text: put it in quotes.")
+        large = isinstance(item, int) and abs(item) > checks.MOST
+        if not isinstance(item, _LISTS[key]) or isinstance(item, bool) or large:
+            raise UserError(
+                f"task.{key}: holds what is not text (got {checks.show(item)}). Put it in quotes."
+            )
+        _unicode(key, item)
     return tuple(value)
+
+
+def _unicode(key: str, value: Any) -> Any:
+    """The value; a text must be one, since YAML may write half of a character."""
+    try:
+        if isinstance(value, str):
+            value.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"task.{key}: holds half of a character (got {ascii(value)[:60]}). Write the whole one."
+        ) from None
+    return value
 
 
 def _known_values(name: str) -> Mapping[str, Any]:
@@ -211,8 +274,8 @@ def _known_values(name: str) -> Mapping[str, Any]:
     if prefix not in _SUITES or not known:
         return {}
     if known not in _SUITES[prefix]:
-        names = ", ".join(_SUITES[prefix])
-        raise UserError(f"task.name is {name!r}, but {prefix}/ has {names}: choose one of them.")
+        names = ", ".join(f"{prefix}/{name}" for name in _SUITES[prefix])
+        raise UserError(f"task.name: not known (got {name!r}). Choose one of {names}.")
     task = _SUITES[prefix][known]
     return task.values if isinstance(task, OptTask) else task
 

@@ -12,6 +12,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
 
 _LABEL_NAMES = ("label", "mask")
@@ -112,10 +113,13 @@ class Template:
         where = "*mask*" if lm_bff else "{label}"
         if not places:
             raise UserError(
-                f"task.template {text!r} has no {where}: put it where the label word stands."
+                f"task.template: has no {where} (got {show(text)}). Put it where the label word "
+                "stands."
             )
         if len(places) > 1:
-            raise UserError(f"task.template {text!r} has several places of the label: keep one.")
+            raise UserError(
+                f"task.template: has several places of the label (got {show(text)}). Keep one."
+            )
         before = tuple(part for part in parts[: places[0]] if part)
         after = tuple(part for part in parts[places[0] + 1 :] if part)
         return cls(before, after)
@@ -140,8 +144,8 @@ class Template:
         given = names or next(iter(usual), ())
         if len(given) < count:
             raise UserError(
-                f"task.fields names {len(given)} fields, but task.template has {count} sentences: "
-                "name the field of each."
+                f"task.fields: task.template has {count} sentences (got {len(given)} fields). Name "
+                "the field of each."
             )
 
         def named(part: Part) -> Part:
@@ -186,7 +190,8 @@ def _parse_braces(text: str) -> list[Part | None]:
         pieces = list(string.Formatter().parse(text))
     except ValueError as error:
         raise UserError(
-            f"task.template {text!r} has an unmatched brace: write {{{{ or }}}} for a literal one."
+            f"task.template: has an unmatched brace (got {show(text)}). Write {{{{ or }}}} for a "
+            "literal one."
         ) from error
     for literal, name, spec, conversion in pieces:
         parts.append(literal)
@@ -194,8 +199,8 @@ def _parse_braces(text: str) -> list[Part | None]:
             continue
         if not name or spec or conversion:
             raise UserError(
-                f"task.template {text!r} has a brace that is not a field's name alone: "
-                "write {name}, and {{ or }} for a literal brace."
+                "task.template: has a brace that is not a field's name alone (got "
+                f"{show(text)}). Write {{name}}, and {{{{ or }}}} for a literal brace."
             )
         parts.append(None if name in _LABEL_NAMES else Field(name))
     return parts
@@ -213,7 +218,8 @@ def _parse_stars(text: str) -> list[Part | None]:
             continue
         if ended:
             raise UserError(
-                f"task.template {text!r} goes on after *sep+*: leave out all but the last *sep+*."
+                f"task.template: goes on after *sep+* (got {show(text)}). Leave out all but the "
+                "last *sep+*."
             )
         if piece in ("sep", "sep+"):
             ended = True
@@ -223,6 +229,11 @@ def _parse_stars(text: str) -> list[Part | None]:
                 parts.append(" ")
             parts.append(None)
         elif match := _SENTENCE.fullmatch(piece):
+            if len(match[4]) > 2:
+                raise UserError(
+                    f"task.template: numbers a sentence beyond 99 (got {show(text)}). Number them "
+                    "from 0 on."
+                )
             first_letter = {"": "keep", "l": "lower", "u": "upper"}[match[2]]
             parts.append(" " if match[1] else "")
             parts.append(Field(f"*sent_{match[4]}*", first_letter, bool(match[3])))

@@ -91,13 +91,16 @@ def evaluate_generation(
         view: see `jaxlm.core.views`.
 
     Raises:
-        UserError: an answer leaves no room for a prompt; or see `generate_text`.
+        UserError: an answer leaves no room for a prompt, the log-probability of a token is not
+            finite, or there is no prompt; or see `generate_text`.
     """
+    if not prompts:
+        raise UserError("prompts: is empty (got nothing). Give at least one.")
     longest = lm.config.max_positions if max_length is None else max_length
     if longest <= max_new_tokens:
         raise UserError(
-            f"an answer has {max_new_tokens} tokens, but prompt and answer have {longest} in all: "
-            "lower max_new_tokens."
+            f"max_new_tokens: leaves no room for a prompt, since prompt and answer have {longest} "
+            f"tokens in all (got {max_new_tokens}). Lower it."
         )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)
@@ -112,6 +115,11 @@ def evaluate_generation(
             view=view,
         )
         for i, (completion,) in zip(places, found, strict=True):
+            if not np.isfinite(completion.log_probs).all():
+                raise UserError(
+                    f"answers: the model's scores are not finite (got nan for prompt {i + 1}). "
+                    "Check that its weights are finite."
+                )
             texts[i] = completion.text.strip()
     scored = list(zip(texts, answers, strict=True))
     return Answers(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlm.core.errors import UserError
 from jaxlm.models.scoring import log_probs_of, reduce_log_probs
 from jaxlm.typing import Batch, Params
 
@@ -101,6 +102,9 @@ def score_split(
 
     Returns:
         (scores, labels). Where an example has several right options, labels are a mask of them.
+
+    Raises:
+        UserError: a score is not finite, see `accuracy`.
     """
     examples = getattr(encoded, split)
     labels = np.array([example.label for example in examples], np.int32)
@@ -112,6 +116,7 @@ def score_split(
     scores = np.full((len(labels), most), -np.inf, np.float32)
     for index, part in found:
         scores[index[index >= 0], : part.shape[1]] = part[index >= 0]
+    _check_finite(scores, f"scores of {split}")
     if not any(example.gold for example in examples):
         return scores, labels
     right = np.zeros(scores.shape, bool)
@@ -127,9 +132,14 @@ def accuracy(scores: Float[Any, "N C"], labels: Int[Any, " N"] | Bool[Any, "N C"
         scores: of the options.
         labels: the right option of each example, or a mask of the right ones.
 
+    Raises:
+        UserError: a score is not finite, since a NaN would count as the first option. Minus
+            infinity is the score of an option that an example does not have; one must be there.
+
     >>> accuracy(np.array([[1.0, 2.0], [3.0, 0.0]]), np.array([1, 1]))
     0.5
     """
+    _check_finite(scores)
     labels, chosen = np.asarray(labels), np.argmax(scores, axis=1)
     if labels.ndim == 1:
         return float(np.mean(chosen == labels))
@@ -145,10 +155,14 @@ def calibration_offsets(unlabelled: Float[Any, "M C"]) -> Float[np.ndarray, " C"
     Args:
         unlabelled: scores of text of the task; labels are not needed.
 
+    Raises:
+        UserError: a score is not finite.
+
     >>> calibration_offsets(np.array([[0.0, 4.0], [0.0, 6.0], [0.0, 7.0]]))
     array([-3.,  3.])
     """
     unlabelled = np.asarray(unlabelled)
+    _check_finite(unlabelled)
     return np.median(unlabelled - unlabelled.mean(axis=1, keepdims=True), axis=0)
 
 
@@ -164,13 +178,38 @@ def calibrate(scores: Float[Any, "N C"], unlabelled: Float[Any, "M C"]) -> Float
     Returns:
         Calibrated scores.
 
+    Raises:
+        UserError: a score is not finite.
+
     >>> calibrate(np.array([[0.0, 5.0]]), np.array([[0.0, 4.0], [0.0, 6.0], [0.0, 7.0]]))
     array([[ 0.5, -0.5]])
     """
     scores = np.asarray(scores)
+    _check_finite(scores)
     return scores - scores.mean(axis=1, keepdims=True) - calibration_offsets(unlabelled)
 
 
-def majority_accuracy(train_labels: Int[Any, " N"], labels: Int[Any, " M"]) -> float:
-    """Accuracy of always answering with the most frequent training label."""
-    return float(np.mean(np.asarray(labels) == np.bincount(np.asarray(train_labels)).argmax()))
+def majority_accuracy(labels: Int[Any, " N"] | Bool[Any, "N C"]) -> float:
+    """Accuracy of always giving the answer that is right most often; at least 1/C.
+
+    Args:
+        labels: the right option of each tested example, or a mask of the right ones.
+
+    >>> majority_accuracy(np.array([0, 1, 1, 1]))
+    0.75
+    """
+    labels = np.asarray(labels)
+    counts = np.bincount(labels) if labels.ndim == 1 else labels.sum(axis=0)
+    return float(counts.max() / len(labels))
+
+
+def _check_finite(scores: Float[Any, "N C"], key: str = "scores") -> None:
+    """Refuses NaN, plus infinity, and examples of which every option has minus infinity."""
+    highest = np.max(scores, axis=1, initial=-np.inf)  # NaN where one of the scores is
+    bad = np.flatnonzero(~np.isfinite(highest))
+    if len(bad):
+        raise UserError(
+            f"{key}: {len(bad)} of {len(highest)} examples have scores that are not finite (got "
+            f"{highest[bad[0]]} for example {bad[0] + 1}). Check that the model's weights are "
+            "finite, and lower the learning rate of the run that made them."
+        )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxlm.core.errors import UserError
 from jaxlm.sharding import mesh_of, place_batch
 from jaxlm.typing import Params
 
@@ -28,6 +29,9 @@ def perplexity(
     Returns:
         `params -> {"loss": nats a token, "bits_per_byte": bits a byte}`, compiled at its first
         call.
+
+    Raises:
+        UserError: the text has no token to predict; of the function, that the loss is not finite.
     """
     spare = -len(windows["weights"]) % batch_size
     batches = {
@@ -35,13 +39,19 @@ def perplexity(
         for name, value in windows.items()
     }
     tokens = float(windows["weights"].sum())
-
+    if not tokens or not size:
+        raise UserError("held-out text: has no token to predict (got 0). Give a longer text.")
     total = jax.jit(total_nats(log_probs))
 
     def measure(params: Params) -> dict[str, float]:
         mesh = mesh_of(params)
         placed = batches if mesh is None else place_batch(batches, mesh, axis=1)
         nats = float(total(params, placed))
+        if not math.isfinite(nats):
+            raise UserError(
+                f"held-out text: the loss is not finite (got {nats}). Check that the model's "
+                "weights are finite, and lower the learning rate of the run that made them."
+            )
         return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / size}
 
     return measure

@@ -92,7 +92,7 @@ class Report(NamedTuple):
         optimizer: its name.
         learning_rate: chosen on validation.
         step: at which validation was best.
-        majority: test accuracy of the most frequent training class.
+        majority: test accuracy of the most frequent class of the test set.
         zero_shot: test accuracy of the model as training finds it: without a prompt, with the
             linear head that was fitted.
         fine_tuned: test accuracy of the fine-tuned model.
@@ -226,7 +226,7 @@ def measure(
         optimizer=training.optimizer.name,
         learning_rate=tuned.learning_rate,
         step=tuned.step,
-        majority=majority_accuracy(*labels),
+        majority=majority_accuracy(labels[1]),
         zero_shot=accuracies[0],
         fine_tuned=accuracies[1],
         linearized=accuracies[2],

@@ -226,13 +226,13 @@ def test_evaluation_of_no_examples() -> None:
 def test_no_training_examples() -> None:
     with pytest.raises(UserError) as caught:
         numbered(0).batch(0, batch_size=1, seed=0)
-    assert str(caught.value) == "there are no training examples: give task.train."
+    assert str(caught.value) == "task.train: there are no training examples. Give some."
 
 
 def test_no_tokenizer() -> None:
     with pytest.raises(UserError) as caught:
         prepare(task(["fun"]), None, kind="decoder")
-    assert str(caught.value) == ("the model has no tokenizer: add tokenizer.json to its folder.")
+    assert str(caught.value) == "model: has no tokenizer. Add tokenizer.json to its folder."
 
 
 def test_row_longer_than_the_buckets() -> None:
@@ -247,5 +247,17 @@ def test_a_tokenizer_of_another_model_is_refused(bpe) -> None:
     words = prepare(given, bpe, kind="decoder").token_ids
     largest = max(*ids, *words.tolist())
     prepare(given, bpe, kind="decoder", vocab_size=largest + 1)
-    with pytest.raises(UserError, match=f"makes token {largest}, the model has {largest}: take"):
+    with pytest.raises(UserError, match=f"beyond the {largest} of the model .got {largest}.. Take"):
         prepare(given, bpe, kind="decoder", vocab_size=largest)
+
+
+def test_digests_are_of_the_tokens_of_each_split(bpe) -> None:
+    texts = ["fun", "fun fun fun"]
+    whole = prepare(task(texts, test=["it"]), bpe, kind="decoder").digests()
+    assert set(whole) == {"train", "test"}
+    assert prepare(task(texts, test=["it"]), bpe, kind="decoder").digests() == whole
+    other = prepare(task(texts, test=["was"]), bpe, kind="decoder").digests()
+    assert (other["train"] == whole["train"], other["test"] == whole["test"]) == (True, False)
+    for changes in ({"labels": ("great", "fun")}, {"template": "{text} was it {label}"}):
+        changed = prepare(task(texts, test=["it"], **changes), bpe, kind="decoder").digests()
+        assert not set(changed.values()) & set(whole.values())

@@ -49,17 +49,115 @@ def test_bytes_are_those_of_the_normalised_text(tmp_path, tokenizer):
     assert tokens.size == len("\u0130 w1".lower().encode()) != len("\u0130 w1".encode())
 
 
-def test_a_cached_domain_is_mapped_and_equal(tmp_path, tokenizer):
+def test_a_cached_domain_is_mapped_and_equal(tmp_path, tokenizer, monkeypatch):
     path = write(tmp_path / "a.jsonl.gz", "w0 w1\nw2", "w3")
     fresh = corpus.tokenize(path, tokenizer)
     first = corpus.cached(path, tokenizer, tmp_path / "cache")
-    path.unlink()
+    monkeypatch.delattr(corpus, "tokenize")
     again = corpus.cached(path, tokenizer, tmp_path / "cache")
     for tokens in (first, again):
         assert isinstance(tokens.ids, np.memmap)
         np.testing.assert_array_equal(tokens.ids, fresh.ids)
         np.testing.assert_array_equal(tokens.starts, fresh.starts)
         assert (tokens.boundary, tokens.size) == (fresh.boundary, fresh.size)
+
+
+@pytest.mark.parametrize("names", [("wiki.en", "wiki.de"), ("en/news", "de/news")])
+def test_every_domain_has_tokens_of_its_own_text(tmp_path, tokenizer, names):
+    for name, text in zip(names, ("w1 w2", "w3"), strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / f"{name}.jsonl", text)
+    ids = [
+        corpus.cached(corpus.find(tmp_path, name), tokenizer, tmp_path / "cache").ids.tolist()
+        for name in names
+    ]
+    assert ids == [[0, 2, 3], [0, 4]]
+
+
+def test_tokens_are_of_the_file_and_the_tokenizer_as_they_are_now(tmp_path, tokenizer):
+    cache, path = tmp_path / "cache", write(tmp_path / "a.jsonl", "w1")
+    first = corpus.cached(path, tokenizer, cache)
+    assert corpus.cached(write(path, "w1"), tokenizer, cache).digest == first.digest
+    changed = corpus.cached(write(path, "w2"), tokenizer, cache)
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<eos>": 0, "w2": 1}, unk_token="<eos>")),
+        eos_token="<eos>",
+    )
+    again = corpus.cached(path, other, cache)
+    assert (changed.ids.tolist(), again.ids.tolist()) == ([0, 3], [0, 1])
+    assert len({first.digest, changed.digest, again.digest}) == 3
+
+
+@pytest.mark.parametrize("name", ["ids.npy", "starts.npy", "tokens.json", "checksums.json"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "text"])
+def test_damaged_tokens_are_made_again(tmp_path, tokenizer, name, damage):
+    path, cache = write(tmp_path / "a.jsonl", "w0 w1\nw2", "w3"), tmp_path / "cache"
+    fresh = corpus.cached(path, tokenizer, cache)
+    fresh = corpus.Tokens(np.array(fresh.ids), np.array(fresh.starts), fresh.boundary, fresh.size)
+    (victim,) = cache.glob(f"*/{name}")
+    data = bytearray(victim.read_bytes())
+    data[-2] ^= 1
+    changes = {"flipped": data, "cut": data[:-3], "text": b"[]"}
+    victim.unlink()
+    if damage in changes:
+        victim.write_bytes(changes[damage])
+    tokens = corpus.cached(path, tokenizer, cache)
+    np.testing.assert_array_equal(tokens.ids, fresh.ids)
+    np.testing.assert_array_equal(tokens.starts, fresh.starts)
+    assert (tokens.boundary, tokens.size) == (fresh.boundary, fresh.size)
+
+
+@pytest.mark.parametrize(
+    ("domains", "held_out", "message"),
+    [
+        ([], None, "corpus.domains: is empty"),
+        (
+            [("a", 1.0), ("b", 1.0), ("./a", 2.0)],
+            None,
+            "corpus.domains: has a value twice (got 'a')",
+        ),
+        ([("a", 0.0), ("b", 0.0)], None, "corpus.domains: weight of all domains"),
+        ([("a", 1.0, 0.0), ("b", 0.0)], None, "corpus.domains: final_weight of all domains"),
+        ([("a", 1e308), ("b", 1e308)], None, "corpus.domains: weight of all domains"),
+        ([("a", 1.0), ("b", 1.0)], "b", "corpus.held_out: is trained on too (got 'b')"),
+    ],
+)
+def test_domains_that_do_not_go_together(domains, held_out, message):
+    with pytest.raises(UserError) as caught:
+        corpus.check_domains([corpus.Domain(*each) for each in domains], held_out)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), "1", True])
+def test_a_weight_that_is_none(weight):
+    with pytest.raises(UserError, match=r"^corpus.domains: a: (final_)?weight: must be"):
+        corpus.Domain("a", weight)
+    with pytest.raises(UserError, match=r"^corpus.domains: a: final_weight: must be"):
+        corpus.Domain("a", 1.0, weight)
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "en/../../a"])
+def test_a_domain_stays_in_its_folder(tmp_path, name):
+    write(tmp_path / "a.jsonl", "w1")
+    (tmp_path / "inner").mkdir()
+    with pytest.raises(UserError, match="outside its folder"):
+        corpus.find(tmp_path / "inner", name)
+
+
+def test_a_document_without_end_is_refused(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(corpus.files, "LONGEST_LINE", 2**21)
+    path = write(tmp_path / "a.jsonl", "w1", "w2 " * 2**21)
+    with pytest.raises(UserError, match=r"a.jsonl, line 2: longer than 2 MiB. Write one document"):
+        corpus.tokenize(path, tokenizer)
+
+
+def test_how_many_documents_are_tokenised_at_once_changes_nothing(tmp_path, tokenizer, monkeypatch):
+    path = write(tmp_path / "a.jsonl", *(f"w{i} w{i + 1}\nw{i}" for i in range(9)))
+    whole = corpus.tokenize(path, tokenizer)
+    monkeypatch.setattr(corpus, "CHARACTERS_AT_ONCE", 12)
+    parts = corpus.tokenize(path, tokenizer)
+    np.testing.assert_array_equal(parts.ids, whole.ids)
+    np.testing.assert_array_equal(parts.starts, whole.starts)
 
 
 def domain(first: int, sentences: int, length: int = 4) -> corpus.Tokens:
@@ -137,10 +235,12 @@ def test_all_windows_hold_every_token_once_as_a_target():
 def test_mistakes_are_told_in_one_sentence(tmp_path, tokenizer):
     good = '{"text": "w1"}\n'
     bad = {
-        "json": (good + "nonsense\n", ", line 2, is no document"),
-        "field": (good + good + '{"words": 1}\n', ", line 3, is no document"),
-        "number": ('{"text": 1}\n', ", line 1, is no document"),
-        "empty": ("\n", " has no text"),
+        "json": (good + "nonsense\n", ", line 2: not valid JSON"),
+        "field": (good + good + '{"words": 1}\n', ", line 3: not a document"),
+        "number": ('{"text": 1}\n', ", line 1: not a document"),
+        "digits": (good + f'{{"text": {"9" * 5000}}}\n', ", line 2: .* thousands of digits"),
+        "half": (good + '{"text": "\\ud800"}\n', ", line 2: .* without its other half"),
+        "empty": ("\n", ": has no text"),
     }
     for name, (text, message) in bad.items():
         path = tmp_path / f"{name}.jsonl"
@@ -149,11 +249,13 @@ def test_mistakes_are_told_in_one_sentence(tmp_path, tokenizer):
             corpus.tokenize(path, tokenizer)
     broken = tmp_path / "broken.jsonl.gz"
     broken.write_bytes(gzip.compress(good.encode() * 100)[:-20])
-    with pytest.raises(UserError, match="is no document"):
+    with pytest.raises(UserError, match="not a whole gzip file"):
         corpus.tokenize(broken, tokenizer)
     with pytest.raises(UserError, match=r"has no missing.jsonl or missing.jsonl.gz"):
         corpus.find(tmp_path, "missing")
-    with pytest.raises(UserError, match="weight of domain 'a' is -1: give 0 or more"):
+    with pytest.raises(
+        UserError, match=r"corpus.domains: a: weight: must be at least 0 \(got -1.0\)"
+    ):
         corpus.Domain("a", -1.0)
     endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(UserError, match="has no eos_token"):

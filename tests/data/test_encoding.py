@@ -82,7 +82,7 @@ def test_label_first_needs_a_token_before_it(bpe, bpe_bos) -> None:
     with pytest.raises(UserError) as caught:
         run(bpe, "{label}: {text}", ["great", "fun"], text="it")
     assert str(caught.value) == (
-        "train.jsonl:1 has no token before the label word 'great': put text before {label} in "
+        "train.jsonl:1: has no token before the label word 'great'. Put text before {label} in "
         "task.template."
     )
 
@@ -138,8 +138,8 @@ def test_no_room_for_the_template(bpe_bos) -> None:
     with pytest.raises(UserError) as caught:
         run(bpe_bos, "{text} it was {label}", ["great", "bad"], max_length=1, text="fun")
     assert str(caught.value) == (
-        "task.template with its label words needs 2 tokens more than task.max_length or the model "
-        "allow: shorten it or raise task.max_length."
+        "task.template: with its label words needs 2 tokens more than task.max_length or the model "
+        "allow. Shorten it or raise task.max_length."
     )
 
 
@@ -193,16 +193,16 @@ def test_truncation_keeps_mask_and_end_of_an_encoder(wordpiece) -> None:
     [
         (
             ["great", "badly"],
-            "task.labels: 'badly' is 2 tokens of the tokenizer: an encoder needs label words of "
-            "one token.",
+            "task.labels: 'badly' is 2 tokens of the tokenizer, and an encoder reads label "
+            "words of one token. Choose another label word.",
         ),
         (
             ["great", "xyz"],
-            "task.labels: 'xyz' is unknown to the tokenizer: choose another label word.",
+            "task.labels: 'xyz' is unknown to the tokenizer. Choose another label word.",
         ),
         (
             ["great", "Great"],
-            "task.labels: 'great' and 'Great' are the same tokens: change one.",
+            "task.labels: 'great' and 'Great' are the same tokens. Change one.",
         ),
     ],
 )
@@ -216,7 +216,7 @@ def test_an_encoder_needs_a_mask_token(bpe) -> None:
     with pytest.raises(UserError) as caught:
         run(bpe, "{text} was {label}.", ["great", "bad"], kind="encoder", text="it")
     assert str(caught.value) == (
-        "the tokenizer has no mask token: give an encoder with one, or a decoder."
+        "tokenizer: has no mask token. Give an encoder with one, or a decoder."
     )
 
 

@@ -93,54 +93,54 @@ def test_k_leaves_other_splits_whole(tmp_path) -> None:
     [
         (
             {"sentence": "a", "label": 0},
-            "train.jsonl, line 2 has no field 'text', which task.template names: its fields are "
-            "'sentence', 'label'.",
+            "train.jsonl, line 2: has no field 'text', which task.template names (got 'sentence', "
+            "'label'). Name one of these.",
         ),
         (
             {"text": "a", "y": 0},
-            "train.jsonl, line 2 has no field 'label', which task.label_field names: its fields "
-            "are 'text', 'y'.",
+            "train.jsonl, line 2: has no field 'label', which task.label_field names (got 'text', "
+            "'y'). Name one of these.",
         ),
         (
             {"text": None, "label": 0},
-            "train.jsonl, line 2: field 'text' is null: give a value or leave the line out.",
+            "train.jsonl, line 2: field 'text' is null. Give a value or leave the line out.",
         ),
         (
             {"text": float("nan"), "label": 0},
-            "train.jsonl, line 2: field 'text' is null: give a value or leave the line out.",
+            "train.jsonl, line 2: field 'text' is null. Give a value or leave the line out.",
         ),
         (
             {"text": 3, "label": 0},
-            "train.jsonl, line 2: field 'text' holds 3, which is not text: put it in quotes.",
+            "train.jsonl, line 2: field 'text' is not text (got 3). Put it in quotes.",
         ),
         (
             {"text": "a", "label": None},
-            "train.jsonl, line 2: field 'label' is null: give a value or leave the line out.",
+            "train.jsonl, line 2: field 'label' is null. Give a value or leave the line out.",
         ),
         (
             {"text": "a", "label": True},
-            "train.jsonl, line 2: label True is neither text nor a whole number: give an index, a "
-            "label word or a class name.",
+            "train.jsonl, line 2: the label is neither text nor a whole number (got True). Give an "
+            "index, a label word or a class name.",
         ),
         (
             {"text": "a", "label": 1.0},
-            "train.jsonl, line 2: label 1.0 is neither text nor a whole number: give an index, a "
-            "label word or a class name.",
+            "train.jsonl, line 2: the label is neither text nor a whole number (got 1.0). Give an "
+            "index, a label word or a class name.",
         ),
         (
             {"text": "a", "label": 2},
-            "train.jsonl, line 2: label 2 is not one of terrible, great nor an index from 0 to 1: "
-            "correct it, or name the classes in task.classes.",
+            "train.jsonl, line 2: the label is not one of terrible, great nor an index from 0 to 1 "
+            "(got 2). Correct it, or name the classes in task.classes.",
         ),
         (
             {"text": "a", "label": -1},
-            "train.jsonl, line 2: label -1 is not one of terrible, great nor an index from 0 to 1: "
-            "correct it, or name the classes in task.classes.",
+            "train.jsonl, line 2: the label is not one of terrible, great nor an index from 0 to 1 "
+            "(got -1). Correct it, or name the classes in task.classes.",
         ),
         (
             {"text": "a", "label": "Great"},
-            "train.jsonl, line 2: label 'Great' is not one of terrible, great nor an index from 0 "
-            "to 1: correct it, or name the classes in task.classes.",
+            "train.jsonl, line 2: the label is not one of terrible, great nor an index from 0 to 1 "
+            "(got 'Great'). Correct it, or name the classes in task.classes.",
         ),
     ],
 )
@@ -154,8 +154,8 @@ def test_label_that_is_an_index_and_a_word(tmp_path) -> None:
     with pytest.raises(UserError) as caught:
         load(tmp_path, [{"text": "a", "label": 1}], labels=["1", "2", "3"])
     assert str(caught.value) == (
-        "train.jsonl, line 1: label 1 may be an index or a label word: name the classes in "
-        "task.classes."
+        "train.jsonl, line 1: the label may be an index or a label word (got 1). Name the classes "
+        "in task.classes."
     )
 
 
@@ -167,7 +167,7 @@ def test_empty_text_of_a_csv_is_empty(tmp_path) -> None:
 def test_no_data(tmp_path) -> None:
     with pytest.raises(UserError) as caught:
         load(tmp_path, [], train=None)
-    assert str(caught.value) == "task has no data: give task.train, task.test or both."
+    assert str(caught.value) == "task: has no data. Give task.train, task.test or both."
 
 
 def test_test_alone(tmp_path) -> None:
@@ -180,6 +180,123 @@ def test_k_larger_than_a_class(tmp_path) -> None:
     with pytest.raises(UserError) as caught:
         load(tmp_path, rows, k=2)
     assert str(caught.value) == (
-        "task.k asks for 2 examples of every class, but task.train has 0 of 'terrible': lower "
-        "task.k or give more examples."
+        "task.k: asks for 2 examples of every class, but task.train has 0 of 'terrible'. Lower "
+        "it or give more examples."
     )
+
+
+def saved_with_names(folder: Path, names: list[str]) -> list[str]:
+    """A folder of `datasets` whose row i has class i, and the names in the order of the rows."""
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+    )
+    rows = [{"text": name, "label": i} for i, name in enumerate(names)]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(folder / "saved"))
+    return names
+
+
+@pytest.mark.parametrize("given", ["labels", "classes"])
+@pytest.mark.parametrize(
+    "names", [["great", "terrible"], ["Great", "Terrible"], ["terrible", "great"]]
+)
+def test_class_names_of_the_data_are_matched_by_name(tmp_path, given, names) -> None:
+    saved_with_names(tmp_path, names)
+    words = ["terrible", "great"]
+    changes = (
+        {"labels": words} if given == "labels" else {"labels": ["no", "yes"], "classes": words}
+    )
+    task = load(tmp_path, [], train="saved", **changes)
+    assert [words[example.label] for example in task.train] == [name.lower() for name in names]
+
+
+def test_class_names_of_other_words_leave_the_order_as_it_is(tmp_path) -> None:
+    saved_with_names(tmp_path, ["negative", "positive"])
+    assert classes(load(tmp_path, [], train="saved")) == [0, 1]
+    assert classes(load(tmp_path, [], train="saved", classes=[1, 0])) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("names", "changes"),
+    [
+        (["great", "awful"], {}),
+        (["negative", "positive"], {"classes": ["neg", "pos"]}),
+    ],
+)
+def test_a_class_name_that_does_not_match_is_refused(tmp_path, names, changes) -> None:
+    saved_with_names(tmp_path, names)
+    with pytest.raises(UserError, match=r"saved, row \d: the data name the class \d '(awful|neg)"):
+        load(tmp_path, [], train="saved", **changes)
+
+
+def test_classes_of_a_known_task_are_matched_by_name(tmp_path) -> None:
+    import datasets
+
+    names = ["not_entailment", "entailment"]
+    features = datasets.Features(
+        {
+            **dict.fromkeys(("premise", "hypothesis"), datasets.Value("string")),
+            "label": datasets.ClassLabel(names=names),
+        }
+    )
+    rows = [{"premise": "a", "hypothesis": "b", "label": i} for i in (0, 1)]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    values = {"name": "opt/rte", "train": "saved", "test": None, "validation": None}
+    task = load_task(task_config(values), seed=0, base_dir=tmp_path)
+    assert {task.config.labels[example.label] for example in task.train} == {"Yes", "No"}
+    by_row = {example.id: task.config.labels[example.label] for example in task.train}
+    assert by_row == {"saved:1": "No", "saved:2": "Yes"}
+
+
+def test_outputs_of_a_model_are_matched_by_name() -> None:
+    config = task_config({"name": "x", "template": "{text} {label}", "labels": ["bad", "good"]})
+    assert config.columns_of(["good", "bad"]) == [1, 0]
+    assert config.columns_of(["Bad", "GOOD"]) == [0, 1]
+    assert config.columns_of(["LABEL_0", "LABEL_1"]) == config.columns_of([]) == [0, 1]
+    for names in (["good", "awful"], ["good", "bad", "none"]):
+        with pytest.raises(UserError, match=r"^model: its classes are not bad, good"):
+            config.columns_of(names)
+
+
+def test_rows_of_the_test_set_that_are_trained_on_are_counted(tmp_path) -> None:
+    (tmp_path / "test.jsonl").write_text(
+        "".join(json.dumps({"text": text, "label": 0}) + "\n" for text in ("a", "b", "a", "c"))
+    )
+    rows = [{"text": "a", "label": 1}, {"text": "b ", "label": 0}, {"text": "d", "label": 0}]
+    task = load(tmp_path, rows, test="test.jsonl")
+    assert (task.repeated(), task.repeated("validation")) == (2, 0)
+
+
+def test_digests_are_of_the_examples_and_not_of_their_file(tmp_path) -> None:
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+    whole = load(tmp_path, rows, test="train.jsonl").digests()
+    assert set(whole) == {"train", "test"}
+    (tmp_path / "other.jsonl").write_text("\n" + (tmp_path / "train.jsonl").read_text())
+    assert load(tmp_path, rows, test="other.jsonl").digests() == whole
+    for changed in (rows[::-1], [rows[0]], [rows[0], {"text": "b", "label": 1}]):
+        assert load(tmp_path, changed).digests()["train"] != whole["train"]
+
+
+def test_hold_out_takes_what_num_train_leaves(tmp_path) -> None:
+    rows = [{"text": str(i), "label": i % 2} for i in range(20)]
+    for num_train, held_out in ((4, 4), (15, 5)):
+        task = load(tmp_path, rows, num_train=num_train, validation="hold_out")
+        assert (len(task.train), len(task.validation)) == (num_train, held_out)
+        assert not {e.id for e in task.train} & {e.id for e in task.validation}
+    with pytest.raises(UserError, match=r"task.num_train: leaves none of the 20 examples"):
+        load(tmp_path, rows, num_train=20, validation="hold_out")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_is_none(tmp_path, seed) -> None:
+    with pytest.raises(UserError, match=r"^seed: must be from 0"):
+        load(tmp_path, [{"text": "a", "label": 1}], seed=seed)
+
+
+@pytest.mark.parametrize("label", ["nan", "inf", "-Infinity", "1e999", [1]])
+def test_a_score_that_is_not_finite_is_no_label(tmp_path, label) -> None:
+    with pytest.raises(
+        UserError, match=r"the label is not a number, which task.threshold compares"
+    ):
+        load(tmp_path, [{"text": "a", "label": label}], threshold=0.5)

@@ -49,14 +49,14 @@ def test_every_example_is_drawn_about_equally_often() -> None:
         (
             3,
             0,
-            "task.k asks for 3 examples of every class, but task.train has 2 of 'b': lower task.k "
+            "task.k: asks for 3 examples of every class, but task.train has 2 of 'b'. Lower it "
             "or give more examples.",
         ),
         (
             2,
             2,
-            "task.k asks for 2 training and 2 held-out examples of every class, but task.train has "
-            "3 of 'a': lower task.k or give more examples.",
+            "task.k: asks for 2 training and 2 held-out examples of every class, but task.train "
+            "has 3 of 'a'. Lower it or give more examples.",
         ),
     ],
 )

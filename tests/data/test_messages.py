@@ -147,15 +147,15 @@ def test_rows_have_their_id_or_their_place(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({"text": "a"}, "has no messages: give a list of {role, content} in that field."),
-        ({"messages": []}, "has no messages: give a list of {role, content} in that field."),
+        ({"text": "a"}, "has no messages. Give a list of {role, content} in that field."),
+        ({"messages": []}, "has no messages. Give a list of {role, content} in that field."),
         (
             {"messages": [{"role": "human", "content": "a"}]},
-            "message 1 has the role 'human': give system, user or assistant.",
+            "message 1 has an unknown role (got 'human'). Give system, user or assistant.",
         ),
         (
             {"messages": [{"role": "user", "content": None}]},
-            "message 1 has no content: give a text.",
+            "message 1 has no content. Give a text.",
         ),
     ],
 )
@@ -171,7 +171,7 @@ def test_tokenizers_that_do_not_serve(bpe, slow) -> None:
     one = [conversation(("user", "it"), ("assistant", "fun"), name="rows:7")]
     with pytest.raises(UserError, match="character offsets"):
         encode_messages(one, slow)
-    with pytest.raises(UserError, match=r"^rows:7: the tokenizer has no chat template"):
+    with pytest.raises(UserError, match=r"^rows:7: tokenizer: has no chat template"):
         encode_messages(one, bpe, template="chat")
     without = with_template(bpe, CHATML)
     without.eos_token = None
@@ -187,5 +187,5 @@ def test_a_template_that_rewrites_turns_is_refused(bpe) -> None:
     with pytest.raises(UserError, match="message 3 otherwise when others follow it"):
         chat(TURNS, with_template(bpe, last_only))
     refusing = "{{ raise_exception('Only users speak') }}"
-    with pytest.raises(UserError, match=r"does not take it \(Only users speak\)"):
+    with pytest.raises(UserError, match=r"does not take the conversation \(Only users speak\)"):
         chat(TURNS, with_template(bpe, refusing))

@@ -1,4 +1,5 @@
 import gzip
+import json
 from pathlib import Path
 
 import pyarrow
@@ -110,11 +111,9 @@ def test_data_set(hub_folder) -> None:
     for source, split in (("pair/three", "train"), ("pair/one", "test")):
         with pytest.raises(UserError) as caught:
             values(source, base, split)
-        assert str(caught.value) == (
-            f"task.{split}: {source!r} is neither a file nor a data set with a split {split!r} "
-            "that can be loaded: check the name and the network, or name another split after a "
-            "colon."
-        )
+        start = f"task.{split}: {source!r} is neither a file nor a data set with a split {split!r} "
+        assert str(caught.value).startswith(f"{start}that can be loaded (")
+        assert str(caught.value).endswith("name another split after a colon.")
 
 
 @pytest.mark.parametrize(
@@ -122,26 +121,25 @@ def test_data_set(hub_folder) -> None:
     [
         (
             "none.jsonl",
-            "task.test: there is no file 'none.jsonl': give a path relative to the YAML file or to "
+            "task.test: there is no file 'none.jsonl'. Give a path relative to the YAML file or to "
             "the working directory, or the name of a data set.",
         ),
         (
             "jaxlm:subj/none.jsonl.gz",
-            "task.test: there is no file 'jaxlm:subj/none.jsonl.gz': give a path relative to the "
+            "task.test: there is no file 'jaxlm:subj/none.jsonl.gz'. Give a path relative to the "
             "YAML file or to the working directory, or the name of a data set.",
         ),
         (
             "nobody-has-this/none",
             "task.test: 'nobody-has-this/none' is neither a file nor a data set with a split "
-            "'test' that can be loaded: check the name and the network, or name another split "
-            "after a colon.",
+            "'test' that can be loaded (",
         ),
     ],
 )
 def test_missing(tmp_path, source: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         read_rows(source, key="test", base_dir=tmp_path)
-    assert str(caught.value) == message
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -150,80 +148,105 @@ def test_missing(tmp_path, source: str, message: str) -> None:
         (
             "a.jsonl",
             b"",
-            "task.train: a.jsonl is empty: give a file with at least one example.",
+            "task.train: a.jsonl is empty. Give a file with at least one example.",
         ),
         (
             "a.jsonl",
             b"\n \n",
-            "task.train: a.jsonl is empty: give a file with at least one example.",
+            "task.train: a.jsonl is empty. Give a file with at least one example.",
         ),
         (
             "a.csv",
             b"text,label\n",
-            "task.train: a.csv is empty: give a file with at least one example.",
+            "task.train: a.csv is empty. Give a file with at least one example.",
         ),
         (
             "a.parquet",
             b"",
-            "task.train: a.parquet is empty: give a file with at least one example.",
+            "task.train: a.parquet is empty. Give a file with at least one example.",
         ),
         (
             "a.jsonl.gz",
             b"",
-            "task.train: a.jsonl.gz is empty: give a file with at least one example.",
+            "task.train: a.jsonl.gz is empty. Give a file with at least one example.",
         ),
         (
             "a.jsonl",
             b"\x80\x04\x95",
-            "a.jsonl is not a text file in UTF-8: save it as UTF-8.",
+            "a.jsonl: not a text file in UTF-8. Save it as UTF-8.",
         ),
         (
             "a.csv",
             b"text\nab\0c\n",
-            "a.csv is not a text file in UTF-8: save it as UTF-8.",
+            "a.csv: not a text file in UTF-8. Save it as UTF-8.",
         ),
         (
             "a.parquet",
             b"PAR1 but no more",
-            "a.parquet is not a Parquet file: write it anew.",
+            "a.parquet: not a whole Parquet file. Write it again.",
         ),
         (
             "a.jsonl.gz",
             b'{"text": "plain"}\n',
-            "task.train: a.jsonl.gz is not a whole gzip file: write it anew.",
+            "task.train: a.jsonl.gz: not a whole gzip file. Write it again.",
         ),
         (
             "a.jsonl.gz",
             gzip.compress(b'{"text": "cut short"}\n', mtime=0)[:-9],
-            "task.train: a.jsonl.gz is not a whole gzip file: write it anew.",
+            "task.train: a.jsonl.gz: not a whole gzip file. Write it again.",
         ),
         (
             "a.txt",
             b"text",
-            "task.train: the ending of 'a.txt' is not a known one: use .jsonl, .csv, .tsv or "
-            ".parquet.",
+            "task.train: the ending of 'a.txt' is not known. Use one of .jsonl, .json, .csv, "
+            ".tsv, .parquet.",
         ),
         (
             "a.jsonl",
             b'{"text": "a"}\n{"text": \n',
-            'a.jsonl, line 2 is not a JSON object: write {"name": value} on each.',
+            "a.jsonl, line 2: not valid JSON (Expecting value at character 9). Correct the file or "
+            "write it again.",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "b", "label": ' + b"9" * 5000 + b"}\n",
+            "a.jsonl, line 2: not valid JSON (a number with thousands of digits). Correct the file "
+            "or write it again.",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "\\ud83d\\ude00"}\n{"text": "\\ud800", "label": 1}\n',
+            r"a.jsonl, line 2: not valid JSON (a \ud800-like escape without its other half). "
+            "Correct the file or write it again.",
+        ),
+        (
+            "a.json",
+            b'[{"text": "a"}, 3]',
+            'a.json, row 2: not a JSON object. Write {"name": value} there.',
+        ),
+        (
+            "a.json",
+            b'[{"text": "a"}',
+            "a.json: not valid JSON (Expecting ',' delimiter at character 14). Correct the file or "
+            "write it again.",
         ),
         (
             "a.jsonl",
             b'{"text": "a"}\n["text"]\n',
-            'a.jsonl, line 2 is not a JSON object: write {"name": value} on each.',
+            'a.jsonl, line 2: not a JSON object. Write {"name": value} there.',
         ),
         (
             "a.jsonl",
             b"[" * 100_000,
-            'a.jsonl, line 1 is not a JSON object: write {"name": value} on each.',
+            "a.jsonl, line 1: not valid JSON (nested too deeply). Correct the file or write it "
+            "again.",
         ),
         (
             "a.csv",
             b"text,label\na,0\nb, c,1\n",
-            "a.csv, line 3 has 3 values for 2 columns: quote a value that holds the delimiter.",
+            "a.csv, line 3: has 3 values for 2 columns. Quote a value that holds the delimiter.",
         ),
-        ("a.csv", b"text,text\na,0\n", "a.csv, line 1 names a column twice: rename one."),
+        ("a.csv", b"text,text\na,0\n", "a.csv, line 1: names a column twice. Rename one."),
     ],
 )
 def test_unreadable(tmp_path, name: str, data: bytes, message: str) -> None:
@@ -238,5 +261,113 @@ def test_a_folder_with_the_name_of_a_file(tmp_path) -> None:
     with pytest.raises(UserError) as caught:
         read_rows("a.jsonl", key="train", base_dir=tmp_path)
     assert str(caught.value) == (
-        "task.train: a.jsonl cannot be read (Is a directory): give a readable file."
+        "task.train: a.jsonl: not a regular file (got a folder). Give a file."
     )
+
+
+def test_json_is_an_array_or_lines(tmp_path) -> None:
+    assert values(write(tmp_path, "a.json", json.dumps(ROWS, indent=2)), tmp_path) == ROWS
+    assert values(write(tmp_path, "b.json.gz", JSONL), tmp_path) == ROWS
+    rows = read_rows("a.json", key="train", base_dir=tmp_path)
+    assert [row.where for row in rows] == ["a.json, row 1", "a.json, row 2"]
+
+
+def test_a_column_twice_in_a_parquet_file_is_named(tmp_path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError) as caught:
+        values("a.parquet", tmp_path)
+    assert str(caught.value) == "a.parquet: names the column 'text' twice. Rename one."
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "a.jsonl", JSONL)
+    assert values("~/a.jsonl", tmp_path / "elsewhere") == ROWS
+    for source, message in (
+        ("~nosuchuser/a.jsonl", "no such user"),
+        ("a\0.jsonl", "NUL"),
+        (" ", "empty"),
+    ):
+        with pytest.raises(UserError, match=f"^task.train: .*{message}"):
+            values(source, tmp_path)
+    for source in ("x" * 300 + ".jsonl", "jaxlm:../../pyproject.jsonl"):
+        with pytest.raises(UserError, match=r"^task.train: "):
+            values(source, tmp_path)
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch) -> Path:
+    """A folder with one split and a folder with two, as `save_to_disk` writes them."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    label = datasets.ClassLabel(names=["bad", "good"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": label})
+    split = datasets.Dataset.from_list(ROWS, features=features)
+    split.save_to_disk(str(tmp_path / "one"))
+    both = datasets.DatasetDict({"train": split, "test": split.select([1])})
+    both.save_to_disk(str(tmp_path / "two"))
+    return tmp_path
+
+
+def test_what_datasets_saves_to_disk_is_read(saved) -> None:
+    assert values("one", saved) == values("one", saved, "test") == values("two", saved) == ROWS
+    assert values("two:test", saved) == ROWS[1:]
+    (row, _) = read_rows("one", key="train", base_dir=saved)
+    assert row.class_names == {"label": ("bad", "good")}
+    with pytest.raises(
+        UserError, match=r"has no split 'validation'. Name one of train, test after"
+    ):
+        values("two", saved, "validation")
+
+
+def test_a_saved_data_set_may_not_name_files_elsewhere(saved) -> None:
+    state = json.loads((saved / "one" / "state.json").read_text(encoding="utf-8"))
+    state["_data_files"][0]["filename"] = "../two/train/" + state["_data_files"][0]["filename"]
+    (saved / "one" / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    with pytest.raises(UserError, match="names a file outside its folder"):
+        values("one", saved)
+
+
+def test_a_readme_may_not_name_files_elsewhere(hub_folder) -> None:
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["secret"]}), hub_folder.parent / "x.parquet"
+    )
+    (hub_folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
+        "    path: ../x.parquet\n---\n"
+    )
+    with pytest.raises(UserError):
+        values("pair", hub_folder.parent)
+
+
+def test_no_script_of_a_folder_is_run(tmp_path) -> None:
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    for source in ("evil", "evil/config", "evil:train"):
+        with pytest.raises(UserError, match=r"^task.train: "):
+            values(source, tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_tables_of_a_folder_lose_no_rows_to_stray_quotes(tmp_path, monkeypatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    write(folder, "train.tsv", 'id\ttext\n1\t"a 5 in\n2\tb"\n3\tc\n')
+    texts = [row["text"] for row in values("tables", tmp_path)]
+    assert texts == ['"a 5 in', 'b"', "c"]
+
+
+def test_class_names_of_a_parquet_file_are_read(tmp_path) -> None:
+    import datasets
+
+    label = datasets.ClassLabel(names=["bad", "good"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": label})
+    datasets.Dataset.from_list(ROWS, features=features).to_parquet(str(tmp_path / "a.parquet"))
+    (row, _) = read_rows("a.parquet", key="train", base_dir=tmp_path)
+    assert row.class_names == {"label": ("bad", "good")}

@@ -28,45 +28,71 @@ def test_sequences_become_tuples() -> None:
     [
         (
             {"labels": ["word", " "]},
-            "task.labels: word 2 is empty: give a word for every class.",
+            "task.labels: word 2 is empty. Give a word for every class.",
         ),
         (
             {"labels": ["word"]},
-            "task.labels has 1 words: give one for each class, at least two.",
+            "task.labels: needs a word for each class, at least two (got ('word',)). Give the "
+            "others.",
         ),
         (
             {"labels": ["word", "thing", "word"]},
-            "task.labels has 'word' twice: give every class its own.",
+            "task.labels: has a word twice (got 'word'). Give every class its own.",
         ),
         (
             {"labels": ["no", True]},
-            "task.labels holds True, which is not text: put it in quotes.",
+            "task.labels: holds what is not text (got True). Put it in quotes.",
         ),
-        ({"labels": "word"}, "task.labels is 'word', which is not a list."),
-        ({"labels": None}, "task.labels is None, which is not a list."),
+        ({"labels": "word"}, "task.labels: not a list (got 'word'). Give one."),
+        ({"labels": None}, "task.labels: not a list (got None). Give one."),
         (
             {"classes": ["a"]},
-            "task.classes has 1 names for 2 labels: give one for each label, in the same order.",
+            "task.classes: needs 2 names, as many as task.labels (got 1). Give one for each label, "
+            "in the same order.",
         ),
-        ({"classes": [1, "1"]}, "task.classes has '1' twice: give every class its own."),
-        ({"k": "many"}, "task.k is 'many', which is not a whole number."),
-        ({"k": True}, "task.k is True, which is not a whole number."),
-        ({"k": 0}, "task.k is 0: give a whole number of at least 1."),
-        ({"max_length": -1}, "task.max_length is -1: give a whole number of at least 1."),
-        ({"train": 3}, "task.train is 3, which is not the name of a file or data set."),
-        ({"template": 3}, "task.template is 3, which is not text: put it in quotes."),
+        (
+            {"classes": [1, "1"]},
+            "task.classes: has a word twice (got '1'). Give every class its own.",
+        ),
+        ({"k": "many"}, "task.k: must be a whole number (got 'many'). Correct it."),
+        ({"k": True}, "task.k: must be a whole number (got True). Correct it."),
+        ({"k": 0}, "task.k: must be from 1 to 2147483647 (got 0). Correct it."),
+        (
+            {"num_train": 10**12},
+            "task.num_train: must be from 1 to 2147483647 (got 1000000000000). Correct it.",
+        ),
+        (
+            {"test_seed": -1},
+            "task.test_seed: must be from 0 to 2**32 - 1 (got -1). Correct it.",
+        ),
+        ({"threshold": float("nan")}, "task.threshold: must be finite (got nan). Correct it."),
+        ({"k": [16]}, "task.k: must be a whole number (got [16]). Correct it."),
+        ({"name": ["trec"]}, "task.name: not text (got ['trec']). Put it in quotes."),
+        (
+            {"labels": ["a", "\ud800"]},
+            r"task.labels: holds half of a character (got '\ud800'). Write the whole one.",
+        ),
+        (
+            {"template": "\ud800{label}"},
+            r"task.template: holds half of a character (got '\ud800{label}'). Write the whole one.",
+        ),
+        ({"max_length": -1}, "task.max_length: must be from 1 to 2147483647 (got -1). Correct it."),
+        ({"train": 3}, "task.train: not the name of a file or data set (got 3). Give that."),
+        ({"template": 3}, "task.template: not text (got 3). Put it in quotes."),
         (
             {"template": "It was good"},
-            "task.template 'It was good' has no {label}: put it where the label word stands.",
+            "task.template: has no {label} (got 'It was good'). Put it where the label word "
+            "stands.",
         ),
         (
             {"validation": "hold_out"},
-            "task.validation is hold_out, but task.k is not given: give task.k.",
+            "task.validation: nothing says how many examples to hold out (got hold_out). Give "
+            "task.k, task.num_train or task.num_validation.",
         ),
-        ({"lables": ["a", "b"]}, "task.lables is not a key of a task: did you mean task.labels?"),
+        ({"lables": ["a", "b"]}, "task.lables: not a key of a task. Did you mean task.labels?"),
         (
             {"zzz": 1},
-            "task.zzz is not a key of a task: use one of name, train, validation, test, template, "
+            "task.zzz: not a key of a task. Use one of name, train, validation, test, template, "
             "labels, label_field, classes, fields, k, num_train, num_validation, num_test, "
             "test_seed, max_length, max_new_tokens, first_field_limit, truncation, threshold.",
         ),
@@ -82,8 +108,11 @@ def test_mistakes(changes: dict[str, object], message: str) -> None:
 def test_missing_key(key: str) -> None:
     with pytest.raises(UserError) as caught:
         task_config({other: value for other, value in GIVEN.items() if other != key})
+    name = "None" if key == "name" else "'trec'"
     assert str(caught.value) == (
-        f"task.{key} is missing: give it, or the name of a shipped task (mr, subj)."
+        f"task.{key}: missing, and task.name is not that of a task that is known (got {name}). "
+        "Give it, or the name of a shipped task (mr, subj)."
+        + ("" if key == "name" else " Did you mean roberta/trec?")
     )
 
 
@@ -126,7 +155,7 @@ def test_shipped_files_say_where_they_come_from_and_are_small() -> None:
 
     folder = Path(jaxlm.data.__file__).parent.parent / "assets" / "tasks"
     for name in shipped_names():
-        content = yaml.safe_load((folder / name / "task.yaml").read_text())
+        content = yaml.safe_load((folder / name / "task.yaml").read_text(encoding="utf-8"))
         assert content["licence"] == "CC-BY-4.0"
         assert "Pang" in content["attribution"]
         assert "Changes" in content["attribution"]

@@ -47,6 +47,8 @@ def test_the_page_has_the_row(row: str) -> None:
 
 def test_the_page_has_no_other_row() -> None:
     shown = [
-        line for line in PAGE.read_text().splitlines() if line.startswith(("| `opt/", "| `rob"))
+        line
+        for line in PAGE.read_text(encoding="utf-8").splitlines()
+        if line.startswith(("| `opt/", "| `rob"))
     ]
     assert shown == opt_rows() + roberta_rows()

@@ -79,39 +79,46 @@ def test_usual_and_given_names_of_two_sentences() -> None:
     [
         (
             "It was good",
-            "task.template 'It was good' has no {label}: put it where the label word stands.",
+            "task.template: has no {label} (got 'It was good'). Put it where the label word "
+            "stands.",
         ),
         (
             "{{label}}",
-            "task.template '{{label}}' has no {label}: put it where the label word stands.",
+            "task.template: has no {label} (got '{{label}}'). Put it where the label word stands.",
         ),
         (
             "*cls**sent_0*",
-            "task.template '*cls**sent_0*' has no *mask*: put it where the label word stands.",
+            "task.template: has no *mask* (got '*cls**sent_0*'). Put it where the label word "
+            "stands.",
         ),
         (
             "{label} {label}",
-            "task.template '{label} {label}' has several places of the label: keep one.",
+            "task.template: has several places of the label (got '{label} {label}'). Keep one.",
         ),
         (
             "{text {label}",
-            "task.template '{text {label}' has an unmatched brace: write {{ or }} for a literal "
-            "one.",
+            "task.template: has an unmatched brace (got '{text {label}'). Write {{ or }} for a "
+            "literal one.",
         ),
         (
             "{} {label}",
-            "task.template '{} {label}' has a brace that is not a field's name alone: write "
+            "task.template: has a brace that is not a field's name alone (got '{} {label}'). Write "
             "{name}, and {{ or }} for a literal brace.",
         ),
         (
             "{text!r} {label}",
-            "task.template '{text!r} {label}' has a brace that is not a field's name alone: write "
-            "{name}, and {{ or }} for a literal brace.",
+            "task.template: has a brace that is not a field's name alone (got '{text!r} {label}'). "
+            "Write {name}, and {{ or }} for a literal brace.",
         ),
         (
             "*cls**sent_0**sep+**sent_1**mask*",
-            "task.template '*cls**sent_0**sep+**sent_1**mask*' goes on after *sep+*: leave out all "
-            "but the last *sep+*.",
+            "task.template: goes on after *sep+* (got '*cls**sent_0**sep+**sent_1**mask*'). Leave "
+            "out all but the last *sep+*.",
+        ),
+        (
+            f"*cls**sent_{'9' * 5000}**mask*",
+            f"task.template: numbers a sentence beyond 99 (got '*cls**sent_{'9' * 45}...). Number "
+            "them from 0 on.",
         ),
     ],
 )
@@ -125,5 +132,5 @@ def test_too_few_names() -> None:
     with pytest.raises(UserError) as caught:
         Template.parse(MNLI).with_names(("text",), ("text",))
     assert str(caught.value) == (
-        "task.fields names 1 fields, but task.template has 2 sentences: name the field of each."
+        "task.fields: task.template has 2 sentences (got 1 fields). Name the field of each."
     )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.core.errors import UserError
 from jaxlm.evaluation import accuracy, calibrate, majority_accuracy, option_scores, score_split
 from jaxlm.models.scoring import log_probs_of
 from jaxlm.train.objective import classification_objective, lm_objective
@@ -145,8 +146,48 @@ def test_calibration_takes_a_constant_preference_away():
     np.testing.assert_allclose(calibrate(biased, biased), calibrate(scores, scores), atol=1e-12)
 
 
-def test_majority_is_that_of_the_training_labels():
-    assert majority_accuracy(np.array([0, 1, 1]), np.array([1, 1, 0, 1])) == 0.75
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_majority_is_that_of_the_tested_rows_and_at_least_one_in_c(classes):
+    """By trying every constant answer."""
+    labels = np.random.default_rng(classes).integers(0, classes, 50)
+    right = np.eye(classes, dtype=bool)[labels] | (np.arange(classes) == 1)
+    for given, mask in ((labels, np.eye(classes, dtype=bool)[labels]), (right, right)):
+        best = max(np.mean(mask[:, answer]) for answer in range(classes))
+        assert majority_accuracy(given) == best >= 1 / classes
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_scores_that_are_not_finite_are_refused_by_example(bad):
+    scores = np.ones((5, 2))
+    scores[3, 1] = bad
+    uses = (
+        lambda: accuracy(scores, np.zeros(5, int)),
+        lambda: calibrate(scores, np.ones((5, 2))),
+        lambda: calibrate(np.ones((5, 2)), scores),
+        lambda: score_split(lambda params, batch: scores, None, Fixed(5), "test", batch_size=5),
+    )
+    for use in uses:
+        with pytest.raises(UserError, match=r"1 of 5 examples .*not finite \(got .* example 4\)"):
+            use()
+
+
+def test_an_option_that_an_example_does_not_have_is_no_mistake_but_one_must_be_there():
+    scores = np.array([[1.0, -np.inf], [-np.inf, 2.0]])
+    assert accuracy(scores, np.array([0, 1])) == 1.0
+    with pytest.raises(UserError, match="1 of 2 examples"):
+        accuracy(np.array([[1.0, 2.0], [-np.inf, -np.inf]]), np.array([1, 0]))
+
+
+class Fixed:
+    """An encoded task of `count` examples that are read at once."""
+
+    labels = ("a", "b")
+
+    def __init__(self, count):
+        self.test = tuple(type("E", (), {"label": 0, "gold": ()}) for _ in range(count))
+
+    def eval_batches(self, split, *, batch_size):
+        yield {"index": np.arange(len(self.test))}
 
 
 def test_a_split_is_scored_in_its_own_order(params):

@@ -4,9 +4,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.core.errors import UserError
 from jaxlm.evaluation.perplexity import perplexity
 
 V = 5
+
+
+def test_a_loss_that_is_not_finite_or_of_nothing_is_refused():
+    cut = {"input_ids": np.zeros((1, 3), np.int32), "weights": np.ones((1, 2), np.float32)}
+    with pytest.raises(UserError, match="not finite"):
+        perplexity(uniform, cut, size=4, batch_size=1)(jnp.float32(np.nan))
+    with pytest.raises(UserError, match="no token to predict"):
+        perplexity(uniform, cut | {"weights": np.zeros((1, 2))}, size=4, batch_size=1)
 
 
 def uniform(params, ids):

@@ -1,0 +1,147 @@
+"""Tables as text, CSV and TSV: no row is lost to a stray quote.
+
+Values are quoted as RFC 4180 says: one that begins with a quote ends at the next quote that is not
+doubled, which the delimiter or the end of the line must follow; any other quote is text. So a stray
+quote at the beginning of a value would swallow the rows up to the next one, as it does in csv,
+pandas and pyarrow.
+
+- In TSV, where files without any quoting are usual, such a quote is text wherever the lines are
+  rows by themselves.
+- In CSV it is an error where text follows the closing quote, and where a line inside looks like a
+  row: it has as many values, and in some column one that other rows have there, or a number where
+  all have numbers.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+
+from jaxlm.core.errors import UserError
+
+_LINE_END = re.compile(r"\r\n|\n|\r")
+_UNQUOTED = {delimiter: re.compile(rf"[^{delimiter}\r\n]*") for delimiter in ",\t"}
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+
+Record = tuple[int, list[str]]
+"""The line, counted from 1, on which a record begins, and its values."""
+
+
+def read_table(text: str, delimiter: str, source: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a table with a header, each with the line on which it begins.
+
+    Args:
+        text: of the table.
+        delimiter: a comma or a tab.
+        source: how messages name the table.
+
+    Raises:
+        UserError: a column is named twice, a row has more or fewer values than there are columns,
+            or a quote is stray in one of the ways above.
+    """
+    records, suspects = _records(text, delimiter, source)
+    if not records:
+        return
+    number, header = records[0]
+    if len(set(header)) < len(header):
+        raise UserError(f"{source}, line {number}: names a column twice. Rename one.")
+    for number, values in records[1:]:
+        if len(values) != len(header):
+            raise UserError(
+                f"{source}, line {number}: has {len(values)} values for {len(header)} columns. "
+                "Quote a value that holds the delimiter."
+            )
+    _check_suspects(records[1:], suspects, source)
+    for number, values in records[1:]:
+        yield number, dict(zip(header, values, strict=True))
+
+
+def _records(
+    text: str, delimiter: str, source: str
+) -> tuple[list[Record], dict[int, list[Record]]]:
+    """All records, and of those that a quote carries over lines the lines that may be rows."""
+    records: list[Record] = []
+    suspects: dict[int, list[Record]] = {}
+    place, number = 0, 1
+    while place < len(text):
+        end = _end_of_line(text, place)
+        line = text[place:end]
+        values: list[str] | None = line.split(delimiter)
+        inner: list[Record] = []
+        if '"' in line:
+            values, stop = _quoted(text, place, delimiter)
+            width = len(records[0][1]) if records else line.count(delimiter) + 1
+            inner = [
+                (number + i, each.split(delimiter))
+                for i, each in enumerate(_LINE_END.split(text[end:stop])[1:], start=1)
+                if each.count(delimiter) == width - 1 > 0
+            ]
+            if delimiter == "\t" and (values is None or inner or len(values) != width):
+                values, stop, inner = [_plain(value) for value in line.split("\t")], end, []
+            if values is None:
+                raise UserError(
+                    f"{source}, line {number}: a value begins with a quote, which is not closed or "
+                    "has text behind the closing one. Quote the whole value and double the quotes "
+                    "inside."
+                )
+            end = stop
+        if line or end > place:  # an empty line is none
+            if inner:
+                suspects[len(records)] = inner
+            records.append((number, values or []))
+        number += len(_LINE_END.findall(text, place, end)) + 1
+        rest = _LINE_END.match(text, end)
+        place = rest.end() if rest else len(text)
+    return records, suspects
+
+
+def _end_of_line(text: str, place: int) -> int:
+    found = _LINE_END.search(text, place)
+    return found.start() if found else len(text)
+
+
+def _quoted(text: str, place: int, delimiter: str) -> tuple[list[str] | None, int]:
+    """The values of the record at `place` and where it ends; None where a quote is stray."""
+    values = []
+    while True:
+        if text.startswith('"', place):
+            end = place + 1
+            while (end := text.find('"', end)) >= 0 and text.startswith('"', end + 1):
+                end += 2
+            if end < 0:
+                return None, len(text)
+            values.append(text[place + 1 : end].replace('""', '"'))
+            end += 1
+        else:
+            end = _UNQUOTED[delimiter].match(text, place).end()  # type: ignore[union-attr]
+            values.append(text[place:end])
+        if end == len(text) or text[end] in "\r\n":
+            return values, end
+        if text[end] != delimiter:
+            return None, end
+        place = end + 1
+
+
+def _plain(value: str) -> str:
+    """A value without the quotes around it, if it is quoted as a whole."""
+    inner = value[1:-1]
+    whole = len(value) > 1 and value[0] == value[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if whole else value
+
+
+def _check_suspects(
+    records: Sequence[Record], suspects: dict[int, list[Record]], source: str
+) -> None:
+    """Refuses a quoted value of several lines one of which looks like a row."""
+    if not suspects:
+        return
+    sound = [values for place, (_, values) in enumerate(records, start=1) if place not in suspects]
+    columns = [set(column) for column in zip(*sound, strict=True)] or [set() for _ in records[0][1]]
+    numbers = [all(map(_NUMBER.fullmatch, column)) for column in columns]
+    for place, lines in suspects.items():
+        for number, values in lines:
+            for value, column, are_numbers in zip(values, columns, numbers, strict=True):
+                if value in column or (are_numbers and _NUMBER.fullmatch(value)):
+                    raise UserError(
+                        f"{source}, line {records[place - 1][0]}: a value that begins with a quote "
+                        f"holds line {number}, which looks like a row. Quote every value that "
+                        "has quotes in it and double those, or give the rows as JSON lines."
+                    )

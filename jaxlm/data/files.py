@@ -1,0 +1,168 @@
+"""Data files from outside: regular files alone, unpacked a piece at a time while there is room.
+
+A link to a device or a named pipe would be read for ever, and a few megabytes of gzip can hold
+gigabytes of zeros. Files that lie whole in memory may take 1/16 of it, since rows of Python objects
+take up to ten times the room of their text.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import os
+import resource
+import stat
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from jaxlm.core.errors import UserError
+
+LONGEST_LINE = 2**26
+"""Bytes of a line of a file that is read line by line: far above any document."""
+
+_PIECE = 2**20
+_SHARE = 16
+_FREE, _RATIO = 2**26, 200  # bytes that may come of anything, and of each packed byte beyond that
+_FILES = 10_000  # of a folder
+_ARCHIVES = (".zip", ".bz2", ".xz", ".zst", ".lz4", ".tar", ".tgz", ".7z", ".rar")
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+def room() -> int:
+    """Bytes that a file may have which is read whole: a share of the memory of this process."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits += [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    with contextlib.suppress(OSError, ValueError):  # a container's; "max" where there is none
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
+    return min(limit for limit in limits if limit > 0) // _SHARE
+
+
+def pieces(path: Path, where: str) -> Iterator[bytes]:
+    """The content of a regular file in pieces, unpacked where its name ends in `.gz`.
+
+    Args:
+        path: the file.
+        where: how messages name it.
+
+    Raises:
+        UserError: it is no regular file, cannot be read, is no whole gzip file, or unpacks to far
+            more than a text does.
+    """
+    with _refusing(where), _open(path, where) as packed:
+        if path.suffix != ".gz":
+            yield from iter(lambda: packed.read(_PIECE), b"")
+            return
+        size = 0
+        with gzip.GzipFile(fileobj=packed) as unpacked:
+            while piece := unpacked.read(_PIECE):
+                size += len(piece)
+                if size > _FREE and size > _RATIO * packed.tell():
+                    raise UserError(
+                        f"{where}: unpacks to more than {_RATIO} times its size, as no text does. "
+                        "Give the file without compression."
+                    )
+                yield piece
+
+
+def read_bytes(path: Path, where: str) -> bytes:
+    """The whole content of a file, as `pieces` gives it.
+
+    Raises:
+        UserError: see `pieces`; or it is larger than `room()`.
+    """
+    limit, size, parts = room(), 0, []
+    for piece in pieces(path, where):
+        size += len(piece)
+        if size > limit:
+            raise too_large(where)
+        parts.append(piece)
+    return b"".join(parts)
+
+
+def too_large(where: str) -> UserError:
+    """The refusal of data that take more than `room()`."""
+    return UserError(
+        f"{where}: has more than {room() >> 20} MiB, 1/{_SHARE} of the memory. Give fewer rows."
+    )
+
+
+def check_folder(folder: Path, where: str) -> None:
+    """Checks the files of a folder before a library reads and unpacks what it finds there.
+
+    Raises:
+        UserError: one is no regular file, is an archive other than `.gz`, or see `pieces`; or there
+            are too many of them.
+    """
+    for count, path in enumerate(folder.rglob("*")):
+        if count == _FILES:
+            raise UserError(
+                f"{where}: holds more than {_FILES} files. Give the folder of a data set."
+            )
+        name = f"{where}: {path.relative_to(folder)}"
+        if path.suffix == ".gz":
+            for _ in pieces(path, name):
+                pass
+        elif path.suffix in _ARCHIVES:
+            raise UserError(f"{name}: an archive, which may unpack to any size. Unpack it.")
+        elif path.exists() and not path.is_dir() and (what := _special(path.stat().st_mode)):
+            raise UserError(f"{name}: not a regular file (got {what}). Remove it.")
+
+
+def lines(path: Path, where: str) -> Iterator[bytes]:
+    """The lines of a file of any size, without their ends.
+
+    Raises:
+        UserError: see `pieces`; or a line is longer than `LONGEST_LINE`.
+    """
+    rest, number = b"", 1
+    for piece in pieces(path, where):
+        *whole, rest = (rest + piece).split(b"\n")
+        yield from whole
+        number += len(whole)
+        if len(rest) > LONGEST_LINE:
+            raise UserError(
+                f"{where}, line {number}: longer than {LONGEST_LINE >> 20} MiB. Write one document "
+                "a line."
+            )
+    if rest:
+        yield rest
+
+
+def digest(path: Path, where: str) -> str:
+    """SHA-256 of a regular file as it lies on disk."""
+    with _refusing(where), _open(path, where) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _refusing(where: str) -> Iterator[None]:
+    """Turns the errors of reading into sentences."""
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise UserError(f"{where}: not a whole gzip file. Write it again.") from None
+    except OSError as error:
+        raise UserError(
+            f"{where}: cannot be read ({error.strerror}). Give a file that you may read."
+        ) from None
+
+
+def _open(path: Path, where: str) -> BinaryIO:
+    """Opens a file without waiting for the writer of a pipe, and looks at what it has opened."""
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if what := _special(os.fstat(number).st_mode):
+        os.close(number)
+        raise UserError(f"{where}: not a regular file (got {what}). Give a file.")
+    return os.fdopen(number, "rb")
+
+
+def _special(mode: int) -> str:
+    """What a path is in place of a regular file; empty for one."""
+    if stat.S_ISREG(mode):
+        return ""
+    return next((name for is_kind, name in _KINDS if is_kind(mode)), "a device")
