@@ -27,11 +27,16 @@ def _measure(path: Path) -> list[int]:
     return [path.stat().st_size, crc32(path)]
 
 
-def seal(folder: Path) -> None:
-    """Writes the size and CRC-32 of every file below `folder` into its `checksums.json`."""
+def seal(folder: Path, pattern: str = "*") -> None:
+    """Writes the size and CRC-32 of the files below `folder` into its `checksums.json`.
+
+    Args:
+      folder: whose files are whole.
+      pattern: of the names of those that are sealed.
+    """
     files = {
         path.relative_to(folder).as_posix(): _measure(path)
-        for path in sorted(folder.rglob("*"))
+        for path in sorted(folder.rglob(pattern))
         if path.is_file() and path.name != CHECKSUMS
     }
     write_atomic(folder / CHECKSUMS, to_json({"files": files}, indent=0) + "\n")

@@ -19,20 +19,20 @@ from jaxlm.data.opt_tasks import opt_task
 from jaxlm.evaluation.classification import Reduction
 from jaxlm.evaluation.perplexity import total_nats
 from jaxlm.models import LanguageModel, ModelConfig, init_params, shapes_from_pretrained
-from jaxlm.peft import TUNINGS
 from jaxlm.sharding import WHOLE, abstract, mesh_of, param_shardings
 from jaxlm.sharding.placement import batch_places
 from jaxlm.train.dynamics import Batches, Source, method_and_batches
 from jaxlm.train.measure import Choices
 from jaxlm.train.objective import lm_objective
-from jaxlm.train.pretraining import PretrainConfig
+from jaxlm.train.pretraining import PretrainConfig, untrained_model
 from jaxlm.train.run import (
     FinetuneConfig,
+    check_run,
     encoded_for,
     loss_of,
     prepared,
     read_task,
-    with_head,
+    with_run,
 )
 from jaxlm.train.run_folder import RunFolder
 from jaxlm.train.state import Method, Program, TrainState, many_steps
@@ -41,6 +41,9 @@ from jaxlm.typing import Batch, Params
 Tail = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 """Of each key of a batch the shape of an example and the dtype."""
 
+
+LONG = 2048
+"""Tokens above which a model's whole context is no guess at the length of a text."""
 
 _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """They change the machine code, and neither operations nor memory."""
@@ -191,18 +194,18 @@ def pretraining(config: PretrainConfig, *, mesh: Mesh | None = None) -> ByShapes
 
 def model_shapes(name: str | None, param_dtype: str, bits: Any = None) -> LanguageModel:
     """What `jaxlm.train.run.load_model` would load, with shapes as parameters."""
-    stored = RunFolder(name).config() if name is not None else None
-    if stored is None:
+    folder = RunFolder(name, "model") if name is not None else None
+    stored = folder.config() if folder is not None else None
+    if folder is None or stored is None:
         return shapes_from_pretrained(name, param_dtype, bits=bits)
+    if "corpus" in stored:
+        made = untrained_model(folder)
+        init = functools.partial(init_params, made.config)
+        params = jax.eval_shape(init, jax.random.key(0))
+        return made.replace(params=params)
+    check_run(folder, stored)
     lm = model_shapes(stored["model"], param_dtype, stored["bits"] if bits is None else bits)
-
-    def change(lm: LanguageModel) -> tuple[None, LanguageModel]:
-        lm = with_head(lm, len(stored["task"]["labels"]), seed=stored["seed"])
-        if (tuning := stored.get("peft")) is not None:
-            lm = TUNINGS[tuning["name"]](**tuning).prepare(lm, jax.random.key(stored["seed"]))
-        return None, lm
-
-    return changed(lm, change, None)[1]
+    return changed(lm, lambda lm: (None, with_run(lm, folder, stored)), None)[1]
 
 
 def changed(
@@ -290,6 +293,12 @@ def _unread(config: FinetuneConfig, model: ModelConfig) -> EncodedTask:
     """A task of one example, as long as they may be, whose options are a token each."""
     if config.objective == "f1":
         raise UserError("objective f1 writes answers, and the model has no tokenizer: add it.")
+    if config.task.max_length is None and model.max_positions > LONG:
+        raise UserError(
+            f"task.max_length: is needed, since {config.model} has no tokenizer to tell how long "
+            f"texts are, and takes up to {model.max_positions:,} tokens (got null). Give the "
+            "tokens of a long text."
+        )
     length = min(config.task.max_length or model.max_positions, model.max_positions)
     targets = config.task.answer_length if config.task.answered else 1
     length -= targets if config.task.answered else 0

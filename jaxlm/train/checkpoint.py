@@ -1,93 +1,243 @@
-"""Checkpoints of a run: the latest and the best, written aside and renamed, by orbax.
+"""Checkpoints of a run: the latest and the best, written aside, read back, and renamed.
 
 A checkpoint holds the whole training state (parameters, optimizer state, random key) and a small
-JSON record. A process killed while it writes one leaves the former one in force.
+JSON record. A process killed while it writes one leaves the former one in force. On disk:
+
+    <step>/record.json      the record
+    <step>/<p>/arrays.bin   what process p holds of the arrays, one part after another
+    <step>/<p>/index.json   path, dtype and shape of each array; place and CRC-32 of each part
+    <step>/checksums.json   of the JSON files
+
+Parts say where they belong, so that a checkpoint is read on any mesh.
 """
 
 import contextlib
-import logging
+import math
 import os
-import re
-from collections.abc import Iterator
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
+from jaxlm.artifacts.checksums import seal, verify
+from jaxlm.artifacts.files import read_json, to_json, write_atomic, writing
+from jaxlm.artifacts.finite import check_finite
+from jaxlm.artifacts.processes import is_first, meet
 from jaxlm.core.errors import UserError
-from jaxlm.artifacts.files import writing
 from jaxlm.train.state import free
 
-_SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
-AT_ONCE = 2**27
-"""Bytes that are copied at a time, where no array asks for more."""
+_ARRAYS, _INDEX, _RECORD = "arrays.bin", "index.json", "record.json"
+_ASIDE = ".tmp"
+
+Keys = tuple[str | int, ...]
+"""Keys of dicts, names of fields and indices of lists, from the root of a state to a leaf."""
 
 
 def copied_bytes(state: Any) -> int:
     """Bytes of the host that a checkpoint takes beside `state` itself while it is written or read.
 
-    An array that is read is there twice before it is where it belongs.
+    One array at a time is there: the parts that were read, and what they are put together to.
 
     Args:
         state: pytree of arrays, or of their shapes.
     """
-    sizes = _sizes(state)
-    return min(sum(sizes), max(AT_ONCE, 2 * max(sizes, default=0)))
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)]
+    return min(sum(sizes), 2 * max(sizes, default=0))
 
 
-def _sizes(state: Any) -> list[int]:
-    return [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)]
+class _Part(NamedTuple):
+    """A block of an array in a file: `values[start[0] : start[0] + shape[0], ...]`."""
+
+    file: Path
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    offset: int
+    crc32: int
 
 
-def _at_once(state: Any) -> int:
-    """Bytes to copy at a time: more than the largest array has."""
-    return max(AT_ONCE, max(_sizes(state), default=0) + 1)
+class _Leaf(NamedTuple):
+    """An array of a checkpoint; `key` names the implementation of one that holds random keys."""
+
+    dtype: Any
+    shape: tuple[int, ...]
+    key: str | None
+    parts: list[_Part]
 
 
-def _handler(at_once: int) -> ocp.PyTreeCheckpointHandler:
-    return ocp.PyTreeCheckpointHandler(
-        save_device_host_concurrent_gb=at_once / 1e9,
-        restore_concurrent_gb=at_once / 1e9,
-        use_compression=False,
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _path(keys: Any) -> Keys:
+    """Of a leaf, from what `jax.tree_util` calls its keys."""
+    names = ("key", "name", "idx")
+    return tuple(next(getattr(key, n) for n in names if hasattr(key, n)) for key in keys)
+
+
+def _held(leaf: Any) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Start and values of each part of an array that this process is to write."""
+    if not isinstance(leaf, jax.Array):
+        if is_first():
+            yield [0] * np.ndim(leaf), np.asarray(leaf)
+        return
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            # An array of its own, since JAX keeps the copy on the host as long as the array lives.
+            data = shard.data
+            alone = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
+            yield [axis.start or 0 for axis in shard.index], np.asarray(alone)
+
+
+def _write(folder: Path, state: Any) -> None:
+    """Writes what this process holds of a state, one part at a time."""
+    leaves = []
+    with (folder / _ARRAYS).open("wb") as file:
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+            key = str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
+            values = leaf if key is None else jax.random.key_data(leaf)
+            parts = []
+            for start, part in _held(values):
+                data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+                place = {"start": start, "shape": part.shape, "offset": file.tell()}
+                parts.append(place | {"crc32": zlib.crc32(data)})
+                file.write(data)
+            kind = {"dtype": str(values.dtype), "shape": values.shape, "key": key}
+            leaves.append({"path": _path(keys), **kind, "parts": parts})
+        file.flush()
+        os.fsync(file.fileno())
+    write_atomic(folder / _INDEX, to_json({"leaves": leaves}))
+
+
+def _read(part: _Part, dtype: Any) -> np.ndarray:
+    """The values of a part.
+
+    Raises:
+        UserError: they are not those that were written.
+    """
+    values = np.empty(part.shape, dtype)
+    data = values.reshape(-1).view(np.uint8)
+    with part.file.open("rb") as file:
+        file.seek(part.offset)
+        count = file.readinto(data)
+    if count < data.size or zlib.crc32(data) != part.crc32:
+        raise UserError(f"{part.file}: damaged (differs from its checksum).")
+    return values
+
+
+def _block(leaf: _Leaf, index: tuple[slice, ...], read: Callable[[_Part], np.ndarray]) -> Any:
+    """What an array has at `index`, out of the parts that overlap it."""
+    spans = [axis.indices(size)[:2] for axis, size in zip(index, leaf.shape, strict=True)]
+    out, filled = None, 0
+    for part in leaf.parts:
+        ends = [start + size for start, size in zip(part.start, part.shape, strict=True)]
+        both = [
+            (max(low, start), min(high, end))
+            for (low, high), start, end in zip(spans, part.start, ends, strict=True)
+        ]
+        if any(low >= high for low, high in both):
+            continue
+        values = read(part)
+        if both == spans == list(zip(part.start, ends, strict=True)):
+            return values
+        if out is None:
+            out = np.empty([high - low for low, high in spans], leaf.dtype)
+        target, source = (
+            tuple(slice(low - o, high - o) for (low, high), o in zip(both, origin, strict=True))
+            for origin in ([low for low, _ in spans], part.start)
+        )
+        out[target] = values[source]
+        filled += math.prod(high - low for low, high in both)
+    if filled != math.prod(high - low for low, high in spans):
+        raise ValueError("a part of an array is missing")
+    return np.empty([high - low for low, high in spans], leaf.dtype) if out is None else out
+
+
+class _Stored:
+    """The arrays of one checkpoint; its JSON files are verified when it is opened."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.leaves: dict[Keys, _Leaf] = {}
+        verify(folder)
+        self.record = read_json(folder / _RECORD)
+        for index in sorted(folder.glob(f"*/{_INDEX}")):
+            for leaf in read_json(index, leaves=list)["leaves"]:
+                new = _Leaf(jnp.dtype(leaf["dtype"]), tuple(leaf["shape"]), leaf["key"], [])
+                known = self.leaves.setdefault(tuple(leaf["path"]), new)
+                places = {(part.start, part.shape) for part in known.parts}
+                for part in leaf["parts"]:
+                    start, shape = tuple(part["start"]), tuple(part["shape"])
+                    if (start, shape) not in places:
+                        place = part["offset"], part["crc32"]
+                        known.parts.append(_Part(index.parent / _ARRAYS, start, shape, *place))
+
+    def _reader(self, path: Keys) -> Callable[[_Part], np.ndarray]:
+        """Reads each part of an array once, and refuses parameters that are not finite."""
+        found: dict[_Part, np.ndarray] = {}
+
+        def read(part: _Part) -> np.ndarray:
+            if part not in found:
+                found[part] = _read(part, self.leaves[path].dtype)
+                if path[0] == "params":
+                    check_finite(found[part], ".".join(map(str, path[1:])), part.file)
+            return found[part]
+
+        return read
+
+    def whole(self, path: Keys) -> np.ndarray:
+        """An array in the memory of the host; random keys as their data."""
+        leaf = self.leaves[path]
+        return _block(leaf, (slice(None),) * len(leaf.shape), self._reader(path))
+
+    def placed(self, path: Keys, like: jax.ShapeDtypeStruct) -> Any:
+        """An array where `like` says, which has the shape and dtype of a key's data."""
+        leaf = self.leaves.get(path)
+        if leaf is None or (leaf.shape, leaf.dtype) != (like.shape, like.dtype):
+            there = "is not there" if leaf is None else f"is {leaf.dtype}{list(leaf.shape)} there"
+            raise UserError(
+                f"{self.folder}: does not fit, since {'.'.join(map(str, path))} {there} and "
+                f"{like.dtype}{list(like.shape)} in this run. Choose another output."
+            )
+        read = self._reader(path)
+        sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        made = jax.make_array_from_callback(
+            leaf.shape, sharding, lambda index: _block(leaf, index, read)
+        )
+        made.block_until_ready()  # what was read may go before the next array is
+        return made if leaf.key is None else jax.random.wrap_key_data(made, impl=leaf.key)
+
+    def tree(self, names: tuple[str, ...]) -> Any:
+        """The arrays below some names (none: all) as nested dicts and lists."""
+        root: dict[Any, Any] = {}
+        for path in self.leaves:
+            if not names or path[0] in names:
+                node = root
+                for key in path[:-1]:
+                    node = node.setdefault(key, {})
+                node[path[-1]] = self.whole(path)
+        return _with_lists(root)
+
+
+def _with_lists(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    values = {key: _with_lists(value) for key, value in node.items()}
+    return (
+        [values[i] for i in sorted(values)] if isinstance(next(iter(values), ""), int) else values
     )
 
 
-@contextlib.contextmanager
-def _system_errors() -> Iterator[None]:
-    """What the operating system refuses is an `OSError`, and its traceback is not printed."""
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    except ValueError as error:  # from TensorStore
-        code = _SYSTEM_ERROR.search(str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-    finally:
-        log.setLevel(level)
-
-
-def _wanted(like: Any, **options: Any) -> Any:
-    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    places = ocp.checkpoint_utils.construct_restore_args(like)
-    return ocp.args.PyTreeRestore(item=like, restore_args=places, **options)
-
-
-def _views(state: Any) -> Any:
-    """The same arrays anew: what writers remember of an array would keep its memory."""
-
-    def again(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            return leaf
-        shards = [shard.data for shard in leaf.addressable_shards]
-        return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
-
-    return jax.tree.map(again, state)
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    if _is_key(leaf):
+        data = jax.eval_shape(jax.random.key_data, leaf)
+        place = jax.random.key_data(leaf).sharding if isinstance(leaf, jax.Array) else None
+        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=place)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
 class Checkpoints:
@@ -99,35 +249,28 @@ class Checkpoints:
 
     def __init__(self, folder: Path | str, *, read_only: bool = False):
         self.folder = Path(folder).absolute()
-        self._options = ocp.CheckpointManagerOptions(
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-            enable_async_checkpointing=False,
-            lightweight_initialize=True,
-            save_root_metadata=False,
-        )
-        self._manage(AT_ONCE)
+        self._read_only = read_only
+        if not read_only and is_first():
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            for aside in self.folder.glob(f"*{_ASIDE}"):
+                shutil.rmtree(aside, ignore_errors=True)
 
-    def _manage(self, at_once: int) -> None:
-        handlers = {"state": _handler(at_once), "record": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(
-            self.folder, options=self._options, item_handlers=handlers
-        )
-        self._at_once = at_once
-
-    def _allow(self, state: Any) -> None:
-        """Lets as much of a state be copied at a time as its largest array asks for."""
-        if _at_once(state) > self._at_once:
-            self._manager.close()
-            self._manage(_at_once(state))
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
     @property
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint, None where there is none."""
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Writes the checkpoint of `step`, then removes all others but the best.
+        """Writes the checkpoint of `step`, reads it back, and removes all others but the best.
+
+        Every process of a program calls it.
 
         Args:
             step: number of updates done.
@@ -138,15 +281,50 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written; the former one is kept.
         """
-        self._allow(state)
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(_views(state)), record=ocp.args.JsonSave(record)
-        )
-        with writing(self.folder / str(step)), _system_errors():
-            self._manager.save(step, args=args, force=True)
-        for old in list(self._manager.all_steps()):
+        place = self.folder / str(step)
+        aside = self.folder / f"{step}{_ASIDE}"
+        try:
+            with writing(place):
+                own = aside / str(jax.process_index())
+                own.mkdir(parents=True, exist_ok=True)
+                _write(own, state)
+                meet(f"{aside} is written")
+                if is_first():
+                    write_atomic(aside / _RECORD, to_json(record))
+                    seal(aside, "*.json")
+                meet(f"{aside} is sealed")
+                self._read_back(aside, own)
+                meet(f"{aside} is read")
+                if is_first():
+                    self._remove(step)
+                    aside.rename(place)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        if is_first():
+            self._keep(step, record)
+        meet(f"{place} is there")
+
+    @staticmethod
+    def _read_back(aside: Path, own: Path) -> None:
+        stored = _Stored(aside)
+        for leaf in stored.leaves.values():
+            for part in leaf.parts:
+                if part.file.parent == own:
+                    _read(part, leaf.dtype)
+
+    def _keep(self, step: int, record: dict[str, Any]) -> None:
+        """Removes all checkpoints but that of `step` and the best."""
+        for old in self.steps():
             if old not in (step, record.get("best_step")):
-                self._manager.delete(old)
+                self._remove(old)
+
+    def _remove(self, step: int) -> None:
+        """Removes a checkpoint, which is there whole or not at all."""
+        place, aside = self.folder / str(step), self.folder / f"{step}.old{_ASIDE}"
+        with contextlib.suppress(FileNotFoundError):
+            place.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def restore(
         self, like: Any, step: int | None = None, *, donate: bool = False
@@ -154,7 +332,7 @@ class Checkpoints:
         """Reads the checkpoint of `step` (None: the latest) into a tree shaped as `like`.
 
         Args:
-            like: pytree of arrays.
+            like: pytree of arrays, or of `jax.ShapeDtypeStruct`s.
             step: of the checkpoint.
             donate: whether to give back the memory of `like` before, where there is a checkpoint.
 
@@ -167,12 +345,17 @@ class Checkpoints:
         step = self.latest_step if step is None else step
         if step is None:
             return None
-        self._allow(like)
-        wanted = _wanted(like)
-        if donate:
-            free(like)
-        found = self._read(step, state=wanted, record=ocp.args.JsonRestore())
-        return step, found["state"], found["record"]
+        with self._reading(step) as stored:
+            shapes = jax.tree.map(_shape, like)
+            if donate:
+                free(like)
+            state = jax.tree_util.tree_map_with_path(
+                lambda keys, leaf: stored.placed(_path(keys), leaf), shapes
+            )
+        if not self._read_only and is_first() and step == self.latest_step:
+            # A process that was killed may have left what it was about to remove.
+            self._keep(step, stored.record)
+        return step, state, stored.record
 
     def restore_params(self, like: Any, step: int) -> Any:
         """Reads the parameters alone of a checkpoint's state, where and shaped as `like`.
@@ -184,27 +367,31 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint does not fit `like`, or its files are damaged.
         """
-        with self._reading(step), ocp.Checkpointer(_handler(_at_once(like))) as reader:
-            args = _wanted({"params": like}, partial_restore=True)
-            return reader.restore(self.folder / str(step) / "state", args=args)["params"]
-
-    def _read(self, step: int, **items: Any) -> Any:
-        with self._reading(step):
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        found = self.restore({"params": like}, step)
+        assert found is not None
+        return found[1]["params"]
 
     @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
+    def _reading(self, step: int) -> Iterator[_Stored]:
+        place = self.folder / str(step)
+        older = [other for other in self.steps() if other < step]
+        advice = (
+            f"Remove {place} to resume from step {older[-1]}."
+            if older
+            else "Remove the run's folder to start again."
+        )
         try:
-            yield
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            yield _Stored(place)
+        except UserError as error:
+            reason = str(error)
+            if "does not fit" in reason or "not finite" in reason:
+                raise
+            raise UserError(f"{reason} {advice}") from error
+        except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"{self.folder / str(step)}: this checkpoint cannot be read "
-                f"({str(error).splitlines()[0]}): remove the run's folder to start again."
+                f"{place}: this checkpoint cannot be read ({reason}). {advice}"
             ) from error
-
-    def steps(self) -> list[int]:
-        """The steps of all checkpoints."""
-        return list(self._manager.all_steps())
 
     def read(self, step: int, *names: str) -> Any:
         """The state of one checkpoint as plain dicts and lists of NumPy arrays.
@@ -215,24 +402,26 @@ class Checkpoints:
             step: of the checkpoint.
             names: of the state's parts to read; all of them where none is given.
         """
-        folder = self.folder / str(step) / "state"
-        with self._reading(step), ocp.PyTreeCheckpointer() as reader:
-            tree = reader.metadata(folder).item_metadata.tree
-            wanted = {name: tree[name] for name in names} if names else tree
-            host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-            args = ocp.args.PyTreeRestore(
-                item=wanted, restore_args=host, partial_restore=bool(names)
-            )
-            return reader.restore(folder, args=args)
+        with self._reading(step) as stored:
+            return stored.tree(names)
+
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint, or of the latest where none is called so."""
+        latest = self.latest_step
+        if latest is None:
+            return None
+        with self._reading(latest) as stored:
+            best = stored.record.get("best_step")
+            return latest if best is None else best
 
     def best_params(self) -> Any | None:
-        """Those of the best checkpoint, or of the latest where none is called so; see `read`."""
-        if self.latest_step is None:
-            return None
-        record = self._read(self.latest_step, record=ocp.args.JsonRestore())["record"]
-        step = record.get("best_step")
-        return self.read(self.latest_step if step is None else step, "params")["params"]
-
-    def close(self) -> None:
-        """Frees the threads of the manager."""
-        self._manager.close()
+        """Those of `best_step`; see `read`."""
+        while (latest := self.latest_step) is not None:
+            try:
+                step = self.best_step()
+                assert step is not None
+                return self.read(step, "params")["params"]
+            except UserError:
+                if latest == self.latest_step:  # else a run that is going on has replaced it
+                    raise
+        return None

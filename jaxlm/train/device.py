@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.core.checks import number, show
 from jaxlm.core.errors import UserError
 
 # FLOPs a second of dense bfloat16 products, bytes of memory and bytes a second from and to it, and
@@ -56,17 +57,15 @@ class Device:
         known = _KNOWN.get(self.name, {})
         if not known and self.peak_flops is None:
             raise UserError(
-                f"device.name is '{self.name}': choose one of {', '.join(_KNOWN)}, or give "
-                "device.peak_flops."
+                f"device.name: not known (got {show(self.name)}). Choose one of "
+                f"{', '.join(_KNOWN)}, or give device.peak_flops."
             )
-        for rate in ("peak_flops", "memory", "bandwidth", "interconnect"):
+        rates = "peak_flops", "memory", "bandwidth", "interconnect"
+        for rate in rates:
             if getattr(self, rate) is None:
                 object.__setattr__(self, rate, known.get(rate))
-            value = getattr(self, rate)
-            if value is not None and not value > 0:
-                raise UserError(f"device.{rate} is {value:g}: give a positive number.")
-        if not 0 < self.utilisation <= 1:
-            raise UserError(f"device.utilisation is {self.utilisation:g}: give a part of 1.")
+        number(self, *rates, above=0, section="device.")
+        number(self, "utilisation", above=0, most=1, section="device.")
 
     @property
     def flops(self) -> float:

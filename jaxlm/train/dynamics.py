@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxlm.core import paths
+from jaxlm.core.checks import number, one_of, whole
 from jaxlm.core.errors import UserError
 from jaxlm.train.first_order import FirstOrder
 from jaxlm.train.settings import Optimizer
@@ -30,6 +31,8 @@ Source = Callable[[int, Sequence[int]], Batches]
 
 NOISE_INFO = ("grad_square", "grad_noise")
 """Of the metrics: G and N of a batch, see `jaxlm.dynamics.NoiseStats`, averaged over past steps."""
+
+_SECTION, _MOST = "dynamics.", 2**12
 
 SECOND_STREAM = 2**64
 """Added to a seed, it makes another order of the data, which no epoch of the first one has.
@@ -100,8 +103,8 @@ class Svag(Dynamics):
     pairing: Literal["independent", "consecutive"] = "independent"
 
     def __post_init__(self):
-        if self.l < 1:
-            raise UserError(f"dynamics.l is {self.l}: give 1 or more.")
+        whole(self, "l", most=_MOST, section=_SECTION)
+        one_of("dynamics.pairing", self.pairing, ("independent", "consecutive"))
 
     def check(self, optimizer: Optimizer, batch_size: int) -> None:
         """See `Dynamics`. Clipping and optimizers without an equation are refused too."""
@@ -178,8 +181,7 @@ class Noise(Dynamics):
     parts: int = 4
 
     def __post_init__(self):
-        if self.parts < 2:
-            raise UserError(f"dynamics.parts is {self.parts}: give 2 or more.")
+        whole(self, "parts", least=2, most=_MOST, section=_SECTION)
 
     def check(self, optimizer: Optimizer, batch_size: int) -> None:
         """See `Dynamics`. A batch that has no such parts is refused too."""
@@ -265,9 +267,10 @@ class Local(Dynamics):
     alpha: float | None = None
 
     def __post_init__(self):
-        for name, least in (("workers", 2), ("h", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"dynamics.{name} is {getattr(self, name)}: give {least} or more.")
+        whole(self, "workers", least=2, most=_MOST, section=_SECTION)
+        whole(self, "h", section=_SECTION)
+        number(self, "alpha", section=_SECTION)
+        one_of("dynamics.rule", self.rule, ("constant", "linear", "qsr"))
         if self.rule == "constant" and self.alpha is not None:
             raise UserError("dynamics.alpha has no use in rule constant: give rule linear or qsr.")
         if self.rule != "constant" and (self.alpha is None or self.alpha <= 0):

@@ -22,7 +22,7 @@ class FirstOrder(Optimizer):
 
     def __post_init__(self):
         super().__post_init__()
-        check("clip", self.clip, positive=True)
+        check(self, "clip", positive=True)
 
     def scale(self) -> Any:
         """The optax transformation between clipping and weight decay."""
@@ -66,7 +66,7 @@ class Sgd(FirstOrder):
 
     def __post_init__(self):
         super().__post_init__()
-        check("momentum", self.momentum, below=1.0)
+        check(self, "momentum", below=1.0)
 
     def scale(self) -> Any:
         """See `FirstOrder`."""
@@ -114,9 +114,8 @@ class Adam(FirstOrder):
 
     def __post_init__(self):
         super().__post_init__()
-        check("b1", self.b1, below=1.0)
-        check("b2", self.b2, below=1.0)
-        check("eps", self.eps, positive=True)
+        check(self, "b1", "b2", below=1.0)
+        check(self, "eps", positive=True)
 
     def scale(self) -> Any:
         """See `FirstOrder`."""
@@ -165,8 +164,8 @@ class Muon(FirstOrder):
 
     def __post_init__(self):
         super().__post_init__()
-        check("momentum", self.momentum, below=1.0)
-        check("adam_learning_rate", self.adam_learning_rate)
+        check(self, "momentum", below=1.0)
+        check(self, "adam_learning_rate")
 
     def scale(self) -> Any:
         """See `FirstOrder`; Adam's rate is given relative to `learning_rate`."""

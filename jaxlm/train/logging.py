@@ -1,14 +1,16 @@
 """What a run writes beside its checkpoints: metrics, a log, JSON records, progress."""
 
-import json
+import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from jaxlm.artifacts.files import write_shared, writing
+from jaxlm.artifacts.files import parse_json, read_text, to_json, write_shared, writing
 from jaxlm.artifacts.processes import is_first
+from jaxlm.core.checks import show
+from jaxlm.core.errors import UserError
 
 
 class Metrics:
@@ -22,22 +24,52 @@ class Metrics:
         self.path = path
 
     def append(self, *records: Mapping[str, Any]) -> None:
-        """Adds lines and hands them to the operating system."""
+        """Adds lines; they are on disk after the call."""
         if not is_first():
             return
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
+            file.write("".join(to_json(record) + "\n" for record in records))
+            file.flush()
+            os.fsync(file.fileno())
 
     def cut(self, step: int | None) -> None:
         """Keeps the lines up to `step` (None: no line); a line half written is dropped."""
-        found = self.read() if self.path.exists() and step is not None else []
+        found = self.read() if step is not None else []
         kept = [record for record in found if record["step"] <= (step or 0)]
-        write_shared(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        with writing(self.path):
+            write_shared(self.path, "".join(to_json(record) + "\n" for record in kept))
 
     def read(self) -> list[dict[str, Any]]:
-        """The whole lines of the file."""
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        """The whole lines of the file; none where there is no file.
+
+        Raises:
+            UserError: a line is damaged.
+        """
+        try:
+            lines = read_text(self.path).split("\n")[:-1]
+        except FileNotFoundError:
+            return []
+        records = []
+        for number, line in enumerate(lines, start=1):
+            record = parse_json(line, f"{self.path}, line {number}")
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise UserError(
+                    f"{self.path}, line {number}: not a line that jaxlm wrote (got {show(line)}). "
+                    "Remove it."
+                )
+            records.append(record)
+        return records
+
+    def first(self) -> dict[str, Any] | None:
+        """What was measured before the first step; None where that is not there."""
+        rows = self.read()
+        return rows[0] if rows and rows[0]["step"] == 0 else None
+
+    def put_first(self, record: Mapping[str, Any]) -> None:
+        """Writes what was measured before the first step in front of the other lines."""
+        lines = [record, *(line for line in self.read() if "loss" in line or line["step"])]
+        with writing(self.path):
+            write_shared(self.path, "".join(to_json(line) + "\n" for line in lines))
 
 
 class Progress:
@@ -66,7 +98,7 @@ class Progress:
                 bars.TextColumn("step"),
                 bars.MofNCompleteColumn(),
                 bars.BarColumn(bar_width=24),
-                bars.TextColumn("{task.fields[line]}"),
+                bars.TextColumn("{task.fields[line]}", markup=False),
                 bars.TimeRemainingColumn(),
             )
             self._live = bars.Progress(*columns, console=Console(stderr=True), transient=True)
@@ -88,9 +120,21 @@ class Progress:
         shown += f"  {rate:.3g} steps/s" + (f"  {peak_bytes / 2**20:.0f} MiB" if peak_bytes else "")
         if self._live is not None:
             self._live.update(self._task, completed=step, line=shown)
-        if time.perf_counter() - self._last > 5 or step == self.total:
-            self._last = time.perf_counter()
+        if self._due() or step == self.total:
             self.say(f"step {step}/{self.total}  {shown}", screen=self._live is None)
+
+    def waiting(self, what: str) -> None:
+        """Says what a run is at between its steps; lines come every few seconds."""
+        if self._live is not None:
+            self._live.update(self._task, line=what)
+        elif self._due():
+            self.say(what)
+
+    def _due(self) -> bool:
+        due = time.perf_counter() - self._last > 5
+        if due:
+            self._last = time.perf_counter()
+        return due
 
     def say(self, line: str, *, screen: bool = True) -> None:
         """Writes a line to the log and, unless told otherwise, to the screen."""
@@ -101,6 +145,6 @@ class Progress:
                 file.write(time.strftime("%Y-%m-%d %H:%M:%S  ") + line + "\n")
         if screen and not self._quiet:
             if self._live is not None:
-                self._live.console.print(line, highlight=False)
+                self._live.console.print(line, highlight=False, markup=False)
             else:
                 print(line, file=self._stream, flush=True)

@@ -10,6 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.artifacts.finite import check_tree_finite
+from jaxlm.artifacts.processes import is_first, meet
+from jaxlm.artifacts.stopping import Stopped, listening, told
+from jaxlm.core.checks import whole
 from jaxlm.core.errors import UserError
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.logging import Metrics, Progress
@@ -35,11 +39,8 @@ class LoopConfig:
     log_every: int = 10
 
     def __post_init__(self):
-        if self.steps < 0:
-            raise UserError(f"steps is {self.steps}: give 0 or more.")
-        for name in ("eval_every", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give 1 or more.")
+        whole(self, "steps", least=0, most=MOST_STEPS)
+        whole(self, "eval_every", "checkpoint_every", "log_every")
 
     def dispatches(self, start: int) -> Iterator[tuple[int, int]]:
         """(first step, number of steps) of each dispatch; a resumed run has the same."""
@@ -50,8 +51,71 @@ class LoopConfig:
             start = end
 
 
+MOST_STEPS = 10**9
+"""Far above every run; what is laid out over the steps must fit into memory."""
+
+MOST_ROWS = 2**20
+"""Examples in a step or a forward pass, far above what fits into memory."""
+
+FAR = 10
+"""A loss so many times the first one, or that of guessing, is of a run that diverged."""
+
+
 class Diverged(UserError):
     """The loss or the parameters of a run are no longer finite."""
+
+
+def first_diverged(losses: np.ndarray, first_loss: float, chance: float | None) -> int | None:
+    """The index of the first loss that shows a run to have diverged; None where none does.
+
+    That is a loss above `FAR` times the first one, or above `FAR` times that of guessing. It must
+    also be above that of guessing itself and twice the first one, since a run may begin with a loss
+    near 0, or far above that of guessing.
+
+    >>> first_diverged(np.array([0.5, 7.0, 9.0]), 0.7, np.log(2))
+    1
+    >>> first_diverged(np.array([0.5, 0.1]), 0.01, np.log(2)) is None
+    True
+
+    Args:
+        losses: of some steps; their mean decides.
+        first_loss: of the first steps of the run.
+        chance: the loss of guessing, log(number of options).
+    """
+    if first_loss <= 0:  # the negative of an accuracy, say, has no such scale
+        return None
+    chance = first_loss if chance is None else chance
+    limit = max(2 * first_loss, chance, FAR * min(first_loss, chance))
+    if not np.mean(losses) > limit:
+        return None
+    return int(np.argmax(losses > limit))
+
+
+def watch(
+    record: Any, losses: np.ndarray, first: int, chance: float | None, progress: Progress | None
+) -> Any:
+    """A record with its `first_loss` and `diverged`, after the steps from `first`; says the latter.
+
+    Args:
+        record: a NamedTuple with these fields.
+        losses: of the steps, all finite.
+        first: steps before them.
+        chance: see `first_diverged`.
+        progress: where it is said.
+    """
+    if not len(losses):
+        return record
+    if record.first_loss is None:
+        record = record._replace(first_loss=float(np.mean(losses)))
+    if record.diverged is None:
+        place = first_diverged(losses, record.first_loss, chance)
+        if place is not None:
+            record = record._replace(diverged=first + place + 1)
+            if progress:
+                progress.say(
+                    f"diverged since step {record.diverged}: lower optimizer.learning_rate"
+                )
+    return record
 
 
 class Record(NamedTuple):
@@ -63,12 +127,17 @@ class Record(NamedTuple):
             or saving.
         best_step: step of the highest value of what is maximized, so far.
         best_value: that value.
+        first_loss: the mean of the first dispatch that this run made, against which later ones are
+            held.
+        diverged: the first step after which the loss was far above it, see `Watch`.
     """
 
     seconds: float = 0.0
     stepping: float = 0.0
     best_step: int | None = None
     best_value: float | None = None
+    first_loss: float | None = None
+    diverged: int | None = None
 
     @property
     def goodput(self) -> float:
@@ -105,10 +174,12 @@ def fit(
     trajectory: Path | None = None,
     metrics: Metrics | None = None,
     progress: Progress | None = None,
+    chance: float | None = None,
 ) -> Outcome:
-    """Trains; goes on from the latest checkpoint where there is one.
+    """Trains; resumes from the latest checkpoint where there is one.
 
-    The parameters given are donated: their buffers are gone after the call.
+    The parameters given are donated: their buffers are gone after the call. SIGINT, and in a
+    command SIGTERM, stop it after the steps under way, with a checkpoint.
 
     Args:
         method: see `jaxlm.train.state.method`.
@@ -123,13 +194,28 @@ def fit(
         trajectory: where the scalars of a zeroth-order method go, see `jaxlm.zo.Trajectory`.
         metrics: where the scalars of each step go.
         progress: shows them.
+        chance: the loss of guessing; see `first_diverged`.
 
     Raises:
         Diverged: the loss or the parameters are no longer finite. The last checkpoint is from
             before.
+        Stopped: a signal came.
         UserError: the trajectory is not that of these parameters and this method.
     """
-    loop = _Loop(config, evaluate, maximize, checkpoints, metrics, progress)
+    with listening():
+        loop = _Loop(config, evaluate, maximize, checkpoints, metrics, progress, chance)
+        return _fit(loop, method, params, batches, key, trajectory)
+
+
+def _fit(
+    loop: "_Loop",
+    method: Method,
+    params: Params,
+    batches: Callable[[int, int], Batch],
+    key: PRNGKey,
+    trajectory: Path | None,
+) -> Outcome:
+    config, checkpoints = loop.config, loop.checkpoints
     state = method.start(params, key)
     latest = checkpoints.latest_step if checkpoints else None
     if trajectory and method.settings is not None:
@@ -146,7 +232,13 @@ def fit(
     run = loop.program = Program(many_steps(method.step), moves=True, rows=1 + method.rows)
     loop.ready()
     flight: list[tuple[int, Any]] = []
+    if loop.progress and start < config.steps:
+        loop.progress.say("compiling the steps")
     for first, count in config.dispatches(start):
+        if signal := told():
+            while flight:
+                loop.write(*flight.pop(0), run.peak_bytes)
+            loop.stop(signal, first, state)
         state, infos = run(state, batches(first, count))
         flight.append((first, infos))
         step = first + count
@@ -157,6 +249,10 @@ def fit(
             loop.write(*flight.pop(0), run.peak_bytes)
         if due:
             loop.look_up(step, state)
+    if signal := told():
+        loop.stop(signal, config.steps, state)
+    if loop.trajectory:
+        loop.trajectory.finish(state.params)
     return Outcome(state, loop.elapsed(), run.peak_bytes, loop.infos)
 
 
@@ -170,9 +266,21 @@ def _trajectory(
     if not path.exists():
         return None
     found = Trajectory.open(path)
-    found.check(params, settings)
+    before = settings | {"steps": found.header.settings.get("steps")}
+    found.check(params, before)
     found.cut(step)
-    return found
+    if before == settings:
+        return found
+    # A run that is made longer: its header tells how long it is.
+    aside = path.with_name(path.name + ".tmp")
+    n = settings["num_directions"]
+    longer = Trajectory.create(aside, params, key=key, num_directions=n, settings=settings)
+    longer.append(0, found.projected_grad, found.learning_rate)
+    meet(f"{aside} is written")
+    if is_first():
+        aside.replace(path)
+    longer.path = path
+    return longer
 
 
 class _Loop:
@@ -186,7 +294,9 @@ class _Loop:
         checkpoints: Checkpoints | None,
         metrics: Metrics | None,
         progress: Progress | None,
+        chance: float | None,
     ):
+        self.chance = chance
         self.config = config
         self.evaluate = evaluate
         self.maximize = maximize
@@ -226,9 +336,11 @@ class _Loop:
         ]
         bad = next((line for line in lines if not np.isfinite(line["loss"])), None)
         good = lines[: lines.index(bad)] if bad else lines
+        self._watch(first, good)
         self.infos += good
         if self.trajectory:
-            self.trajectory.append(first, host["projected_grad"][: len(good)])
+            rates = host["learning_rate"][: len(good)]
+            self.trajectory.append(first, host["projected_grad"][: len(good)], rates)
         if self.metrics:
             self.metrics.append(*good)
         if bad:
@@ -238,12 +350,48 @@ class _Loop:
             means = {name: float(np.mean(host[name])) for name in shown if name in host}
             self.progress.update(first + count, means, peak_bytes)
 
+    def _watch(self, first: int, lines: list[dict[str, Any]]) -> None:
+        """Marks the metrics of a run that has diverged."""
+        before = self.record
+        losses = np.array([line["loss"] for line in lines])
+        self.record = watch(before, losses, first, self.chance, self.progress)
+        since = self.record.diverged
+        if since != before.diverged and self.evaluate is None and self.saved is not None:
+            # Nothing else says which parameters are the best: those from before are.
+            self.record = self.record._replace(best_step=self.saved)
+        for line in lines:
+            if since is not None and line["step"] >= since:
+                line["diverged_since"] = since
+
+    def _check_finite(self, step: int, state: TrainState) -> None:
+        if self._finite(state.params):
+            return
+        if self.program is None:
+            check_tree_finite(state.params, "the parameters before the first step")
+        self._stop(f"a parameter is not finite after step {step}")
+
+    def stop(self, signal: int, step: int, state: TrainState) -> None:
+        """Saves what there is after `step` steps, and ends the run.
+
+        Raises:
+            Stopped: always.
+        """
+        self._check_finite(step, state)
+        if self.checkpoints and self.saved != step:
+            self._stepped += time.perf_counter() - self._mark
+            self._save(step, state)
+        raise stopped(signal, step, self.config.steps, kept=self.checkpoints is not None)
+
+    def _save(self, step: int, state: TrainState) -> None:
+        assert self.checkpoints is not None
+        self.checkpoints.save(step, state, self.elapsed()._asdict())
+        self.saved = step
+
     def look_up(self, step: int, state: TrainState) -> None:
         """Evaluates and saves, as the schedule has it."""
         if self.program is not None:
             self._stepped += time.perf_counter() - self._mark
-        if not self._finite(state.params):
-            self._stop(f"a parameter is not finite after step {step}")
+        self._check_finite(step, state)
         last, config = step == self.config.steps, self.config
         save = last or step % config.checkpoint_every == 0
         if self.evaluate and (last or step % config.eval_every == 0):
@@ -258,15 +406,22 @@ class _Loop:
                 self.record = self.record._replace(best_step=step, best_value=value)
                 save = True
         if self.checkpoints and save:
-            self.checkpoints.save(step, state, self.elapsed()._asdict())
-            self.saved = step
+            self._save(step, state)
         self.ready()
 
     def _stop(self, what: str) -> None:
         kept = ""
         if self.checkpoints and self.saved is not None:
             kept = f"; the checkpoint of step {self.saved} is kept in {self.checkpoints.folder}"
-        raise Diverged(f"{what}{kept}: lower optimizer.learning_rate.")
+        raise Diverged(f"optimizer.learning_rate: {what}{kept}. Lower it.")
+
+
+def stopped(signal: int, step: int, steps: int, *, kept: bool) -> Stopped:
+    """What a loop raises that was told to stop."""
+    said = f"stopped after step {step} of {steps}"
+    if kept:
+        said += f"; the same command resumes from the checkpoint of step {step}"
+    return Stopped(said, signal)
 
 
 def _plain(value: Any) -> Any:

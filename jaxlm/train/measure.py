@@ -6,6 +6,7 @@ a checkpoint is chosen.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,11 @@ class Choices:
         main: "accuracy".
         offsets: [C], taken from the scores; None takes nothing.
         scorer: compiled `(params, batch) -> [B, C]`, without offsets.
+        tell: is given a line on what is measured, several times.
     """
 
     main = "accuracy"
+    tell: Callable[[str], None] | None = None
 
     def __init__(
         self, lm: Any, encoded: EncodedTask, *, batch_size: int, reduction: Reduction = "mean"
@@ -43,14 +46,25 @@ class Choices:
                 reduction=reduction,
             )
         )
-        self._score = functools.partial(score_split, encoded=encoded, batch_size=batch_size)
+        self._encoded, self._batch_size = encoded, batch_size
 
     def __call__(self, split: Split, params: Params) -> dict[str, float]:
         return {"accuracy": accuracy(*self.scores(split, params))}
 
     def scores(self, split: Split, params: Params) -> tuple[np.ndarray, np.ndarray]:
         """Scores less the offsets [N, C], and labels; see `jaxlm.evaluation.score_split`."""
-        scores, labels = self._score(self.scorer, params, split=split)
+        done, total = 0, len(getattr(self._encoded, split))
+
+        def scorer(params: Params, batch: Any) -> Any:
+            nonlocal done
+            if self.tell is not None:
+                self.tell(f"evaluating {split} {done}/{total}")
+            done += int(batch["weights"].sum())
+            return self.scorer(params, batch)
+
+        scores, labels = score_split(
+            scorer, params, self._encoded, split, batch_size=self._batch_size
+        )
         return (scores if self.offsets is None else scores - self.offsets[None]), labels
 
     @property
@@ -66,9 +80,11 @@ class Answers:
         main: "f1".
         offsets: None; there are no scores.
         peak_bytes: 0; generation is not measured.
+        tell: is given a line on what is measured.
     """
 
     main = "f1"
+    tell: Callable[[str], None] | None = None
     offsets = None
     peak_bytes = 0
 
@@ -78,6 +94,8 @@ class Answers:
     def __call__(self, split: Split, params: Params) -> dict[str, float]:
         texts = [prompted(self._task, example) for example in getattr(self._task, split)]
         config, longest = self._task.config, self._lm.config.max_positions
+        if self.tell is not None:
+            self.tell(f"writing answers to {len(texts)} questions of {split}")
         found = evaluate_generation(
             self._lm,
             params,

@@ -76,6 +76,7 @@ class Plan(NamedTuple):
         state_bytes: of the state, on one device.
         checkpoint_bytes: of a process's host, while a checkpoint is written or read.
         batch_size: examples in a step.
+        tokens: of the longest example.
         largest_batch: what fits into the memory of the device, by compilation; 0 where nothing
             does, None where nothing was sought.
         steps: of the run.
@@ -91,6 +92,7 @@ class Plan(NamedTuple):
     state_bytes: int
     checkpoint_bytes: int
     batch_size: int
+    tokens: int
     largest_batch: int | None
     steps: int
     dispatch: int
@@ -195,7 +197,7 @@ def plan(run: ByShapes, device: Device) -> Plan:
         UserError: it has no steps.
     """
     if not run.count:
-        raise UserError("steps is 0, and a dry run is of steps: give 1 or more.")
+        raise UserError("steps: a dry run is of steps (got 0). Give 1 or more.")
     step = run.dispatch()
     (state, batches), compiled = step.args, step.compile(cpu=device.cpu)
     memory = [_memory("training", compiled)]
@@ -213,6 +215,7 @@ def plan(run: ByShapes, device: Device) -> Plan:
         state_bytes=_bytes(state),
         checkpoint_bytes=copied_bytes(state),
         batch_size=run.batch_size,
+        tokens=max(one[key].shape[-1] for key in ("input_ids", "prompt_ids") if key in one),
         largest_batch=_largest_batch(run, device, memory[0].peak),
         steps=run.steps,
         dispatch=run.count,

@@ -5,18 +5,28 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxlm.artifacts.names import file_path
+from jaxlm.artifacts.stopping import listening, told
+from jaxlm.core.checks import one_of, seeds, whole
 from jaxlm.core.errors import UserError
+from jaxlm.core.precision import quantize
 from jaxlm.data import corpus as corpora
 from jaxlm.evaluation.perplexity import perplexity
-from jaxlm.models import LanguageModel, ModelConfig, init_params, save_pretrained
-from jaxlm.sharding import on_mesh
+from jaxlm.models import (
+    LanguageModel,
+    ModelConfig,
+    from_pretrained,
+    init_params,
+    save_pretrained,
+)
+from jaxlm.sharding import on_mesh, place_params
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.dynamics import (
     DYNAMICS,
@@ -27,11 +37,11 @@ from jaxlm.train.dynamics import (
     method_and_batches,
 )
 from jaxlm.train.logging import Progress
-from jaxlm.train.loop import Diverged
+from jaxlm.train.loop import MOST_ROWS, MOST_STEPS, Diverged, stopped, watch
 from jaxlm.train.objective import lm_objective
 from jaxlm.train.optimizers import OPTIMIZERS, FirstOrder
 from jaxlm.train.run_folder import RunFolder, to_dict
-from jaxlm.train.state import Method, Program, free, many_steps
+from jaxlm.train.state import Method, Program, TrainState, free, many_steps
 from jaxlm.typing import Batch, Params
 
 _FIRST_ORDER = {name: cls for name, cls in OPTIMIZERS.items() if issubclass(cls, FirstOrder)}
@@ -73,12 +83,14 @@ class DecoderSizes:
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        sizes = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions")
-        _check_positive(self, *sizes)
+        one_of("model.family", self.family, tuple(_STYLES))
+        whole(self, "num_layers", "num_heads", most=2**14, section="model.")
+        sizes = "hidden_size", "intermediate_size", "max_positions"
+        whole(self, *sizes, most=2**24, section="model.")
         if self.hidden_size % (2 * self.num_heads):
             raise UserError(
-                f"hidden_size is {self.hidden_size}: give an even multiple of num_heads, "
-                f"{self.num_heads}."
+                f"model.hidden_size: must be an even multiple of num_heads, {self.num_heads} (got "
+                f"{self.hidden_size}). Correct it."
             )
 
     def build(self, tokenizer: Any) -> ModelConfig:
@@ -149,28 +161,23 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         every = ("eval_every", "checkpoint_every")
-        _check_positive(self, "steps", "batch_size", "seq_len", "log_every", *every)
+        whole(self, "steps", "log_every", *every, most=MOST_STEPS)
+        whole(self, "batch_size", most=MOST_ROWS)
+        whole(self, "seq_len")
+        seeds(self, "seed")
         for name in every:
             if getattr(self, name) % self.log_every:
                 raise UserError(
-                    f"{name} is {getattr(self, name)}: give a multiple of log_every, "
-                    f"{self.log_every}."
+                    f"{name}: must be a multiple of log_every, {self.log_every} (got "
+                    f"{getattr(self, name)}). Correct it."
                 )
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed}: give a number from 0 to 2**32 - 1.")
         if self.dynamics is not None:
             self.dynamics.check(self.optimizer, self.batch_size)
         if self.seq_len > self.model.max_positions:
             raise UserError(
-                f"seq_len is {self.seq_len}: give at most model.max_positions, "
-                f"{self.model.max_positions}."
+                f"seq_len: must be at most model.max_positions, {self.model.max_positions} (got "
+                f"{self.seq_len}). Correct it."
             )
-
-
-def _check_positive(config: Any, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} is {getattr(config, name)}: give 1 or more.")
 
 
 def pretrain(config: PretrainConfig, *, mesh: Mesh | None = None) -> dict[str, Any]:
@@ -191,18 +198,29 @@ def pretrain(config: PretrainConfig, *, mesh: Mesh | None = None) -> dict[str, A
     summary = folder.summary()
     if summary is not None:
         return summary
-    tokenizer = corpora.read_tokenizer(Path(config.tokenizer))
+    with folder.held(config):
+        return folder.summary() or _pretrain(config, folder, mesh)
+
+
+def _pretrain(config: PretrainConfig, folder: RunFolder, mesh: Mesh | None) -> dict[str, Any]:
+    tokenizer = corpora.read_tokenizer(file_path(config.tokenizer, "tokenizer"))
     model = config.model.build(tokenizer)
+    source = file_path(config.corpus.path, "corpus.path")
+    paths = [corpora.find(source, domain.name) for domain in config.corpus.domains]
+    apart = corpora.find(source, config.corpus.held_out) if config.corpus.held_out else None
+    cache = folder.path / "tokens"
+    tokens = [corpora.cached(path, tokenizer, cache) for path in paths]
+    held_out = None if apart is None else corpora.cached(apart, tokenizer, cache / "held_out")
+    folder.check_data(
+        {
+            str(path): found.digest
+            for path, found in zip([*paths, apart], [*tokens, held_out], strict=True)
+            if found is not None
+        }
+    )
     init, key = functools.partial(init_params, model), jax.random.key(config.seed)
     params = init(key) if mesh is None else on_mesh(init, mesh, key)
     lm = LanguageModel(model, params, tokenizer)
-    source = Path(config.corpus.path)
-    paths = [corpora.find(source, domain.name) for domain in config.corpus.domains]
-    apart = corpora.find(source, config.corpus.held_out) if config.corpus.held_out else None
-
-    folder.create(config)
-    cache = folder.path / "tokens"
-    tokens = [corpora.cached(path, tokenizer, cache) for path in paths]
     chosen, batches = method_and_batches(
         config.optimizer,
         config.dynamics,
@@ -214,17 +232,62 @@ def pretrain(config: PretrainConfig, *, mesh: Mesh | None = None) -> dict[str, A
         mesh=mesh,
     )
     measure = None
-    if apart is not None:
-        held_out = corpora.cached(apart, tokenizer, cache / "held_out")
+    if held_out is not None:
         measure = perplexity(
             lm.log_probs,
             corpora.all_windows(held_out, config.seq_len),
             held_out.size,
             batch_size=config.batch_size,
         )
-    summary = _train(config, folder, lm, chosen, batches, measure)
+    with listening():
+        summary = _train(config, folder, lm, chosen, batches, measure)
     folder.finish(summary)
     return summary
+
+
+def trained_model(
+    folder: RunFolder,
+    *,
+    param_dtype: str = "float32",
+    bits: Literal[8, 4] | None = None,
+    mesh: Mesh | None = None,
+) -> LanguageModel:
+    """The model of a run as it is: that in its folder `model`, or else of its last checkpoint.
+
+    Args:
+        folder: of the run.
+        param_dtype, bits, mesh: see `jaxlm.from_pretrained`.
+
+    Raises:
+        UserError: the run has no checkpoint yet, or is not one of `pretrain`.
+    """
+    made = folder.path / "model"
+    if folder.summary() is not None and made.is_dir():
+        return from_pretrained(made, param_dtype=param_dtype, bits=bits, mesh=mesh)
+    lm = untrained_model(folder)
+    params = None
+    if folder.checkpoints.is_dir():
+        params = Checkpoints(folder.checkpoints, read_only=True).best_params()
+    if params is None:
+        raise UserError(f"{folder.path}: the run has no checkpoint yet. Start it again.")
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, param_dtype), params)
+    params = params if bits is None else quantize(params, bits=bits)
+    return lm.replace(params=params if mesh is None else place_params(params, mesh))
+
+
+def untrained_model(folder: RunFolder) -> LanguageModel:
+    """The model of a run without its parameters.
+
+    Raises:
+        UserError: `config.yaml` is not of such a run, or the tokenizer is not there.
+    """
+    stored = folder.config() or {}
+    try:
+        sizes = DecoderSizes(**stored["model"])
+        tokenizer = corpora.read_tokenizer(file_path(stored["tokenizer"], "tokenizer"))
+    except (KeyError, TypeError):
+        raise folder.foreign() from None
+    return LanguageModel(sizes.build(tokenizer), None, tokenizer)
 
 
 def _source(config: PretrainConfig, tokens: Sequence[corpora.Tokens]) -> Source:
@@ -253,6 +316,20 @@ def _source(config: PretrainConfig, tokens: Sequence[corpora.Tokens]) -> Source:
     return source
 
 
+class _Record(NamedTuple):
+    """What a checkpoint holds beside the state; see `jaxlm.train.loop.Record`.
+
+    Attributes:
+        row: the last line of the metrics.
+    """
+
+    seconds: float = 0.0
+    stepping: float = 0.0
+    first_loss: float | None = None
+    diverged: int | None = None
+    row: dict[str, Any] | None = None
+
+
 def _train(
     config: PretrainConfig,
     folder: RunFolder,
@@ -265,42 +342,61 @@ def _train(
     state = way.start(lm.params, jax.random.key(config.seed))
     checkpoints = Checkpoints(folder.checkpoints)
     restored = checkpoints.restore(state, donate=True)
-    first, seconds, stepping = 0, 0.0, 0.0
+    first, record = 0, _Record()
     if restored is not None:
-        first, state, record = restored
+        first, state, saved = restored
         free(lm.params, keep=state)
-        seconds, stepping = record["seconds"], record.get("stepping", 0.0)
+        record = _Record(**saved)
     folder.metrics.cut(first)
-    row: dict[str, Any] = folder.metrics.read()[-1] if first else {}
 
-    begin = time.perf_counter() - seconds
+    begin, saved_at = time.perf_counter() - record.seconds, first
+    chance = math.log(lm.config.vocab_size)
+
+    def save(step: int, state: TrainState) -> None:
+        checkpoints.save(step, state, record._asdict())
+
     with Progress(config.steps, start=first, log=folder.log) as progress:
+        progress.say(f"start from step {first}" if first else f"start {folder.path}")
+        if first < config.steps:
+            progress.say("compiling the steps")
         for done in range(first, config.steps, config.log_every):
+            if signal := told():
+                if saved_at != done:
+                    save(done, state)
+                raise stopped(signal, done, config.steps, kept=done > 0)
             count = min(config.log_every, config.steps - done)
             started, compiled = time.perf_counter(), run.compile_seconds
             state, infos = run(state, batches(done, count))
             infos, step = jax.device_get(infos), done + count
-            stepping += time.perf_counter() - started - (run.compile_seconds - compiled)
+            stepping = time.perf_counter() - started - (run.compile_seconds - compiled)
             loss = float(np.mean(infos["loss"]))
             if not math.isfinite(loss):
-                raise Diverged(f"the loss is {loss} at step {step}: lower the learning rate.")
+                raise Diverged(
+                    f"optimizer.learning_rate: the loss is {loss} at step {step} (got "
+                    f"{config.optimizer.learning_rate:g}). Lower it."
+                )
             row = {"step": step, "loss": loss, "tokens": step * config.batch_size * config.seq_len}
             row |= {name: float(infos[name][-1]) for name in NOISE_INFO if name in infos}
+            record = watch(record, infos["loss"], done, chance, progress)
+            row |= {} if record.diverged is None else {"diverged_since": record.diverged}
             last = step == config.steps
             if measure and (last or step % config.eval_every == 0):
                 row |= {f"held_out_{name}": value for name, value in measure(state.params).items()}
-            seconds = time.perf_counter() - begin
-            folder.metrics.append(row | {"seconds": round(seconds, 1)})
+            record = record._replace(
+                seconds=time.perf_counter() - begin, stepping=record.stepping + stepping, row=row
+            )
+            folder.metrics.append(row | {"seconds": round(record.seconds, 1)})
             progress.update(step, {k: v for k, v in row.items() if k not in ("step", "tokens")})
             if last or step % config.checkpoint_every == 0:
-                checkpoints.save(step, state, {"seconds": seconds, "stepping": stepping})
-    checkpoints.close()
+                save(step, state)
+                saved_at = step
     save_pretrained(lm, folder.path / "model", state.params)
     return {
-        **{name: value for name, value in row.items() if name not in ("step", "seconds")},
+        **{name: value for name, value in (record.row or {}).items() if name != "step"},
+        "diverged_since": record.diverged,
         "steps": config.steps,
-        "seconds": round(seconds, 1),
-        "goodput": stepping / seconds,
+        "seconds": round(record.seconds, 1),
+        "goodput": record.stepping / record.seconds,
         "peak_memory_bytes": run.peak_bytes,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "dynamics": config.dynamics

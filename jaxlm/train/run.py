@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,17 +11,23 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
+from jaxlm.artifacts.locks import hold
+from jaxlm.artifacts.names import file_path
 from jaxlm.core import paths
+from jaxlm.core.checks import dtype_name, one_of, seeds, whole
 from jaxlm.core.errors import UserError
 from jaxlm.data import EncodedTask, Task, TaskConfig, load_task, prepare_for, task_config
 from jaxlm.data.batching import Objective
 from jaxlm.peft import TUNINGS, Tuning
 from jaxlm.sharding import mesh_of, place_params, placed_like
 from jaxlm.train.dynamics import DYNAMICS, Dynamics, method_and_batches
-from jaxlm.train.loop import LoopConfig
+from jaxlm.train.loop import MOST_ROWS, LoopConfig
 from jaxlm.train.optimizers import OPTIMIZERS, Mezo, Optimizer, ZerothOrder
 from jaxlm.train.run_folder import RunFolder, to_dict
 from jaxlm.typing import LossFn
+
+CALIBRATION_TEXTS = 1000
+"""Training texts, at most, whose scores a run is calibrated by."""
 
 _FORMS: dict[str, Objective] = {"accuracy": "classification", "f1": "generation"}
 
@@ -45,7 +52,7 @@ class FinetuneConfig(LoopConfig):
         batch_size: training examples in a step.
         eval_batch_size: examples in a forward pass of evaluation.
         seed: of the k examples drawn, the order of the batches, and the optimizer's randomness.
-        param_dtype: of the parameters.
+        param_dtype: of the parameters, float32 (fp32) or bfloat16 (bf16).
         bits: 8 or 4 keeps matrices in that many bits; what is trained then are their scales, biases
             and norms.
         output: the run's folder.
@@ -62,25 +69,25 @@ class FinetuneConfig(LoopConfig):
     batch_size: int = 16
     eval_batch_size: int = 64
     seed: int = 0
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: str = "float32"
     bits: Literal[8, 4] | None = None
     output: str
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("batch_size", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give 1 or more.")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed}: give a number from 0 to 2**32 - 1.")
-        if not self.output:
-            raise UserError("output is empty: give the folder of the run.")
+        whole(self, "batch_size", "eval_batch_size", most=MOST_ROWS)
+        seeds(self, "seed")
+        one_of("calibrate", self.calibrate, (False, True, "sfc"))
+        one_of("bits", self.bits, (None, 8, 4))
+        one_of("objective", self.objective, (None, "accuracy", "f1"))
+        object.__setattr__(self, "param_dtype", dtype_name(self.param_dtype))
+        file_path(self.output, "output")
         if self.dynamics is not None:
             self.dynamics.check(self.optimizer, self.batch_size)
             if self.dynamics.name == "svag" and (self.param_dtype != "float32" or self.bits):
                 raise UserError(
-                    "dynamics svag makes updates that are lost in few bits: give param_dtype "
-                    "float32 and no bits."
+                    "dynamics: svag makes updates that are lost in few bits (got "
+                    f"{self.bits or self.param_dtype}). Give param_dtype float32 and no bits."
                 )
         if self.objective is not None:
             self._check_objective(self.objective)
@@ -89,12 +96,12 @@ class FinetuneConfig(LoopConfig):
         right = "f1" if self.task.answered else "accuracy"
         if objective != right:
             raise UserError(
-                f"objective is {objective}, but {self.task.name} is measured by {right}: give that."
+                f"objective: {self.task.name} is measured by {right} (got {objective}). Give that."
             )
         if not isinstance(self.optimizer, ZerothOrder):
             raise UserError(
-                f"objective {objective} has no gradient, which {self.optimizer.name} follows: give "
-                "mezo or another optimizer without gradients."
+                f"objective: has no gradient, which {self.optimizer.name} follows (got "
+                f"{objective}). Give mezo or another optimizer without gradients."
             )
 
 
@@ -119,19 +126,44 @@ def finetune(
     """
     folder = RunFolder(config.output)
     folder.check(config)
-    summary = folder.summary()
-    if summary is not None:
+    if (summary := _finished(folder, config)) is not None:
         return summary
+    if folder.path.is_dir():
+        with hold(folder.path):  # what would fail after minutes of loading fails now
+            pass
     task = read_task(config, base_dir=base_dir)
     lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
     encoded = encoded_for(config, lm, task)
     given, (config, lm) = config, prepared(config, lm, len(encoded.labels))
     if mesh is not None:
         lm = lm.replace(params=place_params(lm.params, mesh))
-    folder.create(given)
-    summary = _run(config, folder, lm, task, encoded)
-    folder.finish(summary)
+    with folder.held(given):
+        if (summary := _finished(folder, given)) is not None:
+            return summary
+        folder.check_data(digests(task, encoded))
+        summary = _run(config, folder, lm, task, encoded)
+        folder.finish(summary)
     return summary
+
+
+def _finished(folder: RunFolder, config: FinetuneConfig) -> dict[str, Any] | None:
+    """The summary of a run that has done all its steps, or None."""
+    sections = dict.fromkeys(("zero_shot", "validation", "test", "config"), dict)
+    numbers = dict.fromkeys(("forwards", "backwards", "peak_memory_bytes", "tested_step"), int)
+    found = folder.summary(
+        model=str, task=str, metric=str, steps=int, seconds=float, **sections, **numbers
+    )
+    return found if found is not None and found["steps"] >= config.steps else None
+
+
+def digests(task: Task, encoded: EncodedTask) -> dict[str, str]:
+    """What tells whether a run reads what it began with, by the names of its files."""
+    found, config = {}, task.config
+    for split, digest in task.digests().items():
+        source = getattr(config, split)
+        source = config.train if source == "hold_out" else source
+        found[f"task.{split} {source or config.name}"] = digest
+    return found | {f"the tokens of task.{k}": digest for k, digest in encoded.digests().items()}
 
 
 def read_task(config: FinetuneConfig, *, base_dir: Path | None = None) -> Task:
@@ -143,9 +175,12 @@ def read_task(config: FinetuneConfig, *, base_dir: Path | None = None) -> Task:
     task = load_task(config.task, seed=config.seed, base_dir=base_dir)
     for split in ("train", "test"):
         if not getattr(task, split):
-            raise UserError(f"task has no {split} examples: give task.{split}.")
+            raise UserError(f"task.{split}: the task has no such examples (got none). Give some.")
     if config.calibrate and config.task.own_options:
-        raise UserError("calibrate needs the same options in every example: leave it out.")
+        raise UserError(
+            "calibrate: needs the same options in every example, and these have their own (got "
+            f"{config.calibrate}). Leave it out."
+        )
     return task
 
 
@@ -171,7 +206,7 @@ def prepared(config: FinetuneConfig, lm: Any, num_labels: int) -> tuple[Finetune
     try:
         paths.mask(lm.params, select)
     except ValueError as error:
-        raise UserError(f"optimizer.{error}: correct it.") from None
+        raise UserError(f"optimizer.{error}. Correct it.") from None
     optimizer = dataclasses.replace(config.optimizer, select=select)
     return dataclasses.replace(config, optimizer=optimizer), lm
 
@@ -199,10 +234,15 @@ def load_model(
     """
     from jaxlm.models import from_pretrained
 
-    folder = RunFolder(name) if name is not None else None
+    folder = RunFolder(name, "model") if name is not None else None
     stored = folder.config() if folder is not None else None
     if folder is None or stored is None:
         return from_pretrained(name, param_dtype=param_dtype, bits=bits, mesh=mesh)
+    if "corpus" in stored:
+        from jaxlm.train.pretraining import trained_model
+
+        return trained_model(folder, param_dtype=param_dtype, bits=bits, mesh=mesh)
+    check_run(folder, stored)
     from jaxlm.core.precision import quantize
     from jaxlm.train.checkpoint import Checkpoints
 
@@ -210,18 +250,22 @@ def load_model(
     if folder.checkpoints.is_dir():
         found = Checkpoints(folder.checkpoints, read_only=True).best_params()
     if found is None and not folder.trajectory.exists():
-        raise UserError(f"{name}: the run has no checkpoint: start it again.")
+        raise UserError(f"{name}: the run has no checkpoint yet. Start it again.")
     dtype, trained_bits = stored["param_dtype"] if found is None else param_dtype, stored["bits"]
     lm = load_model(stored["model"], param_dtype=dtype, bits=trained_bits, mesh=mesh)
-    lm = with_head(lm, len(stored["task"]["labels"]), seed=stored["seed"])
-    if (tuning := stored.get("peft")) is not None:
-        lm = TUNINGS[tuning["name"]](**tuning).prepare(lm, jax.random.key(stored["seed"]))
+    lm = with_run(lm, folder, stored)
     if mesh is not None:
         lm = lm.replace(params=place_params(lm.params, mesh))
     if found is None:
-        params = _replayed(folder, lm.params)
+        params = _replayed(folder, lm.params, stored["steps"])
     else:
         trained = {leaf.path: leaf.value for leaf in paths.flatten(found)[0]}
+        places = {leaf.path: leaf.value.shape for leaf in paths.flatten(lm.params)[0]}
+        if {path: value.shape for path, value in trained.items()} != places:
+            raise UserError(
+                f"{folder.checkpoints}: its parameters are not those of the model that config.yaml "
+                f"names (got {stored['model']}). Put back the model that the run began with."
+            )
         params = paths.map_with_path(
             lambda leaf: placed_like(trained[leaf.path], leaf.value), lm.params
         )
@@ -232,15 +276,72 @@ def load_model(
     return lm.replace(params=params)
 
 
-def _replayed(folder: RunFolder, params: Any) -> Any:
+def check_run(folder: RunFolder, stored: Mapping[str, Any]) -> None:
+    """Refuses a `config.yaml` that is not of a fine-tuning run, and one that leads to itself.
+
+    Raises:
+        UserError: as said.
+    """
+    task = stored.get("task")
+    kinds = {"steps": int, "seed": int, "model": str | None, "bits": int | None}
+    kinds |= {"param_dtype": str, "peft": dict | None}
+    if (
+        not all(isinstance(stored.get(name), kind) for name, kind in kinds.items())
+        or not {"model", "bits"} <= stored.keys()
+        or not isinstance(task, dict)
+        or not isinstance(task.get("labels"), list)
+        or (stored.get("peft") or {"name": "lora"}).get("name") not in TUNINGS
+    ):
+        raise folder.foreign()
+    seen = [folder.path.resolve()]
+    model = stored["model"]
+    while model is not None and (config := RunFolder(model, "model").config()) is not None:
+        place = RunFolder(model).path.resolve()
+        if place in seen:
+            raise UserError(
+                f"{folder.path / 'config.yaml'}: model leads back to {place}, a run that it began "
+                "with. Give the model that the first run began with."
+            )
+        seen.append(place)
+        model = config.get("model") if "corpus" not in config else None
+
+
+def with_run(lm: Any, folder: RunFolder, stored: Mapping[str, Any]) -> Any:
+    """The model that a run began with, with the head and the tuning of the run.
+
+    Raises:
+        UserError: `config.yaml` has a tuning that there is not.
+    """
+    lm = with_head(lm, len(stored["task"]["labels"]), seed=stored["seed"])
+    if (tuning := stored.get("peft")) is None:
+        return lm
+    try:
+        chosen = TUNINGS[tuning["name"]](**tuning)
+    except TypeError:  # other keys than it has
+        raise folder.foreign() from None
+    return chosen.prepare(lm, jax.random.key(stored["seed"]))
+
+
+def _replayed(folder: RunFolder, params: Any, steps: int) -> Any:
     from jaxlm import zo
 
     trajectory = zo.Trajectory.open(folder.trajectory)
     settings = trajectory.header.settings
-    optimizer = OPTIMIZERS[settings["optimizer"]["name"]](**settings["optimizer"])
+    try:
+        optimizer = OPTIMIZERS[settings["optimizer"]["name"]](**settings["optimizer"])
+        length = settings["steps"]
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{folder.trajectory}: not of such a run. Put back what was there."
+        ) from None
     if not isinstance(optimizer, ZerothOrder):
-        raise UserError(f"{folder.trajectory}: it is of {optimizer.name}, which is not replayed.")
-    return zo.replay(optimizer.build(settings["steps"]), params, trajectory)
+        raise UserError(f"{folder.trajectory}: of {optimizer.name}, which is not replayed.")
+    if length != steps:
+        raise UserError(
+            f"{folder.trajectory}: of a run of {length} steps (got {steps} in config.yaml). Put "
+            "back what was there."
+        )
+    return zo.replay(optimizer.build(length), params, trajectory)
 
 
 def with_head(lm: Any, num_labels: int, *, seed: int) -> Any:
@@ -254,7 +355,7 @@ def with_head(lm: Any, num_labels: int, *, seed: int) -> Any:
 
 
 def option_offsets(
-    scorer: Any, params: Any, encoded: Any, *, batch_size: int, texts: int = 1000
+    scorer: Any, params: Any, encoded: Any, *, batch_size: int, texts: int = CALIBRATION_TEXTS
 ) -> Any:
     """Calibration offsets [C] of `params` on the first training texts, whose labels are not used.
 
@@ -301,6 +402,18 @@ def _calibration(config: FinetuneConfig, lm: Any, task: Task, encoded: Any, scor
     return option_offsets(scorer, lm.params, encoded, batch_size=config.eval_batch_size)
 
 
+def _chance(encoded: EncodedTask) -> float | None:
+    """The loss of guessing among the options, where the loss is of them."""
+    count = encoded.num_options if encoded.objective == "classification" else 0
+    return math.log(count) if count > 1 else None
+
+
+def _calibration_passes(config: FinetuneConfig, encoded: EncodedTask) -> int:
+    """Forward passes over a batch that calibration took."""
+    texts = {False: 0, True: min(len(encoded.train), CALIBRATION_TEXTS), "sfc": 1}
+    return -(-texts[config.calibrate] // config.eval_batch_size)
+
+
 def _run(
     config: FinetuneConfig, folder: RunFolder, lm: Any, task: Task, encoded: EncodedTask
 ) -> dict[str, Any]:
@@ -324,21 +437,23 @@ def _run(
     checkpoints = Checkpoints(folder.checkpoints)
     start = checkpoints.latest_step
     folder.metrics.cut(start)
+    first = folder.metrics.first() if start is not None else None
     with Progress(config.steps, start=start or 0, log=folder.log) as progress:
+        measure.tell = progress.waiting
         progress.say(f"start from step {start}" if start is not None else f"start {folder.path}")
-        if start is None:
+        if repeated := task.repeated("test"):
+            progress.say(f"{repeated} of {len(task.test)} test rows are training rows, too")
+        if first is None or ("option_offsets" not in first and config.calibrate):
             zero_shot = measure("test", lm.params)
             first = {"step": 0, **_named("zero_shot", zero_shot)}
             if isinstance(measure, Choices) and config.calibrate:
                 measure.offsets = _calibration(config, lm, task, encoded, measure.scorer)
                 first |= _named("calibrated", measure("test", lm.params))
                 first["option_offsets"] = measure.offsets.tolist()
-            folder.metrics.append(first)
+            folder.metrics.put_first(first)
             progress.say(f"zero-shot test {_shown(zero_shot)}")
-        else:
-            first = folder.metrics.read()[0]
-            if isinstance(measure, Choices):
-                measure.offsets = folder.option_offsets()
+        elif isinstance(measure, Choices):
+            measure.offsets = folder.option_offsets()
         options = {"offsets": measure.offsets, "reduction": reduction}
         loss_fn = loss_of(config, lm, task, encoded, options)
         chosen, batches = method_and_batches(
@@ -365,6 +480,7 @@ def _run(
             trajectory=folder.trajectory,
             metrics=folder.metrics,
             progress=progress,
+            chance=_chance(encoded),
         )
         state, record = outcome.state, outcome.record
         dynamics = config.dynamics and config.dynamics.report(
@@ -373,7 +489,6 @@ def _run(
         params = state.params
         if record.best_step not in (None, config.steps):
             params = _best(checkpoints, state, record.best_step)
-        checkpoints.close()
         test = measure("test", params)
         progress.say(f"test {_shown(test)}")
     before = {name: first[f"zero_shot_{name}"] for name in test}
@@ -386,9 +501,11 @@ def _run(
         "zero_shot": before,
         "validation": {measure.main: record.best_value},
         "test": test,
+        "test_rows_in_training": repeated,
         "tested_step": config.steps if record.best_step is None else record.best_step,
         "steps": config.steps,
-        "forwards": chosen.forwards * config.steps,
+        "diverged_since": record.diverged,
+        "forwards": chosen.forwards * config.steps + _calibration_passes(config, encoded),
         "backwards": chosen.backwards * config.steps,
         "seconds": record.seconds,
         "goodput": record.goodput,

@@ -1,20 +1,24 @@
 """A run's folder: `config.yaml`, `metrics.jsonl`, `summary.json`, `checkpoints/`, `log.txt`.
 
-A zeroth-order run has a `trajectory.zo` too.
+A zeroth-order run has a `trajectory.zo` too, and every run a `data.json`: digests of what it reads.
 """
 
+import contextlib
 import dataclasses
-import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from jaxlm.artifacts.files import read_json, read_text, write_json, write_shared, writing
+from jaxlm.artifacts.locks import LOCK, hold
+from jaxlm.artifacts.names import file_path
+from jaxlm.artifacts.processes import is_first, meet
+from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
-from jaxlm.artifacts.files import write_shared
-from jaxlm.artifacts.files import write_json
 from jaxlm.train.logging import Metrics
 
 
@@ -41,7 +45,7 @@ def differences(old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 class RunFolder:
-    """A run on disk. Nothing is written before `create`.
+    """A run on disk. Nothing is written before `held`.
 
     Attributes:
         path: the folder.
@@ -49,76 +53,218 @@ class RunFolder:
         log: path of its `log.txt`.
         checkpoints: path of its checkpoints.
         trajectory: path of its `trajectory.zo`.
+
+    Args:
+        path: the folder.
+        key: name of the option that gave it, for messages.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, key: str = "output"):
+        self.path = file_path(path, key)
         self.metrics = Metrics(self.path / "metrics.jsonl")
         self.log = self.path / "log.txt"
         self.checkpoints = self.path / "checkpoints"
         self.trajectory = self.path / "trajectory.zo"
+        self._data = self.path / "data.json"
+        self._summary = self.path / "summary.json"
 
     def check(self, config: Any) -> None:
         """Refuses a place that cannot hold this run, without touching it.
 
         Raises:
             UserError: the folder cannot be written, holds other things, or a run of another
-                configuration; that one is refused by the first key that differs. `output` may
-                differ.
+                configuration that has begun; that one is refused by the first key that differs.
+                `output` may differ, and so may `steps` where that makes the run longer and changes
+                none of the steps that are done.
         """
-        there = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        there = next(p for p in (self.path, *self.path.absolute().parents) if _exists(p))
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            what = "a folder that cannot be written" if there.is_dir() else "no folder"
-            raise UserError(f"output {self.path}: {there} is {what}: choose another output.")
+            what = "is a folder that cannot be written" if there.is_dir() else "is not a folder"
+            raise UserError(f"output: {there} {what} (got {self.path}). Choose another output.")
         stored = self.config()
         if stored is None:
-            if there == self.path and any(p.suffix != ".tmp" for p in self.path.iterdir()):
+            if there == self.path and any(
+                p.suffix != ".tmp" and p.name != LOCK for p in self.path.iterdir()
+            ):
                 raise UserError(
-                    f"output {self.path}: the folder has files but no run: choose another output."
+                    f"output: the folder has files but no run (got {self.path}). Choose another "
+                    "output."
                 )
             return
+        if not self._begun():
+            return
         for key, old, new in differences(stored, to_dict(config)):
-            if key != "output":
+            why = self._why_fixed(stored, config) if key == "steps" else None
+            if key != "output" and not (key == "steps" and why is None):
+                reason = f", since {why}" if why else ""
                 raise UserError(
-                    f"output {self.path}: the run there has {key} = {json.dumps(old)}, not "
-                    f"{json.dumps(new)}: choose another output or remove the folder."
+                    f"output: the run in {self.path} has {key} = {show(old)} (got {show(new)}), "
+                    f"which cannot change{reason}. Choose another output or remove the folder."
                 )
 
-    def create(self, config: Any) -> None:
-        """Makes the folder with its `config.yaml`, where it is not there yet."""
+    def _begun(self) -> bool:
+        """Whether the run has done a step or is finished."""
+        return self._summary.exists() or bool(self.latest_step())
+
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint, None where there is none."""
+        from jaxlm.train.checkpoint import Checkpoints
+
+        return Checkpoints(self.checkpoints, read_only=True).latest_step
+
+    def tested_step(self) -> tuple[int, int] | None:
+        """The step whose parameters stand for the run, and the steps of the whole run.
+
+        None where there is no run, or no checkpoint of one.
+        """
+        from jaxlm.train.checkpoint import Checkpoints
+
+        stored = self.config()
+        step = Checkpoints(self.checkpoints, read_only=True).best_step() if stored else None
+        return None if stored is None or step is None else (step, stored["steps"])
+
+    def _why_fixed(self, stored: Mapping[str, Any], config: Any) -> str | None:
+        """Why a run cannot go on to another number of steps; None where it can."""
+        done = self.latest_step() or 0
+        if config.steps < done:
+            return f"{done} are done"
+        if (stored.get("optimizer") or {}).get("schedule") != "constant":
+            return "the schedule of its learning rate depends on them"
+        if stored.get("dynamics") or "corpus" in stored:
+            return "its data or its dynamics are laid out over them"
+        return None
+
+    @contextlib.contextmanager
+    def held(self, config: Any) -> Iterator[None]:
+        """Makes the folder, keeps other processes from writing there, and writes `config.yaml`.
+
+        What a run left that has done no step is removed where its configuration was another one.
+
+        Raises:
+            UserError: see `check`, which is asked again; or another process writes there.
+        """
         import yaml
 
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-            write_shared(self.path / "config.yaml", text, once=True)
         except OSError as error:
-            reason = error.strerror or error
             raise UserError(
-                f"output {self.path}: cannot be written ({reason}): choose another output."
+                f"output: cannot be written ({error.strerror or error}; got {self.path}). Choose "
+                "another output."
             ) from error
+        with hold(self.path):
+            self.check(config)
+            stored, begun = self.config(), self._begun()
+            found = [] if stored is None else differences(stored, to_dict(config))
+            changed = any(key != "output" for key, _, _ in found)
+            meet(f"{self.path} is read")  # by every process, before the first one writes
+            if stored is None or changed:
+                with writing(self.path):
+                    if is_first() and changed:
+                        self._clear(whole=not begun)
+                    text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+                    write_shared(self.path / "config.yaml", text)
+            yield
+
+    def create(self, config: Any) -> None:
+        """What `held` does at its beginning, and no more."""
+        with self.held(config):
+            pass
+
+    def _clear(self, *, whole: bool) -> None:
+        """Removes what says that the run is finished, or all that it has left."""
+        self._summary.unlink(missing_ok=True)
+        if whole:
+            for folder in (self.checkpoints, self.path / "tokens", self.path / "model"):
+                shutil.rmtree(folder, ignore_errors=True)
+            for file in (self.metrics.path, self.trajectory, self._data):
+                file.unlink(missing_ok=True)
+
+    def check_data(self, digests: Mapping[str, str]) -> None:
+        """Keeps the digests of what a run reads, or compares them with those it began with.
+
+        Args:
+            digests: name of a file or of another part of the data to its digest.
+
+        Raises:
+            UserError: one of them has changed.
+        """
+        known = read_json(self._data) if self._data.exists() else None
+        meet(f"{self._data} is read")
+        if known is None:
+            write_json(self._data, digests)
+        for name, old in (known or {}).items():
+            if digests.get(name) != old:
+                raise UserError(
+                    f"{name}: has changed since the run in {self.path} began. Put back what was "
+                    "there, or choose another output to start anew."
+                )
 
     def config(self) -> dict[str, Any] | None:
-        """The stored configuration, or None."""
+        """The stored configuration, or None where there is none.
+
+        A `config.yaml` beside a `config.json` belongs to a model and not to a run.
+
+        Raises:
+            UserError: it is damaged or of something else.
+        """
         import yaml
 
         file = self.path / "config.yaml"
-        return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+        if not file.exists() or (self.path / "config.json").exists():
+            return None
+        try:
+            stored = yaml.safe_load(read_text(file))
+        except UserError:
+            raise
+        except (yaml.YAMLError, RecursionError, ValueError):
+            stored = None
+        if not isinstance(stored, dict) or not isinstance(stored.get("output"), str):
+            raise self.foreign()
+        return stored
+
+    def foreign(self) -> UserError:
+        """What to raise where `config.yaml` is not what it should be."""
+        return UserError(
+            f"{self.path / 'config.yaml'}: damaged, or not of such a run of jaxlm. Put back what "
+            "was there, or choose another folder."
+        )
 
     def option_offsets(self) -> np.ndarray | None:
         """What the run takes from the score of each option, [C]; None where it takes nothing."""
-        rows = self.metrics.read() if self.metrics.path.exists() else []
-        offsets = rows[0].get("option_offsets") if rows else None
+        offsets = (self.metrics.first() or {}).get("option_offsets")
         return None if offsets is None else np.asarray(offsets, np.float32)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`; the run is then finished."""
-        write_json(self.path / "summary.json", summary)
+        write_json(self._summary, summary)
 
-    def summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run, or None."""
-        file = self.path / "summary.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    def summary(self, **fields: Any) -> dict[str, Any] | None:
+        """The summary of a finished run, or None.
+
+        Args:
+            fields: see `jaxlm.artifacts.files.read_json`.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            return read_json(self._summary, **fields)
+        except FileNotFoundError:
+            return None
+        except UserError as error:
+            reason = str(error).removeprefix(f"{self._summary}: ").partition(".")[0]
+            raise UserError(
+                f"{self._summary}: damaged ({reason}). Remove it: the same command then writes it "
+                "again from the last checkpoint."
+            ) from None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
 
 
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

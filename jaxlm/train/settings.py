@@ -1,26 +1,28 @@
 """What the configuration of every optimizer has."""
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from jaxlm.core.errors import UserError
+from jaxlm.core.checks import in_float32, number, one_of, whole
+from jaxlm.core.patterns import check_pattern
+
+SECTION = "optimizer."
 
 
 def check(
-    name: str, value: float | int | None, *, positive: bool = False, below: float = math.inf
+    config: Any, *names: str, least: float = 0.0, positive: bool = False, below: float = math.inf
 ) -> None:
-    """Raises UserError for a number below 0, `below` or more, or 0 if it must be positive."""
-    if value is None:
-        return
-    low = value > 0 if positive else value >= 0
-    if not (low and value < below):
-        least = "a positive number" if positive else "a number from 0"
-        most = "" if below == math.inf else f" to below {below:g}"
-        raise UserError(f"optimizer.{name} is {value:g}: give {least}{most}.")
+    """Requires numbers from `least`, or above 0, to below `below`, that float32 keeps apart.
+
+    Raises:
+        UserError: naming the first field that is none.
+    """
+    above = 0.0 if positive else -math.inf
+    number(config, *names, least=least, above=above, below=below, section=SECTION)
+    in_float32(config, *names, below=below, section=SECTION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +47,10 @@ class Optimizer:
     select: str | None = None
 
     def __post_init__(self):
-        check("learning_rate", self.learning_rate)
-        check("weight_decay", self.weight_decay)
-        check("warmup", self.warmup)
-        try:
-            re.compile(self.select or "")
-        except re.error as error:
-            raise UserError(
-                f"optimizer.select is '{self.select}': give a regular expression ({error})."
-            ) from None
+        check(self, "learning_rate", "weight_decay")
+        whole(self, "warmup", least=0, section=SECTION)
+        one_of("optimizer.schedule", self.schedule, ("constant", "linear"))
+        check_pattern("optimizer.select", self.select)
 
     def rate(self, steps: int) -> Any:
         """The learning rate as a number or an optax schedule over `steps` steps."""

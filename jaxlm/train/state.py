@@ -40,7 +40,8 @@ class Method(NamedTuple):
         forwards: forward passes in a step.
         backwards: backward passes in a step.
         settings: what `jaxlm.zo.Trajectory` records of a zeroth-order optimizer, JSON values with
-            `num_directions`; its info then holds `projected_grad`. None for the others.
+            `num_directions`; its info then holds `projected_grad`
+            and `learning_rate`. None for the others.
         rows: axis of the examples in a step's batch.
         mesh: the devices that steps need, where `init` places the state itself; None for those of
             the parameters.
@@ -87,7 +88,7 @@ def _zeroth_order(config: ZerothOrder, loss_fn: LossFn, steps: int) -> Method:
         params, opt_state, info = opt.step(loss_fn, params, opt_state, batch)
         aux = {name: jnp.mean(value) for name, value in (info.aux or {}).items()}
         named = {"loss": info.loss, **aux, "projected_grad": info.projected_grad}
-        named["moved_fraction"] = info.moved_fraction
+        named |= {"moved_fraction": info.moved_fraction, "learning_rate": info.learning_rate}
         return params, opt_state, named
 
     settings = {**opt.settings, "optimizer": dataclasses.asdict(config), "steps": steps}

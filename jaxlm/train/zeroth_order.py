@@ -4,8 +4,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxlm import zo
-from jaxlm.core.errors import UserError
-from jaxlm.train.settings import Optimizer, check
+from jaxlm.core.checks import one_of, whole
+from jaxlm.train.settings import SECTION, Optimizer, check
+
+MOST_DIRECTIONS, MOST_RANK, MOST_STEPS_REPLAYED = 2**16, 2**16, 2**16
+"""Far above every use; arrays of that length are made at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +29,9 @@ class ZerothOrder(Optimizer):
 
     def __post_init__(self):
         super().__post_init__()
-        check("eps", self.eps, positive=True)
-        self.at_least("num_directions", 1)
-
-    def at_least(self, name: str, least: int) -> None:
-        """Raises UserError where a whole number is too small."""
-        if getattr(self, name) < least:
-            raise UserError(f"optimizer.{name} is {getattr(self, name)}: give {least} or more.")
+        check(self, "eps", positive=True)
+        whole(self, "num_directions", most=MOST_DIRECTIONS, section=SECTION)
+        one_of("optimizer.rounding", self.rounding, ("nearest", "stochastic"))
 
     def build(self, steps: int) -> zo.ZerothOrderOptimizer:
         """The optimizer for a run of `steps` steps."""
@@ -58,6 +57,10 @@ class Dense(ZerothOrder):
     """
 
     sampler: Literal["gaussian", "rademacher", "sphere"] = "gaussian"
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of("optimizer.sampler", self.sampler, ("gaussian", "rademacher", "sphere"))
 
     def _common(self, steps: int) -> dict[str, Any]:
         return {**super()._common(steps), "sampler": getattr(zo, self.sampler)()}
@@ -88,7 +91,7 @@ class Meazo(Dense):
 
     def __post_init__(self):
         super().__post_init__()
-        check("decay_rate", self.decay_rate, below=1.0)
+        check(self, "decay_rate", below=1.0)
 
     def build(self, steps: int) -> zo.ZerothOrderOptimizer:
         """See `ZerothOrder`."""
@@ -110,8 +113,8 @@ class MezoMomentum(Dense):
 
     def __post_init__(self):
         super().__post_init__()
-        check("momentum", self.momentum, below=1.0)
-        self.at_least("horizon", 1)
+        check(self, "momentum", below=1.0)
+        whole(self, "horizon", most=MOST_STEPS_REPLAYED, section=SECTION)
 
     def build(self, steps: int) -> zo.ZerothOrderOptimizer:
         """See `ZerothOrder`."""
@@ -136,9 +139,8 @@ class MezoAdam(Dense):
 
     def __post_init__(self):
         super().__post_init__()
-        check("b1", self.b1, below=1.0)
-        check("b2", self.b2, below=1.0)
-        self.at_least("horizon", 1)
+        check(self, "b1", "b2", below=1.0)
+        whole(self, "horizon", most=MOST_STEPS_REPLAYED, section=SECTION)
 
     def build(self, steps: int) -> zo.ZerothOrderOptimizer:
         """See `ZerothOrder`."""
@@ -156,7 +158,7 @@ class Fzoo(Dense):
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least("num_directions", 2)
+        whole(self, "num_directions", least=2, most=MOST_DIRECTIONS, section=SECTION)
 
     def build(self, steps: int) -> zo.ZerothOrderOptimizer:
         """See `ZerothOrder`."""
@@ -180,9 +182,9 @@ class Lozo(ZerothOrder):
 
     def __post_init__(self):
         super().__post_init__()
-        check("momentum", self.momentum, below=1.0)
-        self.at_least("rank", 1)
-        self.at_least("interval", 1)
+        check(self, "momentum", below=1.0)
+        whole(self, "rank", most=MOST_RANK, section=SECTION)
+        whole(self, "interval", section=SECTION)
 
     def build(self, steps: int) -> zo.ZerothOrderOptimizer:
         """See `ZerothOrder`."""
@@ -211,9 +213,9 @@ class ZoMuon(ZerothOrder):
 
     def __post_init__(self):
         super().__post_init__()
-        check("vector_scale", self.vector_scale)
-        self.at_least("rank", 1)
-        self.at_least("interval", 1)
+        check(self, "vector_scale")
+        whole(self, "rank", most=MOST_RANK, section=SECTION)
+        whole(self, "interval", section=SECTION)
 
     def build(self, steps: int) -> zo.ZerothOrderOptimizer:
         """See `ZerothOrder`."""

@@ -60,7 +60,6 @@ def train(folder, killed_after=None):
             jax.block_until_ready(workers)
             os.kill(os.getpid(), signal.SIGKILL)
         checkpoints.save(step, workers, {})
-    checkpoints.close()
     return workers
 
 

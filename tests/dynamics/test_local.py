@@ -218,7 +218,6 @@ def test_a_run_killed_inside_a_round_ends_as_if_it_had_not_been(tmp_path):
     assert checkpoints.latest_step == 12
     assert 12 not in local_run.optimizer().sync_steps
     assert (np.ptp(checkpoints.read(12)["params"]["first"], axis=0) > 0).all()
-    checkpoints.close()
     resumed = local_run.train(tmp_path / "killed")
     whole = local_run.train(tmp_path / "whole")
     assert whole.state.step == local_run.STEPS

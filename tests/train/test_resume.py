@@ -2,21 +2,21 @@
 
 import json
 import multiprocessing
+import os
 import random
 import signal
 import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.cli.main import main
-from jaxlm.core.errors import UserError
-from jaxlm.train.checkpoint import Checkpoints, copied_bytes
+from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.logging import Metrics
-from tests.tiny import write_run
+from tests.tiny import read_lines, write_corpus, write_run
+from tests.train.test_pretraining import YAML
 
 STEPS = 60
 
@@ -24,39 +24,46 @@ STEPS = 60
 # Each run is a process, that of a server which has imported what takes seconds, and done no more.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["jaxlm.train.run", "orbax.checkpoint", "transformers.models.auto.tokenization_auto"]
+    ["jaxlm.train.run", "jaxlm.train.pretraining", "transformers.models.auto.tokenization_auto"]
 )
 
 
-def launch(path: Path) -> multiprocessing.process.BaseProcess:
-    flags = [f"--steps={STEPS}", "--eval-every=20", "--checkpoint-every=10"]
-    process = SERVER.Process(target=main, args=(["finetune", str(path), *flags],))
+def launch(words: list[str]) -> multiprocessing.process.BaseProcess:
+    process = SERVER.Process(target=main, args=(words,))
     process.start()
     return process
 
 
-def lines(path: Path) -> int:
-    file = path.parent / "run" / "metrics.jsonl"
+def lines(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def kill_after(path: Path, count: int, delay: float) -> None:
-    """Starts the run and kills it a moment after metrics.jsonl has `count` lines."""
-    process = launch(path)
+def kill(words: list[str], folder: Path, count: int, *, saving: bool, delay: float) -> None:
+    """Starts a run and kills it a moment after metrics.jsonl has `count` lines.
+
+    Or (saving) after the next checkpoint has begun to be written.
+    """
+    process = launch(words)
     deadline = time.monotonic() + 120
-    while lines(path) < count:
-        assert process.is_alive(), process.exitcode
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+
+    def wait(what) -> None:
+        while not what():
+            assert process.is_alive(), process.exitcode
+            assert time.monotonic() < deadline
+
+    wait(lambda: lines(folder) >= count)
+    if saving:
+        wait(lambda: any(folder.glob("checkpoints/*.tmp")))
     time.sleep(delay)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert not (path.parent / "run" / "summary.json").exists()
+    assert not (folder / "summary.json").exists()
 
 
-def finish(path: Path) -> None:
-    process = launch(path)
+def finish(words: list[str]) -> None:
+    process = launch(words)
     process.join(120)
     assert process.exitcode == 0
 
@@ -66,41 +73,84 @@ def plain(leaf) -> np.ndarray:
     return np.asarray(jax.random.key_data(leaf) if key else leaf)
 
 
-def final(path: Path):
-    folder = path.parent / "run"
+def final(folder: Path):
     checkpoints = Checkpoints(folder / "checkpoints")
-    steps = sorted(checkpoints.steps())
-    leaves = [plain(leaf) for step in steps for leaf in jax.tree.leaves(checkpoints.read(step))]
-    summary = json.loads((folder / "summary.json").read_text())
-    written = [(folder / name).read_bytes() for name in ("metrics.jsonl", "trajectory.zo")]
-    return steps, leaves, written, summary
+    leaves = {
+        step: [plain(leaf) for leaf in jax.tree.leaves(checkpoints.read(step))]
+        for step in checkpoints.steps()
+    }
+    rows = [{**row, "seconds": 0} for row in read_lines(folder / "metrics.jsonl")]
+    files = [folder / "trajectory.zo", *(folder / "model").glob("*.safetensors")]
+    written = {file.name: file.read_bytes() for file in files if file.exists()}
+    return leaves, rows, written, json.loads((folder / "summary.json").read_text())
 
 
 def without_clock(summary: dict) -> dict:
-    config = {key: value for key, value in summary["config"].items() if key != "output"}
-    return {key: value for key, value in summary.items() if key not in ("seconds", "goodput")} | {
-        "config": config
-    }
+    clock = ("seconds", "goodput", "config", "model")
+    return {key: value for key, value in summary.items() if key not in clock}
 
 
-def test_kill_9_at_three_random_moments(tmp_path, tiny_model, monkeypatch):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "mezo",
+        pytest.param("adam", marks=pytest.mark.slow),
+        pytest.param("pretrain", marks=pytest.mark.slow),
+    ],
+)
+def test_kill_9_at_three_random_moments(kind, tmp_path, tiny_model, monkeypatch):
+    """One of them while a checkpoint is written."""
     # Programs half written by a process that is killed shall be found by no other test.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
-    paths = []
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-        paths.append(write_run(tmp_path / name, tiny_model))
-    finish(paths[0])
-    moments = random.Random(time.time_ns())
-    for first in (1, 20, 40):
-        kill_after(paths[1], first + moments.randrange(12), moments.random() * 0.05)
-    finish(paths[1])
-    (steps, leaves, written, summary), killed = map(final, paths)
-    assert killed[0] == steps
-    for a, b in zip(leaves, killed[1], strict=True):
+    flags = [f"--steps={STEPS}", "--eval-every=20", "--checkpoint-every=10"]
+    if kind == "pretrain":
+        write_corpus(tmp_path)
+        path = tmp_path / "tiny.yaml"
+        path.write_text(YAML.format(folder=tmp_path))
+        words = ["pretrain", str(path), *flags]
+    else:
+        words = ["finetune", str(write_run(tmp_path, tiny_model)), *flags]
+        words.append(f"--optimizer.name={kind}")
+    finish([*words, f"--output={tmp_path / 'whole'}"])
+    whole = final(tmp_path / "whole")
+    seed = time.time_ns()
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    saving = moments.randrange(3)
+    for number, share in enumerate((0.02, 0.35, 0.65)):
+        count = int(len(whole[1]) * (share + 0.2 * moments.random()))
+        delay = moments.random() * (0.003 if number == saving else 0.05)
+        kill(words, tmp_path / "run", max(count, 1), saving=number == saving, delay=delay)
+    finish(words)
+    found = final(tmp_path / "run")
+    assert found[0].keys() == whole[0].keys()
+    for step in whole[0]:
+        for a, b in zip(whole[0][step], found[0][step], strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert found[1:3] == whole[1:3]
+    assert without_clock(found[3]) == without_clock(whole[3])
+
+
+def test_control_c_saves_and_exits_with_130(tmp_path, tiny_model):
+    """After steps, and while they compile; the run that goes on is bitwise the whole one."""
+    words = ["finetune", str(write_run(tmp_path, tiny_model)), f"--steps={STEPS}"]
+    finish([*words, f"--output={tmp_path / 'whole'}"])
+    for count in (1, 20):  # the first line is there before anything is compiled for the steps
+        process = launch(words)
+        while lines(tmp_path / "run") < count:
+            assert process.is_alive(), process.exitcode
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+        assert process.exitcode == 130
+        said = (tmp_path / "run" / "log.txt").read_text()
+        assert Checkpoints(tmp_path / "run" / "checkpoints").latest_step is not None, said
+    finish(words)
+    (leaves, rows, written, summary), whole = (final(tmp_path / n) for n in ("run", "whole"))
+    assert rows == whole[1]
+    assert written == whole[2]
+    assert without_clock(summary) == without_clock(whole[3])
+    for a, b in zip(leaves[STEPS], whole[0][STEPS], strict=True):
         np.testing.assert_array_equal(a, b)
-    assert killed[2] == written
-    assert without_clock(killed[3]) == without_clock(summary)
 
 
 def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
@@ -112,58 +162,3 @@ def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
     assert [record["step"] for record in metrics.read()] == [1, 2, 3]
     metrics.cut(None)
     assert metrics.path.read_text() == ""
-
-
-def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    key = jax.random.key(1)
-    for step, best in ((0, 0), (5, 5), (10, 5), (15, 5)):
-        state = {"params": {"w": np.full(3, step, np.float32)}, "key": key}
-        checkpoints.save(step, state, {"best_step": best})
-    assert sorted(checkpoints.steps()) == [5, 15]
-    step, state, record = Checkpoints(tmp_path).restore(state)
-    assert (step, record) == (15, {"best_step": 5})
-    np.testing.assert_array_equal(state["params"]["w"], 15.0)
-    assert jax.random.key_data(state["key"]).tolist() == jax.random.key_data(key).tolist()
-    np.testing.assert_array_equal(Checkpoints(tmp_path).best_params()["w"], 5.0)
-
-
-def test_a_state_is_copied_a_part_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxlm.train.checkpoint.AT_ONCE", 2**12)
-    sizes = (10, 1000, 3, 3000, 2000, 2000)
-    params = {f"w{i}": jnp.arange(size) + 0.5 for i, size in enumerate(sizes)}
-    state = {"params": params, "key": jax.random.key(1)}
-    assert copied_bytes(state) == 2 * 4 * 3000
-    assert copied_bytes({"w": params["w0"]}) == 40
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, state, {})
-    like = jax.eval_shape(lambda: params)
-    for found in (
-        checkpoints.restore(state)[1]["params"],
-        checkpoints.restore_params(like, 1),
-        checkpoints.best_params(),
-    ):
-        jax.tree.map(np.testing.assert_array_equal, found, params)
-
-
-def test_a_save_cut_short_leaves_the_former_checkpoint(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    state = {"w": np.ones(3, np.float32)}
-    checkpoints.save(1, state, {})
-    checkpoints.close()
-    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
-    (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir()
-    assert Checkpoints(tmp_path).restore(state)[0] == 1
-
-
-@pytest.mark.parametrize("folder", ["state", "state/d"])
-def test_a_damaged_checkpoint_is_named(folder, tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    state = {"w": np.ones(3, np.float32)}
-    checkpoints.save(1, state, {})
-    checkpoints.close()
-    for file in (tmp_path / "1" / folder).rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"" if folder == "state" else file.read_bytes()[::-1])
-    with pytest.raises(UserError, match=f"^{tmp_path / '1'}: this checkpoint cannot be read"):
-        Checkpoints(tmp_path).restore(state)

@@ -1,0 +1,89 @@
+"""Signals: a loop that listens stops where it can; everything else ends at once."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMAND = """
+import gc, sys, time
+from jaxlm.artifacts.stopping import Stopped, handled, listening, told
+
+kind = sys.argv[1]
+try:
+    with handled():
+        print("ready", flush=True)
+        if kind == "idle":
+            time.sleep(60)
+        if kind == "collector":  # an exception there is printed and forgotten
+            class Slow:
+                def __del__(self):
+                    time.sleep(60)
+            Slow()
+        with listening():
+            begin = time.monotonic()
+            while time.monotonic() < begin + 60:
+                time.sleep(0.01)
+                if kind == "loop" and (number := told()):
+                    raise Stopped("stopped after step 3 of 9", number)
+except Stopped as stopped:
+    print(stopped, flush=True)
+    sys.exit(stopped.code)
+"""
+
+
+def start(kind: str) -> subprocess.Popen[str]:
+    run = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, kind],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    return run
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("kind", ["idle", "collector"])
+def test_where_no_loop_listens_the_first_signal_ends_the_process(kind, number, code):
+    run = start(kind)
+    run.send_signal(number)
+    out, said = run.communicate(timeout=20)
+    assert (run.returncode, out, said) == (code, "", "stopped\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_loop_that_listens_ends_itself(number, code):
+    run = start("loop")
+    run.send_signal(number)
+    out, said = run.communicate(timeout=20)
+    assert (run.returncode, out) == (code, "stopped after step 3 of 9\n")
+    assert said == "stopping after the steps under way; once more ends at once\n"
+
+
+def test_a_second_signal_ends_a_loop_that_does_not_come_to_look():
+    run = start("deaf")
+    run.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=20)
+    assert run.returncode == 130
+    assert said.endswith("once more ends at once\nstopped\n")
+
+
+def test_in_a_notebook_the_second_signal_is_an_exception():
+    from jaxlm.artifacts.stopping import listening, told
+
+    before = signal.getsignal(signal.SIGINT)
+    with listening():
+        signal.raise_signal(signal.SIGINT)
+        assert told() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert told() == 0
+    assert signal.getsignal(signal.SIGINT) is before
