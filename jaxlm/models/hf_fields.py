@@ -80,7 +80,7 @@ FIELDS = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), DEPTH),
     "num_key_value_heads": optional(DEPTH),
     "type_vocab_size": whole(0, 2**16),
-    **dict.fromkeys(("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps"), number(0, 1)),
+    **dict.fromkeys(("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps"), number(most=1.0)),
     **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), optional(TEXT)),
     **dict.fromkeys(
         (
@@ -90,8 +90,8 @@ FIELDS = {
         ),
         FLAG,
     ),
-    **dict.fromkeys(("rope_theta", "rotary_emb_base"), number(1)),
-    "rotary_pct": number(0, 1),
+    **dict.fromkeys(("rope_theta", "rotary_emb_base"), number(above=1.0)),
+    "rotary_pct": number(most=1.0),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), optional(SECTION)),
     "sliding_window": optional(whole()),
     "max_window_layers": whole(0),
@@ -106,14 +106,14 @@ FIELDS = {
 }
 ROPE = {
     **dict.fromkeys(("rope_type", "type"), TEXT),
-    "rope_theta": optional(number(1)),
+    "rope_theta": optional(number(above=1.0)),
     "original_max_position_embeddings": optional(whole()),
     **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), number()),
     **dict.fromkeys(
         ("beta_slow", "beta_fast", "attention_factor", "mscale", "mscale_all_dim"),
         optional(number()),
     ),
-    "partial_rotary_factor": number(0, 1),
+    "partial_rotary_factor": number(most=1.0),
     "truncate": FLAG,
     # Frequencies of their own for each type of layer, which no family here has.
     **dict.fromkeys(("full_attention", "sliding_attention"), Kind("left out", lambda x: False)),
