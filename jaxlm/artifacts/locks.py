@@ -1,4 +1,4 @@
-"""One writer at a time in a folder."""
+"""One writer at a time in a folder, of one kind of files."""
 
 import contextlib
 import errno
@@ -7,14 +7,47 @@ import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxlm.artifacts.files import to_json, read_json
+from jaxlm.artifacts.files import read_json, to_json
 from jaxlm.artifacts.processes import is_first
 from jaxlm.core.errors import UserError
 
 LOCK = ".lock"
+LOG = "log.txt"
+
+
+def check_place(folder: Path, marker: str, what: str, key: str = "output") -> None:
+    """Refuses a folder that cannot be written or that holds other things, without touching it.
+
+    Args:
+      folder: to be written; it need not exist.
+      marker: the file that says that the folder is what it should be.
+      what: it should be, for the message.
+      key: name of the option that gave it, for messages.
+
+    Raises:
+      UserError: saying which of the two it is.
+    """
+    there = next(p for p in (folder, *folder.absolute().parents) if _exists(p))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "is a folder that cannot be written" if there.is_dir() else "is not a folder"
+        raise UserError(f"{key}: {there} {reason} (got {folder}). Choose another {key}.")
+    if there != folder or (folder / marker).exists():
+        return
+    if any(p.suffix != ".tmp" and p.name != LOCK for p in folder.iterdir()):
+        raise UserError(
+            f"{key}: the folder has files but no {what} (got {folder}). Choose another {key}."
+        )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
 
 
 @contextlib.contextmanager
@@ -22,7 +55,8 @@ def hold(folder: Path, key: str = "output") -> Iterator[None]:
     """Keeps other processes from writing into `folder`, which must exist, until the block ends.
 
     The operating system releases the lock of a process that dies, so none is ever stale. Of a
-    program in several processes the first one holds it for all.
+    program in several processes the first one holds it for all. The traceback of an error that
+    nobody foresaw goes into the folder's `log.txt`, and a note at the error says so.
 
     Args:
       folder: to be written.
@@ -38,6 +72,12 @@ def hold(folder: Path, key: str = "output") -> Iterator[None]:
     file = _take(path, folder, key)
     try:
         yield
+    except Exception as error:
+        if not isinstance(error, UserError | OSError) and not hasattr(error, "__notes__"):
+            with contextlib.suppress(OSError), (folder / LOG).open("a", encoding="utf-8") as log:
+                traceback.print_exception(error, file=log)
+                error.add_note(f"The traceback is in {folder / LOG}.")
+        raise
     finally:
         # Removed while it is still held: `_take` of another process sees that its file is no
         # longer the one at this path, and tries again.

@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.cli import config as configs
-from jaxlm.cli.sweep import check_runs, folder_name
+from jaxlm.cli.sweep import check_runs, folder_name, no_seed_or_output
+from jaxlm.core.checks import distinct, number, show
 from jaxlm.core.errors import UserError
-from jaxlm.artifacts.files import write_shared
 from jaxlm.studies import curves
-from jaxlm.artifacts.files import write_json
+from jaxlm.studies.folder import study_folder, write_tables
 from jaxlm.train.pretraining import PretrainConfig
 
 
@@ -62,13 +62,20 @@ class CompareConfig:
     figure: bool = True
 
     def __post_init__(self):
-        check_runs(self.run, self.seeds, self.output, "study")
-        if not self.variants:
-            raise UserError("variants is empty: give two or more.")
-        if not 0 <= self.start < 1:
-            raise UserError(f"start is {self.start:g}: give a number from 0 to below 1.")
-        if self.y == "held_out_loss" and not (self.run.get("corpus") or {}).get("held_out"):
-            raise UserError("y is held_out_loss: give run.corpus.held_out, or y: loss.")
+        check_runs(self)
+        distinct("variants", self.variants)
+        number(self, "start", least=0, below=1)
+        corpus = self.run.get("corpus")
+        if self.y == "held_out_loss" and not (isinstance(corpus, dict) and corpus.get("held_out")):
+            raise UserError(
+                "y: there is no held-out text (got held_out_loss). Give run.corpus.held_out, or "
+                "y: loss."
+            )
+
+
+def config_class() -> type:
+    """What a configuration of this command becomes."""
+    return CompareConfig
 
 
 def run(args: Sequence[str], mesh: Any = None) -> None:
@@ -76,7 +83,7 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
     dry = "--dry-run" in args
     path, overrides = configs.parse_args([word for word in args if word != "--dry-run"])
     if path is None:
-        raise UserError("jaxlm compare needs a file: give study.yaml.")
+        raise UserError("config: is missing. Give the file of a study: jaxlm compare study.yaml.")
     config = configs.load(CompareConfig, path, overrides)
     variants = plan(config, path)
     if dry:
@@ -84,11 +91,11 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
             for one in each.runs:
                 print(one.output)
         return
-    found = curves.compare(variants, y=config.y, mesh=mesh, say=_say)
-    print(write(found, config))
-    if config.figure:
-        output = Path(config.output, "curves.png")
-        print(curves.draw(found, output, y=config.y, start=config.start))
+    with study_folder("compare", config) as folder:
+        found = curves.compare(variants, y=config.y, mesh=mesh, say=_say)
+        print(write(found, config))
+        if config.figure:
+            print(curves.draw(found, folder / "curves.png", y=config.y, start=config.start))
 
 
 def plan(config: CompareConfig, where: str) -> list[curves.Variant]:
@@ -108,24 +115,22 @@ def write(found: Sequence[curves.Curve], config: CompareConfig) -> str:
     """Writes `table.json` and `table.md`, and returns the latter's text."""
     text = curves.markdown(found, y=config.y, start=config.start)
     rows = curves.rows(found, start=config.start)
-    write_json(Path(config.output, "table.json"), {"y": config.y, "rows": rows})
-    write_shared(Path(config.output, "table.md"), text)
-    return text
+    return write_tables(Path(config.output), {"y": config.y, "rows": rows}, text)
 
 
 def _variant(config: CompareConfig, name: str, section: Any, where: str) -> curves.Variant:
     place = f"{where}: variant {name}"
     if not isinstance(section or {}, Mapping):
-        raise UserError(f"{place} is {section!r}: give a section of keys.")
+        raise UserError(f"{place}: must be a section (got {show(section)}). Give keys with values.")
     section = dict(section or {})
-    check_runs(section, config.seeds, config.output, "study", f"variants.{name}")
+    no_seed_or_output(section, f"variants.{name}")
     scale = section.pop("scale", None)
     data = copy.deepcopy(config.run)
     for key, value in section.items():
         configs.put(data, key, copy.deepcopy(value), place)
     data["output"] = config.output
     first = _scaled(data, scale, place) if scale else configs.build(PretrainConfig, data, place)
-    folder = Path(config.output, folder_name(name))
+    folder = Path(config.output, folder_name(name, "variants"))
     runs = tuple(
         dataclasses.replace(first, seed=seed, output=str(folder / f"seed-{seed}"))
         for seed in config.seeds

@@ -7,21 +7,34 @@ the file.
 
 import dataclasses
 import difflib
+import inspect
+import itertools
+import math
+import re
+import stat
+import textwrap
 import types
 import typing
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+import yaml
+
+from jaxlm.artifacts.files import read_text
+from jaxlm.artifacts.names import file_path
+from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
 from jaxlm.train.run_folder import differences, to_dict
 
 __all__ = [
     "build",
     "differences",
+    "listing",
     "load",
     "parse_args",
+    "parse_model_args",
     "put",
     "read_yaml",
     "split_args",
@@ -30,13 +43,37 @@ __all__ = [
 
 T = TypeVar("T")
 
+COMMAND_LINE = "command line"
+
+_MOST_BYTES, _MOST_VALUES, _MOST_DEPTH = 2**22, 100_000, 50
+"""Of a file: more is no configuration, or one whose aliases unfold without an end."""
+
 
 class _Flag(str):
     """A value from the command line; parsed as YAML only where a list or a section is wanted."""
 
 
+class _Loader(yaml.BaseLoader):
+    """Scalars are text, and a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line, name = key.start_mark.line + 1, key.value
+            if isinstance(key, yaml.ScalarNode) and name in lines:
+                where = f"lines {lines[name]} and {line}" if line > lines[name] else f"line {line}"
+                raise UserError(f"{name}: stands twice, in {where}. Keep one.")
+            if isinstance(key, yaml.ScalarNode):
+                lines[name] = line
+        return super().construct_mapping(node, deep=deep)
+
+
 def split_args(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Splits arguments into words and flags; `--name value` is read like `--name=value`."""
+    """Splits arguments into words and flags; `--name value` is read like `--name=value`.
+
+    Raises:
+        UserError: a flag has no value, or stands twice.
+    """
     words: list[str] = []
     flags: dict[str, str] = {}
     rest = list(args)
@@ -48,9 +85,14 @@ def split_args(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         key, equals, value = word[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise UserError(f"--{key} has no value: write --{key}=value.")
+                raise UserError(f"--{key}: has no value (got nothing). Write --{key}=VALUE.")
             value = rest.pop(0)
-        flags[key.replace("-", "_")] = value
+        name = key.replace("-", "_")
+        if name in flags:
+            raise UserError(
+                f"--{key}: stands twice (got {show(flags[name])} and {show(value)}). Keep one."
+            )
+        flags[name] = value
     return words, flags
 
 
@@ -60,8 +102,20 @@ def parse_args(args: Sequence[str]) -> tuple[str | None, dict[str, str]]:
     if "config" in overrides:
         files.append(str(overrides.pop("config")))
     if len(files) > 1:
-        raise UserError(f"two configuration files, {files[0]} and {files[1]}: give one.")
-    return (files[0] if files else None), overrides
+        raise UserError(
+            f"{COMMAND_LINE}: two configuration files (got {files[0]} and {files[1]}). Give one."
+        )
+    return (str(file_path(files[0], "config")) if files else None), overrides
+
+
+def parse_model_args(args: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """`parse_args` where the word may be a model, which then becomes the flag `model`."""
+    path, flags = parse_args(args)
+    if path is None or path.endswith((".yaml", ".yml")):
+        return path, flags
+    if "model" in flags:
+        raise UserError(f"--model: is given beside {path} (got {show(flags['model'])}). Keep one.")
+    return None, {**flags, "model": path}
 
 
 def load(
@@ -84,37 +138,85 @@ def load(
     """
     data = read_yaml(path) if path else {}
     data = {key: value for key, value in data.items() if only is None or key in only}
-    for dotted, value in (overrides or {}).items():
-        put(data, dotted, _Flag(value), "command line")
-    return build(cls, data, str(path or "command line"))
+    flags = overrides or {}
+    for dotted, value in flags.items():
+        if below := next((name for name in flags if name.startswith(f"{dotted}.")), None):
+            raise UserError(
+                f"--{dotted}: is given beside --{below}, which is a part of it. Keep one."
+            )
+        put(data, dotted, _Flag(value), COMMAND_LINE)
+    return build(cls, data, str(path or COMMAND_LINE))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads a YAML mapping with every scalar as text."""
-    import yaml
+    """Reads a YAML mapping with every scalar as text.
 
+    Raises:
+        UserError: there is no such file, it is none that a configuration can be, or no YAML.
+    """
+    file = file_path(path, "config")
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
+        status = file.stat()
+        # A shell gives the output of a command as /dev/fd/63; any other pipe may wait for ever.
+        if not stat.S_ISREG(status.st_mode) and file.parent != Path("/dev/fd"):
+            raise UserError(f"{path}: is no file. Give a YAML file.")
+        if status.st_size > _MOST_BYTES:
+            raise UserError(f"{path}: larger than {_MOST_BYTES >> 20} MiB. Give a YAML file.")
+        text = read_text(file)
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"{path}: there is no such file: give the path of a configuration."
+            f"{path}: there is no such file. Give the path of a configuration."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"{path}: cannot be read ({reason}): give a YAML file.") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Give a YAML file.") from None
     try:
-        data = yaml.load(text, Loader=yaml.BaseLoader)
+        data = _parse(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise UserError(
-            f"{path}{line}: not valid YAML: put text with braces, colons or # in quotes."
+            f"{path}{line}: not valid YAML. Put text with braces, colons or # in quotes."
         ) from None
     if data is None or data == "":
         return {}
     if not isinstance(data, dict):
-        raise UserError(f"{path}: not a configuration: write it as lines `key: value`.")
+        raise UserError(f"{path}: not a configuration. Write it as lines `key: value`.")
     return data
+
+
+def _parse(text: str) -> Any:
+    """The value of a YAML text; `yaml.YAMLError` where it is none."""
+    try:
+        # Before it is parsed, since PyYAML takes the square of the depth.
+        steps = ((letter in "[{") - (letter in "]}") for letter in text)
+        if max(itertools.accumulate(steps), default=0) > _MOST_DEPTH:
+            raise RecursionError
+        data = yaml.load(text, Loader=_Loader)
+        if _size(data, {}) > _MOST_VALUES:
+            raise UserError(f"aliases: unfold to more than {_MOST_VALUES} values. Write fewer.")
+    except RecursionError:
+        raise UserError("sections: nested too deeply. Write fewer inside each other.") from None
+    return data
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """How many texts there are when each alias is written out; what is shared is counted once."""
+    if isinstance(value, str):
+        try:
+            _unicode(value)
+        except ValueError:
+            raise UserError(
+                f"text: must be {_WORDS[str]} (got {value[:20]!a}). Correct it."
+            ) from None
+        return 1
+    if value is None:  # an empty text
+        return 1
+    if id(value) not in known:
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(item, known) for item in items)
+    return known[id(value)]
 
 
 def build(
@@ -122,7 +224,6 @@ def build(
     data: Mapping[str, Any],
     where: str,
     section: str = "",
-    make: Callable[..., T] | None = None,
 ) -> T:
     """Builds the frozen dataclass `cls` from text values.
 
@@ -132,46 +233,15 @@ def build(
             None where that is the default. One with metadata `make` is built by that function from
             the mapping of its converted values.
         data: key to text, list or mapping.
-        where: the file, for messages.
+        where: the file, for messages; values of flags are said to be of the command line.
         section: dotted path of this dataclass in the file, for messages.
-        make: function of the mapping of values to call in place of `cls`.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value does not fit.
     """
-    fields = {f.name: f for f in dataclasses.fields(cast(Any, cls)) if f.init}
-    hints = typing.get_type_hints(cls)
     prefix = f"{section}." if section else ""
-    values: dict[str, Any] = {}
-    for name, value in data.items():
-        if name not in fields:
-            raise UserError(f"{where}: unknown key '{prefix}{name}': {_offer(name, fields)}")
-        kind, extra = hints[name], fields[name].metadata
-        none = value in _NULL and fields[name].default is None
-        if "registry" in extra and not none:
-            value = _section(value, where, prefix + name)
-            kind = _chosen(extra["registry"], value, where, name)
-        if "make" in extra and not none:
-            kind = next((a for a in typing.get_args(kind) if a is not type(None)), kind)
-            value = _section(value, where, prefix + name)
-            values[name] = build(kind, value, where, prefix + name, extra["make"])
-        else:
-            values[name] = _convert(value, kind, where, prefix + name)
-    try:
-        if make is not None:
-            return make(values)
-        for name, f in fields.items():
-            default = f.default is not MISSING or f.default_factory is not MISSING
-            if name not in values and not default:
-                raise UserError(f"{prefix}{name} is missing: add it.")
-        return cls(**values)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def _chosen(registry: Mapping[str, Any], section: dict[str, Any], where: str, name: str) -> Any:
-    chosen = section.get("name", next(iter(registry)))
-    if chosen not in registry:
-        known = ", ".join(registry)
-        raise UserError(f"{where}: unknown {name} '{chosen}': choose one of {known}.")
-    return registry[chosen]
+    known = tuple(dict.fromkeys(key.dotted for key in _keys(cls, prefix)))
+    return _Reader(where, known).build(cls, data, section)
 
 
 def put(data: dict[str, Any], dotted: str, value: Any, where: str) -> None:
@@ -180,68 +250,193 @@ def put(data: dict[str, Any], dotted: str, value: Any, where: str) -> None:
     for name in sections:
         data = data.setdefault(name, {})
         if not isinstance(data, dict):
-            raise UserError(f"{where}: {dotted} is below {name}, which is no section: correct it.")
+            raise UserError(f"{where}: {dotted}: is below {name}, which is no section. Correct it.")
     data[last] = value
 
 
-def _offer(key: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(known)}."
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Turns text, lists and mappings into values of declared types.
 
+    Attributes:
+        where: the file, for messages.
+        known: dotted keys of the whole configuration.
+    """
 
-def _section(value: Any, where: str, dotted: str) -> dict[str, Any]:
-    if isinstance(value, str) and value:
-        value = _parse_flag(value) if isinstance(value, _Flag) else value
-    if isinstance(value, str) and value:
-        value = {"name": value}
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: {dotted} is {_show(value)}: give a section of keys.")
-    return value
+    where: str
+    known: tuple[str, ...]
 
-
-def _parse_flag(value: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.load(value, Loader=yaml.BaseLoader)
-    except yaml.YAMLError:
-        return str(value)
-
-
-def _convert(value: Any, kind: Any, where: str, dotted: str) -> Any:
-    """Turns text, a list or a mapping into the declared type `kind`."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value in _NULL and type(None) in arguments:
-            return None
-        kind = next(a for a in arguments if a is not type(None))
-        return _convert(value, kind, where, dotted)
-    if dataclasses.is_dataclass(kind):
-        data = _section(value, where, dotted)
-        return build(cast(Any, kind), data, where, dotted)
-    if origin is dict:
-        section = _section(value, where, dotted)
-        if arguments[1:] in ((), (Any,)):
-            return section
-        return {k: _convert(v, arguments[1], where, f"{dotted}.{k}") for k, v in section.items()}
-    if origin is tuple:
-        value = _parse_flag(value) if isinstance(value, _Flag) else value
-        if not isinstance(value, list):
-            raise UserError(f"{where}: {dotted} is {_show(value)}: give a list [a, b].")
-        return tuple(
-            _convert(v, arguments[0], where, f"{dotted}[{i}]") for i, v in enumerate(value)
+    def error(self, dotted: str, value: Any, what: str, todo: str) -> UserError:
+        """What is wrong with the value of a key, or of a flag."""
+        return UserError(
+            f"{_source(value, self.where)}: {dotted}: {what} (got {_shown(value)}). {todo}."
         )
-    if origin is Literal:
-        choices = {_text(argument): argument for argument in arguments}
-        if value not in choices:
-            raise UserError(f"{where}: {dotted} is '{value}': choose one of {', '.join(choices)}.")
-        return choices[value]
-    if isinstance(value, str):
+
+    def build(
+        self,
+        cls: type[T],
+        data: Mapping[str, Any],
+        section: str,
+        make: Callable[..., T] | None = None,
+    ) -> T:
+        """See `jaxlm.cli.config.build`; `make` is a function of the values to call for `cls`."""
+        fields = {f.name: f for f in dataclasses.fields(cast(Any, cls)) if f.init}
+        hints = typing.get_type_hints(cls)
+        prefix = f"{section}." if section else ""
+        values: dict[str, Any] = {}
+        for name, value in data.items():
+            if name not in fields:
+                source, offer = _source(value, self.where), self._offer(name, prefix, fields)
+                raise UserError(f"{source}: {prefix}{name}: is no key. {offer}")
+            kind, extra = hints[name], fields[name].metadata
+            none = value in _NULL and fields[name].default is None
+            reader, dotted = self.of(value), prefix + name
+            if none or not ("registry" in extra or "make" in extra):
+                values[name] = reader.convert(value, kind, dotted)
+                continue
+            value = reader.section(value, dotted)
+            if "registry" in extra:
+                values[name] = reader.build(
+                    reader.chosen(extra["registry"], value, dotted), value, dotted
+                )
+            else:
+                values[name] = reader.build(_given(kind), value, dotted, extra["make"])
         try:
-            return _SCALARS[kind](str(value))
-        except (ValueError, KeyError):
-            pass
-    raise UserError(f"{where}: {dotted} is {_show(value)}: give {_WORDS[kind]}.")
+            if make is not None:
+                return make(values)
+            for name, f in fields.items():
+                if name not in values and _default(f, None) is MISSING:
+                    raise UserError(f"{prefix}{name}: is missing. Add it.")
+            return cls(**values)
+        except UserError as error:
+            message, key = _completed(str(error), section, fields)
+            source = _source(_lookup(data, key.removeprefix(prefix)), self.where)
+            raise UserError(f"{source}: {message}") from None
+
+    def of(self, value: Any) -> "_Reader":
+        """The reader of what a flag holds, or this one."""
+        return dataclasses.replace(self, where=_source(value, self.where))
+
+    def chosen(self, registry: Mapping[str, Any], section: dict[str, Any], dotted: str) -> Any:
+        """The dataclass that a section names, or the first one."""
+        name = section.get("name", next(iter(registry)))
+        if not isinstance(name, str) or name not in registry:
+            known = ", ".join(registry)
+            raise self.error(f"{dotted}.name", name, "is not known", f"Choose one of {known}")
+        return registry[name]
+
+    def section(self, value: Any, dotted: str) -> dict[str, Any]:
+        """A mapping; a text that is none stands for its key `name`."""
+        if isinstance(value, str) and value:
+            value = self.parsed(value) if isinstance(value, _Flag) else value
+        if isinstance(value, str) and value:
+            value = {"name": value}
+        if not isinstance(value, dict):
+            raise self.error(dotted, value, "must be a section", "Give keys with values")
+        return value
+
+    def parsed(self, value: str) -> Any:
+        """What a flag holds, or its text where that is no YAML."""
+        try:
+            return _parse(value)
+        except yaml.YAMLError:
+            return str(value)
+        except UserError as error:
+            raise UserError(f"{self.where}: {error}") from None
+
+    def convert(self, value: Any, kind: Any, dotted: str) -> Any:
+        """Turns text, a list or a mapping into the declared type `kind`."""
+        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+        if origin in (types.UnionType, typing.Union):
+            if value in _NULL and type(None) in arguments:
+                return None
+            return self.convert(value, _given(kind), dotted)
+        if dataclasses.is_dataclass(kind):
+            return self.build(cast(Any, kind), self.section(value, dotted), dotted)
+        if origin is dict:
+            section = self.section(value, dotted)
+            if arguments[1:] in ((), (Any,)):
+                return section
+            return {
+                key: self.of(item).convert(item, arguments[1], f"{dotted}.{key}")
+                for key, item in section.items()
+            }
+        if origin is tuple:
+            found = self.parsed(value) if isinstance(value, _Flag) else value
+            if not isinstance(found, list):
+                raise self.error(dotted, value, "must be a list", "Write [a, b]")
+            return tuple(
+                self.convert(item, arguments[0], f"{dotted}[{i}]") for i, item in enumerate(found)
+            )
+        if origin is Literal:
+            choices = {_text(argument): argument for argument in arguments}
+            if not isinstance(value, str) or value not in choices:
+                raise self.error(
+                    dotted, value, "is not known", f"Choose one of {', '.join(choices)}"
+                )
+            return choices[value]
+        if isinstance(value, str):
+            try:
+                return _SCALARS[kind](str(value))
+            except (ValueError, KeyError):
+                pass
+        raise self.error(dotted, value, f"must be {_WORDS[kind]}", "Correct it")
+
+    def _offer(self, name: str, prefix: str, fields: Mapping[str, Any]) -> str:
+        """A key that may be meant: of this section rather than of another one."""
+
+        def likeness(dotted: str) -> float:
+            section, _, last = dotted.rpartition(".")
+            near = difflib.SequenceMatcher(None, str(name), last).ratio()
+            return near + (0.15 if f"{section}." == prefix or section == prefix else 0)
+
+        best = max(self.known, key=likeness, default="")
+        if best and likeness(best) >= 0.6:
+            return f"Did you mean {best}?"
+        return f"The keys are {', '.join(fields)}."
+
+
+def _source(value: Any, where: str) -> str:
+    """The command line, where a value is of it alone; else the file."""
+    if isinstance(value, _Flag):
+        return COMMAND_LINE
+    if isinstance(value, dict) and value:
+        sources = {_source(item, where) for item in value.values()}
+        return sources.pop() if len(sources) == 1 else where
+    return where
+
+
+def _completed(message: str, section: str, fields: Mapping[str, Any]) -> tuple[str, str]:
+    """A message of a dataclass, which does not know its section, with the whole key; and that."""
+    found = re.match(r"[\w.\[\]-]+", message)
+    key = found[0].rstrip(".") if found else ""
+    outer, _, last = section.rpartition(".")
+    missing = ""
+    if section and not key.startswith(section):
+        if key.partition(".")[0] in fields:
+            missing = f"{section}."
+        elif key.startswith(last) and outer:
+            missing = f"{outer}."
+    return missing + message, missing + key
+
+
+def _lookup(data: Any, key: str) -> Any:
+    """The value of a dotted key, or of the first part of it that is no section."""
+    for name in key.split("."):
+        if not isinstance(data, Mapping) or name not in data:
+            return data if isinstance(data, _Flag) else None
+        data = data[name]
+    return data
+
+
+def _given(kind: Any) -> Any:
+    """A type without None."""
+    arguments = typing.get_args(kind) if _is_union(kind) else (kind,)
+    return next(a for a in arguments if a is not type(None))
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (types.UnionType, typing.Union)
 
 
 def _text(choice: Any) -> str:
@@ -250,22 +445,135 @@ def _text(choice: Any) -> str:
 
 def _whole(text: str) -> int:
     number = float(text)
-    if number != int(number):
+    if not number.is_integer():
         raise ValueError
     return int(text) if text.lstrip("+-").isdecimal() else int(number)
 
 
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError
+    return number
+
+
+def _unicode(text: str) -> str:
+    text.encode()  # of half a character, such as an argument in another encoding has
+    if "\0" in text:
+        raise ValueError
+    return text
+
+
 _NULL = ("null", "~", "")
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_WORDS = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "a text in UTF-8 without NUL",
+}
 _SCALARS: dict[Any, Callable[[str], Any]] = {
     int: _whole,
-    float: float,
+    float: _finite,
     bool: {"true": True, "false": False}.__getitem__,
-    str: str,
+    str: _unicode,
 }
 
 
-def _show(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, str):
-        return f"'{value}'" if value else "empty"
+        return show(str(value)) if value else "nothing"
     return "a list" if isinstance(value, list) else "a section"
+
+
+class _Key(typing.NamedTuple):
+    """A key of a configuration.
+
+    Attributes:
+        dotted: its path.
+        kind: its declared type.
+        default: `MISSING` where it has none.
+        text: what its dataclass says of it.
+        registry: name to dataclass, of a section that has several forms.
+    """
+
+    dotted: str
+    kind: Any
+    default: Any
+    text: str
+    registry: Mapping[str, Any]
+
+
+def _keys(cls: Any, prefix: str = "", instance: Any = None) -> Iterator[_Key]:
+    """Every key of a dataclass and of its sections; `instance` has other defaults."""
+    hints, texts = typing.get_type_hints(cls), _attributes(cls)
+    for f in dataclasses.fields(cls):
+        if not f.init:
+            continue
+        dotted, kind, default = prefix + f.name, hints[f.name], _default(f, instance)
+        registry = f.metadata.get("registry", {})
+        yield _Key(dotted, kind, default, texts.get(f.name, ""), registry)
+        for section in dict.fromkeys(registry.values()):
+            yield from _keys(section, f"{dotted}.")
+        kind = _given(kind)
+        arguments = typing.get_args(kind)
+        if not registry and dataclasses.is_dataclass(kind):
+            inner = default if isinstance(default, cast(type, kind)) else None
+            yield from _keys(kind, f"{dotted}.", inner)
+        elif typing.get_origin(kind) is dict and dataclasses.is_dataclass(arguments[1]):
+            yield from _keys(arguments[1], f"{dotted}.NAME.")
+        elif typing.get_origin(kind) is tuple and dataclasses.is_dataclass(arguments[0]):
+            yield from _keys(arguments[0], f"{dotted}[0].")
+
+
+def _default(f: Any, instance: Any) -> Any:
+    if instance is not None:
+        return getattr(instance, f.name)
+    return f.default_factory() if f.default_factory is not MISSING else f.default
+
+
+def _attributes(cls: type) -> dict[str, str]:
+    """What the docstrings of a dataclass and its bases say of each attribute."""
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        _, _, lines = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:\n")
+        name = ""
+        for line in textwrap.dedent(lines.split("\n\n")[0]).splitlines():
+            found = re.match(r"(\w+): (.*)", line)
+            name, text = found.groups() if found else (name, line.strip())
+            texts[name] = text if found else f"{texts.get(name, '')} {text}"
+    return texts
+
+
+def listing(cls: Any) -> str:
+    """Every key of a configuration with its default, for the help of a command."""
+    lines = ["Every key with its default; each is a flag too, --key=value:", ""]
+    forms: tuple[str, ...] = ()  # of the sections whose keys stand in one line
+    for key in _keys(cls):
+        if key.dotted.startswith(forms):
+            continue
+        lines.append(f"  {key.dotted}: {_default_text(key)}")
+        lines += textwrap.wrap(key.text, 94, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        for name, form in key.registry.items():
+            parts = [f"{k.dotted}: {_default_text(k)}" for k in _keys(form) if k.dotted != "name"]
+            text = ", ".join([f"name: {name}", *parts])
+            lines += textwrap.wrap(
+                f"{{{text}}}", 94, initial_indent=" " * 6, subsequent_indent=" " * 8,
+                break_on_hyphens=False,
+            )  # fmt: skip
+        if key.registry:
+            forms = (*forms, f"{key.dotted}.")
+    return "\n".join(lines)
+
+
+def _default_text(key: _Key) -> str:
+    if key.default is MISSING:
+        return "REQUIRED"
+    if dataclasses.is_dataclass(key.default):
+        return getattr(key.default, "name", "see below")
+    if key.default is None:
+        return "null"
+    if isinstance(key.default, tuple):
+        plain = [x for x in key.default if not dataclasses.is_dataclass(x)]
+        return (
+            f"[{', '.join(map(_text, plain))}]" if len(plain) == len(key.default) else "see there"
+        )
+    return _text(key.default) or '""'

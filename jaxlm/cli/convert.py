@@ -7,8 +7,8 @@ SOURCE is a folder with config.json and safetensors, a hub id, or the folder of 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from jaxlm.artifacts.names import file_path
 from jaxlm.cli.config import split_args
 from jaxlm.core.errors import UserError
 
@@ -18,12 +18,15 @@ def run(args: Sequence[str]) -> None:
     words, flags = split_args(args)
     dtype = flags.pop("dtype", "float32")
     if len(words) != 2 or flags:
-        raise UserError("convert takes SOURCE, TARGET and --dtype: see jaxlm convert --help.")
+        raise UserError(
+            f"convert: takes SOURCE, TARGET and --dtype (got {' '.join([*words, *flags])}). See "
+            "jaxlm convert --help."
+        )
     if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype is '{dtype}': choose one of float32, bfloat16.")
-    source, target = words
-    if Path(target).exists():
-        raise UserError(f"{target} is there already: give a new folder.")
+        raise UserError(f"--dtype: is not known (got {dtype}). Choose one of float32, bfloat16.")
+    source, target = words[0], file_path(words[1], "TARGET")
+    if target.exists():
+        raise UserError(f"TARGET: is there already (got {target}). Give a new folder.")
 
     from jaxlm.models import save_pretrained
     from jaxlm.train.run import load_model

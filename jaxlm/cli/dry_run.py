@@ -25,7 +25,7 @@ def run(cls: type[Any], args: Sequence[str], mesh: Any = None) -> None:
 
     path, flags = configs.parse_args([word for word in args if word != FLAG])
     if path == "quickstart" or (path is None and not flags):
-        raise UserError("--dry-run is of a configuration: give a file, or its keys as flags.")
+        raise UserError("--dry-run: is of a configuration. Give a file, or its keys as flags.")
     flags.pop("resume", None)
     rates = {key: flags.pop(key) for key in list(flags) if key.startswith("device.")}
     config = configs.load(cls, path, flags)
@@ -55,13 +55,16 @@ def text(plan: Any) -> str:
 def _head(plan: Any) -> str:
     device, count = plan.device, plan.num_parameters
     rates = [f"{device.peak_flops:.3g} FLOP/s at {100 * device.utilisation:g} %"]
+    if device.memory is not None:
+        rates.append(size(device.memory))
     if device.bandwidth is not None:
         rates.append(f"{size(device.bandwidth)}/s of memory")
     if device.interconnect is not None and plan.devices > 1:
         rates.append(f"{size(device.interconnect)}/s between devices")
     trained = "all of them" if plan.num_trained == count else f"{plan.num_trained:,} of them"
     return (
-        f"{count:,} parameters, {trained} trained; {plan.batch_size} examples in a step; "
+        f"{count:,} parameters, {trained} trained; {plan.batch_size} examples of at most "
+        f"{plan.tokens:,} tokens in a step; "
         f"devices: {plan.devices} x {device.name} ({', '.join(rates)})"
     )
 

@@ -13,15 +13,14 @@ are generated is scored by the F1 of its words and by exact match.
 """
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
+from jaxlm.artifacts.files import to_json
 from jaxlm.cli import config as configs
+from jaxlm.core.checks import seeds, whole
 from jaxlm.core.errors import UserError
 from jaxlm.data import (
     Task,
@@ -55,30 +54,37 @@ class EvaluateConfig:
     bits: Literal[8, 4] | None = None
 
     def __post_init__(self):
-        if self.eval_batch_size < 1:
-            raise UserError(f"eval_batch_size is {self.eval_batch_size}: give 1 or more.")
-        if self.icl < 0:
-            raise UserError(f"icl is {self.icl}: give 0 or more.")
+        whole(self, "eval_batch_size")
+        whole(self, "icl", least=0)
+        seeds(self, "seed")
         if self.icl and self.split != "test":
-            raise UserError(f"icl puts examples before the test split: leave out {self.split}.")
+            raise UserError(
+                f"split: icl puts examples before the test split alone (got {self.split}). Leave "
+                "one of them out."
+            )
         if self.calibrate == "sfc" and self.task.answered:
-            raise UserError(f"calibrate is sfc, but {self.task.name} has no options: leave it out.")
+            raise UserError(f"calibrate: {self.task.name} has no options (got sfc). Leave it out.")
+
+
+def config_class() -> type:
+    """What a configuration of this command becomes."""
+    return EvaluateConfig
 
 
 def run(args: Sequence[str], mesh: Any = None) -> None:
     """The command `jaxlm evaluate`."""
-    path, overrides = configs.parse_args(args)
+    path, overrides = configs.parse_model_args(args)
     file = Path(path) if path else None
     offsets = None
-    if file is not None and file.suffix not in (".yaml", ".yml"):
-        overrides.setdefault("model", str(path))
-        own_task = (file / "config.yaml").exists() and "task.name" not in overrides
-        offsets = RunFolder(file).option_offsets() if own_task else None
-        file = file / "config.yaml" if own_task else None
+    if "model" in overrides and file is None:
+        run_folder = RunFolder(overrides["model"], "model")
+        stored = None if "task.name" in overrides or "task" in overrides else run_folder.config()
+        if stored is not None and "task" in stored:
+            offsets, file = run_folder.option_offsets(), run_folder.path / "config.yaml"
     known = {f.name for f in fields(EvaluateConfig)}
     config = configs.load(EvaluateConfig, file, overrides, only=known)
     base_dir = file.parent if file else None
-    print(json.dumps(evaluate(config, base_dir=base_dir, offsets=offsets, mesh=mesh), indent=2))
+    print(to_json(evaluate(config, base_dir=base_dir, offsets=offsets, mesh=mesh), indent=2))
 
 
 def evaluate(
@@ -91,7 +97,9 @@ def evaluate(
     """Scores one split, less `offsets` if there are any, and returns the accuracies."""
     task = _load(config, base_dir)
     if not getattr(task, config.split):
-        raise UserError(f"task has no {config.split} examples: give task.{config.split}.")
+        raise UserError(
+            f"task.{config.split}: the task has no such examples (got none). Name a file of them."
+        )
 
     from jaxlm import evaluation
     from jaxlm.train.measure import Answers, Choices, domain_scores, less_domain
@@ -99,7 +107,7 @@ def evaluate(
 
     lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
     if lm.config.head == "none":
-        raise UserError(f"{config.model} has no head to evaluate: fine-tune it first.")
+        raise UserError(f"model: has no head to evaluate (got {config.model}). Fine-tune it first.")
     result: dict[str, Any] = {
         "model": config.model or "shipped",
         "task": config.task.name,
@@ -125,9 +133,8 @@ def evaluate(
         calibrated = evaluation.calibrate(scores, choices.scores("train", lm.params)[0])
     if calibrated is not None:
         result["calibrated_accuracy"] = evaluation.accuracy(calibrated, labels)
-    if encoded.train and encoded.labels:
-        train_labels = np.array([example.label for example in encoded.train])
-        result["majority_accuracy"] = evaluation.majority_accuracy(train_labels, labels)
+    if encoded.labels:
+        result["majority_accuracy"] = evaluation.majority_accuracy(labels)
     return result | {"peak_memory_bytes": choices.peak_bytes}
 
 

@@ -18,13 +18,8 @@ A configuration:
   seed: 0
   output: runs/subj              # the run's folder
 
-More keys: objective (accuracy, or the f1 of written answers, in place of the likelihood), calibrate
-(true: start from scores less their median over the training texts; sfc: less those of the prompt
-without the example), dynamics (svag, noise, or local steps of workers: docs/dynamics.md),
-eval_every, checkpoint_every, log_every, eval_batch_size, param_dtype, bits (8 or 4: matrices in
-that many bits), and under optimizer schedule, warmup, weight_decay, select, num_directions,
-sampler. The same command goes on with a run that was stopped and shows the table of one that is
-finished; `--resume=never` refuses both.
+All keys stand at the end. The same command goes on with a run that was stopped and shows the table
+of one that is finished; `--resume=never` refuses both.
 
 `--dry-run` does nothing, and writes what the run will cost: shardings, memory of a device, FLOPs,
 bytes between devices, seconds of a step, and the largest batch that fits. The model's folder needs
@@ -37,11 +32,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxlm.artifacts.names import file_path
 from jaxlm.cli import config as configs
-from jaxlm.cli import dry_run
+from jaxlm.cli import dry_run, screen
 from jaxlm.core.errors import UserError
 
 QUICKSTART = Path(__file__).parent.parent / "assets" / "quickstart.yaml"
+
+
+def config_class() -> type:
+    """What a configuration of this command becomes."""
+    from jaxlm.train.run import FinetuneConfig
+
+    return FinetuneConfig
 
 
 def run(args: Sequence[str], mesh: Any = None) -> None:
@@ -53,22 +56,23 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
     path, overrides = configs.parse_args(args)
     if path == "quickstart" or not args:
         if mesh is not None:
-            raise UserError("the quickstart runs on one device: give a configuration.")
+            raise UserError("--mesh: the quickstart runs on one device. Give a configuration.")
         return _quickstart(overrides)
     from jaxlm.train.run import FinetuneConfig, finetune
 
     resume = overrides.pop("resume", "auto")
     if resume not in ("auto", "never"):
-        raise UserError(f"--resume is '{resume}': choose one of auto, never.")
+        raise UserError(f"--resume: is not known (got {resume}). Choose one of auto, never.")
     config = configs.load(FinetuneConfig, path, overrides)
-    if resume == "never" and (Path(config.output) / "config.yaml").exists():
-        raise UserError(f"output {config.output}: there is a run already: choose another output.")
+    if resume == "never" and (file_path(config.output, "output") / "config.yaml").exists():
+        raise UserError(
+            f"output: there is a run already (got {config.output}). Choose another output."
+        )
     base_dir = Path(path).parent if path else None
     show(finetune(config, base_dir=base_dir, mesh=mesh), config.output)
 
 
 def _quickstart(overrides: dict[str, str]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from jaxlm.studies import quickstart
@@ -86,12 +90,11 @@ def _quickstart(overrides: dict[str, str]) -> None:
         memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB"
         cells = (f"{100 * row.accuracy:.1f} %", str(row.forwards), str(row.backwards), memory)
         table.add_row(row.method, *cells, f"{row.seconds:.1f}")
-    Console().print(table)
+    screen.show(table)
 
 
 def show(summary: dict[str, Any], output: str) -> None:
     """Prints the table of a finished run."""
-    from rich.console import Console
     from rich.table import Table
 
     def percent(value: float | None) -> str:
@@ -117,4 +120,4 @@ def show(summary: dict[str, Any], output: str) -> None:
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    Console().print(table)
+    screen.show(table)

@@ -24,15 +24,21 @@ their log-probabilities under the model.
 """
 
 import json
-import sys
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxlm.cli import config as configs
-from jaxlm.core.errors import UserError
+from jaxlm.artifacts.files import parse_json, read_text, to_json, writing
+from jaxlm.artifacts.names import file_path
 from jaxlm.artifacts.processes import is_first
+from jaxlm.cli import config as configs
+from jaxlm.core.checks import seeds, whole
+from jaxlm.core.errors import UserError
+
+MOST_BYTES = 2**28
+"""Of a file of prompts, which is read whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +63,20 @@ class GenerateConfig:
     bits: Literal[8, 4] | None = None
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give 1 or more.")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed}: give a number from 0 to 2**32 - 1.")
+        whole(self, "max_new_tokens", "num_samples", "batch_size")
+        seeds(self, "seed")
         if self.prompt and self.file:
-            raise UserError("prompt and file are both given: give one.")
+            raise UserError("file: is given beside prompt. Give one of them.")
         if self.temperature == 0 and self.num_samples > 1:
-            raise UserError("num_samples draws the same at temperature 0: give temperature.")
-        if self.temperature == 0 and (self.top_k or self.top_p != 1 or self.min_p):
-            raise UserError("top_k, top_p and min_p do nothing at temperature 0: give temperature.")
+            raise UserError(
+                f"num_samples: all are the same at temperature 0 (got {self.num_samples}). Give "
+                "temperature."
+            )
+        for name, rest in (("top_k", None), ("top_p", 1.0), ("min_p", 0.0)):
+            if self.temperature == 0 and (value := getattr(self, name)) != rest:
+                raise UserError(
+                    f"{name}: does nothing at temperature 0 (got {value}). Give temperature."
+                )
         self.sampling()
 
     def sampling(self) -> Any:
@@ -82,36 +91,34 @@ class GenerateConfig:
             raise UserError(f"{error}.") from None
 
 
+def config_class() -> type:
+    """What a configuration of this command becomes."""
+    return GenerateConfig
+
+
 def run(args: Sequence[str], mesh: Any = None) -> None:
     """The command `jaxlm generate`."""
-    path, overrides = configs.parse_args(args)
-    if path is not None and Path(path).suffix not in (".yaml", ".yml"):
-        overrides.setdefault("model", path)
-        path = None
+    path, overrides = configs.parse_model_args(args)
     stop = overrides.pop("stop", None)
     config = configs.load(GenerateConfig, path, overrides)
     if stop is not None:
         config = replace(config, stop=_texts(stop))
-    prompts = [config.prompt] if config.file is None else read_prompts(Path(config.file))
-    alone = config.file is None and config.num_samples == 1 and not config.json
-    try:
-        if config.output is not None:
-            _write(Path(config.output), completions(config, prompts, mesh))
-        elif alone:
-            stream(config, mesh)
-        else:
-            for line in completions(config, prompts, mesh):
-                print(line, flush=True)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+    file = None if config.file is None else file_path(config.file, "file")
+    prompts = [config.prompt] if file is None else read_prompts(file)
+    if config.output is not None:
+        _write(file_path(config.output, "output"), completions(config, prompts, mesh))
+    elif file is None and config.num_samples == 1 and not config.json:
+        stream(config, mesh)
+    else:
+        for line in completions(config, prompts, mesh):
+            print(line, flush=True)
 
 
 def _texts(flag: str) -> tuple[str, ...]:
     """The texts of a JSON list, or the flag itself where it is none."""
     try:
         texts = json.loads(flag)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         texts = None
     if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
         return tuple(texts)
@@ -121,27 +128,25 @@ def _texts(flag: str) -> tuple[str, ...]:
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a file: lines of text that are not blank, or the field "prompt" of JSONL."""
     if path.suffix not in (".txt", ".jsonl"):
-        raise UserError(f"file {path} is neither .txt nor .jsonl: rename or convert it.")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file in UTF-8: save it as UTF-8.") from None
+        raise UserError(f"file: is neither .txt nor .jsonl (got {path}). Rename or convert it.")
+    if not path.is_file():  # a pipe may never end
+        raise UserError(f"file: there is no such file (got {path}). Give a file with prompts.")
+    if path.stat().st_size > MOST_BYTES:
+        raise UserError(f"file: larger than {MOST_BYTES >> 20} MiB (got {path}). Split it.")
+    lines = read_text(path).removeprefix("\ufeff").split("\n")
     numbered = [(i, line) for i, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
-        raise UserError(f"{path} is empty: give a file with at least one prompt.")
+        raise UserError(f"file: is empty (got {path}). Give a file with at least one prompt.")
     if path.suffix == ".txt":
         return [line.removesuffix("\r") for _, line in numbered]
     return [_prompt(line, f"{path}, line {i}") for i, line in numbered]
 
 
 def _prompt(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
-        row = None
+    row = parse_json(line, where)
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UserError(
-            f'{where} is no JSON object with a text "prompt": write {{"prompt": "..."}}.'
+            f'{where}: is no JSON object with a text "prompt". Write {{"prompt": "..."}}.'
         )
     return row["prompt"]
 
@@ -166,7 +171,7 @@ def completions(config: GenerateConfig, prompts: Sequence[str], mesh: Any = None
                     "tokens": sample.tokens.tolist(),
                     "log_probs": [round(x, 5) for x in sample.log_probs.tolist()],
                 }
-                yield json.dumps(row, ensure_ascii=False)
+                yield to_json(row)
 
 
 def stream(config: GenerateConfig, mesh: Any = None) -> None:
@@ -201,17 +206,23 @@ def _key(config: GenerateConfig, first: int) -> Any:
 def _write(path: Path, lines: Iterator[str]) -> None:
     """Writes lines under a temporary name, from the first one on, and renames the file."""
     if path.exists():
-        raise UserError(f"output {path} is there already: give a new file.")
+        raise UserError(f"output: is there already (got {path}). Give a new file.")
     if not path.parent.is_dir():
-        raise UserError(f"output {path}: there is no folder {path.parent}: make it.")
+        raise UserError(f"output: there is no folder {path.parent} (got {path}). Make it.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"output: {path.parent} cannot be written (got {path}). Choose another.")
     first = next(lines)
     if not is_first():
         for _ in lines:  # all processes compute them
             pass
         return
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        print(first, file=file)
-        for line in lines:
-            print(line, file=file, flush=True)
-    temporary.replace(path)
+    try:
+        with writing(path), temporary.open("w", encoding="utf-8") as file:
+            print(first, file=file)
+            for line in lines:
+                print(line, file=file, flush=True)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

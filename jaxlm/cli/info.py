@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from jaxlm.cli.config import split_args
+from jaxlm.cli.screen import show
 from jaxlm.core.errors import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
@@ -20,7 +21,10 @@ def run(args: Sequence[str]) -> None:
     """The command `jaxlm info`."""
     words, flags = split_args(args)
     if len(words) > 1 or flags:
-        raise UserError("info takes at most one MODEL: see jaxlm info --help.")
+        raise UserError(
+            f"info: takes at most one MODEL (got {' '.join([*words, *flags])}). See "
+            "jaxlm info --help."
+        )
     import jax
 
     import jaxlm
@@ -39,7 +43,6 @@ def run(args: Sequence[str]) -> None:
 
 
 def _parameters(name: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from jaxlm.core.paths import flatten
@@ -55,4 +58,4 @@ def _parameters(name: str) -> None:
         table.add_row(leaf.path, "x".join(map(str, leaf.value.shape)), f"{leaf.value.size:,}")
     table.add_section()
     table.add_row("total", "", f"{total:,}")
-    Console().print(table)
+    show(table)

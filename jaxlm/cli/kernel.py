@@ -31,11 +31,18 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.cli import config as configs
-from jaxlm.artifacts.files import write_shared
+
+
+def config_class() -> type:
+    """What a configuration of this command becomes."""
+    from jaxlm.studies.kernel_study import KernelConfig
+
+    return KernelConfig
 
 
 def run(args: Sequence[str], mesh: Any = None) -> None:
     """The command `jaxlm kernel`."""
+    from jaxlm.studies.folder import study_folder
     from jaxlm.studies.kernel_study import KernelConfig, cases, kernel_study
 
     dry = "--dry-run" in args
@@ -46,24 +53,22 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
             print(Path(config.output) / "reports" / case.name)
         return
     base_dir = Path(path).parent if path else None
-    records = kernel_study(config, base_dir=base_dir, mesh=mesh, say=_say)
-    print(write(records, config.output))
-    if config.plots:
-        from jaxlm.studies.kernel_plots import draw
+    with study_folder("kernel", config) as folder:
+        records = kernel_study(config, base_dir=base_dir, mesh=mesh, say=_say)
+        print(write(records, config.output))
+        if config.plots:
+            from jaxlm.studies.kernel_plots import draw
 
-        for made in draw(records, Path(config.output)):
-            print(made)
+            for made in draw(records, folder):
+                print(made)
 
 
 def write(records: list[dict[str, Any]], output: str) -> str:
     """Writes `table.json` and `table.md`, and returns the latter's text."""
+    from jaxlm.studies.folder import write_tables
     from jaxlm.studies.kernel_table import markdown, rows
-    from jaxlm.artifacts.files import write_json
 
-    text = markdown(records)
-    write_json(Path(output) / "table.json", {"rows": rows(records)})
-    write_shared(Path(output) / "table.md", text)
-    return text
+    return write_tables(Path(output), {"rows": rows(records)}, markdown(records))
 
 
 def _say(line: str) -> None:

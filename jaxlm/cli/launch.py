@@ -25,14 +25,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxlm.core.errors import UserError
+from jaxlm.artifacts.names import file_path
 from jaxlm.artifacts.processes import is_first, meet
+from jaxlm.core.checks import show, whole
+from jaxlm.core.errors import UserError
 
 TRY_AGAIN = 75
 """Exit code of a run that lost a process: the same command goes on with it (EX_TEMPFAIL)."""
 
 GRACE = 10
 """Seconds that a process has to end after it was told to."""
+
+MOST_DEVICES, MOST_PROCESSES = 4096, 256
+"""That one machine simulates or starts: threads and memory grow with them."""
 
 _CHILD = "JAXLM_PARENT"
 _FLAGS = ("mesh", "devices", "processes", "distributed", "profile", "compile_cache")
@@ -50,13 +55,18 @@ class Launch:
     compile_cache: str | None = None
 
     def __post_init__(self):
-        for name in ("devices", "processes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} is {value}: give 1 or more.")
+        try:
+            whole(self, "devices", most=MOST_DEVICES)
+            whole(self, "processes", most=MOST_PROCESSES)
+        except UserError as error:
+            raise UserError(f"--{error}") from None
+        for name in ("profile", "compile_cache"):
+            if (folder := getattr(self, name)) is not None:
+                key = f"--{name.replace('_', '-')}"
+                object.__setattr__(self, name, str(file_path(folder, key)))
         if self.processes is not None and self.distributed is not None:
             raise UserError(
-                "--processes starts processes here, and --distributed joins others: give one."
+                "--processes: starts processes here, and --distributed joins others. Give one."
             )
 
     @property
@@ -88,7 +98,7 @@ class Launch:
             _check_all_take_part(mesh)
         with contextlib.ExitStack() as stack:
             if not is_first():  # it speaks for all
-                silence = stack.enter_context(open(os.devnull, "w"))
+                silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(silence))
                 stack.enter_context(contextlib.redirect_stderr(silence))
             if self.profile is not None:
@@ -103,8 +113,8 @@ def _check_all_take_part(mesh: Any) -> None:
     here = {device.process_index for device in mesh.devices.flat}
     if len(here) < jax.process_count():
         raise UserError(
-            f"the mesh has devices of {len(here)} processes, and there are {jax.process_count()}: "
-            f"give sizes whose product is the {jax.device_count()} devices of all."
+            f"--mesh: has devices of {len(here)} processes, and there are {jax.process_count()}. "
+            f"Give sizes whose product is the {jax.device_count()} devices of all."
         )
 
 
@@ -126,11 +136,15 @@ def parse(args: Sequence[str]) -> tuple[Launch, list[str]]:
             continue
         if not equals:
             if not words or words[0].startswith("--"):
-                raise UserError(f"--{key} has no value: write --{key}=value.")
+                raise UserError(f"--{key}: has no value (got nothing). Write --{key}=VALUE.")
             value = words.pop(0)
+        if name in found:
+            raise UserError(
+                f"--{key}: stands twice (got {show(found[name])} and {show(value)}). Keep one."
+            )
         if name in ("devices", "processes"):
-            if not value.isdecimal():
-                raise UserError(f"--{key} is '{value}': give a whole number.")
+            if not value.isdecimal() or len(value) > 9:  # and more digits are none that fit
+                raise UserError(f"--{key}: must be a whole number (got {show(value)}). Correct it.")
             found[name] = int(value)
         else:
             found[name] = value

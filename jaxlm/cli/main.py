@@ -3,10 +3,17 @@
 usage: jaxlm COMMAND [config.yaml] [--dotted.path=value ...]
 """
 
+import contextlib
+import errno
 import importlib
+import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+from jaxlm.artifacts.stopping import Stopped, handled
+from jaxlm.cli import screen
 from jaxlm.core.errors import UserError
 
 COMMANDS = {
@@ -25,32 +32,103 @@ COMMANDS = {
 ALONE = ("convert", "info")
 """Commands that have nothing to divide over devices."""
 
+PIPE = 141
+"""Exit code where nobody reads on, such as before `| head`: that of a program that SIGPIPE ends."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, or 2 for a mistake that the user can fix."""
+    """Runs one command.
+
+    Returns:
+        Its exit code: 0; 2 for a mistake that the user can fix; 1 for an error that nobody foresaw;
+        130 or 143 where a signal stopped it.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
-    if debug:
-        return _run(args, debug=True)
+    screen.prepare()
+    # It would say at every start that PyTorch is not there, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        return _run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _mistake()
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        return _mistake()
-    except Exception as error:
-        _end_if_alone(error)
-        raise
+        code = _run(args, debug=debug)
+        screen.flush()
+        return code
+    except Stopped as stopped:
+        return _say(str(stopped), stopped.code)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return _say("stopped", 130)
+    except BrokenPipeError:
+        screen.give_up()
+        return PIPE
+    except Exception as error:
+        if debug:
+            raise
+        sentence = foreseen(error)
+        if sentence is None:
+            _end_if_alone(error)
+            _say(f"error: {_unforeseen(error)}", 1)
+            return _mistake(1)
+        _say(f"error: {sentence}", 2)
+        return _mistake(2)
 
 
-def _mistake() -> int:
+def foreseen(error: Exception) -> str | None:
+    """What to say of an error that the user can do something about; None of any other."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        asked = re.search(r"\d[\d.]*\s?(?:[KMGT]i?B|bytes)", text)
+        size = f"asked for {asked[0]} at once" if asked else "how much is not known"
+        return (
+            f"memory: there is too little ({size}). Lower batch_size, eval_batch_size or "
+            "task.max_length, or take a smaller model; --dry-run of finetune and pretrain says "
+            "what a run needs and the largest batch that fits."
+        )
+    if isinstance(error, UnicodeEncodeError):
+        return (
+            f"locale: the encoding {error.encoding} has no such characters (got "
+            f"{error.object[error.start : error.end][:20]!a}). Set LC_ALL=C.UTF-8."
+        )
+    no_device = "Unable to initialize backend|nknown backend"
+    if isinstance(error, RuntimeError) and re.search(no_device, text):
+        reason, given = " ".join(text.split())[:200], os.environ.get("JAX_PLATFORMS", "")
+        return (
+            f"JAX_PLATFORMS: there is no such device here (got {given!r}: {reason}). Unset it, or "
+            "install jax for that device: pip install 'jaxlm[cuda12]', say."
+        )
+    if isinstance(error, OSError):
+        given = (error.filename, error.filename2)
+        names = [os.fsdecode(name) for name in given if isinstance(name, str | bytes)]
+        where = " -> ".join(names) or "a file or standard output"
+        todo = {
+            errno.ENOSPC: "Make room on that disk",
+            errno.EDQUOT: "Make room in your quota",
+            errno.EMFILE: "Raise the limit of open files: ulimit -n",
+        }.get(error.errno or 0, "Give a path that is there, and that you may read or write")
+        return f"{where}: {error.strerror or text or type(error).__name__}. {todo}."
+    return None
+
+
+def _unforeseen(error: Exception) -> str:
+    """One line of an error that nobody foresaw, and where to read more."""
+    lines = str(error).strip().splitlines()
+    where = next(iter(getattr(error, "__notes__", ())), "--debug shows the traceback.")
+    return (
+        f"an error that jaxlm did not foresee ({type(error).__name__}: "
+        f"{lines[0][:200] if lines else 'without a text'}). {where} Please report it."
+    )
+
+
+def _say(line: str, code: int) -> int:
+    """Says the last sentence, if there is somebody to hear it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+    screen.give_up()
+    return code
+
+
+def _mistake(code: int) -> int:
     """The exit code of a mistake; one process of several ends at once, since the others wait."""
     if "jax" in sys.modules:
         from jaxlm.artifacts.processes import distributed
@@ -58,8 +136,8 @@ def _mistake() -> int:
         if distributed():
             from jaxlm.cli import launch
 
-            launch.leave(2)
-    return 2
+            launch.leave(code)
+    return code
 
 
 def _end_if_alone(error: Exception) -> None:
@@ -81,7 +159,7 @@ def _run(args: list[str], debug: bool = False) -> int:
         print((launch.__doc__ or "").strip())
         return 0
     if not args or args[0] in ("-h", "--help", "help"):
-        print(__doc__.strip(), "\n\ncommands:")
+        print((__doc__ or "").strip(), "\n\ncommands:")
         for name, line in COMMANDS.items():
             print(f"  {name:<10}{line}")
         print("\n`jaxlm COMMAND --help` says more; --debug shows the traceback of an error.")
@@ -94,26 +172,39 @@ def _run(args: list[str], debug: bool = False) -> int:
         print(jaxlm.__version__)
         return 0
     if command not in COMMANDS:
-        raise UserError(f"unknown command '{command}': choose one of {', '.join(COMMANDS)}.")
+        raise UserError(
+            f"command: is not known (got {command}). Choose one of {', '.join(COMMANDS)}."
+        )
     module = importlib.import_module(f"jaxlm.cli.{command}")
     if "--help" in rest or "-h" in rest:
-        print((module.__doc__ or "").strip())
+        print(_help(module))
         return 0
     from jaxlm.cli import launch
 
     flags, rest = launch.parse(rest)
-    if flags == launch.Launch():
-        module.run(rest)
-        return 0
     if flags.supervised:
         return launch.supervise(flags, [*args, *(["--debug"] if debug else [])])
-    if command in ALONE:
-        raise UserError(
-            f"{command} runs on one device of one process: leave out --mesh and others."
-        )
-    with flags.running() as mesh:
-        module.run(rest, mesh=mesh)
+    with handled():
+        if flags == launch.Launch():
+            module.run(rest)
+            return 0
+        if command in ALONE:
+            raise UserError(
+                f"--mesh: {command} runs on one device of one process. Leave out --mesh and others."
+            )
+        with flags.running() as mesh:
+            module.run(rest, mesh=mesh)
     return 0
+
+
+def _help(module: Any) -> str:
+    """What a command does, and the keys of its configuration."""
+    text = (module.__doc__ or "").strip()
+    if not hasattr(module, "config_class"):
+        return text
+    from jaxlm.cli.config import listing
+
+    return f"{text}\n\n{listing(module.config_class())}"
 
 
 if __name__ == "__main__":

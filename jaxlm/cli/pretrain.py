@@ -12,14 +12,19 @@ that was stopped and shows the summary of one that is finished.
 `--dry-run` does nothing, and writes what the run will cost; `jaxlm finetune --help` says more.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
+from jaxlm.artifacts.files import to_json
 from jaxlm.cli import config as configs
 from jaxlm.cli import dry_run
 from jaxlm.core.errors import UserError
 from jaxlm.train.pretraining import PretrainConfig, pretrain
+
+
+def config_class() -> type:
+    """What a configuration of this command becomes."""
+    return PretrainConfig
 
 
 def run(args: Sequence[str], mesh: Any = None) -> None:
@@ -28,7 +33,7 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
         return dry_run.run(PretrainConfig, args, mesh)
     path, overrides = configs.parse_args(args)
     if path is None and not overrides:
-        raise UserError("pretrain has no configuration: give configs/pretrain/tiny.yaml, say.")
+        raise UserError("config: is missing. Give configs/pretrain/tiny.yaml, say.")
     summary = pretrain(configs.load(PretrainConfig, path, overrides), mesh=mesh)
     shown = {key: value for key, value in summary.items() if key != "config"}
-    print(json.dumps(shown, indent=2))
+    print(to_json(shown, indent=2))

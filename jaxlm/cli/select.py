@@ -39,25 +39,29 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.cli import config as configs
-from jaxlm.artifacts.files import write_shared
+
+
+def config_class() -> type:
+    """What a configuration of this command becomes."""
+    from jaxlm.studies.selection import SelectionConfig
+
+    return SelectionConfig
 
 
 def run(args: Sequence[str], mesh: Any = None) -> None:
     """The command `jaxlm select`."""
+    from jaxlm.studies.folder import study_folder, write_tables
     from jaxlm.studies.selection import SelectionConfig, selection_study
     from jaxlm.studies.selection_table import markdown, rows
-    from jaxlm.artifacts.files import write_json
 
     path, overrides = configs.parse_args([word for word in args if word != "--dry-run"])
     if "--dry-run" in args:
         return _dry_run(path, overrides)
     config = configs.load(SelectionConfig, path, overrides)
     base_dir = Path(path).parent if path else None
-    found = selection_study(config, base_dir=base_dir, mesh=mesh, say=_say)
-    text = markdown(found)
-    write_json(Path(config.output) / "table.json", {**found, "rows": rows(found)})
-    write_shared(Path(config.output) / "table.md", text)
-    print(text)
+    with study_folder("select", config) as folder:
+        found = selection_study(config, base_dir=base_dir, mesh=mesh, say=_say)
+        print(write_tables(folder, {**found, "rows": rows(found)}, markdown(found)))
 
 
 def _dry_run(path: str | None, overrides: dict[str, str]) -> None:

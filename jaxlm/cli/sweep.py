@@ -37,12 +37,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from jaxlm.artifacts import names
+from jaxlm.artifacts.locks import LOCK, LOG
 from jaxlm.cli import config as configs
+from jaxlm.core.checks import distinct, seeds, show
 from jaxlm.core.errors import UserError
-from jaxlm.artifacts.files import write_shared
+from jaxlm.studies.folder import STUDY, TABLES, study_folder, write_tables
 from jaxlm.studies.sweep import KINDS, Candidate, setting_title, sweep
 from jaxlm.studies.sweep_table import markdown
-from jaxlm.artifacts.files import write_json
 from jaxlm.train.run import FinetuneConfig
 
 
@@ -65,27 +67,40 @@ class SweepConfig:
     output: str
 
     def __post_init__(self):
-        check_runs(self.run, self.seeds, self.output, "sweep")
+        check_runs(self)
         if self.grid and self.methods:
-            raise UserError("grid stands beside methods: put it into the methods it belongs to.")
+            raise UserError(
+                "grid: stands beside methods. Put it into the methods that it belongs to."
+            )
 
 
-def check_runs(
-    run: Mapping[str, Any], seeds: Sequence[int], output: str, what: str, place: str = "run"
-) -> None:
-    """Refuses a file of many runs without seeds or output, or with those of one run.
+def check_runs(config: Any) -> None:
+    """Checks what a file of many runs has, and takes `~` in its output for the home folder.
 
     Raises:
-        UserError: as it says.
+        UserError: a seed is none or stands twice, output is no path, or `run` has one of them.
     """
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError("seeds is empty or has one twice: give each seed once.")
-    if not output:
-        raise UserError(f"output is empty: give the folder of the {what}.")
+    seeds(config, "seeds")
+    distinct("seeds", config.seeds)
+    object.__setattr__(config, "output", str(names.file_path(config.output, "output")))
+    no_seed_or_output(config.run, "run")
+
+
+def no_seed_or_output(run: Mapping[str, Any], place: str) -> None:
+    """Refuses the keys of one run where there are many.
+
+    Raises:
+        UserError: naming the key.
+    """
     for key in ("seed", "output"):
         if key in run:
             plural = "seeds" if key == "seed" else key
-            raise UserError(f"{place}.{key} differs from run to run: give {plural} beside run.")
+            raise UserError(f"{place}.{key}: differs from run to run. Give {plural} beside run.")
+
+
+def config_class() -> type:
+    """What a configuration of this command becomes."""
+    return SweepConfig
 
 
 def run(args: Sequence[str], mesh: Any = None) -> None:
@@ -93,7 +108,7 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
     dry = "--dry-run" in args
     path, overrides = configs.parse_args([word for word in args if word != "--dry-run"])
     if path is None:
-        raise UserError("jaxlm sweep needs a file: give sweep.yaml.")
+        raise UserError("config: is missing. Give the file of a sweep: jaxlm sweep sweep.yaml.")
     config = configs.load(SweepConfig, path, overrides)
     candidates = plan(config, path)
     if dry:
@@ -101,8 +116,9 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
             for one in each.runs:
                 print(one.output)
         return
-    table = sweep(candidates, base_dir=Path(path).parent, mesh=mesh, say=_say)
-    print(write(table, config.output))
+    with study_folder("sweep", config):
+        table = sweep(candidates, base_dir=Path(path).parent, mesh=mesh, say=_say)
+        print(write(table, config.output))
 
 
 def plan(config: SweepConfig, where: str) -> list[Candidate]:
@@ -125,20 +141,19 @@ def plan(config: SweepConfig, where: str) -> list[Candidate]:
 
 def write(table: dict[str, Any], output: str) -> str:
     """Writes `table.json` and `table.md`, and returns the latter's text."""
-    text = markdown(table)
-    write_json(Path(output) / "table.json", table)
-    write_shared(Path(output) / "table.md", text)
-    return text
+    return write_tables(Path(output), table, markdown(table))
 
 
 def _candidates(config: SweepConfig, name: str, section: Any, where: str) -> Iterator[Candidate]:
     place = f"{where}: method {name}" if name else where
     if not isinstance(section, Mapping):
-        raise UserError(f"{place} is {section!r}: give a section of keys.")
+        raise UserError(f"{place}: must be a section (got {show(section)}). Give keys with values.")
     section = dict(section)
     kind, grid = section.pop("kind", "finetune"), section.pop("grid", {})
-    if kind not in KINDS:
-        raise UserError(f"{place}: kind is '{kind}': choose one of {', '.join(KINDS)}.")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UserError(
+            f"{place}: kind: is not known (got {show(kind)}). Choose one of {', '.join(KINDS)}."
+        )
     keys, lists = _lists(grid, place)
     for values in itertools.product(*lists):
         settings = dict(zip(keys, values, strict=True))
@@ -147,7 +162,9 @@ def _candidates(config: SweepConfig, name: str, section: Any, where: str) -> Ite
             configs.put(data, key, copy.deepcopy(value), place)
         first = configs.build(FinetuneConfig, {**data, "output": config.output}, place)
         method = name or first.optimizer.name
-        folder = Path(config.output, folder_name(method), folder_name(setting_title(settings)))
+        folder = Path(config.output, folder_name(method, "methods"))
+        if settings:
+            folder /= folder_name(setting_title(settings), "grid")
         runs = tuple(
             replace(first, seed=seed, output=str(folder / f"seed-{seed}")) for seed in config.seeds
         )
@@ -156,21 +173,42 @@ def _candidates(config: SweepConfig, name: str, section: Any, where: str) -> Ite
 
 def _lists(grid: Any, place: str) -> tuple[list[str], list[list[Any]]]:
     if not isinstance(grid, Mapping):
-        raise UserError(f"{place}: grid is {grid!r}: give lines `key: [value, value]`.")
+        raise UserError(
+            f"{place}: grid: must be a section (got {show(grid)}). Write `key: [value, value]`."
+        )
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise UserError(f"{place}: grid.{key} is {values!r}: give a list [a, b].")
-        if any(value in values[:i] for i, value in enumerate(values)):
-            raise UserError(f"{place}: grid.{key} has a value twice: give each once.")
+            raise UserError(
+                f"{place}: grid.{key}: must be a list (got {show(values)}). Write [a, b]."
+            )
+        try:
+            distinct(f"grid.{key}", values)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
     return list(grid), list(grid.values())
 
 
-def folder_name(text: str) -> str:
-    """A name for a folder; what cannot stand in one is replaced, and told apart by a hash."""
+FILES = (STUDY, LOCK, LOG, *TABLES, "curves.png")
+"""What a study writes beside the folders of its runs."""
+
+
+def folder_name(text: str, key: str) -> str:
+    """A name for a folder; what cannot stand in one is replaced, and told apart by a hash.
+
+    Args:
+        text: the name of a method, a variant or a point of a grid.
+        key: where it comes from, for the message.
+
+    Raises:
+        UserError: the name is that of a folder above, or of a file of the study.
+    """
+    if text in FILES:
+        raise UserError(f"{key}: is the name of a file of the study (got {text}). Give another.")
     plain = re.sub(r"[^\w.=,+-]+", "_", text.replace(", ", ","))
-    if plain == text.replace(", ", ",") and len(plain) <= 100:
-        return plain
-    return f"{plain[:80]}-{sha256(text.encode()).hexdigest()[:8]}"
+    if plain != text.replace(", ", ",") or len(plain.encode()) > 100:
+        short = plain.encode()[:80].decode(errors="ignore")
+        plain = f"{short}-{sha256(text.encode()).hexdigest()[:8]}"
+    return names.folder_name(plain, key)
 
 
 def _say(line: str) -> None:

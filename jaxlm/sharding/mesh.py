@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
 
 AXES = ("data", "fsdp", "model")
@@ -38,15 +39,17 @@ def make_mesh(
     free = [axis for axis, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"mesh sizes {asked} are impossible; give positive ones, at most one -1")
+        raise UserError(
+            f"mesh: sizes must be positive, at most one of them -1 (got {asked}). Correct them."
+        )
     if free:
         sizes[free[0]] = len(devices) // known
     count = math.prod(sizes.values())
     if count == 0 or count > len(devices) or (free and count < len(devices)):
+        wanted = "sizes whose product divides them" if free else f"fewer than {count}"
         raise UserError(
-            f"mesh sizes {asked} do not fit {len(devices)} devices; their product must divide them"
-            if free
-            else f"mesh sizes {asked} need {count} devices, there are {len(devices)}; give fewer"
+            f"mesh: there are {len(devices)} devices, which do not fit (got {asked}). Give "
+            f"{wanted}."
         )
     types = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices[:count])
@@ -69,8 +72,11 @@ def mesh_from_text(text: str, devices: Sequence[jax.Device] | None = None) -> Me
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
-        whole = size.strip().removeprefix("-").isdecimal()
+        digits = size.strip().removeprefix("-")
+        whole = digits.isdecimal() and len(digits) < 10  # Python reads no thousands of digits
         if name not in AXES or name in sizes or not whole:
-            raise UserError(f"mesh '{text}' is no mesh: write data=2,fsdp=4,model=1, say.")
+            raise UserError(
+                f"mesh: is not one (got {show(text)}). Write data=2,fsdp=4,model=1, say."
+            )
         sizes[name] = int(size)
     return make_mesh(**sizes, devices=devices)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 
+from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
 
 HEARTBEAT = 20
@@ -34,16 +35,19 @@ class Group:
             return
         if self.coordinator is None or self.processes is None or self.process is None:
             raise UserError(
-                "a group of processes is told by its coordinator (host:port), processes and "
-                "process, all three: add what is missing, or leave all to the environment (auto)."
+                "distributed: coordinator (host:port), processes and process belong together. Add "
+                "what is missing, or leave all to the environment (auto)."
             )
         host, colon, port = self.coordinator.rpartition(":")
-        if not host or not colon or not port.isdecimal():
-            raise UserError(f"coordinator is {self.coordinator}: give host:port of process 0.")
+        if not host or not colon or not (port.isdecimal() and len(port) < 6 and int(port) < 2**16):
+            raise UserError(
+                f"coordinator: is no address (got {show(self.coordinator)}). Give host:port of "
+                "process 0."
+            )
         if self.processes < 1 or not 0 <= self.process < self.processes:
             raise UserError(
-                f"process is {self.process} of {self.processes}: count from 0 to one less than "
-                "there are."
+                f"process: must be from 0 to one less than there are processes (got {self.process} "
+                f"of {self.processes}). Correct it."
             )
 
 
@@ -55,12 +59,14 @@ def group_from_text(text: str) -> Group:
     """
     if text == "auto":
         return Group()
-    values = dict(part.strip().partition("=")[::2] for part in text.split(","))
+    parts = text.split(",")
+    values = dict(part.strip().partition("=")[::2] for part in parts)
     known = {"coordinator", "processes", "process"}
     numbers = [values.get(name, "0") for name in ("processes", "process")]
-    if set(values) - known or not all(number.isdecimal() for number in numbers):
+    read = all(number.isdecimal() and len(number) < 10 for number in numbers)
+    if set(values) - known or len(values) < len(parts) or not read:
         raise UserError(
-            f"distributed '{text}' is no group: write auto, or "
+            f"distributed: is not known (got {show(text)}). Write auto, or "
             "coordinator=host:port,processes=2,process=0."
         )
     return Group(
@@ -96,6 +102,6 @@ def initialize(group: Group = Group(), *, timeout: int = 300) -> None:
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"the other processes could not be joined ({reason}): start them all, with one "
-            "coordinator=host:port."
+            f"distributed: the other processes could not be joined (got {reason}). Start them all, "
+            "with one coordinator=host:port."
         ) from error

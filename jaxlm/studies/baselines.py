@@ -97,10 +97,11 @@ def _run(
     task = load_task(config.task, seed=config.seed, base_dir=base_dir)
     for split in ("train", "test"):
         if not getattr(task, split):
-            raise UserError(f"task has no {split} examples: give task.{split}.")
+            raise UserError(
+                f"task.{split}: the task has no such examples (got none). Name a file of them."
+            )
     lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
     found = measure(lm, task)
-    folder.create(config)
     metric = next(iter(found.test))
     summary = {
         "model": config.model or "shipped",
@@ -118,5 +119,6 @@ def _run(
         "device_peak_bytes": device_peak_bytes(),
         "config": to_dict(config),
     }
-    folder.finish(summary)
+    with folder.held(config):
+        folder.finish(summary)
     return summary

@@ -13,10 +13,12 @@ from typing import Any, Literal
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxlm.artifacts.files import write_shared, writing
+from jaxlm.core.checks import whole
 from jaxlm.core.errors import UserError
-from jaxlm.artifacts.files import write_shared
 from jaxlm.dynamics.scaling import scale_rule
 from jaxlm.studies.figures import new_axes, save_figure
+from jaxlm.studies.sweep_table import cell
 from jaxlm.train.loop import Diverged
 from jaxlm.train.pretraining import PretrainConfig, pretrain
 from jaxlm.train.run_folder import RunFolder
@@ -43,13 +45,13 @@ class Scale:
             UserError: a number of steps is no multiple of k, or as `scale_rule` and
                 `FirstOrder.hparams`.
         """
-        if self.k < 1:
-            raise UserError(f"scale.k is {self.k}: give 1 or more.")
+        whole(self, "k")
         steps = ("steps", "log_every", "eval_every", "checkpoint_every")
         for name in steps:
             if getattr(config, name) % self.k:
                 raise UserError(
-                    f"{name} is {getattr(config, name)}: give a multiple of scale.k, {self.k}."
+                    f"{name}: must be a multiple of scale.k = {self.k} (got "
+                    f"{getattr(config, name)}). Correct it."
                 )
         scaled = scale_rule(self.rule, self.k, config.optimizer.hparams(config.steps))
         return {
@@ -145,10 +147,16 @@ def _trained(
         try:
             report, ended = pretrain(config, mesh=mesh)["dynamics"], True
         except Diverged as error:
-            write_shared(failed, f"{error}\n")
+            with writing(failed):
+                write_shared(failed, f"{error}\n")
     written = folder.metrics.read() if folder.metrics.path.exists() else []
-    rows = [row for row in written if y in row]
-    tokens, values = [row["tokens"] for row in rows], [float(row[y]) for row in rows]
+    try:
+        points = [(int(row["tokens"]), float(row[y])) for row in written if y in row]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{folder.metrics.path}: damaged. Remove its folder, and the run is made again."
+        ) from None
+    tokens, values = [token for token, _ in points], [value for _, value in points]
     if not ended:  # its last point is no number
         tokens.append(config.steps * config.batch_size * config.seq_len)
         values.append(math.nan)
@@ -194,7 +202,7 @@ def rows(curves: Sequence[Curve], *, start: float = 0.0) -> list[dict[str, Any]]
 
 def markdown(curves: Sequence[Curve], *, y: Y, start: float = 0.0) -> str:
     """The table of a comparison: last values, and distances between mean curves."""
-    names = [curve.name for curve in curves]
+    names = [cell(curve.name) for curve in curves]
     head = ["", f"last {y}", "of the first", *names]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for row in rows(curves, start=start):
@@ -202,7 +210,7 @@ def markdown(curves: Sequence[Curve], *, y: Y, start: float = 0.0) -> str:
         last += "" if row["std"] is None else f" ({row['std']:.4f})"
         relative = "" if row["relative"] is None else f"{100 * row['relative']:+.2f} %"
         distances = ["" if each is None else f"{each:.4f}" for each in row["distances"]]
-        lines.append([row["variant"], last, relative, *distances])
+        lines.append([cell(row["variant"]), last, relative, *distances])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

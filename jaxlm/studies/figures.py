@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from jaxlm.core.errors import UserError
 from jaxlm.artifacts.processes import is_first
+from jaxlm.core.errors import UserError
 
 
 def new_axes(size: tuple[float, float]) -> Any:
@@ -16,7 +16,7 @@ def new_axes(size: tuple[float, float]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("plots need matplotlib: pip install 'jaxlm[plots]'.") from None
+        raise UserError("plots: need matplotlib. pip install 'jaxlm[plots]'.") from None
     return Figure(figsize=size, layout="constrained").subplots()
 
 

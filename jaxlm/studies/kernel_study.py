@@ -11,6 +11,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from jaxlm.artifacts.files import read_json, write_json
+from jaxlm.artifacts.names import file_path
+from jaxlm.core.checks import MOST, distinct, seeds, show
 from jaxlm.core.errors import UserError
 from jaxlm.data import TaskConfig, task_config
 from jaxlm.kernels import solve
@@ -18,7 +21,6 @@ from jaxlm.studies.kernel_behaviour import measure, record
 from jaxlm.studies.kernel_store import Kernels, draw_name
 from jaxlm.studies.kernel_task import kernel_task
 from jaxlm.studies.kernel_training import Training
-from jaxlm.artifacts.files import write_json
 from jaxlm.train.optimizers import Adam, Sgd
 from jaxlm.train.run_folder import differences, to_dict
 
@@ -57,17 +59,15 @@ class KernelConfig:
     output: str
 
     def __post_init__(self):
-        for name in ("ks", "prompts", "seeds", "training"):
-            values = getattr(self, name)
-            if not values or any(value in values[:i] for i, value in enumerate(values)):
-                raise UserError(f"{name} is empty or has a value twice: give each once.")
-        if any(k < 2 for k in self.ks):
-            raise UserError(f"ks is {list(self.ks)}: give 2 or more examples of a class.")
-        if not self.output:
-            raise UserError("output is empty: give the folder of the study.")
-        names = [each.optimizer.name for each in self.training]
-        if len(set(names)) < len(names):
-            raise UserError("training has an optimizer twice: give its learning_rates as a list.")
+        for name in ("ks", "prompts", "seeds"):
+            distinct(name, getattr(self, name))
+        seeds(self, "seeds")
+        for k in self.ks:
+            if not 2 <= k <= MOST:
+                raise UserError(f"ks: must be 2 or more examples of a class (got {k}). Correct it.")
+        # Of one optimizer, learning rates stand in a list.
+        distinct("training", [each.optimizer.name for each in self.training])
+        object.__setattr__(self, "output", str(file_path(self.output, "output")))
 
 
 class Case(NamedTuple):
@@ -179,14 +179,28 @@ def _settings(config: KernelConfig, case: Case) -> dict[str, Any]:
     }
 
 
+_FIELDS: dict[str, Any] = {
+    "settings": dict,
+    "kernels": list,
+    "task": str,
+    "train_labels": list,
+    "prompt": bool,
+    "optimizer": str,
+    "seed": int,
+    **dict.fromkeys(("majority", "zero_shot", "fine_tuned", "linearized"), float),
+}
+"""What the table reads of a report."""
+
+
 def _stored(folder: Path, config: KernelConfig, case: Case) -> dict[str, Any] | None:
     path = folder / "reports" / case.name
     if not path.exists():
         return None
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    report = read_json(path, **_FIELDS)
     wanted = json.loads(json.dumps(_settings(config, case)))
     for key, old, new in differences(report["settings"], wanted):
         raise UserError(
-            f"{path}: it has {key} {old!r}, and {new!r} is asked for: choose another output."
+            f"{path}: the report there has {key} = {show(old)} (got {show(new)}). Choose another "
+            "output."
         )
     return report

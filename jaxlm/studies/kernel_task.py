@@ -186,10 +186,12 @@ def kernel_task(
     loaded = load_task(config, seed=seed, base_dir=base_dir)
     for split in ("train", "validation", "test"):
         if not getattr(loaded, split):
-            raise UserError(f"task has no {split} examples: give task.{split}.")
+            raise UserError(
+                f"task.{split}: the task has no such examples (got none). Name a file of them."
+            )
     encoded = prepare_for(lm, loaded)
     if encoded.token_ids is None:
-        raise UserError("kernels need label words of one token each: choose other task.labels.")
+        raise UserError("task.labels: must be words of one token each. Choose others.")
     fitted = not prompt or lm.config.head not in ("lm", "mlm")
     if fitted and lm.config.kind == "encoder":
         lm = _classifier(lm, encoded.labels, seed)

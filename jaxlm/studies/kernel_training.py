@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm.core.checks import whole
 from jaxlm.core.errors import UserError
 from jaxlm.kernels.solve import Logistic
 from jaxlm.studies.kernel_task import KernelTask
@@ -44,12 +46,14 @@ class Training:
     eval_every: int = 50
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "eval_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give 1 or more.")
+        whole(self, "steps", "batch_size", "eval_every")
+        for rate in self.learning_rates:
+            if not 0 <= rate < math.inf:
+                raise UserError(f"learning_rates: must be 0 or more (got {rate:g}). Correct it.")
         if self.optimizer.name not in KINDS:
             raise UserError(
-                f"no kernel is known of {self.optimizer.name}: choose one of {', '.join(KINDS)}."
+                f"optimizer.name: no kernel is known of it (got {self.optimizer.name}). Choose one "
+                f"of {', '.join(KINDS)}."
             )
 
 
@@ -131,5 +135,5 @@ def fine_tune(task: KernelTask, training: Training, *, seed: int) -> Tuned:
         if best is None or look.rank > best[0]:
             best = look.rank, Tuned(params, rate, min(step, training.steps), accuracy)
     if best is None:
-        raise UserError(f"fine-tuning failed with every learning rate: {reason}")
+        raise UserError(f"learning_rates: fine-tuning failed with every one of them. {reason}")
     return best[1]

@@ -87,9 +87,11 @@ def linear_probe(lm: Any, encoded: Any, *, batch_size: int = 64) -> LinearProbe:
             than two training examples.
     """
     if lm.config.head not in ("lm", "mlm"):
-        raise UserError("linear probing reads the head of a language model: this model has none.")
+        raise UserError(
+            "model: has no head of a language model, which a probe reads. Give another."
+        )
     if encoded.token_ids is None:
-        raise UserError("linear probing needs label words of one token: choose other task.labels.")
+        raise UserError("task.labels: must be words of one token each. Choose others.")
     from jaxlm.evaluation import accuracy
     from jaxlm.train.state import Program
 
@@ -135,8 +137,8 @@ def fit_rows(
     if counts.min() < 2:
         rare = names[int(counts.argmin())]
         raise UserError(
-            f"linear probing needs two training examples of every label, and {rare!r} has "
-            f"{counts.min()}: give more, or raise task.k."
+            f"task.train: a probe needs two examples of every label (got {counts.min()} of "
+            f"{rare!r}). Give more, or raise task.k."
         )
     model = LogisticRegressionCV(
         cv=min(5, int(counts.min())),
@@ -172,7 +174,9 @@ def with_rows(lm: Any, token_ids: Int[Any, " C"], probe: LinearProbe) -> Any:
     table = params["embed"]["tokens"] if config.tie_embeddings else old
     embedding = table["embedding"]
     if isinstance(embedding, Packed):
-        raise UserError("a probe is written into a head of floating-point numbers: leave out bits.")
+        raise UserError(
+            "bits: a probe is written into a head of floating-point numbers. Leave out."
+        )
     new = {"embedding": embedding.at[token_ids].set(probe.rows.astype(embedding.dtype))}
     if "bias" in old:
         new["bias"] = old["bias"].at[token_ids].set(probe.intercept.astype(old["bias"].dtype))

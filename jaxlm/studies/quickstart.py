@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from jaxlm.core.errors import UserError
+from jaxlm.core.checks import seeds, whole
 from jaxlm.data import EncodedTask, TaskConfig, load_task, prepare_for, task_config
 from jaxlm.train.loop import LoopConfig
 from jaxlm.train.optimizers import OPTIMIZERS, Optimizer
@@ -33,9 +33,7 @@ class Training:
     batch_size: int = 32
 
     def __post_init__(self):
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give 1 or more.")
+        whole(self, "steps", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +63,10 @@ class QuickstartConfig:
     mezo: Training
     random_init: Training
     adam: Training
+
+    def __post_init__(self):
+        whole(self, "unlabelled", "eval_batch_size", "log_every")
+        seeds(self, "seed")
 
 
 class Setting(NamedTuple):
@@ -137,15 +139,14 @@ def run(config: QuickstartConfig, *, quiet: bool = False) -> list[Row]:
 
 
 def majority(where: Setting) -> Row:
-    """Always the most frequent training label."""
+    """Always the most frequent class of the test set."""
     import numpy as np
 
     from jaxlm.evaluation import majority_accuracy
 
     begin = time.perf_counter()
-    splits = (where.encoded.train, where.encoded.test)
-    labels = (np.array([each.label for each in split]) for split in splits)
-    return Row("majority class", majority_accuracy(*labels), 0, 0, None, _since(begin))
+    labels = np.array([each.label for each in where.encoded.test])
+    return Row("majority class", majority_accuracy(labels), 0, 0, None, _since(begin))
 
 
 def zero_shot(where: Setting) -> tuple[Row, Row]:

@@ -21,8 +21,10 @@ from typing import Any, Literal
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.core.errors import UserError
 from jaxlm.artifacts.fingerprints import fingerprint
+from jaxlm.artifacts.names import file_path
+from jaxlm.core.checks import distinct, number, one_of, seeds, whole
+from jaxlm.core.errors import UserError
 from jaxlm.data.messages import MessageFormat
 from jaxlm.influence import GradientStore, score
 from jaxlm.studies.selection_batches import row_losses
@@ -98,20 +100,16 @@ class SelectionConfig:
     output: str
 
     def __post_init__(self):
-        for name in ("warmup_fraction", "fraction"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name):g}: give 0 < {name} <= 1.")
-        for name in ("methods", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise UserError(f"{name} is empty or has a value twice: give each once.")
+        number(self, "warmup_fraction", "fraction", above=0, most=1)
+        seeds(self, "seeds", "pool_seed")
+        whole(self, "max_length", "eval_batch_size")
+        distinct("methods", self.methods)
+        distinct("seeds", self.seeds)
         for name in self.methods:
-            if name not in METHODS:
-                raise UserError(f"methods has '{name}': choose of {', '.join(METHODS)}.")
+            one_of("methods", name, METHODS)
         if not any(source.given for source in self.sources.values()):
-            raise UserError("sources has nothing to read: give a source.")
-        if not self.output:
-            raise UserError("output is empty: give the folder of the study.")
+            raise UserError("sources: there is nothing to read. Give a source.")
+        object.__setattr__(self, "output", str(file_path(self.output, "output")))
 
 
 def selection_study(
@@ -171,7 +169,9 @@ def read_sides(
         if rows.cut:
             say(f"{what} {len(rows.cut)} rows whose answers are cut off: they are left out")
         if not rows.rows:
-            raise UserError(f"{what} no rows with an answer: raise max_length.")
+            raise UserError(
+                f"max_length: {what} no rows with an answer (got {config.max_length}). Raise it."
+            )
     return pool, target
 
 

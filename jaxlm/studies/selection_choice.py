@@ -1,6 +1,5 @@
 """Which rows are taken: the ways to score them without gradients, and the file of a choice."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,10 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from jaxlm.artifacts.checksums import seal, verify
+from jaxlm.artifacts.files import parse_json, read_text, to_json, write_shared, writing
+from jaxlm.artifacts.processes import is_first
 from jaxlm.core.errors import UserError
-from jaxlm.artifacts.files import write_shared
 from jaxlm.influence import bm25, pool, random_scores, representation_similarity, select
 from jaxlm.studies.selection_batches import Padded
 from jaxlm.studies.selection_rows import Row, Rows
@@ -71,7 +72,10 @@ def shares_of_answers(target: Rows) -> dict[str, float]:
     """
     answers = [answer for row in target.rows if (answer := _answer(row)) is not None]
     if len(answers) < len(target.rows):
-        raise UserError("answers are matched, but the target is conversations: give target.task.")
+        raise UserError(
+            "match_answers: the target is conversations, whose answers are their own. Give "
+            "target.task."
+        )
     return {each: answers.count(each) / len(answers) for each in sorted(set(answers))}
 
 
@@ -102,8 +106,8 @@ def matched(
         having = np.array([i for i, row in enumerate(rows) if _answer(row) == answer], int)
         if len(having) < quota:
             raise UserError(
-                f"{quota} rows with the answer {answer!r} are to be taken, but there are "
-                f"{len(having)}: lower fraction, or set match_answers to false."
+                f"fraction: {quota} rows with the answer {answer!r} are to be taken (got "
+                f"{len(having)}). Lower fraction, or set match_answers to false."
             )
         if quota:
             places += having[select(scores[having], count=quota)].tolist()
@@ -140,17 +144,21 @@ def write_choice(
     places = list(range(len(rows))) if scores is None else select(scores, fraction).tolist()
     if scores is not None and shares is not None:
         places = matched(rows, scores, len(places), shares)
-    if scores is not None:
-        lines = [
-            {"id": row.id, "score": float(each)} for row, each in zip(rows, scores, strict=True)
-        ]
-        write_shared(folder / SCORES, _lines(lines))
+    lines = [
+        {"id": row.id, "score": float(each)}
+        for row, each in zip(rows, () if scores is None else scores, strict=scores is not None)
+    ]
     chosen = []
     for place in places:
         row = rows[place]
         number = {} if scores is None else {"score": float(scores[place])}
         chosen.append({"id": row.id, "source": row.source, **number, **row.text})
-    write_shared(folder / SELECTED, _lines(chosen))
+    with writing(folder):
+        if scores is not None:
+            write_shared(folder / SCORES, _lines(lines))
+        write_shared(folder / SELECTED, _lines(chosen))
+        if is_first():
+            seal(folder, "*.jsonl")
     taken = [rows[place] for place in places]
     names = dict.fromkeys(row.source for row in rows)
     return {
@@ -164,17 +172,17 @@ def read_choice(folder: Path, rows: Sequence[Row]) -> list[Row]:
     """The rows that a choice took, in its order.
 
     Raises:
-        UserError: the file is not there, or names other rows.
+        UserError: the file is not there, is not as it was written, or names other rows.
     """
+    verify(folder)
     known = {row.id: row for row in rows}
+    path = folder / SELECTED
+    records = [parse_json(line, str(path)) for line in read_text(path).split("\n")[:-1]]
     try:
-        lines = (folder / SELECTED).read_text(encoding="utf-8").split("\n")[:-1]
-        return [known[json.loads(line)["id"]] for line in lines]
-    except (OSError, ValueError, KeyError):
-        raise UserError(
-            f"{folder / SELECTED} is not the choice that was made: remove {folder}."
-        ) from None
+        return [known[record["id"]] for record in records]
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: is not the choice that was made. Remove {folder}.") from None
 
 
 def _lines(records: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return "".join(to_json(record) + "\n" for record in records)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxlm.core.errors import UserError
+from jaxlm.core.checks import whole
 from jaxlm.core.paths import matcher
 from jaxlm.influence.encodings import encoding
 from jaxlm.models import ModelConfig, param_shapes
@@ -67,9 +67,7 @@ class Sizes:
     target_tokens: int | None = None
 
     def __post_init__(self):
-        for name in ("examples", "targets", "subtasks", "tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"sizes.{name} is {getattr(self, name)}: give 1 or more.")
+        whole(self, "examples", "targets", "subtasks", "tokens", "target_tokens", most=10**15)
 
 
 @dataclass(frozen=True, kw_only=True)

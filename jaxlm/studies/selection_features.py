@@ -1,6 +1,5 @@
 """Gradient features of rows at one checkpoint, written into a store that can be gone on with."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,10 +7,12 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxlm.core import paths
-from jaxlm.artifacts.files import write_atomic
+from jaxlm.artifacts.files import parse_json, read_text, to_json, write_atomic, writing
 from jaxlm.artifacts.fingerprints import fingerprint
 from jaxlm.artifacts.processes import meet, to_host
+from jaxlm.core import paths
+from jaxlm.core.checks import seeds, whole
+from jaxlm.core.errors import UserError
 from jaxlm.influence import (
     GradientStore,
     StoreSpec,
@@ -53,6 +54,8 @@ class Features:
     block_size: int | None = None
 
     def __post_init__(self):
+        whole(self, "dim", "block_size")
+        seeds(self, "seed")
         projector(self.family, self.dim, self.seed)
         StoreSpec(dim=self.dim, dtype=self.dtype)
 
@@ -143,13 +146,22 @@ def _info_name(process: int) -> str:
 def _summary(folder: Path, processes: int) -> dict[str, Any]:
     """Of the rows of all processes."""
     files = [folder / _info_name(process) for process in range(processes)]
-    records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    records = [record for file in files for record in _records(file)]
     shares = [record["eps_share"] for record in records]
     return {
         "rows": len(records),
         "skipped": sum(record["skipped"] for record in records),
         "eps_share": float(np.mean(shares)) if shares else 0.0,
     }
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of the rows' numbers."""
+    records = [parse_json(line, str(path)) for line in read_text(path).split("\n")[:-1]]
+    for record in records:
+        if not isinstance(record, dict) or not {"id", "skipped", "eps_share"} <= record.keys():
+            raise UserError(f"{path}: damaged. Remove its folder, and the stage is done again.")
+    return records
 
 
 def stored_order(store: GradientStore, rows: Rows) -> np.ndarray:
@@ -163,13 +175,10 @@ class _Info:
 
     def __init__(self, path: Path, ids: list[str | int]):
         self._path = path
-        known = {}
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-                record = json.loads(line)
-                known[record["id"]] = record
+        known = {record["id"]: record for record in _records(path)} if path.exists() else {}
         kept = [known[name] for name in ids if name in known]
-        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
+        with writing(path):
+            write_atomic(path, "".join(to_json(record) + "\n" for record in kept))
 
     def append(self, ids: list[str], about: Any) -> None:
         numbers = {
@@ -182,5 +191,5 @@ class _Info:
             {"id": name, **{key: values[i].item() for key, values in numbers.items()}}
             for i, name in enumerate(ids)
         ]
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write("".join(to_json(record) + "\n" for record in records))

@@ -39,7 +39,9 @@ class Measure:
         if target.task is not None:
             task = load_task(target.task, seed=seed, base_dir=base_dir)
             if not task.test:
-                raise UserError("the target has no test examples: give target.task.test.")
+                raise UserError(
+                    "target.task.test: there are no such examples (got none). Name a file of them."
+                )
             task = dataclasses.replace(task, train=(), validation=())
             encoded = prepare_for(lm, task, max_length=max_length)
             self.metric, self._measure = "accuracy", Choices(lm, encoded, batch_size=batch_size)

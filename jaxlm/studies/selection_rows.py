@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int
 
+from jaxlm.core.checks import whole
 from jaxlm.core.errors import UserError
 from jaxlm.data import (
     Example,
@@ -46,14 +47,11 @@ class Source:
 
     def __post_init__(self):
         if (self.task is None) == (self.messages is None):
-            raise UserError("a source has a task or messages: give one of them.")
-        if self.skip < 0 or (self.rows is not None and self.rows < 1):
-            raise UserError(
-                f"a source has rows {self.rows} and skip {self.skip}: give 1 or more, and 0 or "
-                "more."
-            )
+            raise UserError("task: a source has a task or messages. Give one of them.")
+        whole(self, "rows")
+        whole(self, "skip", least=0)
         if self.labels == "shuffled" and (self.task is None or self.task.own_options):
-            raise UserError("labels are shuffled, but there are no label words: give own.")
+            raise UserError("labels: there are no label words (got shuffled). Give own.")
 
     @property
     def given(self) -> bool:
@@ -80,11 +78,12 @@ class Target:
 
     def __post_init__(self):
         if (self.task is None) == (self.messages is None):
-            raise UserError("target has a task or messages: give one of them.")
-        if self.rows is not None and self.rows < 1:
-            raise UserError(f"target.rows is {self.rows}: give 1 or more.")
+            raise UserError("task: the target has a task or messages. Give one of them.")
+        whole(self, "rows")
         if self.test is not None and self.task is not None:
-            raise UserError("target.test goes with target.messages: give target.task.test.")
+            raise UserError(
+                f"test: goes with target.messages (got {self.test}). Give target.task.test."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +177,7 @@ def read_source(
         return _task_rows(name, task, examples, noise, lm, max_length)
     except UserError as error:
         message = str(error).removeprefix("task.messages: ")
-        raise UserError(f"source {name}: {message}") from None
+        raise UserError(f"sources.{name}: {message}") from None
 
 
 def read_target(
@@ -205,7 +204,9 @@ def read_target(
     task = load_task(target.task, seed=seed, base_dir=base_dir)
     for split in ("validation", "test"):
         if not getattr(task, split):
-            raise UserError(f"the target has no {split} examples: give target.task.{split}.")
+            raise UserError(
+                f"target.task.{split}: there are no such examples (got none). Name a file of them."
+            )
     places = draw(len(task.validation), target.rows, 0, seed)
     examples = [task.validation[place] for place in places]
     return _task_rows("target", task, examples, [False] * len(examples), lm, max_length)
@@ -220,8 +221,8 @@ def draw(count: int, rows: int | None, skip: int, seed: int) -> list[int]:
     stop = count if rows is None else skip + rows
     if stop > count or skip >= count:
         raise UserError(
-            f"{skip} + {'some' if rows is None else rows} rows are asked for, but there are "
-            f"{count}: lower rows or skip."
+            f"rows: {skip} + {'some' if rows is None else rows} are asked for (got {count}). Lower "
+            "rows or skip."
         )
     order = np.random.Generator(np.random.PCG64([seed, 0])).permutation(count)
     return sorted(order[skip:stop].tolist())
@@ -246,7 +247,7 @@ def _conversations(
     base_dir: Path | None,
 ) -> Rows:
     if lm.tokenizer is None:
-        raise UserError("the model has no tokenizer: add tokenizer.json to its folder.")
+        raise UserError("model: has no tokenizer. Add tokenizer.json to its folder.")
     found = read_messages(path, base_dir=base_dir)
     chosen = [found[place] for place in draw(len(found), source.rows, source.skip, seed)]
     encoded = encode_messages(chosen, lm.tokenizer, template=template, max_length=max_length)
@@ -264,7 +265,10 @@ def _task_rows(
     name: str, task: Any, examples: list[Example], noise: list[bool], lm: Any, max_length: int
 ) -> Rows:
     if lm.config.kind != "decoder":
-        raise UserError("rows are read by a decoder: give a model of that kind.")
+        raise UserError(
+            f"model: rows are read by a decoder (got one of the kind {lm.config.kind}). Give a "
+            "decoder."
+        )
     alone = dataclasses.replace(task, train=tuple(examples), validation=(), test=())
     encoded = prepare_for(lm, alone, max_length=max_length)
     words = None if encoded.token_ids is None else encoded.token_ids.tolist()
@@ -282,6 +286,6 @@ def _unique(rows: list[Row], cut: list[str]) -> Rows:
     seen: set[str] = set()
     for row in rows:
         if row.id in seen:
-            raise UserError(f"two rows have the id {row.id!r}: give every row its own.")
+            raise UserError(f"id: two rows have the same (got {row.id!r}). Give every row its own.")
         seen.add(row.id)
     return Rows(tuple(rows), tuple(cut))

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxlm.artifacts.files import read_json, write_json
 from jaxlm.core.errors import UserError
-from jaxlm.artifacts.files import write_json
 
 MANIFEST = "manifest.json"
 
@@ -71,11 +71,7 @@ def key(inputs: Mapping[str, Any]) -> str:
 
 
 def _read(manifest: Path, inputs: dict[str, Any]) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
-        same = found["inputs"] == inputs
-    except (ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise UserError(f"{manifest} is not of this stage: remove its folder.")
+    found = read_json(manifest, inputs=dict)
+    if found["inputs"] != inputs or not isinstance(found.get("result", {}), dict):
+        raise UserError(f"{manifest}: is not of this stage. Remove its folder.")
     return found

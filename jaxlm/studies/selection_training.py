@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core import paths
+from jaxlm.core.checks import number, whole
 from jaxlm.core.errors import UserError
 from jaxlm.models.adapters import LORA
 from jaxlm.peft import Lora
@@ -46,16 +47,12 @@ class Recipe:
     batch_size: int = 128
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"recipe.{name} is {getattr(self, name)}: give 1 or more.")
-        if not 0 <= self.warmup_share < 1:
-            raise UserError(
-                f"recipe.warmup_share is {self.warmup_share:g}: give a number from 0 to below 1."
-            )
+        whole(self, "epochs", "batch_size")
+        number(self, "warmup_share", least=0, below=1)
         if self.optimizer.warmup:
             raise UserError(
-                "recipe.optimizer.warmup differs from stage to stage: give recipe.warmup_share."
+                f"optimizer.warmup: differs from stage to stage (got {self.optimizer.warmup}). "
+                "Give recipe.warmup_share."
             )
 
     def epoch_steps(self, rows: int) -> int:
@@ -129,8 +126,8 @@ def train(
     optimizer = dataclasses.replace(recipe.optimizer_for(len(rows)), select=LORA)
     if not any(epoch_weights(optimizer, recipe.epochs, each)):
         raise UserError(
-            f"training on {len(rows)} rows has steps: {steps}, all with the learning rate 0: give "
-            "more rows or epochs, a smaller recipe.batch_size, or recipe.warmup_share 0."
+            f"recipe.warmup_share: all steps have the learning rate 0 (got {steps} steps on "
+            f"{len(rows)} rows). Give more rows or epochs, a smaller recipe.batch_size, or 0."
         )
     checkpoints = _Adapters(folder / "checkpoints", each if keep else None)
     metrics = Metrics(folder / "metrics.jsonl")
@@ -144,7 +141,6 @@ def train(
         checkpoints=checkpoints,
         metrics=metrics,
     )
-    checkpoints.close()
     return outcome.state.params
 
 
@@ -168,10 +164,9 @@ def load_epoch(folder: Path, lm: Any, rows: int, recipe: Recipe, epoch: int, *, 
     )
     place = folder / f"epoch-{epoch}"
     if not place.is_dir():
-        raise UserError(f"{place}: there is no checkpoint: remove {folder} to train again.")
+        raise UserError(f"{place}: there is no checkpoint. Remove {folder} to train again.")
     kept = Checkpoints(place, read_only=True)
     found = kept.restore(like)
-    kept.close()
     assert found is not None
     weights = epoch_weights(optimizer, recipe.epochs, each)
     params = paths.merge(found[1].params, frozen)
@@ -196,7 +191,6 @@ class _Adapters(Checkpoints):
         if step and self._epoch_steps:
             kept = Checkpoints(self.folder.parent / f"epoch-{step // self._epoch_steps}")
             kept.save(step, trained, {})
-            kept.close()
         super().save(step, trained, record)
 
     def restore(

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from jax.sharding import Mesh
 
+from jaxlm.artifacts.files import read_json, write_json
 from jaxlm.core.errors import UserError
 from jaxlm.studies.baselines import icl_run, probe_run
 from jaxlm.train.run import FinetuneConfig, finetune
@@ -104,8 +105,8 @@ def sweep(
     for each, config in runs:
         if config.task.validation is None:
             raise UserError(
-                f"{each.method}: task has no validation examples, by which a sweep chooses: give "
-                "task.validation."
+                f"task.validation: {each.method} has no examples by which a sweep chooses (got "
+                "none). Name a file of them, or hold_out."
             )
         RunFolder(config.output).check(config)
     results: dict[str, Result] = {}
@@ -124,14 +125,13 @@ def run_one(
     Raises:
         UserError: what the run raises, except that it diverged.
     """
-    from jaxlm.artifacts.files import write_json
     from jaxlm.train.loop import Diverged
 
     folder = RunFolder(config.output)
     folder.check(config)
     failed = folder.path / FAILED
     if failed.exists():
-        return Result(None, json.loads(failed.read_text(encoding="utf-8"))["failed"])
+        return Result(None, read_json(failed, failed=str)["failed"])
     try:
         return Result(KINDS[kind](config, base_dir=base_dir, mesh=mesh))
     except Diverged as error:

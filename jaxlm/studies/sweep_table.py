@@ -47,14 +47,24 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     |---|----|
     | x | 1  |
     """
+    rows = [[cell(text) for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        padded = (text.ljust(width) for text, width in zip(cells, widths, strict=True))
         return f"| {' | '.join(padded)} |"
 
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def cell(text: str) -> str:
+    r"""A text that ends neither the cell nor the row that it stands in.
+
+    >>> cell("a|b")
+    'a\\|b'
+    """
+    return " ".join(text.replace("|", "\\|").splitlines())
 
 
 def percent(spread: dict[str, Any] | None) -> str:

@@ -51,4 +51,8 @@ def test_a_lock_is_given_back_after_an_error(tmp_path):
         raise KeyError
     with hold(tmp_path), pytest.raises(UserError), hold(tmp_path):
         pytest.fail("two writers in one folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]  # with the traceback
+    (tmp_path / "log.txt").unlink()
+    with pytest.raises(UserError), hold(tmp_path):
+        raise UserError("foreseen")
     assert not list(tmp_path.iterdir())

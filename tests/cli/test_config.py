@@ -1,5 +1,6 @@
 """YAML and flags become dataclasses by the types that they declare."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 import pytest
 
 from jaxlm.cli import config as configs
+from jaxlm.core.checks import whole
 from jaxlm.core.errors import UserError
 from jaxlm.train.run import FinetuneConfig
 
@@ -24,6 +26,15 @@ class Other:
 
 
 @dataclass(frozen=True)
+class Strict:
+    least: int = 0
+    most: int = 9
+
+    def __post_init__(self):
+        whole(self, "least", "most", least=0)
+
+
+@dataclass(frozen=True)
 class Outer:
     words: tuple[str, ...] = ()
     count: int = 3
@@ -34,6 +45,7 @@ class Outer:
     chosen: Inner | Other = field(
         default=Inner(), metadata={"registry": {"inner": Inner, "other": Other}}
     )
+    strict: Strict = Strict()
     made: Inner = field(default=Inner(), metadata={"make": lambda values: Inner(**values)})
 
 
@@ -62,7 +74,9 @@ def test_words_stay_words(tmp_path):
 def test_null_where_it_is_allowed(tmp_path):
     assert load(tmp_path, "limit: null").limit is None
     assert load(tmp_path, "limit:").limit is None
-    with pytest.raises(UserError, match=r"c\.yaml: count is 'null': give a whole number\.$"):
+    with pytest.raises(
+        UserError, match=r"c\.yaml: count: must be a whole number \(got 'null'\)\. Correct it\.$"
+    ):
         load(tmp_path, "count: null")
 
 
@@ -79,7 +93,10 @@ def test_the_name_chooses_the_dataclass(tmp_path):
     assert load(tmp_path, "chosen: {name: other, depth: 2}").chosen == Other("other", 2)
     assert load(tmp_path, "chosen: {rate: 2}").chosen == Inner(rate=2.0)
     assert load(tmp_path, "chosen: other").chosen == Other("other")
-    with pytest.raises(UserError, match=r"unknown chosen 'third': choose one of inner, other\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"chosen\.name: is not known \(got 'third'\)\. Choose one of inner, other\.$",
+    ):
         load(tmp_path, "chosen: third")
 
 
@@ -90,22 +107,111 @@ def test_a_section_may_be_made_by_a_function(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("cuont: 1", "unknown key 'cuont': did you mean 'count'?"),
-        ("inner: {ratio: 1}", "unknown key 'inner.ratio': did you mean 'rate'?"),
-        ("zzzzzzzz: 1", "unknown key 'zzzzzzzz': the keys are words, count"),
-        ("kind: medium", "kind is 'medium': choose one of small, large."),
-        ("flag: 1", "flag is '1': give true or false."),
-        ("inner: [1]", "inner is a list: give a section of keys."),
-        ("words: {a: b}", "words is a section: give a list [a, b]."),
-        ("words: [[a]]", "words[0] is a list: give text."),
-        ("chosen: {name: other, depth: deep}", "chosen.depth is 'deep': give a whole number."),
+        ("cuont: 1", "cuont: is no key. Did you mean count?"),
+        ("inner: {ratio: 1}", "inner.ratio: is no key. Did you mean inner.rate?"),
+        ("zzzzzzzz: 1", "zzzzzzzz: is no key. The keys are words, count"),
+        ("kind: medium", "kind: is not known (got 'medium'). Choose one of small, large."),
+        ("flag: 1", "flag: must be true or false (got '1'). Correct it."),
+        ("inner: [1]", "inner: must be a section (got a list). Give keys with values."),
+        ("words: {a: b}", "words: must be a list (got a section). Write [a, b]."),
+        ("words: [[a]]", "words[0]: must be a text in UTF-8 without NUL (got a list)."),
+        (
+            "chosen: {name: other, depth: deep}",
+            "chosen.depth: must be a whole number (got 'deep').",
+        ),
         ("- a", "not a configuration"),
+        ("kind: [small]", "kind: is not known (got a list). Choose one of small, large."),
+        ("kind: {small: 1}", "kind: is not known (got a section). Choose one of small, large."),
+        ("flag: [true]", "flag: must be true or false (got a list)."),
+        ("chosen: {name: [other]}", "chosen.name: is not known (got a list). Choose one of inner"),
+        ("count: inf", "count: must be a whole number (got 'inf')."),
+        ("count: 1e400", "count: must be a whole number (got '1e400')."),
+        (f"count: {'9' * 5000}", f"count: must be a whole number (got '{'9' * 56}...)."),
+        ("inner: {rate: nan}", "inner.rate: must be a finite number (got 'nan')."),
+        ("inner: {rate: -inf}", "inner.rate: must be a finite number (got '-inf')."),
+        ('inner: {name: "a\\0b"}', "text: must be a text in UTF-8 without NUL (got 'a\\x00b')."),
+        ('inner: {name: "\\ud800"}', "text: must be a text in UTF-8 without NUL (got '\\ud800')."),
+        (
+            "inner: {rate: 1}\ncount: 2\ninner: {}",
+            "inner: stands twice, in lines 1 and 3. Keep one.",
+        ),
+        ("inner:\n  rate: 1\n  rate: 2", "rate: stands twice, in lines 2 and 3. Keep one."),
+        ("inner: {rate: 1, rate: 2}", "rate: stands twice, in line 1. Keep one."),
+        ("words: " + "[" * 50_000, "sections: nested too deeply."),
+        ("depth: 3", "depth: is no key. Did you mean chosen.depth?"),
+        ("deqth: 3", "deqth: is no key. Did you mean chosen.depth?"),
     ],
 )
 def test_what_does_not_fit_is_said_with_the_file(tmp_path, text, sentence):
     with pytest.raises(UserError) as caught:
         load(tmp_path, text)
     assert str(caught.value).startswith(f"{tmp_path / 'c.yaml'}: {sentence}")
+
+
+def test_aliases_that_unfold_without_an_end_are_refused(tmp_path):
+    """Ten levels of ten aliases are 10^10 values in a file of 300 bytes."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    for i in range(1, 10):
+        lines.append(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]")
+    with pytest.raises(UserError, match="aliases: unfold to more than 100000 values"):
+        load(tmp_path, "\n".join(lines))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_not_read(tmp_path, kind):
+    path = tmp_path / "c.yaml"
+    if kind == "pipe":
+        os.mkfifo(path)  # nobody writes there: reading would wait for ever
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(UserError, match=r"c\.yaml: is no file"):
+        configs.read_yaml(path)
+
+
+def test_a_flag_is_blamed_and_not_the_file(tmp_path):
+    for flags, sentence in (
+        ({"count": "many"}, "count: must be"),
+        ({"inner.ratio": "1"}, "inner.ratio: is no key"),
+        ({"inner": "{rate: x}"}, "inner.rate: must be"),
+        ({"words": "[[a]]"}, "words: must be"),
+        ({"strict.most": "-1"}, "strict.most: must be"),
+    ):
+        (tmp_path / "c.yaml").write_text("limit: 3\nstrict: {least: 1}")
+        with pytest.raises(UserError) as caught:
+            configs.load(Outer, tmp_path / "c.yaml", flags)
+        assert str(caught.value).startswith(f"command line: {sentence}"), flags
+    (tmp_path / "c.yaml").write_text("strict: {most: -1}")
+    with pytest.raises(UserError, match=r"c\.yaml: strict\.most: must be from 0 to"):
+        configs.load(Outer, tmp_path / "c.yaml", {"strict.least": "1"})
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--steps=1", "--steps=2"],
+        ["--batch-size=1", "--batch_size=2"],
+        ["--model=a", "--steps", "1", "--steps", "1"],
+    ],
+)
+def test_a_flag_stands_once(words):
+    with pytest.raises(UserError, match=r"stands twice \(got "):
+        configs.parse_args(words)
+
+
+def test_a_section_and_a_part_of_it_are_not_both_flags(tmp_path):
+    with pytest.raises(UserError, match=r"--inner: is given beside --inner\.rate"):
+        load(tmp_path, "", inner__rate="1", inner="{name: a}")
+
+
+def test_the_home_folder_is_known_in_both_spellings(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("count: 7")
+    path, flags = configs.parse_args(["--config=~/c.yaml"])
+    assert configs.load(Outer, path, flags).count == 7
+    with pytest.raises(UserError, match="config: there is no such user"):
+        configs.parse_args(["~nosuchuser/c.yaml"])
 
 
 def test_arguments():

@@ -111,12 +111,12 @@ ROWS = {
     "prompt and file": (
         nothing,
         ["--prompt=a", "--file=b.txt"],
-        "command line: prompt and file are both given: give one.",
+        "command line: file: is given beside prompt. Give one of them.",
     ),
     "unknown key": (
         nothing,
         ["--promt=a"],
-        "command line: unknown key 'promt': did you mean 'prompt'?",
+        "command line: promt: is no key. Did you mean prompt?",
     ),
     "no model": (
         nothing,
@@ -135,43 +135,51 @@ ROWS = {
         "prompt and new tokens take 65 positions, the model has 8; shorten the prompt "
         "or max_new_tokens",
     ),
-    "no file": (nothing, ["--file=no.txt"], "no.txt: No such file or directory"),
+    "no file": (
+        nothing,
+        ["--file=no.txt"],
+        "file: there is no such file (got no.txt). Give a file with prompts.",
+    ),
     "other file": (
         nothing,
         ["--file=a.csv"],
-        "file a.csv is neither .txt nor .jsonl: rename or convert it.",
+        "file: is neither .txt nor .jsonl (got a.csv). Rename or convert it.",
     ),
     "empty file": (
         write("a.txt", b"\n \n"),
         ["--file=a.txt"],
-        "a.txt is empty: give a file with at least one prompt.",
+        "file: is empty (got a.txt). Give a file with at least one prompt.",
     ),
     "binary file": (
         write("a.txt", b"\xff\xfe"),
         ["--file=a.txt"],
-        "a.txt is not a text file in UTF-8: save it as UTF-8.",
+        "a.txt: not text in UTF-8. Correct the file or write it again.",
     ),
     "no JSON": (
         write("a.jsonl", b'{"prompt": "a"}\n{"text": "a"}\n'),
         ["--file=a.jsonl"],
-        'a.jsonl, line 2 is no JSON object with a text "prompt": write {"prompt": "..."}.',
+        'a.jsonl, line 2: is no JSON object with a text "prompt". Write {"prompt": "..."}.',
     ),
     "output there": (
         write("o.jsonl", b"kept"),
         ["--prompt=a", "--output=o.jsonl"],
-        "output o.jsonl is there already: give a new file.",
+        "output: is there already (got o.jsonl). Give a new file.",
     ),
     "no folder": (
         nothing,
         ["--prompt=a", "--output=no/o.jsonl"],
-        "output no/o.jsonl: there is no folder no: make it.",
+        "output: there is no folder no (got no/o.jsonl). Make it.",
     ),
     "no tokens": (
         nothing,
         ["--max_new_tokens=0"],
-        "command line: max_new_tokens is 0: give 1 or more.",
+        f"command line: max_new_tokens: must be from 1 to {2**31 - 1} (got 0). Correct it.",
     ),
-    "no samples": (nothing, ["--num_samples=0"], "command line: num_samples is 0: give 1 or more."),
+    "no samples": (
+        nothing,
+        ["--num_samples=0"],
+        f"command line: num_samples: must be from 1 to {2**31 - 1} (got 0). Correct it.",
+    ),
     "cold": (nothing, ["--temperature=-1"], "command line: temperature is -1.0: give 0 or more."),
     "top_p": (
         nothing,
@@ -181,18 +189,18 @@ ROWS = {
     "same samples": (
         nothing,
         ["--num_samples=2"],
-        "command line: num_samples draws the same at temperature 0: give temperature.",
+        "command line: num_samples: all are the same at temperature 0 (got 2). Give temperature.",
     ),
     "idle filter": (
         nothing,
         ["--top_k=2"],
-        "command line: top_k, top_p and min_p do nothing at temperature 0: give temperature.",
+        "command line: top_k: does nothing at temperature 0 (got 2). Give temperature.",
     ),
     "empty stop": (nothing, ["--prompt=a", "--stop="], "a stop string is empty: leave it out."),
     "seed": (
         nothing,
         ["--seed=-1"],
-        "command line: seed is -1: give a number from 0 to 2**32 - 1.",
+        "command line: seed: must be from 0 to 2**32 - 1 (got -1). Correct it.",
     ),
 }
 

@@ -77,7 +77,7 @@ def test_there_is_nothing_to_train_on(tmp_path, tiny_model, capsys) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--icl=-1"], "icl is -1: give 0 or more."),
+        (["--icl=-1"], "icl: must be from 0 to"),
         (["--icl=2", "--split=train"], "icl puts examples before the test split: leave out train."),
         (["--icl=41"], "41 demonstrations are asked for, but task.train has 40 examples: give a"),
     ],

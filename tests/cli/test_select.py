@@ -57,8 +57,8 @@ def test_a_warm_up_of_one_step_is_refused(study, capsys) -> None:
     """The first step of a rising learning rate is 0."""
     assert main(["select", str(study), "--recipe.batch_size=4"]) == 2
     assert capsys.readouterr().err.endswith(
-        "error: training on 4 rows has steps: 1, all with the learning rate 0: give more rows or "
-        "epochs, a smaller recipe.batch_size, or recipe.warmup_share 0.\n"
+        "error: recipe.warmup_share: all steps have the learning rate 0 (got 1 steps on 4 rows). "
+        "Give more rows or epochs, a smaller recipe.batch_size, or 0.\n"
     )
 
 
@@ -93,17 +93,20 @@ def test_a_dry_run_of_a_study_reads_its_rows_and_does_nothing(study, capsys) -> 
 @pytest.mark.parametrize(
     ("flag", "sentence"),
     [
-        ("--fraction=0", "fraction is 0: give 0 < fraction <= 1."),
+        ("--fraction=0", "fraction: must be above 0 and at most 1 (got 0.0)."),
         (
             "--methods=[less, best]",
-            "methods has 'best': choose of less, random, matched, full, bm25, ",
+            "methods: not known (got 'best'). Choose one of less, random, matched, full, bm25, ",
         ),
-        ("--seeds=[]", "seeds is empty or has a value twice: give each once."),
+        ("--seeds=[]", "seeds: is empty (got nothing)."),
         ("--sources.right.rows=17", "source right: 0 + 17 rows are asked for, but there are 16: "),
-        ("--sources.other.rows=1", "a source has a task or messages: give one of them."),
-        ("--sources.right.row=1", "unknown key 'sources.right.row': did you mean 'rows'?"),
+        (
+            "--sources.other.rows=1",
+            "sources.other.task: a source has a task or messages. Give one of them.",
+        ),
+        ("--sources.right.row=1", "sources.right.row: is no key. Did you mean sources.right.rows?"),
         ("--sources.chat.messages=no.jsonl", "there is no file 'no.jsonl'"),
-        ("--features.dim=0", "dim is 0: give the numbers of a row, 1 or more"),
+        ("--features.dim=0", "features.dim: must be from 1 to"),
         ("--target.rows=9", "9 rows are asked for, but there are 8"),
     ],
 )

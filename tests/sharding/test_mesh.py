@@ -44,26 +44,28 @@ def test_the_devices_that_are_given_are_used():
     [
         (
             {"data": 3, "fsdp": -1},
-            "mesh sizes data=3, fsdp=-1, model=1 do not fit 8 devices; "
-            "their product must divide them",
+            "mesh: there are 8 devices, which do not fit (got data=3, fsdp=-1, model=1). Give "
+            "sizes whose product divides them.",
         ),
         (
             {"data": 9, "fsdp": -1},
-            "mesh sizes data=9, fsdp=-1, model=1 do not fit 8 devices; "
-            "their product must divide them",
+            "mesh: there are 8 devices, which do not fit (got data=9, fsdp=-1, model=1). Give "
+            "sizes whose product divides them.",
         ),
         (
             {"data": 3, "fsdp": 3},
-            "mesh sizes data=3, fsdp=3, model=1 need 9 devices, there are 8; give fewer",
+            "mesh: there are 8 devices, which do not fit (got data=3, fsdp=3, model=1). Give fewer "
+            "than 9.",
         ),
         (
             {"data": -1, "fsdp": -1},
-            "mesh sizes data=-1, fsdp=-1, model=1 are impossible; "
-            "give positive ones, at most one -1",
+            "mesh: sizes must be positive, at most one of them -1 (got data=-1, fsdp=-1, model=1). "
+            "Correct them.",
         ),
         (
             {"model": 0},
-            "mesh sizes data=1, fsdp=1, model=0 are impossible; give positive ones, at most one -1",
+            "mesh: sizes must be positive, at most one of them -1 (got data=1, fsdp=1, model=0). "
+            "Correct them.",
         ),
     ],
     ids=str,

@@ -96,12 +96,12 @@ def test_the_runs_are_listed(study, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("variants", "keys", "message"),
     [
-        ({}, {}, "variants is empty: give two or more."),
-        ({"a": 3}, {}, "variant a is '3': give a section of keys."),
-        ({"a": {"stepz": 3}}, {}, "variant a: unknown key 'stepz'"),
-        ({"a": {"seed": 3}}, {}, "variants.a.seed differs from run to run: give seeds beside run"),
-        ({"a": {"scale": {"rule": "sqrt", "k": 3}}}, {}, "steps is 8: give a multiple of scale.k"),
-        ({"a": {"scale": {"rule": "sqrt", "k": 16}}}, {}, "steps is 8: give a multiple of"),
+        ({}, {}, "variants: is empty (got nothing). Give at least one."),
+        ({"a": 3}, {}, "variant a: must be a section (got 3). Give keys with values."),
+        ({"a": {"stepz": 3}}, {}, "variant a: stepz: is no key."),
+        ({"a": {"seed": 3}}, {}, "variants.a.seed: differs from run to run. Give seeds beside run"),
+        ({"a": {"scale": {"rule": "sqrt", "k": 3}}}, {}, "be a multiple of scale.k = 3 (got 8)"),
+        ({"a": {"scale": {"rule": "sqrt", "k": 16}}}, {}, "steps: must be a multiple of scale.k"),
         (
             {"a": {"optimizer": {"name": "muon"}, "scale": {"rule": "sqrt", "k": 2}}},
             {},
@@ -112,8 +112,8 @@ def test_the_runs_are_listed(study, tmp_path, capsys):
             {},
             "variant a: k=4 sends b1=0.5 to -1, and the square-root rule ends at 0; give k below 2",
         ),
-        ({"a": {}}, {"start": 1.0}, "start is 1: give a number from 0 to below 1."),
-        ({"a": {}}, {"seeds": [0, 0]}, "seeds is empty or has one twice"),
+        ({"a": {}}, {"start": 1.0}, "start: must be at least 0 and below 1 (got 1.0)."),
+        ({"a": {}}, {"seeds": [0, 0]}, "seeds: has a value twice (got 0). Give each once."),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(study, capsys, variants, keys, message):

@@ -128,7 +128,9 @@ def test_training_keeps_what_is_best_on_validation(task, monkeypatch):
 
 def test_a_rate_that_diverges_is_passed_over(task):
     training = Training(optimizer=Sgd(), learning_rates=(1e30,), steps=4, eval_every=4)
-    with pytest.raises(UserError, match="fine-tuning failed with every learning rate: "):
+    with pytest.raises(
+        UserError, match="learning_rates: fine-tuning failed with every one of them"
+    ):
         fine_tune(task, training, seed=0)
     both = dataclasses.replace(training, learning_rates=(1e30, 1e-3))
     assert fine_tune(task, both, seed=0).learning_rate == 1e-3
@@ -287,7 +289,7 @@ def test_a_study_is_one_table_and_is_not_made_twice(tmp_path, tiny_model, capsys
     assert main(["kernel", str(path)]) == 0
     assert capsys.readouterr().out == shown
     assert main(["kernel", str(path), "--solver=logistic"]) == 2
-    wanted = "it has solver 'ridge', and 'logistic' is asked for: choose another output."
+    wanted = "the report there has solver = 'ridge' (got 'logistic'). Choose another output."
     assert wanted in capsys.readouterr().err
 
 
@@ -315,10 +317,10 @@ def test_a_stopped_study_takes_its_kernels_from_disk(tmp_path, tiny_model, monke
 @pytest.mark.parametrize(
     ("flag", "sentence"),
     [
-        ("--seeds=[]", "seeds is empty or has a value twice: give each once."),
-        ("--ks=[4, 4]", "ks is empty or has a value twice: give each once."),
-        ("--ks=[1]", "ks is [1]: give 2 or more examples of a class."),
-        ("--output=", "output is empty: give the folder of the study."),
+        ("--seeds=[]", "seeds: is empty (got nothing). Give at least one."),
+        ("--ks=[4, 4]", "ks: has a value twice (got 4). Give each once."),
+        ("--ks=[1]", "ks: must be 2 or more examples of a class (got 1). Correct it."),
+        ("--output=", "output: is empty. Give a path."),
         ("--ks=[400]", "lower task.k or give more examples."),
     ],
 )
@@ -328,11 +330,22 @@ def test_mistakes_are_named(tmp_path, tiny_model, capsys, flag, sentence):
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": 1}', "{}"])
+def test_a_damaged_report_is_named(tmp_path, text):
+    made = kernel_study.KernelConfig(task=shipped_task("mr"), output=str(tmp_path))
+    case = next(kernel_study.cases(made))
+    path = tmp_path / "reports" / case.name
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"^{path}: "):
+        kernel_study.kernel_study(made)
+
+
 def test_an_optimizer_without_a_kernel_is_refused():
     with pytest.raises(
-        UserError, match="no kernel is known of muon: choose one of sgd, mezo, adam"
+        UserError, match=r"no kernel is known of it \(got muon\)\. Choose one of sgd, mezo, adam"
     ):
         Training(optimizer=Muon())
     twice = (Training(optimizer=Sgd()), Training(optimizer=Sgd(learning_rate=1.0)))
-    with pytest.raises(UserError, match="training has an optimizer twice"):
+    with pytest.raises(UserError, match="training: has a value twice"):
         kernel_study.KernelConfig(task=shipped_task("mr"), training=twice, output="o")

@@ -53,5 +53,5 @@ def test_axes_that_are_given_are_drawn_on():
 
 def test_without_matplotlib_it_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match=r"plots need matplotlib: pip install 'jaxlm\[plots\]'"):
+    with pytest.raises(UserError, match=r"plots: need matplotlib\. pip install 'jaxlm\[plots\]'"):
         kernel_plots.spectrum({"a": np.eye(2)})

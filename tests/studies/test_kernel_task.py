@@ -196,8 +196,8 @@ def test_mistakes_are_named(tmp_path, tiny_model):
     import dataclasses
 
     config = few_shot(tmp_path)
-    with pytest.raises(UserError, match=r"task has no test examples: give task\.test\."):
+    with pytest.raises(UserError, match=r"task\.test: the task has no such examples"):
         kernel_task(tiny_model, dataclasses.replace(config, test=None), seed=0)
     long = dataclasses.replace(config, labels=("good film", "bad"))
-    with pytest.raises(UserError, match="label words of one token each: choose other task"):
+    with pytest.raises(UserError, match=r"task\.labels: must be words of one token each"):
         kernel_task(tiny_model, long, seed=0)

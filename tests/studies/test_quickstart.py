@@ -52,5 +52,5 @@ def test_the_command_prints_the_table(flags, capsys, monkeypatch):
 
 
 def test_steps_are_checked():
-    with pytest.raises(UserError, match=r"quickstart\.yaml: steps is 0: give 1 or more\.$"):
+    with pytest.raises(UserError, match=r"command line: mezo\.steps: must be from 1 to "):
         configs.load(quickstart.QuickstartConfig, finetune.QUICKSTART, {"mezo.steps": "0"})

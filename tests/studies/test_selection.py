@@ -18,7 +18,12 @@ from jaxlm.peft import LORA, Lora
 from jaxlm.studies import selection_training
 from jaxlm.studies.selection import SelectionConfig, read_sides, selection_study
 from jaxlm.studies.selection_batches import Padded, mean_loss, row_losses
-from jaxlm.studies.selection_choice import matched, shares_of_answers, write_choice
+from jaxlm.studies.selection_choice import (
+    matched,
+    read_choice,
+    shares_of_answers,
+    write_choice,
+)
 from jaxlm.studies.selection_cost import LLAMA_7B, Plan, adapter_size, costs, row_flops
 from jaxlm.studies.selection_features import Features, store_features
 from jaxlm.studies.selection_measure import Measure
@@ -348,7 +353,7 @@ def test_a_stage_that_was_stopped_goes_on_in_its_folder(tmp_path) -> None:
     assert (work.places, result) == ([place, place], {"value": 2})
     assert said[0].startswith("a: goes on")
     (place / "manifest.json").write_text('{"inputs": {"x": 2}}')
-    with pytest.raises(UserError, match="is not of this stage: remove its folder"):
+    with pytest.raises(UserError, match=r"is not of this stage\. Remove its folder"):
         stage(tmp_path, "a", {"x": 1}, work)
 
 
@@ -368,6 +373,25 @@ def test_a_choice_is_written_best_first_and_ties_by_place(tmp_path) -> None:
     assert scores == [0.5, 0.1, 0.9, 0.5]
 
 
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "no checksums"])
+def test_a_choice_that_is_not_what_was_made_is_refused(tmp_path, damage) -> None:
+    rows = [Row(f"s:{i}", "s", (1, 2), (1,), {"prompt": "a"}) for i in range(4)]
+    write_choice(tmp_path, rows, np.array([0.5, 0.1, 0.9, 0.5]), 0.75)
+    assert [row.id for row in read_choice(tmp_path, rows)] == ["s:2", "s:0", "s:3"]
+    path = tmp_path / "selected.jsonl"
+    text = path.read_text()
+    if damage == "cut":
+        path.write_text("".join(text.splitlines(keepends=True)[:2]))
+    elif damage == "changed":
+        path.write_text(text.replace("s:3", "s:1"))
+    elif damage == "gone":
+        path.unlink()
+    else:
+        (tmp_path / "checksums.json").unlink()
+    with pytest.raises(UserError, match=r"\.jsonl: damaged|checksums\.json: is missing"):
+        read_choice(tmp_path, rows)
+
+
 def answered(*answers: str | None) -> list[Row]:
     texts = [{"messages": []} if each is None else {"completion": each} for each in answers]
     return [Row(f"s:{i}", "s", (1, 2), (1,), text) for i, text in enumerate(texts)]
@@ -383,7 +407,7 @@ def test_a_choice_may_have_the_answers_of_the_target(tmp_path) -> None:
     assert matched(rows, scores, 2, shares) == [0, 3]  # 0.5 and 1.5: the first of equal rests
     made = write_choice(tmp_path, rows, scores, 0.5, shares)
     assert made["rows"] == 4
-    with pytest.raises(UserError, match="4 rows with the answer 'no' are to be taken, but there"):
+    with pytest.raises(UserError, match=r"4 rows with the answer 'no' are to be taken \(got"):
         matched(rows, scores, 4, {"no": 1.0})
     with pytest.raises(UserError, match="the target is conversations"):
         shares_of_answers(Rows(tuple(answered(None))))
@@ -469,15 +493,15 @@ def test_conversations_are_rows_and_those_cut_off_are_counted(talker, tmp_path) 
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: Source(), "a source has a task or messages: give one of them."),
+        (lambda: Source(), "task: a source has a task or messages. Give one of them."),
         (
             lambda: Source(messages="a", labels="shuffled"),
-            "labels are shuffled, but there are no label words: give own.",
+            "labels: there are no label words (got shuffled). Give own.",
         ),
-        (lambda: Target(), "target has a task or messages: give one of them."),
+        (lambda: Target(), "task: the target has a task or messages. Give one of them."),
         (
             lambda: Recipe(optimizer=Adam(warmup=3)),
-            "recipe.optimizer.warmup differs from stage to stage: give recipe.warmup_share.",
+            "optimizer.warmup: differs from stage to stage (got 3). Give recipe.warmup_share.",
         ),
     ],
 )
@@ -489,9 +513,7 @@ def test_what_cannot_be_configured(make, sentence) -> None:
 
 def test_a_source_says_its_name(lm, folder) -> None:
     words = {"template": "tulu", "max_length": 32, "seed": 0, "base_dir": folder}
-    with pytest.raises(
-        UserError, match=r"^source a: 30 \+ 20 rows are asked for, but there are 40"
-    ):
+    with pytest.raises(UserError, match=r"^sources\.a: rows: 30 \+ 20 are asked for \(got 40\)"):
         read_source("a", Source(task=task(), rows=20, skip=30), lm, **words)
 
 

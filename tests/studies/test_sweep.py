@@ -130,6 +130,15 @@ def test_a_run_that_diverges_is_a_row(path, monkeypatch):
         run_with(monkeypatch, path.rename(again(path)), Trainer(diverging=list(FOUND)))
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"failed": 3}', '{"other": "x"}', "\xff"])
+def test_a_damaged_record_of_a_failure_is_named(path, monkeypatch, text):
+    run_with(monkeypatch, path, Trainer(diverging=[("mezo", 1.0, 3)]))
+    (failed,) = path.parent.glob("out/**/failed.json")
+    failed.write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=f"^{failed}"):
+        run_with(monkeypatch, path, Trainer())
+
+
 def again(path):
     """Another file, with another output."""
     text = path.read_text().replace("/out", "/again")
@@ -197,23 +206,30 @@ def test_the_command_trains_probes_and_writes_the_table(tmp_path, tiny_model, ca
     [
         (
             ["--run.stepps=1"],
-            "sweep.yaml: method MeZO: unknown key 'stepps': did you mean 'steps'?",
+            "command line: stepps: is no key. Did you mean steps?",
         ),
-        (["--output="], "sweep.yaml: output is empty: give the folder of the sweep."),
-        (["--seeds=[]"], "sweep.yaml: seeds is empty or has one twice: give each seed once."),
-        (["--seeds=[1, 1]"], "sweep.yaml: seeds is empty or has one twice: give each seed once."),
-        (["--run.seed=1"], "sweep.yaml: run.seed differs from run to run: give seeds beside run."),
+        (["--output="], "command line: output: is empty. Give a path."),
+        (["--seeds=[]"], "command line: seeds: is empty (got nothing). Give at least one."),
+        (["--seeds=[1, 1]"], "command line: seeds: has a value twice (got 1). Give each once."),
+        (
+            ["--run.seed=1"],
+            "command line: run.seed: differs from run to run. Give seeds beside run.",
+        ),
         (
             ["--methods.MeZO.kind=prob"],
-            "sweep.yaml: method MeZO: kind is 'prob': choose one of finetune, probe, icl.",
+            "sweep.yaml: method MeZO: kind: is not known (got 'prob'). Choose one of finetune, "
+            "probe, icl.",
         ),
-        (["--methods.Adam=1"], "sweep.yaml: method Adam is '1': give a section of keys."),
+        (
+            ["--methods.Adam=1"],
+            "sweep.yaml: method Adam: must be a section (got '1'). Give keys with values.",
+        ),
         (
             ["--run.task.validation=null"],
-            "MeZO: task has no validation examples, by which a sweep chooses: give "
-            "task.validation.",
+            "task.validation: MeZO has no examples by which a sweep chooses (got none). Name a "
+            "file of them, or hold_out.",
         ),
-        (["--metods.a.steps=1"], "sweep.yaml: unknown key 'metods': did you mean 'methods'?"),
+        (["--metods.a.steps=1"], "command line: metods: is no key. Did you mean methods?"),
     ],
 )
 def test_a_mistake_is_one_sentence(path, flags, sentence, capsys, monkeypatch):
@@ -226,12 +242,12 @@ def test_a_mistake_is_one_sentence(path, flags, sentence, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("grid", "sentence"),
     [
-        ("{optimizer.learning_rate: []}", "grid.optimizer.learning_rate is []: give "
-         "a list [a, b]."),
-        ("{batch_size: [8, 8]}", "grid.batch_size has a value twice: give each once."),
-        ("{optimizer.lerning_rate: [1]}", "unknown key 'optimizer.lerning_rate': did you mean "
-         "'learning_rate'?"),
-        ("{steps.all: [1]}", "steps.all is below steps, which is no section: correct it."),
+        ("{optimizer.learning_rate: []}", "grid.optimizer.learning_rate: must be a "
+         "list (got []). Write [a, b]."),
+        ("{batch_size: [8, 8]}", "grid.batch_size: has a value twice (got '8'). Give each once."),
+        ("{optimizer.lerning_rate: [1]}", "optimizer.lerning_rate: is no key. Did you mean "
+         "optimizer.learning_rate?"),
+        ("{steps.all: [1]}", "steps.all: is below steps, which is no section. Correct it."),
         ("{steps: [-1]}", "steps is -1: give 0 or more."),
     ],
 )  # fmt: skip
@@ -244,4 +260,6 @@ def test_a_grid_is_checked_before_anything_runs(path, grid, sentence):
 
 def test_a_sweep_needs_a_file(capsys):
     assert main(["sweep"]) == 2
-    assert capsys.readouterr().err == "error: jaxlm sweep needs a file: give sweep.yaml.\n"
+    assert capsys.readouterr().err == (
+        "error: config: is missing. Give the file of a sweep: jaxlm sweep sweep.yaml.\n"
+    )
