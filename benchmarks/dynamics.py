@@ -5,8 +5,9 @@ usage: python -m benchmarks.dynamics [--quick] [--paths 100000] [--steps 400] [-
 The chain is Adam in one dimension, at learning rate 0.05 on gradients x + 20 z with normal z, as it
 is held against its stochastic differential equation: a Monte Carlo run, whose every path has its
 own noise. It runs through `jaxlm.dynamics.run_optimizer` with `optax.adam`, the equation itself
-through `jaxlm.dynamics.simulate`, and the same chain vectorised over paths in NumPy, as one would
-write it and in place with half the memory, and in PyTorch. They take turns. The columns:
+through `jaxlm.dynamics.simulate`, and the same chain vectorised over paths by PyTorch and NumPy, the
+peers, in float32 and in place. Beside them is NumPy as one would write it, in float64 with an array
+for each product. They take turns, PyTorch after the others. The columns:
 
   seconds      of a run, median over the repeats; those that are shorter than half a second are
                made one after another until it is over
@@ -156,8 +157,8 @@ def measure(paths: int, steps: int, repeats: int) -> list[dict[str, Any]]:
         program, compile_s = common.compiled(jax.jit(function(paths, steps)), key)
         programs[name] = (compile_s, common.peak_bytes(program) / 1e6)
         calls[name] = functools.partial(program, key)
-    calls["numpy"] = functools.partial(numpy_chain, numbers, paths, steps)
     calls["numpy, in place"] = functools.partial(numpy_in_place, numbers, paths, steps)
+    calls["numpy, float64"] = functools.partial(numpy_chain, numbers, paths, steps)
     times = in_a_row(calls, repeats)
     # After the others, whose process its threads would share.
     peer = torch_chain(paths, steps)

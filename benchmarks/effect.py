@@ -1,10 +1,13 @@
 """What does MeZO add to a pretrained model, and how much of it rests on pretraining?
 
-usage: python -m benchmarks.effect [--seeds 3] [--quick] [--model FOLDER] [TASK.yaml ...]
+usage: python -m benchmarks.effect [--seeds 3] [--quick] [--model FOLDER] [--set KEY=VALUE]
+                                   [TASK.yaml ...]
 
 Runs every row of the quickstart's table on mr and subj for several seeds (under an hour on 2 cores)
 and prints means, standard deviations, and the differences that the claim is made of. --quick has
-one seed of the first task, few steps and few texts. The last line is one JSON object.
+one seed of the first task, few steps and few texts. --set changes a key of every file, such as
+`--set calibrate=false` or `--set random_init.optimizer.learning_rate=1e-3`. The quickstart's own
+file, jaxlm/assets/quickstart.yaml, is one like these. The last line is one JSON object.
 """
 
 import argparse
@@ -64,10 +67,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("configs", nargs="*", default=sorted(map(str, FOLDER.glob("*.yaml"))))
     parser.add_argument("--model")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one task and seed, few steps")
     options = parser.parse_args()
-    overrides = {} if options.model is None else {"model": options.model}
+    overrides = dict(each.split("=", 1) for each in options.set)
+    overrides |= {} if options.model is None else {"model": options.model}
     if options.quick:
         overrides |= {f"{row}.steps": "20" for row in ("mezo", "random_init", "adam")}
         overrides |= {"task.num_test": "200", "unlabelled": "200"}

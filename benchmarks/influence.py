@@ -5,10 +5,12 @@ usage: python -m benchmarks.influence [--quick] [--repeats 5] [--no-torch]
 A Llama of 4 layers of width 256 with random weights, float32; adapters of rank 8 at the queries,
 keys, values and outputs, 65,536 numbers; 64 examples of 128 tokens. Features are Adam's step on the
 gradient of each example, whole or projected to 8192 numbers. The peer is `torch_influence`:
-PyTorch and peft, one example at a time, projected by parts of a matrix of signs.
+PyTorch and peft, one example at a time, projected by parts of a matrix of signs, all 64 rows at a
+time as ours are; and 16 at a time, as the authors' script does by default.
 
   examples_s   examples a second, median over repeats that take turns
-  times        examples a second over those of the peer for the same features
+  times        examples a second over those of the peer for the same features, 64 rows at a time
+  times_16     the same where the peer projects 16 rows at a time
   gradient_s   of the seconds for all examples, those of gradients and Adam's steps
   project_s    and those of the projection
   resident_MB  what a fresh process had resident at most, over what it had before
@@ -143,7 +145,7 @@ def resident(name: str, count: int, length: int, dim: int) -> float:
         if family is None:
             loop.directions(rows)
         else:
-            loop.features(rows[:16], Projector(len(loop.first), dim))
+            loop.features(rows, Projector(len(loop.first), dim), len(rows))
     else:
         function = features_of(lm, state, ids, family, dim)
         jax.block_until_ready(function())
@@ -177,7 +179,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     if not options.no_torch and (loop := torch_loop(lm, state)) is not None:
         import torch
 
-        from benchmarks.torch_influence import TOGETHER, Projector
+        from benchmarks.torch_influence import AUTHORS_INTERVAL, Projector
 
         rows = torch.tensor(ids, dtype=torch.long)
         drawn = Projector(len(loop.first), dim)
@@ -186,12 +188,19 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         wanted = np.stack([loop.ours(row, shapes) for row in theirs])
         differences[WHOLE] = float(np.abs(values[WHOLE] - wanted).max() / np.abs(wanted).max())
         peers[f"torch, {WHOLE}"] = lambda: loop.directions(rows)
-        part = theirs[:TOGETHER]
+        part = theirs[:AUTHORS_INTERVAL]
+        peers["torch, projection"] = lambda: drawn(theirs)
         peers["torch, projection of 16"] = lambda: drawn(part)
     seconds = common.interleaved({**calls, **peers}, options.repeats)
     table = []
 
-    def row(name: str, gradient_s: float, project_s: float, peer: float | None) -> None:
+    def row(
+        name: str,
+        gradient_s: float,
+        project_s: float,
+        peer: float | None,
+        peer_16: float | None = None,
+    ) -> None:
         total = gradient_s + project_s
         fresh = not options.quick and name != BATCH
         held = fresh_process(name, count, length, dim) if fresh else None
@@ -200,6 +209,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "features": name,
                 "examples_s": count / total,
                 "times": None if peer is None else peer / total,
+                "times_16": None if peer_16 is None else peer_16 / total,
                 "gradient_s": gradient_s,
                 "project_s": project_s,
                 "resident_MB": held,
@@ -208,18 +218,19 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             }
         )
 
-    whole = peer_all = None
+    whole = peer_all = peer_16 = None
     if peers:
         whole = seconds[f"torch, {WHOLE}"]
-        peer_all = whole + seconds["torch, projection of 16"] * -(-count // len(part))
+        peer_all = whole + seconds["torch, projection"]
+        peer_16 = whole + seconds["torch, projection of 16"] * -(-count // len(part))
     row(WHOLE, seconds[WHOLE], 0.0, whole)
     for name in FAMILIES:
         rest = max(0.0, seconds[name] - seconds[WHOLE])
-        row(name, seconds[name] - rest, rest, peer_all)
+        row(name, seconds[name] - rest, rest, peer_all, peer_16)
     row(BATCH, seconds[BATCH], 0.0, whole)
     if peers:
         row(f"torch, {WHOLE}", whole, 0.0, whole)
-        row("torch, rademacher", whole, peer_all - whole, peer_all)
+        row("torch, rademacher", whole, peer_all - whole, peer_all, peer_16)
     return table
 
 

@@ -255,19 +255,21 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     for name, tau in values.items():
         row: dict[str, Any] = {"attribution": name}
         sums = halves.astype(float) @ tau
-        rows = {
+        columns: dict[str, Any] = {
             "score": influence.lds(tau, halves, found.mean(0))[:3],
             "partial": interval(sums, found.mean(0), counts),
+            "balanced": (None, None, None),
         }
-        # Every balanced half has as many of an answer: the counts are the same.
+        # Every balanced half has as many of an answer, so that their counts foresee nothing.
         if name != "answer words":
-            rows["balanced"] = influence.lds(tau, even, balanced.mean(0))[:3]
-        for column, (value, low, high) in rows.items():
+            columns["balanced"] = influence.lds(tau, even, balanced.mean(0))[:3]
+        for column, (value, low, high) in columns.items():
             row |= {column: value, f"{column}_low": low, f"{column}_high": high}
         table.append(row)
     if options.seeds > 1:
-        table.append({"attribution": "noise", "score": noise(found), "balanced": noise(balanced)})
+        table.append(dict.fromkeys(table[0]) | {"attribution": "noise", "score": noise(found)})
         table[-1]["partial"] = float(partial(found[0], found[1:].mean(0), counts).mean())
+        table[-1]["balanced"] = noise(balanced)
     return table
 
 

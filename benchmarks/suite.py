@@ -22,7 +22,7 @@ class Benchmark(NamedTuple):
 STEPS = "MeZO|LOZO|FZOO|Muon|Adam"
 OURS = "^(?!.*(torch|two|back))"
 ACCURACIES = "zero_shot|calibrated|mezo$|lozo|fzoo|adam"
-PEERS = "(jacobian|jacrev|loop).*C=1"
+PEERS = "(jacobian|jacrev|LM-).*C=1"
 
 SUITE = {
     "mezo_step": Benchmark(

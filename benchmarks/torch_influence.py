@@ -1,10 +1,10 @@
 """Gradient features as the authors of LESS compute them, with PyTorch and peft.
 
 Example by example: a backward pass with a batch of one, the gradients of all adapters joined into
-one vector, Adam's step on it from moments of the same length. Sixteen of these vectors at a time
-are projected as trak's BasicProjector does it: columns of a matrix of signs are drawn, some at a
-time, multiplied with, and dropped; the generator's state is kept for each part, so that every call
-has the same matrix.
+one vector, Adam's step on it from moments of the same length. Some of these vectors at a time (the
+authors' default is 16) are projected as trak's BasicProjector does it: columns of a matrix of signs
+are drawn, some at a time, multiplied with, and dropped; the generator's state is kept for each
+part, so that every call has the same matrix.
 """
 
 import tempfile
@@ -20,7 +20,7 @@ from jaxlm.core import paths
 from jaxlm.models import LanguageModel, save_pretrained
 from jaxlm.peft import LORA, save_adapter
 
-TOGETHER = 16
+AUTHORS_INTERVAL = 16
 
 
 class Projector:
@@ -119,9 +119,9 @@ class Loop:
         """[N, P]."""
         return torch.stack([self.step(self.gradient(row)) for row in ids])
 
-    def features(self, ids: torch.Tensor, projector: Projector) -> torch.Tensor:
-        """[N, dim]."""
-        parts = [ids[i : i + TOGETHER] for i in range(0, len(ids), TOGETHER)]
+    def features(self, ids: torch.Tensor, projector: Projector, interval: int) -> torch.Tensor:
+        """[N, dim], projected `interval` rows at a time."""
+        parts = [ids[i : i + interval] for i in range(0, len(ids), interval)]
         return torch.cat([projector(self.directions(part)) for part in parts])
 
 

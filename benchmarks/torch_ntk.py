@@ -2,8 +2,9 @@
 
 Three ways. The tutorial "Neural Tangent Kernels" of PyTorch has two: the Jacobians of all examples
 by `vmap(jacrev)`, contracted parameter by parameter; and for every pair of examples a vjp behind a
-jvp, under `vmap`. And the authors of LM-Kernel-FT (arXiv:2210.05643) go through the examples one
-by one: C gradients of x, then for every x' one jvp along each of them.
+jvp, under `vmap`. And the authors of LM-Kernel-FT (arXiv:2210.05643) take C gradients of x, then
+for every batch of x' one jvp along each of them. The size of that batch is a flag of theirs,
+`per_device_eval_batch_size`.
 """
 
 import tempfile
@@ -98,28 +99,42 @@ class TorchKernel:
         rows = [row((ids, position)).swapaxes(0, 1) for ids, position in zip(*x1, strict=True)]
         return torch.stack(rows).detach().numpy()
 
-    def one_pair(self, one: Any, other: Any) -> tuple[np.ndarray, float, float]:
-        """The authors' way for one pair: [C, C], seconds of the gradients and of the jvps."""
+    def one_row(self, one: Any, others: Any) -> tuple[np.ndarray, float, float]:
+        """x against a batch of x': [C, M, C], seconds of the gradients and of the jvps."""
         start = time.perf_counter()
         gradients = jacrev(self.f)(self.params, *one)
         middle = time.perf_counter()
 
+        def values(params):
+            return vmap(self.f, (None, 0, 0))(params, *others)
+
         def along(tangents):
-            return jvp(lambda params: self.f(params, *other), (self.params,), (tangents,))[1]
+            return jvp(values, (self.params,), (tangents,))[1]
 
-        values = vmap(along)(gradients).detach().numpy()
-        return values, middle - start, time.perf_counter() - middle
+        found = vmap(along)(gradients).detach().numpy()
+        return found, middle - start, time.perf_counter() - middle
 
-    def loop_estimate(self, x1: Any, x2: Any, times: int) -> tuple[np.ndarray, float]:
+    def loop_estimate(
+        self, x1: Any, x2: Any, times: int, batch: int = 1
+    ) -> tuple[np.ndarray, float]:
         """Some entries of the kernel as the authors compute them, and seconds that all would take.
 
+        Args:
+          x1, x2: of the examples.
+          times: batches that are timed.
+          batch: examples x' in one.
+
         Returns:
-          `K[0, :, m, :]` of the first `times` examples m, and the estimate: N1 times the median of
-          the gradients and N1 N2 times that of the jvps.
+          `K[0, :, m, :]` of the examples m in these batches, and the estimate: for each of N1 rows
+          the median of the gradients, and that of the jvps for as many batches as there are.
         """
-        rows = [list(zip(*x, strict=True)) for x in (x1, x2)]
-        self.one_pair(rows[0][0], rows[1][0])
-        found = [self.one_pair(rows[0][0], other) for other in rows[1][:times]]
-        gradients, products = (float(np.median([one[i] for one in found])) for i in (1, 2))
-        n, m = len(rows[0]), len(rows[1])
-        return np.stack([one[0] for one in found], 1), n * (gradients + m * products)
+        (n, m), one = (len(x[1]) for x in (x1, x2)), tuple(part[0] for part in x1)
+        parts = [
+            tuple(part[at : at + batch] for part in x2)
+            for at in range(0, min(m, times * batch), batch)
+        ]
+        self.one_row(one, parts[0])
+        found = [self.one_row(one, part) for part in parts]
+        gradients, products = (float(np.median([each[i] for each in found])) for i in (1, 2))
+        entries = np.concatenate([each[0] for each in found], 1)
+        return entries, n * (gradients + -(-m // batch) * products)
