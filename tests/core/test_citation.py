@@ -1,12 +1,17 @@
 """`cite` finds the papers of what it is asked about, and says what it knows when it cannot."""
 
+import importlib
+import inspect
 import re
+from pathlib import Path
 
 import pytest
 
 import jaxlm
 from jaxlm.core import citation
 from jaxlm.core.errors import UserError
+from jaxlm.peft import TUNINGS
+from jaxlm.train.optimizers import OPTIMIZERS
 
 
 def test_a_method_cites_its_paper_first():
@@ -23,16 +28,60 @@ def test_path_and_function_name_the_same_papers():
 
 
 def test_every_entry_is_whole():
-    for name, keys in citation._CITED_BY.items():
+    for name, keys in citation._NAMES.items():
         for key, entry in zip(keys, jaxlm.cite(name).split("\n\n"), strict=True):
             assert re.match(rf"@\w+{{{key},\n", entry)
             assert entry.count("{") == entry.count("}")
             assert entry.endswith("\n}")
             assert all(f" {field} " in entry for field in ("title", "author", "year"))
+    assert {key for keys in citation._NAMES.values() for key in keys} == set(citation._PAPERS)
+
+
+ROOMS = (
+    *("zo", "zo.rules", "zo.factored", "kernels", "kernels.behaviour", "kernels.lssvm"),
+    *("kernels.ridge", "influence", "dynamics", "peft"),
+)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_what_names_a_paper_in_its_docstring_cites_it(room: str):
+    module = importlib.import_module(f"jaxlm.{room}")
+    for name in getattr(module, "__all__", dir(module)):
+        value = getattr(module, name)
+        if inspect.isfunction(value) and not name.startswith("_"):
+            papers = re.findall(r"arXiv:(\d{4}\.\d{5})", inspect.getdoc(value) or "")
+            assert not papers or papers[0] in jaxlm.cite(f"{room}.{name}"), name
+
+
+def test_every_method_of_the_pages_cites_the_paper_beside_it():
+    """Rows of tables with a paper and a function."""
+    found = set()
+    for page in ("README.md", "docs/mezo.md", "docs/peft.md"):
+        for line in (Path(__file__).parents[2] / page).read_text().splitlines():
+            cells = line.split("|")
+            if len(cells) < 4 or not (named := re.findall(r"arxiv.org/abs/([\d.]+)", line)):
+                continue
+            for name in re.findall(r"`(?:zo|peft)\.(\w+)", line):
+                if name in ("zeroth_order", "LORA", "PREFIX"):  # what it is called with is cited
+                    continue
+                text = jaxlm.cite(name)
+                assert any(number in text for number in named), (page, name)
+                found.add(name)
+    assert {"mezo", "fzoo", "meazo", "lozo", "zo_muon", "mezo_adam", "magnitude"} <= found
+    assert "2106.09685" in jaxlm.cite("peft.lora")
+    assert "2101.00190" in jaxlm.cite("prefix")
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *TUNINGS])
+def test_every_name_of_a_configuration_is_cited_or_has_no_paper(name: str):
+    """Those of optax and the head are no method of this library."""
+    if name in ("adam", "adamw", "sgd", "muon", "head"):
+        return
+    assert jaxlm.cite(name).startswith("@")
 
 
 def test_an_unknown_name_is_the_users_mistake():
     with pytest.raises(UserError, match=r"recorded for 'zo.meso': did you mean 'mezo'\?"):
         jaxlm.cite("zo.meso")
-    with pytest.raises(UserError, match="known are mezo, mr"):
+    with pytest.raises(UserError, match="known are mezo, mezo_momentum"):
         jaxlm.cite("transformer")
