@@ -75,7 +75,8 @@ def _form(use: Used, shape: tuple[int, ...]) -> Array:
         g = _products(b, a)
     else:
         rows = None
-        g = jax.vmap(lambda ids, b: jnp.zeros(shape, b.dtype).at[ids].add(b))(
+        # Where an id is no row, the look-up takes the nearest, and so must its gradient.
+        g = jax.vmap(lambda ids, b: jnp.zeros(shape, b.dtype).at[ids].add(b, mode="clip"))(
             a.astype(jnp.int32), _wide(b)
         )
     if rows is None:

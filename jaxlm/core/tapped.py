@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal
 from jaxtyping import Array
 
 from jaxlm.core import paths
+from jaxlm.core.errors import UserError
+from jaxlm.core.programs import Program
 
 Key = tuple[str, str]
 """Path and op of a use: a table that is tied to the head has two."""
@@ -91,6 +94,44 @@ def read(f: Callable[..., Any], params: Any, x: Any) -> set[str]:
     reached = _reached(jaxpr)
     pairs = zip(paths.flatten(params)[0], jaxpr.invars, strict=False)
     return {leaf.path for leaf, variable in pairs if variable in reached}
+
+
+def check_ids(f: Callable[..., Any], params: Any, x: Any, name: str) -> None:
+    """Checks the ids that f looks up outside layers, where a table would give another row.
+
+    Args:
+      f: `f(params, x, *, tap)`.
+      params, x: arrays with values.
+      name: of x, for messages.
+
+    Raises:
+      UserError: naming an example with an id that is no row of its table.
+    """
+
+    def run(params, x):
+        seen: dict[str, Array] = {}
+
+        def tap(path, op, x, y, layer, *, rows=None):
+            del rows
+            if op == "embed" and layer is None:
+                seen[path] = x
+            return y
+
+        tap.layers = None  # type: ignore[attr-defined]
+        f(params, x, tap=tap)
+        return seen
+
+    sizes = {leaf.path: jnp.shape(leaf.value)[:1] for leaf in paths.flatten(params)[0]}
+    for path, ids in Program(run)(params, x).items():
+        ids = np.asarray(ids)
+        for (size,) in [sizes[path]] if path in sizes else []:
+            wrong = np.argwhere((ids < 0) | (ids >= size))
+            if len(wrong):
+                at = tuple(wrong[0])
+                raise UserError(
+                    f"{name}: ids of {path} must be from 0 to {size - 1} (got {ids[at]} in example "
+                    f"{at[0]}). Is the tokenizer that of the model?"
+                )
 
 
 def _reached(jaxpr) -> set[Any]:

@@ -83,7 +83,8 @@ def simulate(
       save_at: times to save, ascending, from `sde.t0` to t1; t1 alone if None.
 
     Returns:
-      A tree like x0 of arrays [n_paths, n_save, *shape of the leaf].
+      A tree like x0 of arrays [n_paths, n_save, *shape of the leaf]. Between the saved times the
+      state is held in at least float32.
 
     Raises:
       UserError: times that are out of order, an unknown solver, a solver for Stratonovich
@@ -94,8 +95,16 @@ def simulate(
     >>> simulate(jax.random.key(0), sde, 1.0, 2.0, 0.1, n_paths=5, save_at=[1.0, 2.0]).shape
     (5, 2)
     """
-    x0 = jax.tree.map(_as_float, x0)
+    _check_paths(n_paths)
+    given = jax.tree.map(_as_float, x0)
+    # A step is small beside the state: the eight bits of bfloat16 would round it away.
+    x0 = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), given)
     stretches = _stretches(sde.t0, t1, dt0, save_at)
+    found = _solve(key, sde, x0, stretches, n_paths, solver)
+    return jax.tree.map(lambda path, x: path.astype(x.dtype), found, given)
+
+
+def _solve(key: Any, sde: SDE, x0: Any, stretches: Stretch, n_paths: int, solver: str) -> Any:
     if solver == "euler":
         return _euler(key, sde, x0, stretches, n_paths)
     known = {**ITO, **STRATONOVICH}
@@ -143,6 +152,7 @@ def run_optimizer(
     Raises:
       UserError: `save_at` is out of order.
     """
+    _check_paths(n_paths)
     x0 = jax.tree.map(_as_float, x0)
     stretches = _stretches(0, steps, 1, save_at)
 
@@ -158,6 +168,11 @@ def run_optimizer(
     return _run(n_paths, white, move, (x0, optimizer.init(x0)), stretches)[0]
 
 
+def _check_paths(n_paths: int) -> None:
+    if n_paths < 1:
+        raise UserError(f"n_paths: too few (got {n_paths}). Give 1 or more.")
+
+
 def _as_float(leaf: Any) -> jax.Array:
     dtype = jnp.result_type(leaf)
     return jnp.asarray(leaf, dtype if jnp.issubdtype(dtype, jnp.floating) else float)
@@ -168,14 +183,21 @@ def _stretches(t0: float | int, t1: float | int, dt0: float | int, save_at: Any)
     times = np.array([t0, *([t1] if save_at is None else save_at)], np.float64)
     if not dt0 > 0:
         raise UserError(f"dt0 is {dt0:g}: give a positive step.")
-    if not (t1 > t0 and times[-1] <= t1 and (np.diff(times) >= 0).all()) or len(times) == 1:
+    ascending = len(times) > 1 and times[-1] <= t1 and (np.diff(times) >= 0).all()
+    if not (t0 < t1 < np.inf and ascending):
         raise UserError(
             f"time runs from {t0:g} to {t1:g} and is saved at {times[1:].tolist()}: give a later "
             "end, and times between both, ascending."
         )
     lengths = np.diff(times)
     # A length that is a whole number of steps up to rounding has that number.
-    count = np.ceil(lengths / dt0 * (1 - 1e-9)).astype(np.int32)
+    count = np.ceil(lengths / dt0 * (1 - 1e-9))
+    if count.sum() >= 2**31:
+        raise UserError(
+            f"dt0: {count.sum():.3g} steps are too many (got {dt0:g}). Give a larger step, or an "
+            "earlier end."
+        )
+    count = count.astype(np.int32)
     first = np.cumsum(count) - count
     dtype = jnp.result_type(float)
     return Stretch(

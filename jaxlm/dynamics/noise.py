@@ -57,7 +57,7 @@ class NoiseSums(NamedTuple):
     Attributes:
         batches: m, gradients so far.
         gradient: their sum, at least in float32; divided by m, the gradient for the optimizer.
-        square: sum of their squared norms.
+        square: sum of their squared distances from their mean.
     """
 
     batches: Float[Array, ""]
@@ -72,20 +72,27 @@ class NoiseSums(NamedTuple):
 
     def add(self, grads: Params) -> "NoiseSums":
         """With the gradient of one more batch, at the same parameters."""
+        m = self.batches
+        # Distances from the mean so far (Welford): a difference of squared norms would lose the
+        # noise where it is small beside the gradient.
+        away = jax.tree.map(
+            lambda total, g: (g - total / jnp.maximum(m, 1)).astype(total.dtype),
+            self.gradient,
+            grads,
+        )
         total = jax.tree.map(lambda total, g: total + g, self.gradient, grads)
-        return NoiseSums(self.batches + 1, total, self.square + _square(grads))
+        return NoiseSums(m + 1, total, self.square + m / (m + 1) * _square(away))
 
     @property
     def stats(self) -> NoiseStats:
         r"""Estimates of G and N; NaN before the second gradient.
 
-        $$\hat G = \frac{m \|\bar g\|^2 - \overline{\|g\|^2}}{m - 1}, \qquad
-        \hat N = \overline{\|g\|^2} - \hat G$$
+        $$\hat N = \frac1{m - 1} \sum_i \|g_i - \bar g\|^2, \qquad
+        \hat G = \|\bar g\|^2 - \hat N / m$$
         """
         m = self.batches
-        of_mean, mean = _square(self.gradient) / m**2, self.square / m
-        G = (m * of_mean - mean) / (m - 1)
-        return NoiseStats(G, mean - G)
+        N = self.square / (m - 1)
+        return NoiseStats(_square(self.gradient) / m**2 - N / m, N)
 
 
 class RunningNoise(NamedTuple):
@@ -145,8 +152,8 @@ def grad_noise_stats(per_batch_grads: Params) -> NoiseStats:
             "stack the gradients of at least two batches"
         )
     total = jax.tree.map(lambda g: g.astype(_wide(g)).sum(0), per_batch_grads)
-    count = jnp.asarray(m, jnp.float32)
-    return NoiseSums(count, total, _square(per_batch_grads)).stats
+    away = jax.tree.map(lambda g, total: g - (total / m)[None], per_batch_grads, total)
+    return NoiseSums(jnp.asarray(m, jnp.float32), total, _square(away)).stats
 
 
 def value_and_grad_with_noise(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:

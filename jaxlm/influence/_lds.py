@@ -41,7 +41,10 @@ def subset_masks(
     >>> subset_masks(count=6, subsets=4).sum(axis=1).tolist()
     [3, 3, 3, 3]
     """
-    taken = int(fraction * count * (1 + 1e-12))
+    check_seed(seed)
+    taken = int(fraction * count * (1 + 1e-12)) if 0 < fraction < 1 else 0
+    if subsets < 1:
+        raise UserError(f"subsets: too few (got {subsets}). Give 1 or more.")
     if not 0 < taken < count:
         raise UserError(f"fraction={fraction} of {count} examples is {taken}; give some, not all")
     masks = np.zeros((subsets, count), bool)
@@ -96,12 +99,16 @@ def lds(
     )
     chosen = np.asarray(masks)
     _check(tau, chosen, f)
+    check_seed(seed)
     if replicates < 1 or not 0 < level < 1:
         raise UserError(
             f"replicates={replicates} and level={level} are impossible; give 1 or more, and a "
             "level between 0 and 1"
         )
-    sides = (_Ranked(f, "outputs"), _Ranked(chosen.astype(np.float64) @ tau, "attributions"))
+    # Sums that are equal differ by the rounding of their order, and are to stay ties.
+    rounding = len(tau) * np.finfo(np.float64).eps * np.abs(tau).sum(axis=0)
+    sums = chosen.astype(np.float64) @ tau
+    sides = (_Ranked(f, "outputs"), _Ranked(sums, "attributions", rounding))
     of_targets = _spearman(*sides, np.ones(len(f)))
     subsets, targets = f.shape
     rng = np.random.default_rng(seed)
@@ -137,15 +144,24 @@ def leave_one_out(output: Callable[[np.ndarray], Any], count: int) -> Float[np.n
     return np.stack(rows)
 
 
-class _Ranked:
-    """Columns in their order, so that ranks under any weights of the rows are two sums."""
+def check_seed(seed: Any) -> None:
+    """Raises UserError for what is no seed of NumPy."""
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise UserError(f"seed: no seed (got {seed!r}). Give a whole number, 0 or more.")
 
-    def __init__(self, values: np.ndarray, name: str):
+
+class _Ranked:
+    """Columns in their order, so that ranks under any weights of the rows are two sums.
+
+    Neighbours in that order that are no further apart than `rounding` [M] are ties.
+    """
+
+    def __init__(self, values: np.ndarray, name: str, rounding: Any = 0.0):
         self._order = np.argsort(values, axis=0, kind="stable")
         self._back = np.argsort(self._order, axis=0)
         ordered = np.take_along_axis(values, self._order, 0)
         new = np.ones(values.shape, bool)
-        new[1:] = ordered[1:] != ordered[:-1]
+        new[1:] = np.diff(ordered, axis=0) > rounding
         if (new.sum(axis=0) == 1).any():
             target = int((new.sum(axis=0) == 1).argmax())
             raise UserError(
@@ -187,6 +203,10 @@ def _check(tau: np.ndarray, masks: np.ndarray, f: np.ndarray) -> None:
         raise UserError(f"masks are {masks.dtype}; give bool, true where an example is in")
     if len(f) < 3 or not f.shape[1]:
         raise UserError(f"{shapes} are too few; give 3 or more subsets and a target")
-    for name, values in (("attributions", tau), ("outputs", f)):
-        if not np.isfinite(values).all():
-            raise UserError(f"{name} are not finite; look at their examples")
+    for name, row, values in (("attributions", "example", tau), ("outputs", "subset", f)):
+        wrong = np.argwhere(~np.isfinite(values))
+        if len(wrong):
+            raise UserError(
+                f"{name} are not finite; look at their examples (got {values[tuple(wrong[0])]} of "
+                f"{row} {wrong[0][0]} at target {wrong[0][1]})"
+            )

@@ -33,8 +33,8 @@ def score(
     of 32 MiB of the training rows is in memory at a time.
 
     Args:
-      train: rows of training examples: [E, N, R] of E checkpoints, E stores, or one.
-      targets: rows of targets, [E, M, R] or stores likewise.
+      train: rows of training examples: [E, N, R] of E checkpoints, [N, R] of one, or stores.
+      targets: rows of targets, [E, M, R], [M, R] or stores likewise.
       weights: [E], of the checkpoints: the mean learning rate of the epoch that ended with each. By
         default those in the specs of the stores.
       subtask: int [M], the subtask of every target, 0 to S - 1, as many of each as there are. None

@@ -115,7 +115,7 @@ def trak(
     >>> rows = np.array([[[2.0, 0.0], [0.0, 1.0]]])
     >>> trak(rows, rows, residuals=np.array([[0.5, 1.0]]), subtask=np.arange(2))
     array([[0.5, 0. ],
-           [0. , 1. ]], dtype=float32)
+           [0. , 1. ]])
 
     References: Park et al., "TRAK: Attributing Model Behavior at Scale", arXiv:2303.14186.
     """
@@ -129,24 +129,36 @@ def trak(
             f"residuals have shape {residual.shape}; give [models, training examples], "
             f"({models}, {left.examples})"
         )
-    if not ((residual >= 0) & (residual <= 1)).all():
-        raise UserError("residuals are not in [0, 1]; give 1 - p, p the probability of the answer")
+    wrong = np.argwhere(~((residual >= 0) & (residual <= 1)))
+    if len(wrong):
+        model, example = wrong[0].tolist()
+        raise UserError(
+            "residuals are not in [0, 1]; give 1 - p, p the probability of the answer (got "
+            f"{residual[model, example]:g} of example {example} in model {model})"
+        )
     if not 0 <= ridge < np.inf:
         raise UserError(f"ridge is {ridge}; give 0 or more")
     directions = []
     for model in range(models):
         gram = products.second_moment(left, model) + ridge * np.eye(left.dim)
-        directions.append(_solve(gram, products.means(right, model, groups).T).T / models)
+        wanted = products.means(right, model, groups).T
+        directions.append(_solve(gram, wanted, np.finfo(left.dtype).eps).T / models)
     found = products.products(left, directions, products.dots)
     mean = residual.mean(axis=0).astype(found.dtype)
     return reduced(found * mean[:, None], subtask, None)
 
 
-def _solve(gram: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """gram^-1 right, for a matrix whose Cholesky factor does not say that it is singular."""
+def _solve(gram: np.ndarray, right: np.ndarray, eps: float) -> np.ndarray:
+    """gram^-1 right, for a matrix whose Cholesky factor does not say that it is singular.
+
+    Args:
+      gram: of rows with the rounding `eps`.
+      right: any columns.
+      eps: relative.
+    """
     try:
         diagonal = np.diag(np.linalg.cholesky(gram))
-        regular = diagonal.min() > np.sqrt(len(gram) * np.finfo(np.float32).eps) * diagonal.max()
+        regular = diagonal.min() > np.sqrt(len(gram) * eps) * diagonal.max()
     except np.linalg.LinAlgError:
         regular = False
     if not regular:
@@ -200,6 +212,11 @@ def el2n(logits: Float[ArrayLike, "*E N C"], labels: Int[ArrayLike, " N"]) -> Fl
     Training", arXiv:2107.07075.
     """
     values, right = jnp.asarray(logits), np.asarray(labels)
+    if values.ndim not in (2, 3) or right.shape != values.shape[-2:-1]:
+        raise UserError(
+            f"logits of shape {values.shape} and labels of shape {right.shape} do not fit; give "
+            "[N, C] or [E, N, C], and [N]"
+        )
     classes = values.shape[-1]
     if right.size and not (right.min() >= 0 and right.max() < classes):
         raise UserError(
@@ -235,7 +252,7 @@ def representation_similarity(
       UserError: as `score`.
 
     >>> representation_similarity(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[2.0, 0.0]]))
-    array([1., 0.], dtype=float32)
+    array([1., 0.])
 
     References: Xia et al., arXiv:2402.04333 (the baseline RDS); Ivison et al., "Large-Scale Data
     Selection for Instruction Tuning", arXiv:2503.01807.

@@ -7,7 +7,6 @@ with S a random projection that is never stored (`jaxlm.core.projection`).
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,8 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlm.core import adam, paths
+from jaxlm.core import adam, paths, per_example, tapped
 from jaxlm.core.errors import UserError
+from jaxlm.core.programs import has_values, held
 from jaxlm.core.projection import Projector
 from jaxlm.influence.rows import Work, groups, size_of_block
 
@@ -70,15 +70,16 @@ def gradient_features(
 
     Memory: with a tap, activations of a block of examples and, of more parameters than 256 MiB have
     room for, the gradients of one layer; without, all gradients of a block. Blocks have a fixed
-    size, so a row does not depend, to the last bit, on what is given with it. A block is compiled
-    once for each function `loss_fn`, its options and shapes: give the same function again.
+    size, so a row does not depend, to the last bit, on what is given with it. `loss_fn` is traced
+    at every call, so the rows are of what it closes over now; what is compiled is kept for the next
+    call with the same trace.
 
     Args:
       loss_fn: `loss_fn(params, example)`, the loss of one example, a scalar; or one with a keyword
         `tap`, `loss_fn(params, examples, *, tap=None)`, which is called on a batch, gives its
         losses [N], row n depending on example n alone, and hands `tap` to every use of a parameter,
         as the models of jaxlm do.
-      params: any pytree.
+      params: any pytree; what is no array of floats is held fixed.
       examples: a pytree of arrays whose axis 0 is N.
       projector: S, of `projector`; None for whole gradients, of small models.
       adam_state: a state of `optax.adam` and the like, or of a chain that has one; None for the
@@ -171,14 +172,15 @@ def features_with_info(
       The features, and a `FeaturesInfo` of as many rows.
     """
     constants, moments = None, ()
-    params = jax.tree.map(jnp.asarray, params)
+    loss_fn, params = held(loss_fn, params)
     if adam_state is not None:
         constants = adam.Constants(float(b1), float(b2), float(eps), variant)
         adam.check(constants)
         moments = adam.moments(adam_state, params, select)  # type: ignore[assignment]
     _check_examples(examples)
-    loss_fn = _hashable(loss_fn)
-    size, held = size_of_block(loss_fn, params, examples, select)
+    if per_example.takes_tap(loss_fn) and has_values(params, examples):
+        tapped.check_ids(loss_fn, params, examples, "examples")
+    size, whole = size_of_block(loss_fn, params, examples, select)
     size = size if block_size is None else block_size
     if size < 1:
         raise UserError(f"block_size={size} is no number of examples; give 1 or more")
@@ -186,7 +188,7 @@ def features_with_info(
         mesh = projector.mesh
     if projector is not None:
         projector = dataclasses.replace(projector, mesh=None)
-    work = Work(loss_fn, select, constants, projector is not None and not held)
+    work = Work(loss_fn, select, constants, projector is not None and not whole)
     batch = (examples, segments)
     found = list(groups(work, params, batch, projector, moments, size, mesh))
     rows, sums = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
@@ -214,12 +216,3 @@ def _check_examples(examples) -> None:
         )
     if sizes == {0}:
         raise UserError("there is no example; give at least one")
-
-
-def _hashable(f: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that can be hashed, of the same value and signature."""
-    try:
-        hash(f)
-    except TypeError:  # a callable object that holds arrays
-        return functools.wraps(f, updated=())(lambda *args, **options: f(*args, **options))
-    return f

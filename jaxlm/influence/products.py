@@ -54,16 +54,17 @@ def products(
     Raises:
       UserError: naming a row, if a product is not finite.
     """
-    dtype = jax.dtypes.canonicalize_dtype(train.dtype)
-    total = np.zeros((train.examples, len(directions[0])), dtype)
-    for checkpoint, each in enumerate(directions):
-        placed = jnp.asarray(each, dtype)
-        for start, rows in train.blocks(checkpoint):
-            found = np.asarray(product(_padded(rows, train.block_rows), placed))[: len(rows)]
-            finite = np.isfinite(found).all(axis=1)
-            if not finite.all():
-                raise train.not_finite(start + int(finite.argmin()))
-            total[start : start + len(rows)] += found
+    total = np.zeros((train.examples, len(directions[0])), train.dtype)
+    # Rows in float64 keep their digits, whatever the width that JAX has elsewhere.
+    with jax.enable_x64(train.dtype == np.float64):
+        for checkpoint, each in enumerate(directions):
+            placed = jnp.asarray(each, train.dtype)
+            for start, rows in train.blocks(checkpoint):
+                found = np.asarray(product(_padded(rows, train.block_rows), placed))[: len(rows)]
+                finite = np.isfinite(found).all(axis=1)
+                if not finite.all():
+                    raise train.not_finite(start + int(finite.argmin()))
+                total[start : start + len(rows)] += found
     return total
 
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxlm.core import adam, paths, per_example, tapped
+from jaxlm.core.programs import Program
 from jaxlm.core.projection import Projector
 
 CACHE_BYTES, BLOCK_BYTES = 2**27, 2**31
@@ -48,22 +49,7 @@ def size_of_block(
     loss_fn: Callable[..., Array], params: Any, examples: Any, select: paths.Select
 ) -> tuple[int, bool]:
     """Examples in a block, a power of 2, and whether the gradients of a block are held."""
-
-    def described(tree, lead=None):
-        leaves, structure = jax.tree.flatten(tree)
-        shapes = [jnp.shape(leaf) if lead is None else (lead, *leaf.shape[1:]) for leaf in leaves]
-        return structure, tuple((s, leaf.dtype) for s, leaf in zip(shapes, leaves, strict=True))
-
-    return _size_of_block(loss_fn, described(params), described(examples, 1), select)
-
-
-@functools.lru_cache(maxsize=64)
-def _size_of_block(loss_fn, params, one, select):
-    """`size_of_block` from (structure, shapes): calls for batch after batch trace nothing."""
-    params, one = (
-        jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*each) for each in shapes])
-        for tree, shapes in (params, one)
-    )
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), examples)
     taken = paths.flatten(paths.split(params, select)[0])[0]
     whole = 4 * sum(leaf.value.size for leaf in taken)
     lean = per_example.untapped(loss_fn, params, one, select) is None
@@ -80,7 +66,7 @@ def _size_of_block(loss_fn, params, one, select):
 def groups(
     work: Work, params: Any, batch: Any, projector: Any, moments: Any, size: int, mesh: Mesh | None
 ) -> Iterator[tuple[Any, dict[str, Array]]]:
-    """(features, sums) of `_block` of group after group of examples, without what fills it up.
+    """(features, sums) of `_rows` of group after group of examples, without what fills it up.
 
     A group is what is projected at once, some blocks of `size` examples. The last block of all is
     filled up with copies of the last example. On a mesh the groups go round its devices, each of
@@ -90,6 +76,7 @@ def groups(
     at_once = size * max(1, TOGETHER // size)
     devices = [None] if mesh is None else list(mesh.local_devices)
     arguments = (params, projector, moments)
+    program = Program(functools.partial(_rows, work))
     placed = [arguments if d is None else jax.device_put(arguments, d) for d in devices]
     for number, first in enumerate(range(0, count, at_once)):
         at = number % len(devices)
@@ -99,7 +86,7 @@ def groups(
             rows = np.minimum(np.arange(start, start + size), count - 1)
             part = jax.tree.map(lambda a, rows=rows: a[rows], batch)
             part = part if devices[at] is None else jax.device_put(part, devices[at])
-            found.append(_block(params, part, projector, moments, work=work))
+            found.append(program(params, part, projector, moments))
         features, sums = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
         if not work.project:
             features = _joined(features, params, work.select, projector)
@@ -117,12 +104,7 @@ def _joined(leaves, params, select, projector):
     return projector.project(jax.tree.unflatten(structure, leaves))
 
 
-@functools.partial(jax.jit, static_argnames="work")
-def _block(params, batch, projector, moments, *, work):
-    return _rows(params, batch, projector, moments, work)
-
-
-def _rows(params, batch, projector: Projector | None, moments, work: Work):
+def _rows(work: Work, params, batch, projector: Projector | None, moments):
     """(projected rows, or the gradients of each leaf; sums over leaves; losses)."""
     examples, segments = batch
     extras = steps = None

@@ -8,8 +8,8 @@
     000.lock              held by the process that is writer 0
 
 Rows are read as far as a shard's JSON or log tells of them, and no further: what a killed process
-left after them is written over. Every JSON file has a checksum of itself. Checksums are CRC-32,
-which finds every change of up to four adjacent bytes.
+left after them is written over. Every JSON file and every line of a log has a checksum of itself.
+Checksums are CRC-32, which finds every change of up to four adjacent bytes.
 """
 
 import json
@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlm.artifacts.files import parse_json, read_json, read_text, write_atomic
 from jaxlm.core.errors import UserError
-from jaxlm.artifacts.files import write_atomic
 
 MANIFEST = "manifest.json"
 
@@ -47,12 +47,15 @@ class Shard(NamedTuple):
           UserError: if it is missing or has another size.
         """
         try:
-            size = self.path.stat().st_size
+            if self.path.stat().st_size != len(self.ids) * width:
+                raise damaged(self.path)
+            return np.memmap(self.path, np.uint8, "r", shape=(len(self.ids), width))
         except FileNotFoundError:
             raise UserError(f"{self.path} is missing; compute its rows again") from None
-        if size != len(self.ids) * width:
-            raise damaged(self.path)
-        return np.memmap(self.path, np.uint8, "r", shape=(len(self.ids), width))
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be read ({error.strerror}). Give a store that you may read."
+            ) from None
 
     def check(self, width: int) -> None:
         """Compares the checksum.
@@ -79,25 +82,30 @@ def committed_path(folder: Path, writer: int) -> Path:
     return folder / f"{writer:03d}.json"
 
 
-def sealed(content: dict[str, Any]) -> str:
+def sealed(content: dict[str, Any], indent: int | None = 1) -> str:
     """A JSON text with a checksum of itself."""
-    return json.dumps({**content, "checksum": _own_checksum(content)}, indent=1) + "\n"
+    return json.dumps({**content, "checksum": _own_checksum(content)}, indent=indent) + "\n"
 
 
-def unsealed(path: Path) -> dict[str, Any]:
+def unsealed(path: Path, **fields: type) -> dict[str, Any]:
     """Reads what `sealed` made.
 
+    Args:
+      path: of the file.
+      fields: types of what must be in it.
+
     Raises:
-      UserError: if it differs.
+      UserError: if it differs, or cannot be read.
       FileNotFoundError: if there is none.
     """
     try:
-        text = path.read_bytes().decode()
-        content = json.loads(text)
-        del content["checksum"]
-    except (ValueError, KeyError, TypeError):
+        content = read_json(path, checksum=int, **fields)
+    except UserError as error:
+        if isinstance(error.__context__, OSError):  # not allowed to read it, for example
+            raise
         raise damaged(path) from None
-    if sealed(content) != text:
+    del content["checksum"]
+    if sealed(content) != read_text(path):
         raise damaged(path)
     return content
 
@@ -115,7 +123,7 @@ def write_shard(shard: Shard) -> None:
 
 def read_shard(path: Path) -> Shard:
     """A complete shard, from the path of its rows."""
-    content = unsealed(path.with_suffix(".json"))
+    content = unsealed(path.with_suffix(".json"), ids=list, rows_checksum=int)
     return Shard(path, content["ids"], content["rows_checksum"])
 
 
@@ -139,17 +147,19 @@ def read_log(path: Path) -> Shard:
     lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
     for line in lines:
         try:
-            content = json.loads(line)
-            ids += content["ids"]
-            checksum = content["rows_checksum"]
+            content = parse_json(line.decode(), str(log))
+            if log_line(content["ids"], content["rows_checksum"]) != line + b"\n":
+                raise damaged(log)
         except (ValueError, KeyError, TypeError):
             raise damaged(log) from None
+        ids += content["ids"]
+        checksum = content["rows_checksum"]
     return Shard(path, ids, checksum)
 
 
 def log_line(ids: list[str | int], checksum: int) -> bytes:
     """What `read_log` reads."""
-    return json.dumps({"ids": ids, "rows_checksum": checksum}).encode() + b"\n"
+    return sealed({"ids": ids, "rows_checksum": checksum}, indent=None).encode()
 
 
 def sync(folder: Path) -> None:

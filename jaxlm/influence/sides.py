@@ -66,7 +66,7 @@ class Side(NamedTuple):
 
 
 def side(given: Any, name: str) -> Side:
-    """A side from an array [E, N, R], one store, or a sequence of E stores or arrays [N, R].
+    """A side from an array [E, N, R] or [N, R], one store, or E stores or arrays [N, R].
 
     Raises:
       UserError: for something else, for no rows, or where checkpoints do not have the same
@@ -78,11 +78,12 @@ def side(given: Any, name: str) -> Side:
         rows = [each if isinstance(each, GradientStore) else _array(each) for each in given]
     else:
         array = _array(given)
-        if len(array.shape) != 3 or not array.shape[0]:
+        if len(array.shape) not in (2, 3) or not array.shape[0]:
             raise UserError(
-                f"{name} has shape {tuple(array.shape)}; give [checkpoints, examples, numbers]"
+                f"{name} has shape {tuple(array.shape)}; give [checkpoints, examples, numbers], or "
+                "[examples, numbers] of one"
             )
-        rows = [array[checkpoint] for checkpoint in range(array.shape[0])]
+        rows = [array] if len(array.shape) == 2 else list(array)
     for each in rows:
         if len(each.shape) != 2 or tuple(each.shape) != tuple(rows[0].shape):
             raise UserError(

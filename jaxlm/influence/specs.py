@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from jaxlm.core.errors import UserError
 from jaxlm.artifacts.fingerprints import short
+from jaxlm.core.errors import UserError
 from jaxlm.core.projection import Projector
 from jaxlm.influence.encodings import encoding
 

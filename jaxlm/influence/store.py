@@ -177,18 +177,20 @@ class GradientStore:
     def _committed(self, writer: int) -> list[shards.Shard]:
         path = shards.committed_path(self.directory, writer)
         try:
-            content = shards.unsealed(path)
+            content = shards.unsealed(path, shards=int, rows=int)
         except FileNotFoundError:
             raise UserError(
                 f"writer {writer} of {self.directory} has not committed; let it finish and commit"
             ) from None
-        found = [
-            shards.shard_path(self.directory, writer, index) for index in range(content["shards"])
-        ]
-        for each in found:
-            if not each.with_suffix(".json").exists():
-                raise UserError(f"{each.with_suffix('.json')} is missing; compute its rows again")
-        return [shards.read_shard(each) for each in found]
+        found = []
+        for index in range(content["shards"]):
+            path = shards.shard_path(self.directory, writer, index)
+            try:
+                found.append(shards.read_shard(path))
+            except FileNotFoundError:
+                missing = path.with_suffix(".json")
+                raise UserError(f"{missing} is missing; compute its rows again") from None
+        return found
 
     def _check_ids(self) -> None:
         if len(set(self.ids)) == len(self.ids):
@@ -216,12 +218,13 @@ class Manifest:
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / shards.MANIFEST
     try:
-        content = shards.unsealed(path)
-        spec = StoreSpec(**content.pop("spec"))
-        return Manifest(spec, content["writers"], content["shard_rows"])
-    except (FileNotFoundError, NotADirectoryError):
+        if not folder.is_dir():
+            raise FileNotFoundError
+        content = shards.unsealed(path, spec=dict, writers=int, shard_rows=int)
+        return Manifest(StoreSpec(**content["spec"]), content["writers"], content["shard_rows"])
+    except FileNotFoundError:
         raise UserError(f"{path} is missing: there is no gradient store") from None
-    except (KeyError, TypeError):
+    except TypeError:  # of a field of the spec
         raise shards.damaged(path) from None
 
 

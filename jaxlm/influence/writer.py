@@ -9,8 +9,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Float
 
+from jaxlm.artifacts.files import write_atomic, writing
 from jaxlm.core.errors import UserError
-from jaxlm.artifacts.files import write_atomic
 from jaxlm.influence import shards
 from jaxlm.influence.encodings import encoding
 from jaxlm.influence.shards import Shard
@@ -129,6 +129,11 @@ class StoreWriter:
         for name in names:
             if isinstance(name, bool) or not isinstance(name, str | int):
                 raise UserError(f"the id {name!r} is no text and no integer; give one of them")
+            if not _is_readable(name):
+                raise UserError(
+                    f"the id of row {len(new)} is no Unicode text, or has thousands of digits; "
+                    "give another"
+                )
             if name in self._known or name in new:
                 where = "twice" if name in new else f"in {self._folder} already"
                 raise UserError(f"the id {name!r} is {where}; give every example its own")
@@ -203,17 +208,31 @@ class _OpenShard:
         self._log.close()
 
 
+def _is_readable(name: str | int) -> bool:
+    """Whether JSON gives an id back: half a character, or thousands of digits, it does not."""
+    try:
+        str(name).encode()
+    except ValueError:
+        return False
+    return True
+
+
 def _open(path: Path) -> BinaryIO:
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_CREAT, 0o666)
+
+    with writing(path):
+        return open(path, "r+b", opener=opener)
 
 
 def _write_at(file: BinaryIO, start: int, content: bytes) -> None:
     """Writes to the disk, and makes it the end of the file."""
-    file.seek(start)
-    file.write(content)
-    file.truncate()
-    file.flush()
-    os.fsync(file.fileno())
+    with writing(Path(file.name)):
+        file.seek(start)
+        file.write(content)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _locked(path: Path, folder: Path, writer: int) -> BinaryIO:

@@ -1,6 +1,5 @@
 """The empirical neural tangent kernel: one function for all kinds and methods."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,10 +9,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxlm.core import paths
+from jaxlm.artifacts.processes import to_host
+from jaxlm.core import paths, tapped
 from jaxlm.core.errors import UserError
 from jaxlm.core.per_example import takes_tap
-from jaxlm.artifacts.processes import to_host
+from jaxlm.core.programs import has_values, held
 from jaxlm.core.projection import Projector
 from jaxlm.kernels import blocks, checks, gram
 from jaxlm.kernels._projected import projected
@@ -71,13 +71,14 @@ def ntk(
     ε → 0 it is sign(g): early Adam is SignGD, for which the paper has the sign kernels. From a
     trained state Γ is no longer odd, and has the part of the momentum that all examples share.
 
-    A block is compiled once for each function f, its options and shapes: give the same f again
-    rather than a new one of the same text.
+    f is traced at every call, so the kernel is that of what f closes over now; what is compiled is
+    kept for the next call with the same trace.
 
     Args:
       f: `f(params, x) -> [N, C]`, row n depending on example n alone. With a keyword `tap` the
         factorized method can use it.
-      params: any pytree of floats; what are no floats is held fixed.
+      params: any pytree; what is no array of floats, such as the activation functions of a module
+        of Equinox, is held fixed.
       x1: a pytree of arrays whose axis 0 is N1: the examples whose f moves.
       x2: the same with N2: the examples that move it. None stands for `x1`; of a symmetric kind
         only half of the kernel is then computed.
@@ -178,7 +179,7 @@ def ntk_with_info(
         second = lost(x1 if x2 is None else x2, kind in ("signgd", "asymmetric_signgd"))
     method = options.get("method", "auto")
     if method == "auto":
-        method = resolve(method, f, params, x1, select)
+        method = resolve(method, *held(f, params), x1, select)
     return kernel, NTKInfo(method, first, second)
 
 
@@ -195,6 +196,7 @@ def dropped_fraction(
       f, params, x, sign_threshold, select: of `ntk`.
     """
     threshold = None if sign_threshold is None else float(sign_threshold)
+    f, params = held(f, params)
     return checks.dropped(f, params, jax.tree.map(jnp.asarray, x), threshold, select)
 
 
@@ -231,14 +233,10 @@ def prepare(
 ) -> blocks.Blocks:
     """The blocks of `ntk`, after all that can be checked before them."""
     over = gram.axes(trace_axes, diagonal_axes)
+    f, params = held(f, params)
     features = features_of(kind, params, select, sign_threshold, adam_state, b1, b2, eps)
     if block_size is not None and block_size < 1:
         raise UserError(f"block_size={block_size} is no number of examples; give 1 or more")
-    try:
-        hash(f)
-    except TypeError:  # a callable object that holds arrays
-        f = _hashable(f)
-    params = jax.tree.map(jnp.asarray, params)
     x1, x2 = jax.tree.map(jnp.asarray, (x1, x2))
     mesh = mesh_of(params) if mesh is None else mesh
     if mesh is not None:
@@ -250,23 +248,20 @@ def prepare(
             f"f has {count} outputs at x1 and {other} at x2; give both the same classes"
         )
     method = resolve(method, f, params, x1, select)
-    if check and checks.concrete(params, x1, x2):
+    if check and has_values(params, x1, x2):
         for name, x in (("x1", x1), ("x2", x2)):
             if x is not None:
+                if takes_tap(f):
+                    tapped.check_ids(f, params, x, name)
                 checks.check_independence(f, params, x, name)
     counts = (checks.examples(x1, "x1"), checks.examples(x1 if x2 is None else x2, "x2"))
     size = blocks.sizes(counts, count, params, select, (block_size, method, mesh))
     return blocks.Blocks(f, params, x1, x2, features, over, select, method, size, mesh)
 
 
-def _hashable(f: Callable[..., Array]) -> Callable[..., Array]:
-    """A function that can be hashed, of the same value and signature."""
-    return functools.wraps(f, updated=())(lambda *args, **options: f(*args, **options))
-
-
 def check_kernel(work: blocks.Blocks, kernel: Any) -> None:
     """Raises UserError if a kernel, or a block of it, is not finite, naming an example."""
-    if not checks.concrete(kernel) or np.isfinite(to_host(kernel)).all():
+    if not has_values(kernel) or np.isfinite(to_host(kernel)).all():
         return
     for name, x in (("x1", work.x1), ("x2", work.x2)):
         if x is not None:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
+from jaxlm.core.programs import Program, has_values, held
 from jaxlm.core.projection import Projector
 from jaxlm.kernels import blocks, checks, gram, jacobian
 from jaxlm.kernels.arguments import features_of
@@ -48,7 +49,7 @@ def projected(
 
     Time is that of (N1 + N2) C backward passes and projections, and of products of [N1 C, dim] with
     [dim, N2 C]. Of kinds "sgd" and "signgd" the result is positive semidefinite; of all kinds its
-    mean over seeds is the kernel. Each block is compiled once for f, its options and shapes.
+    mean over seeds is the kernel. f is traced at every call.
 
     Args:
       f, params, x1, x2, kind, trace_axes, diagonal_axes, select, sign_threshold, adam_state, b1,
@@ -75,6 +76,7 @@ def projected(
     et al., "A Kernel-Based View of Language Model Fine-Tuning", arXiv:2210.05643.
     """
     over = gram.axes(trace_axes, diagonal_axes)
+    f, params = held(f, params)
     features = features_of(kind, params, select, sign_threshold, adam_state, b1, b2, eps)
     rows = functools.partial(
         _rows,
@@ -124,6 +126,7 @@ def projected_features(
       projector, block_size: of `projected`.
       side: "left" for S φ1(∇f), "right" for S φ2(∇f).
     """
+    f, params = held(f, params)
     features = features_of(kind, params, select, sign_threshold, adam_state, b1, b2, eps)
     return _rows(
         f,
@@ -142,21 +145,22 @@ def projected_features(
 def _rows(f, params, x, *, features, projector, select, block_size, check, side, name):
     if block_size is not None and block_size < 1:
         raise UserError(f"block_size={block_size} is no number of examples; give 1 or more")
-    params, x = jax.tree.map(jnp.asarray, (params, x))
+    x = jax.tree.map(jnp.asarray, x)
     outputs = checks.outputs(f, params, x, name)
-    look = check and checks.concrete(params, x)
+    look = check and has_values(params, x)
     if look:
         checks.check_independence(f, params, x, name)
     count, mesh = checks.examples(x, name), projector.mesh
     options = (block_size, "jacobian", mesh)
     size = blocks.sizes((count, count), outputs, params, select, options)[0]
     placed = params if mesh is None else place_params(params, mesh, WHOLE)
+    program = Program(functools.partial(_block, f, select, side))
     found = []
     for start in range(0, count, size):
         rows = np.minimum(np.arange(start, start + size), count - 1)
         part = jax.tree.map(lambda a, rows=rows: a[rows], x)
         part = part if mesh is None else jax.device_put(part, batch_sharding(mesh))
-        block = _block(f, placed, part, features, projector, select=select, side=side)
+        block = program(placed, part, features, projector)
         found.append(block[: min(size, count - start)])
     result = jnp.concatenate(found)
     if look and not np.isfinite(np.asarray(result)).all():
@@ -167,8 +171,7 @@ def _rows(f, params, x, *, features, projector, select, block_size, check, side,
     return result
 
 
-@functools.partial(jax.jit, static_argnames=("f", "select", "side"))
-def _block(f, params, x, features, projector, *, select, side):
+def _block(f, select, side, params, x, features, projector):
     found = getattr(features, side)(jacobian.gradients(f, params, x, select))
     taken, structure = jax.tree.flatten(paths.split(params, select)[0])
     count, outputs = found[0].shape[:2]

@@ -133,6 +133,9 @@ class Backward:
         rows, head, method = [], None, "matches"
         for op, (a, b, ids) in ops.items():
             if op == "embed":
+                # Indexing counts from the end, and takes the nearest row for an id that is none.
+                size = leaf.value.shape[0]
+                a = jnp.clip(jnp.where(a < 0, a + size, a), 0, size - 1)
                 rows.append(tables.looked_up(a, b))
                 method = self._method((path, op), a, b, leaf.value.shape)
             elif ids is None:

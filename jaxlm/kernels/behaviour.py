@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
+from jaxlm.core.programs import held, is_array
 from jaxlm.typing import Params
 
 
@@ -55,11 +56,11 @@ def value_and_tangent(
         UserError: the parameter sets differ in structure or shape.
     """
     same_shapes(params, other)
+    f, params = held(f, params)
     moved, fixed = paths.split(params, None)
-    moved = jax.tree.map(jnp.asarray, moved)
     direction = jax.tree.map(
-        lambda new, old: (jnp.asarray(new) - old).astype(old.dtype),
-        paths.split(other, None)[0],
+        lambda new, old: (new - old).astype(old.dtype),
+        paths.split(held(f, other)[1], None)[0],
         moved,
     )
     return jax.jvp(lambda part: f(paths.merge(part, fixed), x), (moved,), (direction,))
@@ -86,17 +87,19 @@ class KernelChange(NamedTuple):
     r"""How far one kernel is from another.
 
     Attributes:
-        mean: of $|K' - K| / |K|$ over entries; infinite where K is zero and K' not. The paper calls
-            features fixed where this is below 2.
+        mean: of $|K' - K| / |K|$ over entries, without those that move away from zero. The paper
+            calls features fixed where this is below 2.
         median: of the same.
         frobenius: $\|K' - K\|_F / \|K\|_F$, which small entries do not blow up.
         alignment: $\langle K, K' \rangle / (\|K\|_F \|K'\|_F)$, which ignores scale.
+        left_out: share of those that move away from zero: up to rounding, K is zero and K' not K.
     """
 
     mean: float
     median: float
     frobenius: float
     alignment: float
+    left_out: float = 0.0
 
 
 def kernel_change(before: Any, after: Any) -> KernelChange:
@@ -124,13 +127,18 @@ def kernel_change(before: Any, after: Any) -> KernelChange:
     if norm == 0:
         raise UserError("the first kernel is zero: there is no relative change.")
     size, moved = np.abs(first), np.abs(second - first)
-    relative = np.divide(moved, size, out=np.where(moved > 0, np.inf, 0.0), where=size > 0)
+    given = np.asarray(before).dtype
+    rounding = np.finfo(given if given == np.float64 else np.float32).eps
+    # A zero, or what rounding made of one, has no relative change, and would be all of the mean.
+    there = (size > rounding * size.max()) | (moved == 0)
+    relative = moved[there] / np.where(size[there] > 0, size[there], 1)
     other = np.linalg.norm(second)
     return KernelChange(
         mean=float(relative.mean()),
         median=float(np.median(relative)),
         frobenius=float(np.linalg.norm(moved) / norm),
         alignment=float((first * second).sum() / (norm * other)) if other else 0.0,
+        left_out=float(1 - there.mean()),
     )
 
 
@@ -191,10 +199,14 @@ def kernel_drift(kernel_fn: Callable[[Params], Any], trajectory: Iterable[Params
     return Drift(tuple(from_first), tuple(from_previous))
 
 
+def _arrays(tree: Params) -> list[paths.Leaf]:
+    return [leaf for leaf in paths.flatten(tree)[0] if is_array(leaf.value)]
+
+
 def same_shapes(params: Params, other: Params) -> None:
     """Raises UserError for parameter sets that differ in structure or shape, with a path."""
     first, second = (
-        {(leaf.path, leaf.layer): jnp.shape(leaf.value) for leaf in paths.flatten(tree)[0]}
+        {(leaf.path, leaf.layer): jnp.shape(leaf.value) for leaf in _arrays(tree)}
         for tree in (params, other)
     )
     for place in [*first, *second]:

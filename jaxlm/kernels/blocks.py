@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxlm.core import paths
+from jaxlm.core.programs import Program
 from jaxlm.kernels import gram, jacobian, vector_products
 from jaxlm.kernels.factorized import block as factorized_block
 from jaxlm.sharding import batch_sharding, replicated
@@ -29,19 +30,6 @@ METHODS: dict[str, Callable[..., Array]] = {
     "ntk_vector_products": vector_products.block,
 }
 """`method(f, params, x1, x2 or None, features, over, select)` of each name."""
-
-STATIC = ("f", "method", "over", "select")
-
-
-@functools.partial(jax.jit, static_argnames=STATIC)
-def _block(f, params, x1, x2, features, *, method, over, select):
-    return METHODS[method](f, params, x1, x2, features, over, select)
-
-
-@functools.partial(jax.jit, static_argnames=("f", "select"))
-def _gradients(f, params, x, *, select):
-    """The part that takes long to compile, and is the same for all kinds and axes."""
-    return jacobian.gradients(f, params, x, select)
 
 
 @jax.jit
@@ -82,6 +70,14 @@ class Blocks:
     mesh: Mesh | None = None
     _row: tuple[int, Any] | None = None
 
+    def __post_init__(self):
+        f, over, select, method = self.f, self.over, self.select, METHODS[self.method]
+        self._block = Program(
+            lambda params, x1, x2, features: method(f, params, x1, x2, features, over, select)
+        )
+        # The part that takes long to compile, and is the same for all kinds and axes.
+        self._gradients = Program(lambda params, x: jacobian.gradients(f, params, x, select))
+
     @property
     def half(self) -> bool:
         """Whether the lower half of the blocks mirrors the upper."""
@@ -102,8 +98,7 @@ class Blocks:
             found = self._from_gradients(i, j)
         else:
             x2 = None if self.x2 is None and i == j else self._part(1, j)
-            options = {"over": self.over, "select": self.select, "method": self.method}
-            found = _block(self.f, self.params, self._part(0, i), x2, self.features, **options)
+            found = self._block(self.params, self._part(0, i), x2, self.features)
         rows, columns = (slice(0, self._length(side, at)) for side, at in ((0, i), (1, j)))
         return found[rows, :, columns] if self.over == "full" else found[rows, columns]
 
@@ -128,14 +123,14 @@ class Blocks:
             if self.half:
                 return _alone(left, over=self.over, halves=self.mesh is None)
             return _against(left, left, self.features, over=self.over)
-        found = _gradients(self.f, self.params, self._part(1, j), select=self.select)
+        found = self._gradients(self.params, self._part(1, j))
         return _against(left, found, self.features, over=self.over)
 
     def _left(self, i):
         """φ1 of a block of rows, kept until the next."""
         if self._row is None or self._row[0] != i:
             self._row = None
-            found = _gradients(self.f, self.params, self._part(0, i), select=self.select)
+            found = self._gradients(self.params, self._part(0, i))
             if self.features.kind == "signgd":
                 found = _signs(found, self.features)
             self._row = (i, found)

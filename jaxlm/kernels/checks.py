@@ -1,6 +1,5 @@
 """What f and its examples must be, and which example is to blame where a kernel is not finite."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,16 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxlm.artifacts.processes import to_host
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
-from jaxlm.artifacts.processes import to_host
+from jaxlm.core.programs import Program
 from jaxlm.kernels import gram
 from jaxlm.kernels.jacobian import gradients
-
-
-def concrete(*trees: Any) -> bool:
-    """Whether all arrays have values, so that they can be looked at."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
 def examples(x: Any, name: str) -> int:
@@ -60,63 +55,64 @@ def outputs(f: Callable[..., Array], params: Any, x: Any, name: str) -> int:
     return shape[1]
 
 
-@functools.partial(jax.jit, static_argnames="f")
-def _batches(f, params, x, other):
-    """f at a pair of examples, at the pair exchanged, and at the first twice."""
-
-    def at(rows):
-        return f(params, jax.tree.map(lambda a: jnp.asarray(a)[rows], x))
-
-    # A loop, so that f is compiled once.
-    with jax.default_matmul_precision("highest"):
-        pair, exchanged, twice = jax.lax.map(at, jnp.array([[0, other], [other, 0], [0, 0]]))
-    return pair, exchanged[::-1], twice
+BATCH = 8
+"""Examples, at most, by which independence is checked."""
 
 
 def check_independence(f: Callable[..., Array], params: Any, x: Any, name: str) -> None:
-    """Checks on two examples that each output of f depends on its own example alone.
+    """Checks on some examples that each output of f depends on its own example alone.
+
+    f at a batch of them is compared with f at the same in reverse order, and at a batch whose
+    second half is the first example again.
 
     Raises:
-      UserError: if exchanging the two does not exchange f, or one changes f at the other.
+      UserError: if that changes f at an example.
     """
-    other = _another(x)
-    if other is None:
+    order = [0, *_others(x)[: BATCH - 1].tolist()]
+    half = (len(order) + 1) // 2
+    if len(order) < 2:
         return
-    pair, exchanged, twice = (to_host(a).astype(np.float64) for a in _batches(f, params, x, other))
-    narrow = jax.eval_shape(f, params, x).dtype
-    allowed = float(jnp.finfo(narrow).eps) ** 0.5 * np.abs(pair).max(initial=0)
-    rows = ((exchanged, pair, "their order"), (twice[:1], pair[:1], "each other"))
-    for found, wanted, what in rows:
-        if not (np.isfinite(found).all() and np.isfinite(wanted).all()):
+    batches = np.array([order, order[::-1], order[:half] + [0] * (len(order) - half)])
+    rows = jax.tree.map(lambda a: jnp.asarray(a)[batches], x)
+
+    def values(params, rows):
+        # A loop, so that f is compiled once.
+        with jax.default_matmul_precision("highest"):
+            return jax.lax.map(lambda x: f(params, x), rows)
+
+    found = Program(values)(params, rows)
+    allowed = float(jnp.finfo(found.dtype).eps) ** 0.5
+    plain, turned, partly = to_host(found).astype(np.float64)
+    allowed *= np.abs(plain).max(initial=0)
+    pairs = ((turned[::-1], plain, "their order"), (partly[:half], plain[:half], "each other"))
+    for other, wanted, what in pairs:
+        if not (np.isfinite(other).all() and np.isfinite(wanted).all()):
             return  # the kernel will not be finite either, and that check names an example
-        worst = np.abs(found - wanted).max(initial=0)
-        if worst > allowed:
+        away = np.abs(other - wanted).max(axis=1, initial=0)
+        if away.max() > allowed:
             raise UserError(
-                f"f at examples 0 and {other} of {name} depends on {what} (by {worst:.2g}); row n "
-                "of f must depend on example n alone, without dropout or batch statistics"
+                f"f at examples {', '.join(map(str, order))} of {name} depends on {what} (by "
+                f"{away.max():.2g}); row n of f must depend on example n alone, without dropout or "
+                "batch statistics"
             )
 
 
-def _another(x) -> int | None:
-    """The first example that is not the same as example 0."""
+def _others(x) -> np.ndarray:
+    """The examples that are not the same as example 0."""
     differs = False
     for leaf in map(to_host, jax.tree.leaves(x)):
         flat = leaf.reshape(leaf.shape[0], -1)
         differs = differs | (flat != flat[:1]).any(1)
-    found = np.flatnonzero(differs)
-    return int(found[0]) if found.size else None
+    return np.flatnonzero(differs)
 
 
-@functools.partial(jax.jit, static_argnames=("f", "select"))
-def _finite(f, params, x, select):
-    """Whether f is finite at each example, and its gradient in each leaf."""
+def _at_each(params, x, function):
+    """`function(params, batch)` of every example, in a batch of one."""
 
-    def at(row):
-        batch = jax.tree.map(lambda a: a[None], row)
-        found = [jnp.isfinite(g).all() for g in gradients(f, params, batch, select)]
-        return jnp.isfinite(f(params, batch)).all(), jnp.stack(found)
+    def at(params, x):
+        return jax.lax.map(lambda row: function(params, jax.tree.map(lambda a: a[None], row)), x)
 
-    return jax.lax.map(at, x)
+    return Program(at)(params, jax.tree.map(jnp.asarray, x))
 
 
 def check_finite(
@@ -127,8 +123,13 @@ def check_finite(
     Raises:
       UserError: naming the first example for which they are not, and the leaf.
     """
+
+    def finite(params, batch):
+        found = [jnp.isfinite(g).all() for g in gradients(f, params, batch, select)]
+        return jnp.isfinite(f(params, batch)).all(), jnp.stack(found)
+
     taken = paths.flatten(paths.split(params, select)[0])[0]
-    values, rows = (to_host(a) for a in _finite(f, params, jax.tree.map(jnp.asarray, x), select))
+    values, rows = (to_host(a) for a in _at_each(params, x, finite))
     bad = np.flatnonzero(~(values & rows.all(1)))
     if not bad.size:
         return
@@ -145,12 +146,10 @@ def check_finite(
     raise UserError(f"the gradient of f at example {n} of {name} is not finite in {path}; {cure}")
 
 
-@functools.partial(jax.jit, static_argnames=("f", "threshold", "select"))
 def dropped(f, params, x, threshold, select):
     """`gram.dropped` of every example, one at a time."""
-
-    def at(row):
-        batch = jax.tree.map(lambda a: a[None], row)
-        return gram.dropped(gradients(f, params, batch, select), threshold)[0]
-
-    return jax.lax.map(at, x)
+    return _at_each(
+        params,
+        x,
+        lambda params, batch: gram.dropped(gradients(f, params, batch, select), threshold)[0],
+    )

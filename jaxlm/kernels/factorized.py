@@ -17,6 +17,7 @@ from jaxtyping import Array
 from jaxlm.core import paths, per_example, tapped
 from jaxlm.core.errors import UserError
 from jaxlm.core.per_example import takes_tap
+from jaxlm.core.programs import held
 from jaxlm.kernels import cost, gram
 from jaxlm.kernels.arguments import features_of
 from jaxlm.kernels.backward import Backward, Plan
@@ -83,6 +84,7 @@ def factorized(
     arXiv:1510.01799 (the factors).
     """
     over = gram.axes(trace_axes, diagonal_axes)
+    f, params = held(f, params)
     features = features_of(kind, params, select, sign_threshold, adam_state, b1, b2, eps)
     return block(f, params, x1, x2, features, over, select, plan)
 
@@ -133,6 +135,7 @@ def plan(
     Returns:
       `{(path, op): "paired" | "chunked" | "matches"}` for the ops dense, embed and head.
     """
+    f, params = held(f, params)
     outputs = jax.eval_shape(f, params, x1).shape[1]
     pairs = outputs**2 if gram.axes(trace_axes, diagonal_axes) == "full" else outputs
     counts = (_count(x1), _count(x1 if x2 is None else x2))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlm.core import paths
+from jaxlm.core.programs import held
 from jaxlm.kernels import gram
 from jaxlm.kernels.arguments import features_of
 
@@ -94,6 +95,7 @@ def jacobian_contraction(
     contraction).
     """
     over = gram.axes(trace_axes, diagonal_axes)
+    f, params = held(f, params)
     features = features_of(kind, params, select, sign_threshold, adam_state, b1, b2, eps)
     return block(f, params, x1, x2, features, over, select)
 

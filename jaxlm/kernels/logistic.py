@@ -1,5 +1,6 @@
 """Kernel logistic and softmax regression by Newton's method."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ class LogisticFit(NamedTuple):
 
     Attributes:
         coefficients: of the training examples.
-        f0_scale: what f0 was divided by.
+        f0_scale: what f0 was divided by; infinite where it was left out.
         loss: the minimised sum, penalty included.
         residual: largest entry of the equation at the solution.
         iterations: Newton steps.
@@ -109,17 +110,16 @@ def kernel_softmax(
 def _newton(
     kernel: Any, labels: Any, outputs: int, penalty: float, f0: Any, f0_scale: float
 ) -> LogisticFit:
-    if not penalty > 0:
+    if not 0 < penalty < math.inf:
         raise UserError(f"penalty is {penalty:g}: give a positive number, or logits are unbounded.")
     K = systems.symmetric_matrix(kernel)
     count = len(np.asarray(kernel))
     if np.ndim(kernel) == 2:
         K = np.kron(K, np.eye(outputs))
     shape = (count, outputs)
-    label_array = np.asarray(labels)
-    systems.targets(label_array, outputs)  # checks them
-    if label_array.shape != (count,):
-        raise UserError(f"there are {len(label_array)} labels for {count} examples: give as many.")
+    label_array = systems.checked_labels(labels, max(outputs, 2), count=count)
+    systems.targets(label_array, outputs)  # checks that there are two classes
+    f0_scale = math.inf if f0 is None else f0_scale
     first = systems.offset(f0, f0_scale, shape)
     strength = penalty * float(np.linalg.eigvalsh(K)[-1])
     likelihood = _Likelihood(label_array, outputs)

@@ -1,5 +1,6 @@
 """Least-squares support vector machines whose kernel need not be symmetric."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ class AsymmetricFit(NamedTuple):
         flipped_coefficients: α of the training examples as first argument.
         bias: b of the first function; zeros where none was fitted.
         flipped_bias: b' of the second.
-        f0_scale: what f0 was divided by.
+        f0_scale: what f0 was divided by; infinite where it was left out.
     """
 
     coefficients: Float[np.ndarray, "N C"]
@@ -48,8 +49,10 @@ class AsymmetricFit(NamedTuple):
             f0: the function at its first parameters, [M, C].
 
         Raises:
-            UserError: `weight` is below 1 and `flipped` is not given.
+            UserError: `weight` is below 1 and `flipped` is not given, or f0 is missing.
         """
+        if not 0 <= weight <= 1:
+            raise UserError(f"weight is {weight:g}: give the share of the first function, 0 to 1.")
         values = weight * (systems.evaluate(kernel, self.coefficients) + self.bias[None])
         if weight != 1.0:
             if flipped is None:
@@ -125,7 +128,7 @@ def asymmetric_svm(
     """
     system = _System(kernel, targets, gamma, f0, f0_scale)
     none = np.zeros((2, system.outputs))
-    return system.fit(system.solve(system.y, system.y), none, f0_scale)
+    return system.fit(system.solve(system.y, system.y), none)
 
 
 def asymmetric_svm_with_bias(
@@ -146,7 +149,7 @@ def asymmetric_svm_with_bias(
     plain = system.solve(system.y, system.y)
     biases = np.linalg.solve(both.T @ moved, both.T @ plain)
     shape = (2, system.outputs)
-    return system.fit(plain - moved @ biases, biases.reshape(shape), f0_scale)
+    return system.fit(plain - moved @ biases, biases.reshape(shape))
 
 
 class _System:
@@ -158,7 +161,8 @@ class _System:
         self.K = kernel if isinstance(kernel, Factored) else factor(kernel)
         y = systems.checked_targets(targets, self.K.shape)
         self.outputs = y.shape[1]
-        self.y = systems.columns(y - systems.offset(f0, f0_scale, y.shape), self.K.shape)
+        self.f0_scale = math.inf if f0 is None else f0_scale
+        self.y = systems.columns(y - systems.offset(f0, self.f0_scale, y.shape), self.K.shape)
         self.ridge, s = 1 / gamma, self.K.values
         size = np.abs([self.ridge + s, self.ridge - s])
         condition = size.max() / size.min() if size.min() else np.inf
@@ -184,12 +188,12 @@ class _System:
         beta = self.K.right.T @ ((ridge * v - s * u) / product)
         return np.concatenate([alpha, beta])
 
-    def fit(self, solution: np.ndarray, biases: np.ndarray, f0_scale: float) -> AsymmetricFit:
+    def fit(self, solution: np.ndarray, biases: np.ndarray) -> AsymmetricFit:
         alpha, beta = np.split(solution, 2)
         return AsymmetricFit(
             coefficients=systems.rows(beta, self.outputs),
             flipped_coefficients=systems.rows(alpha, self.outputs),
             bias=biases[0],
             flipped_bias=biases[1],
-            f0_scale=f0_scale,
+            f0_scale=self.f0_scale,
         )

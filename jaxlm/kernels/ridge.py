@@ -48,7 +48,10 @@ class RidgePath(NamedTuple):
 
         Args:
             kernel: of these examples with the training examples, [M, C, N, C] or [M, N].
-            f0: the function at its first parameters, [M, C]; as it was given for training.
+            f0: the function at its first parameters, [M, C]; needed if it was given for training.
+
+        Raises:
+            UserError: f0 is missing or of another shape, or as `jaxlm.kernels.systems.evaluate`.
         """
         values = systems.evaluate(kernel, self.coefficients)
         shape = values.shape[2:]
@@ -83,7 +86,7 @@ def ridge_path(
         targets: `jaxlm.kernels.systems.targets(labels, C)`, or any numbers.
         ridges: λ, relative to the largest eigenvalue $\|K\|$.
         f0: the function at its first parameters.
-        f0_scales: s; `F0_SCALES` where f0 is given. `inf` leaves f0 out.
+        f0_scales: s; `F0_SCALES` if None. `inf` leaves f0 out; without f0 it is the only one.
 
     Raises:
         UserError: the kernel is not symmetric, not positive, not finite, or of one example; or the
@@ -112,7 +115,7 @@ def ridge_path(
     values = np.maximum(values, 0.0)
     least = 0.0 if rank == len(values) else _epsilon(kernel) ** 0.5
     used = tuple(max(float(ridge), least) for ridge in ridges)
-    scales = tuple(f0_scales or (F0_SCALES if f0 is not None else (math.inf,)))
+    scales = (math.inf,) if f0 is None else tuple(f0_scales or F0_SCALES)
     offsets = np.stack([systems.offset(f0, scale, y.shape) for scale in scales])
     left = np.swapaxes(U, 0, 1) @ systems.columns(y - offsets, np.shape(kernel))  # [S, P, Q]
     block = y.shape[1] if np.ndim(kernel) == 4 else 1

@@ -4,16 +4,18 @@ A folder has
 
     manifest.json         what the kernel is of
     kernel.safetensors    the kernel, once it is complete
+    checksums.json        of both
     blocks/I-J.safetensors    the blocks that are finished, until then
 
 Every file is written under another name and renamed, so a computation that was killed goes on after
-the last finished block.
+the last finished block. A block has a checksum of itself, since one that is damaged is computed
+again.
 """
 
 import dataclasses
 import hashlib
-import json
 import shutil
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxlm.artifacts.checksums import CHECKSUMS, seal, verify
+from jaxlm.artifacts.files import read_json, write_json, write_shared, writing
+from jaxlm.artifacts.fingerprints import fingerprint, short
+from jaxlm.artifacts.processes import is_first, meet, to_host
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
-from jaxlm.artifacts.files import write_shared
-from jaxlm.artifacts.fingerprints import fingerprint, short
-from jaxlm.artifacts.processes import is_first, to_host
+from jaxlm.core.programs import held
 from jaxlm.kernels import _ntk, gram
 from jaxlm.kernels.arguments import features_of
 
@@ -82,6 +86,7 @@ def describe(
       params, x1, x2, kind, trace_axes, diagonal_axes, select, sign_threshold, adam_state, b1, b2,
         eps: of `ntk`.
     """
+    params = held(describe, params)[1]
     features = features_of(kind, params, select, sign_threshold, adam_state, b1, b2, eps)
     chosen = paths.flatten(paths.split(params, select)[0])[0]
     dtype = gram.wide(jnp.result_type(*(leaf.value for leaf in chosen)))
@@ -114,12 +119,19 @@ def save_kernel(directory: str | Path, kernel: Any, manifest: Manifest) -> None:
       manifest: of `describe`.
 
     Raises:
-      UserError: if the directory has the kernel of something else.
+      UserError: if the directory has the kernel of something else, or the kernel is not finite.
     """
     folder = Path(directory)
+    value = to_host(kernel)
+    if not np.isfinite(value).all():
+        at = np.argwhere(~np.isfinite(value))[0].tolist()
+        raise UserError(
+            f"kernel: not finite (got {value[tuple(at)]} at {at}). Look at the gradients of those "
+            "examples, or compute it in float32."
+        )
     _check(folder, manifest)
     _write_manifest(folder, manifest)
-    _write(folder / KERNEL, to_host(kernel))
+    _complete(folder, value)
 
 
 def load_kernel(directory: str | Path, manifest: Manifest | None = None) -> Array:
@@ -140,6 +152,7 @@ def load_kernel(directory: str | Path, manifest: Manifest | None = None) -> Arra
     if not (folder / KERNEL).exists():
         raise UserError(f"{folder} has no complete kernel; compute one with saved_ntk")
     read_manifest(folder)
+    verify(folder)
     if manifest is not None:
         _check(folder, manifest)
     found = _read(folder / KERNEL)
@@ -154,14 +167,20 @@ def read_manifest(directory: str | Path) -> Manifest:
     Raises:
       UserError: if the file is missing or is no manifest.
     """
-    path = Path(directory) / MANIFEST
-    names = [field.name for field in dataclasses.fields(Manifest)]
+    content = _read_manifest(Path(directory) / MANIFEST)
+    return Manifest(**{field.name: content[field.name] for field in dataclasses.fields(Manifest)})
+
+
+def _read_manifest(path: Path, **more: type) -> dict[str, Any]:
+    kinds = {field.name: str for field in dataclasses.fields(Manifest)}
+    optional: dict[str, Any] = {"sign_threshold": (float, type(None)), "adam": (str, type(None))}
     try:
-        content = json.loads(path.read_text())
-        return Manifest(**{name: content[name] for name in names})
+        return read_json(path, **{**kinds, **optional, **more})
     except FileNotFoundError:
         raise UserError(f"{path} is missing; a kernel is not used without it") from None
-    except (ValueError, KeyError, TypeError):
+    except UserError as error:
+        if isinstance(error.__context__, OSError):  # not allowed to read it, for example
+            raise
         raise UserError(
             f"{path} is not the manifest of a kernel; remove the folder and compute it again"
         ) from None
@@ -201,8 +220,7 @@ def saved_ntk(
     folder = Path(directory)
     manifest = describe(params, x1, x2, template=template, **options)
     _check(folder, manifest)
-    if (folder / KERNEL).exists():
-        _remove_blocks(folder)
+    if (folder / KERNEL).exists() and (folder / CHECKSUMS).exists():
         return load_kernel(folder)
     if method == "projected":
         raise UserError("method='projected' has no blocks to save; give its kernel to save_kernel")
@@ -222,14 +240,18 @@ def saved_ntk(
             _write(path, block)
         finished[i, j] = block
     kernel = work.join(finished)
-    _write(folder / KERNEL, to_host(kernel))
-    _remove_blocks(folder)
+    _complete(folder, to_host(kernel))
     return kernel
 
 
-def _remove_blocks(folder: Path) -> None:
+def _complete(folder: Path, kernel: np.ndarray) -> None:
+    """Writes the kernel, and what says that it is whole."""
+    _write(folder / KERNEL, kernel)
     if is_first():
         shutil.rmtree(folder / BLOCKS, ignore_errors=True)
+        with writing(folder):
+            seal(folder)
+    meet(str(folder / CHECKSUMS))
 
 
 def _check(folder: Path, manifest: Manifest) -> None:
@@ -258,32 +280,41 @@ WORDS = {
 def _write_manifest(folder: Path, manifest: Manifest, **more: Any) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / MANIFEST
-        if more and path.exists():
-            sizes = json.loads(path.read_text()).get("sizes", more["sizes"])
-            if sizes != more["sizes"]:
-                raise UserError(
-                    f"{folder} has blocks of {sizes[0]} by {sizes[1]} examples, here they are "
-                    f"{more['sizes'][0]} by {more['sizes'][1]}; give the same block_size and mesh"
-                )
-        content = {**dataclasses.asdict(manifest), **more}
-        write_shared(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another") from error
+    path = folder / MANIFEST
+    if more and path.exists():
+        sizes = _read_manifest(path).get("sizes", more["sizes"])
+        if sizes != more["sizes"]:
+            there, here = (" by ".join(map(str, each)) for each in (sizes, more["sizes"]))
+            raise UserError(
+                f"{folder} has blocks of {there} examples, here they are {here}; give the same "
+                "block_size and mesh"
+            )
+    if is_first():  # what is being written is not complete
+        (folder / CHECKSUMS).unlink(missing_ok=True)
+    write_json(path, {**dataclasses.asdict(manifest), **more})
 
 
 def _write(path: Path, value: np.ndarray) -> None:
     from safetensors.numpy import save
 
-    write_shared(path, save({"kernel": np.ascontiguousarray(value)}))
+    value = np.ascontiguousarray(value)
+    with writing(path):
+        write_shared(path, save({"kernel": value}, {"crc32": str(zlib.crc32(value.data))}))
 
 
 def _read(path: Path) -> np.ndarray | None:
-    """The array of a file, or None where it cannot be read."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    """The array of a file, or None where it cannot be read or differs from its checksum."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)["kernel"]
-    except (SafetensorError, KeyError):
+        with safe_open(path, "numpy") as file:
+            value, checksum = file.get_tensor("kernel"), (file.metadata() or {})["crc32"]
+    except (SafetensorError, KeyError, TypeError):
         return None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}). Give a file that you may read."
+        ) from None
+    return value if str(zlib.crc32(np.ascontiguousarray(value).data)) == checksum else None

@@ -226,8 +226,8 @@ def fit(train: Split, validation: Split | None, solver: Any = None) -> Fit:
         solver: one of `SOLVERS`, an instance; `Ridge()` where not given.
 
     Raises:
-        UserError: no validation for a solver without leave-one-out, no candidate has a solution, or
-            as the solver.
+        UserError: no validation for a solver without leave-one-out, a label that is no class, f0 on
+            one side alone, no candidate has a solution, or as the solver.
 
     >>> kernel = np.array([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 2.0]])
     >>> train = Split(kernel, np.array([0, 0, 1]))
@@ -235,12 +235,21 @@ def fit(train: Split, validation: Split | None, solver: Any = None) -> Fit:
     1.0
     """
     chosen = Ridge() if solver is None else solver
-    num_classes = int(np.max(train.labels)) + 1
-    labels = train.labels if validation is None else validation.labels
+    sides = [("training label", train)]
+    sides += [] if validation is None else [("validation label", validation)]
+    num_classes = _num_classes(sides)
+    for what, split in sides:
+        systems.checked_labels(split.labels, num_classes, what, len(split.kernel))
+        if (split.f0 is None) != (train.f0 is None):
+            raise UserError(
+                "f0: one of the training and the validation examples has it, the other has not. "
+                "Give it for both, or for neither."
+            )
+    labels = sides[-1][1].labels
     best: tuple[float, float] | None = None
     kept: Candidate | None = None
     tried = []
-    for each in chosen.candidates(train, max(num_classes, 2)):
+    for each in chosen.candidates(train, num_classes):
         if validation is None and each.leave_one_out is None:
             name = type(chosen).__name__
             raise UserError(f"{name} needs validation examples to choose by: give them.")
@@ -254,6 +263,15 @@ def fit(train: Split, validation: Split | None, solver: Any = None) -> Fit:
         raise UserError("no setting of the grid has a solution: give other gammas.")
     by = "leave-one-out" if validation is None else "validation"
     return Fit(kept.settings, by, best[0], kept.scores, tuple(tried))
+
+
+def _num_classes(sides: list[tuple[str, Split]]) -> int:
+    """How many classes there are: validation may have one that no training example has."""
+    kernel = np.shape(sides[0][1].kernel)
+    if len(kernel) == 4:
+        return max(kernel[1], 2)
+    labels = np.concatenate([np.ravel(split.labels) for _, split in sides])
+    return int(labels.max(initial=1)) + 1 if labels.dtype.kind in "iu" else 2
 
 
 def spectrum(kernel: Any) -> tuple[int, int, tuple[tuple[int, int], ...]]:

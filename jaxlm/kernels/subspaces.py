@@ -29,6 +29,7 @@ from jaxtyping import Array
 
 from jaxlm.core import paths, prng, tapped, taps
 from jaxlm.core.errors import UserError
+from jaxlm.core.programs import held
 from jaxlm.core.projection import Family, projector
 from jaxlm.kernels import checks, gram
 from jaxlm.kernels._ntk import ntk
@@ -174,6 +175,7 @@ def activation_projected(
     if "tap" not in inspect.signature(f).parameters:
         raise UserError("f takes no keyword tap; give f(params, x, *, tap=None)")
     over = gram.axes(trace_axes, diagonal_axes)
+    f, params = held(f, params)
     rows = functools.partial(_features, f, params, adapters=adapters, scale=scale)
     left = rows(x1, name="x1")
     right = left if x2 is None else rows(x2, name="x2")

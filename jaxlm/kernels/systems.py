@@ -144,19 +144,40 @@ def targets(labels: Any, outputs: int) -> Float[np.ndarray, "N C"]:
     >>> targets([0, 1], 1).tolist(), targets([0, 2], 3).tolist()
     ([[-1.0], [1.0]], [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
     """
-    found, classes = np.asarray(labels), max(outputs, 2)
-    if not np.issubdtype(found.dtype, np.integer) or found.ndim != 1:
-        raise UserError("labels are no list of whole numbers: give the class of each example.")
-    wrong = np.flatnonzero((found < 0) | (found >= classes))
-    if len(wrong):
-        raise UserError(
-            f"the label of example {wrong[0]} is {found[wrong[0]]}: give a class from 0 to "
-            f"{classes - 1}."
-        )
+    classes = max(outputs, 2)
+    found = checked_labels(labels, classes)
     if len(np.unique(found)) < 2:
         raise UserError(f"every label is {found[0]}: give examples of at least two classes.")
     one_hot = np.eye(classes)[found]
     return one_hot[:, 1:] * 2 - 1 if outputs == 1 else one_hot
+
+
+def checked_labels(
+    labels: Any, num_classes: int, what: str = "label", count: int | None = None
+) -> Int[np.ndarray, " N"]:
+    """Labels as an array.
+
+    Args:
+        labels: classes, from 0.
+        num_classes: how many there are.
+        what: name of a label, for messages.
+        count: examples; None for any number.
+
+    Raises:
+        UserError: a label that is no class, or another number of labels.
+    """
+    found = np.asarray(labels)
+    if not np.issubdtype(found.dtype, np.integer) or found.ndim != 1:
+        raise UserError(f"{what}s are no list of whole numbers: give the class of each example.")
+    wrong = np.flatnonzero((found < 0) | (found >= num_classes))
+    if len(wrong):
+        raise UserError(
+            f"the {what} of example {wrong[0]} is {found[wrong[0]]}: give a class from 0 to "
+            f"{num_classes - 1}."
+        )
+    if count is not None and len(found) != count:
+        raise UserError(f"there are {len(found)} {what}s for {count} examples: give as many.")
+    return found
 
 
 def checked_targets(values: Any, kernel_shape: tuple[int, ...]) -> Float[np.ndarray, "N C"]:
@@ -190,14 +211,19 @@ def classes(scores: Any) -> Int[np.ndarray, "... N"]:
 
 
 def offset(f0: Any, scale: float, shape: tuple[int, ...]) -> Float[np.ndarray, "N C"]:
-    """`f0 / scale`, zeros where there is no f0 or the scale is infinite.
+    """`f0 / scale`, zeros where the scale is infinite.
 
     Raises:
-        UserError: f0 has another shape or is not finite, or the scale is not positive.
+        UserError: f0 is missing, has another shape or is not finite, or the scale is not positive.
     """
     if not scale > 0:
         raise UserError(f"the scale of f0 is {scale:g}: give a positive number, or inf.")
     if f0 is None:
+        if scale < np.inf:
+            raise UserError(
+                f"f0: missing, though the fit has it over {scale:g} (got None). Give the function "
+                "at its first parameters, of these examples."
+            )
         return np.zeros(shape)
     found = np.asarray(f0, np.float64)
     if found.shape != shape:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
+from jaxlm.core.programs import held
 from jaxlm.kernels import gram
 from jaxlm.kernels.arguments import features_of
 from jaxlm.kernels.jacobian import as_slices, gradients
@@ -115,6 +116,7 @@ def ntk_vector_products(
     (NTK-vector products).
     """
     over = gram.axes(trace_axes, diagonal_axes)
+    f, params = held(f, params)
     features = features_of(kind, params, select, sign_threshold, adam_state, b1, b2, eps)
     return block(f, params, x1, x2, features, over, select)
 
@@ -185,6 +187,7 @@ def kernel_vector_product(
     >>> kernel_vector_product(f, jnp.ones((2, 1)), jnp.eye(2), None, jnp.ones((2, 1))).tolist()
     [[1.0], [1.0]]
     """
+    f, params = held(f, params)
     features = features_of(kind, params, select, sign_threshold, adam_state, b1, b2, eps)
     sides = _Sides(f, params, select, features)
     x2 = x1 if x2 is None else x2

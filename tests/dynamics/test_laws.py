@@ -112,6 +112,22 @@ def test_crossovers():
     np.testing.assert_allclose(found, [1.0, 256.0], rtol=1e-9)
 
 
+def test_crossovers_at_the_ends_and_where_curves_touch():
+    first, second = one(1.25, 1.0, 0.5), one(1.0, 1.25, 0.25)  # meet at 1 and 256
+    np.testing.assert_allclose(dynamics.crossover(first, second), [1.0, 256.0], rtol=1e-12)
+    np.testing.assert_allclose(dynamics.crossover(first, second, low=1.0, high=256.0), [1, 256])
+    np.testing.assert_allclose(dynamics.crossover(first, second, low=256.0), [256])
+    assert dynamics.crossover(first, second, low=1.01, high=255.0) == ()
+    # 1.25 + y^2 - (1 + y) = (y - 1/2)^2 with y = x^(-1/4): both touch at y = 1/2.
+    touching = dynamics.crossover(one(1.25, 1.0, 0.5), one(1.0, 1.0, 0.25))
+    np.testing.assert_allclose(touching, [16.0], rtol=1e-9)
+    assert dynamics.crossover(one(1.26, 1.0, 0.5), one(1.0, 1.0, 0.25)) == ()
+    assert dynamics.crossover(first, first) == ()
+    # Terms whose product is no number of float64 have signs nevertheless.
+    small = dynamics.crossover(one(0.0, 1e-170, 0.4), one(0.0, 1e-171, 0.2), high=1e20)
+    np.testing.assert_allclose(small, [1e5], rtol=1e-9)
+
+
 def test_probability_of_a_crossover():
     laws = [one(2.0, 30.0, 0.4)] * 3
     others = [one(2.0, 5.0, 0.25), one(2.5, 30.0, 0.4), one(2.0, 5.0, 0.25)]

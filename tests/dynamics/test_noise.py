@@ -151,3 +151,21 @@ def test_weights_of_no_batch():
     with pytest.raises(UserError) as found:
         dynamics.gaussian_example_weights(jax.random.key(0), 8, 0)
     assert str(found.value) == "n=8 examples in batches of 0 make no noise; give both from 1"
+
+
+@pytest.mark.parametrize("ratio", [1e-6, 1e-9])
+def test_noise_that_is_small_beside_the_gradient(ratio):
+    """N in float64 of the same float32 numbers, by sums, by stacks, and in a step."""
+    rng = np.random.default_rng(1)
+    x = (1 + (ratio / 50) ** 0.5 * rng.normal(size=(8, 3, 50))).astype(np.float32)
+    rows = x.astype(np.float64).mean(1)
+    wanted = rows.var(0, ddof=1).sum()
+    stacked = jnp.asarray(rows, jnp.float32)
+    exact = np.asarray(stacked, np.float64).var(0, ddof=1).sum()
+    sums = dynamics.NoiseSums.zeros(stacked[0])
+    for g in stacked:
+        sums = sums.add(g)
+    _, stats = dynamics.value_and_grad_with_noise(lambda w, x: jnp.mean(x @ w))(jnp.ones(50), x)[0]
+    np.testing.assert_allclose(dynamics.grad_noise_stats(stacked).N, exact, rtol=1e-2)
+    np.testing.assert_allclose(sums.stats.N, exact, rtol=1e-2)
+    np.testing.assert_allclose(stats.N, wanted, rtol=2e-2)

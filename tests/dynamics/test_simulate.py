@@ -219,3 +219,20 @@ def test_shark_of_diffrax_follows_an_ornstein_uhlenbeck_process():
     # Beside sampling errors, those of a solver of second order.
     assert (np.abs(x.mean(0) - mean) <= 4.5 * np.sqrt(variance / n) + h**2 * np.abs(mean)).all()
     assert (np.abs(x.var(0) / variance - 1) <= 4.5 * np.sqrt(2 / n) + h**2).all()
+
+
+def test_a_state_in_bfloat16_moves():
+    sde = dynamics.sgd_sde(lambda x: x, lambda x: 0.0, 0.1)
+    x0 = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.float16(2.0)}
+    found = dynamics.simulate(jax.random.key(0), sde_of_trees(), x0, 1.0, 1e-3, n_paths=2)
+    assert (found["a"].dtype, found["b"].dtype) == (jnp.bfloat16, jnp.float16)
+    np.testing.assert_allclose(found["a"].astype(np.float32), np.exp(-1), atol=2e-3)
+    np.testing.assert_allclose(found["b"].astype(np.float32), 2 * np.exp(-1), atol=1e-3)
+    one = dynamics.simulate(jax.random.key(0), sde, jnp.bfloat16(1), 1.0, 1e-3, n_paths=1)
+    np.testing.assert_allclose(one.astype(np.float32), np.exp(-1), atol=2e-3)
+
+
+def sde_of_trees():
+    """dX = -X dt."""
+    zeros = lambda x: jax.tree.map(jnp.zeros_like, x)  # noqa: E731
+    return dynamics.sgd_sde(lambda x: x, zeros, 0.1)

@@ -230,3 +230,30 @@ def test_bm25_of_nothing():
     refused(lambda: influence.bm25([["a"]], []), "there are no training examples or no targets")
     refused(lambda: influence.bm25([["a"]], [["a"]], over="min"), "over='min' is not known")
     refused(lambda: influence.bm25([["a"]], [["a"]], b=2), "k1=1.2 and b=2 are impossible; give")
+
+
+def test_trak_of_rows_in_float64_has_their_digits():
+    """Directions of 1e-5 beside 1, which float32 could not tell from none."""
+    rows = np.diag([1.0, 1e-5])[None]
+    found = influence.trak(rows, rows, np.ones((1, 2)), np.arange(2))
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, np.eye(2), atol=1e-12)
+    refused(
+        lambda: influence.trak(rows.astype(np.float32), rows, np.ones((1, 2))), "is singular; give"
+    )
+
+
+def test_what_is_not_finite_is_named():
+    broken = TRAIN.copy()
+    broken[1, 4, 0] = np.nan
+    for call in (
+        lambda: influence.trak(broken, TARGETS, RESIDUALS),
+        lambda: influence.tracin(broken, TARGETS, [1.0, 1.0]),
+        lambda: influence.grad_dot(broken, TARGETS),
+        lambda: influence.grand(broken),
+    ):
+        refused(call, "row 4 of train gives no finite number")
+    refused(lambda: influence.tracin(TRAIN, broken, [1.0, 1.0]), "row 4 of targets gives no finite")
+    residuals = RESIDUALS.copy()
+    residuals[1, 3] = np.nan
+    refused(lambda: influence.trak(TRAIN, TARGETS, residuals), "(got nan of example 3 in model 1)")

@@ -324,3 +324,62 @@ def test_texts_packed_in_rows_have_the_features_of_each_alone():
     assert info.skipped.tolist() == [False] * 5 + [True]
     close(found[:5], expected[::3], 1e-4)
     np.testing.assert_allclose(info.loss[:5], one.loss[::3], rtol=1e-5)
+
+
+class Scaled:
+    """An object whose method is a loss."""
+
+    scale = jnp.float32(2)
+
+    def loss(self, params, x):
+        return self.scale * params["w"] @ x
+
+
+def test_features_are_of_what_the_loss_closes_over_now():
+    scale, model = jnp.float32(2), Scaled()
+    params, x = {"w": jnp.ones(3)}, np.arange(6, dtype=np.float32).reshape(2, 3)
+
+    def loss(params, x):
+        return scale * params["w"] @ x
+
+    def batched(params, x, *, tap=None):
+        x = scale * x
+        return taps.apply(tap, "w", "dense", x, x @ params["w"][:, None], None)[:, 0]
+
+    for function in (loss, model.loss, batched):
+        found = influence.gradient_features(function, params, x)
+        np.testing.assert_allclose(found, 2 * x, rtol=1e-6)
+    scale = model.scale = jnp.float32(3)
+    for function in (loss, model.loss, batched):
+        found = influence.gradient_features(function, params, x)
+        np.testing.assert_allclose(found, 3 * x, rtol=1e-6)
+
+
+def test_features_of_a_whole_module_of_equinox():
+    import equinox as eqx
+
+    module = eqx.nn.MLP(3, 1, 4, 1, activation=jnp.tanh, key=jax.random.key(0))
+    x = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    arrays, static = eqx.partition(module, eqx.is_inexact_array)
+
+    def loss(module, x):
+        return jnp.square(module(x)).sum()
+
+    grads = [jax.grad(lambda a, row=row: loss(eqx.combine(a, static), row))(arrays) for row in x]
+    found = influence.gradient_features(loss, module, x)
+    np.testing.assert_allclose(found, np.stack(list(map(flat, grads))), rtol=1e-4, atol=1e-6)
+
+
+def test_ids_that_are_no_rows_of_a_table_are_refused():
+    def loss(params, ids, *, tap=None):
+        rows = taps.apply(tap, "table", "embed", ids, params["table"][ids], None)
+        return jnp.square(rows).sum((1, 2))
+
+    params, ids = {"table": jnp.ones((4, 2))}, np.array([[0, 1], [3, 2]])
+    assert influence.gradient_features(loss, params, ids).shape == (2, 8)
+    for wrong in (-1, 4):
+        ids[1, 0] = wrong
+        with pytest.raises(
+            UserError, match=rf"examples: ids of table .* 3 \(got {wrong}\) in exam"
+        ):
+            influence.gradient_features(loss, params, ids)

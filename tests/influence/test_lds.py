@@ -128,3 +128,24 @@ def test_bad_input(call, text):
     with pytest.raises(UserError) as found:
         call()
     assert text in str(found.value)
+
+
+def test_sums_that_are_equal_stay_ties():
+    """Tenths have equal sums that floats do not give: 0.1 + 0.7 is not 0.3 + 0.5."""
+    tenths = np.random.default_rng(4).integers(-9, 10, 40)
+    masks = subset_masks(40, 300)
+    sums = masks @ tenths
+    assert len(np.unique(masks @ (tenths / 10))) > len(np.unique(sums))
+    assert lds(tenths / 10, masks, sums).value == pytest.approx(1, abs=1e-12)
+    with pytest.raises(UserError, match="attributions of target 0 are the same for all subsets"):
+        lds(np.full(40, 0.1), masks, sums)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, None])
+def test_bad_seeds(seed):
+    for call in (
+        lambda: lds(TAU, MASKS, OUTPUTS, seed=seed),
+        lambda: subset_masks(9, 4, seed=seed),
+    ):
+        with pytest.raises(UserError, match="seed: no seed"):
+            call()

@@ -286,3 +286,11 @@ BAD = [
 def test_bad_input(change, text):
     given = {"train": TRAIN, "targets": TARGETS, "weights": WEIGHTS, "subtask": RAGGED} | change
     refused(lambda: score(**given), text)
+
+
+@BOTH
+def test_rows_of_one_checkpoint_need_no_axis(aggregate):
+    wanted = score(TRAIN[:1], TARGETS[:1], [0.5], RAGGED, aggregate)
+    found = score(TRAIN[0], jnp.asarray(TARGETS[0]), [0.5], RAGGED, aggregate)
+    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(2 * found, score(TRAIN[0], TARGETS[0], None, RAGGED, aggregate))

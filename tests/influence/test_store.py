@@ -546,3 +546,34 @@ def test_the_manifest_is_readable(whole):
     manifest = json.loads((whole / "manifest.json").read_text())
     assert manifest["spec"] == dataclasses.asdict(FULL)
     assert (manifest["writers"], manifest["shard_rows"]) == (1, 4)
+
+
+FOREIGN = ["", "[]", "null", "{}", '{"checksum": 1}', "[" * 100_000, "9" * 5000, b"\xff"]
+SEALED = [{}, {"spec": 3}, {"shards": "1", "rows": 1}, {"ids": 3, "rows_checksum": 1}]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "000.json", "000-000001.json"])
+def test_files_of_others_are_refused_by_name(whole, name):
+    path = whole / name
+    original = path.read_bytes()
+    texts = [getattr(text, "encode", lambda text=text: text)() for text in FOREIGN]
+    for text in [*texts, *(shards.sealed(each).encode() for each in SEALED)]:
+        path.write_bytes(text)
+        refused(lambda: GradientStore.open(whole), f"{path} is damaged; remove the store")
+    path.write_bytes(original)
+
+
+def test_a_changed_id_in_a_log_is_found(tmp_path):
+    with GradientStore.create(tmp_path, SPEC) as writer:
+        writer.append(ROWS[:2], IDS[:2])
+    path = tmp_path / "000-000000.log"
+    text = path.read_text()
+    path.write_text(text.replace(json.dumps(IDS[1]), json.dumps("x" * len(str(IDS[1])))))
+    assert path.read_text() != text
+    refused(lambda: GradientStore.create(tmp_path, SPEC), f"{path} is damaged; remove the store")
+
+
+@pytest.mark.parametrize("name", ["\ud800", 10**5000])
+def test_ids_that_json_does_not_give_back_are_refused(tmp_path, name):
+    with GradientStore.create(tmp_path, SPEC) as writer:
+        refused(lambda: writer.append(ROWS[:2], ["a", name]), "the id of row 1 is no Unicode text")

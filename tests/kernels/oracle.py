@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.core import paths
 from jaxlm.models import LanguageModel, ModelConfig, init_params
 
 KINDS = ("sgd", "signgd", "asymmetric_signgd", "adam")
@@ -213,6 +214,15 @@ def by_place(first, second):
         else:
             result[path, None] = (m, v)
     return result
+
+
+paths.declare_stacked(
+    {
+        f"layers.{name}.{part}": 1 + (part == "kernel")
+        for name in ("key", "up")
+        for part in ("kernel", "bias")
+    }
+)
 
 
 def toy(classes: int):

@@ -93,8 +93,13 @@ def test_a_change_of_kernel_by_hand():
 
 
 def test_an_entry_that_leaves_zero_has_no_relative_change():
-    assert behaviour.kernel_change([1.0, 0.0], [1.0, 0.5]).mean == np.inf
-    assert behaviour.kernel_change([1.0, 0.0], [2.0, 0.0]).mean == 0.5
+    for zero in (0.0, 1e-9):  # what rounding makes of zero is one
+        change = behaviour.kernel_change([4.0, zero, 2.0], [5.0, 0.5, 2.0])
+        assert (change.mean, change.median) == (0.125, 0.125)
+        assert change.left_out == pytest.approx(1 / 3)
+        assert change.frobenius == pytest.approx((1.25 / 20) ** 0.5)
+    stays = behaviour.kernel_change([1.0, 0.0], [2.0, 0.0])
+    assert (stays.mean, stays.left_out) == (0.5, 0.0)
 
 
 def test_drift_of_a_product_of_two_scalars():

@@ -361,3 +361,21 @@ def test_the_cheaper_way_is_planned():
     assert plan["embed.tokens.embedding", "head"] == "paired"
     assert ("layers.mlp.up_proj.kernel", "dense") in plan
     assert all(op in ("dense", "embed", "head") for _, op in plan)
+
+
+def test_ids_that_are_no_rows_of_the_table_are_refused():
+    lm = oracle.model("decoder")
+    f, params = oracle.label_logits(lm, 2), oracle.of_dtype(lm.params, jnp.float32)
+    good = oracle.examples(3)
+    for wrong in (-1, oracle.BASE["vocab_size"]):
+        bad = {**good, "input_ids": good["input_ids"].copy()}
+        bad["input_ids"][1, 2] = wrong
+        for method in ("auto", "jacobian"):
+            with pytest.raises(UserError, match=rf"x2: ids of embed.tokens.* \(got {wrong}\) in"):
+                kernels.ntk(f, params, good, bad, method=method)
+        # Where nothing can be looked at, the methods agree on the row that the look-up takes.
+        first, second = (
+            jax.jit(functools.partial(kernels.ntk, f, method=method))(params, bad, good)
+            for method in ("factorized", "jacobian")
+        )
+        np.testing.assert_allclose(first, second, atol=1e-4 * np.abs(second).max())

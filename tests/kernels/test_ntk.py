@@ -388,3 +388,56 @@ def test_more_padding_changes_nothing(name):
             options = {"kind": kind, "method": method, "check": False}
             one, other = (kernels.ntk(f, params, each, **options) for each in (x, longer))
             assert_close(other, np.asarray(one), 1e-12)
+
+
+class Scaled:
+    """An object whose method is f: 2 or 3 times a linear map."""
+
+    scale = jnp.float32(2)
+
+    def f(self, params, x, *, tap=None):
+        return taps.apply(tap, "w", "dense", x, self.scale * x @ params["w"], None)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "factorized", "projected"])
+def test_a_kernel_is_that_of_what_f_closes_over_now(method):
+    scale, model = jnp.float32(2), Scaled()
+
+    def f(params, x, *, tap=None):
+        x = scale * x
+        return taps.apply(tap, "w", "dense", x, x @ params["w"], None)
+
+    draw = projector("rademacher", 256) if method == "projected" else None
+    params, x = {"w": jnp.ones((3, 2))}, np.eye(3, dtype=np.float32)[:, :3] + 1
+    options = {"method": method, "projector": draw, "trace_axes": (-1,)}
+    one = kernels.ntk(f, params, x, **options)
+    scale = jnp.float32(3)
+    np.testing.assert_allclose(kernels.ntk(f, params, x, **options), one * 9 / 4, rtol=1e-5)
+    if method != "factorized":  # its tap says that x itself goes in
+        np.testing.assert_allclose(kernels.ntk(model.f, params, x, **options), one, rtol=1e-5)
+        model.scale = jnp.float32(3)
+        found = kernels.ntk(model.f, params, x, **options)
+        np.testing.assert_allclose(found, one * 9 / 4, rtol=1e-5)
+    if method != "projected":
+        np.testing.assert_allclose(one, 4 * x @ x.T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["auto", "ntk_vector_products", "projected"])
+def test_a_whole_module_of_equinox(method):
+    import equinox as eqx
+
+    module = eqx.nn.MLP(3, 2, 4, 1, activation=jnp.tanh, key=jax.random.key(0))
+    x = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+    arrays, static = eqx.partition(module, eqx.is_inexact_array)
+
+    def of_arrays(arrays, x):
+        return jax.vmap(eqx.combine(arrays, static))(x)
+
+    rows = [g.reshape(4, 2, -1) for g in jax.tree.leaves(jax.jacrev(of_arrays)(arrays, x))]
+    wanted = sum(np.einsum("ncp,mdp->ncmd", g, g) for g in rows)
+    draw = projector("gaussian", 4096) if method == "projected" else None
+    found = kernels.ntk(lambda m, x: jax.vmap(m)(x), module, x, method=method, projector=draw)
+    assert_close(found, wanted, 0.1 if draw else 1e-5)
+    manifest = kernels.describe(module, x)
+    assert manifest == kernels.describe(arrays, x)
+    assert manifest != kernels.describe(jax.tree.map(lambda a: 2 * a, arrays), x)

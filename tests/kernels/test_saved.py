@@ -45,7 +45,7 @@ def test_there_and_back(tmp_path, dtype):
         np.testing.assert_array_equal(found, kernel)
     assert kernels.read_manifest(tmp_path / "new" / "k") == manifest
     files = {path.name for path in (tmp_path / "new" / "k").iterdir()}
-    assert files == {"kernel.safetensors", "manifest.json"}
+    assert files == {"kernel.safetensors", "manifest.json", "checksums.json"}
     content = load_file(tmp_path / "new" / "k" / "kernel.safetensors")
     np.testing.assert_array_equal(content["kernel"], kernel)
 
@@ -114,7 +114,7 @@ def test_damaged_and_missing_files(tmp_path):
     kernels.save_kernel(tmp_path, np.ones((2, 2), np.float32), changed())
     path = tmp_path / "kernel.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(UserError, match=r"is damaged; remove the folder and compute it again$"):
+    with pytest.raises(UserError, match=r"kernel.safetensors: damaged \(differs from its checksum"):
         kernels.load_kernel(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="is not the manifest of a kernel; remove"):
@@ -233,3 +233,56 @@ def test_a_process_that_is_killed(tmp_path):
     assert second.returncode == 0
     assert np.isfinite(float(out))
     assert kernels.load_kernel(tmp_path).shape == (6, 1, 6, 1)
+
+
+def test_every_changed_byte_is_found(tmp_path):
+    kernels.saved_ntk(tmp_path, f, PARAMS, X1, template="t")
+    rng = np.random.default_rng(0)
+    for name in ("kernel.safetensors", "manifest.json", "checksums.json"):
+        path = tmp_path / name
+        whole = path.read_bytes()
+        for at in rng.integers(0, len(whole), 40):
+            changed = bytearray(whole)
+            changed[at] ^= 1 << rng.integers(8)
+            path.write_bytes(bytes(changed))
+            with pytest.raises(UserError, match=str(tmp_path)):
+                kernels.load_kernel(tmp_path)
+        path.write_bytes(whole)
+    assert kernels.load_kernel(tmp_path).shape == (7, 3, 7, 3)
+
+
+def test_a_damaged_block_is_computed_again(tmp_path, monkeypatch):
+    wanted = np.asarray(kernels.ntk(f, PARAMS, X1, block_size=4))
+    with monkeypatch.context() as patch:
+        patch.setattr(saved, "_complete", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            kernels.saved_ntk(tmp_path, f, PARAMS, X1, template="t", block_size=4)
+    path = tmp_path / "blocks" / "0-1.safetensors"
+    changed = bytearray(path.read_bytes())
+    changed[-5] ^= 1
+    path.write_bytes(bytes(changed))
+    found = kernels.saved_ntk(tmp_path, f, PARAMS, X1, template="t", block_size=4)
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", '{"a": 1', "[" * 100_000, "9" * 5000, b"\xff", '{"model": 1}']
+)
+def test_manifests_of_others_are_refused(tmp_path, content):
+    kernels.save_kernel(tmp_path, np.ones((2, 2), np.float32), changed())
+    (tmp_path / "manifest.json").write_bytes(getattr(content, "encode", lambda: content)())
+    for use in (
+        lambda: kernels.load_kernel(tmp_path),
+        lambda: kernels.read_manifest(tmp_path),
+        lambda: kernels.saved_ntk(tmp_path, f, PARAMS, X1, template="t"),
+    ):
+        with pytest.raises(UserError, match="is not the manifest of a kernel; remove"):
+            use()
+
+
+def test_a_kernel_that_is_not_finite_is_not_saved(tmp_path):
+    kernel = np.ones((2, 2), np.float32)
+    kernel[1, 0] = np.nan
+    with pytest.raises(UserError, match=r"^kernel: not finite \(got nan at \[1, 0\]\)"):
+        kernels.save_kernel(tmp_path / "k", kernel, changed())
+    assert not (tmp_path / "k").exists()

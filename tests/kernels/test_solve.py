@@ -406,3 +406,42 @@ def broken(i, j, value=np.nan):
 def test_mistakes_are_named(call, sentence):
     with pytest.raises(UserError, match=sentence):
         call()
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_fit_with_f0_predicts_with_f0(outputs):
+    K, K_other, labels, f0 = data(outputs)
+    y = systems.targets(labels, outputs)
+    solver = logistic.kernel_logistic if outputs == 1 else logistic.kernel_softmax
+    for fit in (
+        ridge.ridge_path(K, y, f0=f0),
+        solver(K, labels, penalty=0.1, f0=f0),
+        lssvm.asymmetric_svm(K, y, gamma=0.3, f0=f0),
+        lssvm.asymmetric_svm_with_bias(K, y, gamma=0.3, f0=f0),
+    ):
+        with pytest.raises(UserError, match="f0: missing, though the fit has it over 1"):
+            fit.predict(K_other)
+    plain = solver(K, labels, penalty=0.1)
+    wanted = np.einsum("mcnd,nd->mc", K_other, plain.coefficients)
+    np.testing.assert_allclose(plain.predict(K_other), wanted, rtol=1e-12)
+    with pytest.raises(UserError, match="f0: one of the training and the validation examples"):
+        solve.fit(solve.Split(K, labels, f0), solve.Split(K_other, labels[:M]))
+
+
+def test_a_class_that_training_has_not_is_a_class():
+    """Of traced outputs; a kernel with outputs has their number of classes."""
+    rows = np.random.default_rng(0).normal(size=(8, 20))
+    K, labels = rows @ rows.T, np.array([0, 1, 0, 1, 1])
+    train, seen = solve.Split(K[:5, :5], labels), np.array([0, 1, 2])
+    for solver in (solve.Ridge(), solve.Logistic(), solve.AsymmetricSvm()):
+        fit = solve.fit(train, solve.Split(K[5:, :5], seen), solver)
+        assert fit.scores(train).shape == (5, 3)
+        assert fit.accuracy_chosen <= 2 / 3
+    full = solve.Split(K[:5, None, :5, None], labels)
+    for wrong, sentence in (
+        (seen, "^the validation label of example 2 is 2: give a class from 0 to 1"),
+        (-seen, "^the validation label of example 1 is -1"),
+        (seen[:2], "^there are 2 validation labels for 3 examples"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            solve.fit(full, solve.Split(K[5:, None, :5, None], wrong))
