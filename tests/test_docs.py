@@ -1,6 +1,5 @@
 """The documentation names what there is, and all that it shows runs."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -21,7 +20,7 @@ from tests.models import reference
 
 DOCS = pages.ROOT / "docs"
 PAGES = [pytest.param(path, id=str(path.relative_to(pages.ROOT))) for path in pages.pages()]
-RUN = ("index.md", "add_a_task.md")
+RUN = ("README.md", "index.md", "add_a_task.md", "mezo.md", "models.md", "peft.md")
 """Pages whose commands of jaxlm run; those of the others stop where their work begins."""
 
 
@@ -41,12 +40,8 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def readme(names: dict) -> None:
-    """What the README leaves to its reader: a model, data, a loss."""
+    """What the README leaves to its reader: a model, a loss."""
     os.symlink(SHIPPED, "path-or-hub-id")
-    rows = [{"text": f"what is number {i} ?", "label": i % 6} for i in range(60)]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    for split in ("train", "test"):
-        Path(f"{split}.jsonl").write_text(lines)
     names.update(
         jaxlm=jaxlm,
         loss_fn=lambda params, batch: jnp.sum((params["w"] - batch) ** 2),
@@ -88,9 +83,9 @@ def test_the_names_within_the_text_of_a_page_are_there(path: Path):
         ("jaxlm finetun", "no command finetun"),
         ("jaxlm info --mesh=data=2", "info runs on one device"),
         ("jaxlm finetune --task.name=mr --output=x --mesh=rows=2", "rows=2"),
-        ("srun --nodes=4 jaxlm finetune --stepz=2 --distributed=auto", "did you mean 'steps'"),
+        ("srun --nodes=4 jaxlm finetune --stepz=2 --distributed=auto", "Did you mean steps"),
         ("kubectl apply -f launch/none.yaml", "launch/none.yaml"),
-        ("jaxlm finetune --task.name=subj --stepz=3", "did you mean 'steps'"),
+        ("jaxlm finetune --task.name=subj --stepz=3", "Did you mean steps"),
         ("jaxlm sweep configs/mezo/none.yaml", "there is no such file"),
         ("python -m benchmarks.scoring --rows=3", "SystemExit"),
         ("pip install '.[none]'", "none"),
@@ -102,6 +97,20 @@ def test_a_command_that_is_wrong_is_found(line: str, reason: str, names: dict):
     with pytest.raises((AssertionError, SystemExit)) as caught:
         pages.command(line, run=False)
     assert reason in repr(caught.value)
+
+
+def test_a_file_that_asks_for_more_rows_than_are_printed_is_found(names: dict, monkeypatch):
+    rows = '{"text": "warm", "label": 1}\n{"text": "dull", "label": 0}\n'
+    task = {"name": "films", "train": "films.jsonl", "test": "films.jsonl", "k": 16}
+    task |= {"template": "{text} It was {label}.", "labels": ["bad", "good"]}
+    config = yaml.safe_dump({"task": task, "output": "runs/films"})
+    for language, title, text in (
+        ("json", "films.jsonl", rows),
+        ("yaml", "films.yaml", config),
+    ):
+        pages.execute(pages.Block(language, title, text, ""), {}, monkeypatch, run=True)
+    with pytest.raises(AssertionError, match=r"task\.k: asks for 16 examples of every class"):
+        pages.command("jaxlm finetune films.yaml", run=True)
 
 
 def test_a_block_of_another_kind_is_found(monkeypatch):
