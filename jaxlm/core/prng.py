@@ -19,14 +19,18 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, UInt32
 
-from jaxlm.core.paths import path_hash
+from jaxlm.core.paths import identity, path_hash
 
 Rows = Array | tuple[int | Array, int] | None
 Generator = Literal["counter", "threefry"]
 
 
 def leaf_key(key: Array, path: str, layer: int | Array | None = None) -> Array:
-    """Returns the key of one leaf: `fold_in(fold_in(key, hash(path)), layer)`."""
+    """Returns the key of one leaf: `fold_in(fold_in(key, hash(path)), layer)`.
+
+    An index after `layers` in the path counts as the layer.
+    """
+    path, layer = identity(path, layer)
     key = jax.random.fold_in(key, path_hash(path))
     return key if layer is None else jax.random.fold_in(key, layer)
 

@@ -68,7 +68,7 @@ class Projector:
         _check_leaves(leaves)
         _check_hashes(gradients)
         total = None
-        for leaf in sorted(leaves, key=lambda leaf: (leaf.path, leaf.layer or 0)):
+        for leaf in sorted(leaves, key=_in_order):
             total = self.leaf(leaf.path, leaf.layer, leaf.value, total)
         assert total is not None
         if not isinstance(total, jax.core.Tracer):
@@ -89,7 +89,7 @@ class Projector:
         """
         total = self._zeros(len(g), g.dtype) if total is None else total
         key = prng.leaf_key(jax.random.key(self.seed), path, layer)
-        stacked = layer is None and paths.LAYERS in path.split(".") and g.ndim > 1
+        stacked = layer is None and paths.is_stacked(path, g.ndim - 1)
         form: Form = "stack" if stacked else "leaf"
         return _add(self.family, self.dim, form, self.mesh or _mesh_of(g), key, g, total)
 
@@ -119,6 +119,11 @@ class Projector:
 
     def _zeros(self, count: int, dtype) -> Array:
         return jnp.zeros((count, self.dim), jnp.promote_types(dtype, jnp.float32))
+
+
+def _in_order(leaf: paths.Leaf) -> tuple[str, int]:
+    path, layer = paths.identity(leaf.path, leaf.layer)
+    return path, layer or 0
 
 
 def _mesh_of(g: Array) -> Mesh | None:
@@ -207,9 +212,11 @@ def projector(family: str, dim: int, seed: int = 0, *, mesh: Mesh | None = None)
     if family not in sketches.SKETCHES:
         known = ", ".join(sorted(sketches.SKETCHES))
         raise UserError(f"family={family!r} is no projection; choose one of {known}")
-    if dim < 1:
+    if not isinstance(dim, int | np.integer) or dim < 1:
         raise UserError(f"dim is {dim}: give the numbers of a row, 1 or more")
-    if not 0 <= seed < 2**31:
+    if dim >= 2**31:
+        raise UserError(f"dim is {dim}: too many numbers for a row; give fewer than 2^31")
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**31:
         raise UserError(f"seed is {seed}: give 0 to {2**31 - 1}")
     if family == "kronecker":
         small, large = sketches.factors_of(dim)

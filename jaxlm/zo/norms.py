@@ -18,17 +18,27 @@ def tree_norms(tree: Any, select: paths.Select = None) -> dict[str, Array]:
     r"""$\|x_g\|_2$ of each group of a tree: of parameters, or of a gradient.
 
     Returns:
-      Scalars, and [L] for "layers", which must be stacked; what `variance_modified` takes.
+      Scalars, and [L] for "layers", a stack or a list of them; what `variance_modified` takes.
     """
     takes = paths.chooser(select)
+    leaves = [leaf for leaf in paths.flatten(tree)[0] if takes(leaf.path, leaf.value)]
+    depth = _depth(leaves)
     squares: dict[str, Array] = {}
-    for leaf in paths.flatten(tree)[0]:
-        if takes(leaf.path, leaf.value):
-            wide = leaf.value.astype(jnp.promote_types(leaf.value.dtype, jnp.float32))
-            square = jnp.square(wide).sum(tuple(range(1 if leaf.stacked else 0, wide.ndim)))
-            name = group(leaf.path)
-            squares[name] = squares[name] + square if name in squares else square
+    for leaf in leaves:
+        wide = leaf.value.astype(jnp.promote_types(leaf.value.dtype, jnp.float32))
+        square = jnp.square(wide).sum(tuple(range(1 if leaf.stacked else 0, wide.ndim)))
+        name, layer = group(leaf.path), paths.identity(leaf.path, leaf.layer)[1]
+        if layer is not None:
+            square = jnp.zeros(depth, square.dtype).at[layer].set(square)
+        squares[name] = squares[name] + square if name in squares else square
     return {name: jnp.sqrt(square) for name, square in squares.items()}
+
+
+def _depth(leaves: list[paths.Leaf]) -> int:
+    """How many layers there are, in a stack or in a list; 0 where there are none."""
+    listed = (paths.identity(leaf.path, leaf.layer)[1] for leaf in leaves if not leaf.stacked)
+    found = {layer + 1 for layer in listed if layer is not None}
+    return max(found | {leaf.value.shape[0] for leaf in leaves if leaf.stacked}, default=0)
 
 
 def probed_norms(
@@ -47,19 +57,19 @@ def probed_norms(
 
     References: arXiv:2305.17333, proposition 1.
     """
-    takes = paths.matcher(select)
-    leaves = [leaf for leaf in paths.flatten(params)[0] if takes(leaf.path)]
+    takes, floats = paths.matcher(select), paths.chooser(select)
+    leaves = [leaf for leaf in paths.flatten(params)[0] if floats(leaf.path, leaf.value)]
     found = {}
-    for name in sorted({group(leaf.path) for leaf in leaves} - {paths.LAYERS}):
+    depth = _depth(leaves)
+    alone = {group(leaf.path) for leaf in leaves} - ({paths.LAYERS} if depth else set())
+    for name in sorted(alone):
 
         def chosen(path, name=name):
             return takes(path) and group(path) == name
 
         est = spsa(loss_fn, params, *args, key=key, select=chosen, sampler=base, **options)
         found[name] = jnp.abs(est.projected_grad).mean()
-    depths = {leaf.value.shape[0] for leaf in leaves if leaf.stacked}
-    if depths:
-        (depth,) = depths
+    if depth:
         blocks = layer_blocks(depth, base=base)
 
         def one(layer):

@@ -1,44 +1,61 @@
-"""LOZO whose steps add up in float32 factors, for parameters in few bits.
+r"""LOZO whose steps add up in float32 factors, for parameters in few bits.
 
-While the right factor V of `low_rank` stays, what a run has added to a matrix is N V, with N [in,
-r] in float32. The model reads W + N V as a `LowRankSum`; W itself is rewritten once every
-`interval` steps. So no step is lost to rounding, and a step costs no pass over the parameters.
-Leaves that are no matrices have a float32 copy.
+While the factor V of `low_rank` stays, what a run has added to a matrix is $N V^\top$ [out, in],
+with N [out, r] in float32. The model reads the sum with W as a `LowRankSum`; W itself is rewritten
+once every `interval` steps. So no step is lost to rounding, and a step costs no pass over the
+parameters. Leaves that are no matrices have a float32 copy.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxlm.core import paths, prng, views
 from jaxlm.core.precision import Packed
 from jaxlm.core.views import LowRank
-from jaxlm.zo.estimators import check, spsa
-from jaxlm.zo.factored import leaf_name, map_leaves, mean_direction, over_layers, own_part
+from jaxlm.zo.estimators import Slopes, central, check, spsa
+from jaxlm.zo.factored import (
+    leaf_name,
+    mean_new_factor,
+    new_factors,
+    over_layers,
+    own_part,
+    remembered,
+    with_lazy,
+)
 from jaxlm.zo.optimizers import (
     ScalarOrSchedule,
     ZerothOrderOptimizer,
+    concrete,
+    described,
     first_state,
     info_of,
     rates,
     round_to,
     value_at,
-    written,
 )
-from jaxlm.zo.perturbation import accepts, directions, materialized, settled
+from jaxlm.zo.perturbation import (
+    Measurement,
+    Perturbation,
+    accepts,
+    directions,
+    materialized,
+    width,
+)
 from jaxlm.zo.samplers import Gaussian, Sampler
 from jaxlm.zo.sites import Site, over_blocks
-from jaxlm.zo.structured import LowRankSampler, is_matrix, is_matrix_leaf, low_rank
+from jaxlm.zo.structured import OUT_FIRST, Factored, LowRankSampler, is_matrix, low_rank
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Residual:
-    """The view `W + N V`, and the float32 copies of what is no matrix.
+    r"""The view $W + N V^\top$, and the float32 copies of what is no matrix.
 
     Attributes:
       memory: N and copies, by the name of the leaf.
@@ -51,18 +68,20 @@ class Residual:
     key: Array
 
     def __call__(self, path: str, leaf: Any, layer, *, rows: prng.Rows = None) -> Any:
-        if isinstance(leaf, Packed) or path not in self.memory:
-            return views.take(leaf, rows)
         seen = views.take(leaf, rows)
+        if isinstance(leaf, Packed):
+            return seen
         site = Site(path, leaf.shape, layer, rows, seen)
         own = own_part(self.memory, site)
+        if own is None:
+            return seen
         if not is_matrix(site):
-            return own.astype(leaf.dtype)
+            return views.take(own, rows).astype(leaf.dtype)
         return views.add_factors(path, seen, self.factors(site, own), rows)
 
     def factors(self, site: Site, own: Array) -> LowRank:
-        """N V at a site."""
-        return LowRank(own, settled(self.sampler.factors(self.key, site)).right)
+        """The factors of what was added, at a site."""
+        return with_lazy(self.sampler, self.key, site, own)
 
 
 def lozo_residual(
@@ -74,12 +93,14 @@ def lozo_residual(
     eps: float = 1e-3,
     num_directions: int = 1,
     select: paths.Select = None,
+    out_first: str | None = OUT_FIRST,
 ) -> ZerothOrderOptimizer:
     """`lozo` with a float32 residual in factors, for bfloat16 parameters and for speed.
 
     `step` returns parameters without the residual; `finalize(params, state)` adds it, wherever they
-    are evaluated or saved. Layers must be stacked. Every `interval` steps the residual is folded
-    in with stochastic rounding.
+    are evaluated or saved. Every `interval` steps the residual is folded in with stochastic
+    rounding. Memory: as of `lozo` for a loss with a keyword `view`; for one without, one copy of
+    the parameters beside them.
 
     Args:
       learning_rate: η, or an optax schedule of the step.
@@ -87,34 +108,30 @@ def lozo_residual(
       eps: ε.
       num_directions: n.
       select: parameters that are trained.
+      out_first: see `low_rank`.
     """
     check(eps, num_directions)
-    sampler = low_rank(rank, interval=interval, base=base)
+    sampler = low_rank(rank, interval=interval, base=base, out_first=out_first)
+    rate_at = functools.partial(value_at, learning_rate)
 
     def residual(state):
-        lazy = sampler.at(state.key, state.step)
-        return Residual(state.memory, lazy, state.key)
+        return Residual(state.memory, sampler.at(state.key, state.step), state.key)
 
     def init(params, key):
         paths.check_unique_hashes(params)
         paths.mask(params, select)
         sampler.check(params, select)
-
-        def memory(leaf):
-            wide = jnp.promote_types(leaf.value.dtype, jnp.float32)
-            if is_matrix_leaf(leaf):
-                return jnp.zeros((*leaf.value.shape[:-1], rank), wide)
-            return jnp.array(leaf.value, wide)
-
-        return first_state(num_directions, key, map_leaves(memory, params, select))
+        memory = new_factors(sampler, params, select, jnp.array)
+        return first_state(num_directions, key, memory, width(params, select))
 
     def step(loss_fn, params, state, batch):
         base = residual(state)
+        lean = accepts(loss_fn, "view", params, batch)
 
         def seen(params, batch, *, key, view=None):
-            options = {"key": key} if accepts(loss_fn, "key") else {}
+            options = {"key": key} if accepts(loss_fn, "key", params, batch) else {}
             view = views.compose(base, view)
-            if accepts(loss_fn, "view"):
+            if lean:
                 return loss_fn(params, batch, view=view, **options)
             return loss_fn(materialized(view, params), batch, **options)
 
@@ -127,32 +144,35 @@ def lozo_residual(
             sampler=base.sampler,
             num_directions=num_directions,
             select=select,
+            estimator=central if lean else one_by_one,
         )
-        rate = value_at(learning_rate, state.step)
-        params, state, moved = update(params, state, est.projected_grad)
-        return params, state, info_of(est, rate, moved)
+        rate = rate_at(state.step, width(params, select))
+        params, state, moved = update(params, state, est.projected_grad, rate)
+        return params, state.after(est), info_of(est, rate, moved)
 
-    def update(params, state, projected_grad):
-        slopes = jnp.where(jnp.isfinite(projected_grad), projected_grad, 0)
+    def update(params, state, projected_grad, learning_rate=None):
+        dtype = width(params, select)
+        rate = rate_at(state.step, dtype) if learning_rate is None else learning_rate
+        finite = jnp.isfinite(projected_grad)
+        slopes = jnp.where(finite, projected_grad, 0).astype(dtype)
         key = jax.random.fold_in(state.key, state.step)
         now = directions(key, residual(state).sampler, params, select, num_directions)
-        rate = value_at(learning_rate, state.step)
 
         def moved(site, own):
-            u = mean_direction(now, slopes, site)
-            return own - rate * (u.left if is_matrix(site) else u)
+            step = mean_new_factor(now, slopes, site).astype(own.dtype)
+            return jnp.where(finite.any(), own - jnp.asarray(rate, own.dtype) * step, own)
 
         memory = over_layers(moved, state.memory, params)
-        state = state._replace(memory=memory)
+        fraction = moved_fraction(sampler, params, state.memory, memory)
+        last = jnp.where(finite.any(), state.step, state.last)
+        state = state._replace(memory=memory, last=last)
         full = (state.step + 1) % interval == 0
         params = lax.cond(full, folded, lambda params, state: params, params, state)
-
-        def emptied(leaf):
-            own = memory[leaf_name(leaf)]
-            return jnp.where(full, 0, own) if is_matrix_leaf(leaf) else own
-
-        memory = map_leaves(emptied, params, select)
-        return params, state._replace(step=state.step + 1, memory=memory), jnp.ones(())
+        memory = {
+            leaf_name(leaf): jnp.where(full & is_matrix(site), 0, memory[leaf_name(leaf)])
+            for leaf, site in remembered(params, memory)
+        }
+        return params, state._replace(step=state.step + 1, memory=memory), fraction
 
     def folded(params, state):
         base, takes = residual(state), paths.chooser(select)
@@ -165,7 +185,7 @@ def lozo_residual(
             def block(site):
                 own = own_part(state.memory, site)
                 if not is_matrix(site):
-                    return own.astype(site.value.dtype), jnp.zeros(())
+                    return views.take(own, site.rows).astype(site.value.dtype), jnp.zeros(())
                 new = site.value.astype(own.dtype) + base.factors(site, own).dense()
                 return round_to(new, site, "stochastic", key), jnp.zeros(())
 
@@ -175,10 +195,45 @@ def lozo_residual(
 
     settings = {
         "learning_rate": rates(learning_rate),
-        "eps": eps,
-        "sampler": repr(sampler),
+        "eps": concrete(eps),
+        "sampler": described(sampler),
         "rule": "residual",
         "num_directions": num_directions,
-        "select": written(select),
+        "select": select,
     }
-    return ZerothOrderOptimizer(init, step, update, settings, 2 * num_directions, folded, select)
+    return ZerothOrderOptimizer(
+        init, step, update, settings, 2 * num_directions, folded, select, rate_at
+    )
+
+
+def one_by_one(measurement: Measurement, eps: Array, previous: Any) -> Slopes:
+    """`central` for a loss that is called on copies of the parameters: one is alive at a time."""
+    return central(_OneByOne(**vars(measurement)), eps, previous)
+
+
+class _OneByOne(Measurement):
+    """A measurement that runs no two passes together."""
+
+    def along(self, scales):
+        def at(j, scale):
+            # Else XLA draws z before the loop over signs, and keeps all of it.
+            j, scale = lax.optimization_barrier((j, scale))
+            key, sampler = self.directions.at(j)
+            return self.loss(Perturbation(key, scale, sampler, self.select))
+
+        indices = jnp.arange(self.directions.count)
+        return lax.map(lambda j: lax.map(lambda scale: at(j, scale), scales), indices)
+
+
+def moved_fraction(
+    sampler: Factored, params: Any, old: dict[str, Array], new: dict[str, Array]
+) -> Float[Array, ""]:
+    """Of the parameters that are trained, how many have another value: where a row of N has."""
+    moved, total = jnp.zeros(()), 0.0
+    for leaf, site in remembered(params, new):
+        changed = old[leaf_name(leaf)] != new[leaf_name(leaf)]
+        if is_matrix(site):
+            changed = changed.any(-1 if sampler.new_side(leaf.path) == "left" else -2)
+        moved += changed.mean() * leaf.value.size
+        total += leaf.value.size
+    return moved / total

@@ -109,7 +109,8 @@ class Sphere(Sampler):
             if takes(leaf.path, leaf.value):
                 square += sum_over_blocks(lambda site: self._square(key, site), leaf)
                 size += leaf.value.size
-        return dataclasses.replace(self, scale=jnp.sqrt(size / square))
+        # A float: the number of parameters may not fit an int of 32 bits.
+        return dataclasses.replace(self, scale=jnp.sqrt(float(size) / square))
 
     def _square(self, key, site):
         # Where there is a number, so that z has the sharding of the parameter, or each device would

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxlm.core import paths, prng
+from jaxlm.core.errors import UserError
 
 BLOCK = 2**22
 """Elements in a block of rows."""
@@ -37,7 +38,18 @@ class Site(NamedTuple):
     value: Any = None
 
     def key(self, key: Array) -> Array:
-        """The key of this leaf, from one for all leaves."""
+        """The key of this leaf, from one for all leaves.
+
+        Raises:
+          UserError: if a model reads a leaf layer by layer that is not declared: what is updated is
+            the whole of it, with other noise.
+        """
+        if isinstance(self.layer, jax.core.Tracer) and not paths.is_declared(self.path):
+            raise UserError(
+                f"{self.path}: the loss reads it in a loop over layers, but it is not declared to "
+                f"be stacked. Call jaxlm.core.paths.declare_stacked({{{self.path!r}: "
+                f"{len(self.shape)}}}) once, beside the model."
+            )
         return prng.leaf_key(key, self.path, self.layer)
 
 

@@ -5,8 +5,10 @@ Each draws its numbers from a `base` sampler.
 
 import dataclasses
 import functools
+import math
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +17,13 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxlm.core import paths, views
+from jaxlm.core.errors import UserError
 from jaxlm.core.views import LowRank
 from jaxlm.zo.samplers import Gaussian, Sampler, register
 from jaxlm.zo.sites import Site
+
+OUT_FIRST = r"(^|[._])(embeddings?|weight)(\.(value|values|scale))?$"
+"""Paths of matrices that are stored [out, in], as those of PyTorch are; others are [in, out]."""
 
 
 def is_matrix(site: Site) -> bool:
@@ -25,64 +31,76 @@ def is_matrix(site: Site) -> bool:
     return len(site.shape) == 2
 
 
-def is_matrix_leaf(leaf: paths.Leaf) -> bool:
-    """Whether a leaf, or each layer of it, has two axes."""
-    return leaf.value.ndim - leaf.stacked == 2
-
-
-def _selected(params: Any, select: paths.Select) -> list[str]:
+def _selected(params: Any, select: paths.Select) -> list[paths.Leaf]:
     takes = paths.chooser(select)
-    return [leaf.path for leaf in paths.flatten(params)[0] if takes(leaf.path, leaf.value)]
-
-
-def _matrices(params: Any, select: paths.Select) -> list[tuple[str, tuple[int, ...]]]:
-    takes = paths.chooser(select)
-    return [
-        (leaf.path, leaf.value.shape[-2:])
-        for leaf in paths.flatten(params)[0]
-        if takes(leaf.path, leaf.value) and is_matrix_leaf(leaf)
-    ]
+    return [leaf for leaf in paths.flatten(params)[0] if takes(leaf.path, leaf.value)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Factored(Sampler):
     """What low-rank samplers share: two factors for a matrix, dense noise for everything else.
 
+    One factor is new for each direction, the other one, the lazy one, stays for an interval.
+
     Attributes:
-      rank: r.
+      rank: r; a matrix that is smaller gets less, see `rank_of`.
       interval: steps for which the lazy factor stays.
       base: of the entries.
+      out_first: a regular expression, the paths of matrices that are [out, in].
       lazy: key of the lazy factor; None for that of the direction.
     """
 
     rank: int
     interval: int
     base: Sampler
+    out_first: str | None = OUT_FIRST
     lazy: Any = None
     factored = True
 
     def at(self, key, step) -> Any:
         return dataclasses.replace(self, lazy=jax.random.fold_in(key, step // self.interval))
 
-    def check(self, params, select):
-        found = _matrices(params, select)
-        if not found:
-            raise ValueError(
-                f"{type(self).__name__} needs a matrix among the selected parameters; there is none"
-            )
-        for path, shape in found:
-            if self.rank > min(shape):
-                raise ValueError(f"rank {self.rank} is more than {path} of shape {shape} has")
-
     def sample(self, key, site):
         return self.factors(key, site) if is_matrix(site) else self.base.sample(key, site)
 
     def factors(self, key: Array, site: Site) -> LowRank:
         """The two factors of z at a matrix."""
-        raise TypeError(f"{type(self).__name__} has no method factors")
+        new, lazy = self.new_factor(key, site), self.lazy_factor(key, site)
+        return LowRank(new, lazy) if self.new_side(site.path) == "left" else LowRank(lazy, new)
 
-    def _entries(self, key, site, name, shape, rows=None):
-        return self.base.sample(key, Site(f"{site.path}.{name}", shape, site.layer, rows))
+    def new_side(self, path: str) -> Literal["left", "right"]:
+        """Which factor of a matrix is new for each direction."""
+        raise TypeError(f"{type(self).__name__} has no method new_side")
+
+    def new_factor(self, key: Array, site: Site) -> Array:
+        """The factor that is new for each direction."""
+        raise TypeError(f"{type(self).__name__} has no method new_factor")
+
+    def lazy_factor(self, key: Array, site: Site) -> Array:
+        """The factor that stays for an interval."""
+        raise TypeError(f"{type(self).__name__} has no method lazy_factor")
+
+    def rank_of(self, path: str, shape: tuple[int, ...]) -> int:
+        """The rank at a matrix."""
+        raise TypeError(f"{type(self).__name__} has no method rank_of")
+
+    def _out_first(self, path: str) -> bool:
+        return self.out_first is not None and re.search(self.out_first, path) is not None
+
+    def _lazy_key(self, key):
+        return key if self.lazy is None else self.lazy
+
+    def _entries(self, key, site, side, rank=None):
+        """Numbers of a factor: [*rows, rank] or [rank, columns]."""
+        rank = self.rank_of(site.path, site.shape) if rank is None else rank
+        left = side == "left"
+        shape = (site.shape[0], rank) if left else (rank, site.shape[1])
+        rows = site.rows if left else None
+        return self.base.sample(key, Site(f"{site.path}.{side}", shape, site.layer, rows))
+
+
+def _other(side: str) -> str:
+    return "right" if side == "left" else "left"
 
 
 @register("base", "lazy")
@@ -90,12 +108,23 @@ class Factored(Sampler):
 class LowRankSampler(Factored):
     """U V^T; see `low_rank`."""
 
-    def factors(self, key, site):
-        rows, columns = site.shape
-        lazy = key if self.lazy is None else self.lazy
-        left = self._entries(key, site, "left", (rows, self.rank), site.rows)
-        right = self._entries(lazy, site, "right", (self.rank, columns))
-        return LowRank(left / np.sqrt(self.rank), right)
+    scale: float | None = None
+
+    def new_side(self, path):
+        return "left" if self._out_first(path) else "right"
+
+    def new_factor(self, key, site):
+        scale = self.scale
+        if scale is None:
+            scale = 1 / math.sqrt(self.rank_of(site.path, site.shape))
+        return scale * self._entries(key, site, self.new_side(site.path))
+
+    def lazy_factor(self, key, site):
+        return self._entries(self._lazy_key(key), site, _other(self.new_side(site.path)))
+
+    def rank_of(self, path, shape):
+        # Of a table whose rows were taken behind another view, the number of rows is not known.
+        return min(self.rank, shape[1])
 
 
 @register("base", "lazy")
@@ -103,35 +132,62 @@ class LowRankSampler(Factored):
 class Subspace(Factored):
     """P u with orthonormal P; see `subspace`."""
 
-    def factors(self, key, site):
-        right = self._entries(key, site, "right", (self.rank, site.shape[1]))
-        return LowRank(views.take(self.basis(key, site), site.rows), right)
+    def new_side(self, path):
+        return "right" if self._out_first(path) else "left"
 
-    def basis(self, key: Array, site: Site) -> Float[Array, "in rank"]:
-        """P: the orthonormal columns that span those of a Gaussian matrix."""
+    def new_factor(self, key, site):
+        return self._entries(key, site, self.new_side(site.path))
+
+    def lazy_factor(self, key, site):
+        basis = self.basis(key, site)
+        return views.take(basis, site.rows) if self._out_first(site.path) else basis.T
+
+    def rank_of(self, path, shape):
+        return min(self.rank, shape[0] if self._out_first(path) else shape[1])
+
+    def basis(self, key: Array, site: Site) -> Float[Array, "out rank"]:
+        """P: orthonormal columns, uniform among all of them where `base` is Gaussian."""
         if isinstance(site.value, views.Taken):
             raise ValueError(f"{site.path}: a subspace cannot be drawn behind another view")
-        lazy = key if self.lazy is None else self.lazy
-        drawn = self._entries(lazy, site, "left", (site.shape[0], self.rank))
-        product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-        return product(drawn, _orthonormalizer(product(drawn.T, drawn)))
+        side = _other(self.new_side(site.path))
+        drawn = self._entries(self._lazy_key(key), site._replace(rows=None), side)
+        return orthonormal(drawn if side == "left" else drawn.T)
 
 
-def _orthonormalizer(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
-    """The upper triangular T for which D T is orthonormal, D^T D being `gram`.
+def orthonormal(x: Float[Array, "n r"]) -> Float[Array, "n r"]:
+    r"""Orthonormal columns from any n r numbers, r <= n: the first r columns of $H_1 \cdots H_r$.
 
-    Gram-Schmidt, twice for each column, in matrix products alone: the solvers of LAPACK can stop
-    for ever in a program whose other threads wait for them.
+    $H_j$ is the reflection that takes $x_{j:n,j}$ to a multiple of $e_j$, and column j has the sign
+    that makes the multiple positive. Where x is Gaussian this is the Q, with a positive diagonal of
+    R, of the QR decomposition of a Gaussian matrix, without its r steps one after another and
+    without its condition: $H_1 \cdots H_r = I - W T W^\top$ is orthogonal whatever W is. Products
+    alone, no solver of LAPACK: those can stop for ever in a program whose other threads wait for
+    them.
+
+    References: Stewart, "The efficient generation of random orthogonal matrices", 1980; Joffrain et
+    al., "Accumulating Householder transformations, revisited", 2006.
     """
-
-    def column(j, found):
-        new = jax.nn.one_hot(j, gram.shape[0], dtype=gram.dtype)
-        for _ in range(2):
-            new = new - found @ (found.T @ (gram @ new))
-        return found.at[:, j].set(new / jnp.sqrt(new @ gram @ new))
-
+    n, r = x.shape
+    row, column = jnp.arange(n)[:, None], jnp.arange(r)[None]
+    x = jnp.where(row >= column, x, 0)
+    size = jnp.abs(x).max(0, keepdims=True)
+    x = x / jnp.where(size > 0, size, 1)
+    first = jnp.diagonal(x)[None]
+    sign = jnp.where(first < 0, -1, 1).astype(x.dtype)
+    length = jnp.sqrt(jnp.square(x).sum(0, keepdims=True))
+    # |v|^2 is 2 length (length + |first|), and |w|^2 is 2; a column of zeros is no reflection.
+    square = length * (length + jnp.abs(first))
+    v = x + jnp.where(row == column, sign * length, 0)
+    w = v / jnp.sqrt(jnp.where(square > 0, square, 1))
     with jax.default_matmul_precision("highest"):
-        return lax.fori_loop(0, gram.shape[0], column, jnp.zeros_like(gram))
+        # T^-1 is upper triangular with a diagonal of ones: inverses of blocks, twice as large in
+        # each turn.
+        above, t, block = w.T @ w, jnp.eye(r, dtype=x.dtype), 1
+        while block < r:
+            pair = (row[:r] // block % 2 == 0) & (row[:r] // block + 1 == column // block)
+            t = t - t @ jnp.where(pair, above, 0) @ t
+            block *= 2
+        return -sign * (jnp.eye(n, r, dtype=x.dtype) - w @ (t @ w[:r].T))
 
 
 @register("base", "active")
@@ -153,15 +209,17 @@ class Blocks(Sampler):
         return dataclasses.replace(self, active=jnp.asarray(step) % self.count)
 
     def check(self, params, select):
-        for leaf in paths.flatten(params)[0]:
-            depth = leaf.value.shape[0] if leaf.stacked else (leaf.layer or 0) + 1
+        for leaf in _selected(params, select):
+            layer = paths.identity(leaf.path, leaf.layer)[1]
+            depth = leaf.value.shape[0] if leaf.stacked else (layer or 0) + 1
             if depth > self.num_layers or (leaf.stacked and depth < self.num_layers):
                 raise ValueError(f"num_layers is {self.num_layers}, but {leaf.path} has {depth}")
 
     def sample(self, key, site):
         if self.active is None:
             raise ValueError("blocks of layers take turns by step: use them in an optimizer")
-        block = self.count - 1 if site.layer is None else site.layer // self.size
+        layer = paths.identity(site.path, site.layer)[1]
+        block = self.count - 1 if layer is None else layer // self.size
         drawn = functools.partial(self.base.sample, key, site)
 
         def nothing():
@@ -179,16 +237,16 @@ class Magnitude(Sampler):
     limits: Mapping[str, Array]
 
     def check(self, params, select):
-        for path in _selected(params, select):
-            if path not in self.limits:
+        for path in dict.fromkeys(leaf.path for leaf in _selected(params, select)):
+            if paths.identity(path)[0] not in self.limits:
                 raise ValueError(
                     f"{path} has no threshold: give magnitude the parameters that are trained, or "
                     f"leave {path} out by select"
                 )
 
     def sample(self, key, site):
-        limit = self.limits[site.path]
-        limit = limit if limit.ndim == 0 else limit[site.layer]
+        path, layer = paths.identity(site.path, site.layer)
+        limit = self.limits[path] if layer is None else self.limits[path][layer]
         value = site.value.value if isinstance(site.value, views.Taken) else site.value
         z = jnp.asarray(self.base.sample(key, site))
         return jnp.where(jnp.abs(value) <= limit, z, 0)
@@ -204,7 +262,7 @@ class Rescaled(Sampler):
     power: int
 
     def check(self, params, select):
-        for path in _selected(params, select):
+        for path in dict.fromkeys(leaf.path for leaf in _selected(params, select)):
             if group(path) not in self.norms:
                 raise ValueError(
                     f"{path} has no norm: give one for {group(path)!r} beside those for "
@@ -212,8 +270,9 @@ class Rescaled(Sampler):
                 )
 
     def _norm(self, site):
-        norm = self.norms[group(site.path)]
-        return norm if norm.ndim == 0 else norm[site.layer]
+        norm = self.norms[group(site.path, site.layer)]
+        layer = paths.identity(site.path, site.layer)[1]
+        return norm if norm.ndim == 0 else norm[layer]
 
     def sample(self, key, site):
         return self.base.sample(key, site) / self._norm(site)
@@ -222,43 +281,67 @@ class Rescaled(Sampler):
         return self.base.direction(key, site) * self._norm(site) ** self.power
 
 
-def group(path: str) -> str:
+def group(path: str, layer: Any = None) -> str:
     """Group of a path: "layers", of which each is one, "embed", or "head" for everything else."""
-    first = path.split(".", 1)[0]
-    return first if first in (paths.LAYERS, "embed") else "head"
+    if paths.is_declared(path) or paths.identity(path, layer)[1] is not None:
+        return paths.LAYERS
+    return "embed" if path.split(".", 1)[0] == "embed" else "head"
 
 
-def low_rank(rank: int = 2, *, interval: int = 50, base: Sampler = Gaussian()) -> LowRankSampler:
+def low_rank(
+    rank: int = 2,
+    *,
+    interval: int = 50,
+    base: Sampler = Gaussian(),
+    out_first: str | None = OUT_FIRST,
+    scale: float | None = None,
+) -> LowRankSampler:
     r"""$Z = U V^\top / \sqrt r$ for matrices, `base` for the rest; the noise of LOZO.
 
-    U [in, r] is new for each direction, V [out, r] stays for `interval` steps. Both are drawn from
-    `base`, so Z has mean 0 and covariance I, and the estimate is unbiased over draws of both; while
-    V stays, its mean is the gradient projected on the span of V. A dense layer computes
-    $x W + \epsilon (x U) V^\top$ and reads W once for both signs and all directions.
+    Z is [out, in], its transpose where a matrix is [in, out]. U [out, r] is new for each direction,
+    V [in, r] stays for `interval` steps. Both are drawn from `base`, so Z has mean 0 and covariance
+    I, and the estimate is unbiased over draws of both; while V stays, its mean is the gradient
+    projected on the span of V. A dense layer computes $x W + \epsilon (x V) U^\top$ and reads W
+    once for both signs and all directions.
 
     Args:
-      rank: r.
+      rank: r; of a matrix with fewer columns, their number.
       interval: steps of an optimizer for which V stays; alone, `spsa` draws both from its key.
       base: of the entries and of leaves that are no matrices.
+      out_first: a regular expression, the paths of matrices that are [out, in]; those of embedding
+        tables and of weights in the manner of PyTorch as it stands. None for no path; "" for all,
+        which keeps V on the output side of a kernel.
+      scale: s of $Z = s U V^\top$, None for $1 / \sqrt r$. The authors' code has 1, which makes the
+        estimate of a matrix r times as long as that of a vector.
 
     References: Chen et al., "Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank
-    Structures", arXiv:2410.07698. The paper perturbs by U V^T and divides the estimate by r: the
-    same as here at an eps that is sqrt(r) times smaller.
+    Structures", arXiv:2410.07698. The paper has s = 1 and divides the estimate by r: for matrices
+    the same as here at an eps that is sqrt(r) times smaller.
     """
+    _check(rank, interval)
+    return LowRankSampler(rank, interval, base, out_first, scale=scale)
+
+
+def subspace(
+    rank: int = 64,
+    *,
+    interval: int = 100,
+    base: Sampler = Gaussian(),
+    out_first: str | None = OUT_FIRST,
+) -> Subspace:
+    r"""$Z = P u$ for matrices: P [out, r] orthonormal for `interval` steps, u [r, in] from `base`.
+
+    Z is [out, in], its transpose where a matrix is [in, out]. The estimate is unbiased for the
+    gradient projected on the span of P. The perturbation of ZO-Muon (arXiv:2602.17155); arguments
+    as in `low_rank`, r at most the size of the output.
+    """
+    _check(rank, interval)
+    return Subspace(rank, interval, base, out_first)
+
+
+def _check(rank: int, interval: int) -> None:
     if rank < 1 or interval < 1:
         raise ValueError(f"rank and interval are at least 1, not {rank} and {interval}")
-    return LowRankSampler(rank, interval, base)
-
-
-def subspace(rank: int = 64, *, interval: int = 100, base: Sampler = Gaussian()) -> Subspace:
-    r"""$Z = P u$ for matrices: P [in, r] orthonormal for `interval` steps, u [r, out] from `base`.
-
-    The estimate is unbiased for the gradient projected on the span of P. The perturbation of
-    ZO-Muon (arXiv:2602.17155); arguments as in `low_rank`.
-    """
-    if rank < 1 or interval < 1:
-        raise ValueError(f"rank and interval are at least 1, not {rank} and {interval}")
-    return Subspace(rank, interval, base)
 
 
 def layer_blocks(num_layers: int, *, size: int = 1, base: Sampler = Gaussian()) -> Blocks:
@@ -288,17 +371,24 @@ def magnitude(params: Any, fraction: float = 0.25, *, base: Sampler = Gaussian()
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction}: give more than 0 and at most 1")
 
-    def limit(leaf: paths.Leaf) -> Array:
-        wide = jnp.abs(leaf.value.astype(jnp.float32))
+    def limits(leaf: paths.Leaf) -> Array:
+        wide = jnp.abs(leaf.value.astype(jnp.promote_types(leaf.value.dtype, jnp.float32)))
         rows = wide.reshape(wide.shape[0] if leaf.stacked else 1, -1)
         kept = jnp.quantile(rows, fraction, axis=1, method="lower")
         return kept if leaf.stacked else kept[0]
 
-    takes = paths.chooser(None)
-    leaves = [leaf for leaf in paths.flatten(params)[0] if takes(leaf.path, leaf.value)]
-    if any(leaf.layer is not None for leaf in leaves):
-        raise ValueError("layers are a list: give stacked layers")
-    return Magnitude(base, {leaf.path: limit(leaf) for leaf in leaves})
+    found: dict[str, Any] = {}
+    listed: dict[str, dict[int, Array]] = {}
+    for leaf in _selected(params, None):
+        path, layer = paths.identity(leaf.path, leaf.layer)
+        if layer is None:
+            found[path] = limits(leaf)
+        else:
+            listed.setdefault(path, {})[layer] = limits(leaf)
+    for path, own in listed.items():
+        nothing = jnp.zeros_like(next(iter(own.values())))
+        found[path] = jnp.stack([own.get(i, nothing) for i in range(max(own) + 1)])
+    return Magnitude(base, found)
 
 
 def variance_modified(norms: Mapping[str, Array], base: Sampler = Gaussian()) -> Rescaled:

@@ -62,6 +62,9 @@ def test_every_kind_of_use(name: str, select):
     assert found.total["count"].tolist() == [calls] * 3
 
 
+paths.declare_stacked({"layers.kernel": 2, "layers.bias": 1})
+
+
 def two_layers(params, batch, *, tap=None):
     """Losses [rows, 3] of examples in segments: each token sees those before it in its own."""
     ids, segments = batch["ids"], batch["segments"]

@@ -13,6 +13,7 @@ from jaxlm.zo import Perturbation
 
 pytestmark = pytest.mark.optimized
 
+paths.declare_stacked({"layers.up.kernel": 2, "layers.up.bias": 1, "layers.norm.scale": 1})
 BITS = pytest.mark.parametrize("bits", [8, 4])
 TREE = {
     "embed": {"tokens": {"embedding": (11, 6)}, "positions": {"embedding": (9, 6)}},

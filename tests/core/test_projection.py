@@ -18,6 +18,9 @@ from jaxlm.sharding import make_mesh
 
 pytestmark = pytest.mark.optimized
 
+paths.declare_stacked(
+    {"layers.up.kernel": 2, "layers.up.bias": 1, "layers.bias": 1, "layers.kernel": 2}
+)
 FAMILIES = sorted(sketches.SKETCHES)
 FOLDS = ("countsketch", "srht")
 SHAPES = {

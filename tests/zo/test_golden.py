@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm import zo
+from jaxlm.core import paths
 from jaxlm.zo.samplers import register
 
 STEPS, EPS, RATE, DECAY = 20, 2.0**-4, 2.0**-5, 0.125
@@ -22,6 +23,7 @@ SHAPES = {
     f"{KERNEL}.right": (LAYERS, RANK, COLUMNS),
 }
 RUN_KEY = jax.random.key(5)
+paths.declare_stacked({KERNEL: 2})
 
 
 @register("keys", "table")
@@ -152,40 +154,44 @@ class Reference:
         slopes = (losses - at(theta, batch)) / losses.std()
         return mean([scaled(g, z) for g, z in zip(slopes, self.zs(t), strict=True)])
 
-    def factors(self, t, j):
-        return self.noise.factor("left", (t, j)), self.noise.factor("right", t // INTERVAL)
-
-    def lozo(self, t, theta, batch, momentum=None):
-        """In the paper's units: U V^T at eps / sqrt(r), the estimate divided by r."""
-        eps, slopes = EPS / np.sqrt(RANK), []
-        for j in range(self.n):
-            left, right = self.factors(t, j)
-            z = {KERNEL: left @ right, BIAS: self.noise.z(t, j)[BIAS] * np.sqrt(RANK)}
-            slopes.append((at(theta, batch, z, eps) - at(theta, batch, z, -eps)) / (2 * eps))
-        pairs = list(enumerate(slopes))
-        left = sum(c * self.factors(t, j)[0] for j, c in pairs) / self.n
-        bias = sum(c * self.noise.z(t, j)[BIAS] for j, c in pairs) / self.n / np.sqrt(RANK)
+    def lozo(self, t, theta, batch, momentum=None, scale=RANK**-0.5):
+        """As the authors' code has it at scale 1: weights W [out, in] move by U V^T."""
+        lefts = [self.noise.factor("right", (t, j)).mT for j in range(self.n)]
+        right = self.noise.factor("left", t // INTERVAL)
+        zs = [
+            {KERNEL: (scale * left @ right.mT).mT, BIAS: self.noise.z(t, j)[BIAS]}
+            for j, left in enumerate(lefts)
+        ]
+        slopes = [central(theta, batch, z) for z in zs]
+        left = sum(scale * g * left for g, left in zip(slopes, lefts, strict=True)) / self.n
+        bias = sum(g * z[BIAS] for g, z in zip(slopes, zs, strict=True)) / self.n
         if momentum is not None:
-            old_left = self.memory.get("left", 0 * left)
-            if t and t % INTERVAL == 0:
-                before = self.factors(t - 1, 0)[1]
-                now = self.factors(t, 0)[1]
-                old_left = old_left @ before @ np.swapaxes(now, 1, 2) / COLUMNS
-            left = momentum * old_left + (1 - momentum) * left
-            bias = momentum * self.memory.get("bias", 0 * bias) + (1 - momentum) * bias
+            if t:
+                old = self.memory["left"]
+                if t % INTERVAL == 0:
+                    before = self.noise.factor("left", t // INTERVAL - 1)
+                    old = old @ before.mT @ right / before.shape[1]
+                left = momentum * old + (1 - momentum) * left
+                bias = momentum * self.memory["bias"] + (1 - momentum) * bias
             self.memory |= {"left": left, "bias": bias}
-        return {KERNEL: left @ self.factors(t, 0)[1] / RANK, BIAS: bias}
+        return {KERNEL: (left @ right.mT).mT, BIAS: bias}
 
     def lozo_momentum(self, t, theta, batch):
         return self.lozo(t, theta, batch, momentum=0.9)
 
+    def lozo_released(self, t, theta, batch):
+        return self.lozo(t, theta, batch, scale=1.0)
+
+    def lozo_momentum_released(self, t, theta, batch):
+        return self.lozo(t, theta, batch, momentum=0.9, scale=1.0)
+
     def zo_muon(self, t, theta, batch):
-        drawn = self.noise.factor("left", t // INTERVAL)
-        basis, upper = np.linalg.qr(drawn)
-        basis = basis * np.sign(np.einsum("lii->li", upper))[:, None]
-        rights = [self.noise.factor("right", (t, j)) for j in range(self.n)]
+        """As the authors' code has it: weights W [out, in] move by P u."""
+        drawn = self.noise.factor("right", t // INTERVAL).mT
+        basis = np.stack([reflections(x) for x in drawn])
+        rights = [self.noise.factor("left", (t, j)).mT for j in range(self.n)]
         zs = [
-            {KERNEL: basis @ right, BIAS: self.noise.z(t, j)[BIAS]}
+            {KERNEL: (basis @ right).mT, BIAS: self.noise.z(t, j)[BIAS]}
             for j, right in enumerate(rights)
         ]
         centre = at(theta, batch)
@@ -199,7 +205,19 @@ class Reference:
                 a = x @ x.T
                 x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
             steps.append(x)
-        return {KERNEL: basis @ np.stack(steps), BIAS: 1e-2 * bias}
+        return {KERNEL: (basis @ np.stack(steps)).mT, BIAS: 1e-2 * bias}
+
+
+def reflections(x):
+    """The first columns of a product of Householder reflections, one after another."""
+    n, r = x.shape
+    q, signs = np.eye(n), []
+    for j in range(r):
+        v = np.concatenate([np.zeros(j), x[j:, j]])
+        signs.append(-1 if v[j] < 0 else 1)
+        v[j] += signs[-1] * np.linalg.norm(x[j:, j])
+        q = q @ (np.eye(n) - 2 * np.outer(v, v) / (v @ v))
+    return -q[:, :r] * np.array(signs)
 
 
 def compositions(base):
@@ -217,6 +235,11 @@ def compositions(base):
         "fzoo": {"estimator": zo.one_sided, "rule": zo.rules.normalized_by_spread()},
         "lozo": {"sampler": low_rank},
         "lozo_momentum": {"sampler": low_rank, "rule": zo.factored.factored_momentum(0.9)},
+        "lozo_released": {"sampler": dataclasses.replace(low_rank, scale=1.0)},
+        "lozo_momentum_released": {
+            "sampler": dataclasses.replace(low_rank, scale=1.0),
+            "rule": zo.factored.factored_momentum(0.9),
+        },
         "zo_muon": {
             "estimator": zo.one_sided,
             "sampler": subspace,

@@ -1,12 +1,23 @@
 """Steps that add up in float32 factors beside parameters in few bits."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm import zo
-from tests.zo.problems import flat, network_batch, network_loss, network_params
+from jaxlm.core import views
+from jaxlm.models.transformer import unstack
+from tests.zo.problems import (
+    flat,
+    label_word_loss,
+    network_batch,
+    network_loss,
+    network_params,
+    small_decoder,
+    token_batch,
+)
 
 pytestmark = pytest.mark.optimized
 
@@ -44,3 +55,111 @@ def test_steps_too_small_for_bfloat16_are_kept():
     exact = drift(zo.lozo_residual(1e-4, interval=100, **small))
     lost = drift(zo.lozo(1e-4, interval=100, **small))
     assert np.mean(lost != 0) < np.mean(exact != 0)
+
+
+def listed(params):
+    layers = [{"kernel": kernel} for kernel in params["layers"]["kernel"]]
+    return params | {"layers": layers}
+
+
+def list_loss(params, batch, *, view=None):
+    """`network_loss` over a list of layers, which asks a view by path and index."""
+    x = batch["x"]
+    for i, layer in enumerate(params["layers"]):
+        seen = views.apply(view, "layers.kernel", layer["kernel"], i)
+        x = jnp.tanh(seen.dot(x) if isinstance(seen, views.LowRankSum) else x @ seen)
+    head = params["head"]
+    seen = views.apply(view, "head.kernel", head["kernel"], None)
+    y = seen.dot(x) if isinstance(seen, views.LowRankSum) else x @ seen
+    y = y + views.apply(view, "head.bias", head["bias"], None)[None]
+    return jnp.mean((y - batch["y"]) ** 2)
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_a_list_of_layers_trains_as_a_stack_does(lean):
+    """Within an interval too, where what was added is in the factors alone."""
+    params = network_params()
+    opt = zo.lozo_residual(0.1, interval=5, num_directions=2, eps=2.0**-3)
+    plain = (lambda params, batch: list_loss(params, batch)) if not lean else list_loss
+    stacked, wanted = run(opt, params, network_loss, 7)
+    found, info = run(opt, listed(params), plain, 7)
+    np.testing.assert_allclose(info.loss_plus, wanted.loss_plus, rtol=2e-5)
+    kernels = jnp.stack([layer["kernel"] for layer in found["layers"]])
+    np.testing.assert_allclose(kernels, stacked["layers"]["kernel"], atol=2e-4)
+
+
+def test_a_model_of_jaxlm_with_a_list_of_layers_trains_as_with_a_stack():
+    lm, batch = small_decoder(), token_batch(4, 6, 50)
+    loss_fn = label_word_loss(lm, [5, 9])
+    opt = zo.lozo_residual(0.3, interval=4, eps=2.0**-5)
+    step = jax.jit(lambda params, state: opt.step(loss_fn, params, state, batch))
+
+    def losses(params):
+        state, seen = opt.init(params, KEY), []
+        for _ in range(3):
+            params, state, info = step(params, state)
+            seen.append(info.loss)
+        return seen
+
+    layers = unstack(lm.params["layers"])
+    found = losses({**lm.params, "layers": layers})
+    np.testing.assert_allclose(found, losses(lm.params), rtol=1e-5)
+    assert abs(found[2] - found[0]) > 1e-4
+
+
+def test_an_equinox_model_trains_as_by_lozo():
+    """Whose residual is not added in the end alone: the losses within an interval are those."""
+    network = eqx.nn.MLP(2, 1, 8, 2, activation=jnp.tanh, key=KEY)
+    params, static = eqx.partition(network, eqx.is_inexact_array)
+    x = jax.random.normal(KEY, (16, 2))
+
+    def loss(params, batch):
+        y = jax.vmap(eqx.combine(params, static))(batch)
+        return jnp.mean((y - jnp.sin(batch[:, :1])) ** 2)
+
+    def losses(opt):
+        state, seen, moving = opt.init(params, KEY), [], params
+        step = jax.jit(lambda params, state: opt.step(loss, params, state, x))
+        for _ in range(6):
+            moving, state, info = step(moving, state)
+            seen.append(info.loss)
+        return seen
+
+    options = {"interval": 50, "eps": 2.0**-4, "num_directions": 2}
+    found = losses(zo.lozo_residual(0.05, **options))
+    np.testing.assert_allclose(found, losses(zo.lozo(0.05, **options)), rtol=1e-5)
+    assert found[-1] < found[0]
+
+
+def test_the_moved_fraction_is_that_of_parameters_with_another_value():
+    params, batch = network_params(), network_batch()
+    half = jax.tree.map(lambda x: x.size, params)["layers"]["kernel"]
+    total = sum(x.size for x in jax.tree.leaves(params))
+    only = {"select": "layers"}
+
+    def fraction(opt, loss):
+        return float(opt.step(loss, params, opt.init(params, KEY), batch)[2].moved_fraction)
+
+    assert fraction(zo.lozo_residual(0.1), network_loss) == 1
+    assert fraction(zo.lozo_residual(0.0), network_loss) == 0
+    assert fraction(zo.lozo_residual(0.1, **only), network_loss) == 1
+    assert fraction(zo.lozo_residual(0.1), lambda params, batch: params["head"]["bias"][0]) > 0
+    assert fraction(zo.lozo_residual(0.1), lambda params, batch: jnp.float32(jnp.nan)) == 0
+    # A step so small that it is lost in the biases, which are large, and not in the factors.
+    large = params | {"head": params["head"] | {"bias": jnp.full(8, 1e8)}}
+    opt = zo.lozo_residual(1e-9)
+    loss = lambda params, batch: jnp.sum(params["layers"]["kernel"])  # noqa: E731
+    _, _, info = opt.step(loss, large, opt.init(large, KEY), batch)
+    assert half < total - 8
+    np.testing.assert_allclose(info.moved_fraction, (total - 8) / total, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_loss_without_a_view_is_called_on_one_copy_at_a_time(n):
+    params = {"w": jax.ShapeDtypeStruct((512, 1024), jnp.float32)}
+    opt = zo.lozo_residual(0.1, num_directions=n)
+    state = jax.eval_shape(opt.init, params, KEY)
+    step = zo.jit_step(opt, lambda params, batch: jnp.sum(jnp.sin(params["w"] @ batch)))
+    batch = jax.ShapeDtypeStruct((1024, 1), jnp.float32)
+    compiled = step.lower(params, state, batch).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 4 * 512 * 1024
