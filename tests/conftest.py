@@ -56,8 +56,8 @@ def programs(request):
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     header = [f"jax {jax.__version__}: {jax.device_count()} {jax.default_backend()} devices"]
-    if config.option.markexpr == "not slow":
-        header.append("tests that take minutes are left out; they run with: pytest -m slow")
+    if config.option.markexpr == "not slow and not hostile":
+        header.append("tests that take minutes are left out: pytest -m slow, pytest -m hostile")
     return header
 
 

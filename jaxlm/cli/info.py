@@ -14,7 +14,7 @@ from jaxlm.cli.config import split_args
 from jaxlm.cli.screen import show
 from jaxlm.core.errors import UserError
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "safetensors", "numpy", "transformers")
 
 
 def run(args: Sequence[str]) -> None:

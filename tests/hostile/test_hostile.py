@@ -1,0 +1,148 @@
+"""Every command, with every kind of file broken: a sentence with a fix, and nothing is damaged.
+
+The whole list takes a quarter of an hour: `pytest -m hostile`. A tenth of it runs each time.
+"""
+
+import fcntl
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.hostile.rows import every_row
+from tests.hostile.world import COMMANDS, Row, build, contents, copy, run
+
+ROWS = every_row()
+OFTEN = ROWS[::10]
+MARK = Path("/tmp/jaxlm-evil")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built once, by the first worker that asks for it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = shared / "hostile" / "world", shared / "hostile" / "done"
+    folder.parent.mkdir(exist_ok=True)
+    with (shared / "hostile" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            build(folder)
+            done.touch()
+    return folder
+
+
+def check(world: Path, folder: Path, row: Row) -> None:
+    copy(world, folder, row)
+    if row.breaks is not None:
+        row.breaks(folder)
+    before = contents(folder)
+    done = run(folder, [*COMMANDS[row.command], *row.words], env=row.env)
+    said = done.stderr.strip()
+    assert done.returncode in row.code, said[-3000:]
+    assert "Traceback" not in said, said[-3000:]
+    assert "Exception ignored" not in said, said[-3000:]
+    if done.returncode:
+        check_sentence(said, row)
+        if not row.changes:
+            assert contents(folder) == before
+    assert not MARK.exists(), "code from a model folder ran"
+
+
+def check_sentence(said: str, row: Row) -> None:
+    """`error: KEY: what is wrong (got VALUE). What to do.`, on one line, the last one."""
+    last = said.splitlines()[-1]
+    assert last.startswith("error: "), said[-3000:]
+    assert len(last) < 1000, last
+    assert last.endswith("."), last
+    assert not row.named or any(name in last for name in row.named), (row.named, last)
+    fix = re.split(r"[.:;] ", last)[-1]
+    assert len(fix.split()) >= 2, f"no fix in: {last}"
+
+
+@pytest.mark.parametrize("row", OFTEN, ids=lambda row: row.id)
+def test_a_broken_thing_is_named_with_a_fix(row: Row, world: Path, tmp_path: Path):
+    check(world, tmp_path / "world", row)
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("row", [row for row in ROWS if row not in OFTEN], ids=lambda row: row.id)
+def test_the_rest_of_the_list(row: Row, world: Path, tmp_path: Path):
+    check(world, tmp_path / "world", row)
+
+
+def test_the_list_is_long_and_has_every_command():
+    assert len(ROWS) >= 250
+    assert {row.command for row in ROWS} == set(COMMANDS)
+    cells = {(row.command, row.kind): 0 for row in ROWS}
+    for row in ROWS:
+        cells[row.command, row.kind] += 1
+    assert max(cells.values()) <= 8
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("words", [["--help"], ["info", "model"]], ids=" ".join)
+def test_a_reader_that_stops_early_is_no_error(words, world):
+    done = run(world, words, pipe_to="head -1")
+    assert "BrokenPipe" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 141)
+
+
+@pytest.mark.hostile
+def test_closed_output_is_no_traceback(world):
+    read, write = os.pipe()
+    os.close(read)
+    done = run(world, ["info", "model"], stdout=write)
+    os.close(write)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs root to mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize(
+    "name", ["finetune", "adam", "pretrain", "less", "kernel", "sweep", "compare"]
+)
+def test_a_full_disk_is_named(name, world, small_disk, tmp_path):
+    row = Row(name, "environment", "full disk")
+    folder = copy(world, tmp_path / "world", row)
+    (small_disk / "filler").write_bytes(bytes(180_000))
+    done = run(folder, [*COMMANDS[name], f"--output={small_disk / 'out'}"])
+    said = done.stderr.strip()
+    assert done.returncode == 2, said[-3000:]
+    assert "Traceback" not in said, said[-3000:]
+    last = said.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert str(small_disk) in last
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("name", ["finetune", "pretrain", "less", "kernel", "sweep", "compare"])
+def test_the_second_of_two_commands_is_told_of_the_first(name, world, tmp_path):
+    from jaxlm.artifacts.locks import hold
+
+    row = Row(name, "environment", "two processes")
+    folder = copy(world, tmp_path / "world", row)
+    (folder / str(row.output)).mkdir()
+    with hold(folder / str(row.output)):
+        before = contents(folder)
+        done = run(folder, COMMANDS[name])
+        assert done.returncode == 2, done.stderr[-3000:]
+        assert f"process {os.getpid()} on " in done.stderr.splitlines()[-1]
+        assert contents(folder) == before
