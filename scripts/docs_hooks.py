@@ -1,15 +1,23 @@
-"""Hooks of mkdocs: files of the repository that pages link to become pages of the site.
+"""Hooks of mkdocs: linked files of the repository become pages, and formulas become MathML.
 
 In the repository a page links to what lies beside docs/ (`../configs/mezo/opt.yaml`,
 `../notebooks/03_mezo.ipynb`). On the site there is a page for each of these: Markdown as it is, a
 notebook as text and code, the text of any other file, the files of a folder one after the other.
+
+Browsers draw MathML themselves, so a page needs no script and no font from another host.
 """
 
+import html
 import os
 import re
+import sys
 from pathlib import Path, PurePosixPath
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files, InclusionLevel
+
+sys.path.insert(0, str(Path(__file__).parent))
+from docs_math import faults, mathml
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()([\w./-]+)(?=[)#])")
@@ -56,6 +64,31 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
         return os.path.relpath(address(target), PurePosixPath(here).parent)
 
     return LINK.sub(moved, markdown) if here in _sources else markdown
+
+
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
+"""A formula as pymdownx.arithmatex leaves it: `\\(...\\)` within a line, `\\[...\\]` on its own."""
+
+
+def on_page_content(content: str, page, config, files) -> str:
+    """Turns the formulas of a page, those of docstrings among them, into MathML."""
+    del config, files
+
+    def drawn(match: re.Match) -> str:
+        tag, bracket, latex = match.groups()
+        try:
+            return f'<{tag} class="formula">{mathml(html.unescape(latex), bracket == "[")}</{tag}>'
+        except ValueError as error:
+            raise PluginError(f"{page.file.src_uri}: {error}") from error
+
+    return FORMULA.sub(drawn, content)
+
+
+def on_post_build(config) -> None:
+    """Fails where a page has raw LaTeX, or needs another host."""
+    for path in sorted(Path(config.site_dir).rglob("*.html")):
+        if found := faults(path.read_text()):
+            raise PluginError(f"{path.relative_to(config.site_dir)}: {found[0]}")
 
 
 def links(uri: str, markdown: str) -> list[str]:

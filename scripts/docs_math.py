@@ -1,0 +1,33 @@
+"""Formulas of the site: MathML at build time, and a search of built pages for what is not drawn."""
+
+import re
+
+CODE = re.compile(r"<(pre|code|script|style)\b.*?</\1>", re.S)
+RAW = re.compile(r"\\\(|\\\[|\$\$|\\[A-Za-z]{2,}")
+ELSEWHERE = re.compile(
+    r"<(?:script|iframe|img|source)\b[^>]*\bsrc=[\"']?(?:https?:)?//[^>]*>"
+    r"|<link\b(?=[^>]*\brel=[\"']?(?:stylesheet|preload|preconnect|icon))[^>]*\bhref=[\"']?(?:https?:)?//[^>]*>"
+    r"|(?:@import|url\()\s*[\"']?(?:https?:)?//[^)\"']*"
+)
+
+
+def mathml(latex: str, display: bool = False) -> str:
+    """A formula in LaTeX as MathML.
+
+    Raises:
+      ValueError: a command that the converter does not know, which it would show as text.
+    """
+    from latex2mathml.converter import convert
+
+    # The converter knows \| only behind \left and \right, and \Vert everywhere.
+    found = convert(latex.replace(r"\|", r"\Vert "), display="block" if display else "inline")
+    if "\\" in found:
+        raise ValueError(f"no MathML of {latex!r}: write it with other commands.")
+    return found
+
+
+def faults(page: str) -> list[str]:
+    """LaTeX that a page shows as it is written, and addresses from which it loads something."""
+    shown = CODE.sub("", page)
+    found = [f"raw LaTeX: {shown[m.start() : m.start() + 60]}" for m in RAW.finditer(shown)]
+    return found + [f"from elsewhere: {m[0]}" for m in ELSEWHERE.finditer(page)]
