@@ -25,13 +25,12 @@ from jaxlm.sharding.multihost import group_from_text
 from jaxlm.train.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
-SMALL = (
-    *("--steps=2", "--batch_size=4", "--eval_batch_size=16"),
-    *("--task.k=4", "--task.num_test=16", "--task.validation=hold_out"),
-)
-"""What makes a run of a page one of seconds."""
-REPEATS = 20
-"""Rows of a data file that a page shows are written so many times."""
+SHORT = ("--steps=2",)
+"""What makes a run of a page's own file one of seconds: it asks no less of the data."""
+FEW = ("--task.validation=hold_out", "--task.k=4", "--task.num_test=16", "--eval_batch_size=16")
+"""The same where a page names a shipped task, of which there are rows enough."""
+AWAY = re.compile(r"(^|=)(facebook/|opt/|roberta|FOLDER)")
+"""What a command is given that is not on this machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +107,10 @@ def run_jaxlm(args: list[str], run: bool) -> None:
     args = [name, *on_one_device(name, args[1:])]
     if name in DRY and "--help" not in args:
         args = [*args, *(() if "--dry-run" in args else ("--dry-run",))]
-    run = (run and len(args) > 1) or name not in WORK
+    run = (run and len(args) > 1 and not any(map(AWAY.search, args))) or name not in WORK
     if run and name == "finetune":
-        args = [*args, *SMALL]
+        named = any(word.startswith("--task.name=") for word in args)
+        args = [*args, *SHORT, *(FEW if named else ())]
     with contextlib.ExitStack() as patches:
         # A dry run compiles its programs, but does not look for the largest batch.
         patches.enter_context(mock.patch("jaxlm.train.plan._largest_batch", return_value=None))
@@ -255,10 +255,10 @@ def is_command(span: str) -> bool:
 
 
 def write(block: Block) -> None:
-    """Writes a block that is a file into the working directory."""
+    """Writes a block that is a file into the working directory, as it is printed."""
     path = Path(block.title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(block.text * (REPEATS if path.suffix == ".jsonl" else 1))
+    path.write_text(block.text)
 
 
 def add_family(block: Block, monkeypatch: Any) -> None:
