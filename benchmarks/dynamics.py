@@ -6,8 +6,8 @@ The chain is Adam in one dimension, at learning rate 0.05 on gradients x + 20 z 
 is held against its stochastic differential equation: a Monte Carlo run, whose every path has its
 own noise. It runs through `jaxlm.dynamics.run_optimizer` with `optax.adam`, the equation itself
 through `jaxlm.dynamics.simulate`, and the same chain vectorised over paths by PyTorch and NumPy,
-the peers, in float32 and in place. Beside them is NumPy as one would write it, in float64 with an array
-for each product. They take turns, PyTorch after the others. The columns:
+the peers, in float32 and in place. Beside them is NumPy as one would write it, in float64 with an
+array for each product. They take turns, PyTorch after the others. The columns:
 
   seconds      of a run, median over the repeats; those that are shorter than half a second are
                made one after another until it is over

@@ -1,5 +1,7 @@
 """The documentation names what there is, and all that it shows runs."""
 
+import importlib
+import inspect
 import os
 import re
 from pathlib import Path
@@ -129,6 +131,20 @@ def test_every_room_has_a_page_of_reference():
     assert all(pages.known(name) for name in shown)
     rooms = {path.parent.name for path in (DOCS.parent / "jaxlm").glob("*/__init__.py")} - {"cli"}
     assert rooms <= {name.removeprefix("jaxlm.") for name in shown} | {"core", "train", "studies"}
+
+
+@pytest.mark.parametrize("room", ["zo", "kernels", "influence", "dynamics", "peft"])
+def test_the_reference_of_a_room_has_all_names_functions_first(room: str):
+    listed = re.search(r"members: \[([^\]]*)\]", (DOCS / "api" / f"{room}.md").read_text())
+    names = re.findall(r"\w+", listed[1])
+    module = importlib.import_module(f"jaxlm.{room}")
+    modules = {name for name in module.__all__ if inspect.ismodule(getattr(module, name))}
+    assert len(names) == len(set(names))
+    assert set(names) == set(module.__all__) - modules
+    first = {"zo": "mezo", "kernels": "ntk", "influence": "projector", "dynamics": "scale_rule"}
+    assert names[0] == first.get(room, "lora")
+    kinds = [name[0].isupper() for name in names if name != "GradientStore"]
+    assert kinds == sorted(kinds)
 
 
 @pytest.mark.torch
