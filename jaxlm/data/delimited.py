@@ -5,11 +5,11 @@ doubled, which the delimiter or the end of the line must follow; any other quote
 quote at the beginning of a value would swallow the rows up to the next one, as it does in csv,
 pandas and pyarrow.
 
-- In TSV, where files without any quoting are usual, such a quote is text wherever the lines are
-  rows by themselves.
-- In CSV it is an error where text follows the closing quote, and where a line inside looks like a
-  row: it has as many values, and in some column one that other rows have there, or a number where
-  all have numbers.
+- In TSV, where files without any quoting are usual, such a quote is text wherever its line and a
+  later one inside the quotes are rows by themselves.
+- In CSV it is an error where text follows the closing quote, and where its line and a later one
+  both look like rows: they have as many values, and in one column what other rows have there, or
+  numbers where all have numbers.
 """
 
 import re
@@ -69,11 +69,12 @@ def _records(
         if '"' in line:
             values, stop = _quoted(text, place, delimiter)
             width = len(records[0][1]) if records else line.count(delimiter) + 1
-            inner = [
-                (number + i, each.split(delimiter))
-                for i, each in enumerate(_LINE_END.split(text[end:stop])[1:], start=1)
-                if each.count(delimiter) == width - 1 > 0
-            ]
+            if line.count(delimiter) == width - 1 > 0:
+                inner = [
+                    (number + i, each.split(delimiter))
+                    for i, each in enumerate(_LINE_END.split(text[end:stop])[1:], start=1)
+                    if each.count(delimiter) == width - 1
+                ]
             if delimiter == "\t" and (values is None or inner or len(values) != width):
                 values, stop, inner = [_plain(value) for value in line.split("\t")], end, []
             if values is None:
@@ -85,7 +86,7 @@ def _records(
             end = stop
         if line or end > place:  # an empty line is none
             if inner:
-                suspects[len(records)] = inner
+                suspects[len(records)] = [(number, line.split(delimiter)), *inner]
             records.append((number, values or []))
         number += len(_LINE_END.findall(text, place, end)) + 1
         rest = _LINE_END.match(text, end)
@@ -136,12 +137,20 @@ def _check_suspects(
     sound = [values for place, (_, values) in enumerate(records, start=1) if place not in suspects]
     columns = [set(column) for column in zip(*sound, strict=True)] or [set() for _ in records[0][1]]
     numbers = [all(map(_NUMBER.fullmatch, column)) for column in columns]
-    for place, lines in suspects.items():
-        for number, values in lines:
-            for value, column, are_numbers in zip(values, columns, numbers, strict=True):
-                if value in column or (are_numbers and _NUMBER.fullmatch(value)):
-                    raise UserError(
-                        f"{source}, line {records[place - 1][0]}: a value that begins with a quote "
-                        f"holds line {number}, which looks like a row. Quote every value that "
-                        "has quotes in it and double those, or give the rows as JSON lines."
-                    )
+
+    def usual(values: Sequence[str]) -> set[int]:
+        """The columns in which a line has what other rows have there."""
+        return {
+            i
+            for i, value in enumerate(values)
+            if value in columns[i] or (numbers[i] and _NUMBER.fullmatch(value))
+        }
+
+    for (first, begin), *later in suspects.values():
+        for number, values in later:
+            if usual(begin) & usual(values):
+                raise UserError(
+                    f"{source}, line {first}: a value that begins with a quote holds line {number},"
+                    " which looks like a row. Quote every value that has quotes in it and double "
+                    "those, or give the rows as JSON lines."
+                )

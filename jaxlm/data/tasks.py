@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from jaxlm.core import checks
@@ -68,12 +69,8 @@ class TaskConfig:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        try:
-            checks.whole(self, *_COUNTS)
-            checks.seeds(self, "test_seed")
-            checks.number(self, "threshold")
-        except UserError as error:
-            raise UserError(f"task.{error}") from None
+        for key in _NUMBERS:
+            _check_number(self, key)
         Template.parse(self.template)
         if self.labels or not self.own_options:
             self._check_labels()
@@ -220,6 +217,7 @@ _COUNTS = (
     *("k", "num_train", "num_validation", "num_test"),
     *("max_length", "max_new_tokens", "first_field_limit"),
 )
+_NUMBERS = (*_COUNTS, "test_seed", "threshold")
 _KEYS: dict[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(("name", "template", "label_field"), ((str,), "text. Put it in quotes")),
     **dict.fromkeys(SPLITS, ((str, type(None)), "the name of a file or data set. Give that")),
@@ -228,11 +226,13 @@ _LISTS = {"labels": (str,), "classes": (str, int), "fields": (str,)}
 
 
 def _typed(key: str, value: Any) -> Any:
-    """The value of a key, with lists as tuples; `TaskConfig` looks at numbers itself.
+    """The value of a key, with lists as tuples.
 
     Raises:
         UserError: a value of the wrong type.
     """
+    if key in _NUMBERS:
+        _check_number(SimpleNamespace(**{key: value}), key)
     if key == "truncation":
         checks.one_of("task.truncation", value, ("fields", "left"))
     if key in _KEYS:
@@ -252,6 +252,14 @@ def _typed(key: str, value: Any) -> Any:
             )
         _unicode(key, item)
     return tuple(value)
+
+
+def _check_number(config: Any, key: str) -> None:
+    check = {"test_seed": checks.seeds, "threshold": checks.number}.get(key, checks.whole)
+    try:
+        check(config, key)
+    except UserError as error:
+        raise UserError(f"task.{error}") from None
 
 
 def _unicode(key: str, value: Any) -> Any:

@@ -137,9 +137,9 @@ def test_mistakes(data, model, tmp_path, capsys) -> None:
     for flags, message in (
         (["--objective=accuracy"], "objective is accuracy, but opt/squad is measured by f1: give"),
         (["--calibrate=sfc"], "calibrate needs the same options in every example: leave it out."),
-        (["--task.max_new_tokens=0"], "task.max_new_tokens is 0: give a whole number of at least"),
-        (["--task.max_new_tokens=null"], "opt/squad has answers of 50 tokens, but task.max_length "
-         "or the model allow 32 in all: lower task.max_new_tokens."),
+        (["--task.max_new_tokens=0"], "task.max_new_tokens: must be from 1 to"),
+        (["--task.max_new_tokens=null"], "task.max_new_tokens: leaves no room for a prompt, "
+         "since task.max_length or the model allow 32 tokens in all (got 50). Lower it."),
     ):  # fmt: skip
         capsys.readouterr()
         assert main(["finetune", *words_of_squad, *flags]) == 2
@@ -148,5 +148,5 @@ def test_mistakes(data, model, tmp_path, capsys) -> None:
     assert main(["evaluate", *squad, "--calibrate=sfc"]) == 2
     assert "calibrate is sfc, but opt/squad has no options" in capsys.readouterr().err
     assert main(["evaluate", *squad, "--task.max_new_tokens=32"]) == 2
-    assert "an answer has 32 tokens, but prompt and answer have 32" in capsys.readouterr().err
+    assert "since prompt and answer have 32 tokens in all (got 32)" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

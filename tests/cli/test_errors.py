@@ -130,38 +130,39 @@ ROWS: dict[str, tuple[Break, str]] = {
     ),
     "empty file": (
         train_text(""),
-        "task.train: train.jsonl is empty: give a file with at least one example.",
+        "task.train: train.jsonl is empty. Give a file with at least one example.",
     ),
     "binary file": (
         train_text(b"\x00\xff\xfe\x00"),
-        "train.jsonl is not a text file in UTF-8: save it as UTF-8.",
+        "train.jsonl: not a text file in UTF-8. Save it as UTF-8.",
     ),
     "line that is not JSON": (
         train_text(GOOD + "{text: 1}\n"),
-        'train.jsonl, line 2 is not a JSON object: write {"name": value} on each.',
+        "train.jsonl, line 2: not valid JSON (Expecting property name enclosed in double quotes at "
+        "character 1). Correct the file or write it again.",
     ),
     "line that is no object": (
         train_text(GOOD + "[1]\n"),
-        'train.jsonl, line 2 is not a JSON object: write {"name": value} on each.',
+        'train.jsonl, line 2: not a JSON object. Write {"name": value} there.',
     ),
     "missing field": (
         train_text(GOOD + '{"txt": "a", "label": 0}\n'),
-        "train.jsonl, line 2 has no field 'text', which task.template names: its fields are "
-        "'txt', 'label'.",
+        "train.jsonl, line 2: has no field 'text', which task.template names (got 'txt', 'label'). "
+        "Name one of these.",
     ),
     "label outside the list": (
         train_text(GOOD + '{"text": "a", "label": 2}\n'),
-        "train.jsonl, line 2: label 2 is not one of good, bad nor an index from 0 to 1: "
-        "correct it, or name the classes in task.classes.",
+        "train.jsonl, line 2: the label is not one of good, bad nor an index from 0 to 1 (got 2). "
+        "Correct it, or name the classes in task.classes.",
     ),
     "empty label word": (
         flags('--task.labels=[good, ""]'),
-        "run.yaml: task.labels: word 2 is empty: give a word for every class.",
+        "run.yaml: task.labels: word 2 is empty. Give a word for every class.",
     ),
     "template without label": (
         flags("--task.template={text} it was"),
-        "run.yaml: task.template '{text} it was' has no {label}: put it where the label word "
-        "stands.",
+        "run.yaml: task.template: has no {label} (got '{text} it was'). Put it where the label "
+        "word stands.",
     ),
     "unknown key": (
         flags("--batchsize=3"),
@@ -223,8 +224,8 @@ ROWS: dict[str, tuple[Break, str]] = {
     ),
     "answers that leave no room": (
         answers_of_32_tokens,
-        "opt/squad has answers of 32 tokens, but task.max_length or the model allow 32 in all: "
-        "lower task.max_new_tokens.",
+        "task.max_new_tokens: leaves no room for a prompt, since task.max_length or the model allow "
+        "32 tokens in all (got 32). Lower it.",
     ),
     "unknown choice": (
         flags("--optimizer.schedule=cosine"),
@@ -232,13 +233,13 @@ ROWS: dict[str, tuple[Break, str]] = {
     ),
     "k larger than a class": (
         flags("--task.k=21"),
-        "task.k asks for 21 examples of every class, but task.train has 20 of 'good': lower "
-        "task.k or give more examples.",
+        "task.k: asks for 21 examples of every class, but task.train has 20 of 'good'. Lower "
+        "it or give more examples.",
     ),
     "held out of too few": (
         flags("--task.k=11", "--task.validation=hold_out"),
-        "task.k asks for 11 training and 11 held-out examples of every class, but task.train "
-        "has 20 of 'good': lower task.k or give more examples.",
+        "task.k: asks for 11 training and 11 held-out examples of every class, but task.train "
+        "has 20 of 'good'. Lower it or give more examples.",
     ),
     "model folder missing": (
         flags("--model=FOLDER/no"),

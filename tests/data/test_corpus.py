@@ -128,7 +128,7 @@ def test_domains_that_do_not_go_together(domains, held_out, message):
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), "1", True])
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_a_weight_that_is_none(weight):
     with pytest.raises(UserError, match=r"^corpus.domains: a: (final_)?weight: must be"):
         corpus.Domain("a", weight)

@@ -92,17 +92,22 @@ def test_a_stray_quote_of_a_csv_loses_no_row_in_silence(lines: list[str], header
 
 def test_a_stray_quote_before_label_words_is_found() -> None:
     with pytest.raises(UserError, match=r"line 2: a value .* holds line 3, which looks like a row"):
-        rows('text,label\n"a,good\nb,bad\nc",good\nd,bad\n')
+        rows('text,label\n"a,good\nb,bad\nc",good\nd,bad\ne,good\n')
 
 
 def test_texts_of_several_lines_are_no_mistake() -> None:
     """Lines with a comma look like rows of two values, but neither value is one of the others."""
-    table = 'id,text\n1,"Good film.\nSlow, though."\n2,plain\n3,"a\n\nb, c\n"\n'
-    assert [row["text"] for row in rows(table)] == [
+    texts = [
         "Good film.\nSlow, though.",
+        "Slow, though good.\nSlow, too\n1",
         "plain",
         "a\n\nb, c\n",
     ]
+    quoted = ['"' + text + '"' for text in texts]
+    first = "text,label\n" + "".join(f"{text},{i % 2}\n" for i, text in enumerate(quoted))
+    last = "id,text\n" + "".join(f"{i},{text}\n" for i, text in enumerate(quoted))
+    for table in (first, last):
+        assert [row["text"] for row in rows(table)] == texts
 
 
 def test_lines_are_counted_and_empty_ones_are_none() -> None:

@@ -41,7 +41,8 @@ def test_only_regular_files_are_read(tmp_path, monkeypatch, kind, name) -> None:
     elif kind == "folder":
         path.mkdir()
     else:
-        socket.socket(socket.AF_UNIX).bind(name)
+        with socket.socket(socket.AF_UNIX) as end:
+            end.bind(name)
     for read in both_readers(path):
         with pytest.raises(UserError, match=r"not a regular file|cannot be read"):
             read()
