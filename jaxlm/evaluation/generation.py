@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxlm.core.errors import UserError
 from jaxlm.artifacts.processes import to_host
+from jaxlm.core.errors import UserError
 from jaxlm.models import LanguageModel
 from jaxlm.models.generation import Generator, Sampling, State, decoding_params
 

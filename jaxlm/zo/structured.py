@@ -12,12 +12,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 from jaxlm.core import paths, views
-from jaxlm.core.errors import UserError
 from jaxlm.core.views import LowRank
 from jaxlm.zo.samplers import Gaussian, Sampler, register
 from jaxlm.zo.sites import Site

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import stat
 
 import pytest
 
@@ -44,7 +43,10 @@ def test_a_record_has_the_fields_that_are_relied_on(tmp_path):
 
 def test_json_that_is_written_has_no_nan():
     text = to_json({"a": [math.nan, (math.inf, 1.5)], "b": {"c": -math.inf}})
-    assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, [None, 1.5]], "b": {"c": None}}
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "a": [None, [None, 1.5]],
+        "b": {"c": None},
+    }
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
@@ -55,7 +57,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="No space left"):
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
@@ -85,7 +87,9 @@ def test_sealed_files_are_told_from_damaged_ones(tmp_path):
         verify(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../a", "/a", "a/../../b", "..", "", "a\0", 3, None, "C:\\a", "\\\\h\\a"])
+@pytest.mark.parametrize(
+    "name", ["../a", "/a", "a/../../b", "..", "", "a\0", 3, None, "C:\\a", "\\\\h\\a"]
+)
 def test_a_name_in_a_file_does_not_leave_its_folder(tmp_path, name):
     with pytest.raises(UserError, match="outside its folder"):
         inside(tmp_path, name, "index.json")
@@ -95,7 +99,7 @@ def test_names_inside_a_folder(tmp_path):
     assert inside(tmp_path, "a/b.safetensors", "index.json") == tmp_path / "a" / "b.safetensors"
     assert folder_name("lr[1e-3] b", "methods") == "lr[1e-3] b"
     for name in ("..", ".", "", "a/b", "a\\b", "\0", "x" * 300):
-        with pytest.raises(UserError, match="^methods: cannot name a folder"):
+        with pytest.raises(UserError, match=r"^methods: cannot name a folder"):
             folder_name(name, "methods")
 
 
@@ -103,7 +107,7 @@ def test_one_door_for_paths(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     assert str(file_path("~/x", "output")) == "/somewhere/x"
     for text in ("", " ", "a\0b", "~nosuchuser/x"):
-        with pytest.raises(UserError, match="^output: "):
+        with pytest.raises(UserError, match=r"^output: "):
             file_path(text, "output")
 
 
@@ -114,6 +118,5 @@ def test_a_file_without_permission_is_named(tmp_path):
     if os.access(path, os.R_OK):
         path.unlink()
         path.mkdir()  # root reads everything, but no folder as a file
-    assert stat.S_IMODE(path.stat().st_mode) is not None
-    with pytest.raises(UserError, match="a.json: cannot be read"):
+    with pytest.raises(UserError, match=r"a\.json: cannot be read"):
         read_json(path)

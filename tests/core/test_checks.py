@@ -38,7 +38,7 @@ def test_what_is_no_fraction_is_refused(value):
 
 @pytest.mark.parametrize("value", [-1, 2**32, 0.5, True, (1, -1)])
 def test_what_is_no_seed_is_refused(value):
-    with pytest.raises(UserError, match="^seeds: "):
+    with pytest.raises(UserError, match=r"^seeds: "):
         checks.seeds(config(seeds=value), "seeds")
 
 
