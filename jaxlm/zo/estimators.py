@@ -17,16 +17,18 @@ arXiv:2305.17333.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxlm.core import paths
-from jaxlm.zo.perturbation import Directions, Measurement, directions
+from jaxlm.zo.perturbation import Directions, Measurement, directions, is_traced, width
 from jaxlm.zo.samplers import Gaussian, Sampler
 from jaxlm.zo.sites import over_blocks
 
@@ -49,8 +51,31 @@ class Slopes(NamedTuple):
     aux: Any
 
 
-Estimator = Callable[[Measurement, Float[Array, ""], Float[Array, "n"]], Slopes]
-"""`estimator(measurement, eps, previous) -> Slopes`, previous the last `plus`, NaN at first."""
+class Previous(NamedTuple):
+    """What an estimator knows of the step before.
+
+    Attributes:
+      plus: [n], its losses at θ + ε z_j.
+      known: [n], where there are such losses; elsewhere `plus` means nothing.
+    """
+
+    plus: Float[Array, "n"]
+    known: Bool[Array, "n"]
+
+    @classmethod
+    def none(cls, num_directions: int, dtype: Any) -> "Previous":
+        """Before the first step."""
+        return cls(jnp.zeros(num_directions, dtype), jnp.zeros(num_directions, bool))
+
+    def after(self, plus: Float[Array, "n"], slope: Float[Array, "n"]) -> "Previous":
+        """With the losses of one more step, where they and their slopes are finite."""
+        good = jnp.isfinite(plus) & jnp.isfinite(slope)
+        kept = jnp.where(good, plus.astype(self.plus.dtype), self.plus)
+        return Previous(kept, self.known | good)
+
+
+Estimator = Callable[[Measurement, Float[Array, ""], Previous], Slopes]
+"""`estimator(measurement, eps, previous) -> Slopes`."""
 
 
 def _mean(aux, axes):
@@ -58,7 +83,7 @@ def _mean(aux, axes):
     return jax.tree.map(lambda x: x.mean(axes), wide)
 
 
-def central(measurement: Measurement, eps: Array, previous: Array) -> Slopes:
+def central(measurement: Measurement, eps: Array, previous: Previous) -> Slopes:
     """`g_j = (L(θ + ε z_j) - L(θ - ε z_j)) / 2ε`: two forward passes, error O(ε²)."""
     del previous
     scales = jnp.stack([eps, -eps])
@@ -68,7 +93,7 @@ def central(measurement: Measurement, eps: Array, previous: Array) -> Slopes:
     return Slopes(losses.mean(), plus, minus, slope, _mean(aux, (0, 1)))
 
 
-def one_sided(measurement: Measurement, eps: Array, previous: Array) -> Slopes:
+def one_sided(measurement: Measurement, eps: Array, previous: Previous) -> Slopes:
     """`g_j = (L(θ + ε z_j) - L(θ)) / ε`: n + 1 forward passes, error O(ε); `minus` is L(θ)."""
     del previous
     loss, aux = measurement.loss()
@@ -77,7 +102,7 @@ def one_sided(measurement: Measurement, eps: Array, previous: Array) -> Slopes:
     return Slopes(loss, plus, jnp.full_like(plus, loss), (plus - loss) / eps, _mean(aux, ()))
 
 
-def forward_gradient(measurement: Measurement, eps: Array, previous: Array) -> Slopes:
+def forward_gradient(measurement: Measurement, eps: Array, previous: Previous) -> Slopes:
     """`g_j = z_j·∇L(θ)` exactly, by forward-mode differentiation; ε is not used.
 
     One pass that carries values and derivatives, 1.5 times the products of two forward passes.
@@ -89,7 +114,7 @@ def forward_gradient(measurement: Measurement, eps: Array, previous: Array) -> S
     return Slopes(losses.mean(), losses, losses, slopes, _mean(aux, 0))
 
 
-def residual_feedback(measurement: Measurement, eps: Array, previous: Array) -> Slopes:
+def residual_feedback(measurement: Measurement, eps: Array, previous: Previous) -> Slopes:
     """`g_j = (L_t(θ_t + ε z_t) - L_{t-1}(θ_{t-1} + ε z_{t-1})) / ε`: one forward pass.
 
     The other loss is that of the step before, on its own batch; the first step moves nothing.
@@ -98,11 +123,11 @@ def residual_feedback(measurement: Measurement, eps: Array, previous: Array) -> 
     """
     losses, aux = measurement.along(eps[None])
     plus = losses[:, 0]
-    slope = jnp.where(jnp.isnan(previous), 0, (plus - previous) / eps)
-    return Slopes(plus.mean(), plus, previous, slope, _mean(aux, (0, 1)))
+    before = jnp.where(previous.known, previous.plus.astype(plus.dtype), plus)
+    return Slopes(plus.mean(), plus, before, (plus - before) / eps, _mean(aux, (0, 1)))
 
 
-def population(measurement: Measurement, eps: Array, previous: Array) -> Slopes:
+def population(measurement: Measurement, eps: Array, previous: Previous) -> Slopes:
     """`g_j = (L(θ + ε z_j) - mean) / std` over the n members: evolution strategies.
 
     The slopes have no unit, so a loss may be any negative reward; n is 2 or more.
@@ -147,7 +172,9 @@ class SPSAEstimate:
       projected_grad: [n], g_j.
       key: typed key of all n directions.
       aux: what the objective returned beside the loss, averaged over the evaluations; or None.
-      sampler, eps, select: the choices it was made with.
+      sampler: of the directions.
+      eps: ε.
+      select: parameters that were perturbed.
     """
 
     loss: Float[Array, ""]
@@ -157,7 +184,7 @@ class SPSAEstimate:
     key: Array
     aux: Any
     sampler: Sampler
-    eps: float = dataclasses.field(metadata={"static": True})
+    eps: float | Array
     select: paths.Select = dataclasses.field(default=None, metadata={"static": True})
 
     def directions(self, params: Any) -> Directions:
@@ -166,10 +193,12 @@ class SPSAEstimate:
         return directions(self.key, self.sampler, params, self.select, count)
 
 
-def check(eps: float, num_directions: int, mesh: Mesh | None = None) -> None:
+def check(eps: float | Array, num_directions: int, mesh: Mesh | None = None) -> None:
     """Raises ValueError for an ε that is not positive, no direction, or too few for a mesh."""
-    if not eps > 0:
+    if not is_traced(eps) and not 0 < eps < math.inf:
         raise ValueError(f"eps must be positive, not {eps}")
+    if isinstance(num_directions, bool) or not isinstance(num_directions, int | np.integer):
+        raise ValueError(f"num_directions must be a whole number, not {num_directions}")
     if num_directions < 1:
         raise ValueError(f"num_directions must be at least 1, not {num_directions}")
     if mesh is not None and num_directions % mesh.shape["data"]:
@@ -184,12 +213,12 @@ def spsa(
     params: Any,
     *args: Any,
     key: Array,
-    eps: float = 1e-3,
+    eps: float | Array = 1e-3,
     sampler: Sampler = Gaussian(),
     num_directions: int = 1,
     select: paths.Select = None,
     estimator: Estimator = central,
-    previous: Float[Array, "n"] | None = None,
+    previous: Previous | Float[Array, "n"] | None = None,
     materialize_params: bool = False,
     mesh: Mesh | None = None,
 ) -> SPSAEstimate:
@@ -200,8 +229,9 @@ def spsa(
 
     Args:
       loss_fn: `loss_fn(params, *args, [key], [view]) -> loss` or `(loss, aux)`, a scalar loss.
-        `key` is passed if it is among the parameters, the same for all evaluations of the estimate.
-      params: any pytree of arrays.
+        `key` is passed if it is among the parameters and not bound, the same for all evaluations
+        of the estimate.
+      params: any pytree. Arrays of real floats move; whatever else is in it is held fixed.
       *args: what `loss_fn` takes besides, usually one batch.
       key: typed PRNG key of this estimate.
       eps: ε, in the units of the parameters.
@@ -233,9 +263,12 @@ def spsa(
     sampler.check(params, select)
     drawn = directions(key, sampler, params, select, num_directions)
     measurement = Measurement(loss_fn, params, args, drawn, select, materialize_params, mesh)
-    unknown = jnp.full(num_directions, jnp.nan)
-    width = jnp.asarray(eps, jnp.result_type(float))
-    slopes = estimator(measurement, width, unknown if previous is None else previous)
+    dtype = width(params, select)
+    if previous is None:
+        previous = Previous.none(num_directions, dtype)
+    elif not isinstance(previous, Previous):
+        previous = Previous(previous, jnp.isfinite(previous))
+    slopes = estimator(measurement, jnp.asarray(eps, dtype), previous)
     return SPSAEstimate(
         loss=slopes.loss,
         loss_plus=slopes.plus,
@@ -252,34 +285,51 @@ def spsa(
 def materialize(est: SPSAEstimate, params: Any) -> Any:
     """Returns the gradient estimate `1/n Σ_j g_j z_j` as a pytree like `params`.
 
-    Parameters that the estimate did not perturb get zeros. For optimizers that need a gradient in
+    Summed in at least float32 and rounded once to the dtype of each parameter. What the estimate
+    did not perturb gets zeros, None where it is no number. For optimizers that need a gradient in
     memory; those of `jaxlm.zo` update in place without it.
     """
     takes, drawn = paths.chooser(est.select), est.directions(params)
-    coefficients = est.projected_grad / drawn.count
+    dtype = width(params, est.select)
+    coefficients = est.projected_grad.astype(dtype) / drawn.count
 
     def gradient(leaf):
         if not takes(leaf.path, leaf.value):
-            return jnp.zeros_like(leaf.value)
-        wide = leaf.value.astype(jnp.promote_types(leaf.value.dtype, jnp.float32))
+            number = hasattr(leaf.value, "dtype") or isinstance(leaf.value, int | float | complex)
+            return jnp.zeros_like(leaf.value) if number else None
 
         def block(site):
-            return drawn.combine(coefficients, site).astype(wide.dtype), jnp.zeros(())
+            return drawn.combine(coefficients, site).astype(site.value.dtype), jnp.zeros(())
 
-        return over_blocks(block, leaf._replace(value=wide))[0]
+        return over_blocks(block, leaf)[0]
 
     return paths.map_with_path(gradient, params)
 
 
 def value_and_grad(
-    loss_fn: Callable[..., Any], *, has_aux: bool = False, **options: Any
+    loss_fn: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    eps: float | Array = 1e-3,
+    sampler: Sampler = Gaussian(),
+    num_directions: int = 1,
+    select: paths.Select = None,
+    estimator: Estimator = central,
+    materialize_params: bool = False,
+    mesh: Mesh | None = None,
 ) -> Callable[..., Any]:
     """A drop-in for `jax.value_and_grad` that uses forward passes alone.
 
     Args:
       loss_fn: see `spsa`.
       has_aux: whether `loss_fn` returns `(loss, aux)`.
-      **options: `eps`, `sampler`, `num_directions`, `select`, `estimator` of `spsa`.
+      eps: ε.
+      sampler: distribution of z.
+      num_directions: n.
+      select: parameters that are perturbed.
+      estimator: how the slopes are measured.
+      materialize_params: see `spsa`.
+      mesh: see `spsa`.
 
     Returns:
       `f(params, *args, key) -> (loss, grads)`, or `((loss, aux), grads)` with `has_aux`, where
@@ -287,7 +337,19 @@ def value_and_grad(
     """
 
     def function(params, *args, key):
-        est = spsa(loss_fn, params, *args, key=key, **options)
+        est = spsa(
+            loss_fn,
+            params,
+            *args,
+            key=key,
+            eps=eps,
+            sampler=sampler,
+            num_directions=num_directions,
+            select=select,
+            estimator=estimator,
+            materialize_params=materialize_params,
+            mesh=mesh,
+        )
         return ((est.loss, est.aux) if has_aux else est.loss), materialize(est, params)
 
     return function

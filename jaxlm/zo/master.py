@@ -63,15 +63,16 @@ def float32_master(opt: ZerothOrderOptimizer) -> ZerothOrderOptimizer:
     def step(loss_fn, params, state, batch):
         # What this step makes of the rounded parameters is not used, and not compiled.
         _, measured, info = opt.step(loss_fn, params, unwrapped(state), batch)
-        params, state, moved = update(params, state, info.projected_grad)
-        state = state._replace(loss_plus=measured.loss_plus)
+        params, state, moved = update(params, state, info.projected_grad, info.learning_rate)
+        state = state._replace(loss_plus=measured.loss_plus, known=measured.known)
         return params, state, info._replace(moved_fraction=moved)
 
-    def update(params, state, projected_grad):
+    def update(params, state, projected_grad, learning_rate=None):
         whole = paths.merge(state.memory.params, params)
-        whole, new, moved = opt.update(whole, unwrapped(state), projected_grad)
-        params = jax.tree.map(lambda old, wide: wide.astype(old.dtype), params, whole)
-        master = paths.split(whole, opt.select)[0]
+        whole, new, moved = opt.update(whole, unwrapped(state), projected_grad, learning_rate)
+        master, _ = paths.split(whole, opt.select)
+        low, rest = paths.split(params, opt.select)
+        params = paths.merge(jax.tree.map(lambda x, m: m.astype(x.dtype), low, master), rest)
         return params, new._replace(memory=MasterMemory(new.memory, master)), moved
 
     settings = opt.settings | {"master": "float32"}

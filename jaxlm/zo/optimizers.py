@@ -13,25 +13,31 @@ never perturbed in place, the two losses are subtracted in float32, the reported
 both signs, and weight decay spares biases and norms by their path.
 """
 
+import dataclasses
+import functools
+import zlib
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxlm.core import paths, prng
+from jaxlm.core import checks, paths, prng
+from jaxlm.core.errors import UserError
 from jaxlm.zo import rules
 from jaxlm.zo.estimators import (
     FORWARDS,
     Estimator,
+    Previous,
     SPSAEstimate,
     central,
     check,
     spsa,
 )
-from jaxlm.zo.perturbation import directions
+from jaxlm.zo.perturbation import directions, is_traced, width
 from jaxlm.zo.rules import Drawn, Rule, Setup
 from jaxlm.zo.samplers import Gaussian, Sampler
 from jaxlm.zo.sites import Site, over_blocks
@@ -47,16 +53,30 @@ class ZerothOrderState(NamedTuple):
     """State of a zeroth-order optimizer.
 
     Attributes:
-      step: updates made so far.
+      step: steps made so far.
       key: typed PRNG key of the run; step t draws from `fold_in(key, t)`.
-      loss_plus: [n], of the last step; NaN before the first.
+      loss_plus: [n], the last ones with finite slopes.
       memory: of the update rule.
+      known: [n], where there is such a loss.
+      last: number of the last step with a finite slope; -1 before there is one.
     """
 
     step: Int[Array, ""]
     key: Array
     loss_plus: Float[Array, "n"]
     memory: Any
+    known: Bool[Array, "n"]
+    last: Int[Array, ""]
+
+    @property
+    def previous(self) -> Previous:
+        """What an estimator knows of the steps before."""
+        return Previous(self.loss_plus, self.known)
+
+    def after(self, est: SPSAEstimate) -> "ZerothOrderState":
+        """With the losses of an estimate."""
+        plus, known = self.previous.after(est.loss_plus, est.projected_grad)
+        return self._replace(loss_plus=plus, known=known)
 
 
 class ZerothOrderInfo(NamedTuple):
@@ -65,7 +85,8 @@ class ZerothOrderInfo(NamedTuple):
     Attributes:
       loss: as the estimator knows it: of `central`, the mean over both signs and all directions.
       loss_plus, loss_minus: [n], see `SPSAEstimate`.
-      projected_grad: [n]; a direction along which it is not finite moves nothing.
+      projected_grad: [n]; a direction along which it is not finite moves nothing, and a step
+        without a finite one leaves parameters and state as they were.
       learning_rate: η of this step.
       moved_fraction: of the selected parameters, how many have another value after the step,
         counted on some rows of each; below 1 where the update is lost to rounding.
@@ -81,6 +102,11 @@ class ZerothOrderInfo(NamedTuple):
     aux: Any
 
 
+def no_bias_or_norm(path: str) -> bool:
+    """Whether a path is decayed where nothing else is said: not if it is a bias, scale or norm."""
+    return not paths.matcher(NO_DECAY)(path)
+
+
 def as_they_are(params: Any, state: ZerothOrderState) -> Any:
     """The parameters of `step` are those that a run has come to."""
     del state
@@ -93,13 +119,16 @@ class ZerothOrderOptimizer(NamedTuple):
     Attributes:
       init: `init(params, key) -> state`.
       step: `step(loss_fn, params, state, batch) -> params, state, info`.
-      update: `update(params, state, projected_grad) -> params, state, moved_fraction`: the part of
-        a step that follows the forward passes.
-      settings: what a trajectory of this optimizer must be replayed with, as JSON values.
+      update: `update(params, state, projected_grad, learning_rate=None) -> params, state,
+        moved_fraction`: the part of a step that follows the forward passes; with the optimizer's
+        own η where none is given.
+      settings: what a trajectory of this optimizer must be replayed with: JSON values, and
+        functions that choose paths; None where a number is traced.
       forwards: forward passes in a step; 0 for an estimator that is not in `estimators.FORWARDS`.
       finalize: `finalize(params, state) -> params`: the parameters that a run has come to, where
         those of `step` are not the whole of them.
       select: parameters that move.
+      learning_rate: `learning_rate(step)`, η of a step.
     """
 
     init: Callable[..., Any]
@@ -109,23 +138,42 @@ class ZerothOrderOptimizer(NamedTuple):
     forwards: int
     finalize: Callable[..., Any] = as_they_are
     select: paths.Select = None
+    learning_rate: Callable[[Any], Array] | None = None
 
 
-def value_at(learning_rate: ScalarOrSchedule, step: Any) -> Array:
+def value_at(learning_rate: ScalarOrSchedule, step: Any, dtype: Any = jnp.float32) -> Array:
     """η of a step."""
-    value = learning_rate(step) if callable(learning_rate) else learning_rate
-    return jnp.asarray(value, jnp.result_type(float))
+    return jnp.asarray(learning_rate(step) if callable(learning_rate) else learning_rate, dtype)
 
 
-def rates(learning_rate: ScalarOrSchedule) -> list[float]:
-    """η at some steps, by which a trajectory knows a schedule."""
-    return [float(value_at(learning_rate, step)) for step in (0, 1, 10, 100, 1000)]
+def rates(learning_rate: ScalarOrSchedule) -> list[float] | None:
+    """η at some steps, by which a trajectory knows a schedule; None where it is traced.
+
+    A few, to refuse early and by name; the rates of all steps are beside the slopes.
+    """
+    values = [value_at(learning_rate, step) for step in (0, 1, 10, 100, 1000)]
+    return None if any(map(is_traced, values)) else [float(value) for value in values]
 
 
-def first_state(num_directions: int, key: Array, memory: Any) -> ZerothOrderState:
-    """The state before the first step."""
-    unknown = jnp.full(num_directions, jnp.nan, jnp.result_type(float))
-    return ZerothOrderState(jnp.zeros((), jnp.int32), key, unknown, memory)
+def concrete(value: Any) -> float | None:
+    """A number for a trajectory; None where it is traced."""
+    return None if is_traced(value) else float(value)
+
+
+def first_state(
+    num_directions: int, key: Array, memory: Any, dtype: Any = jnp.float32
+) -> ZerothOrderState:
+    """The state before the first step; it has a key of its own, since steps donate it.
+
+    Args:
+      num_directions: n.
+      key: of the run.
+      memory: of the rule.
+      dtype: of losses, see `perturbation.width`.
+    """
+    plus, known = Previous.none(num_directions, dtype)
+    step = jnp.zeros((), jnp.int32)
+    return ZerothOrderState(step, jnp.copy(key), plus, memory, known, step - 1)
 
 
 def info_of(est: SPSAEstimate, learning_rate: Array, moved_fraction: Array) -> ZerothOrderInfo:
@@ -141,22 +189,31 @@ def info_of(est: SPSAEstimate, learning_rate: Array, moved_fraction: Array) -> Z
     )
 
 
-def written(select: paths.Select) -> str | None:
-    """A selection as a trajectory knows it; all functions alike, since they cannot be written."""
-    return select if isinstance(select, str | None) else "a function"
+def written(select: paths.Select) -> paths.Select:
+    """A selection as settings hold it: a trajectory writes down which paths a function takes."""
+    return select
+
+
+def described(sampler: Sampler) -> str:
+    """A sampler as a trajectory knows it: its arrays, such as thresholds, by their checksums."""
+
+    def short(x):
+        return "traced" if is_traced(x) else f"crc32:{zlib.crc32(np.asarray(x).tobytes())}"
+
+    return repr(jax.tree.map(short, sampler))
 
 
 def zeroth_order(
     learning_rate: ScalarOrSchedule,
     *,
-    eps: float = 1e-3,
+    eps: float | Array = 1e-3,
     estimator: Estimator = central,
     sampler: Sampler = Gaussian(),
     rule: Rule | None = None,
     num_directions: int = 1,
-    weight_decay: float = 0.0,
+    weight_decay: float | Array = 0.0,
     select: paths.Select = None,
-    decay: paths.Select = lambda path: not paths.matcher(NO_DECAY)(path),
+    decay: paths.Select = no_bias_or_norm,
     rounding: Rounding = "nearest",
     mesh: Mesh | None = None,
 ) -> ZerothOrderOptimizer:
@@ -170,7 +227,8 @@ def zeroth_order(
       rule: what is made of them, see `jaxlm.zo.rules`; None for `rules.sgd()`.
       num_directions: n; a larger n wants a larger η.
       weight_decay: λ, on the parameters that `decay` takes.
-      select: parameters that are trained, a regular expression or predicate on paths.
+      select: parameters that are trained, a regular expression or predicate on paths. What is no
+        array of real floats is held fixed.
       decay: parameters that are decayed; by default all but those named bias, scale or norm.
       rounding: of parameters below float32 after the update: to nearest, or up or down at random
         such that the mean is exact.
@@ -178,11 +236,12 @@ def zeroth_order(
 
     Returns:
       `init`, `step` and what belongs to them. `step` is pure; `jit_step` compiles it with donated
-      buffers, so that its memory is that of the forward passes.
+      buffers, so that its memory is that of the forward passes. The learning rate, eps and the
+      decay may be traced, such as by a `vmap` over learning rates.
 
     Raises:
-      ValueError: if eps is not positive; from init if `select` takes nothing or sampler, rule and
-        parameters do not fit.
+      ValueError: if a number is out of its range; from init if `select` takes nothing or sampler,
+        rule and parameters do not fit.
 
     >>> from jaxlm import zo
     >>> opt = zeroth_order(
@@ -196,14 +255,19 @@ def zeroth_order(
     5
     """
     check(eps, num_directions, mesh)
+    rules.at_least_zero(weight_decay=weight_decay)
+    if not callable(learning_rate):
+        rules.at_least_zero(learning_rate=learning_rate)
+    checks.one_of("rounding", rounding, get_args(Rounding))
     rule = rules.sgd() if rule is None else rule
+    rate_at = functools.partial(value_at, learning_rate)
 
     def init(params, key):
         paths.check_unique_hashes(params)
         paths.mask(params, select)
         sampler.check(params, select)
         memory = rule.init(Setup(params, select, sampler, num_directions))
-        return first_state(num_directions, key, memory)
+        return first_state(num_directions, key, memory, width(params, select))
 
     def step(loss_fn, params, state, batch):
         est = spsa(
@@ -216,49 +280,62 @@ def zeroth_order(
             num_directions=num_directions,
             select=select,
             estimator=estimator,
-            previous=state.loss_plus,
+            previous=state.previous,
             mesh=mesh,
         )
-        rate = value_at(learning_rate, state.step)
-        params, state, moved = update(params, state, est.projected_grad)
-        state = state._replace(loss_plus=est.loss_plus.astype(state.loss_plus.dtype))
-        return params, state, info_of(est, rate, moved)
+        rate = rate_at(state.step, width(params, select))
+        params, state, moved = update(params, state, est.projected_grad, rate)
+        return params, state.after(est), info_of(est, rate, moved)
 
-    def update(params, state, projected_grad):
+    def update(params, state, projected_grad, learning_rate=None):
+        dtype = width(params, select)
+        rate = rate_at(state.step, dtype) if learning_rate is None else learning_rate
         finite = jnp.isfinite(projected_grad)
-        slopes = jnp.where(finite, projected_grad, 0)
+        slopes = jnp.where(finite, projected_grad, 0).astype(dtype)
+        moves = finite.any()
 
         def drawn_at(step):
             key = jax.random.fold_in(state.key, step)
             return directions(key, sampler.at(state.key, step), params, select, num_directions)
 
-        memory, block = rule.update(
-            Drawn(slopes, finite, state.step, drawn_at), params, state.memory
-        )
+        def where_it_moves(new, old):
+            return jnp.where(moves, new, old).astype(old.dtype)
+
+        drawn = Drawn(slopes, finite, state.step, state.last, drawn_at)
+        memory, block = rule.update(drawn, params, state.memory)
         params, moved = descend(
             block,
             params,
-            value_at(learning_rate, state.step),
+            rate.astype(dtype),
             weight_decay=weight_decay,
             select=select,
             decay=decay,
             rounding=rounding,
             key=jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2),
+            moves=moves,
         )
-        return params, state._replace(step=state.step + 1, memory=memory), moved
+        state = state._replace(
+            step=state.step + 1,
+            memory=jax.tree.map(where_it_moves, memory, state.memory),
+            last=jnp.where(moves, state.step, state.last),
+        )
+        return params, state, moved
 
     settings = {
         "learning_rate": rates(learning_rate),
-        "eps": eps,
-        "sampler": repr(sampler),
+        "eps": concrete(eps),
+        "sampler": described(sampler),
         "rule": rule.name,
         "num_directions": num_directions,
-        "weight_decay": weight_decay,
-        "select": written(select),
+        "weight_decay": concrete(weight_decay),
+        "select": select,
+        "decay": decay if is_traced(weight_decay) or weight_decay else None,
         "rounding": rounding,
     }
     forwards = FORWARDS.get(estimator, lambda n: 0)(num_directions)
-    return ZerothOrderOptimizer(init, step, update, settings, forwards, select=select)
+    return ZerothOrderOptimizer(
+        init, step, update, settings, forwards, select=select, learning_rate=rate_at
+    )
 
 
 def descend(
@@ -266,11 +343,12 @@ def descend(
     params: Any,
     learning_rate: Array,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: float | Array = 0.0,
     select: paths.Select = None,
     decay: paths.Select = None,
     rounding: Rounding = "nearest",
     key: Array | None = None,
+    moves: Bool[Array, ""] | bool = True,
 ) -> tuple[Any, Float[Array, ""]]:
     """`θ - η (u + λ θ)` over layers and blocks of rows, and the fraction of θ that has moved.
 
@@ -286,6 +364,7 @@ def descend(
       decay: parameters that are decayed.
       rounding: see `zeroth_order`.
       key: of stochastic rounding.
+      moves: where this is False every bit stays, whatever u and η are.
     """
     takes, decays = paths.chooser(select), paths.matcher(decay)
     counts, sizes = [], []
@@ -300,10 +379,10 @@ def descend(
             old = site.value.astype(jnp.promote_types(site.value.dtype, update.dtype))
             # One product in each sum, so that no compiler has two ways to contract it.
             new = old - learning_rate * update
-            if rate:
+            if is_traced(rate) or rate:
                 new = new - learning_rate * rate * old
             rounded = round_to(new, site, rounding, key)
-            value = jnp.where(new == old, site.value, rounded)
+            value = jnp.where((new == old) | ~jnp.asarray(moves), site.value, rounded)
             changed = _some_rows(value) != _some_rows(site.value)
             return value, changed.mean() * value.size
 
@@ -314,7 +393,7 @@ def descend(
 
     params = paths.map_with_path(leaf_update, params)
     total = float(sum(sizes))  # which may not fit an int of 32 bits
-    return params, jnp.asarray(sum(counts) / total)
+    return params, jnp.asarray(sum(counts) / total, jnp.float32)
 
 
 def _some_rows(value: Array) -> Array:
@@ -335,13 +414,71 @@ def round_to(new: Array, site: Site, rounding: Rounding, key: Array | None) -> A
     return jnp.where(uniform * gap < jnp.abs(error), other, near)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """A leaf that is no array, such as an activation function, in the structure of a tree."""
+
+    value: Any
+
+
+def hold(tree: Any) -> Any:
+    """The tree as `jit` takes it, with what is no array out of the way; see `release`."""
+    arrays = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+    return jax.tree.map(lambda x: x if isinstance(x, arrays) else _Held(x), tree)
+
+
+def release(tree: Any) -> Any:
+    """Inverse of `hold`."""
+    return jax.tree.map(
+        lambda x: x.value if isinstance(x, _Held) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, _Held),
+    )
+
+
+class _JitStep:
+    """See `jit_step`; what else a function under `jit` can do, `lower` for one, it can too."""
+
+    def __init__(self, opt: ZerothOrderOptimizer, loss_fn: Callable[..., Any]):
+        def step(params, state, batch):
+            params, state, info = opt.step(loss_fn, release(params), state, batch)
+            return hold(params), state, info
+
+        self._jitted = jax.jit(step, donate_argnums=(0, 1), keep_unused=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._jitted, name)
+
+    def lower(self, params: Any, state: Any, batch: Any) -> Any:
+        return self._jitted.lower(hold(params), state, batch)
+
+    def __call__(self, params: Any, state: Any, batch: Any) -> Any:
+        _refuse_twins({"params": params, "state": state})
+        params, state, info = self._jitted(hold(params), state, batch)
+        return release(params), state, info
+
+
+def _refuse_twins(tree):
+    """Raises UserError where one array stands in two places: it cannot be donated twice."""
+    seen: dict[int, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        other = seen.setdefault(id(leaf), path) if isinstance(leaf, jax.Array) else path
+        if other is not path:
+            names = [jax.tree_util.keystr(x, simple=True, separator=".") for x in (other, path)]
+            raise UserError(
+                f"{names[0]}: is the same array as {names[1]}, and a step gives away both. Copy "
+                "one with jnp.copy; to train them as one, keep it in one place."
+            )
+
+
 def jit_step(opt: ZerothOrderOptimizer, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles `step(params, state, batch) -> params, state, info`, donating params and state.
 
-    The arrays passed in are gone after the call; use what it returns.
+    The arrays passed in are gone after the call; use what it returns. Leaves of `params` that are
+    no arrays, such as the activation function of a whole Equinox module, stay as they are.
+
+    Raises:
+      UserError: from the step, if one array stands in two places of params and state.
     """
-    return jax.jit(
-        lambda params, state, batch: opt.step(loss_fn, params, state, batch),
-        donate_argnums=(0, 1),
-        keep_unused=True,
-    )
+    return _JitStep(opt, loss_fn)

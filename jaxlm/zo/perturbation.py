@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxlm.core import paths, prng, views
+from jaxlm.core.errors import UserError
 from jaxlm.core.precision import Packed
 from jaxlm.zo.samplers import Sampler
 from jaxlm.zo.sites import Site
@@ -51,9 +53,10 @@ class Perturbation:
             return views.unpack(
                 leaf, lambda name, part, rows: self(f"{path}.{name}", part, layer, rows=rows), rows
             )
-        if not paths.chooser(self.select)(path, leaf):
-            return views.take(leaf, rows)
         seen = views.take(leaf, rows)
+        weight = seen.weight if isinstance(seen, views.LowRankSum) else seen
+        if not paths.chooser(self.select)(path, weight):
+            return seen
         lost = isinstance(leaf, views.Taken)
         site = Site(path, views.shape_of(leaf, rows), layer, rows, leaf if lost else seen)
         z = self.scale * settled(self.sampler.sample(self.key, site))
@@ -112,7 +115,12 @@ class Directions:
 def directions(
     key: Array, sampler: Sampler, params: Any, select: paths.Select, count: int
 ) -> Directions:
-    """The directions of the estimate that `key` gives at `params`."""
+    """The directions of the estimate that `key` gives at `params`.
+
+    Raises:
+      UserError: inside `shard_map`, where the parameters are, or may be, parts of larger ones.
+    """
+    _refuse_parts(params, select)
 
     def one(j):
         return sampler.along(direction_key(key, j), params, select)
@@ -120,9 +128,64 @@ def directions(
     return Directions(key, lax.map(one, jnp.arange(count)), count)
 
 
-def accepts(function: Callable, keyword: str) -> bool:
-    """Whether a function has a parameter of that name."""
-    return keyword in inspect.signature(function).parameters
+def _refuse_parts(params, select):
+    """Raises UserError where the leaves may be one device's parts, which would share their noise.
+
+    `shard_map` shows each device an array of its own, and noise is a function of the index in that
+    array. What varies between devices is marked in the type, unless `check_vma=False`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.manual_axes:
+        return
+    if not jax.typeof(lax.axis_index(mesh.manual_axes[0])).vma:
+        raise UserError(
+            f"params: inside shard_map with check_vma=False over {mesh.manual_axes}, sharded "
+            "parameters cannot be told from whole ones, and every shard would draw the same "
+            "noise. Leave check_vma=True, or call from outside with sharded arrays under jit."
+        )
+    for leaf in trained(params, select):
+        if varying := getattr(jax.typeof(leaf.value), "vma", None):
+            raise UserError(
+                f"params: {leaf.path} differs between the devices of shard_map (got "
+                f"{tuple(sorted(varying))}), and every shard would draw the same noise. Call from "
+                "outside of shard_map with sharded arrays under jit."
+            )
+
+
+def trained(params: Any, select: paths.Select) -> list[paths.Leaf]:
+    """The leaves that move: those that `select` takes and that are real floats, at least one."""
+    takes = paths.chooser(select)
+    return [leaf for leaf in paths.flatten(params)[0] if takes(leaf.path, leaf.value)]
+
+
+def width(params: Any, select: paths.Select) -> np.dtype:
+    """The dtype of scalars about the parameters that move: of the widest leaf, at least float32.
+
+    Not JAX's default, which a setting of the whole process changes.
+    """
+    return jnp.result_type(jnp.float32, *(leaf.value.dtype for leaf in trained(params, select)))
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a number is not known yet: under `jit` or `vmap`."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def accepts(function: Callable, keyword: str, *given: Any) -> bool:
+    """Whether a function called with `given` has a parameter of that name left to be filled.
+
+    A keyword that `functools.partial` has bound is the user's, though the signature still shows it.
+    """
+    try:
+        signature = inspect.signature(function)
+        taken = signature.bind_partial(*given).arguments
+    except (TypeError, ValueError):
+        return False
+    while function is not None:
+        if keyword in getattr(function, "keywords", ()):
+            return False
+        function = getattr(function, "func", None) or getattr(function, "__wrapped__", None)
+    return keyword in signature.parameters and keyword not in taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,13 +213,16 @@ class Measurement:
     @property
     def lean(self) -> bool:
         """Whether the model reads its parameters through a view."""
-        return accepts(self.loss_fn, "view") and not self.materialize_params
+        return self._accepts("view") and not self.materialize_params
+
+    def _accepts(self, keyword: str) -> bool:
+        return accepts(self.loss_fn, keyword, self.params, *self.args)
 
     def loss(self, view: Perturbation | None = None) -> tuple[Array, Any]:
         """The loss seen through a view, in at least float32, and the aux output or None."""
         params = self.params
         options: dict[str, Any] = {}
-        if accepts(self.loss_fn, "key"):
+        if self._accepts("key"):
             options["key"] = jax.random.fold_in(self.directions.key, 1)
         if self.lean:
             options["view"] = view
@@ -181,7 +247,11 @@ class Measurement:
             def at(scale):
                 return self.loss(self._view(j, scale))
 
-            return jax.vmap(at)(scales) if self.lean else lax.map(at, scales)
+            def alone(scale):
+                # Else XLA draws z before the loop over signs, and keeps all of it: P more.
+                return self.loss(self._view(*lax.optimization_barrier((j, scale))))
+
+            return jax.vmap(at)(scales) if self.lean else lax.map(alone, scales)
 
         return self._over_directions(one)
 
@@ -193,7 +263,7 @@ class Measurement:
                 loss, aux = self.loss(self._view(j, scale))
                 return loss, (loss, aux)
 
-            zero = jnp.zeros((), jnp.result_type(float))
+            zero = jnp.zeros((), width(self.params, self.select))
             _, slope, (loss, aux) = jax.jvp(at, (zero,), (jnp.ones_like(zero),), has_aux=True)
             return loss, slope, aux
 

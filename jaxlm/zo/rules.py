@@ -8,18 +8,35 @@ and a rule says what u is, for one block of parameters at a time. A rule is a pa
 functions, and what it remembers is its own: nothing, some scalars, or small matrices.
 """
 
+import functools
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxlm.core import paths
-from jaxlm.zo.perturbation import Directions
+from jaxlm.core import checks, paths
+from jaxlm.zo.perturbation import Directions, is_traced, width
 from jaxlm.zo.samplers import Sampler
 from jaxlm.zo.sites import Site
+
+def below_one(**values: Any) -> None:
+    """Raises UserError for a decay that is not from 0 to below 1; traced ones pass."""
+    _numbers(values, least=0, below=1)
+
+
+def at_least_zero(**values: Any) -> None:
+    """Raises UserError for a negative number or one that is not finite; traced ones pass."""
+    _numbers(values, least=0)
+
+
+def _numbers(values, **bounds):
+    given = {name: float(x) for name, x in values.items() if not is_traced(x)}
+    checks.number(types.SimpleNamespace(**given), *given, **bounds)
+
 
 Block = Callable[[Site], Float[Array, "..."]]
 """u at a site, at least in float32."""
@@ -32,12 +49,14 @@ class Drawn(NamedTuple):
       projected_grad: [n], 0 in place of what is not finite.
       finite: [n], where it is.
       step: number of the step, from 0.
+      last: number of the last step that moved something; -1 before there is one.
       directions: `directions(step)`, those of this or of an earlier step.
     """
 
     projected_grad: Float[Array, "n"]
     finite: Bool[Array, "n"]
     step: Array
+    last: Array
     directions: Callable[[Any], Directions]
 
     @property
@@ -60,9 +79,17 @@ class Setup(NamedTuple):
     sampler: Sampler
     num_directions: int
 
+    @property
+    def width(self) -> Any:
+        """The dtype of scalars that a rule remembers."""
+        return width(self.params, self.select)
+
 
 class Rule(NamedTuple):
     """A pair of pure functions.
+
+    `update` is only of consequence in a step with a finite slope: in another one the state stays as
+    it was and nothing moves, whatever the rule returns.
 
     Attributes:
       name: with the rule's settings.
@@ -112,7 +139,8 @@ def normalized_by_spread() -> Rule:
 def normalized_by_average(decay: float = 0.99, *, floor: float = 1e-8) -> Rule:
     r"""`u = 1/n Σ_j g_j z_j / (sqrt(v) + floor)`: one scalar in place of Adam's second moment.
 
-    $v_t = \beta v_{t-1} + (1 - \beta) \overline{g_j^2}$, divided by $1 - \beta^t$.
+    $v_t = \beta v_{t-1} + (1 - \beta) \overline{g_j^2}$ over the finite slopes of a step, divided by
+    the sum of its weights, $1 - \beta^t$ after t steps that moved.
 
     Args:
       decay: β.
@@ -120,39 +148,52 @@ def normalized_by_average(decay: float = 0.99, *, floor: float = 1e-8) -> Rule:
 
     References: MEAZO, arXiv:2605.03869.
     """
+    below_one(decay=decay)
+    at_least_zero(floor=floor)
 
     def update(drawn, params, state):
         del params
-        slopes = drawn.projected_grad
-        state = decay * state + (1 - decay) * jnp.square(slopes).mean()
-        size = jnp.sqrt(state / (1 - decay ** (drawn.step + 1.0)))
-        return state, _along(drawn, slopes / (size + floor))
+        slopes, (square, weight) = drawn.projected_grad, state
+        square = decay * square + (1 - decay) * jnp.square(slopes).mean(where=drawn.finite)
+        weight = decay * weight + (1 - decay)
+        return (square, weight), _along(drawn, slopes / (jnp.sqrt(square / weight) + floor))
 
-    name = f"normalized_by_average(decay={decay}, floor={floor})"
-    return Rule(name, lambda setup: jnp.zeros((), jnp.result_type(float)), update)
+    def init(setup):
+        return (jnp.zeros((), setup.width), jnp.zeros((), setup.width))
+
+    return Rule(f"normalized_by_average(decay={decay}, floor={floor})", init, update)
 
 
-class _History(NamedTuple):
-    """Slopes of the last steps, as rules that replay them see them.
+class History(NamedTuple):
+    """Slopes of the last steps that moved something, newest first.
 
     Attributes:
-      slopes: [h, n], newest first, NaN before the run.
-      directions: those of each, stacked.
+      slopes: [h, n].
+      steps: [h], their numbers; -1 where there was none yet.
     """
 
     slopes: Float[Array, "h n"]
-    directions: Directions
+    steps: Int[Array, "h"]
 
-    def averages(self, site: Site, decays: tuple[float, ...], powers: tuple[int, ...]) -> list:
-        """`Σ_s β^s G_s^p / Σ_s β^s` over the steps, for each decay β and power p."""
+    def averages(
+        self, drawn: Directions, site: Site, decays: tuple[float, ...], powers: tuple[int, ...]
+    ) -> list:
+        """`Σ_s β^s G_s^p / Σ_s β^s` over the steps, for each decay β and power p.
+
+        Args:
+          drawn: the directions of each step, stacked.
+          site: where.
+          decays: the β.
+          powers: the p.
+        """
         count, n = self.slopes.shape
         zero = jnp.zeros(jnp.shape(site.value), jnp.promote_types(site.value.dtype, jnp.float32))
 
         def add(age, carry):
             totals, weights = carry
-            directions = jax.tree.map(lambda x: x[age], self.directions)
-            estimate = directions.combine(self.slopes[age] / n, site)
-            known = ~jnp.isnan(self.slopes[age, 0])
+            directions = jax.tree.map(lambda x: x[age], drawn)
+            estimate = directions.combine(self.slopes[age] / n, site).astype(zero.dtype)
+            known = self.steps[age] >= 0
             factors = [known * decay ** age.astype(zero.dtype) for decay in decays]
             totals = [
                 total + jnp.where(known, factor * estimate**power, 0)
@@ -165,19 +206,26 @@ class _History(NamedTuple):
         return [total / weight for total, weight in zip(totals, weights, strict=True)]
 
 
-def _replayed(name: str, horizon: int, block: Callable[[_History, Site], Array]) -> Rule:
+def _replayed(
+    name: str, horizon: int, block: Callable[[Callable[..., list], Site], Array]
+) -> Rule:
     if horizon < 1:
         raise ValueError(f"horizon is {horizon}: give at least 1")
 
     def init(setup):
-        return jnp.full((horizon, setup.num_directions), jnp.nan, jnp.result_type(float))
+        slopes = jnp.zeros((horizon, setup.num_directions), setup.width)
+        return History(slopes, jnp.full(horizon, -1, jnp.int32))
 
     def update(drawn, params, state):
         del params
-        state = jnp.concatenate([drawn.projected_grad[None].astype(state.dtype), state[:-1]])
-        steps = drawn.step - jnp.arange(horizon)
-        history = _History(state, lax.map(drawn.directions, jnp.maximum(steps, 0)))
-        return state, lambda site: block(history, site)
+
+        def first(new, old):
+            return jnp.concatenate([new[None].astype(old.dtype), old[:-1]])
+
+        history = History(*map(first, (drawn.projected_grad, drawn.step), state))
+        directions = lax.map(drawn.directions, jnp.maximum(history.steps, 0))
+        averages = functools.partial(history.averages, directions)
+        return history, lambda site: block(averages, site)
 
     return Rule(name, init, update)
 
@@ -190,9 +238,10 @@ def replayed_momentum(decay: float = 0.9, *, horizon: int = 20) -> Rule:
 
     References: arXiv:2305.17333, appendix B.
     """
+    below_one(decay=decay)
 
-    def block(history, site):
-        return history.averages(site, (decay,), (1,))[0]
+    def block(averages, site):
+        return averages(site, (decay,), (1,))[0]
 
     return _replayed(f"replayed_momentum(decay={decay}, horizon={horizon})", horizon, block)
 
@@ -208,9 +257,11 @@ def replayed_adam(
 
     References: arXiv:2305.17333, appendix B; AdaMeZO, arXiv:2605.00650 (the horizon).
     """
+    below_one(b1=b1, b2=b2)
+    at_least_zero(eps=eps)
 
-    def block(history, site):
-        mean, square = history.averages(site, (b1, b2), (1, 2))
+    def block(averages, site):
+        mean, square = averages(site, (b1, b2), (1, 2))
         return mean / (jnp.sqrt(square) + eps)
 
     name = f"replayed_adam(b1={b1}, b2={b2}, eps={eps}, horizon={horizon})"

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxlm.core import paths
 from jaxlm.artifacts.processes import to_host
+from jaxlm.core import checks, paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +31,48 @@ class Parameter:
     crc32: int | None = None
 
 
-def parameters(params: Any, *, checksums: bool) -> Iterator[Parameter]:
-    """Describes the leaves of `params`; with checksums, brings one after another to the host."""
+def _arrays(params: Any) -> Iterator[tuple[str, Any]]:
+    """Arrays of `params` by name; what else is in it no optimizer moves."""
     for leaf in paths.flatten(params)[0]:
-        path = leaf.path if leaf.layer is None else f"{leaf.path}[{leaf.layer}]"
-        value = leaf.value
+        if hasattr(leaf.value, "dtype"):
+            yield leaf.path if leaf.layer is None else f"{leaf.path}[{leaf.layer}]", leaf.value
+
+
+def parameters(params: Any, *, checksums: bool) -> Iterator[Parameter]:
+    """Describes the arrays of `params`; with checksums, brings one after another to the host."""
+    for path, value in _arrays(params):
         crc = zlib.crc32(to_host(value).tobytes()) if checksums else None
         yield Parameter(path, tuple(value.shape), str(value.dtype), crc)
+
+
+def summary(params: Any) -> dict[str, Any]:
+    """What tells the end of a run: a CRC-32 of everything, and four values of each parameter.
+
+    `gaps` are the distances of these to their neighbours, in the dtype of the parameter.
+    """
+    total, values, gaps = 0, [], []
+    for path, value in sorted(_arrays(params), key=lambda pair: pair[0]):
+        host = to_host(value)
+        total = zlib.crc32(host.tobytes(), zlib.crc32(path.encode(), total))
+        if host.size and jnp.issubdtype(host.dtype, jnp.floating):
+            some = host.ravel()[np.linspace(0, host.size - 1, 4).astype(int)].astype(np.float64)
+            values += [float(f"{x:.7g}") for x in some]
+            gaps += (float(jnp.finfo(host.dtype).eps) * np.abs(some)).tolist()
+    return {"crc32": total, "values": values, "gaps": gaps}
+
+
+def as_json(settings: dict[str, Any], params: Any) -> dict[str, Any]:
+    """Settings as a header holds them: of a function that chooses paths, what it chooses."""
+    names = sorted({leaf.path for leaf in paths.flatten(params)[0]})
+
+    def written(value):
+        if not callable(value):
+            return value
+        chosen = [name for name in names if value(name)]
+        crc = zlib.crc32("\n".join(chosen).encode())
+        return f"a function that takes {len(chosen)} of {len(names)} paths, CRC-32 {crc:08x}"
+
+    return json.loads(json.dumps({name: written(value) for name, value in settings.items()}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +83,33 @@ class Header:
       version: of the jaxlm that made the file.
       key: typed PRNG key that the optimizer began with.
       num_directions: n.
-      settings: JSON values of the optimizer.
+      dtype: of the numbers of a step, "float32" or "float64".
+      settings: JSON values of the optimizer, see `as_json`.
       params: the starting parameters.
     """
 
     version: str
     key: Array
     num_directions: int
+    dtype: str
     settings: dict[str, Any]
     params: tuple[Parameter, ...]
+
+    def __post_init__(self):
+        checks.whole(self, "num_directions", most=2**24)
+        checks.one_of("dtype", self.dtype, ("float32", "float64"))
+        if not isinstance(self.settings, dict):
+            raise TypeError("settings are no object")
+        if not all(isinstance(each.path, str) for each in self.params):
+            raise TypeError("a path is no text")
+
+    @property
+    def row(self) -> np.dtype:
+        """The numbers of a step, as they stand in the file."""
+        number = np.dtype(self.dtype).newbyteorder("<")
+        return np.dtype(
+            [("learning_rate", number), ("projected_grad", number, (self.num_directions,))]
+        )
 
     def encode(self) -> bytes:
         """JSON, filled with spaces to a multiple of 4 bytes."""
@@ -65,6 +118,7 @@ class Header:
             "jaxlm": self.version,
             "key": {"impl": str(jax.random.key_impl(self.key)), "data": data},
             "num_directions": self.num_directions,
+            "dtype": self.dtype,
             "settings": self.settings,
             "params": [dataclasses.asdict(each) for each in self.params],
         }
@@ -80,15 +134,15 @@ class Header:
             record["jaxlm"],
             jax.random.wrap_key_data(data, impl=key["impl"]),
             record["num_directions"],
+            record["dtype"],
             record["settings"],
             tuple(Parameter(**each | {"shape": tuple(each["shape"])}) for each in record["params"]),
         )
 
     def difference(self, params: Any, settings: dict[str, Any]) -> str | None:
-        """The first thing in which parameters or settings are not those of the run, or None."""
-        given = json.loads(json.dumps(settings))
-        for name in sorted(given.keys() | self.settings.keys()):
-            old, new = (json.dumps(each.get(name)) for each in (self.settings, given))
+        """The first thing in which parameters or settings (`as_json`) are not the run's, or None."""
+        for name in sorted(settings.keys() | self.settings.keys()):
+            old, new = (json.dumps(each.get(name)) for each in (self.settings, settings))
             if old != new:
                 return (
                     f"the trajectory was made with {name} = {old}, not {new}: give the settings of "

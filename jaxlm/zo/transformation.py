@@ -1,24 +1,32 @@
 """The SPSA estimate as an optax transformation, for chains with any rule; it holds a gradient."""
 
-from typing import NamedTuple
+import dataclasses
+import operator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.core import paths
-from jaxlm.zo.estimators import Estimator, central, check, materialize, spsa
+from jaxlm.zo.estimators import Estimator, Previous, central, check, materialize, spsa
+from jaxlm.zo.perturbation import is_traced, width
 from jaxlm.zo.samplers import Gaussian, Sampler
 
 
 class ScaleBySpsaState(NamedTuple):
     """State of `scale_by_spsa`.
 
+    What is not finite does not enter it: where no slope is, all but `step` and `skipped` stays.
+
     Attributes:
       step: estimates made so far.
       key: typed PRNG key of the run; estimate t draws from `fold_in(key, t)`.
-      loss: mean loss of the last estimate; NaN before the first.
-      projected_grad, loss_plus: [n], of the last estimate.
+      loss: mean loss of the last estimate with a finite slope; 0 before the first.
+      projected_grad: [n], of that estimate, 0 in place of what is not finite.
+      loss_plus: [n], the last ones with finite slopes.
+      known: [n], where there is such a loss.
+      skipped: estimates without a finite slope so far.
     """
 
     step: Int[Array, ""]
@@ -26,26 +34,43 @@ class ScaleBySpsaState(NamedTuple):
     loss: Float[Array, ""]
     projected_grad: Float[Array, "n"]
     loss_plus: Float[Array, "n"]
+    known: Bool[Array, "n"]
+    skipped: Int[Array, ""]
 
 
 def scale_by_spsa(
-    eps: float = 1e-3,
+    eps: float | Array = 1e-3,
     *,
     sampler: Sampler = Gaussian(),
-    num_directions: int = 1,
+    num_directions: Any = None,
     select: paths.Select = None,
-    estimator: Estimator = central,
+    estimator: Estimator | None = None,
     key: Array | None = None,
+    then: Any = None,
 ):
     """The SPSA estimate as the first link of an optax chain.
 
     `update(None, state, params, *, value_fn)` ignores the incoming updates and returns
-    `1/n Σ_j g_j z_j`. `value_fn(params)`, or `value_fn(params, *, view)`, is the loss on the
-    current batch. Memory: one gradient beside the parameters.
+    `1/n Σ_j g_j z_j`, in the dtype of each parameter. `value_fn(params)`, or `value_fn(params, *,
+    view)`, is the loss on the current batch. Memory: one gradient beside the parameters.
+
+    A slope that is not finite reaches no state: the update is 0 along its direction, which the rest
+    of a chain takes for a gradient. What is given as `then` is not run in a step without a finite
+    slope: its state stays, and the update is 0.
+
+    Around this link `optax.masked` and `optax.multi_transform` hand `value_fn` a part of the
+    parameters: use `select`, and mask what follows. `optax.MultiSteps` would see one loss in k: put
+    it behind this link, where it averages k estimates.
 
     Args:
-      eps, sampler, num_directions, select, estimator: see `spsa`.
+      eps: ε; under `optax.inject_hyperparams` a number of the state.
+      sampler: distribution of z.
+      num_directions: n, None for 1; under `optax.inject_hyperparams` among its `static_args`.
+      select: parameters that are perturbed.
+      estimator: how the slopes are measured; None for `central`. Under `optax.inject_hyperparams`
+        among its `static_args`, and so is a `select` that is a function.
       key: typed PRNG key of the run, kept in the state; `jax.random.key(0)` if None.
+      then: what the estimate is handed to, an optax transformation; None for the chain alone.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -58,33 +83,61 @@ def scale_by_spsa(
     """
     import optax
 
-    check(eps, num_directions)
+    measure = central if estimator is None else estimator
+    # An array, where `inject_hyperparams` has made one of the number.
+    n = 1 if num_directions is None else num_directions
+    n = n if is_traced(n) else operator.index(n)
+    check(eps, 1 if is_traced(n) else n)
 
     def init(params):
+        if is_traced(n):
+            raise ValueError(
+                "num_directions: must be known when a program is compiled (got a traced number). "
+                'Give inject_hyperparams static_args="num_directions".'
+            )
         paths.check_unique_hashes(params)
-        paths.mask(params, select)
+        if jax.tree.leaves(params):  # optax asks for the state of no parameters too
+            paths.mask(params, select)
+        dtype = width(params, select)
+        plus, known = Previous.none(n, dtype)
+        zero = jnp.zeros((), jnp.int32)
         run_key = jax.random.key(0) if key is None else key
-        unknown = jnp.full(num_directions, jnp.nan, jnp.float32)
-        return ScaleBySpsaState(jnp.zeros((), jnp.int32), run_key, unknown[0], unknown, unknown)
+        state = ScaleBySpsaState(zero, run_key, jnp.zeros((), dtype), plus, plus, known, zero)
+        return state if then is None else (state, then.init(params))
 
     def update(updates, state, params=None, *, value_fn, **extra):
-        del updates, extra
+        del updates
         if params is None:
             raise ValueError("scale_by_spsa needs update(None, state, params, value_fn=...)")
+        own, rest = (state, None) if then is None else state
         est = spsa(
             value_fn,
             params,
-            key=jax.random.fold_in(state.key, state.step),
+            key=jax.random.fold_in(own.key, own.step),
             eps=eps,
-            sampler=sampler.at(state.key, state.step),
-            num_directions=num_directions,
+            sampler=sampler.at(own.key, own.step),
+            num_directions=own.known.shape[0],
             select=select,
-            estimator=estimator,
-            previous=state.loss_plus,
+            estimator=measure,
+            previous=Previous(own.loss_plus, own.known),
         )
-        state = ScaleBySpsaState(
-            state.step + 1, state.key, est.loss, est.projected_grad, est.loss_plus
-        )
-        return materialize(est, params), state
+        finite = jnp.isfinite(est.projected_grad)
+        moves = finite.any()
+
+        def where_it_moves(new, old):
+            return jax.tree.map(lambda x, y: jnp.where(moves, x, y).astype(y.dtype), new, old)
+
+        slopes = jnp.where(finite, est.projected_grad, 0)
+        plus = Previous(own.loss_plus, own.known).after(est.loss_plus, est.projected_grad)
+        loss, shown = where_it_moves((est.loss, slopes), (own.loss, own.projected_grad))
+        skipped = own.skipped + ~moves
+        own = ScaleBySpsaState(own.step + 1, own.key, loss, shown, *plus, skipped)
+        gradient = materialize(dataclasses.replace(est, projected_grad=slopes), params)
+        if then is None:
+            return gradient, own
+        chain = optax.with_extra_args_support(then)
+        updates, after = chain.update(gradient, rest, params, value_fn=value_fn, **extra)
+        nothing = jax.tree.map(jnp.zeros_like, updates)
+        return where_it_moves(updates, nothing), (own, where_it_moves(after, rest))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -8,9 +8,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import zo
-from jaxlm.core import views
+from jaxlm.core import paths, views
 from jaxlm.models import LanguageModel, ModelConfig, init_params
 
+METHODS = {
+    "mezo": lambda: zo.mezo(1e-2, weight_decay=0.1),
+    "stochastic": lambda: zo.mezo(1e-2, num_directions=2, rounding="stochastic"),
+    "momentum": lambda: zo.mezo_momentum(1e-2, horizon=3, weight_decay=0.1),
+    "adam": lambda: zo.mezo_adam(1e-3, horizon=3),
+    "meazo": lambda: zo.meazo(1e-3, weight_decay=0.1),
+    "sphere": lambda: zo.meazo(1e-3, sampler=zo.sphere()),
+    "fzoo": lambda: zo.fzoo(1e-3, num_directions=3),
+    "lozo": lambda: zo.lozo(1e-2, interval=2, weight_decay=0.1),
+    "lozo_momentum": lambda: zo.lozo_momentum(1e-2, interval=2),
+    "lozo_residual": lambda: zo.lozo_residual(1e-2, interval=2),
+    "zo_muon": lambda: zo.zo_muon(1e-2, rank=4, interval=2, num_directions=2),
+    "residual_feedback": lambda: zo.zeroth_order(1e-3, estimator=zo.residual_feedback),
+    "population": lambda: zo.zeroth_order(1e-3, estimator=zo.population, num_directions=4),
+    "master": lambda: zo.float32_master(zo.mezo(1e-2, weight_decay=0.1)),
+}
+"""An optimizer of each kind, for `network_params`."""
+
+# Models of tests, whose layers are the first axis.
+paths.declare_stacked({"layers.w": 1, "layers.norm.scale": 1, "layers.kernel": 2})
 SHAPES = {"layers": {"w": (2, 3), "norm": {"scale": (2, 1)}}, "head": {"w": (2, 2), "bias": (2,)}}
 
 

@@ -1,5 +1,7 @@
 """MeZO against closed forms, against optax, and against itself in blocks."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from jaxlm.models import param_shapes
 from jaxlm.models.initialise import nest
 from jaxlm.zo import optimizers, sites
 from tests.zo.problems import (
+    METHODS,
     directions,
     flat,
     network_batch,
@@ -278,8 +281,7 @@ def test_scale_by_spsa_feeds_any_chain():
     tx = optax.chain(zo.scale_by_spsa(num_directions=8, sampler=zo.rademacher()), optax.adam(0.1))
     params = {"w": jnp.full(4, 3.0)}
     state = tx.init(params)
-    assert np.isnan(state[0].loss)
-    assert np.isnan(state[0].projected_grad).all()
+    assert not state[0].known.any()
     assert state[0].key == jax.random.key(0)
 
     @jax.jit
@@ -322,3 +324,187 @@ def test_scale_by_spsa_without_parameters_is_refused():
     tx = zo.scale_by_spsa()
     with pytest.raises(ValueError, match=r"update\(None, state, params"):
         tx.update(None, tx.init({"w": jnp.ones(2)}), value_fn=constant)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_without_a_finite_slope_changes_nothing_but_its_number(name, bad):
+    """The run that goes on is the run that never saw that step, drawn at the same numbers."""
+    params, opt = network_params(), METHODS[name]()
+    step = jax.jit(
+        lambda params, state, scale: opt.step(
+            lambda params, batch: scale * network_loss(params, batch),
+            params,
+            state,
+            network_batch(),
+        )
+    )
+    state = opt.init(params, KEY)
+    for scale in (bad, 1.0, 1.0, bad, bad):
+        before = opt.finalize(params, state), state
+        params, state, info = step(params, state, scale)
+        if scale == 1:
+            assert not np.array_equal(flat(opt.finalize(params, state)), flat(before[0]))
+            continue
+        assert not np.isfinite(info.projected_grad).any()
+        kept = before[1]._replace(step=state.step)
+        if name == "lozo_residual":  # what its interval has added goes into the parameters
+            np.testing.assert_allclose(
+                flat(opt.finalize(params, state)), flat(before[0]), rtol=1e-6
+            )
+            continue
+        assert info.moved_fraction == 0
+        assert_same_bits(opt.finalize(params, state), before[0])
+        assert jax.tree.structure(state) == jax.tree.structure(kept)
+        for new, old in zip(jax.tree.leaves(state), jax.tree.leaves(kept), strict=True):
+            assert jnp.array_equal(new, old)
+
+
+def test_averages_leave_out_steps_without_a_slope():
+    """MEAZO, momentum and Adam over slopes 3, none, 1 against NumPy on 3 and 1."""
+    params, b = {"w": jnp.ones(4)}, 0.9
+    z = [
+        np.asarray(directions(params, jax.random.fold_in(KEY, t))["w"], np.float64) for t in (0, 2)
+    ]
+    square = (b * 9 + 1) / (1 + b)
+    mean = (b * 3 * z[0] + z[1]) / (1 + b)
+    expected = {
+        "meazo": (zo.meazo(0.1, decay_rate=b), z[1] / (np.sqrt(square) + 1e-8)),
+        "momentum": (zo.mezo_momentum(0.1, momentum=b), mean),
+        "adam": (
+            zo.mezo_adam(0.1, b1=b, b2=b),
+            mean / (np.sqrt((b * (3 * z[0]) ** 2 + z[1] ** 2) / (1 + b)) + 1e-8),
+        ),
+    }
+    for opt, u in expected.values():
+        moved, state = params, opt.init(params, KEY)
+        for slope in (3.0, np.nan, 1.0):
+            last = moved
+            moved, state, _ = jax.jit(opt.update)(moved, state, jnp.array([slope], jnp.float32))
+        np.testing.assert_allclose((last["w"] - moved["w"]) / 0.1, u, rtol=2e-5)
+
+
+SHORT = ("mezo", "adam", "momentum", "meazo", "lozo_momentum", "zo_muon", "residual_feedback")
+
+
+def battery(name, params, batch, steps=3):
+    """Steps in a scan, whose state must keep its types."""
+    opt = METHODS[name]()
+
+    def body(carry, _):
+        params, state, info = opt.step(network_loss, *carry, batch)
+        return (params, state), info.learning_rate
+
+    state = opt.init(params, jax.random.key(7))
+    (params, state), _ = jax.jit(lambda *x: jax.lax.scan(body, x, length=steps))(params, state)
+    return opt.finalize(params, state), state
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_the_width_of_numbers_is_that_of_the_leaves_and_not_of_the_process(name, dtype):
+    """Under 64 bits, methods do what they do without; leaves of 64 bits have states of 64."""
+    if dtype == "bfloat16" and name not in SHORT:
+        pytest.skip("covered by the other methods")
+    params, batch = network_params(), network_batch()
+    plain, _ = battery(name, jax.tree.map(lambda x: x.astype("float32"), params), batch)
+    with jax.enable_x64(True):
+        wide, state = battery(
+            name, jax.tree.map(lambda x: jnp.asarray(np.asarray(x), dtype), params), batch
+        )
+        floats = {
+            x.dtype
+            for x in jax.tree.leaves(state)
+            if jnp.issubdtype(x.dtype, jnp.floating)
+        }
+    assert {x.dtype for x in jax.tree.leaves(wide)} == {jnp.dtype(dtype)}
+    if name != "lozo_residual":
+        assert floats == {jnp.dtype("float64" if dtype == "float64" else "float32")}
+    if dtype == "float32":
+        assert_same_bits(wide, plain)
+    else:
+        moved = flat(plain) - flat(params)
+        np.testing.assert_allclose(
+            np.asarray(flat(wide), np.float64) - flat(params),
+            moved,
+            atol=(0.02 if dtype == "float64" else 1.0) * float(np.abs(moved).max()),
+        )
+
+
+def test_learning_rates_and_decays_can_be_swept_by_vmap():
+    params = small_params()
+
+    def end(rate, decay):
+        opt = zo.mezo(rate, weight_decay=decay)
+        state = opt.init(params, KEY)
+        for _ in range(2):
+            current, state, _ = opt.step(quadratic, params, state, BATCH)
+        return flat(current)
+
+    rates, decays = jnp.array([1e-2, 1e-3, 0.0]), jnp.array([0.5, 0.1, 0.0])
+    swept = jax.jit(jax.vmap(end))(rates, decays)
+    for row, rate, decay in zip(swept, rates, decays, strict=True):
+        np.testing.assert_allclose(row, end(float(rate), float(decay)), rtol=1e-5, atol=1e-6)
+
+
+def test_one_array_in_two_places_is_refused_by_name():
+    tied = jnp.ones(3)
+    params, opt = {"a": {"w": tied}, "b": tied}, zo.mezo(0.1)
+    step = zo.jit_step(opt, constant_slope)
+    with pytest.raises(ValueError, match=r"^params\.a\.w: is the same array as params\.b"):
+        step(params, opt.init(params, KEY), BATCH)
+    assert not tied.is_deleted()
+
+
+def test_the_key_that_a_run_begins_with_stays_the_users():
+    key, opt = jax.random.key(5), zo.mezo(0.1)
+    zo.jit_step(opt, constant_slope)({"w": jnp.ones(3)}, opt.init({"w": jnp.ones(3)}, key), BATCH)
+    assert not key.is_deleted()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_in_a_run_is_not_a_number(name):
+    """`JAX_DEBUG_NANS=1` and `JAX_DEBUG_INFS=1` find nothing where the loss is finite."""
+    with jax.debug_nans(True), jax.debug_infs(True):
+        params, opt = network_params(), METHODS[name]()
+        state, step = opt.init(params, KEY), compiled(opt, network_loss)
+        for _ in range(3):
+            params, state, _ = step(params, state, network_batch())
+        tx = zo.scale_by_spsa()
+        updates, _ = tx.update(
+            None, tx.init(params), params, value_fn=lambda p: network_loss(p, network_batch())
+        )
+    assert np.isfinite(flat(updates)).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: zo.mezo(0.1, weight_decay=-0.1), "weight_decay: must be at least 0"),
+        (lambda: zo.meazo(0.1, weight_decay=float("nan")), "weight_decay: must be at least 0"),
+        (lambda: zo.mezo(-0.1), "learning_rate: must be at least 0"),
+        (lambda: zo.mezo(float("nan")), "learning_rate: must be at least 0"),
+        (lambda: zo.mezo(0.1, rounding="up"), "rounding: not known"),
+        (lambda: zo.mezo(0.1, eps=float("inf")), "eps must be positive"),
+        (lambda: zo.mezo(0.1, num_directions=1.5), "num_directions must be a whole number"),
+        (lambda: zo.meazo(0.1, decay_rate=1.0), "decay: must be at least 0 and below 1"),
+        (lambda: zo.mezo_momentum(0.1, momentum=-0.1), "decay: must be at least 0 and below 1"),
+        (lambda: zo.mezo_adam(0.1, b2=1.5), "b2: must be at least 0 and below 1"),
+        (lambda: zo.mezo_adam(0.1, floor=-1e-8), "eps: must be at least 0"),
+        (lambda: zo.mezo_adam(0.1, horizon=0), "horizon is 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [zo.mezo, zo.mezo_momentum, zo.mezo_adam, zo.meazo, zo.fzoo, zo.lozo, zo.lozo_momentum]
+    + [zo.zo_muon, zo.value_and_grad],
+)
+def test_signatures_say_what_can_be_given(make):
+    found = inspect.signature(make).parameters
+    assert not any(x.kind is inspect.Parameter.VAR_KEYWORD for x in found.values())
+    assert {"eps", "select", "mesh"} <= found.keys()

@@ -1,7 +1,10 @@
 """Trajectory files against their documented format, and every way to break one."""
 
+import functools
 import json
+import operator
 import resource
+import time
 import zlib
 
 import jax
@@ -15,6 +18,7 @@ from tests.zo.problems import small_params
 
 SETTINGS = {"name": "mezo", "eps": 1e-3, "decay": [0.5, None]}
 KEY = jax.random.key(7)
+RATES = np.linspace(1e-3, 1e-4, 9, dtype=np.float32)
 
 
 def begin(path, *, n=1, params=None):
@@ -38,7 +42,7 @@ def three(path):
     ends = []
     for first, last in ((0, 4), (4, 7), (7, 9)):
         ends.append(path.stat().st_size)
-        log.append(first, values[first:last])
+        log.append(first, values[first:last], RATES[first:last])
     return path.read_bytes(), ends, values
 
 
@@ -46,22 +50,29 @@ def read_with_numpy(data):
     """The documented format, read without the library."""
     assert data[:16] == b"jaxlm trajectory"
     version, length, crc = np.frombuffer(data, "<u4", 3, 16)
-    assert (version, length % 4) == (1, 0)
+    assert (version, length % 4) == (2, 0)
     assert crc == zlib.crc32(data[28 : 28 + length])
     header, at, values = json.loads(data[28 : 28 + length]), 28 + int(length), []
     while at < len(data):
         first, count, crc = np.frombuffer(data, "<u4", 3, at)
         assert first == sum(map(len, values))
-        size = int(count) * header["num_directions"]
+        size = int(count) * (1 + header["num_directions"])
+        if not count:
+            (size,) = np.frombuffer(data, "<u4", 1, at + 12) // 4 + 1
         assert crc == zlib.crc32(data[at : at + 8] + data[at + 12 : at + 12 + 4 * size])
+        if not count:
+            return header, np.concatenate(values), json.loads(data[at + 16 :])
         values.append(np.frombuffer(data, "<f4", size, at + 12).reshape(count, -1))
         at += 12 + 4 * size
-    return header, np.concatenate(values)
+    return header, np.concatenate(values), None
 
 
 def test_the_file_is_as_documented(three):
-    header, values = read_with_numpy(three[0])
-    np.testing.assert_array_equal(values, three[2])
+    header, values, end = read_with_numpy(three[0])
+    np.testing.assert_array_equal(values[:, 1:], three[2])
+    np.testing.assert_array_equal(values[:, 0], RATES)
+    assert end is None
+    assert (header["num_directions"], header["dtype"]) == (2, "float32")
     assert header["key"]["data"] == jax.random.key_data(KEY).tolist()
     assert header["settings"] == SETTINGS
     wanted = {
@@ -100,7 +111,7 @@ def test_a_torn_tail_is_dropped_and_written_over(three, path):
         log = Trajectory.open(path)
         assert (log.steps, log.torn) == (7, len(tail) - ends[2])
         assert path.read_bytes() == tail
-    log.append(7, values[7:])
+    log.append(7, values[7:], RATES[7:])
     assert log.torn == 0
     assert path.read_bytes() == data
 
@@ -170,7 +181,7 @@ def test_a_foreign_file_is_refused_with_the_reason(three, path):
         (b"", "no trajectory file"),
         (data[:20], "no trajectory file"),
         (b"PK" + data, "no trajectory file"),
-        (data[:16] + b"\x02" + data[17:], "has format 2, and this jaxlm reads 1"),
+        (data[:16] + b"\x01" + data[17:], "has format 1, and this jaxlm reads 2"),
         (data[: ends[0] - 4], "the header is damaged"),
         (data[:40] + b"?" + data[41:], "the header is damaged"),
     ):
@@ -229,3 +240,96 @@ def test_parameters_of_any_dtype_and_layout(path, dtype):
     params["layers"].reverse()
     with pytest.raises(UserError, match=r"other values of layers.w\[0\]"):
         log.check(params, SETTINGS)
+
+
+def test_the_end_of_a_run_is_in_the_file_until_the_run_goes_on(three, path):
+    data, _, values = three
+    params = small_params()
+    log = Trajectory.open(path)
+    assert log.end is None
+    log.finish(params)
+    end = read_with_numpy(path.read_bytes())[2]
+    total = 0
+    for name in ("head.bias", "head.w", "layers.norm.scale", "layers.w"):
+        leaf = functools.reduce(operator.getitem, name.split("."), params)
+        total = zlib.crc32(np.asarray(leaf).tobytes(), zlib.crc32(name.encode(), total))
+    assert end["crc32"] == total
+    found = Trajectory.open(path)
+    assert (found.steps, found.torn, found.end["crc32"]) == (9, 0, total)
+    whole = path.read_bytes()
+    for size in range(len(data), len(whole)):  # torn while it was written
+        path.write_bytes(whole[:size])
+        torn = Trajectory.open(path)
+        assert (torn.steps, torn.end, torn.torn) == (9, None, size - len(data))
+    path.write_bytes(whole)
+    found.append(9, values[:1])
+    assert found.end is Trajectory.open(path).end is None
+    assert Trajectory.open(path).steps == 10
+    log.cut(9)
+    assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_after_a_header_is_read_in_a_moment(path, seed):
+    begin(path)
+    head = path.read_bytes()
+    rng = np.random.default_rng(seed)
+    noise = {
+        0: rng.integers(0, 2**32, 2**20, "u4"),  # 4 MB
+        1: rng.integers(0, 2**16, 2**20, "u4"),  # counts that fit at every place
+        2: np.tile(np.array([0, 2**19, 0], "u4"), 2**18),
+    }[seed]
+    path.write_bytes(head + noise.tobytes())
+    start = time.perf_counter()
+    try:
+        assert Trajectory.open(path).steps == 0
+    except UserError as error:
+        assert "damaged after step 0" in str(error)  # noqa: PT017
+    assert time.perf_counter() - start < 10
+
+
+def headed(record):
+    text = record if isinstance(record, bytes) else json.dumps(record).encode()
+    text += b" " * (-len(text) % 4)
+    return b"jaxlm trajectory" + np.array([2, len(text), zlib.crc32(text)], "<u4").tobytes() + text
+
+
+def test_a_header_of_another_shape_is_refused_in_a_sentence(three, path):
+    data, ends, _ = three
+    good = json.loads(data[28 : ends[0]])
+    params = good["params"]
+    for record in (
+        b"",
+        b"not json",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        [],
+        3,
+        None,
+        {},
+        *({name: x for name, x in good.items() if name != left} for left in good),
+        *(good | {name: bad} for name in ("key", "settings", "params") for bad in (None, 3, "x")),
+        *(good | {"num_directions": bad} for bad in (0, -1, 1.5, "2", None, 10**12, [1])),
+        good | {"dtype": "int8"},
+        good | {"key": {"impl": "none", "data": [0, 1]}},
+        good | {"key": {"impl": "threefry2x32", "data": [0]}},
+        good | {"key": {"impl": "threefry2x32", "data": [-1, 10**30]}},
+        good | {"params": [3]},
+        good | {"params": [params[0] | {"path": [1]}]},
+        good | {"params": [params[0] | {"shape": 3}]},
+        good | {"params": [params[0] | {"more": 1}]},
+    ):
+        path.write_bytes(headed(record))
+        with pytest.raises(UserError, match=r"trajectory.zo: the header is not that of a traj"):
+            Trajectory.open(path)
+    path.write_bytes(headed(good))
+    assert Trajectory.open(path).steps == 0
+
+
+def test_a_file_beyond_every_run_and_one_that_may_not_be_read_are_refused(three, path):
+    with path.open("r+b") as file:
+        file.truncate(2**31)  # sparse
+    with pytest.raises(UserError, match=r"trajectory.zo: is larger than"):
+        Trajectory.open(path)
+    with pytest.raises(UserError, match="there is no such file"):
+        Trajectory.open(path.parent)
