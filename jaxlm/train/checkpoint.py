@@ -205,9 +205,13 @@ class _Stored:
             )
         read = self._reader(path)
         sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        made = jax.make_array_from_callback(
-            leaf.shape, sharding, lambda index: _block(leaf, index, read)
-        )
+        # Copies, since the memory of what is lent by NumPy cannot be donated to the first step.
+        places = sharding.addressable_devices_indices_map(leaf.shape)
+        arrays = [
+            jax.device_put(_block(leaf, index, read), device, may_alias=False)
+            for device, index in places.items()
+        ]
+        made = jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
         made.block_until_ready()  # what was read may go before the next array is
         return made if leaf.key is None else jax.random.wrap_key_data(made, impl=leaf.key)
 

@@ -15,6 +15,8 @@ MOST_DIRECTIONS, MOST_RANK, MOST_STEPS_REPLAYED = 2**16, 2**16, 2**16
 class ZerothOrder(Optimizer):
     """What every optimizer without gradients has.
 
+    The learning rates are such that the model of the package learns; larger models want lower ones.
+
     Attributes:
         eps: size of the perturbation.
         num_directions: directions of a step.
@@ -22,7 +24,7 @@ class ZerothOrder(Optimizer):
             such that the mean is exact.
     """
 
-    learning_rate: float = 1e-6
+    learning_rate: float = 1e-4
     eps: float = 1e-3
     num_directions: int = 1
     rounding: Literal["nearest", "stochastic"] = "nearest"
@@ -71,6 +73,7 @@ class Mezo(Dense):
     """`jaxlm.zo.mezo`: two forward passes for each direction."""
 
     name: str = "mezo"
+    learning_rate: float = 2e-4
 
     def build(self, steps: int) -> zo.ZerothOrderOptimizer:
         """See `ZerothOrder`."""
