@@ -145,8 +145,10 @@ def read_json(path: Path, **fields: type | tuple[type, ...]) -> dict[str, Any]:
         kinds = kind if isinstance(kind, tuple) else (kind,)
         kinds = (*kinds, int) if float in kinds else kinds
         item = value.get(name)
-        if name not in value or not isinstance(item, kinds) or (
-            isinstance(item, bool) and bool not in kinds
+        if (
+            name not in value
+            or not isinstance(item, kinds)
+            or (isinstance(item, bool) and bool not in kinds)
         ):
             raise UserError(
                 f"{path}: the field {name} is missing or of another type. The file is damaged or "

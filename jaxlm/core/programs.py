@@ -102,7 +102,7 @@ def _traced(function: Callable[..., Any], args: Any) -> Callable[..., Any]:
 
 
 RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vmap_call")
-"""Primitives with functions that say how to differentiate or map; a finished trace is only run."""
+"""Primitives with rules for derivatives or batches, which a finished trace has behind it."""
 
 
 def _as_value(part: Any) -> Any:
@@ -142,7 +142,7 @@ def _equations(jaxpr: Any) -> Any:
         params = {
             key: value
             for key, value in equation.params.items()
-            if not (name in RULES and callable(value))
+            if name not in RULES or isinstance(value, core.Jaxpr | core.ClosedJaxpr)
         }
         sides = (tuple(map(of, side)) for side in (equation.invars, equation.outvars))
         rows.append((equation.primitive, *sides, _as_value(params)))

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+from scipy import stats
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.core.programs import held, is_array
-from jaxlm.typing import Params
+from jaxlm.typing import Params, PRNGKey
 
 
 def linearize(f: Callable[..., Array], params: Params) -> Callable[..., Array]:
@@ -81,6 +82,53 @@ def linearization_score(initial: float, final: float, linearized: float) -> floa
     if not final > initial:
         return None
     return round((linearized - initial) / (final - initial), 12)
+
+
+def gain_p_value(before: Any, after: Any) -> float:
+    """The exact McNemar test, one-sided: could `after` be better than `before` by chance?
+
+    Of the examples of which one is right and the other wrong, as many as there are or more would be
+    gained with this probability if gains and losses were equally likely.
+
+    Args:
+        before, after: [N], whether each example is right.
+
+    >>> gain_p_value([0, 0, 0, 0, 1], [1, 1, 1, 1, 1])
+    0.0625
+    """
+    first, second = np.asarray(before, bool), np.asarray(after, bool)
+    gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
+    if gained + lost == 0:
+        return 1.0
+    return float(stats.binomtest(gained, gained + lost, alternative="greater").pvalue)
+
+
+def random_move(params: Params, other: Params, key: PRNGKey) -> Params:
+    """`params` moved as far as `other` is, leaf by leaf, but in random directions."""
+
+    def move(key, first, second):
+        z = jax.random.normal(key, jnp.shape(first), jnp.float32)
+        length = jnp.linalg.norm(jnp.ravel(jnp.asarray(second, jnp.float32) - first))
+        return (first + length * z / jnp.linalg.norm(jnp.ravel(z))).astype(second.dtype)
+
+    return _leafwise(move, key, params, other)
+
+
+def shuffled(params: Params, key: PRNGKey) -> Params:
+    """The numbers of every leaf in another order: random features of the same scales."""
+
+    def deal(key, leaf):
+        return jax.random.permutation(key, jnp.ravel(leaf)).reshape(jnp.shape(leaf))
+
+    return _leafwise(deal, key, params)
+
+
+def _leafwise(function: Callable[..., Array], key: PRNGKey, *trees: Params) -> Params:
+    """A function of a key and leaves, over the leaves that are floats."""
+    moved, fixed = zip(*(paths.split(tree, None) for tree in trees), strict=True)
+    leaves, structure = jax.tree.flatten(moved[0])
+    keys = jax.tree.unflatten(structure, list(jax.random.split(key, len(leaves))))
+    return paths.merge(jax.tree.map(function, keys, *moved), fixed[0])
 
 
 class KernelChange(NamedTuple):

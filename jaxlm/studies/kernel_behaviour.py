@@ -2,7 +2,9 @@
 
 The three criteria of Malladi et al. 2022 (arXiv:2210.05643): the kernel at the pretrained
 parameters solves the task about as well as fine-tuning; the function linearized there recovers most
-of what fine-tuning improved; and the kernel moves little.
+of what fine-tuning improved; and the kernel moves little. Where fine-tuning gains little a kernel
+that knows nothing meets them, so here each has a floor as well: a gain that is no chance, and
+something that is null to compare with.
 """
 
 import time
@@ -10,12 +12,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.data import TaskConfig
-from jaxlm.kernels import solve
-from jaxlm.kernels.behaviour import KernelChange, kernel_change, linearization_score, linearize
+from jaxlm.kernels import solve, systems
+from jaxlm.kernels.behaviour import (
+    KernelChange,
+    gain_p_value,
+    kernel_change,
+    linearization_score,
+    linearize,
+    random_move,
+    shuffled,
+)
 from jaxlm.studies.kernel_store import Kernels
 from jaxlm.studies.kernel_task import KernelTask, kernel_task
 from jaxlm.studies.kernel_training import KINDS, Training, Tuned, fine_tune
@@ -27,6 +38,19 @@ WITHIN = 0.10
 
 RECOVERED = 0.5
 """Fine-tuning is linear where its linearization recovers more than this share of improvement."""
+
+OVERSHOT = 1.5
+"""A linearization that improves by more than this share has gone another way than training."""
+
+SIGNIFICANT = 0.05
+"""There is something to judge where a gain as large is less probable than this by chance."""
+
+FLOOR = 0.5
+"""Kernel and linearization are better than their nulls by more than this share of the gain, and the
+kernel moved less than this share of the way to random features."""
+
+NULLS = 5
+"""Solutions with labels dealt anew, whose mean is the null of a kernel."""
 
 CHANGE = 2.0
 """Features are fixed where the mean relative change of the kernel is below this."""
@@ -45,6 +69,10 @@ class KernelResult(NamedTuple):
         duplicates: pairs of training examples that the kernel does not tell apart.
         change: from the pretrained to the fine-tuned kernel, on the training and validation
             examples with the training examples.
+        null: mean test accuracy where the training labels are dealt anew: what the solver makes of
+            the function at the pretrained parameters.
+        control: change from the pretrained kernel to that of random features, the parameters of
+            each leaf in another order, at the same Frobenius norm.
         seconds: to compute and solve, without the change.
     """
 
@@ -56,16 +84,20 @@ class KernelResult(NamedTuple):
     size: int
     duplicates: tuple[tuple[int, int], ...]
     change: KernelChange
+    null: float
+    control: KernelChange
     seconds: float
 
 
 class Verdict(NamedTuple):
-    """The criteria for one kernel; None where fine-tuning improved nothing on zero-shot.
+    """The criteria for one kernel; None where fine-tuning's gain on zero-shot may be chance.
 
     Attributes:
-        solves: its accuracy is at most `WITHIN` below fine-tuning's.
-        linear: the linearization recovers more than `RECOVERED` of the improvement.
-        fixed: the kernel's mean relative change is below `CHANGE`.
+        solves: its accuracy is at most `WITHIN` below fine-tuning's, and above its null's.
+        linear: the linearization recovers more than `RECOVERED` of the improvement and no more than
+            `OVERSHOT`, and more than a random move of the parameters does.
+        fixed: the kernel's mean relative change is below `CHANGE`, and below that to random
+            features.
     """
 
     solves: bool | None
@@ -78,6 +110,22 @@ class Verdict(NamedTuple):
         if self.solves is None or self.linear is None:
             return None
         return self.solves and self.linear and self.fixed
+
+
+class Nulls(NamedTuple):
+    """What the criteria are compared with.
+
+    Attributes:
+        gain_p: see `Report`.
+        kernel: test accuracy of the null of a kernel, see `KernelResult`.
+        linearized: test accuracy after a random move, see `Report`.
+        change: mean relative change to random features.
+    """
+
+    gain_p: float
+    kernel: float
+    linearized: float
+    change: float
 
 
 class Report(NamedTuple):
@@ -98,6 +146,9 @@ class Report(NamedTuple):
         fine_tuned: test accuracy of the fine-tuned model.
         linearized: test accuracy of the function that is linearized at the first parameters.
         recovered: share of the improvement that the linearization recovers.
+        gain_p: probability of a gain of fine-tuning over zero-shot as large by chance.
+        null_linearized: test accuracy of the linearized function where the parameters moved as far
+            in random directions.
         kernels: one for each kind.
         seconds: of everything.
     """
@@ -115,13 +166,20 @@ class Report(NamedTuple):
     fine_tuned: float
     linearized: float
     recovered: float | None
+    gain_p: float
+    null_linearized: float
     kernels: tuple[KernelResult, ...]
     seconds: float
 
     def verdict(self, kernel: KernelResult) -> Verdict:
         """The criteria for one of the kernels."""
         return verdict(
-            self.zero_shot, self.fine_tuned, self.linearized, kernel.test, kernel.change.mean
+            self.zero_shot,
+            self.fine_tuned,
+            self.linearized,
+            kernel.test,
+            kernel.change.mean,
+            Nulls(self.gain_p, kernel.null, self.null_linearized, kernel.control.mean),
         )
 
     def __str__(self) -> str:
@@ -209,13 +267,18 @@ def measure(
     tuned = fine_tune(subject, training, seed=seed)
     final = subject.values(f, "test", tuned.params)
     f_lin = Program(lambda params, other, x: linearize(subject.f, params)(other, x))
-    linear = subject.values(f_lin, "test", subject.lm.params, tuned.params)
+    key = jax.random.key(seed)
+    moved = random_move(subject.lm.params, tuned.params, key)
+    linear, null = (
+        subject.values(f_lin, "test", subject.lm.params, params) for params in (tuned.params, moved)
+    )
     accuracies = [subject.accuracy(scores, "test") for scores in (first, final, linear)]
+    right = [systems.classes(scores) == subject.labels("test") for scores in (first, final)]
     results = []
     for kind in kinds:
         say(f"kernel {kind}")
         solver = (solvers or {}).get(kind) or default_solver(kind)
-        results.append(solve_with(subject, kernels, kind, solver, tuned))
+        results.append(solve_with(subject, kernels, kind, solver, tuned, seed))
     labels = (subject.labels("train"), subject.labels("test"))
     return Report(
         task=task.name,
@@ -231,6 +294,8 @@ def measure(
         fine_tuned=accuracies[1],
         linearized=accuracies[2],
         recovered=linearization_score(*accuracies),
+        gain_p=gain_p_value(*right),
+        null_linearized=subject.accuracy(null, "test"),
         kernels=tuple(results),
         seconds=time.perf_counter() - begin,
     )
@@ -242,9 +307,12 @@ def default_solver(kind: str) -> Any:
 
 
 def solve_with(
-    subject: KernelTask, kernels: Kernels, kind: str, solver: Any, tuned: Tuned
+    subject: KernelTask, kernels: Kernels, kind: str, solver: Any, tuned: Tuned, seed: int = 0
 ) -> KernelResult:
-    """Solves the task with one kind of kernel, and measures how far fine-tuning moved it."""
+    """Solves the task with one kind of kernel, and measures how far fine-tuning moved it.
+
+    `seed` is of the nulls beside them.
+    """
     begin = time.perf_counter()
     train, validation, test = (
         solve.Split(
@@ -257,8 +325,15 @@ def solve_with(
     )
     fit = solve.fit(train, validation, solver)
     seconds = time.perf_counter() - begin
-    before = [np.asarray(each.kernel).ravel() for each in (train, validation)]
-    after = [kernels.at(tuned.params, kind, split).ravel() for split in ("train", "validation")]
+    before = np.concatenate([np.asarray(each.kernel).ravel() for each in (train, validation)])
+    after, random = (
+        np.concatenate(
+            [kernels.at(params, kind, split).ravel() for split in ("train", "validation")]
+        )
+        for params in (tuned.params, shuffled(subject.lm.params, jax.random.key(seed)))
+    )
+    numbers = np.random.default_rng(seed)
+    nulls = [train._replace(labels=numbers.permutation(train.labels)) for _ in range(NULLS)]
     rank, size, duplicates = solve.spectrum(train.kernel)
     return KernelResult(
         kind=kind,
@@ -268,15 +343,32 @@ def solve_with(
         rank=rank,
         size=size,
         duplicates=duplicates,
-        change=kernel_change(np.concatenate(before), np.concatenate(after)),
+        change=kernel_change(before, after),
+        null=float(np.mean([solve.fit(each, validation, solver).accuracy(test) for each in nulls])),
+        control=kernel_change(before, _as_large(random, before)),
         seconds=seconds,
     )
 
 
+def _as_large(kernel: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """A kernel at the Frobenius norm of another; random features have no scale of their own."""
+    size = float(np.linalg.norm(kernel))
+    return kernel * (np.linalg.norm(like) / size) if size else kernel
+
+
 def verdict(
-    zero_shot: float, fine_tuned: float, linearized: float, kernel: float, change: float
+    zero_shot: float,
+    fine_tuned: float,
+    linearized: float,
+    kernel: float,
+    change: float,
+    nulls: Nulls | None = None,
 ) -> Verdict:
     """The three criteria from test accuracies and the kernel's mean relative change.
+
+    Args:
+        zero_shot, fine_tuned, linearized, kernel, change: of a report and a kernel.
+        nulls: what they are compared with; None for the paper's own definition, which has none.
 
     >>> verdict(0.5, 0.9, 0.75, 0.82, 0.3)
     Verdict(solves=True, linear=True, fixed=True)
@@ -284,12 +376,18 @@ def verdict(
     Verdict(solves=None, linear=None, fixed=False)
     """
     recovered = linearization_score(zero_shot, fine_tuned, linearized)
-    improved = recovered is not None
-    return Verdict(
-        solves=fine_tuned - kernel <= WITHIN + 1e-9 if improved else None,
-        linear=recovered > RECOVERED if recovered is not None else None,
-        fixed=change < CHANGE,
-    )
+    fixed = change < CHANGE
+    if nulls is not None:
+        fixed = fixed and change < FLOOR * nulls.change
+    if recovered is None or (nulls is not None and nulls.gain_p >= SIGNIFICANT):
+        return Verdict(None, None, fixed)
+    solves = fine_tuned - kernel <= WITHIN + 1e-9
+    linear = recovered > RECOVERED
+    if nulls is not None:
+        floor = FLOOR * (fine_tuned - zero_shot)
+        solves = solves and kernel - nulls.kernel > floor
+        linear = linear and recovered <= OVERSHOT and linearized - nulls.linearized > floor
+    return Verdict(solves, linear, fixed)
 
 
 def record(report: Report) -> dict[str, Any]:
@@ -299,7 +397,10 @@ def record(report: Report) -> dict[str, Any]:
             **each._asdict(),
             "settings": {key: _number(value) for key, value in each.settings.items()},
             "duplicates": [list(pair) for pair in each.duplicates],
-            "change": {key: _number(value) for key, value in each.change._asdict().items()},
+            **{
+                name: {key: _number(value) for key, value in changed._asdict().items()}
+                for name, changed in (("change", each.change), ("control", each.control))
+            },
         }
         for each in report.kernels
     ]

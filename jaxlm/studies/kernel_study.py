@@ -188,6 +188,7 @@ _FIELDS: dict[str, Any] = {
     "optimizer": str,
     "seed": int,
     **dict.fromkeys(("majority", "zero_shot", "fine_tuned", "linearized"), float),
+    **dict.fromkeys(("gain_p", "null_linearized"), float),
 }
 """What the table reads of a report."""
 

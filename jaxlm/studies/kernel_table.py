@@ -5,7 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxlm.kernels.behaviour import linearization_score
-from jaxlm.studies.kernel_behaviour import CHANGE, RECOVERED, WITHIN, verdict
+from jaxlm.studies.kernel_behaviour import (
+    CHANGE,
+    FLOOR,
+    OVERSHOT,
+    RECOVERED,
+    SIGNIFICANT,
+    WITHIN,
+    Nulls,
+    verdict,
+)
 from jaxlm.studies.sweep_table import aligned, percent
 
 NAMES = {"sgd": "K-SGD", "signgd": "K-SignGD", "asymmetric_signgd": "K-A-SignGD"}
@@ -14,8 +23,9 @@ ACCURACIES = (
     "task", "k", "prompt", "optimizer", "majority", "zero-shot", "fine-tuned", "linearized",
 )  # fmt: skip
 VERDICTS = (
-    "task", "k", "prompt", "optimizer", "kernel", "below fine-tuning", "recovered",
-    "relative change", "solves", "linear", "fixed", "kernel behaviour",
+    "task", "k", "prompt", "optimizer", "kernel", "p of the gain", "below fine-tuning",
+    "over its null", "recovered", "by chance", "relative change", "to random", "solves", "linear",
+    "fixed", "kernel behaviour", "by the paper",
 )  # fmt: skip
 
 
@@ -52,8 +62,13 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
                 aligned((*ACCURACIES, *(NAMES.get(kind, kind) for kind in kinds)), accuracies),
                 f"On the means: a kernel solves the task within {100 * WITHIN:.0f} points of "
                 f"fine-tuning, its linearization recovers more than {100 * RECOVERED:.0f} % of the "
-                f"improvement, and the kernel changes by less than {CHANGE:g} times its size. "
-                "Where fine-tuning improved nothing there is nothing to judge.",
+                f"improvement, and the kernel changes by less than {CHANGE:g} times its size: so "
+                "far the paper, in the last column. Beside it the gain must be significant (median "
+                f"p over the seeds below {SIGNIFICANT:g}, McNemar's exact test), or there is "
+                f"nothing to judge; kernel and linearization are above their nulls by "
+                f"{100 * FLOOR:.0f} % of the gain (labels dealt anew; a random move as far), the "
+                f"linearization recovers at most {100 * OVERSHOT:.0f} %, and the kernel changes by "
+                f"less than {100 * FLOOR:.0f} % of what random features are away.",
                 aligned(VERDICTS, verdicts),
             ]
         )
@@ -67,7 +82,7 @@ def _key(record: dict[str, Any]) -> tuple[Any, ...]:
 
 def _row(key: tuple[Any, ...], records: list[dict[str, Any]]) -> dict[str, Any]:
     task, num_train, prompt, optimizer = key
-    names = ("majority", "zero_shot", "fine_tuned", "linearized")
+    names = ("majority", "zero_shot", "fine_tuned", "linearized", "null_linearized")
     row: dict[str, Any] = {
         "task": task,
         "num_train": num_train,
@@ -76,6 +91,7 @@ def _row(key: tuple[Any, ...], records: list[dict[str, Any]]) -> dict[str, Any]:
         "optimizer": optimizer,
         "seeds": [each["seed"] for each in records],
         **{name: spread([each[name] for each in records]) for name in names},
+        "gain_p": statistics.median(each["gain_p"] for each in records),
     }
     kinds = [kernel["kind"] for kernel in records[0]["kernels"]]
     row["kernels"] = {kind: _kernel(row, kind, records) for kind in kinds}
@@ -91,15 +107,23 @@ def _kernel(row: dict[str, Any], kind: str, records: list[dict[str, Any]]) -> di
     }
     names = ("zero_shot", "fine_tuned", "linearized")
     first, final, linear = (row[name]["mean"] for name in names)
-    judged = verdict(first, final, linear, test["mean"], change["mean"]["mean"])
+    null = spread([each["null"] for each in found])
+    control = spread([float(each["control"]["mean"]) for each in found])
+    numbers = (first, final, linear, test["mean"], change["mean"]["mean"])
+    nulls = Nulls(row["gain_p"], null["mean"], row["null_linearized"]["mean"], control["mean"])
+    judged = verdict(*numbers, nulls)
     return {
         "test": test,
         "validation": spread([each["validation"] for each in found]),
         "settings": [each["settings"] for each in found],
         "change": change,
+        "null": null,
+        "control": control,
         "below": final - test["mean"],
         "recovered": linearization_score(first, final, linear),
+        "by_chance": linearization_score(first, final, nulls.linearized),
         "verdict": {**judged._asdict(), "kernel_behaviour": judged.kernel_behaviour},
+        "paper": verdict(*numbers).kernel_behaviour,
     }
 
 
@@ -126,14 +150,18 @@ def _accuracies(row: dict[str, Any], kinds: list[str]) -> list[str]:
 
 def _verdict(row: dict[str, Any], kind: str) -> list[str]:
     kernel = row["kernels"][kind]
-    recovered, judged = kernel["recovered"], kernel["verdict"]
+    recovered, chance, judged = (kernel[name] for name in ("recovered", "by_chance", "verdict"))
     return [
         *_place(row),
         NAMES.get(kind, kind),
+        f"{row['gain_p']:.2g}",
         f"{100 * kernel['below']:.1f}",
-        "" if recovered is None else f"{100 * recovered:.0f} %",
+        f"{100 * (kernel['test']['mean'] - kernel['null']['mean']):.1f}",
+        *("" if share is None else f"{100 * share:.0f} %" for share in (recovered, chance)),
         f"{kernel['change']['mean']['mean']:.2f}",
+        f"{kernel['control']['mean']:.2f}",
         *(_yes(judged[name]) for name in ("solves", "linear", "fixed", "kernel_behaviour")),
+        _yes(kernel["paper"]),
     ]
 
 

@@ -23,6 +23,7 @@ from jaxlm.zo.perturbation import Directions, is_traced, width
 from jaxlm.zo.samplers import Sampler
 from jaxlm.zo.sites import Site
 
+
 def below_one(**values: Any) -> None:
     """Raises UserError for a decay that is not from 0 to below 1; traced ones pass."""
     _numbers(values, least=0, below=1)
@@ -139,8 +140,8 @@ def normalized_by_spread() -> Rule:
 def normalized_by_average(decay: float = 0.99, *, floor: float = 1e-8) -> Rule:
     r"""`u = 1/n Σ_j g_j z_j / (sqrt(v) + floor)`: one scalar in place of Adam's second moment.
 
-    $v_t = \beta v_{t-1} + (1 - \beta) \overline{g_j^2}$ over the finite slopes of a step, divided by
-    the sum of its weights, $1 - \beta^t$ after t steps that moved.
+    $v_t = \beta v_{t-1} + (1 - \beta) \overline{g_j^2}$ over the finite slopes of a step, divided
+    by the sum of its weights, $1 - \beta^t$ after t steps that moved.
 
     Args:
       decay: β.
@@ -206,9 +207,7 @@ class History(NamedTuple):
         return [total / weight for total, weight in zip(totals, weights, strict=True)]
 
 
-def _replayed(
-    name: str, horizon: int, block: Callable[[Callable[..., list], Site], Array]
-) -> Rule:
+def _replayed(name: str, horizon: int, block: Callable[[Callable[..., list], Site], Array]) -> Rule:
     if horizon < 1:
         raise ValueError(f"horizon is {horizon}: give at least 1")
 

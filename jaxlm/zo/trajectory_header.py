@@ -140,7 +140,7 @@ class Header:
         )
 
     def difference(self, params: Any, settings: dict[str, Any]) -> str | None:
-        """The first thing in which parameters or settings (`as_json`) are not the run's, or None."""
+        """The first difference of parameters or settings (`as_json`) from the run, or None."""
         for name in sorted(settings.keys() | self.settings.keys()):
             old, new = (json.dumps(each.get(name)) for each in (self.settings, settings))
             if old != new:

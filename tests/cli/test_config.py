@@ -175,7 +175,7 @@ def test_a_flag_is_blamed_and_not_the_file(tmp_path):
         ({"count": "many"}, "count: must be"),
         ({"inner.ratio": "1"}, "inner.ratio: is no key"),
         ({"inner": "{rate: x}"}, "inner.rate: must be"),
-        ({"words": "[[a]]"}, "words: must be"),
+        ({"words": "[[a]]"}, "words[0]: must be"),
         ({"strict.most": "-1"}, "strict.most: must be"),
     ):
         (tmp_path / "c.yaml").write_text("limit: 3\nstrict: {least: 1}")

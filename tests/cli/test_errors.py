@@ -224,8 +224,8 @@ ROWS: dict[str, tuple[Break, str]] = {
     ),
     "answers that leave no room": (
         answers_of_32_tokens,
-        "task.max_new_tokens: leaves no room for a prompt, since task.max_length or the model allow "
-        "32 tokens in all (got 32). Lower it.",
+        "task.max_new_tokens: leaves no room for a prompt, since task.max_length or the model "
+        "allow 32 tokens in all (got 32). Lower it.",
     ),
     "unknown choice": (
         flags("--optimizer.schedule=cosine"),

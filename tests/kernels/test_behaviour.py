@@ -1,5 +1,7 @@
 """Linearization, fixed features and drift, next to functions whose derivatives are known."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,3 +144,27 @@ def test_drift_of_a_product_of_two_scalars():
 def test_mistakes_are_named(call, sentence):
     with pytest.raises(UserError, match=sentence):
         call()
+
+
+def test_the_gain_is_judged_by_mcnemars_exact_test():
+    rng = np.random.default_rng(0)
+    before, after = rng.random(80) < 0.5, rng.random(80) < 0.65
+    gained, lost = (after & ~before).sum(), (before & ~after).sum()
+    n = gained + lost
+    wanted = sum(math.comb(n, k) for k in range(gained, n + 1)) / 2**n
+    assert behaviour.gain_p_value(before, after) == pytest.approx(wanted, rel=1e-12)
+    assert behaviour.gain_p_value(before, before) == 1.0
+
+
+def test_nulls_move_as_far_and_have_the_same_numbers():
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=(4, 3)).astype(np.float32), "ids": np.arange(3)}
+    other = {"w": params["w"] + np.float32(0.5), "ids": np.arange(3)}
+    moved = behaviour.random_move(params, other, jax.random.key(0))
+    gaps = [np.linalg.norm(tree["w"] - params["w"]) for tree in (moved, other)]
+    assert gaps[0] == pytest.approx(gaps[1], rel=1e-5)
+    assert not np.allclose(moved["w"], other["w"])
+    dealt = behaviour.shuffled(params, jax.random.key(1))
+    np.testing.assert_array_equal(np.sort(dealt["w"], None), np.sort(params["w"], None))
+    assert not np.array_equal(dealt["w"], params["w"])
+    np.testing.assert_array_equal(dealt["ids"], params["ids"])

@@ -12,7 +12,13 @@ from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.data import shipped_task
 from jaxlm.studies import kernel_study, kernel_training
-from jaxlm.studies.kernel_behaviour import kernel_behaviour_report, measure, record, verdict
+from jaxlm.studies.kernel_behaviour import (
+    Nulls,
+    kernel_behaviour_report,
+    measure,
+    record,
+    verdict,
+)
 from jaxlm.studies.kernel_store import Kernels
 from jaxlm.studies.kernel_table import markdown, rows
 from jaxlm.studies.kernel_task import kernel_task
@@ -177,7 +183,12 @@ def test_a_report_reads_like_its_parts(tmp_path, tiny_model):
     assert f"{100 * report.fine_tuned:.1f}" in text
     for kernel in report.kernels:
         assert report.verdict(kernel) == verdict(
-            report.zero_shot, report.fine_tuned, report.linearized, kernel.test, kernel.change.mean
+            report.zero_shot,
+            report.fine_tuned,
+            report.linearized,
+            kernel.test,
+            kernel.change.mean,
+            Nulls(report.gain_p, kernel.null, report.null_linearized, kernel.control.mean),
         )
 
 
@@ -196,16 +207,46 @@ def test_verdicts(numbers, judged):
     assert (*found, found.kernel_behaviour) == judged
 
 
+@pytest.mark.parametrize(
+    ("nulls", "judged"),
+    [
+        (Nulls(0.04, 0.59, 0.54, 1.01), (True, True, True, True)),
+        (Nulls(0.05, 0.59, 0.54, 1.01), (None, None, True, None)),
+        (Nulls(0.04, 0.61, 0.54, 1.01), (False, True, True, False)),
+        (Nulls(0.04, 0.59, 0.56, 1.01), (True, False, True, False)),
+        (Nulls(0.04, 0.59, 0.54, 0.99), (True, True, False, False)),
+    ],
+)
+def test_a_criterion_is_met_only_above_what_knows_nothing(nulls, judged):
+    """Of a gain of 0.4: the kernel at 0.8, the linearization at 0.75, a change of 0.5."""
+    found = verdict(0.5, 0.9, 0.75, 0.8, 0.5, nulls)
+    assert (*found, found.kernel_behaviour) == judged
+
+
+def test_a_null_kernel_has_no_kernel_behaviour_where_the_gain_is_small():
+    """Three points of gain on 500 texts; a kernel at 52.8 % passes the paper's criteria."""
+    numbers = (0.599, 0.627, 0.618, 0.528, 0.49)
+    assert verdict(*numbers).kernel_behaviour
+    for p in (0.2, 0.01):
+        assert not verdict(*numbers, Nulls(p, 0.53, 0.6, 2.0)).kernel_behaviour
+
+
+def test_a_linearization_that_overshoots_is_not_linear():
+    assert verdict(0.5, 0.6, 0.9, 0.6, 0.1).linear
+    assert not verdict(0.5, 0.6, 0.9, 0.6, 0.1, Nulls(0.01, 0.5, 0.5, 2.0)).linear
+
+
 def made(seed, zero_shot, fine_tuned, linearized, kernel, change, **more):
     changed = dict.fromkeys(("mean", "median", "frobenius", "alignment"), change)
     found = {
         "kind": "sgd", "test": kernel, "validation": 0.5, "settings": {"ridge": 0.1},
-        "change": changed,
+        "change": changed, "null": 0.5, "control": dict.fromkeys(changed, 10.0),
     }  # fmt: skip
     return {
         "task": "t", "prompt": True, "seed": seed, "k": 2, "train_labels": [0, 0, 1, 1],
         "optimizer": "sgd", "majority": 0.5, "zero_shot": zero_shot, "fine_tuned": fine_tuned,
-        "linearized": linearized, "kernels": [found], **more,
+        "linearized": linearized, "kernels": [found], "gain_p": 0.01, "null_linearized": 0.5,
+        **more,
     }  # fmt: skip
 
 
@@ -235,15 +276,21 @@ def test_a_table_has_means_over_seeds():
         "yes",
         "sgd",
         "K-SGD",
+        "0.01",
         "5.0",
+        "30.0",
         "50 %",
+        "-17 %",
         "2.50",
+        "10.00",
         "yes",
         "no",
         "no",
         "no",
+        "no",
     ] in cells
-    assert ["t", "2", "no", "sgd", "K-SGD", "0.0", "", "inf", "", "", "no", ""] in cells
+    assert ["t", "2", "no", "sgd", "K-SGD", "0.01", "0.0", "10.0", "", "", "inf", "10.00", "", "",
+            "no", "", ""] in cells  # fmt: skip
 
 
 def study(folder, tiny_model):

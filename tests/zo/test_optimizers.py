@@ -412,11 +412,7 @@ def test_the_width_of_numbers_is_that_of_the_leaves_and_not_of_the_process(name,
         wide, state = battery(
             name, jax.tree.map(lambda x: jnp.asarray(np.asarray(x), dtype), params), batch
         )
-        floats = {
-            x.dtype
-            for x in jax.tree.leaves(state)
-            if jnp.issubdtype(x.dtype, jnp.floating)
-        }
+        floats = {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
     assert {x.dtype for x in jax.tree.leaves(wide)} == {jnp.dtype(dtype)}
     if name != "lozo_residual":
         assert floats == {jnp.dtype("float64" if dtype == "float64" else "float32")}
@@ -501,8 +497,10 @@ def test_numbers_out_of_range_are_refused_by_name(make, message):
 
 @pytest.mark.parametrize(
     "make",
-    [zo.mezo, zo.mezo_momentum, zo.mezo_adam, zo.meazo, zo.fzoo, zo.lozo, zo.lozo_momentum]
-    + [zo.zo_muon, zo.value_and_grad],
+    [
+        *(zo.mezo, zo.mezo_momentum, zo.mezo_adam, zo.meazo, zo.fzoo),
+        *(zo.lozo, zo.lozo_momentum, zo.zo_muon, zo.value_and_grad),
+    ],
 )
 def test_signatures_say_what_can_be_given(make):
     found = inspect.signature(make).parameters

@@ -12,6 +12,7 @@ from tests.zo.problems import METHODS, network_batch, network_loss, network_para
 
 pytestmark = pytest.mark.optimized
 
+
 def run(opt, params, path, steps=5, loss_fn=network_loss, length=None):
     """A run of `jit_step` that keeps its trajectory; where it ends."""
     key, settings = jax.random.key(3), opt.settings | ({"steps": length} if length else {})
@@ -106,16 +107,22 @@ def magnitude(fraction):
             lambda: zo.mezo(1e-2, select=kernels_alone),
             "made with select",
         ),
-        (lambda: zo.mezo(linear(0.0)), lambda: zo.mezo(bent), r"learning rate of step 2 was 0\.006"),
+        (
+            lambda: zo.mezo(linear(0.0)),
+            lambda: zo.mezo(bent),
+            r"rate of step 2 was 0\.006",
+        ),
         (lambda: magnitude(0.25), lambda: magnitude(0.2501), "made with sampler"),
     ],
     ids=["decay", "default_decay", "select", "schedule", "thresholds"],
 )
 def test_all_that_a_replay_depends_on_is_in_the_file(tmp_path, own, other, reason):
     """What differs in functions, in a schedule between its probes, in the arrays of a sampler."""
-    start = {"w": jnp.arange(2000.0)} if "sampler" in reason else {
-        "w": jnp.ones(4), "kernel": jnp.ones((2, 2)), "bias": jnp.ones(3)
-    }
+    start = (
+        {"w": jnp.arange(2000.0)}
+        if "sampler" in reason
+        else {"w": jnp.ones(4), "kernel": jnp.ones((2, 2)), "bias": jnp.ones(3)}
+    )
     end = run(own(), start, tmp_path / "run.zo", loss_fn=slope)
     again = zo.replay(own(), start, tmp_path / "run.zo")
     np.testing.assert_array_equal(again["w"], end["w"])

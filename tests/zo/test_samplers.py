@@ -319,9 +319,7 @@ def test_a_tree_with_a_key_layers_is_treated_like_any_other(kind):
             zo.mezo(0.1, sampler=zo.layer_blocks(3)).init(params, KEY)
             return None
         z = directions(params, KEY, sampler=getattr(zo, kind)(2))
-        return [
-            np.linalg.matrix_rank(x, 1e-4) if x.ndim == 2 else None for x in jax.tree.leaves(z)
-        ]
+        return [np.linalg.matrix_rank(x, 1e-4) if x.ndim == 2 else None for x in jax.tree.leaves(z)]
 
     found = seen("layers")
     assert found == seen("aayers")

@@ -174,7 +174,9 @@ def test_what_follows_can_be_masked_and_parted():
     def labels(tree):
         return jax.tree.map(lambda x: "rest" if x.ndim < 2 else "matrices", tree)
 
-    parted = optax.multi_transform({"matrices": optax.sgd(0.1), "rest": optax.set_to_zero()}, labels)
+    parted = optax.multi_transform(
+        {"matrices": optax.sgd(0.1), "rest": optax.set_to_zero()}, labels
+    )
     masked = optax.masked(optax.sgd(0.1), lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree))
     gradient, _ = zo.scale_by_spsa(EPS).update(
         None, zo.scale_by_spsa(EPS).init(params), params, value_fn=value_fn
@@ -203,9 +205,7 @@ def test_around_the_estimate_a_mask_hands_on_a_part_that_the_loss_can_complete()
 
 def finite(tree):
     return all(
-        np.isfinite(x).all()
-        for x in jax.tree.leaves(tree)
-        if jnp.issubdtype(x.dtype, jnp.inexact)
+        np.isfinite(x).all() for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)
     )
 
 
@@ -213,9 +213,9 @@ def finite(tree):
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_slope_that_is_not_finite_reaches_no_state(name, bad, dtype):
     params, tx = small_params(dtype), CHAINS[name](num_directions=2)
-    update = jax.jit(lambda state, scale: tx.update(
-        None, state, params, value_fn=lambda p: value_fn(p) * scale
-    ))
+    update = jax.jit(
+        lambda state, scale: tx.update(None, state, params, value_fn=lambda p: value_fn(p) * scale)
+    )
     _, before = update(tx.init(params), 1.0)
     updates, after = update(before, bad)
     assert finite((updates, after))
@@ -234,8 +234,13 @@ def test_a_slope_that_is_not_finite_reaches_no_state(name, bad, dtype):
 def test_one_bad_direction_of_two_is_left_out():
     params, tx = {"w": jnp.ones(4)}, zo.scale_by_spsa(EPS, num_directions=2)
     state = tx.init(params)
-    est = zo.spsa(lambda p: p["w"].sum(), params, key=jax.random.fold_in(state.key, 0),
-                  eps=EPS, num_directions=2)
+    est = zo.spsa(
+        lambda p: p["w"].sum(),
+        params,
+        key=jax.random.fold_in(state.key, 0),
+        eps=EPS,
+        num_directions=2,
+    )
     z = zo.materialize(
         zo.SPSAEstimate(**{**vars(est), "projected_grad": jnp.array([1.0, 0.0])}), params
     )["w"]
@@ -255,9 +260,9 @@ def test_the_gradient_of_value_and_grad_is_rounded_once_to_the_dtype_of_each_lea
     params, key = small_params(dtype), jax.random.key(3)
     loss, grads = zo.value_and_grad(value_fn, eps=EPS)(params, key=key)
     est = zo.spsa(value_fn, params, key=key, eps=EPS)
-    z = directions(jax.tree.map(lambda x: x.astype("float32"), params), key)
+    drawn = directions(jax.tree.map(lambda x: x.astype("float32"), params), key)
     assert loss == est.loss
-    for grad, z in zip(jax.tree.leaves(grads), jax.tree.leaves(z), strict=True):
+    for grad, z in zip(jax.tree.leaves(grads), jax.tree.leaves(drawn), strict=True):
         assert grad.dtype == dtype
         exact = np.asarray(est.projected_grad[0]) * np.asarray(z, est.projected_grad.dtype)
         np.testing.assert_array_equal(np.asarray(grad), exact.astype(dtype))
