@@ -26,12 +26,12 @@ from jaxlm.zo.sites import Site
 
 def below_one(**values: Any) -> None:
     """Raises UserError for a decay that is not from 0 to below 1; traced ones pass."""
-    _numbers(values, least=0, below=1)
+    _numbers(values, least=0.0, below=1.0)
 
 
 def at_least_zero(**values: Any) -> None:
     """Raises UserError for a negative number or one that is not finite; traced ones pass."""
-    _numbers(values, least=0)
+    _numbers(values, least=0.0)
 
 
 def _numbers(values, **bounds):
