@@ -46,10 +46,10 @@ def whole(config: Any, *names: str, least: int = 1, most: int = MOST, section: s
 def number(
     config: Any,
     *names: str,
-    least: float = -math.inf,
-    above: float = -math.inf,
-    most: float = math.inf,
-    below: float = math.inf,
+    least: int | float = -math.inf,
+    above: int | float = -math.inf,
+    most: int | float = math.inf,
+    below: int | float = math.inf,
     section: str = "",
 ) -> None:
     """Requires finite numbers x with `least <= x <= most` and `above < x < below`.
@@ -82,7 +82,7 @@ def number(
             raise UserError(f"{section}{name}: must be {wanted} (got {show(value)}). Correct it.")
 
 
-def in_float32(config: Any, *names: str, below: float = math.inf, section: str = "") -> None:
+def in_float32(config: Any, *names: str, below: int | float = math.inf, section: str = "") -> None:
     """Requires numbers that float32, in which they are used, neither loses nor rounds to a bound.
 
     Raises:
