@@ -46,10 +46,8 @@ class Domain:
     final_weight: float | None = None
 
     def __post_init__(self) -> None:
-        try:
-            checks.number(self, "weight", "final_weight", least=0)
-        except UserError as error:
-            raise UserError(f"corpus.domains: {self.name}: {error}") from None
+        section = f"corpus.domains: {self.name}: "
+        checks.number(self, "weight", "final_weight", least=0.0, section=section)
 
     @property
     def last_weight(self) -> float:
