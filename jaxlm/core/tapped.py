@@ -121,19 +121,18 @@ def check_ids(f: Callable[..., Any], params: Any, x: Any, name: str) -> None:
         f(params, x, tap=tap)
         return seen
 
-    sizes = {leaf.path: jnp.shape(leaf.value)[:1] for leaf in paths.flatten(params)[0]}
+    shapes = {leaf.path: jnp.shape(leaf.value) for leaf in paths.flatten(params)[0]}
     for path, ids in Program(run)(params, x).items():
-        if not ids.is_fully_addressable:  # of several processes, whose values none has alone
+        if path not in shapes or not ids.is_fully_addressable:  # no process has all ids
             continue
-        ids = np.asarray(ids)
-        for (size,) in [sizes[path]] if path in sizes else []:
-            wrong = np.argwhere((ids < 0) | (ids >= size))
-            if len(wrong):
-                at = tuple(wrong[0])
-                raise UserError(
-                    f"{name}: ids of {path} must be from 0 to {size - 1} (got {ids[at]} in example "
-                    f"{at[0]}). Is the tokenizer that of the model?"
-                )
+        size, ids = shapes[path][0], np.asarray(ids)
+        wrong = np.argwhere((ids < 0) | (ids >= size))
+        if len(wrong):
+            at = tuple(wrong[0])
+            raise UserError(
+                f"{name}: ids of {path} must be from 0 to {size - 1} (got {ids[at]} in example "
+                f"{at[0]}). Is the tokenizer that of the model?"
+            )
 
 
 def _reached(jaxpr) -> set[Any]:
