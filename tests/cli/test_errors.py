@@ -80,6 +80,7 @@ def run_of_another_configuration(folder: Path) -> list[str]:
     (folder / "run").mkdir()
     config = to_dict(load(FinetuneConfig, folder / "run.yaml"))
     (folder / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "run" / "summary.json").write_text("{}")  # it has begun
     return ["--optimizer.eps=0.5"]
 
 
@@ -102,16 +103,19 @@ GOOD = '{"text": "a", "label": 0}\n'
 ROWS: dict[str, tuple[Break, str]] = {
     "missing configuration": (
         flags("--config=no.yaml"),
-        "no.yaml: there is no such file: give the path of a configuration.",
+        "no.yaml: there is no such file. Give the path of a configuration.",
     ),
-    "bits that are not there": (flags("--bits=2"), "run.yaml: bits is '2': choose one of 8, 4."),
+    "bits that are not there": (
+        flags("--bits=2"),
+        "command line: bits: is not known (got '2'). Choose one of 8, 4.",
+    ),
     "dynamics without gradients": (
         flags("--dynamics.name=svag", "--dynamics.l=2"),
-        "run.yaml: dynamics svag is of gradients, which mezo does without: give sgd or adamw.",
+        "command line: dynamics svag is of gradients, which mezo does without: give sgd or adamw.",
     ),
     "svag without l": (
         flags("--dynamics.name=svag"),
-        "run.yaml: dynamics.l is missing: add it.",
+        "command line: dynamics.l: is missing. Add it.",
     ),
     "svag in few bits": (
         flags(
@@ -120,12 +124,12 @@ ROWS: dict[str, tuple[Break, str]] = {
             "--dynamics.l=2",
             "--param_dtype=bfloat16",
         ),
-        "run.yaml: dynamics svag makes updates that are lost in few bits: give param_dtype "
-        "float32 and no bits.",
+        "command line: dynamics: svag makes updates that are lost in few bits (got "
+        "bfloat16). Give param_dtype float32 and no bits.",
     ),
     "missing file": (
         flags("--task.train=no.jsonl"),
-        "task.train: there is no file 'no.jsonl': give a path relative to the YAML file or "
+        "task.train: there is no file 'no.jsonl'. Give a path relative to the YAML file or "
         "to the working directory, or the name of a data set.",
     ),
     "empty file": (
@@ -138,8 +142,8 @@ ROWS: dict[str, tuple[Break, str]] = {
     ),
     "line that is not JSON": (
         train_text(GOOD + "{text: 1}\n"),
-        "train.jsonl, line 2: not valid JSON (Expecting property name enclosed in double quotes at "
-        "character 1). Correct the file or write it again.",
+        "train.jsonl, line 2: not valid JSON (Expecting property name enclosed in double "
+        "quotes at character 1). Correct the file or write it again.",
     ),
     "line that is no object": (
         train_text(GOOD + "[1]\n"),
@@ -147,99 +151,100 @@ ROWS: dict[str, tuple[Break, str]] = {
     ),
     "missing field": (
         train_text(GOOD + '{"txt": "a", "label": 0}\n'),
-        "train.jsonl, line 2: has no field 'text', which task.template names (got 'txt', 'label'). "
-        "Name one of these.",
+        "train.jsonl, line 2: has no field 'text', which task.template names (got 'txt', "
+        "'label'). Name one of these.",
     ),
     "label outside the list": (
         train_text(GOOD + '{"text": "a", "label": 2}\n'),
-        "train.jsonl, line 2: the label is not one of good, bad nor an index from 0 to 1 (got 2). "
-        "Correct it, or name the classes in task.classes.",
+        "train.jsonl, line 2: the label is not one of good, bad nor an index from 0 to 1 "
+        "(got 2). Correct it, or name the classes in task.classes.",
     ),
     "empty label word": (
         flags('--task.labels=[good, ""]'),
-        "run.yaml: task.labels: word 2 is empty. Give a word for every class.",
+        "command line: task.labels: word 2 is empty. Give a word for every class.",
     ),
     "template without label": (
         flags("--task.template={text} it was"),
-        "run.yaml: task.template: has no {label} (got '{text} it was'). Put it where the label "
-        "word stands.",
+        "command line: task.template: has no {label} (got '{text} it was'). Put it where "
+        "the label word stands.",
     ),
     "unknown key": (
         flags("--batchsize=3"),
-        "run.yaml: unknown key 'batchsize': did you mean 'batch_size'?",
+        "command line: batchsize: is no key. Did you mean batch_size?",
     ),
     "unknown key in a section": (
         flags("--optimizer.lerning_rate=3"),
-        "run.yaml: unknown key 'optimizer.lerning_rate': did you mean 'learning_rate'?",
+        "command line: optimizer.lerning_rate: is no key. Did you mean optimizer.learning_rate?",
     ),
     "empty key": (
         flags("--output="),
-        "run.yaml: output is empty: give the folder of the run.",
+        "command line: output: is empty. Give a path.",
     ),
     "missing key": (
         no_output,
-        "run.yaml: output is missing: add it.",
+        "run.yaml: output: is missing. Add it.",
     ),
     "wrong type": (
         flags("--steps=many"),
-        "run.yaml: steps is 'many': give a whole number.",
+        "command line: steps: must be a whole number (got 'many'). Correct it.",
     ),
     "list for a number": (
         flags("--task.k=[1]"),
-        "run.yaml: task.k is '[1]': give a whole number.",
+        "command line: task.k: must be a whole number (got '[1]'). Correct it.",
     ),
     "text for a list": (
         flags("--task.labels=good"),
-        "run.yaml: task.labels is 'good': give a list [a, b].",
+        "command line: task.labels: must be a list (got 'good'). Write [a, b].",
     ),
     "negative steps": (
         flags("--steps=-3"),
-        "run.yaml: steps is -3: give 0 or more.",
+        "command line: steps: must be from 0 to 1000000000 (got -3). Correct it.",
     ),
     "no batch": (
         flags("--batch_size=0"),
-        "run.yaml: batch_size is 0: give 1 or more.",
+        "command line: batch_size: must be from 1 to 1048576 (got 0). Correct it.",
     ),
     "eps 0": (
         flags("--optimizer.eps=0"),
-        "run.yaml: optimizer.eps is 0: give a positive number.",
+        "command line: optimizer.eps: must be at least 0 and above 0 (got 0.0). Correct it.",
     ),
     "unknown optimizer": (
         flags("--optimizer.name=adamm"),
-        "run.yaml: unknown optimizer 'adamm': choose one of mezo, mezo_momentum, mezo_adam, meazo, "
-        "fzoo, lozo, zo_muon, sgd, adam, adamw, muon.",
+        "command line: optimizer.name: is not known (got 'adamm'). Choose one of mezo, "
+        "mezo_momentum, mezo_adam, meazo, fzoo, lozo, zo_muon, sgd, adam, adamw, muon.",
     ),
     "objective without a gradient": (
         flags("--optimizer.name=adam", "--objective=accuracy"),
-        "run.yaml: objective accuracy has no gradient, which adam follows: give mezo or another "
-        "optimizer without gradients.",
+        "command line: objective: has no gradient, which adam follows (got accuracy). Give "
+        "mezo or another optimizer without gradients.",
     ),
     "objective of other tasks": (
         flags("--objective=f1"),
-        "run.yaml: objective is f1, but tiny is measured by accuracy: give that.",
+        "command line: objective: tiny is measured by accuracy (got f1). Give that.",
     ),
     "unknown calibration": (
         flags("--calibrate=maybe"),
-        "run.yaml: calibrate is 'maybe': choose one of false, true, sfc.",
+        "command line: calibrate: is not known (got 'maybe'). Choose one of false, true, sfc.",
     ),
     "answers that leave no room": (
         answers_of_32_tokens,
-        "task.max_new_tokens: leaves no room for a prompt, since task.max_length or the model "
-        "allow 32 tokens in all (got 32). Lower it.",
+        "task.max_new_tokens: leaves no room for a prompt, since task.max_length or the "
+        "model allow 32 tokens in all (got 32). Lower it.",
     ),
     "unknown choice": (
         flags("--optimizer.schedule=cosine"),
-        "run.yaml: optimizer.schedule is 'cosine': choose one of constant, linear.",
+        "command line: optimizer.schedule: is not known (got 'cosine'). Choose one of "
+        "constant, linear.",
     ),
     "k larger than a class": (
         flags("--task.k=21"),
-        "task.k: asks for 21 examples of every class, but task.train has 20 of 'good'. Lower "
-        "it or give more examples.",
+        "task.k: asks for 21 examples of every class, but task.train has 20 of 'good'. "
+        "Lower it or give more examples.",
     ),
     "held out of too few": (
         flags("--task.k=11", "--task.validation=hold_out"),
-        "task.k: asks for 11 training and 11 held-out examples of every class, but task.train "
-        "has 20 of 'good'. Lower it or give more examples.",
+        "task.k: asks for 11 training and 11 held-out examples of every class, but "
+        "task.train has 20 of 'good'. Lower it or give more examples.",
     ),
     "model folder missing": (
         flags("--model=FOLDER/no"),
@@ -265,57 +270,57 @@ ROWS: dict[str, tuple[Break, str]] = {
     ),
     "output below a file": (
         output_below_a_file,
-        "output FOLDER/file/run: FOLDER/file is no folder: choose another output.",
+        "output: FOLDER/file is not a folder (got FOLDER/file/run). Choose another output.",
     ),
     "output with other files": (
         output_with_other_files,
-        "output FOLDER/run: the folder has files but no run: choose another output.",
+        "output: the folder has files but no run (got FOLDER/run). Choose another output.",
     ),
     "run of another configuration": (
         run_of_another_configuration,
-        "output FOLDER/run: the run there has optimizer.eps = 0.001, not 0.5: choose another "
-        "output or remove the folder.",
+        "output: the run in FOLDER/run has optimizer.eps = 0.001 (got 0.5), which cannot change. "
+        "Choose another output or remove the folder.",
     ),
     "select takes nothing": (
         flags("--optimizer.select=nothing"),
         "optimizer.select='nothing' takes no parameter; paths are embed.tokens.embedding, "
         "final_norm.scale, layers.attention.k_proj.kernel, layers.attention.o_proj.kernel, "
         "layers.attention.q_proj.kernel, layers.attention.v_proj.kernel, "
-        "layers.attention_norm.scale, layers.mlp.down_proj.kernel, ...: correct it.",
+        "layers.attention_norm.scale, layers.mlp.down_proj.kernel, .... Correct it.",
     ),
     "bad pattern": (
         flags("--optimizer.select=("),
-        "run.yaml: optimizer.select is '(': give a regular expression (missing ), "
-        "unterminated subpattern at position 0).",
+        "command line: optimizer.select: is no regular expression, missing ), unterminated "
+        "subpattern at position 0 (got '('). Correct it.",
     ),
     "not YAML": (
         not_yaml,
-        "run.yaml line 1: not valid YAML: put text with braces, colons or # in quotes.",
+        "run.yaml line 1: not valid YAML. Put text with braces, colons or # in quotes.",
     ),
     "unknown resume": (
         flags("--resume=maybe"),
-        "--resume is 'maybe': choose one of auto, never.",
+        "--resume: is not known (got maybe). Choose one of auto, never.",
     ),
     "two configurations": (
         flags("run.yaml"),
-        "two configuration files, run.yaml and run.yaml: give one.",
+        "command line: two configuration files (got run.yaml and run.yaml). Give one.",
     ),
     "dry run on a device that is not known": (
         flags("--dry-run", "--device.name=H999"),
-        "command line: device.name is 'H999': choose one of A100, H100, H200, TPU v4, TPU v5e, "
-        "TPU v5p, or give device.peak_flops.",
+        "command line: device.name: not known (got 'H999'). Choose one of A100, H100, "
+        "H200, TPU v4, TPU v5e, TPU v5p, or give device.peak_flops.",
     ),
     "dry run on a device that reaches more than its peak": (
         flags("--dry-run", "--device.name=A100", "--device.utilisation=40"),
-        "command line: device.utilisation is 40: give a part of 1.",
+        "command line: device.utilisation: must be above 0 and at most 1 (got 40.0). Correct it.",
     ),
     "dry run of no steps": (
         flags("--dry-run", "--device.name=A100", "--steps=0"),
-        "steps is 0, and a dry run is of steps: give 1 or more.",
+        "steps: a dry run is of steps (got 0). Give 1 or more.",
     ),
     "flag without value": (
         flags("--steps"),
-        "--steps has no value: write --steps=value.",
+        "--steps: has no value (got nothing). Write --steps=VALUE.",
     ),
 }
 
@@ -378,8 +383,8 @@ def test_the_installed_command(name, folder):
 def test_an_unknown_command_and_help(capsys):
     assert main(["finetone"]) == 2
     assert capsys.readouterr().err == (
-        "error: unknown command 'finetone': choose one of finetune, sweep, kernel, select, "
-        "evaluate, generate, pretrain, compare, convert, info.\n"
+        "error: command: is not known (got finetone). Choose one of finetune, sweep, kernel, "
+        "select, evaluate, generate, pretrain, compare, convert, info.\n"
     )
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
