@@ -132,6 +132,11 @@ def answer_words(*sides: Sequence[Row]) -> list[np.ndarray]:
     return [np.array([known.index(word) for word in side]) for side in words]
 
 
+def answer_counts(masks: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """How often each answer is in each part, [K, C]."""
+    return masks.astype(int) @ (answers[:, None] == np.unique(answers))
+
+
 def balanced_masks(answers: np.ndarray, subsets: int) -> np.ndarray:
     """Halves of the rows with half of those of every answer, [K, N]."""
     masks = np.zeros((subsets, len(answers)), bool)
@@ -249,7 +254,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     halves = influence.subset_masks(len(problem.rows), options.subsets)
     even = balanced_masks(problem.answers, options.subsets)
     found, balanced = (retrained(problem, masks, options.seeds) for masks in (halves, even))
-    counts = halves @ (problem.answers[:, None] == np.unique(problem.answers))
+    counts = answer_counts(halves, problem.answers)
     values = attributions(problem, options.seeds)
     table = []
     for name, tau in values.items():

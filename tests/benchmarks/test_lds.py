@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from benchmarks.lds import answer_words, balanced_masks, interval, partial
+from benchmarks.lds import answer_counts, answer_words, balanced_masks, interval, partial
 from jaxlm import influence
 from jaxlm.studies.selection_rows import Row
 
@@ -12,9 +12,10 @@ from jaxlm.studies.selection_rows import Row
 def test_balanced_halves_have_half_of_every_answer():
     answers = np.repeat([0, 1, 2, 3], [5, 7, 8, 4])
     masks = balanced_masks(answers, 20)
-    counts = masks @ (answers[:, None] == np.arange(4))
+    counts = answer_counts(masks, answers)
     assert (masks.sum(1) == 12).all()
     assert (counts == counts[0]).all()
+    assert counts[0].sum() == 12
     assert np.abs(counts[0] - np.array([2.5, 3.5, 4, 2])).max() <= 0.5
     assert len({mask.tobytes() for mask in masks}) == 20
 
@@ -34,7 +35,8 @@ def test_an_attribution_that_counts_answers_foresees_them_and_nothing_else():
     tau = (answers == 1).astype(float)[:, None]
     outputs = masks @ tau
     assert influence.lds(tau, masks, outputs).value == pytest.approx(1)
-    counts = masks @ (answers[:, None] == np.arange(2))
+    counts = answer_counts(masks, answers)
+    assert counts[0].tolist() == [masks[0, :32].sum(), masks[0, 32:].sum()]
     assert interval(masks @ tau, outputs + np.arange(60)[:, None] / 1e3, counts)[0] == 0
 
 
