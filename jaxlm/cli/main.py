@@ -92,10 +92,10 @@ def foreseen(error: Exception) -> str | None:
         )
     no_device = "Unable to initialize backend|nknown backend"
     if isinstance(error, RuntimeError) and re.search(no_device, text):
-        reason, given = " ".join(text.split())[:200], os.environ.get("JAX_PLATFORMS", "")
+        reason, platforms = " ".join(text.split())[:200], os.environ.get("JAX_PLATFORMS", "")
         return (
-            f"JAX_PLATFORMS: there is no such device here (got {given!r}: {reason}). Unset it, or "
-            "install jax for that device: pip install 'jaxlm[cuda12]', say."
+            f"JAX_PLATFORMS: there is no such device here (got {platforms!r}: {reason}). Unset it, "
+            "or install jax for that device: pip install 'jaxlm[cuda12]', say."
         )
     if isinstance(error, OSError):
         given = (error.filename, error.filename2)

@@ -50,6 +50,8 @@ def held(function: Callable[..., Any], params: Any) -> tuple[Callable[..., Any],
     >>> arrays["f"] is None, float(function(arrays, 0.0))
     (True, 0.0)
     """
+    leaves: list[Any]
+    structure: Any
     leaves, structure = jax.tree.flatten(params)
     rest = [None if is_array(leaf) else leaf for leaf in leaves]
     arrays = [jnp.asarray(leaf) if is_array(leaf) else None for leaf in leaves]

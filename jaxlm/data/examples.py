@@ -153,10 +153,10 @@ def _read(row: Row, template: Template, config: TaskConfig, known: OptTask | Non
         return Example(texts, _label(row, config), name)
     try:
         reading = known.read(_renumbered(row, known))
-        fields = {name: reading.fields[name] for name in template.field_names}
-        texts = (*fields.values(), *reading.options, *reading.answers)
+        texts = {name: reading.fields[name] for name in template.field_names}
+        read = (*texts.values(), *reading.options, *reading.answers)
         places = range(len(reading.options or config.labels))
-        if not all(isinstance(text, str) for text in texts) or not reading.gold:
+        if not all(isinstance(text, str) for text in read) or not reading.gold:
             raise TypeError
         if any(place not in places for place in reading.gold):
             raise IndexError
@@ -171,15 +171,15 @@ def _read(row: Row, template: Template, config: TaskConfig, known: OptTask | Non
             f"{known.train.partition(':')[0]} has them."
         ) from None
     if template.before and isinstance(first := template.before[0], Field):
-        fields[first.name] = fields[first.name].lstrip()
+        texts[first.name] = texts[first.name].lstrip()
     options = reading.options
     gold = reading.gold if len(reading.gold) > 1 else ()
-    return Example(fields, reading.gold[0], name, options, gold, reading.answers)
+    return Example(texts, reading.gold[0], name, options, gold, reading.answers)
 
 
 def _renumbered(row: Row, known: OptTask) -> Mapping[str, Any]:
     """The values of a row with the classes as the task numbers them, where the data name them."""
-    names, label = row.class_names.get("label", ()), row.values.get("label")
+    names, label = row.class_names.get("label", ()), row.values.get("label", -1)
     if set(names) != set(known.classes) or label not in range(len(names)):
         return row.values
     return {**row.values, "label": known.classes.index(names[label])}

@@ -8,13 +8,13 @@ take up to ten times the room of their text.
 import contextlib
 import gzip
 import hashlib
+import io
 import os
 import resource
 import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from jaxlm.core.errors import UserError
 
@@ -152,7 +152,7 @@ def _refusing(where: str) -> Iterator[None]:
         ) from None
 
 
-def _open(path: Path, where: str) -> BinaryIO:
+def _open(path: Path, where: str) -> io.BufferedReader:
     """Opens a file without waiting for the writer of a pipe, and looks at what it has opened."""
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if what := _special(os.fstat(number).st_mode):

@@ -151,7 +151,7 @@ def _compiled(template: str) -> Any:
     class Generation(ext.Extension):
         """`{% generation %}` marks what the assistant writes; here it is its content alone."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> list[nodes.Node]:
             next(parser.stream)

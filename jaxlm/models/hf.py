@@ -133,7 +133,7 @@ def _enough_memory(folder: Path, config: ModelConfig, dtype: np.dtype) -> Iterat
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         count = sum(math.prod(shape) for shape in param_shapes(config).values())
-        sizes = {f"param_dtype={dtype}": dtype.itemsize}
+        sizes: dict[str, float] = {f"param_dtype={dtype}": dtype.itemsize}
         sizes |= {"param_dtype=bfloat16": 2, "bits=8": 1, "bits=4": 0.5}
         asked, *less = (f"{count * size / 1e9:.3g} GB with {how}" for how, size in sizes.items())
         raise UserError(

@@ -150,10 +150,8 @@ class Checkpoint:
         if one.shape != other.shape:
             return True
         rows = max(1, PIECE // math.prod(one.shape[1:]))
-        return not all(
-            np.array_equal(*(self._piece(x, slice(low, low + rows)) for x in (one, other)))
-            for low in range(0, one.shape[0], rows)
-        )
+        slices = (slice(low, low + rows) for low in range(0, one.shape[0], rows))
+        return not all(np.array_equal(self._piece(one, s), self._piece(other, s)) for s in slices)
 
     def _piece(self, stored: Stored, *index: slice) -> np.ndarray:
         with self.open(stored.file) as file:

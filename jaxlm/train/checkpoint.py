@@ -102,7 +102,7 @@ def _write(folder: Path, state: Any) -> None:
             values = leaf if key is None else jax.random.key_data(leaf)
             parts = []
             for start, part in _held(values):
-                data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+                data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
                 place = {"start": start, "shape": part.shape, "offset": file.tell()}
                 parts.append(place | {"crc32": zlib.crc32(data)})
                 file.write(data)
@@ -120,11 +120,11 @@ def _read(part: _Part, dtype: Any) -> np.ndarray:
         UserError: they are not those that were written.
     """
     values = np.empty(part.shape, dtype)
-    data = values.reshape(-1).view(np.uint8)
+    data = values.reshape(-1).view(np.uint8).data
     with part.file.open("rb") as file:
         file.seek(part.offset)
         count = file.readinto(data)
-    if count < data.size or zlib.crc32(data) != part.crc32:
+    if count < data.nbytes or zlib.crc32(data) != part.crc32:
         raise UserError(f"{part.file}: damaged (differs from its checksum).")
     return values
 
@@ -208,7 +208,7 @@ class _Stored:
         # Copies, since the memory of what is lent by NumPy cannot be donated to the first step.
         places = sharding.addressable_devices_indices_map(leaf.shape)
         arrays = [
-            jax.device_put(_block(leaf, index, read), device, may_alias=False)
+            jax.device_put(_block(leaf, index or (), read), device, may_alias=False)
             for device, index in places.items()
         ]
         made = jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)

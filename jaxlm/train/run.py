@@ -283,7 +283,8 @@ def check_run(folder: RunFolder, stored: Mapping[str, Any]) -> None:
         UserError: as said.
     """
     task = stored.get("task")
-    kinds = {"steps": int, "seed": int, "model": str | None, "bits": int | None}
+    kinds: dict[str, Any] = {"steps": int, "seed": int}
+    kinds |= {"model": str | None, "bits": int | None}
     kinds |= {"param_dtype": str, "peft": dict | None}
     if (
         not all(isinstance(stored.get(name), kind) for name, kind in kinds.items())

@@ -123,7 +123,8 @@ def mean_new_factor(directions: Directions, slopes: Array, site: Site) -> Array:
     total: Any = 0.0
     for j in range(directions.count):
         key, sampler = directions.at(j)
-        total += slopes[j] / directions.count * settled(sampler.new_factor(key, site))
+        new = settled(sampler.new_factor(key, site))  # type: ignore[attr-defined]
+        total += slopes[j] / directions.count * new
     return total
 
 
@@ -158,7 +159,7 @@ def own_part(memory: dict[str, Array], site: Site) -> Any:
         return own if own is None or layer is None else own[layer]
     if not isinstance(layer, jax.core.Tracer):
         return memory.get(paths.indexed(path, int(layer)))
-    listed = []
+    listed: list[Array] = []
     while (name := paths.indexed(path, len(listed))) in memory:
         listed.append(memory[name])
     return jnp.stack(listed)[layer] if listed else None

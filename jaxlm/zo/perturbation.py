@@ -181,10 +181,11 @@ def accepts(function: Callable, keyword: str, *given: Any) -> bool:
         taken = signature.bind_partial(*given).arguments
     except (TypeError, ValueError):
         return False
-    while function is not None:
-        if keyword in getattr(function, "keywords", ()):
+    inner: Any = function
+    while inner is not None:
+        if keyword in getattr(inner, "keywords", ()):
             return False
-        function = getattr(function, "func", None) or getattr(function, "__wrapped__", None)
+        inner = getattr(inner, "func", None) or getattr(inner, "__wrapped__", None)
     return keyword in signature.parameters and keyword not in taken
 
 
