@@ -391,7 +391,8 @@ class _Reader:
             return near + (0.15 if f"{section}." == prefix or section == prefix else 0)
 
         best = max(self.known, key=likeness, default="")
-        if best and likeness(best) >= 0.6:
+        # A key that is known is of another form of the section: sgd has no eps.
+        if best and likeness(best) >= 0.6 and prefix + str(name) not in self.known:
             return f"Did you mean {best}?"
         return f"The keys are {', '.join(fields)}."
 

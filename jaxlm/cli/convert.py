@@ -10,20 +10,19 @@ from collections.abc import Sequence
 
 from jaxlm.artifacts.names import file_path
 from jaxlm.cli.config import split_args
+from jaxlm.core.checks import dtype_name
 from jaxlm.core.errors import UserError
 
 
 def run(args: Sequence[str]) -> None:
     """The command `jaxlm convert`."""
     words, flags = split_args(args)
-    dtype = flags.pop("dtype", "float32")
+    dtype = dtype_name(flags.pop("dtype", "float32"), "--dtype")
     if len(words) != 2 or flags:
         raise UserError(
             f"convert: takes SOURCE, TARGET and --dtype (got {' '.join([*words, *flags])}). See "
             "jaxlm convert --help."
         )
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype: is not known (got {dtype}). Choose one of float32, bfloat16.")
     source, target = words[0], file_path(words[1], "TARGET")
     if target.exists():
         raise UserError(f"TARGET: is there already (got {target}). Give a new folder.")

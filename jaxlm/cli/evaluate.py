@@ -4,12 +4,13 @@ usage: jaxlm evaluate MODEL [--task.name=subj] [--split=test] [--icl=k] [--dotte
        jaxlm evaluate config.yaml [--split=test] [--dotted.path=value ...]
 
 MODEL is a folder, a hub id, or the folder of a run of `jaxlm finetune`; a run is evaluated on its
-own task where none is given. The configuration may be that of a fine-tuning run: what does not
-concern evaluation is passed over. Printed as JSON are the accuracy of the highest score, the
-accuracy with scores calibrated on the training texts (labels unused), and that of the most frequent
-class. `--calibrate=sfc` takes the prompt without the example in place of the training texts, and
-`--icl=32` puts 32 solved training examples before each text of the test split. A task whose answers
-are generated is scored by the F1 of its words and by exact match.
+own task where none is given, and "step" of "of_steps" says after which step it is tested. The
+configuration may be that of a fine-tuning run: what does not concern evaluation is passed over.
+Printed as JSON are the accuracy of the highest score, the accuracy with scores calibrated on the
+training texts (labels unused), and that of the most frequent class. `--calibrate=sfc` takes the
+prompt without the example in place of the training texts, and `--icl=32` puts 32 solved training
+examples before each text of the test split. A task whose answers are generated is scored by the F1
+of its words and by exact match.
 """
 
 import functools
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 from jaxlm.artifacts.files import to_json
 from jaxlm.cli import config as configs
-from jaxlm.core.checks import seeds, whole
+from jaxlm.core.checks import dtype_name, seeds, whole
 from jaxlm.core.errors import UserError
 from jaxlm.data import (
     Task,
@@ -31,6 +32,7 @@ from jaxlm.data import (
     with_demonstrations,
 )
 from jaxlm.train.run_folder import RunFolder
+from jaxlm.train.settings import MOST_ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +52,12 @@ class EvaluateConfig:
     calibrate: Literal[False, True, "sfc"] = False
     seed: int = 0
     eval_batch_size: int = 64
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: str = "float32"
     bits: Literal[8, 4] | None = None
 
     def __post_init__(self):
-        whole(self, "eval_batch_size")
+        whole(self, "eval_batch_size", most=MOST_ROWS)
+        object.__setattr__(self, "param_dtype", dtype_name(self.param_dtype))
         whole(self, "icl", least=0)
         seeds(self, "seed")
         if self.icl and self.split != "test":
@@ -110,6 +113,7 @@ def evaluate(
         raise UserError(f"model: has no head to evaluate (got {config.model}). Fine-tune it first.")
     result: dict[str, Any] = {
         "model": config.model or "shipped",
+        **_tested(config.model),
         "task": config.task.name,
         "split": config.split,
         "examples": len(getattr(task, config.split)),
@@ -136,6 +140,12 @@ def evaluate(
     if encoded.labels:
         result["majority_accuracy"] = evaluation.majority_accuracy(labels)
     return result | {"peak_memory_bytes": choices.peak_bytes}
+
+
+def _tested(model: str | None) -> dict[str, int]:
+    """Of a run the step whose parameters are taken, and how many it has in all; else nothing."""
+    steps = None if model is None else RunFolder(model, "model").tested_step()
+    return {} if steps is None else {"step": steps[0], "of_steps": steps[1]}
 
 
 def _load(config: EvaluateConfig, base_dir: Path | None) -> Task:

@@ -34,8 +34,9 @@ from jaxlm.artifacts.files import parse_json, read_text, to_json, writing
 from jaxlm.artifacts.names import file_path
 from jaxlm.artifacts.processes import is_first
 from jaxlm.cli import config as configs
-from jaxlm.core.checks import seeds, whole
+from jaxlm.core.checks import dtype_name, seeds, whole
 from jaxlm.core.errors import UserError
+from jaxlm.train.settings import MOST_ROWS, MOST_STEPS
 
 MOST_BYTES = 2**28
 """Of a file of prompts, which is read whole."""
@@ -59,12 +60,14 @@ class GenerateConfig:
     seed: int = 0
     batch_size: int = 16
     json: bool = False
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: str = "float32"
     bits: Literal[8, 4] | None = None
 
     def __post_init__(self):
-        whole(self, "max_new_tokens", "num_samples", "batch_size")
+        whole(self, "max_new_tokens", most=MOST_STEPS)
+        whole(self, "num_samples", "batch_size", most=MOST_ROWS)
         seeds(self, "seed")
+        object.__setattr__(self, "param_dtype", dtype_name(self.param_dtype))
         if self.prompt and self.file:
             raise UserError("file: is given beside prompt. Give one of them.")
         if self.temperature == 0 and self.num_samples > 1:

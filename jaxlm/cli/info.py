@@ -47,8 +47,11 @@ def _parameters(name: str) -> None:
 
     from jaxlm.core.paths import flatten
     from jaxlm.train.run import load_model
+    from jaxlm.train.run_folder import RunFolder
 
     lm = load_model(name)
+    if (steps := RunFolder(name, "MODEL").tested_step()) is not None:
+        print(f"{name}: a run, after step {steps[0]} of {steps[1]}")
     table = Table(title=f"{name}: {lm.config.family} {lm.config.kind}")
     for column in ("path", "shape", "parameters"):
         table.add_column(column, justify="left" if column == "path" else "right")

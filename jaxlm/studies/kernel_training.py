@@ -16,6 +16,7 @@ from jaxlm.studies.kernel_task import KernelTask
 from jaxlm.train.loop import Diverged, LoopConfig, fit
 from jaxlm.train.objective import classification_objective
 from jaxlm.train.optimizers import OPTIMIZERS, Optimizer
+from jaxlm.train.settings import MOST_ROWS, MOST_STEPS
 from jaxlm.train.state import Program, method
 
 KINDS = {
@@ -46,7 +47,8 @@ class Training:
     eval_every: int = 50
 
     def __post_init__(self):
-        whole(self, "steps", "batch_size", "eval_every")
+        whole(self, "steps", "eval_every", most=MOST_STEPS)
+        whole(self, "batch_size", most=MOST_ROWS)
         for rate in self.learning_rates:
             if not 0 <= rate < math.inf:
                 raise UserError(f"learning_rates: must be 0 or more (got {rate:g}). Correct it.")

@@ -15,6 +15,7 @@ from jaxlm.core.checks import seeds, whole
 from jaxlm.data import EncodedTask, TaskConfig, load_task, prepare_for, task_config
 from jaxlm.train.loop import LoopConfig
 from jaxlm.train.optimizers import OPTIMIZERS, Optimizer
+from jaxlm.train.settings import MOST_ROWS, MOST_STEPS
 from jaxlm.typing import Params
 
 
@@ -33,7 +34,8 @@ class Training:
     batch_size: int = 32
 
     def __post_init__(self):
-        whole(self, "steps", "batch_size")
+        whole(self, "steps", most=MOST_STEPS)
+        whole(self, "batch_size", most=MOST_ROWS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,8 @@ class QuickstartConfig:
     adam: Training
 
     def __post_init__(self):
-        whole(self, "unlabelled", "eval_batch_size", "log_every")
+        whole(self, "unlabelled", "log_every")
+        whole(self, "eval_batch_size", most=MOST_ROWS)
         seeds(self, "seed")
 
 

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from jaxlm.artifacts.fingerprints import fingerprint
 from jaxlm.artifacts.names import file_path
-from jaxlm.core.checks import distinct, number, one_of, seeds, whole
+from jaxlm.core.checks import distinct, dtype_name, number, one_of, seeds, whole
 from jaxlm.core.errors import UserError
 from jaxlm.data.messages import MessageFormat
 from jaxlm.influence import GradientStore, score
@@ -50,6 +50,7 @@ from jaxlm.studies.selection_stage import key, stage
 from jaxlm.studies.selection_training import Recipe, load_epoch, train
 from jaxlm.train.run import load_model
 from jaxlm.train.run_folder import to_dict
+from jaxlm.train.settings import MOST_ROWS
 
 Say = Callable[[str], None]
 
@@ -96,13 +97,15 @@ class SelectionConfig:
     seeds: tuple[int, ...] = (0,)
     pool_seed: int = 0
     eval_batch_size: int = 64
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: str = "float32"
     output: str
 
     def __post_init__(self):
         number(self, "warmup_fraction", "fraction", above=0, most=1)
         seeds(self, "seeds", "pool_seed")
-        whole(self, "max_length", "eval_batch_size")
+        whole(self, "max_length")
+        whole(self, "eval_batch_size", most=MOST_ROWS)
+        object.__setattr__(self, "param_dtype", dtype_name(self.param_dtype))
         distinct("methods", self.methods)
         distinct("seeds", self.seeds)
         for name in self.methods:

@@ -25,9 +25,13 @@ from jaxlm.sharding import make_mesh, mesh_of
 from jaxlm.studies.selection_batches import Padded
 from jaxlm.studies.selection_rows import Rows, digest
 from jaxlm.studies.selection_training import Epoch, Recipe
+from jaxlm.train.settings import MOST_ROWS
 
 BLOCK = 64
 """Rows between two writes."""
+
+MOST_NUMBERS = 2**24
+"""In a row of a store, far above what a projection needs."""
 
 INFO = "info.jsonl"
 """What is known of the rows; of process p > 0 `info.p.jsonl`."""
@@ -54,7 +58,8 @@ class Features:
     block_size: int | None = None
 
     def __post_init__(self):
-        whole(self, "dim", "block_size")
+        whole(self, "dim", most=MOST_NUMBERS)
+        whole(self, "block_size", most=MOST_ROWS)
         seeds(self, "seed")
         projector(self.family, self.dim, self.seed)
         StoreSpec(dim=self.dim, dtype=self.dtype)

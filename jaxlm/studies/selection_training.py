@@ -23,6 +23,7 @@ from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.logging import Metrics
 from jaxlm.train.loop import LoopConfig, fit
 from jaxlm.train.optimizers import Adam
+from jaxlm.train.settings import MOST_ROWS, MOST_STEPS
 from jaxlm.train.state import TrainState, method
 
 
@@ -47,7 +48,8 @@ class Recipe:
     batch_size: int = 128
 
     def __post_init__(self):
-        whole(self, "epochs", "batch_size")
+        whole(self, "epochs", most=MOST_STEPS)
+        whole(self, "batch_size", most=MOST_ROWS)
         number(self, "warmup_share", least=0, below=1)
         if self.optimizer.warmup:
             raise UserError(

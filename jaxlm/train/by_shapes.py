@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
+from jaxlm.core.precision import quantize
 from jaxlm.data import EncodedTask
 from jaxlm.data.corpus import read_tokenizer
 from jaxlm.data.encoding import Encoded
@@ -36,7 +37,7 @@ from jaxlm.train.run import (
 )
 from jaxlm.train.run_folder import RunFolder
 from jaxlm.train.state import Method, Program, TrainState, many_steps
-from jaxlm.typing import Batch, Params
+from jaxlm.typing import Batch, Params, PRNGKey
 
 Tail = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 """Of each key of a batch the shape of an example and the dtype."""
@@ -200,9 +201,14 @@ def model_shapes(name: str | None, param_dtype: str, bits: Any = None) -> Langua
         return shapes_from_pretrained(name, param_dtype, bits=bits)
     if "corpus" in stored:
         made = untrained_model(folder)
-        init = functools.partial(init_params, made.config)
-        params = jax.eval_shape(init, jax.random.key(0))
-        return made.replace(params=params)
+
+        def init(key: PRNGKey) -> Params:
+            params = jax.tree.map(
+                lambda leaf: leaf.astype(param_dtype), init_params(made.config, key)
+            )
+            return params if bits is None else quantize(params, bits=bits)
+
+        return made.replace(params=jax.eval_shape(init, jax.random.key(0)))
     check_run(folder, stored)
     lm = model_shapes(stored["model"], param_dtype, stored["bits"] if bits is None else bits)
     return changed(lm, lambda lm: (None, with_run(lm, folder, stored)), None)[1]

@@ -411,21 +411,22 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step of the best checkpoint, or of the latest where none is called so."""
-        latest = self.latest_step
-        if latest is None:
-            return None
-        with self._reading(latest) as stored:
-            best = stored.record.get("best_step")
-            return latest if best is None else best
+        while (latest := self.latest_step) is not None:
+            try:
+                with self._reading(latest) as stored:
+                    best = stored.record.get("best_step")
+                    return latest if best is None else best
+            except UserError:
+                if latest == self.latest_step:  # else a run that is going on has replaced it
+                    raise
+        return None
 
     def best_params(self) -> Any | None:
         """Those of `best_step`; see `read`."""
-        while (latest := self.latest_step) is not None:
+        while (step := self.best_step()) is not None:
             try:
-                step = self.best_step()
-                assert step is not None
                 return self.read(step, "params")["params"]
             except UserError:
-                if latest == self.latest_step:  # else a run that is going on has replaced it
+                if step == self.best_step():
                     raise
         return None

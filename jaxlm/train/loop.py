@@ -17,6 +17,7 @@ from jaxlm.core.checks import whole
 from jaxlm.core.errors import UserError
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.logging import Metrics, Progress
+from jaxlm.train.settings import MOST_STEPS
 from jaxlm.train.state import Method, Program, TrainState, free, many_steps
 from jaxlm.typing import Batch, Params, PRNGKey
 from jaxlm.zo import Trajectory
@@ -50,12 +51,6 @@ class LoopConfig:
             yield start, end - start
             start = end
 
-
-MOST_STEPS = 10**9
-"""Far above every run; what is laid out over the steps must fit into memory."""
-
-MOST_ROWS = 2**20
-"""Examples in a step or a forward pass, far above what fits into memory."""
 
 FAR = 10
 """A loss so many times the first one, or that of guessing, is of a run that diverged."""

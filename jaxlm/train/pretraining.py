@@ -37,10 +37,11 @@ from jaxlm.train.dynamics import (
     method_and_batches,
 )
 from jaxlm.train.logging import Progress
-from jaxlm.train.loop import MOST_ROWS, MOST_STEPS, Diverged, stopped, watch
+from jaxlm.train.loop import Diverged, stopped, watch
 from jaxlm.train.objective import lm_objective
 from jaxlm.train.optimizers import OPTIMIZERS, FirstOrder
 from jaxlm.train.run_folder import RunFolder, to_dict
+from jaxlm.train.settings import MOST_ROWS, MOST_STEPS
 from jaxlm.train.state import Method, Program, TrainState, free, many_steps
 from jaxlm.typing import Batch, Params
 

@@ -21,9 +21,10 @@ from jaxlm.data.batching import Objective
 from jaxlm.peft import TUNINGS, Tuning
 from jaxlm.sharding import mesh_of, place_params, placed_like
 from jaxlm.train.dynamics import DYNAMICS, Dynamics, method_and_batches
-from jaxlm.train.loop import MOST_ROWS, LoopConfig
+from jaxlm.train.loop import LoopConfig
 from jaxlm.train.optimizers import OPTIMIZERS, Mezo, Optimizer, ZerothOrder
 from jaxlm.train.run_folder import RunFolder, to_dict
+from jaxlm.train.settings import MOST_ROWS
 from jaxlm.typing import LossFn
 
 CALIBRATION_TEXTS = 1000

@@ -115,17 +115,25 @@ class RunFolder:
     def tested_step(self) -> tuple[int, int] | None:
         """The step whose parameters stand for the run, and the steps of the whole run.
 
-        None where there is no run, or no checkpoint of one.
+        None where there is no run, or nothing of one beside its configuration.
+
+        Raises:
+            UserError: `config.yaml` is damaged, or the checkpoint.
         """
         from jaxlm.train.checkpoint import Checkpoints
 
-        stored = self.config()
-        step = Checkpoints(self.checkpoints, read_only=True).best_step() if stored else None
-        return None if stored is None or step is None else (step, stored["steps"])
+        if (stored := self.config()) is None:
+            return None
+        if not isinstance(steps := stored.get("steps"), int):
+            raise self.foreign()
+        step = Checkpoints(self.checkpoints, read_only=True).best_step()
+        if step is None:
+            return (steps, steps) if self.trajectory.exists() else None
+        return step, steps
 
     def _why_fixed(self, stored: Mapping[str, Any], config: Any) -> str | None:
         """Why a run cannot go on to another number of steps; None where it can."""
-        done = self.latest_step() or 0
+        done = stored["steps"] if self._summary.exists() else self.latest_step() or 0
         if config.steps < done:
             return f"{done} are done"
         if (stored.get("optimizer") or {}).get("schedule") != "constant":
@@ -175,13 +183,15 @@ class RunFolder:
         """Removes what says that the run is finished, or all that it has left."""
         self._summary.unlink(missing_ok=True)
         if whole:
-            for folder in (self.checkpoints, self.path / "tokens", self.path / "model"):
+            for folder in (self.checkpoints, self.path / "model"):
                 shutil.rmtree(folder, ignore_errors=True)
             for file in (self.metrics.path, self.trajectory, self._data):
                 file.unlink(missing_ok=True)
 
     def check_data(self, digests: Mapping[str, str]) -> None:
         """Keeps the digests of what a run reads, or compares them with those it began with.
+
+        A run that has done no step begins anew where they are others.
 
         Args:
             digests: name of a file or of another part of the data to its digest.
@@ -190,15 +200,17 @@ class RunFolder:
             UserError: one of them has changed.
         """
         known = read_json(self._data) if self._data.exists() else None
-        meet(f"{self._data} is read")
-        if known is None:
+        changed = [name for name, old in (known or {}).items() if digests.get(name) != old]
+        if changed and self._begun():
+            raise UserError(
+                f"{changed[0]}: has changed since the run in {self.path} began. Put back what was "
+                "there, or choose another output to start anew."
+            )
+        meet(f"{self._data} is read")  # by every process, before the first one writes
+        if known is None or changed:
+            if is_first() and changed:
+                self._clear(whole=True)
             write_json(self._data, digests)
-        for name, old in (known or {}).items():
-            if digests.get(name) != old:
-                raise UserError(
-                    f"{name}: has changed since the run in {self.path} began. Put back what was "
-                    "there, or choose another output to start anew."
-                )
 
     def config(self) -> dict[str, Any] | None:
         """The stored configuration, or None where there is none.

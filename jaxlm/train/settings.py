@@ -11,6 +11,12 @@ from jaxlm.core.patterns import check_pattern
 
 SECTION = "optimizer."
 
+MOST_STEPS = 10**9
+"""Far above every run; what is laid out over the steps must fit into memory."""
+
+MOST_ROWS = 2**20
+"""Examples in a step or a forward pass, far above what fits into memory."""
+
 
 def check(
     config: Any, *names: str, least: float = 0.0, positive: bool = False, below: float = math.inf

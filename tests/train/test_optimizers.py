@@ -99,7 +99,7 @@ def test_weight_decay_spares_biases_and_norms():
     ],
 )
 def test_a_bad_number_is_refused_by_name(name, field, value):
-    with pytest.raises(UserError, match=rf"^optimizer\.{field} is "):
+    with pytest.raises(UserError, match=rf"^optimizer\.{field}: must be "):
         OPTIMIZERS[name](name=name, **{field: value})
 
 
