@@ -137,8 +137,8 @@ def evaluate(
         calibrated = evaluation.calibrate(scores, choices.scores("train", lm.params)[0])
     if calibrated is not None:
         result["calibrated_accuracy"] = evaluation.accuracy(calibrated, labels)
-    if encoded.labels:
-        result["majority_accuracy"] = evaluation.majority_accuracy(labels)
+    if (majority := choices.majority[split]) is not None:
+        result["majority_accuracy"] = majority
     return result | {"peak_memory_bytes": choices.peak_bytes}
 
 

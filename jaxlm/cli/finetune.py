@@ -112,6 +112,7 @@ def show(summary: dict[str, Any], output: str) -> None:
         f"validation {name}": percent(summary["validation"][metric]),
         f"test {name}": percent(summary["test"][metric]),
         **({"test exact match": percent(summary["test"][further])} if metric == "f1" else {}),
+        "test, always the most frequent class": percent(summary.get("majority_accuracy")),
         "steps (tested)": f"{summary['steps']} ({summary['tested_step']})",
         "forwards, backwards": f"{summary['forwards']}, {summary['backwards']}",
         "peak memory": f"{summary['peak_memory_bytes'] / 2**20:.0f} MiB",

@@ -14,7 +14,13 @@ from jaxtyping import Float
 
 from jaxlm.data import EncodedTask, Task, prepare_for, prompted, without_examples
 from jaxlm.data.batching import Split
-from jaxlm.evaluation import accuracy, evaluate_generation, option_scores, score_split
+from jaxlm.evaluation import (
+    accuracy,
+    evaluate_generation,
+    majority_accuracy,
+    option_scores,
+    score_split,
+)
 from jaxlm.evaluation.classification import Reduction
 from jaxlm.train.state import Program
 from jaxlm.typing import Params
@@ -27,6 +33,8 @@ class Choices:
         main: "accuracy".
         offsets: [C], taken from the scores; None takes nothing.
         scorer: compiled `(params, batch) -> [B, C]`, without offsets.
+        majority: of a split that was measured, the accuracy of its most frequent class; None where
+            examples have their own options.
         tell: is given a line on what is measured, several times.
     """
 
@@ -46,6 +54,7 @@ class Choices:
                 reduction=reduction,
             )
         )
+        self.majority: dict[str, float | None] = {}
         self._encoded, self._batch_size = encoded, batch_size
 
     def __call__(self, split: Split, params: Params) -> dict[str, float]:
@@ -65,6 +74,7 @@ class Choices:
         scores, labels = score_split(
             scorer, params, self._encoded, split, batch_size=self._batch_size
         )
+        self.majority[split] = majority_accuracy(labels) if self._encoded.labels else None
         return (scores if self.offsets is None else scores - self.offsets[None]), labels
 
     @property

@@ -503,6 +503,7 @@ def _run(
         "zero_shot": before,
         "validation": {measure.main: record.best_value},
         "test": test,
+        "majority_accuracy": measure.majority["test"] if isinstance(measure, Choices) else None,
         "test_rows_in_training": repeated,
         "tested_step": config.steps if record.best_step is None else record.best_step,
         "steps": config.steps,

@@ -1,6 +1,8 @@
 """evaluate, convert and info on a tiny model and on a run of it."""
 
 import json
+import re
+import shutil
 
 import jax
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 
 from jaxlm.cli.main import main
 from jaxlm.models import from_pretrained
-from tests.tiny import write_run
+from jaxlm.train.run_folder import RunFolder
+from tests.tiny import sentences, write_jsonl, write_run
 
 TASK = ("train.jsonl", "validation.jsonl", "test.jsonl")
 
@@ -32,6 +35,7 @@ def test_the_table_of_a_run(run, capsys):
     assert main(["finetune", str(run), *words, "--log_every=20", "--eval_every=20"]) == 0
     shown = capsys.readouterr().out
     assert "test accuracy" in shown
+    assert re.search(r"test, always the most frequent class\W+50.0 %", shown)
     assert "40, 40" in shown
     assert main(["finetune", str(run), *words, "--resume=never"]) == 2
 
@@ -42,12 +46,39 @@ def test_evaluate_a_run_is_the_test_of_its_summary(run, capsys, monkeypatch):
     summary = json.loads((run.parent / "run" / "summary.json").read_text())
     assert result["accuracy"] == summary["test"]["accuracy"] == 1.0
     assert (result["examples"], result["majority_accuracy"]) == (16, 0.5)
+    assert (result["step"], result["of_steps"]) == (summary["tested_step"], 40)
+
+
+def test_the_parameters_of_an_unfinished_run_are_told(run, tmp_path, capsys, monkeypatch):
+    """A run of 200 steps, stopped after its checkpoint of step 40."""
+    monkeypatch.chdir(run.parent)
+    folder = tmp_path / "run"
+    shutil.copytree(run.parent / "run", folder)
+    (folder / "summary.json").unlink()
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(re.sub("(?m)^steps: 40$", "steps: 200", text))
+    step = RunFolder(run.parent / "run").tested_step()[0]
+    result = evaluate(capsys, folder)
+    assert (result["step"], result["of_steps"]) == (step, 200)
+    assert main(["info", str(folder)]) == 0
+    assert f"{folder}: a run, after step {step} of 200\n" in capsys.readouterr().out
+
+
+def test_the_most_frequent_class_is_that_of_the_tested_rows(run, tmp_path, capsys):
+    """Training rows are of both classes alike, and 12 of 16 test rows of one."""
+    rows = [{**row, "label": int(i > 3)} for i, row in enumerate(sentences(16))]
+    flags = [f"--task.test={write_jsonl(tmp_path / 'test.jsonl', rows)}", "--steps=0"]
+    assert evaluate(capsys, run, flags[0])["majority_accuracy"] == 0.75
+    assert main(["finetune", str(run), *flags, f"--output={tmp_path / 'run'}"]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["majority_accuracy"] == 0.75
 
 
 def test_evaluate_a_configuration_is_zero_shot(run, capsys):
     result = evaluate(capsys, run, "--split=validation")
     summary = json.loads((run.parent / "run" / "summary.json").read_text())
     assert result["model"] == summary["model"]
+    assert "step" not in result
     assert result["split"] == "validation"
     assert 0 <= result["calibrated_accuracy"] <= 1
     assert evaluate(capsys, run)["accuracy"] == summary["zero_shot"]["accuracy"]

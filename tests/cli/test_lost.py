@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -20,7 +21,7 @@ from jaxlm.models.hf_folder import read_config
 from jaxlm.sharding import make_mesh, place_params
 from jaxlm.train.checkpoint import Checkpoints
 from tests.cli.processes import free_port, start
-from tests.tiny import read_lines, write_corpus, write_run
+from tests.tiny import write_corpus, write_run
 from tests.train.test_pretraining import YAML
 
 FLAGS = ["--mesh=data=4,fsdp=2", "--steps=60", "--checkpoint-every=10", "--eval-every=20"]
@@ -78,14 +79,15 @@ def kill_after(words: list[str], folder: Path, count: int, victim: int, saving=F
     return time.monotonic() - begin
 
 
-def final(folder: Path) -> tuple[list[np.ndarray], list[dict], dict]:
+def final(folder: Path) -> tuple[list[np.ndarray], list[str], dict]:
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     (step,) = {60} & set(checkpoints.steps())
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(checkpoints.read(step, "params"))]
     summary = json.loads((folder / "summary.json").read_text())
     clock = ("seconds", "goodput", "config", "model")
     numbers = {key: value for key, value in summary.items() if key not in clock}
-    rows = [{**row, "seconds": 0} for row in read_lines(folder / "metrics.jsonl")]
+    # Byte for byte but for the clock, which lines of pretraining have.
+    rows = re.sub(r'"seconds": [0-9.]+', "", (folder / "metrics.jsonl").read_text()).splitlines()
     return leaves, rows, numbers
 
 

@@ -116,9 +116,10 @@ def test_parts_of_one_mesh_are_put_together_on_another(tmp_path):
 def test_one_array_at_a_time_is_copied(tmp_path, monkeypatch):
     sizes = (10, 1000, 3, 3000, 2000, 2000)
     params = {f"w{i}": jnp.arange(size) + 0.5 for i, size in enumerate(sizes)}
-    assert copied_bytes(params) == 2 * 4 * 3000
+    state = {"params": params, "key": jax.random.key(1)}
+    assert copied_bytes(state) == 2 * 4 * 3000
     assert copied_bytes({"w": params["w0"]}) == 40
-    Checkpoints(tmp_path).save(1, {"params": params}, {})
+    Checkpoints(tmp_path).save(1, state, {})
     live: list[int] = []
     read = checkpoint._read
     arrays: list[Any] = []
@@ -135,7 +136,11 @@ def test_one_array_at_a_time_is_copied(tmp_path, monkeypatch):
     like = jax.eval_shape(lambda: params)
     found = Checkpoints(tmp_path).restore_params(like, 1)
     jax.tree.map(np.testing.assert_array_equal, found, params)
-    assert max(live) <= copied_bytes(params)
+    found = Checkpoints(tmp_path).restore(state)[1]["params"]
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    assert max(live) <= copied_bytes(state)
+    found = Checkpoints(tmp_path).best_params()
+    jax.tree.map(np.testing.assert_array_equal, found, params)
 
 
 def files(folder: Path) -> list[Path]:

@@ -98,21 +98,30 @@ def test_a_finished_run_is_shown_again_and_another_configuration_refused(folder,
     assert main(arguments) == 0
     assert capsys.readouterr().out == shown
     assert main([*arguments, "--batch_size=5"]) == 2
-    assert "batch_size = 4 (got 5), which cannot change. Choose another output" in capsys.readouterr().err
+    assert (
+        "batch_size = 4 (got 5), which cannot change. Choose another output"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"steps": "0"}, r"^.*: steps: must be from 1 to 1000000000 \(got 0\)\. Correct it\.$"),
-        ({"model.num_heads": "3"}, "model.hidden_size: must be an even multiple of num_heads, 3 .got 16"),
+        (
+            {"model.num_heads": "3"},
+            "model.hidden_size: must be an even multiple of num_heads, 3 .got 16",
+        ),
         ({"model.num_layers": "0"}, "model.num_layers: must be from 1 to 16384 .got 0"),
         ({"eval_every": "3"}, "eval_every: must be a multiple of log_every, 2 .got 3"),
         ({"seq_len": "33"}, "seq_len: must be at most model.max_positions, 32 .got 33"),
         ({"tokenizer": "nowhere"}, "tokenizer: nowhere has no tokenizer.json. Train one"),
         ({"corpus.held_out": "none"}, "has no none.jsonl or none.jsonl.gz. Write it there"),
         ({"optimizer.name": "mezo"}, "optimizer.name: is not known .got 'mezo'"),
-        ({"optimizer.learning_rate": "1e30"}, r"^optimizer.learning_rate: the loss is nan at step .*got 1e\+30"),
+        (
+            {"optimizer.learning_rate": "1e30"},
+            r"^optimizer.learning_rate: the loss is nan at step .*got 1e\+30",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(folder, overrides, message):

@@ -35,7 +35,14 @@ def finished(tiny_model, tmp_path_factory):
 def test_a_run_writes_its_folder(finished):
     folder = finished[0].parent / "run"
     names = {p.name for p in folder.iterdir()}
-    files = {"config.yaml", "metrics.jsonl", "summary.json", "log.txt", "data.json", "trajectory.zo"}
+    files = {
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "log.txt",
+        "data.json",
+        "trajectory.zo",
+    }
     assert names == files | {"checkpoints"}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines if "loss" in r] == list(range(1, 13))
