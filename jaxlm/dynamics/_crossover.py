@@ -67,7 +67,7 @@ def crossover(
         for i in range(len(ends) - 1)
         if signs[i] * signs[i + 1] < 0
     ]
-    return tuple(math.exp(root) for root in sorted(roots))
+    return tuple(min(max(math.exp(root), low), high) for root in sorted(roots))
 
 
 def crossover_probability(

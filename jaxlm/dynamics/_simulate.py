@@ -96,12 +96,8 @@ def simulate(
     (5, 2)
     """
     _check_paths(n_paths)
-    given = jax.tree.map(_as_float, x0)
-    # A step is small beside the state: the eight bits of bfloat16 would round it away.
-    x0 = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), given)
     stretches = _stretches(sde.t0, t1, dt0, save_at)
-    found = _solve(key, sde, x0, stretches, n_paths, solver)
-    return jax.tree.map(lambda path, x: path.astype(x.dtype), found, given)
+    return _like(x0, _solve(key, sde, _wide(x0), stretches, n_paths, solver))
 
 
 def _solve(key: Any, sde: SDE, x0: Any, stretches: Stretch, n_paths: int, solver: str) -> Any:
@@ -147,13 +143,14 @@ def run_optimizer(
       save_at: numbers of steps after which parameters are saved, ascending; `steps` if None.
 
     Returns:
-      A tree like x0 of arrays [n_paths, n_save, *shape of the leaf].
+      A tree like x0 of arrays [n_paths, n_save, *shape of the leaf]. Between the saved steps the
+      parameters are held in at least float32.
 
     Raises:
       UserError: `save_at` is out of order.
     """
     _check_paths(n_paths)
-    x0 = jax.tree.map(_as_float, x0)
+    given, x0 = x0, _wide(x0)
     stretches = _stretches(0, steps, 1, save_at)
 
     def move(part, z, carry):
@@ -165,7 +162,7 @@ def run_optimizer(
         return optax.apply_updates(x, updates), state
 
     white = _white(key, n_paths, as_operator(sqrt_cov(x0), x0).structure, stretches)
-    return _run(n_paths, white, move, (x0, optimizer.init(x0)), stretches)[0]
+    return _like(given, _run(n_paths, white, move, (x0, optimizer.init(x0)), stretches)[0])
 
 
 def _check_paths(n_paths: int) -> None:
@@ -176,6 +173,16 @@ def _check_paths(n_paths: int) -> None:
 def _as_float(leaf: Any) -> jax.Array:
     dtype = jnp.result_type(leaf)
     return jnp.asarray(leaf, dtype if jnp.issubdtype(dtype, jnp.floating) else float)
+
+
+def _wide(tree: Any) -> Any:
+    """In at least float32: a step is small beside the state, and bfloat16 would round it away."""
+    floats = jax.tree.map(_as_float, tree)
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), floats)
+
+
+def _like(given: Any, found: Any) -> Any:
+    return jax.tree.map(lambda x, path: path.astype(_as_float(x).dtype), given, found)
 
 
 def _stretches(t0: float | int, t1: float | int, dt0: float | int, save_at: Any) -> Stretch:

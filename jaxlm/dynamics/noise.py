@@ -114,9 +114,11 @@ class RunningNoise(NamedTuple):
 
     def add(self, stats: NoiseStats, decay: float | int = 0.99) -> "RunningNoise":
         """With one more step; those before it count `decay` times what they did."""
-        return RunningNoise(
-            decay * self.G + stats.G, decay * self.N + stats.N, decay * self.weight + 1
+        G, N = (
+            jnp.asarray(decay * old + new, old.dtype)
+            for old, new in ((self.G, stats.G), (self.N, stats.N))
         )
+        return RunningNoise(G, N, decay * self.weight + 1)
 
     @property
     def stats(self) -> NoiseStats:

@@ -117,6 +117,8 @@ def test_crossovers_at_the_ends_and_where_curves_touch():
     np.testing.assert_allclose(dynamics.crossover(first, second), [1.0, 256.0], rtol=1e-12)
     np.testing.assert_allclose(dynamics.crossover(first, second, low=1.0, high=256.0), [1, 256])
     np.testing.assert_allclose(dynamics.crossover(first, second, low=256.0), [256])
+    meet = dynamics.crossover(one(0.0, 3.0, 1.0), one(0.0, 1.0, 0.0), low=1.0, high=3.0)
+    assert meet == (3.0,)  # and not the 3.0000000000000004 of exp(log(3))
     assert dynamics.crossover(first, second, low=1.01, high=255.0) == ()
     # 1.25 + y^2 - (1 + y) = (y - 1/2)^2 with y = x^(-1/4): both touch at y = 1/2.
     touching = dynamics.crossover(one(1.25, 1.0, 0.5), one(1.0, 1.0, 0.25))

@@ -78,6 +78,10 @@ def test_running_averages_come_before_the_ratio():
     np.testing.assert_allclose(running.stats, [3.0, 16 / 3], rtol=1e-6)
     np.testing.assert_allclose(running.stats.ratio, 16 / 9, rtol=1e-6)
     assert steps[0].ratio == np.inf
+    with jax.enable_x64(True):  # numbers keep their width in a loop, whatever is added
+        wide = dynamics.NoiseStats(jnp.float64(5), jnp.float64(6))
+        after = jax.lax.fori_loop(0, 2, lambda _, x: x.add(wide), running)
+    assert after.N.dtype == jnp.float32
 
 
 def test_where_the_linear_rule_ends():

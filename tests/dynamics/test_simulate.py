@@ -230,6 +230,12 @@ def test_a_state_in_bfloat16_moves():
     np.testing.assert_allclose(found["b"].astype(np.float32), 2 * np.exp(-1), atol=1e-3)
     one = dynamics.simulate(jax.random.key(0), sde, jnp.bfloat16(1), 1.0, 1e-3, n_paths=1)
     np.testing.assert_allclose(one.astype(np.float32), np.exp(-1), atol=2e-3)
+    descent = optax.sgd(1e-3)
+    chain = dynamics.run_optimizer(
+        jax.random.key(0), descent, lambda x: x, lambda x: 0 * x, jnp.bfloat16(1), 1000, n_paths=1
+    )
+    assert chain.dtype == jnp.bfloat16
+    np.testing.assert_allclose(chain.astype(np.float32), 0.999**1000, atol=2e-3)
 
 
 def sde_of_trees():
