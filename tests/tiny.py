@@ -40,6 +40,24 @@ def make_tokenizer():
     )
 
 
+def make_masked():
+    """The tokenizer of an encoder, with a mask token."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", *make_tokenizer().get_vocab()]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]", unk_token="<pad>",
+    )  # fmt: skip
+
+
 def questions(count: int) -> list[dict]:
     """Rows as SQuAD has them; of two answers the one that stands in the context is right."""
     answers = [f"the {(GOOD[0], BAD[0])[i % 2]}" for i in range(count)]

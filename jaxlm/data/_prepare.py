@@ -81,14 +81,27 @@ def prepare(
 
 
 def prepare_for(lm: Any, task: Task, *, max_length: int | None = None) -> EncodedTask:
-    """`prepare` for a `jaxlm.models.LanguageModel`; `max_length` is the model's where not given."""
-    return prepare(
+    """`prepare` for a `jaxlm.models.LanguageModel`; `max_length` is the model's where not given.
+
+    A classifier has outputs in place of label words, in an order of its own: `token_ids` are then
+    the outputs of the task's classes, by their names.
+
+    Raises:
+        UserError: see `prepare`; or the names of a classifier's classes are not those of the task.
+    """
+    encoded = prepare(
         task,
         lm.tokenizer,
         kind=lm.config.kind,
         max_length=lm.config.max_positions if max_length is None else max_length,
         vocab_size=lm.config.vocab_size,
     )
+    if lm.config.head in ("lm", "mlm"):
+        return encoded
+    count = len(task.config.labels)
+    # One of another number of classes gets a new classifier (`jaxlm.train.run.with_head`).
+    names = lm.config.label_names if lm.config.num_labels == count else ()
+    return replace(encoded, token_ids=np.asarray(task.config.columns_of(names), np.int32))
 
 
 def _encode(

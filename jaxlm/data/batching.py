@@ -64,7 +64,8 @@ class EncodedTask:
 
     Attributes:
         labels: the label words; none where every example has its own options.
-        token_ids: int32 [C], the label words' tokens; None in the other forms.
+        token_ids: int32 [C], the label words' tokens, or a classifier's outputs; None in the other
+            forms.
         pad_id: token of the padding.
         vocab_size: tokens of the model; a tokenizer that makes others is refused.
         buckets: lengths that batches are padded to, increasing.

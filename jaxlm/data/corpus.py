@@ -71,7 +71,7 @@ def check_domains(domains: Sequence[Domain], held_out: str | None = None) -> Non
         ("weight", [domain.weight for domain in domains]),
         ("final_weight", [domain.last_weight for domain in domains]),
     ):
-        if not 0 < math.fsum(shares) < math.inf:
+        if not 0 < sum(shares) < math.inf:
             raise UserError(
                 f"corpus.domains: {field} of all domains together is not a positive number (got "
                 f"{checks.show(shares)}). Give at least one a share."

@@ -102,13 +102,17 @@ class TaskConfig:
         """Most tokens of an answer; a prompt leaves room for them."""
         return 50 if self.max_new_tokens is None else self.max_new_tokens
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the classes are called: `classes` or, without these, `labels`."""
+        return tuple(map(str, self.classes or self.labels))
+
     def classes_of(self, names: Sequence[str]) -> list[int | None]:
         """The class that each of some names is, whatever their case; None of a name that is none.
 
-        Data and models name their classes, in an order of their own. The names are looked for in
-        `classes` or, without these, in `labels`.
+        Data and models name their classes, in an order of their own.
         """
-        words = [str(word) for word in self.classes or self.labels]
+        words = self.class_names
         folded = [word.casefold() for word in words]
         places: list[int | None] = []
         for name in names:
@@ -130,10 +134,10 @@ class TaskConfig:
         if all(place is None for place in places):
             return list(range(count))
         if sorted(-1 if place is None else place for place in places) != list(range(count)):
-            words = ", ".join(map(str, self.classes or self.labels))
             raise UserError(
-                f"model: its classes are not {words} (got {', '.join(names)}). Name those of the "
-                "model in task.classes, in the order of task.labels."
+                f"model: its classes are not {', '.join(self.class_names)} (got "
+                f"{', '.join(names)}). Name those of the model in task.classes, in the order of "
+                "task.labels."
             )
         return [places.index(place) for place in range(count)]
 

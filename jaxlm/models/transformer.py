@@ -409,18 +409,19 @@ def apply(
       segment_ids: for several texts in a row, 1, 2, ... at the tokens of each and 0 at padding: a
         token sees its own text alone, and positions begin again with each.
       positions: where logits are wanted; everywhere if None.
-      token_ids: tokens of which logits are wanted; the whole vocabulary if None.
+      token_ids: tokens of which logits are wanted, or classes of a classifier; all if None.
       view, tap: see `jaxlm.core.views` and `jaxlm.core.taps`.
 
     Returns:
       [B, T, V]; [B, V] or [B, K, V] with `positions`; C in the place of V with `token_ids`. A
-      classifier returns [B, num_labels].
+      classifier returns [B, num_labels] or [B, C].
 
     Raises:
       ValueError: if the batch is longer than a table of learned positions, or there is no head.
       UserError: concrete ids are out of range, see `check_ids`.
     """
-    check_ids("token_ids", token_ids, config.vocab_size)
+    is_classifier = config.head == "classifier"
+    check_ids("token_ids", token_ids, config.num_labels if is_classifier else config.vocab_size)
     x = hidden(
         config,
         params,
@@ -433,9 +434,10 @@ def apply(
         tap=tap,
     )
     ctx = Context(config, view, tap)
-    if config.head == "classifier":
+    if is_classifier:
         pooled = jnp.tanh(dense(params, "pooler", x[:, 0], ctx))
-        return dense(params, "classifier", pooled, ctx)
+        classes = dense(params, "classifier", pooled, ctx)
+        return classes if token_ids is None else classes[:, jnp.asarray(token_ids)]
     if config.head == "none":
         raise ValueError("this model has no head; use hidden() or jaxlm.models.add_classifier")
     if positions is not None:

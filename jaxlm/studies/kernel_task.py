@@ -196,6 +196,9 @@ def kernel_task(
     if fitted and lm.config.kind == "encoder":
         lm = _classifier(lm, encoded.labels, seed)
         encoded = encoded if prompt else _without_label(encoded)
+        # Whatever order its classes had: they are fitted in that of the task.
+        order = np.arange(len(encoded.labels), dtype=np.int32)
+        encoded = dataclasses.replace(encoded, token_ids=order)
         lm = fit_classifier(lm, encoded)
     elif fitted:
         lm = with_rows(lm, encoded.token_ids, linear_probe(lm, encoded))

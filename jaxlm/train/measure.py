@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from jaxlm.core.errors import UserError
 from jaxlm.data import EncodedTask, Task, prepare_for, prompted, without_examples
 from jaxlm.data.batching import Split
 from jaxlm.evaluation import (
@@ -44,6 +45,11 @@ class Choices:
     def __init__(
         self, lm: Any, encoded: EncodedTask, *, batch_size: int, reduction: Reduction = "mean"
     ):
+        if lm.config.head == "classifier" and lm.config.num_labels != encoded.num_options:
+            raise UserError(
+                f"model: its classifier is not for {encoded.num_options} classes (got "
+                f"{lm.config.num_labels}). Fine-tune it on the task first."
+            )
         self.offsets: Float[np.ndarray, " C"] | None = None
         self.scorer = Program(
             functools.partial(

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -199,7 +199,7 @@ def prepared(config: FinetuneConfig, lm: Any, num_labels: int) -> tuple[Finetune
     Raises:
         UserError: nothing is selected.
     """
-    lm = with_head(lm, num_labels, seed=config.seed)
+    lm = with_head(lm, num_labels, seed=config.seed, names=config.task.class_names)
     select = config.optimizer.select
     if config.peft is not None:
         lm = config.peft.prepare(lm, jax.random.key(config.seed))
@@ -314,7 +314,10 @@ def with_run(lm: Any, folder: RunFolder, stored: Mapping[str, Any]) -> Any:
     Raises:
         UserError: `config.yaml` has a tuning that there is not.
     """
-    lm = with_head(lm, len(stored["task"]["labels"]), seed=stored["seed"])
+    labels, classes = (stored["task"].get(key) for key in ("labels", "classes"))
+    named = isinstance(classes, list) and len(classes) == len(labels)
+    names = tuple(map(str, classes if named else labels))
+    lm = with_head(lm, len(labels), seed=stored["seed"], names=names)
     if (tuning := stored.get("peft")) is None:
         return lm
     try:
@@ -346,14 +349,21 @@ def _replayed(folder: RunFolder, params: Any, steps: int) -> Any:
     return zo.replay(optimizer.build(length), params, trajectory)
 
 
-def with_head(lm: Any, num_labels: int, *, seed: int) -> Any:
-    """The model itself, or an encoder without a masked-token head with a new classifier on top."""
+def with_head(lm: Any, num_labels: int, *, seed: int, names: Sequence[str] = ()) -> Any:
+    """The model itself, or an encoder without a masked-token head with a new classifier on top.
+
+    Args:
+        lm: the model.
+        num_labels: classes of the task.
+        seed: of the new classifier.
+        names: of its classes, in the order of the task.
+    """
     head, labels = lm.config.head, lm.config.num_labels
     if head in ("lm", "mlm") or (head == "classifier" and labels == num_labels):
         return lm
     from jaxlm.models import add_classifier
 
-    return add_classifier(lm, num_labels, jax.random.key(seed))
+    return add_classifier(lm, num_labels, jax.random.key(seed), names)
 
 
 def option_offsets(

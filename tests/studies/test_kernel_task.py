@@ -15,7 +15,7 @@ from jaxlm.data import task_config
 from jaxlm.models import from_pretrained
 from jaxlm.studies.kernel_task import kernel_task
 from jaxlm.train.objective import classification_objective
-from tests.tiny import BAD, GOOD, make_tokenizer, sentences, tiny_model, write_jsonl
+from tests.tiny import BAD, GOOD, make_masked, sentences, tiny_model, write_jsonl
 
 __all__ = ["tiny_model"]
 
@@ -45,21 +45,7 @@ def few_shot(folder, labels=("good", "bad"), k=4, long=LONG, test=12):
 
 def encoder(name):
     """A small BERT whose tokenizer knows the words of the sentences."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", *make_tokenizer().get_vocab()]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
-        mask_token="[MASK]", unk_token="<pad>",
-    )  # fmt: skip
-    return from_pretrained(GOLDEN / name).replace(tokenizer=fast)
+    return from_pretrained(GOLDEN / name).replace(tokenizer=make_masked())
 
 
 @pytest.fixture(autouse=True)
