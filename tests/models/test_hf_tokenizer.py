@@ -1,16 +1,19 @@
 """A tokenizer is opened, and the code beside it never is."""
 
 import contextlib
+import io
 import json
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 
+from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
+from jaxlm.data import corpus
+from jaxlm.models.hf import SHIPPED
 from jaxlm.models.hf_tokenizer import has_tokenizer, read_tokenizer
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import make_tokenizer
 
 EVIL = "import pathlib\npathlib.Path({marker!r}).touch()\nclass Evil: pass\n"
 
@@ -50,13 +53,21 @@ def test_code_beside_a_tokenizer_never_runs_and_nobody_is_asked(
     assert not marker.exists()
 
 
-@pytest.mark.slow
-def test_yes_on_standard_input_runs_no_code(tmp_path: Path):
-    folder, marker = make_model(tmp_path / "model"), tmp_path / "ran"
+@pytest.mark.parametrize("open_it", ["generate", "pretrain"])
+def test_yes_on_standard_input_runs_no_code(
+    open_it: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+):
+    folder, marker = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(SHIPPED, folder)
     with_code(folder, marker, CODE["tokenizer"])
-    command = [sys.executable, "-m", "jaxlm.cli.main", "generate", str(folder), "--prompt=the"]
-    done = subprocess.run(command, input="yes\n" * 9, capture_output=True, text=True, timeout=300)
-    assert "[y/N]" not in done.stdout + done.stderr
+    monkeypatch.setattr("sys.stdin", io.StringIO("yes\n" * 9))
+    if open_it == "generate":
+        assert main(["generate", str(folder), "--prompt=the"]) == 2
+    else:
+        with pytest.raises(UserError, match="code from a model folder is never run"):
+            corpus.read_tokenizer(folder)
+    out, err = capfd.readouterr()
+    assert "[y/N]" not in out + err
     assert not marker.exists()
 
 
