@@ -6,6 +6,7 @@ SOURCE is a folder with config.json and safetensors, a hub id, or the folder of 
 `jaxlm finetune`, of which the tested parameters are taken. TARGET is a new folder.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 from jaxlm.artifacts.names import file_path
@@ -24,11 +25,22 @@ def run(args: Sequence[str]) -> None:
             "jaxlm convert --help."
         )
     source, target = words[0], file_path(words[1], "TARGET")
+    there = UserError(f"TARGET: is there already (got {target}). Give a new folder.")
     if target.exists():
-        raise UserError(f"TARGET: is there already (got {target}). Give a new folder.")
+        raise there
 
     from jaxlm.models import save_pretrained
     from jaxlm.train.run import load_model
 
-    save_pretrained(load_model(source, param_dtype=dtype), target)
+    lm = load_model(source, param_dtype=dtype)
+    try:
+        target.mkdir(parents=True)
+    except FileExistsError:  # another command was faster
+        raise there from None
+    try:
+        save_pretrained(lm, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            target.rmdir()
+        raise
     print(f"{source} -> {target} ({dtype})")

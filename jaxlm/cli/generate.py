@@ -219,13 +219,19 @@ def _write(path: Path, lines: Iterator[str]) -> None:
         for _ in lines:  # all processes compute them
             pass
         return
-    temporary = path.with_name(path.name + ".tmp")
+    # A name of its own, and a link, which takes no place that is taken: of two commands with one
+    # output one writes it whole, and the other says that it is there.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path), temporary.open("w", encoding="utf-8") as file:
             print(first, file=file)
             for line in lines:
                 print(line, file=file, flush=True)
-        temporary.replace(path)
-    except BaseException:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise UserError(f"output: is there already (got {path}). Give a new file.") from None
+        except OSError:  # a file system without links
+            temporary.replace(path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise

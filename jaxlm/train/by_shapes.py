@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxlm.artifacts.names import file_path
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.core.precision import quantize
@@ -168,7 +169,7 @@ def finetuning(
 
 def pretraining(config: PretrainConfig, *, mesh: Mesh | None = None) -> ByShapes:
     """A run of `jaxlm.train.pretraining.pretrain`; of its corpus nothing is read."""
-    tokenizer = read_tokenizer(Path(config.tokenizer))
+    tokenizer = read_tokenizer(file_path(config.tokenizer, "tokenizer"))
     model = config.model.build(tokenizer)
     key = jax.eval_shape(lambda: jax.random.key(0))
     lm = LanguageModel(model, abstract(functools.partial(init_params, model), mesh, key), tokenizer)
@@ -298,7 +299,10 @@ def _longest_scored(config: FinetuneConfig, encoded: EncodedTask) -> Batch:
 def _unread(config: FinetuneConfig, model: ModelConfig) -> EncodedTask:
     """A task of one example, as long as they may be, whose options are a token each."""
     if config.objective == "f1":
-        raise UserError("objective f1 writes answers, and the model has no tokenizer: add it.")
+        raise UserError(
+            f"objective: f1 is of written answers, and {config.model} has no tokenizer (got f1). "
+            "Add it."
+        )
     if config.task.max_length is None and model.max_positions > LONG:
         raise UserError(
             f"task.max_length: is needed, since {config.model} has no tokenizer to tell how long "

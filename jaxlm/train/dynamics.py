@@ -63,8 +63,8 @@ class Dynamics:
         """The optimizer, which is refused where it has no gradients."""
         if not isinstance(optimizer, FirstOrder):
             raise UserError(
-                f"dynamics {self.name} is of gradients, which {optimizer.name} does without: give "
-                "sgd or adamw."
+                f"dynamics: {self.name} is of gradients, which the optimizer does without (got "
+                f"{optimizer.name}). Give sgd or adamw."
             )
         return optimizer
 
@@ -112,8 +112,8 @@ class Svag(Dynamics):
         chosen.hparams(1)
         if chosen.clip is not None:
             raise UserError(
-                "optimizer.clip acts on gradients with amplified noise more than on others, and "
-                "dynamics svag would not follow the equation: leave it out."
+                "optimizer.clip: acts on gradients with amplified noise more than on others, so "
+                f"that svag would not follow the equation (got {chosen.clip}). Leave it out."
             )
 
     def _svag(self, optimizer: FirstOrder) -> Any:
@@ -272,11 +272,14 @@ class Local(Dynamics):
         number(self, "alpha", section=_SECTION)
         one_of("dynamics.rule", self.rule, ("constant", "linear", "qsr"))
         if self.rule == "constant" and self.alpha is not None:
-            raise UserError("dynamics.alpha has no use in rule constant: give rule linear or qsr.")
+            raise UserError(
+                f"dynamics.alpha: has no use in the rule constant (got {self.alpha}). Give the "
+                "rule linear or qsr."
+            )
         if self.rule != "constant" and (self.alpha is None or self.alpha <= 0):
             raise UserError(
-                f"dynamics.rule {self.rule} needs a positive dynamics.alpha: give it, or rule "
-                "constant."
+                f"dynamics.alpha: must be above 0 for the rule {self.rule} (got {self.alpha}). "
+                "Give it, or the rule constant."
             )
 
     def check(self, optimizer: Optimizer, batch_size: int) -> None:
@@ -309,8 +312,8 @@ class Local(Dynamics):
             mesh = make_mesh(data=self.workers)
         if mesh is not None and mesh.shape["data"] != self.workers:
             raise UserError(
-                f"dynamics.workers is {self.workers} on a mesh with data={mesh.shape['data']}: "
-                "give as many of both."
+                f"dynamics.workers: must be as many as the mesh has along data, "
+                f"{mesh.shape['data']} (got {self.workers}). Correct one of them."
             )
         ends = jnp.asarray(local.sync_steps)
 
@@ -398,4 +401,6 @@ def _part(batch: Batch, place: int) -> Batch:
 
 def _check_divides(name: str, parts: int, batch_size: int) -> None:
     if batch_size % parts:
-        raise UserError(f"{name} is {parts}: give a divisor of the batch size, {batch_size}.")
+        raise UserError(
+            f"{name}: must divide the batch size, {batch_size} (got {parts}). Correct it."
+        )

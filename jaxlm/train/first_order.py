@@ -35,7 +35,7 @@ class FirstOrder(Optimizer):
             UserError: no rule is known for this optimizer.
         """
         raise UserError(
-            f"optimizer.name is {self.name}, for which no scaling rule is known: give sgd or adamw."
+            f"optimizer.name: no scaling rule is known of it (got {self.name}). Give sgd or adamw."
         )
 
     def with_hparams(self, hp: OptHParams) -> "FirstOrder":

@@ -131,8 +131,8 @@ def example_weights(batch: Batch) -> Float[Array, " B"] | Int[Array, " B"]:
         return jnp.ones(jax.tree.leaves(batch)[0].shape[0])
     if jnp.ndim(weights) != 1:
         raise UserError(
-            f"the batch has weights of shape {jnp.shape(weights)}, not one for each example: give "
-            "those, or accumulate its share."
+            f"weights: must be one for each example (got the shape {jnp.shape(weights)}). Give "
+            "those, or accumulate their share."
         )
     return jnp.asarray(weights)
 
@@ -164,7 +164,7 @@ def accumulate(
         UserError: (from the loss) the batch cannot be divided so.
     """
     if count < 1:
-        raise UserError(f"accumulate is given {count} parts: give 1 or more.")
+        raise UserError(f"count: must be 1 or more (got {count}). Correct it.")
 
     @functools.wraps(loss_fn)
     def accumulated(params: Params, batch: Batch, **options: Any) -> Any:
@@ -191,8 +191,8 @@ def _parts(batch: Batch, count: int) -> Batch:
         value = jnp.asarray(value)
         if value.shape[0] % count:
             raise UserError(
-                f"a batch of {value.shape[0]} examples does not divide into {count} parts: "
-                "give another batch size or number of parts."
+                f"count: must divide the batch, of {value.shape[0]} examples (got {count}). Give "
+                "another number of parts or batch size."
             )
         return value.reshape(-1, count, *value.shape[1:]).swapaxes(0, 1)
 

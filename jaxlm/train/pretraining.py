@@ -125,6 +125,9 @@ class CorpusConfig:
     domains: tuple[corpora.Domain, ...]
     held_out: str | None = None
 
+    def __post_init__(self) -> None:
+        corpora.check_domains(self.domains, self.held_out)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
@@ -210,15 +213,13 @@ def _pretrain(config: PretrainConfig, folder: RunFolder, mesh: Mesh | None) -> d
     paths = [corpora.find(source, domain.name) for domain in config.corpus.domains]
     apart = corpora.find(source, config.corpus.held_out) if config.corpus.held_out else None
     cache = folder.path / "tokens"
-    tokens = [corpora.cached(path, tokenizer, cache) for path in paths]
-    held_out = None if apart is None else corpora.cached(apart, tokenizer, cache / "held_out")
-    folder.check_data(
-        {
-            str(path): found.digest
-            for path, found in zip([*paths, apart], [*tokens, held_out], strict=True)
-            if found is not None
-        }
-    )
+    every = paths if apart is None else [*paths, apart]
+    digests = {str(path): corpora.source_digest(path, tokenizer) for path in every}
+    folder.check_data(digests)
+    tokens = [corpora.cached(path, tokenizer, cache, digests[str(path)]) for path in paths]
+    held_out = None
+    if apart is not None:
+        held_out = corpora.cached(apart, tokenizer, cache / "held_out", digests[str(apart)])
     init, key = functools.partial(init_params, model), jax.random.key(config.seed)
     params = init(key) if mesh is None else on_mesh(init, mesh, key)
     lm = LanguageModel(model, params, tokenizer)
@@ -322,6 +323,7 @@ class _Record(NamedTuple):
 
     Attributes:
         row: the last line of the metrics.
+        best_step: where the run diverged, the step of the last checkpoint before.
     """
 
     seconds: float = 0.0
@@ -329,6 +331,7 @@ class _Record(NamedTuple):
     first_loss: float | None = None
     diverged: int | None = None
     row: dict[str, Any] | None = None
+    best_step: int | None = None
 
 
 def _train(
@@ -378,7 +381,10 @@ def _train(
                 )
             row = {"step": step, "loss": loss, "tokens": step * config.batch_size * config.seq_len}
             row |= {name: float(infos[name][-1]) for name in NOISE_INFO if name in infos}
+            sound = record.diverged is None
             record = watch(record, infos["loss"], done, chance, progress)
+            if sound and record.diverged is not None and saved_at:
+                record = record._replace(best_step=saved_at)
             row |= {} if record.diverged is None else {"diverged_since": record.diverged}
             last = step == config.steps
             if measure and (last or step % config.eval_every == 0):
@@ -391,7 +397,14 @@ def _train(
             if last or step % config.checkpoint_every == 0:
                 save(step, state)
                 saved_at = step
-    save_pretrained(lm, folder.path / "model", state.params)
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    dynamics = config.dynamics and config.dynamics.report(
+        config.optimizer, config.steps, state.opt_state
+    )
+    params = state.params
+    if record.best_step is not None:
+        params = checkpoints.in_place_of(state, record.best_step)
+    save_pretrained(lm, folder.path / "model", params)
     return {
         **{name: value for name, value in (record.row or {}).items() if name != "step"},
         "diverged_since": record.diverged,
@@ -399,9 +412,9 @@ def _train(
         "seconds": round(record.seconds, 1),
         "goodput": record.stepping / record.seconds,
         "peak_memory_bytes": run.peak_bytes,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "dynamics": config.dynamics
-        and config.dynamics.report(config.optimizer, config.steps, state.opt_state),
+        "parameters": size,
+        "tested_step": config.steps if record.best_step is None else record.best_step,
+        "dynamics": dynamics,
         "model": str(folder.path / "model"),
         "config": to_dict(config),
     }

@@ -79,7 +79,7 @@ def generation_objective(
     References: Malladi et al., arXiv:2305.17333, section 3.3, with F1 as the reward.
     """
     if lm.tokenizer is None:
-        raise UserError("the model has no tokenizer, which a reward of texts needs: give one.")
+        raise UserError("lm: has no tokenizer, which a reward of texts needs (got None). Give one.")
     stop_ids = lm.config.stops if stop_ids is None else stop_ids
     generator = Generator(lm.config, Sampling(temperature=temperature), tuple(stop_ids))
 
@@ -163,17 +163,17 @@ def _checked(
         values = np.asarray(reward(arrays, batch), np.float32)
     except Exception as error:
         raise UserError(
-            f"reward {name} raised {type(error).__name__} ({error}): correct it."
+            f"reward: {name} raised {type(error).__name__} (got {error}). Correct it."
         ) from error
     if values.shape != weights.shape:
         raise UserError(
-            f"reward {name} gave values of shape {values.shape} for {len(weights)} examples: give "
-            "a number for each."
+            f"reward: {name} must give a number for each of {len(weights)} examples (got the "
+            f"shape {values.shape}). Correct it."
         )
     bad = np.flatnonzero((weights > 0) & ~np.isfinite(values))
     if len(bad):
         raise UserError(
-            f"reward {name} gave {values[bad[0]]} for example {bad[0]} of the batch: give finite "
-            "numbers."
+            f"reward: {name} must give finite numbers (got {values[bad[0]]} for example {bad[0]} "
+            "of the batch). Correct it."
         )
     return np.where(weights > 0, values, 0).astype(np.float32)

@@ -8,8 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+import jaxlm.train.run
 from jaxlm.cli.main import main
 from jaxlm.models import from_pretrained
+from jaxlm.train.run import load_model
 from jaxlm.train.run_folder import RunFolder
 from tests.tiny import sentences, write_jsonl, write_run
 
@@ -25,8 +27,11 @@ def run(tiny_model, tmp_path_factory):
 
 
 def evaluate(capsys, *words):
+    capsys.readouterr()
     assert main(["evaluate", *map(str, words)]) == 0
-    return json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert said.err == ""
+    return json.loads(said.out)
 
 
 def test_the_table_of_a_run(run, capsys):
@@ -91,13 +96,23 @@ def test_convert_a_run_to_a_model_folder(run, tmp_path, capsys):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(lm.params)} == {"bfloat16"}
     task = [f"--task.{name.split('.')[0]}={run.parent / name}" for name in TASK]
     words = ["--task.name=t", "--task.template={text} it was {label}", "--task.labels=[good, bad]"]
-    assert evaluate(capsys_clear(capsys), target, *task, *words)["accuracy"] == 1.0
+    assert evaluate(capsys, target, *task, *words)["accuracy"] == 1.0
     assert main(["convert", str(run.parent / "run"), str(target)]) == 2
 
 
-def capsys_clear(capsys):
-    capsys.readouterr()
-    return capsys
+def test_a_folder_that_another_conversion_has_made_is_left_alone(
+    tiny_model, tmp_path, capsys, monkeypatch
+):
+    target = tmp_path / "model"
+
+    def loading(*args, **options):
+        target.mkdir()
+        return load_model(*args, **options)
+
+    monkeypatch.setattr(jaxlm.train.run, "load_model", loading)
+    assert main(["convert", str(tiny_model), str(target)]) == 2
+    assert "TARGET: is there already" in capsys.readouterr().err
+    assert list(target.iterdir()) == []
 
 
 def test_info_lists_the_parameters(tiny_model, capsys):

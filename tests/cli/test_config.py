@@ -140,6 +140,7 @@ def test_a_section_may_be_made_by_a_function(tmp_path):
         ("words: " + "[" * 50_000, "sections: nested too deeply."),
         ("depth: 3", "depth: is no key. Did you mean chosen.depth?"),
         ("deqth: 3", "deqth: is no key. Did you mean chosen.depth?"),
+        ("chosen: {depth: 3}", "chosen.depth: is no key. The keys are name, rate."),
     ],
 )
 def test_what_does_not_fit_is_said_with_the_file(tmp_path, text, sentence):

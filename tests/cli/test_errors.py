@@ -111,7 +111,8 @@ ROWS: dict[str, tuple[Break, str]] = {
     ),
     "dynamics without gradients": (
         flags("--dynamics.name=svag", "--dynamics.l=2"),
-        "command line: dynamics svag is of gradients, which mezo does without: give sgd or adamw.",
+        "command line: dynamics: svag is of gradients, which the optimizer does without (got "
+        "mezo). Give sgd or adamw.",
     ),
     "svag without l": (
         flags("--dynamics.name=svag"),
@@ -248,25 +249,26 @@ ROWS: dict[str, tuple[Break, str]] = {
     ),
     "model folder missing": (
         flags("--model=FOLDER/no"),
-        "model folder FOLDER/no does not exist; give a folder or a hub id",
+        "model: there is no such folder (got FOLDER/no). Give a folder or a hub id.",
     ),
     "model without safetensors": (
         model_without,
-        "model folder FOLDER/model has no model.safetensors; download it again",
+        "FOLDER/model/model.safetensors: there is no such file. Download it again.",
     ),
     "model with a pickle": (
         model_with_pickle,
-        "model folder FOLDER/model has only the pickle pytorch_model.bin, which is never "
-        "read; convert it to safetensors",
+        "FOLDER/model/pytorch_model.bin: is a pickle, which is never read, and there is no "
+        "model.safetensors. Convert it to safetensors.",
     ),
     "truncated safetensors": (
         model_truncated,
-        "FOLDER/model/model.safetensors is truncated or not a safetensors file; download it again",
+        "FOLDER/model/model.safetensors: is truncated or not a safetensors file. Download it "
+        "again.",
     ),
     "wrong shape": (
         model_of_another_shape,
-        "FOLDER/model: model.norm.weight has the shape [17], config.json asks for [16]; one of "
-        "them is wrong",
+        "FOLDER/model: model.norm.weight must have the shape [16] of config.json (got [17]). "
+        "Correct config.json, or download the folder again.",
     ),
     "output below a file": (
         output_below_a_file,

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm.cli.generate import _write
 from jaxlm.cli.main import main
+from jaxlm.core.errors import UserError
 from jaxlm.evaluation import generate_text
 from jaxlm.models import init_params, save_pretrained
 
@@ -69,6 +71,20 @@ def test_prompts_of_a_file(lm, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "out.jsonl", "prompts.jsonl", "prompts.txt"
     ]  # fmt: skip
+
+
+def test_of_two_commands_with_one_output_one_writes_it(tmp_path):
+    path = tmp_path / "out.jsonl"
+
+    def lines():
+        yield "slow"
+        _write(path, iter(["fast", "fast"]))
+        yield "slow"
+
+    with pytest.raises(UserError, match="output: is there already"):
+        _write(path, lines())
+    assert path.read_text() == "fast\nfast\n"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_model_of_ones_own_and_a_configuration(tiny_model, tmp_path, capsys):

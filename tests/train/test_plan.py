@@ -269,7 +269,7 @@ def test_the_command_writes_a_plan_and_nothing_else(run_yaml, capsys):
     assert main(["finetune", str(run_yaml), "--dry-run", *rates]) == 0
     said = capsys.readouterr().out
     assert sorted(run_yaml.parent.rglob("*")) == before
-    assert "5,904 parameters, 256 of them trained; 8 examples in a step" in said
+    assert "5,904 parameters, 256 of them trained; 8 examples of at most 8 tokens in a step" in said
     assert "| layers.mlp.up_proj.kernel      | 2 x 16 x 32 | float32 | whole" in said
     for word in ("training", "evaluation", "matrix products", "Expected: "):
         assert word in said
@@ -282,5 +282,5 @@ def test_rates_of_devices():
     assert here.cpu
     assert here.utilisation == 1
     assert min(here.flops, here.bandwidth, here.memory) > 1e8
-    with pytest.raises(UserError, match=r"device.memory is -1: give a positive number."):
+    with pytest.raises(UserError, match=r"device.memory: must be above 0 .got -1.0.. Correct it."):
         Device(memory=-1.0)

@@ -4,14 +4,17 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxlm
+import jaxlm.train.pretraining
 from jaxlm.cli import config as configs
 from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.data.corpus import Windows
+from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.pretraining import PretrainConfig, pretrain
 from tests.tiny import sentences, write_corpus
 
@@ -102,6 +105,32 @@ def test_a_finished_run_is_shown_again_and_another_configuration_refused(folder,
         "batch_size = 4 (got 5), which cannot change. Choose another output"
         in capsys.readouterr().err
     )
+
+
+def test_of_a_run_that_diverged_the_last_parameters_before_are_the_model(folder, capsys):
+    """From step 13 on the loss is said to be a thousand times what it is."""
+    way = jaxlm.train.pretraining.many_steps
+
+    def diverging(step):
+        def run(state, batches):
+            state, infos = way(step)(state, batches)
+            late = state.opt_state[-1].count > 12
+            return state, infos | {"loss": jnp.where(late, 1000.0, 1.0) * infos["loss"]}
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxlm.train.pretraining, "many_steps", diverging)
+        summary = pretrain(load(folder))
+    assert (summary["diverged_since"], summary["tested_step"]) == (13, 12)
+    said = capsys.readouterr().err
+    assert "diverged since step 13: lower optimizer.learning_rate\n" in said
+    assert {row.get("diverged_since") for row in metrics(folder / "run")[6:]} == {13}
+    kept = Checkpoints(folder / "run" / "checkpoints", read_only=True)
+    assert kept.steps() == [12, 30]
+    lm = jaxlm.from_pretrained(folder / "run" / "model")
+    wanted = kept.read(12, "params")["params"]
+    jax.tree.map(np.testing.assert_array_equal, lm.params, wanted)
 
 
 @pytest.mark.parametrize(

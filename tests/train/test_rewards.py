@@ -146,10 +146,13 @@ def words(arrays, batch):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (short, r"reward short gave values of shape \(1,\) for 4 examples: give a number for each"),
-        (unknown, "reward unknown gave nan for example 3 of the batch: give finite numbers"),
-        (Raises(), r"reward Raises raised KeyError \('gold'\): correct it"),
-        (words, r"reward words raised ValueError \(could not convert string"),
+        (
+            short,
+            r"reward: short must give a number for each of 4 examples \(got the shape",
+        ),
+        (unknown, "reward: unknown must give finite numbers .got nan for example 3 of the batch"),
+        (Raises(), r"reward: Raises raised KeyError \(got 'gold'\). Correct it"),
+        (words, r"reward: words raised ValueError \(got could not convert string"),
     ],
 )
 def test_a_mistake_of_the_reward_is_named(reward, message):
@@ -196,5 +199,5 @@ def test_mezo_on_f1_of_generated_text_lifts_f1(lm):
 
 
 def test_texts_need_a_tokenizer(lm):
-    with pytest.raises(UserError, match="the model has no tokenizer"):
+    with pytest.raises(UserError, match="lm: has no tokenizer"):
         generation_objective(lm.replace(tokenizer=None), f1, examples=GOLD, max_new_tokens=2)
