@@ -76,6 +76,7 @@ def _ask(line: str) -> dict[str, str]:
     """The answer of the process, which is started where there is none."""
     global _worker
     if _worker is None or _worker.poll() is not None:
+        stop()
         # `-P`: nothing is imported from the folder of this file, or from where the user stands.
         _worker = subprocess.Popen(
             [sys.executable, "-P", str(Path(__file__).resolve())],
@@ -84,47 +85,47 @@ def _ask(line: str) -> dict[str, str]:
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
         )
-    assert _worker.stdin is not None
-    assert _worker.stdout is not None
     answer = ""
-    with contextlib.suppress(BrokenPipeError):
-        _worker.stdin.write(line + "\n")
-        _worker.stdin.flush()
-        answer = _worker.stdout.readline()
+    try:
+        with contextlib.suppress(BrokenPipeError):
+            print(line, file=_worker.stdin, flush=True)
+            answer = _worker.stdout.readline()  # type: ignore[union-attr]
+    finally:
+        if not answer:  # after Ctrl-C too, since the next one would read this answer
+            stop()
     if answer:
         return json.loads(answer)
-    _worker.kill()
-    _worker.wait()
     return {
         "problem": f"stopped, since it takes more than {SECONDS} seconds or too much memory",
         "fix": "Use another template.",
     }
 
 
-def _limit() -> None:
-    """Limits the memory of this process, where the operating system can."""
+def stop() -> None:
+    """Ends the process, if there is one; the next text starts another."""
+    global _worker
+    if _worker is not None:
+        _worker.kill()
+        with contextlib.suppress(BrokenPipeError), _worker:  # closes the pipes and waits
+            _worker = None
+
+
+def _serve() -> None:
+    """Answers requests, a line of JSON each, until there are no more."""
     import resource
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     for kind, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CORE, 0)):
-        with contextlib.suppress(ValueError, OSError):
+        with contextlib.suppress(ValueError, OSError):  # not every system can
             resource.setrlimit(kind, (most, most))
-
-
-def _serve() -> None:
-    """Answers requests, a line of JSON each, until there are no more."""
-    import signal
-
-    _limit()
     for line in sys.stdin.buffer:
         request = json.loads(line)
         # The signal ends the process, whatever it does.
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])
         answer = json.dumps(_answer(request))
         signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(answer + "\n")
-        sys.stdout.flush()
+        print(answer, flush=True)  # noqa: T201
 
 
 def _answer(request: dict[str, Any]) -> dict[str, str]:
@@ -160,25 +161,10 @@ def _compiled(template: str) -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def to_json(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: Any = None,
-        separators: Any = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )
-    environment.filters["tojson"] = to_json
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(template)

@@ -88,11 +88,25 @@ def test_what_a_template_says_is_passed_on(template: str | None, said: str):
         render_chat(tokenizer, TURNS)
 
 
+def test_after_an_interruption_the_next_text_is_its_own(monkeypatch: pytest.MonkeyPatch):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    render_chat(tokenizer, TURNS)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_template._worker.stdout, "readline", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        render_chat(tokenizer, TURNS)
+    assert render_chat(tokenizer, TURNS[1:]) == TURNS[1]["content"]
+
+
 def test_the_process_reads_neither_files_nor_the_folder_it_starts_in(tmp_path, monkeypatch):
     """A file of the user that is called like a module of Python is not imported."""
     (tmp_path / "json.py").write_text("raise SystemExit")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(chat_template, "_worker", None)
+    chat_template.stop()
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% include '/etc/passwd' %}"
     with pytest.raises(UserError, match="no loader"):
