@@ -103,8 +103,8 @@ def _traced(function: Callable[..., Any], args: Any) -> Callable[..., Any]:
     return lambda leaves: jax.tree.unflatten(structure, program(closed.consts, leaves))
 
 
-RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vmap_call")
-"""Primitives with rules for derivatives or batches, which a finished trace has behind it."""
+RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vmap_call", "checkpoint", "remat2")
+"""Primitives with rules for derivatives, batches or memory, which a finished trace is past."""
 
 
 def _as_value(part: Any) -> Any:
@@ -123,6 +123,8 @@ def _as_value(part: Any) -> Any:
         return tuple(map(_as_value, part))
     if isinstance(part, dict):
         return tuple((name, _as_value(part[name])) for name in sorted(part, key=str))
+    if isinstance(part, float | complex):
+        return type(part), repr(part)  # a NaN is itself, and 0.0 is not -0.0
     try:
         hash(part)
     except TypeError:

@@ -71,6 +71,25 @@ def test_equal_traces_share_a_program():
     assert len(programs._compiled) == 4
 
 
+def test_what_a_trace_is_past_compiles_nothing_again():
+    programs._compiled.clear()
+    policies = jax.checkpoint_policies
+
+    def function():
+        policy = policies.save_from_both_policies(  # another function at every call
+            policies.nothing_saveable, policies.save_only_these_names("name")
+        )
+        body = jax.checkpoint(
+            lambda x: jnp.take(jnp.sin(x), jnp.array([2, 5])).sum(), policy=policy
+        )
+        return lambda x: body(x) + jax.grad(body)(x)
+
+    first = run(function(), X)  # what is beyond the end is NaN, which is not equal to itself
+    np.testing.assert_array_equal(run(function(), X), first)
+    assert len(programs._compiled) == 1
+    assert programs._as_value(0.0) != programs._as_value(-0.0)
+
+
 def test_within_a_trace_a_program_is_its_function():
     scale = 3.0
     program = programs.Program(lambda x: scale * x)
