@@ -500,7 +500,7 @@ def _run(
         )
         params = state.params
         if record.best_step not in (None, config.steps):
-            params = _best(checkpoints, state, record.best_step)
+            params = checkpoints.in_place_of(state, record.best_step)
         test = measure("test", params)
         progress.say(f"test {_shown(test)}")
     before = {name: first[f"zero_shot_{name}"] for name in test}
@@ -527,18 +527,6 @@ def _run(
         "dynamics": dynamics,
         "config": to_dict(config),
     }
-
-
-def _best(checkpoints: Any, state: Any, step: int) -> Any:
-    """The parameters of a checkpoint; the memory of the state is given back before."""
-    from jaxlm.train.state import free
-
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-        state.params,
-    )
-    free(state)
-    return checkpoints.restore_params(like, step)
 
 
 def _named(what: str, values: Mapping[str, float]) -> dict[str, Any]:
