@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.shapes import SHIPPED
+from jaxlm import kernels
 from jaxlm.core import programs
+from jaxlm.models import LanguageModel, init_params
 
 X = jnp.array([1.0, 2.0, 3.0])
 
@@ -111,3 +114,19 @@ def test_what_is_no_array_is_held():
     assert {name for name, leaf in arrays.items() if leaf is not None} == {"w", "c"}
     found = jax.jit(lambda arrays, x: held(arrays, x, tap="tap"))(arrays, 2.0)
     np.testing.assert_allclose(found, np.sin(np.ones(2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "signgd"])
+def test_a_second_kernel_of_a_language_model_compiles_nothing(kind: str):
+    config = SHIPPED.replace(num_layers=2, hidden_size=16, intermediate_size=8, vocab_size=11)
+    config = config.replace(num_heads=2, num_kv_heads=2, head_size=8, embedding_size=16)
+    lm = LanguageModel(config, init_params(config, jax.random.key(0)))
+    ids = jnp.arange(24).reshape(4, 6) % 11
+
+    def f(params, ids, *, tap=None):
+        return lm.apply(params, ids, token_ids=np.array([1, 2]), tap=tap)[:, -1]
+
+    first = kernels.ntk(f, lm.params, ids, kind=kind)
+    known = set(programs._compiled)
+    np.testing.assert_array_equal(kernels.ntk(f, lm.params, ids, kind=kind), first)
+    assert set(programs._compiled) == known
