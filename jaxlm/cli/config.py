@@ -105,7 +105,11 @@ def parse_args(args: Sequence[str]) -> tuple[str | None, dict[str, str]]:
         raise UserError(
             f"{COMMAND_LINE}: two configuration files (got {files[0]} and {files[1]}). Give one."
         )
-    return (str(file_path(files[0], "config")) if files else None), overrides
+    if not files:
+        return None, overrides
+    path = str(file_path(files[0], "config"))
+    # As it was typed: `./x` is a folder, and `x` may be a name of the hub.
+    return path if files[0].startswith("~") else files[0], overrides
 
 
 def parse_model_args(args: Sequence[str]) -> tuple[str | None, dict[str, str]]:
