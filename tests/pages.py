@@ -20,15 +20,17 @@ import yaml
 from jaxlm.cli import launch
 from jaxlm.cli.main import ALONE, COMMANDS, main
 from jaxlm.core.errors import UserError
+from jaxlm.peft import TUNINGS
 from jaxlm.sharding import AXES
 from jaxlm.sharding.multihost import group_from_text
+from jaxlm.train.dynamics import DYNAMICS
 from jaxlm.train.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
-SHORT = ("--steps=2",)
-"""What makes a run of a page's own file one of seconds: it asks no less of the data."""
-FEW = ("--task.validation=hold_out", "--task.k=4", "--task.num_test=16", "--eval_batch_size=16")
-"""The same where a page names a shipped task, of which there are rows enough."""
+SHORT = ("--steps=2", "--task.num_test=4", "--eval_batch_size=16")
+"""What makes a run of a page's own file short; it still trains on as many rows as printed."""
+FEW = ("--task.validation=hold_out", "--task.k=4")
+"""And, where a page names a shipped task, few of these."""
 AWAY = re.compile(r"(^|=)(facebook/|opt/|roberta|FOLDER)")
 """What a command is given that is not on this machine."""
 
@@ -110,7 +112,9 @@ def run_jaxlm(args: list[str], run: bool) -> None:
     run = (run and len(args) > 1 and not any(map(AWAY.search, args))) or name not in WORK
     if run and name == "finetune":
         named = any(word.startswith("--task.name=") for word in args)
-        args = [*args, *SHORT, *(FEW if named else ())]
+        short = (*SHORT, *(FEW if named else ()))
+        flags = {flag.partition("=")[0] for flag in short}
+        args = [*(word for word in args if word.partition("=")[0] not in flags), *short]
     with contextlib.ExitStack() as patches:
         # A dry run compiles its programs, but does not look for the largest batch.
         patches.enter_context(mock.patch("jaxlm.train.plan._largest_batch", return_value=None))
@@ -307,6 +311,13 @@ def known(name: str) -> bool:
                 return False
         value = getattr(value, part)
     return True
+
+
+def is_key(name: str) -> bool:
+    """Whether a dotted name is a key of a section of a configuration, such as `peft.targets`."""
+    section, _, key = name.partition(".")
+    kinds = {"dynamics": DYNAMICS, "peft": TUNINGS}.get(section, {})
+    return any(key in (field.name for field in dataclasses.fields(kind)) for kind in kinds.values())
 
 
 def link_into(folder: Path) -> None:
