@@ -86,12 +86,9 @@ class GenerateConfig:
         """How tokens are drawn."""
         from jaxlm.models.generation import Sampling
 
-        try:
-            return Sampling(
-                temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
-            )
-        except ValueError as error:
-            raise UserError(f"{error}.") from None
+        return Sampling(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
+        )
 
 
 def config_class() -> type:

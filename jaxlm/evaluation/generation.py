@@ -7,6 +7,7 @@ read as one text; special tokens are shown.
 import bisect
 import dataclasses
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlm.artifacts.processes import to_host
+from jaxlm.core.checks import show, whole
 from jaxlm.core.errors import UserError
 from jaxlm.models import LanguageModel
 from jaxlm.models.generation import Generator, Sampling, State, decoding_params
@@ -198,11 +200,10 @@ class _Row:
 def _check(prompts: Sequence[str], stop: Sequence[str], chunk: int) -> None:
     for name, value in (("prompts", prompts), ("stop", stop)):
         if isinstance(value, str):
-            raise UserError(f"{name} is one text: give a list of texts.")
+            raise UserError(f"{name}: is one text (got {show(value)}). Give a list of texts.")
     if "" in stop:
-        raise UserError("a stop string is empty: leave it out.")
-    if chunk < 1:
-        raise UserError(f"chunk is {chunk}: give 1 or more.")
+        raise UserError("stop: has an empty text. Leave it out.")
+    whole(SimpleNamespace(chunk=chunk), "chunk")
 
 
 def _start(
@@ -222,10 +223,7 @@ def _start(
         ids[i, length - len(row.prompt) :] = row.prompt
         mask[i, length - len(row.prompt) :] = 1
     generator = Generator(config, sampling, config.stops)
-    try:
-        state = generator.start(lm.params, ids, mask, max_new_tokens=max_new_tokens, **options)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    state = generator.start(lm.params, ids, mask, max_new_tokens=max_new_tokens, **options)
     return generator, state, rows
 
 
@@ -244,8 +242,8 @@ def _tokenise(lm: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:
     tokenizer = lm.tokenizer
     if tokenizer is None:
         raise UserError(
-            "the model has no tokenizer, which text needs: put its files into the model's folder, "
-            "or give token ids to lm.generate."
+            "model: has no tokenizer, which text needs. Put its files into the model's folder, or "
+            "give token ids to lm.generate."
         )
     alone = tokenizer("a", add_special_tokens=False)["input_ids"]
     behind = tokenizer("a")["input_ids"][::-1].index(alone[-1])
@@ -255,6 +253,7 @@ def _tokenise(lm: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:
         rows.append(ids[: len(ids) - behind])
         if not rows[-1]:
             raise UserError(
-                f"prompt {prompt!r} has no token, and the tokenizer puts none before it: give text."
+                f"prompt: has no token, and the tokenizer puts none before it (got {prompt!r}). "
+                "Give text."
             )
     return rows

@@ -6,6 +6,7 @@ Shapes: B prompts, N new tokens, V vocabulary.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,8 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlm.core import checks
+from jaxlm.core.errors import UserError
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.scoring import last_token, log_probs_of, repeat
 from jaxlm.models.transformer import Cache, check_ids, empty_cache, extend, logits, unstack
@@ -40,14 +43,10 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self):
-        if not 0 <= self.temperature <= 1e30:
-            raise ValueError(f"temperature is {self.temperature}: give 0 or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}: give 1 or more, or None")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: give more than 0 and at most 1")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p is {self.min_p}: give 0 to 1")
+        checks.number(self, "temperature", least=0.0, most=1e30)
+        checks.whole(self, "top_k")
+        checks.number(self, "top_p", above=0.0, most=1.0)
+        checks.number(self, "min_p", least=0.0, most=1.0)
 
 
 def filter_logits(scores: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
@@ -282,25 +281,29 @@ class Generator:
     def _check_prompts(self, ids, mask) -> int:
         """Looks at the values; returns the tokens of the longest prompt."""
         if ids.shape[0] == 0 or (mask.sum(axis=1) == 0).any():
-            raise ValueError("a prompt is empty; give at least one token, such as the bos_id")
+            raise UserError("prompts: one is empty. Give each a token, such as the bos_id.")
         check_ids("input_ids", ids, self.config.vocab_size)
         return int(mask.sum(axis=1).max())
 
     def _check_choices(self, needed, max_new_tokens, num_samples, key):
         config = self.config
         if config.kind != "decoder" or config.head != "lm":
-            raise ValueError(f"a {config.family} model with head '{config.head}' does not generate")
-        if max_new_tokens < 1 or not 1 <= num_samples <= MOST_SAMPLES:
-            raise ValueError(
-                f"max_new_tokens and num_samples are 1 or more, and at most {MOST_SAMPLES} samples"
+            raise UserError(
+                f"model: does not generate (got a {config.family} model with head "
+                f"'{config.head}'). Give a decoder."
             )
+        sizes = SimpleNamespace(max_new_tokens=max_new_tokens, num_samples=num_samples)
+        checks.whole(sizes, "max_new_tokens")
+        checks.whole(sizes, "num_samples", most=MOST_SAMPLES)
         if needed > config.longest_text:
-            raise ValueError(
-                f"prompt and new tokens take {needed} positions, the model has "
-                f"{config.longest_text}; shorten the prompt or max_new_tokens"
+            raise UserError(
+                f"max_new_tokens: with the prompt needs {needed} positions, and the model has "
+                f"{config.longest_text} (got {max_new_tokens}). Lower it, or shorten the prompt."
             )
         if self.sampling.temperature > 0 and key is None:
-            raise ValueError("sampling needs a key; give key=jax.random.key(0) or temperature 0")
+            raise UserError(
+                "key: sampling needs one (got None). Give key=jax.random.key(0), or temperature 0."
+            )
 
 
 def decoding_params(params: Any) -> Any:
@@ -347,7 +350,7 @@ def generate(
       view: see `jaxlm.core.views`.
 
     Raises:
-      ValueError: empty prompt, token outside the vocabulary, more positions than the model was
+      UserError: empty prompt, token outside the vocabulary, more positions than the model was
         made for (rotary ones too: it was not trained beyond `config.longest_text`), no key,
         impossible settings.
     """

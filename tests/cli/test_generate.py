@@ -124,7 +124,7 @@ ROWS = {
     "no prompt": (
         nothing,
         ["model"],
-        "prompt '' has no token, and the tokenizer puts none before it: give text.",
+        "prompt: has no token, and the tokenizer puts none before it (got ''). Give text.",
     ),
     "prompt and file": (
         nothing,
@@ -218,7 +218,7 @@ ROWS = {
         ["--top_k=2"],
         "command line: top_k: does nothing at temperature 0 (got 2). Give temperature.",
     ),
-    "empty stop": (nothing, ["--prompt=a", "--stop="], "a stop string is empty: leave it out."),
+    "empty stop": (nothing, ["--prompt=a", "--stop="], "stop: has an empty text. Leave it out."),
     "seed": (
         nothing,
         ["--seed=-1"],

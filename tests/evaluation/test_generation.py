@@ -198,7 +198,7 @@ def test_what_a_tokenizer_adds(template):
     if template.startswith("<s>"):
         assert len(generate_text(model, [""], max_new_tokens=1)[0][0].tokens) == 1
     else:
-        with pytest.raises(UserError, match="prompt '' has no token"):
+        with pytest.raises(UserError, match=r"^prompt: has no token"):
             generate_text(model, [""], max_new_tokens=1)
 
 
@@ -210,17 +210,22 @@ def test_bad_input_is_refused(lm):
         with pytest.raises(UserError, match=message):
             stream_text(model, prompts[0], **options)
 
-    refuse("the model has no tokenizer", lm.replace(tokenizer=None))
-    refuse("sampling needs a key", sampling=SAMPLING)
-    refuse("a stop string is empty", stop=["#", ""])
-    refuse("stop is one text: give a list of texts", stop="##")
-    refuse("chunk is 0", chunk=0)
-    refuse("max_new_tokens and num_samples are 1 or more", max_new_tokens=0)
+    refuse("^model: has no tokenizer", lm.replace(tokenizer=None))
+    refuse("^key: sampling needs one", sampling=SAMPLING)
+    refuse("^stop: has an empty text", stop=["#", ""])
+    refuse("^stop: is one text", stop="##")
+    refuse("^chunk: must be from 1", chunk=0)
+    refuse("^max_new_tokens: must be from 1", max_new_tokens=0)
     learned = lm.replace(config=lm.config.replace(positions="learned", max_positions=8))
-    refuse("take 11 positions, the model has 8; shorten", learned, ["a film"], max_new_tokens=9)
+    refuse(
+        "^max_new_tokens: .* 11 positions",
+        learned,
+        ["a film"],
+        max_new_tokens=9,
+    )
     small = lm.replace(config=lm.config.replace(vocab_size=100))
     refuse(r"^input_ids: must be from 0 to 99", small)
-    refuse("does not generate", lm.replace(config=lm.config.replace(kind="encoder")))
-    with pytest.raises(UserError, match="prompts is one text"):
+    refuse("^model: does not generate", lm.replace(config=lm.config.replace(kind="encoder")))
+    with pytest.raises(UserError, match=r"^prompts: is one text"):
         generate_text(lm, "the film", max_new_tokens=2)
     assert generate_text(lm, [], max_new_tokens=2) == []

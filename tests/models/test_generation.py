@@ -14,6 +14,7 @@ from scipy import stats
 
 import jaxlm
 from jaxlm import peft, zo
+from jaxlm.core.errors import UserError
 from jaxlm.models import LanguageModel, ModelConfig, generation, init_params
 from jaxlm.models.config import RopeScaling
 from jaxlm.models.generation import Generator, Sampling, filter_logits
@@ -233,33 +234,34 @@ def test_filters_keep_what_they_name():
 
 def test_bad_input_is_refused(lm):
     call = lm.generate
-    with pytest.raises(ValueError, match="a prompt is empty"):
+    with pytest.raises(UserError, match=r"^prompts: one is empty"):
         call(lm.params, PROMPTS, MASK * np.array([[1], [1], [0]]), max_new_tokens=2)
-    with pytest.raises(ValueError, match="a prompt is empty"):
+    with pytest.raises(UserError, match=r"^prompts: one is empty"):
         call(lm.params, PROMPTS[:0], MASK[:0], max_new_tokens=2)
-    with pytest.raises(ValueError, match=r"input_ids: must be from 0 to 28 \(got 37\)"):
+    with pytest.raises(UserError, match=r"input_ids: must be from 0 to 28 \(got 37\)"):
         call(lm.params, PROMPTS + 28, MASK, max_new_tokens=2)
-    with pytest.raises(ValueError, match="sampling needs a key"):
+    with pytest.raises(UserError, match=r"^key: sampling needs one"):
         call(lm.params, PROMPTS, MASK, max_new_tokens=2, temperature=1.0)
-    with pytest.raises(ValueError, match="are 1 or more"):
+    with pytest.raises(UserError, match=r"^max_new_tokens: must be from 1"):
         call(lm.params, PROMPTS, MASK, max_new_tokens=0)
     for positions in ("learned", "rotary"):
         config = lm.config.replace(positions=positions)
-        with pytest.raises(ValueError, match="take 33 positions, the model has 32"):
+        with pytest.raises(UserError, match=r"^max_new_tokens: .* 33 positions"):
             lm.replace(config=config).generate(lm.params, PROMPTS, MASK, max_new_tokens=30)
-        with pytest.raises(ValueError, match="take 33 positions, the model has 32"):
+        with pytest.raises(UserError, match=r"^max_new_tokens: .* 33 positions"):
             Generator(config).sample(lm.params, PROMPTS, max_new_tokens=30)
     encoder = lm.replace(config=dataclasses.replace(lm.config, kind="encoder"))
-    with pytest.raises(ValueError, match="does not generate"):
+    with pytest.raises(UserError, match="does not generate"):
         encoder.generate(lm.params, PROMPTS, MASK, max_new_tokens=2)
     for options in (
         {"temperature": -1.0},
         {"temperature": np.inf},
         {"top_k": 0},
         {"top_p": 0.0},
+        {"top_p": np.nan},
         {"min_p": 2.0},
     ):
-        with pytest.raises(ValueError, match=next(iter(options))):
+        with pytest.raises(UserError, match=f"^{next(iter(options))}: must be"):
             generation.Sampling(**options)
 
 

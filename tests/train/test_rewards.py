@@ -122,7 +122,7 @@ def test_samples_are_those_of_the_key(lm, batch):
     losses = [float(loss(key)) for key in keys]
     assert len(set(losses)) > 1
     assert float(loss(keys[0])) == losses[0]
-    with pytest.raises(ValueError, match="sampling needs a key"):
+    with pytest.raises(ValueError, match=r"^key: sampling needs one"):
         loss_fn(lm.params, batch)
 
 
