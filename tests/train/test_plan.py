@@ -14,7 +14,7 @@ from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.models import param_shapes
 from jaxlm.sharding import make_mesh, place_params
-from jaxlm.train.by_shapes import finetuning
+from jaxlm.train.by_shapes import finetuning, model_shapes
 from jaxlm.train.device import Device, this_device
 from jaxlm.train.dynamics import method_and_batches
 from jaxlm.train.plan import dry_run, largest_batch
@@ -81,6 +81,11 @@ def test_pretraining(pretrain_yaml):
     assert summary["peak_memory_bytes"] == plan.memory[0].peak
     assert summary["parameters"] == plan.num_parameters == plan.num_trained
     assert plan.state_bytes == 3 * 4 * plan.num_parameters + 4  # moments, and their count
+    for options in ({"param_dtype": "bfloat16"}, {"param_dtype": "float32", "bits": 8}):
+        real = load_model(config.output, **options).params
+        planned = model_shapes(config.output, **options).params
+        shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), p) for p in (real, planned)]
+        assert shapes[0] == shapes[1]
 
 
 def test_a_step_of_mezo_is_two_passes_forward(run_yaml):
