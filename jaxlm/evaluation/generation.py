@@ -18,7 +18,7 @@ from jaxlm.artifacts.processes import to_host
 from jaxlm.core.checks import show, whole
 from jaxlm.core.errors import UserError
 from jaxlm.models import LanguageModel
-from jaxlm.models.generation import Generator, Sampling, State, decoding_params
+from jaxlm.models.generation import Generated, Generator, Sampling, State, decoding_params
 
 Finish = Literal["stop", "length"]
 GREEDY = Sampling()
@@ -80,7 +80,7 @@ def generate_text(
 
     Raises:
       UserError: no tokenizer, a prompt without tokens or longer than the model's positions, an
-        empty stop string, no key, a model that does not generate.
+        empty stop string, no key, a model that does not generate or whose scores are not finite.
     """
     _check(prompts, stop, chunk)
     if not prompts:
@@ -92,7 +92,7 @@ def generate_text(
     ended: dict[int, Completion] = {}
     params = decoding_params(lm.params)
     while True:
-        found = jax.tree.map(to_host, state.found)
+        found = _read(state)
         for i in range(len(rows) * num_samples):
             completion = ended.get(i) or rows[i // num_samples].end(found, i)
             if completion is not None:
@@ -138,7 +138,7 @@ def stream_text(
     def pieces(state: State) -> Iterator[str]:
         shown, params = 0, decoding_params(lm.params)
         while True:
-            found = jax.tree.map(to_host, state.found)
+            found = _read(state)
             completion = row.end(found, 0)
             text = row.settled(found) if completion is None else completion.text
             if len(text) > shown:
@@ -195,6 +195,21 @@ class _Row:
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+
+def _read(state: State) -> Generated:
+    """The tokens so far; where scores are NaN they would all be token 0.
+
+    Raises:
+      UserError: a log-probability is not finite.
+    """
+    found = jax.tree.map(to_host, state.found)
+    if not np.isfinite(found.log_probs).all():
+        raise UserError(
+            "model: its scores are not finite (got nan). Check that its weights are finite and not "
+            "too large."
+        )
+    return found
 
 
 def _check(prompts: Sequence[str], stop: Sequence[str], chunk: int) -> None:

@@ -202,6 +202,15 @@ def test_what_a_tokenizer_adds(template):
             generate_text(model, [""], max_new_tokens=1)
 
 
+def test_scores_that_are_not_finite_are_refused(lm):
+    """As tokens they would all be 0."""
+    large = lm.replace(params=jax.tree.map(lambda x: 1e18 * x, lm.params))
+    with pytest.raises(UserError, match=r"^model: its scores are not finite"):
+        generate_text(large, ["a"], max_new_tokens=2)
+    with pytest.raises(UserError, match=r"^model: its scores are not finite"):
+        list(stream_text(large, "a", max_new_tokens=2))
+
+
 def test_bad_input_is_refused(lm):
     def refuse(message, model=lm, prompts=("a",), **options):
         options = {"max_new_tokens": 2, **options}
