@@ -133,10 +133,13 @@ class RunFolder:
 
     def _why_fixed(self, stored: Mapping[str, Any], config: Any) -> str | None:
         """Why a run cannot go on to another number of steps; None where it can."""
-        done = stored["steps"] if self._summary.exists() else self.latest_step() or 0
+        steps, optimizer = stored.get("steps"), stored.get("optimizer")
+        if not isinstance(steps, int) or not isinstance(optimizer, dict):
+            raise self.foreign()
+        done = steps if self._summary.exists() else self.latest_step() or 0
         if config.steps < done:
             return f"{done} are done"
-        if (stored.get("optimizer") or {}).get("schedule") != "constant":
+        if optimizer.get("schedule") != "constant":
             return "the schedule of its learning rate depends on them"
         if stored.get("dynamics") or "corpus" in stored:
             return "its data or its dynamics are laid out over them"
