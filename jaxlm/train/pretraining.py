@@ -199,11 +199,16 @@ def pretrain(config: PretrainConfig, *, mesh: Mesh | None = None) -> dict[str, A
     """
     folder = RunFolder(config.output)
     folder.check(config)
-    summary = folder.summary()
-    if summary is not None:
+    if (summary := _finished(folder)) is not None:
         return summary
     with folder.held(config):
-        return folder.summary() or _pretrain(config, folder, mesh)
+        return _finished(folder) or _pretrain(config, folder, mesh)
+
+
+def _finished(folder: RunFolder) -> dict[str, Any] | None:
+    """The summary of a finished run, or None."""
+    numbers = dict.fromkeys(("steps", "tokens", "parameters"), int)
+    return folder.summary(loss=float, seconds=float, config=dict, model=str, **numbers)
 
 
 def _pretrain(config: PretrainConfig, folder: RunFolder, mesh: Mesh | None) -> dict[str, Any]:
@@ -264,7 +269,7 @@ def trained_model(
         UserError: the run has no checkpoint yet, or is not one of `pretrain`.
     """
     made = folder.path / "model"
-    if folder.summary() is not None and made.is_dir():
+    if _finished(folder) is not None and made.is_dir():
         return from_pretrained(made, param_dtype=param_dtype, bits=bits, mesh=mesh)
     lm = untrained_model(folder)
     params = None

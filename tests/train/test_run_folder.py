@@ -101,6 +101,7 @@ def test_lost_metrics_do_not_stop_a_run_from_resuming(content, run, whole):
         ("config.yaml", "[1, 2]", "Put back what was there"),
         ("config.yaml", "- " * 3000, "Put back what was there"),
         ("config.yaml", "optimizer: {name: mezo}", "Put back what was there"),
+        ("config.yaml", lambda text: re.sub("(?m)^steps: .*", "", text), "Put back what was there"),
         ("metrics.jsonl", '{"step": 0}\nthree\n', "not valid JSON"),
         ("metrics.jsonl", '{"step": 0}\n[3]\n', "not a line that jaxlm wrote"),
         ("data.json", '{"task.train"', "not valid JSON"),
@@ -110,10 +111,11 @@ def test_a_damaged_file_of_a_run_is_named(name, content, said, run):
     folder = run.parent / "run"
     if name != "summary.json":
         (folder / "summary.json").unlink()
-    (folder / name).write_text(content)
+    file = folder / name
+    file.write_text(content(file.read_text()) if callable(content) else content)
     with pytest.raises(UserError, match=said) as caught:
         start(run)
-    assert str(folder / name) in str(caught.value)
+    assert str(file) in str(caught.value)
 
 
 def test_half_a_summary_is_written_again_once_it_is_removed(run, whole):
@@ -189,6 +191,9 @@ def test_a_pretraining_run_is_a_model_finished_or_not(tmp_path, monkeypatch):
     pretrain(pretraining(tmp_path, steps=12, eval_every=12))
     last = load_model(folder / "model")
     jax.tree.map(np.testing.assert_array_equal, load_model(folder).params, last.params)
+    (folder / "summary.json").write_text('{"steps": 12}')
+    with pytest.raises(UserError, match=r"summary\.json: damaged .* Remove it"):
+        pretrain(pretraining(tmp_path, steps=12, eval_every=12))
 
 
 def test_a_configuration_beside_a_model_is_no_run(tiny_model, tmp_path):
