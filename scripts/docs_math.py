@@ -10,6 +10,10 @@ ELSEWHERE = re.compile(
     r"|(?:@import|url\()\s*[\"']?(?:https?:)?//[^)\"']*"
 )
 
+NORM = re.compile(r"\\(?:\||Vert\b)(.*?)\\(?:\||Vert\b)")
+ABSOLUTE = re.compile(r"\\lvert\b(.*?)\\rvert\b|(?<!\\)\|(.*?)(?<!\\)\|")
+PRIME = re.compile(r"<msup>(<mi>[^<]*</mi>)<mi>&#x02032;</mi></msup>")
+
 
 def mathml(latex: str, display: bool = False) -> str:
     """A formula in LaTeX as MathML.
@@ -19,8 +23,12 @@ def mathml(latex: str, display: bool = False) -> str:
     """
     from latex2mathml.converter import convert
 
-    # The converter knows \| only behind \left and \right, and \Vert everywhere.
-    found = convert(latex.replace(r"\|", r"\Vert "), display="block" if display else "inline")
+    # Bars have no space around them where they are known to belong together.
+    latex = ABSOLUTE.sub(lambda m: rf"\left|{m[1] or m[2]}\right|", latex)
+    latex = NORM.sub(r"\\left\\Vert \1\\right\\Vert ", latex)
+    found = convert(latex, display="block" if display else "inline")
+    # Fonts have the prime raised and small already: as a superscript it is hardly seen.
+    found = PRIME.sub(r'<mrow>\1<mo lspace="0" rspace="0">&#x02032;</mo></mrow>', found)
     if "\\" in found:
         raise ValueError(f"no MathML of {latex!r}: write it with other commands.")
     return found

@@ -46,5 +46,8 @@ def test_formulas_become_mathml():
         found = mathml(latex)
         assert found.startswith("<math")
         assert "\\" not in found
+    assert 'form="prefix">&#x0007C;</mo><mi>g</mi>' in mathml(r"\tau \max |g|")  # no space within
+    assert mathml(r"x'").count("&#x02032;") == 1
+    assert "<msup>" not in mathml(r"x'")
     with pytest.raises(ValueError, match="no MathML"):
         mathml(r"\nosuchcommand")
