@@ -15,7 +15,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def exchange(source: Path, target: Path, *, last: str, stale: Callable[[str], bool]) -> None:
+def exchange(source: Path, target: Path, *, last: str, stale: Callable[[Path], bool]) -> None:
     """Moves the files of one folder into another, in place of those of an earlier save.
 
     A stop at any moment leaves the files before, those after, or a folder without `last`, which no
@@ -25,13 +25,13 @@ def exchange(source: Path, target: Path, *, last: str, stale: Callable[[str], bo
       source: folder on the same file system.
       target: where they go.
       last: the file without which the others are nothing.
-      stale: says by name what in `target` belongs to an earlier save, and is removed.
+      stale: says what in `target` belongs to an earlier save, and is removed.
     """
     for path in source.rglob("*"):
         sync(path)
     (target / last).unlink(missing_ok=True)
     sync(target)
-    for path in [path for path in target.iterdir() if stale(path.name)]:
+    for path in [path for path in target.iterdir() if stale(path)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in source.iterdir():
         if path.name != last:

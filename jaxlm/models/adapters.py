@@ -38,8 +38,8 @@ def merge(config: ModelConfig, params: Any) -> Any:
         kernel = flat[stem + ".kernel"]
         if isinstance(kernel, Packed):
             raise UserError(
-                f"{stem}.kernel has {kernel.bits} bits, which an adapter cannot be merged into; "
-                "call jaxlm.core.precision.dequantize on the parameters first"
+                f"{stem}.kernel: cannot take an adapter in (got {kernel.bits} bits). Call "
+                "jaxlm.core.precision.dequantize on the parameters first."
             )
         wide = jnp.promote_types(kernel.dtype, jnp.float32)
         left, right = (flat[stem + name].astype(wide) for name in (".lora_a", ".lora_b"))

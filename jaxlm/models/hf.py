@@ -188,7 +188,7 @@ def _resolve(name_or_path, *, weights: bool = True) -> Path:
         return folder
     text = str(name_or_path)
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise UserError(f"model folder {text} does not exist; give a folder or a hub id")
+        raise UserError(f"model: there is no such folder (got {text}). Give a folder or a hub id.")
     from huggingface_hub import snapshot_download
 
     try:
@@ -196,8 +196,8 @@ def _resolve(name_or_path, *, weights: bool = True) -> Path:
         return Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:
         raise UserError(
-            f"model {text} is neither a folder nor could it be had from the hub "
-            f"({type(error).__name__}); check the name and the network"
+            f"model: is no folder, and could not be had from the hub (got {text}: "
+            f"{type(error).__name__}). Check the name and the network."
         ) from error
 
 
@@ -222,7 +222,7 @@ def _open(folder: Path, module: ModuleType) -> Checkpoint:
             ) from error
         except SafetensorError as error:
             raise UserError(
-                f"{path} is truncated or not a safetensors file; download it again"
+                f"{path}: is truncated or not a safetensors file. Download it again."
             ) from error
     return Checkpoint(folder, module, tensors, open_file)
 
@@ -277,8 +277,10 @@ def save_pretrained(
 
     Args:
       lm: the model; its tokenizer is written too.
-      directory: created if missing. Of a model that is there, all is removed: weights in any
-        format, tokenizer, generation_config.json, adapters. A model card and other files stay.
+      directory: created if missing. Of a model that is there, all that would be read with the new
+        one is removed: safetensors, tokenizer, generation_config.json, adapter_config.json. Other
+        files stay: a model card, pickles such as pytorch_model.bin, weights of an adapter. Where
+        another program would take those, remove them.
       params: in place of `lm.params`.
       max_shard_size: bytes of a file, as a number or like "200MB"; a model that needs several gets
         an index. A tensor is never divided.
@@ -293,7 +295,7 @@ def save_pretrained(
     params = dequantize(lm.params if params is None else params)
     if adapters.found(params, adapters.PREFIX):
         raise UserError(
-            "the parameters have a prefix, which a model folder cannot hold; keep a checkpoint"
+            "params: have a prefix, which a model folder cannot hold. Keep a checkpoint."
         )
     params = adapters.merge(lm.config, params)
     flat = {leaf.path: leaf.value for leaf in flatten(params)[0]}
@@ -315,14 +317,17 @@ def save_pretrained(
             _write_weights(temporary, split, tensors, flat)
             (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if not (folder / "README.md").exists():
-                text = model_card(lm.config, folder.resolve().name, dtype, count)
+                title = os.fsencode(folder.resolve().name).decode(errors="replace")
+                text = model_card(lm.config, title, dtype, count)
                 (temporary / "README.md").write_text(text, encoding="utf-8")
             if lm.tokenizer is not None:
                 lm.tokenizer.save_pretrained(temporary)
             exchange(temporary, folder, last=CONFIG, stale=is_of_a_model)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write the model to {folder}: {reason}; choose another") from error
+        raise UserError(
+            f"{folder}: the model cannot be written ({reason}). Choose another folder."
+        ) from error
     meet(str(folder))
 
 
@@ -339,7 +344,7 @@ def _split(tensors: dict[str, Target], max_shard_size: int | str) -> Any:
         )
     except ValueError as error:
         raise UserError(
-            f"max_shard_size={max_shard_size!r} is no size; give bytes, or a text like '5GB'"
+            f"max_shard_size: is no size (got {max_shard_size!r}). Give bytes, or a text: '5GB'."
         ) from error
 
 

@@ -167,10 +167,6 @@ def check_sizes(config: ModelConfig, where: str) -> None:
             f"rotary positions need an even number of elements of a head, not {turned}",
         ),
         (
-            len(config.windowed) in (0, config.num_layers),
-            f"layer_types names {len(config.windowed)} layers of {config.num_layers}",
-        ),
-        (
             scaling is None or scaling.kind == "linear" or scaling.slow < scaling.fast,
             "the slow bound of the rotary scaling must be below the fast one",
         ),

@@ -18,14 +18,18 @@ _OF_A_MODEL = re.compile(
     r"(config|(generation|adapter|preprocessor|processor|tokenizer)_config|tokenizer|vocab"
     r"|special_tokens_map|added_tokens|chat_template)\.json"
     r"|(vocab|merges)\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model"
-    r"|chat_template\.jinja|additional_chat_templates"
-    r"|(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+    r"|chat_template\.jinja|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 )
 
 
-def is_of_a_model(name: str) -> bool:
-    """Whether a file of this name belongs to a model in the HF layout, in any format."""
-    return _OF_A_MODEL.fullmatch(name) is not None
+def is_of_a_model(path: Path) -> bool:
+    """Whether a reader would take a file for a part of the model of its folder, by its name.
+
+    Pickles are not, nor are adapters without their configuration: they stay where a model is saved.
+    """
+    if path.is_dir():
+        return path.name == "additional_chat_templates"
+    return _OF_A_MODEL.fullmatch(path.name) is not None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -34,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return files.read_json(path)
     except FileNotFoundError:
         raise UserError(
-            f"model folder {path.parent} has no {path.name}; it is not in the HF layout"
+            f"{path}: there is no such file. Give a model folder in the HF layout."
         ) from None
 
 
@@ -45,13 +49,17 @@ def read_config(folder: Path) -> tuple[ModelConfig, ModuleType]:
         module = family(hf.get("model_type", ""))
     except KeyError as error:
         known = ", ".join(MODULES)
-        raise UserError(f"{path} has the model_type {error}; supported are {known}") from None
+        raise UserError(
+            f"{path}: model_type is not supported (got {error}). Choose one of {known}."
+        ) from None
     check_config(hf, str(path))
     try:
         take(hf, "quantization_config", None)
         config = module.read_config(hf)
     except KeyError as error:
-        raise UserError(f"{path} lacks the key {error}; complete it") from None
+        raise UserError(
+            f"{path}: the key {error} is missing. Add it, or download the file again."
+        ) from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     check_sizes(config, str(path))
@@ -83,21 +91,21 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         places = read_json(folder / INDEX).get("weight_map")
         if not isinstance(places, dict) or not places:
-            raise UserError(f"{folder / INDEX} has no weight_map; download it again")
+            raise UserError(f"{folder / INDEX}: has no weight_map. Download it again.")
         found = {inside(folder, name, str(folder / INDEX)) for name in places.values()}
         for path in sorted(found):
             if not path.is_file():
                 raise UserError(
-                    f"{folder / INDEX} names {path.name}, which is missing; download it again"
+                    f"{folder / INDEX}: names {path.name}, which is missing. Download it again."
                 )
         return sorted(found)
     for ending in ("bin", "pt", "pth"):
         for path in sorted(folder.glob(f"*.{ending}")):
             raise UserError(
-                f"model folder {folder} has only the pickle {path.name}, which is never read; "
-                "convert it to safetensors"
+                f"{path}: is a pickle, which is never read, and there is no {WEIGHTS}. Convert it "
+                "to safetensors."
             )
-    raise UserError(f"model folder {folder} has no {WEIGHTS}; download it again")
+    raise UserError(f"{folder / WEIGHTS}: there is no such file. Download it again.")
 
 
 def modern_name(name: str) -> str:

@@ -149,8 +149,8 @@ class Checkpoint:
         one, other = (self.tensors[name] for _, name in found)  # type: ignore[misc]
         if one.shape != other.shape:
             return True
-        rows = max(1, PIECE // math.prod(one.shape[1:]))
-        slices = (slice(low, low + rows) for low in range(0, one.shape[0], rows))
+        size, rows = one.shape[0], max(1, PIECE // math.prod(one.shape[1:]))
+        slices = [slice(low, min(low + rows, size)) for low in range(0, size, rows)]
         return not all(np.array_equal(self._piece(one, s), self._piece(other, s)) for s in slices)
 
     def _piece(self, stored: Stored, *index: slice) -> np.ndarray:
@@ -172,8 +172,8 @@ class Checkpoint:
             more = self.find(config, path, layers) if _stacked(path) else None
             if more is not None:
                 raise UserError(
-                    f"{self.folder} holds {more[1]}, config.json asks for {layers} layers; "
-                    "one of them is wrong"
+                    f"{self.folder}: holds {more[1]}, but config.json asks for {layers} layers. "
+                    "Correct config.json, or download the folder again."
                 )
         self._check_unused(config)
 
@@ -210,20 +210,20 @@ class Checkpoint:
         if found is None:
             names = (row.hf for row in self.module.names(config) if row.path == path)
             raise UserError(
-                f"model folder {self.folder} has no tensor {next(names).format(layer=layer)}; "
-                f"its weights are incomplete, or not those of a {config.family} model"
+                f"{self.folder}: has no tensor {next(names).format(layer=layer)}, which a "
+                f"{config.family} model needs. Correct config.json, or download the folder again."
             )
         row, name = found
         stored, wanted = self.tensors[name], _shape(row, shape)
         if stored.shape != wanted:
             raise UserError(
-                f"{self.folder}: {name} has the shape {list(stored.shape)}, config.json asks for "
-                f"{list(wanted)}; one of them is wrong"
+                f"{self.folder}: {name} must have the shape {list(wanted)} of config.json (got "
+                f"{list(stored.shape)}). Correct config.json, or download the folder again."
             )
         if stored.dtype not in _FLOATS:
             raise UserError(
-                f"{self.folder}: {name} has the dtype {stored.dtype}, which is not supported, only "
-                + ", ".join(_FLOATS)
+                f"{self.folder}: {name} is of a dtype that is not supported (got {stored.dtype}). "
+                f"Convert it to one of {', '.join(_FLOATS)}."
             )
 
     def read(
@@ -301,7 +301,7 @@ def targets(config: ModelConfig, module: ModuleType, flat: Mapping[str, Any]) ->
         shape = shapes[row.path]
         leaf = flat.get(row.path)
         if leaf is None or leaf.shape != shape:
-            raise UserError(f"the parameters have no {row.path} of shape {list(shape)}")
+            raise UserError(f"params: have no {row.path} of shape {list(shape)}. Give those of lm.")
         name = row.hf.removeprefix(module.PREFIX) if config.head == "none" else row.hf
         layers, ours = (shape[0], shape[1:]) if _stacked(row.path) else (1, shape)
         for layer in range(layers):

@@ -88,16 +88,14 @@ def save_adapter(
             temporary = Path(name)
             save_file(tensors, temporary / WEIGHTS, {"format": "pt"})
             (temporary / CONFIG).write_text(settings, encoding="utf-8")
-            exchange(temporary, folder, last=CONFIG, stale=_is_of_an_adapter)
+            exchange(
+                temporary, folder, last=CONFIG, stale=lambda path: path.name in (CONFIG, WEIGHTS)
+            )
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"cannot write the adapter to {folder}: {reason}; choose another"
+            f"{folder}: the adapter cannot be written ({reason}). Choose another folder."
         ) from error
-
-
-def _is_of_an_adapter(name: str) -> bool:
-    return name == CONFIG or name.startswith("adapter_model.")
 
 
 def _pair(rows: list[tuple[Name, int | None]], flat: dict[str, Any]) -> Any:
@@ -157,8 +155,8 @@ def load_adapter(
         rows = _find(modules, name, family(lm.config.family).PREFIX)
         if rows is None:
             raise UserError(
-                f"{folder}: {name} is no module of this {lm.config.family} model; is the adapter "
-                "for another model?"
+                f"{folder}: {name} is no module of this {lm.config.family} model. Give an adapter "
+                "of this model."
             )
         size_in = shapes[rows[0][0].path][-2]
         size_out = shapes[rows[0][0].path][-1] * rows[0][0].part[1]
@@ -176,7 +174,9 @@ def load_adapter(
     for path, by_layer in new.items():
         if None not in by_layer and len(by_layer) < lm.config.num_layers:
             missing = next(i for i in range(lm.config.num_layers) if i not in by_layer)
-            raise UserError(f"{folder}: {path} is missing in layer {missing}; all layers have one")
+            raise UserError(
+                f"{folder}: {path} is missing in layer {missing}. Give an adapter of all layers."
+            )
         stack = [by_layer[layer] for layer in sorted(by_layer, key=lambda i: i or 0)]
         flat[path] = jnp.asarray(stack[0] if None in by_layer else np.stack(stack), dtype)
     return lm.replace(config=lm.config.replace(lora_scale=scale), params=nest(flat))
@@ -189,16 +189,20 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
     path = folder / WEIGHTS
     if not path.is_file():
-        raise UserError(f"adapter folder {folder} has no {WEIGHTS}; pickles are never read")
+        raise UserError(
+            f"{path}: there is no such file, and pickles are never read. Give an adapter with it."
+        )
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} is truncated or not a safetensors file; download it again"
+            f"{path}: is truncated or not a safetensors file. Download it again."
         ) from error
     for name in tensors:
         if not name.startswith(ROOT) or not name.endswith((".lora_A.weight", ".lora_B.weight")):
-            raise UserError(f"{path} holds {name}, which is no matrix of plain LoRA")
+            raise UserError(
+                f"{path}: holds {name}, which is no matrix of plain LoRA. Give such an adapter."
+            )
     return {name.removeprefix(ROOT): tensor for name, tensor in tensors.items()}
 
 
@@ -213,11 +217,11 @@ def _tensor(
 ) -> np.ndarray:
     """One matrix, in a dtype; UserError where it does not fit or holds what is no finite number."""
     if name not in tensors:
-        raise UserError(f"{folder / WEIGHTS} has no {name}; download it again")
+        raise UserError(f"{folder / WEIGHTS}: has no {name}. Download it again.")
     if tensors[name].shape != shape:
         raise UserError(
-            f"{folder}: {name} has the shape {list(tensors[name].shape)}, this model asks for "
-            f"{list(shape)}; is the adapter for another model?"
+            f"{folder}: {name} must have the shape {list(shape)} (got "
+            f"{list(tensors[name].shape)}). Give an adapter of this model."
         )
     tensor = tensors[name]
     if not jnp.issubdtype(tensor.dtype, jnp.floating):

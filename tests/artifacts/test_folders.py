@@ -38,7 +38,7 @@ def test_a_stop_at_any_moment_leaves_no_mixture(tmp_path: Path, monkeypatch: pyt
         source = write(tmp_path / f"source{most}", **new)
         steps |= {"count": 0, "most": most}
         with contextlib.suppress(KeyboardInterrupt):
-            exchange(source, target, last="config", stale=lambda name: name in "abc")
+            exchange(source, target, last="config", stale=lambda path: path.name in "abc")
         found = {path.name: path.read_text() for path in target.iterdir()}
         assert found["mine"] == "mine"
         if "config" in found:

@@ -1,8 +1,11 @@
 """What from_pretrained and save_pretrained say to a user's mistake, and which files they read."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,11 +66,11 @@ NEW = "transformer.h.0.attn.c_attn.extra"
 MISTAKES = {
     "folder": (
         shutil.rmtree,
-        "model folder {folder} does not exist; give a folder or a hub id",
+        "model: there is no such folder (got {folder}). Give a folder or a hub id.",
     ),
     "config": (
         lambda folder: (folder / "config.json").unlink(),
-        "model folder {folder} has no config.json; it is not in the HF layout",
+        "{folder}/config.json: there is no such file. Give a model folder in the HF layout.",
     ),
     "json": (
         lambda folder: (folder / "config.json").write_text("{"),
@@ -80,13 +83,13 @@ MISTAKES = {
     ),
     "model type": (
         edit_config(model_type="mamba"),
-        "{folder}/config.json has the model_type 'mamba'; supported are "
+        "{folder}/config.json: model_type is not supported (got 'mamba'). Choose one of "
         "bert, gemma, gemma2, gpt2, gpt_neox, llama, mistral, olmo, olmo2, opt, qwen2, qwen3, "
-        "roberta",
+        "roberta.",
     ),
     "key": (
         edit_config(n_embd=...),
-        "{folder}/config.json lacks the key 'n_embd'; complete it",
+        "{folder}/config.json: the key 'n_embd' is missing. Add it, or download the file again.",
     ),
     "type": (
         edit_config(n_embd="24"),
@@ -95,70 +98,73 @@ MISTAKES = {
     ),
     "choice": (
         edit_config(reorder_and_upcast_attn=True),
-        "{folder}/config.json: reorder_and_upcast_attn=True is not supported, only False",
+        "{folder}/config.json: reorder_and_upcast_attn is not supported (got True). Use a model "
+        "with False.",
     ),
     "activation": (
         edit_config(activation_function="mish"),
-        "{folder}/config.json: activation_function='mish' is not supported, only "
-        "gelu, gelu_new, gelu_pytorch_tanh, relu, silu, swish",
+        "{folder}/config.json: activation_function is not supported (got 'mish'). Use a "
+        "model with one of gelu, gelu_new, gelu_pytorch_tanh, relu, silu, swish.",
     ),
     "quantization": (
         edit_config(quantization_config={"bits": 4}),
-        "{folder}/config.json: quantization_config={{'bits': 4}} is not supported, only None",
+        "{folder}/config.json: quantization_config is not supported (got {{'bits': 4}}). Use a "
+        "model with None.",
     ),
     "no weights": (
         without_weights(),
-        "model folder {folder} has no model.safetensors; download it again",
+        "{folder}/model.safetensors: there is no such file. Download it again.",
     ),
     "pickle": (
         without_weights(left="pytorch_model.bin"),
-        "model folder {folder} has only the pickle pytorch_model.bin, which is never read; "
-        "convert it to safetensors",
+        "{folder}/pytorch_model.bin: is a pickle, which is never read, and there is no "
+        "model.safetensors. Convert it to safetensors.",
     ),
     "missing shard": (
         without_weights(
             left="model.safetensors.index.json",
             text='{"weight_map": {"a": "model-1.safetensors"}}',
         ),
-        "{folder}/model.safetensors.index.json names model-1.safetensors, which is missing; "
-        "download it again",
+        "{folder}/model.safetensors.index.json: names model-1.safetensors, which is missing. "
+        "Download it again.",
     ),
     "truncated": (
         truncate,
-        "{folder}/model.safetensors is truncated or not a safetensors file; download it again",
+        "{folder}/model.safetensors: is truncated or not a safetensors file. Download it again.",
     ),
     "shape": (
         edit_weights(lambda tensors: tensors.update({WTE: tensors[WTE][:-1]})),
-        f"{{folder}}: {WTE} has the shape [36, 24], config.json asks for [37, 24]; "
-        "one of them is wrong",
+        f"{{folder}}: {WTE} must have the shape [37, 24] of config.json (got [36, 24]). "
+        "Correct config.json, or download the folder again.",
     ),
     "fused shape": (
         edit_config(n_embd=12),
-        f"{{folder}}: {WTE} has the shape [37, 24], config.json asks for [37, 12]; "
-        "one of them is wrong",
+        f"{{folder}}: {WTE} must have the shape [37, 12] of config.json (got [37, 24]). "
+        "Correct config.json, or download the folder again.",
     ),
     "tensor": (
         edit_weights(lambda tensors: tensors.pop("transformer.h.1.ln_1.bias")),
-        "model folder {folder} has no tensor transformer.h.1.ln_1.bias; "
-        "its weights are incomplete, or not those of a gpt2 model",
+        "{folder}: has no tensor transformer.h.1.ln_1.bias, which a gpt2 model needs. "
+        "Correct config.json, or download the folder again.",
     ),
     "layers": (
         edit_config(n_layer=1),
-        "{folder} holds transformer.h.1.ln_1.weight, config.json asks for 1 layers; "
-        "one of them is wrong",
+        "{folder}: holds transformer.h.1.ln_1.weight, but config.json asks for 1 layers. "
+        "Correct config.json, or download the folder again.",
     ),
     "head": (
         edit_config(tie_word_embeddings=False),
-        "model folder {folder} has no tensor lm_head.weight; "
-        "its weights are incomplete, or not those of a gpt2 model",
+        "{folder}: has no tensor lm_head.weight, which a gpt2 model needs. "
+        "Correct config.json, or download the folder again.",
     ),
     "integers": (
         edit_weights(lambda tensors: tensors.update({WTE: tensors[WTE].astype(np.int8)})),
-        f"{{folder}}: {WTE} has the dtype I8, which is not supported, only BF16, F16, F32, F64",
+        f"{{folder}}: {WTE} is of a dtype that is not supported (got I8). Convert it to one of "
+        "BF16, F16, F32, F64.",
     ),
     "index": (
         without_weights(left="model.safetensors.index.json", text='{"weight_map": []}'),
-        "{folder}/model.safetensors.index.json has no weight_map; download it again",
+        "{folder}/model.safetensors.index.json: has no weight_map. Download it again.",
     ),
     "index that leaves": (
         without_weights(
@@ -214,8 +220,8 @@ def test_a_name_that_the_hub_does_not_give():
     with pytest.raises(UserError) as caught:
         jaxlm.from_pretrained("nobody/nothing")
     assert str(caught.value) == (
-        "model nobody/nothing is neither a folder nor could it be had from the hub "
-        "(LocalEntryNotFoundError); check the name and the network"
+        "model: is no folder, and could not be had from the hub (got nobody/nothing: "
+        "LocalEntryNotFoundError). Check the name and the network."
     )
 
 
@@ -237,7 +243,7 @@ def test_a_name_that_the_hub_does_not_give():
 def test_an_option_that_changes_the_model_is_refused(name: str, changes: dict, tmp_path: Path):
     folder = Path(shutil.copytree(GOLDEN / name, tmp_path / name))
     edit_config(**changes)(folder)
-    with pytest.raises(UserError, match="is not supported, only"):
+    with pytest.raises(UserError, match="is not supported"):
         jaxlm.from_pretrained(folder)
 
 
@@ -288,14 +294,14 @@ def test_a_truncated_or_missing_shard_is_named(folder: Path):
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError) as caught:
         jaxlm.from_pretrained(folder)
-    wanted = f"{shard} is truncated or not a safetensors file; download it again"
+    wanted = f"{shard}: is truncated or not a safetensors file. Download it again."
     assert str(caught.value) == wanted
     shard.unlink()
     with pytest.raises(UserError) as caught:
         jaxlm.from_pretrained(folder)
     assert str(caught.value) == (
-        f"{folder}/model.safetensors.index.json names {shard.name}, which is missing; "
-        "download it again"
+        f"{folder}/model.safetensors.index.json: names {shard.name}, which is missing. "
+        "Download it again."
     )
 
 
@@ -324,6 +330,25 @@ def test_a_tied_table_may_be_stored_twice_or_under_the_name_of_the_head(kept: st
     found = jaxlm.from_pretrained(folder)
     assert found.config == wanted.config
     jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_a_tied_model_with_another_output_table_is_untied(
+    rows: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Wherever the tables differ, and however many of their rows are compared at a time."""
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors[WTE].copy()
+    head[-1, -1] += 1
+    save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+    monkeypatch.setattr("jaxlm.models.hf_tensors.PIECE", rows * head.shape[1])
+    lm = jaxlm.from_pretrained(folder)
+    assert not lm.config.tie_embeddings
+    np.testing.assert_array_equal(lm.params["lm_head"]["embedding"], head)
+    np.testing.assert_array_equal(lm.params["embed"]["tokens"]["embedding"], tensors[WTE])
+    assert jaxlm.models.shapes_from_pretrained(folder).config == lm.config
+    jaxlm.save_pretrained(lm, tmp_path / "again")
+    assert jaxlm.from_pretrained(tmp_path / "again").config == lm.config
 
 
 @pytest.mark.parametrize("name", sorted(folder.name for folder in GOLDEN.iterdir()))
@@ -389,7 +414,7 @@ def test_a_size_that_is_none(folder: Path, tmp_path: Path):
     with pytest.raises(UserError) as caught:
         jaxlm.save_pretrained(lm, tmp_path / "out", max_shard_size="large")
     assert str(caught.value) == (
-        "max_shard_size='large' is no size; give bytes, or a text like '5GB'"
+        "max_shard_size: is no size (got 'large'). Give bytes, or a text: '5GB'."
     )
 
 
@@ -439,10 +464,11 @@ def test_saving_where_nothing_can_be_written(folder: Path, tmp_path: Path):
     with pytest.raises(UserError) as caught:
         jaxlm.save_pretrained(lm, tmp_path / "file" / "model")
     assert str(caught.value) == (
-        f"cannot write the model to {tmp_path}/file/model: Not a directory; choose another"
+        f"{tmp_path}/file/model: the model cannot be written (Not a directory). Choose another "
+        "folder."
     )
     (tmp_path / "taken" / "model.safetensors").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"^cannot write the model to .*; choose another$"):
+    with pytest.raises(UserError, match=r"taken: the model cannot be written \(.*\)"):
         jaxlm.save_pretrained(lm, tmp_path / "taken")
     assert not list((tmp_path / "taken").glob("saving-*"))
 
@@ -453,7 +479,7 @@ def test_saving_the_parameters_of_another_model(folder: Path, tmp_path: Path):
     with pytest.raises(UserError) as caught:
         jaxlm.save_pretrained(lm, tmp_path / "out", other.params)
     assert str(caught.value) == (
-        "the parameters have no embed.positions.embedding of shape [16, 24]"
+        "params: have no embed.positions.embedding of shape [16, 24]. Give those of lm."
     )
     assert not (tmp_path / "out").exists()
 
@@ -636,6 +662,22 @@ def test_another_head_is_left_out_and_named(tmp_path: Path):
         jaxlm.from_pretrained(folder)
 
 
+def test_files_are_utf_8_whatever_the_locale(tmp_path: Path):
+    folder = Path(shutil.copytree(GOLDEN / "bert-classifier", tmp_path / "modèle"))
+    edit_config(id2label={"0": "naïve", "1": "很好", "2": "c"})(folder)
+    path = folder / "config.json"
+    text = json.dumps(json.loads(path.read_text()), ensure_ascii=False)
+    path.write_text(text, encoding="utf-8")
+    script = """import sys, jaxlm
+jaxlm.save_pretrained(jaxlm.from_pretrained(sys.argv[1]), sys.argv[2])"""
+    c_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", script, folder, tmp_path / "été"]
+    subprocess.run(command, env=os.environ | c_locale, check=True)
+    lm = jaxlm.from_pretrained(tmp_path / "été")
+    assert lm.config.label_names == ("naïve", "很好", "c")
+    assert "# été" in (tmp_path / "été" / "README.md").read_text(encoding="utf-8")
+
+
 def test_names_of_classes_are_read_and_written(tmp_path: Path):
     folder = Path(shutil.copytree(GOLDEN / "bert-classifier", tmp_path / "bert"))
     assert jaxlm.from_pretrained(folder).config.label_names == ()
@@ -657,11 +699,13 @@ def test_names_of_classes_are_read_and_written(tmp_path: Path):
 
 
 def test_a_save_leaves_nothing_of_the_model_before(folder: Path, tmp_path: Path):
-    stale = ("generation_config.json", "adapter_config.json", "adapter_model.safetensors",
-             "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt",
-             "chat_template.jinja", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin",
-             "model-00001-of-00002.safetensors", "model.safetensors.index.json")  # fmt: skip
-    kept = ("README.md", "notes.txt", "train.jsonl")
+    """What would be read with it; other weights are the user's."""
+    stale = ("generation_config.json", "adapter_config.json", "tokenizer.json",
+             "tokenizer_config.json", "special_tokens_map.json", "merges.txt",
+             "chat_template.jinja", "model-00001-of-00002.safetensors",
+             "model.safetensors.index.json")  # fmt: skip
+    kept = ("README.md", "notes.txt", "train.jsonl", "pytorch_model.bin",
+            "pytorch_model-00001-of-00002.bin", "adapter_model.safetensors")  # fmt: skip
     out = tmp_path / "out"
     out.mkdir()
     for name in (*stale, *kept):

@@ -75,14 +75,17 @@ def layer_norm(path: str, hf: str) -> list[Name]:
 def take(hf: dict[str, Any], key: str, accepted: Any) -> None:
     """Raises ValueError if the HF config sets `key` to something that is not implemented here."""
     if hf.get(key, accepted) != accepted:
-        raise ValueError(f"{key}={hf[key]!r} is not supported, only {accepted!r}")
+        raise ValueError(
+            f"{key} is not supported (got {hf[key]!r}). Use a model with {accepted!r}."
+        )
 
 
 def read_activation(hf: dict[str, Any], key: str, default: str) -> Activation:
     """Our name of the activation at `key`; ValueError for one that this library does not have."""
     name = hf.get(key, default)
     if name not in _ACTIVATIONS:
-        raise ValueError(f"{key}={name!r} is not supported, only {', '.join(_ACTIVATIONS)}")
+        known = ", ".join(_ACTIVATIONS)
+        raise ValueError(f"{key} is not supported (got {name!r}). Use a model with one of {known}.")
     return _ACTIVATIONS[name]
 
 
@@ -117,7 +120,8 @@ def read_rope(hf: dict[str, Any]) -> dict[str, Any]:
     if kind == "default":
         return {"rope_theta": theta}
     if kind not in ("linear", "llama3", "yarn"):
-        raise ValueError(f"rope_type={kind!r} is not supported, only default, linear, llama3, yarn")
+        known = "default, linear, llama3, yarn"
+        raise ValueError(f"rope_type is not supported (got {kind!r}). Use a model with {known}.")
     scaling = RopeScaling(kind, float(rope["factor"]))
     if kind != "linear":
         original = rope.get("original_max_position_embeddings") or hf["max_position_embeddings"]
@@ -171,6 +175,11 @@ def read_windows(hf: dict[str, Any], default: tuple[bool, ...]) -> dict[str, Any
     """`window` and `windowed` for `ModelConfig`; `default` where the config has no layer types."""
     window, kinds = hf.get("sliding_window"), hf.get("layer_types")
     windowed = default if kinds is None else tuple(x == "sliding_attention" for x in kinds)
+    if len(windowed) not in (0, layers := hf["num_hidden_layers"]):
+        raise ValueError(
+            f"layer_types must name {layers} layers (got {len(windowed)}). Correct it, or download "
+            "the file again."
+        )
     if window is None or not any(windowed):
         return {}
     return {"window": window, "windowed": windowed}
