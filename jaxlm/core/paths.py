@@ -187,7 +187,10 @@ def check_unique_hashes(tree) -> None:
         path, layer = identity(leaf.path, leaf.layer)
         other = hashes.setdefault(path_hash(path), path)
         if other != path:
-            raise UserError(f"paths {other!r} and {path!r} share a hash; rename one of them")
+            raise UserError(
+                f"{path}: {other!r} and {path!r} share a hash and would share their noise. Rename "
+                "one of them."
+            )
         own, taken = "all" if leaf.stacked else layer, layers.setdefault(path, set())
         if own in taken or (taken and "all" in {own, *taken}):
             raise UserError(

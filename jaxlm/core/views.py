@@ -28,7 +28,9 @@ FEW = 8
 class View(Protocol):
     """What a view is: a function from a stored leaf to the leaf that the model uses."""
 
-    def __call__(self, path: str, leaf: Any, layer: Array | None, *, rows: Rows = None) -> Any: ...
+    def __call__(
+        self, path: str, leaf: Any, layer: Array | int | None, *, rows: Rows = None
+    ) -> Any: ...
 
 
 @jax.tree_util.register_dataclass
@@ -162,7 +164,7 @@ def add_factors(path: str, leaf: Any, delta: LowRank, rows: Rows) -> Any:
 
 
 def apply(
-    view: View | None, path: str, leaf: Any, layer: Array | None, *, rows: Rows = None
+    view: View | None, path: str, leaf: Any, layer: Array | int | None, *, rows: Rows = None
 ) -> Any:
     """Returns what the model sees of `leaf`; without a view, the leaf itself."""
     return take(leaf, rows) if view is None else view(path, leaf, layer, rows=rows)
@@ -175,7 +177,9 @@ class Composed:
 
     views: tuple[Any, ...]
 
-    def __call__(self, path: str, leaf: Any, layer: Array | None, *, rows: Rows = None) -> Any:
+    def __call__(
+        self, path: str, leaf: Any, layer: Array | int | None, *, rows: Rows = None
+    ) -> Any:
         for view in self.views:
             leaf = view(path, leaf, layer, rows=rows)
             if rows is not None:

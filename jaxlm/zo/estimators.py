@@ -250,8 +250,8 @@ def spsa(
 
     Raises:
       ValueError: if eps is not positive, there is no direction, `mesh` does not divide them,
-        `select` takes nothing, the sampler does not fit the parameters, or the loss is not one
-        float.
+        `select` takes nothing, two parameters have one path, the sampler does not fit the
+        parameters, or the loss is not one float.
 
     >>> loss = lambda params: (params["w"] ** 2).sum()
     >>> est = spsa(loss, {"w": jnp.ones(3)}, key=jax.random.key(0))
@@ -259,6 +259,7 @@ def spsa(
     (1,)
     """
     check(eps, num_directions, mesh)
+    paths.check_unique_hashes(params)
     paths.mask(params, select)
     sampler.check(params, select)
     drawn = directions(key, sampler, params, select, num_directions)

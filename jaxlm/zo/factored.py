@@ -47,7 +47,7 @@ def factored_momentum(decay: float = 0.9) -> Rule:
         state = over_layers(moved, state, params)
 
         def block(site):
-            own = own_part(state, site)
+            own = own_part(state, site.path, site.layer)
             if not is_matrix(site):
                 return views.take(own, site.rows)
             return with_lazy(*lazy_of(now), site, own).dense()
@@ -147,13 +147,13 @@ def leaf_name(leaf: paths.Leaf) -> str:
     return paths.indexed(*paths.identity(leaf.path, leaf.layer))
 
 
-def own_part(memory: dict[str, Array], site: Site) -> Any:
-    """The memory of a site, all its rows; None where there is none.
+def own_part(memory: dict[str, Array], path: str, layer: Any) -> Any:
+    """The memory of a leaf, of one layer where it is stacked; None where there is none.
 
     A model asks by path and layer, whether its layers are a stack or a list; and of a list by a
     layer that is traced, where each has the same shape.
     """
-    path, layer = paths.identity(site.path, site.layer)
+    path, layer = paths.identity(path, layer)
     if layer is None or path in memory:
         own = memory.get(path)
         return own if own is None or layer is None else own[layer]

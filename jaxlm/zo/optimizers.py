@@ -16,7 +16,7 @@ both signs, and weight decay spares biases and norms by their path.
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -194,13 +194,18 @@ def written(select: paths.Select) -> paths.Select:
     return select
 
 
-def described(sampler: Sampler) -> str:
+def described(value: Any) -> str:
     """A sampler as a trajectory knows it: its arrays, such as thresholds, by their checksums."""
-
-    def short(x):
-        return "traced" if is_traced(x) else f"crc32:{zlib.crc32(np.asarray(x).tobytes())}"
-
-    return repr(jax.tree.map(short, sampler))
+    if dataclasses.is_dataclass(value):
+        fields = (
+            f"{x.name}={described(getattr(value, x.name))}" for x in dataclasses.fields(value)
+        )
+        return f"{type(value).__name__}({', '.join(fields)})"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name!r}: {described(x)}' for name, x in value.items())}}}"
+    if hasattr(value, "dtype"):
+        return "traced" if is_traced(value) else f"crc32:{zlib.crc32(np.asarray(value).tobytes())}"
+    return repr(value)
 
 
 def zeroth_order(
@@ -384,7 +389,7 @@ def descend(
             rounded = round_to(new, site, rounding, key)
             value = jnp.where((new == old) | ~jnp.asarray(moves), site.value, rounded)
             changed = _some_rows(value) != _some_rows(site.value)
-            return value, changed.mean() * value.size
+            return value, changed.mean(dtype=jnp.float32) * value.size
 
         value, count = over_blocks(moved, leaf)
         counts.append(count)

@@ -137,19 +137,26 @@ def _refuse_parts(params, select):
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.manual_axes:
         return
-    if not jax.typeof(lax.axis_index(mesh.manual_axes[0])).vma:
+    if not _varying(lax.axis_index(mesh.manual_axes[0])):
         raise UserError(
             f"params: inside shard_map with check_vma=False over {mesh.manual_axes}, sharded "
             "parameters cannot be told from whole ones, and every shard would draw the same "
             "noise. Leave check_vma=True, or call from outside with sharded arrays under jit."
         )
     for leaf in trained(params, select):
-        if varying := getattr(jax.typeof(leaf.value), "vma", None):
+        if varying := _varying(leaf.value):
             raise UserError(
                 f"params: {leaf.path} differs between the devices of shard_map (got "
                 f"{tuple(sorted(varying))}), and every shard would draw the same noise. Call from "
                 "outside of shard_map with sharded arrays under jit."
             )
+
+
+def _varying(x):
+    """The axes of a mesh along which an array inside `shard_map` differs; empty if unchecked."""
+    kind = jax.typeof(x)
+    axes = getattr(kind, "manual_axis_type", None)  # before JAX 0.10.1, the attribute `vma`
+    return getattr(kind, "vma", ()) if axes is None else axes.varying
 
 
 def trained(params: Any, select: paths.Select) -> list[paths.Leaf]:

@@ -34,8 +34,10 @@ from jaxlm.zo.optimizers import (
     concrete,
     described,
     first_state,
+    hold,
     info_of,
     rates,
+    release,
     round_to,
     value_at,
 )
@@ -71,10 +73,10 @@ class Residual:
         seen = views.take(leaf, rows)
         if isinstance(leaf, Packed):
             return seen
-        site = Site(path, leaf.shape, layer, rows, seen)
-        own = own_part(self.memory, site)
+        own = own_part(self.memory, path, layer)
         if own is None:
             return seen
+        site = Site(path, leaf.shape, layer, rows, seen)
         if not is_matrix(site):
             return views.take(own, rows).astype(leaf.dtype)
         return views.add_factors(path, seen, self.factors(site, own), rows)
@@ -167,12 +169,17 @@ def lozo_residual(
         last = jnp.where(finite.any(), state.step, state.last)
         state = state._replace(memory=memory, last=last)
         full = (state.step + 1) % interval == 0
-        params = lax.cond(full, folded, lambda params, state: params, params, state)
+
+        def fold(arrays, state):
+            return hold(folded(release(arrays), state))
+
+        arrays = lax.cond(full, fold, lambda arrays, state: arrays, hold(params), state)
         memory = {
             leaf_name(leaf): jnp.where(full & is_matrix(site), 0, memory[leaf_name(leaf)])
             for leaf, site in remembered(params, memory)
         }
-        return params, state._replace(step=state.step + 1, memory=memory), fraction
+        state = state._replace(step=state.step + 1, memory=memory)
+        return release(arrays), state, fraction
 
     def folded(params, state):
         base, takes = residual(state), paths.chooser(select)
@@ -183,7 +190,7 @@ def lozo_residual(
                 return leaf.value
 
             def block(site):
-                own = own_part(state.memory, site)
+                own = own_part(state.memory, site.path, site.layer)
                 if not is_matrix(site):
                     return views.take(own, site.rows).astype(site.value.dtype), jnp.zeros(())
                 new = site.value.astype(own.dtype) + base.factors(site, own).dense()
@@ -229,11 +236,11 @@ def moved_fraction(
     sampler: Factored, params: Any, old: dict[str, Array], new: dict[str, Array]
 ) -> Float[Array, ""]:
     """Of the parameters that are trained, how many have another value: where a row of N has."""
-    moved, total = jnp.zeros(()), 0.0
+    moved, total = jnp.zeros((), jnp.float32), 0.0
     for leaf, site in remembered(params, new):
         changed = old[leaf_name(leaf)] != new[leaf_name(leaf)]
         if is_matrix(site):
             changed = changed.any(-1 if sampler.new_side(leaf.path) == "left" else -2)
-        moved += changed.mean() * leaf.value.size
+        moved += changed.mean(dtype=jnp.float32) * leaf.value.size
         total += leaf.value.size
     return moved / total

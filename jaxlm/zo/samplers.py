@@ -104,7 +104,7 @@ class Sphere(Sampler):
 
     def along(self, key, params, select):
         takes = paths.chooser(select)
-        square, size = jnp.zeros(()), 0
+        square, size = jnp.zeros((), jnp.float32), 0
         for leaf in paths.flatten(params)[0]:
             if takes(leaf.path, leaf.value):
                 square += sum_over_blocks(lambda site: self._square(key, site), leaf)

@@ -73,9 +73,9 @@ def over_blocks(
         value = lax.dynamic_index_in_dim(stack, layer, keepdims=False)
         value, number = _over_rows(function, leaf.path, value, layer)
         here = _after(number, layer)
-        return lax.dynamic_update_index_in_dim(stack, value, here, 0), total + number
+        return lax.dynamic_update_index_in_dim(stack, value, here, 0), total + _narrow(number)
 
-    return lax.fori_loop(0, leaf.value.shape[0], body, (leaf.value, jnp.zeros(())))
+    return lax.fori_loop(0, leaf.value.shape[0], body, (leaf.value, _narrow(0)))
 
 
 def sum_over_blocks(function: Callable[[Site], Array], leaf: paths.Leaf) -> Array:
@@ -88,17 +88,23 @@ def sum_over_blocks(function: Callable[[Site], Array], leaf: paths.Leaf) -> Arra
         parted = blocks.parted(value)
 
         def add(start, size, total):
-            return total + function(blocks.site(parted, start, size))
+            return total + _narrow(function(blocks.site(parted, start, size)))
 
-        return blocks.fold(add, jnp.zeros(()))
+        return blocks.fold(add, _narrow(0))
 
     if not leaf.stacked:
         return rows(leaf.value, leaf.layer)
 
     def add(layer, total):
-        return total + rows(lax.dynamic_index_in_dim(leaf.value, layer, keepdims=False), layer)
+        value = lax.dynamic_index_in_dim(leaf.value, layer, keepdims=False)
+        return total + _narrow(rows(value, layer))
 
-    return lax.fori_loop(0, leaf.value.shape[0], add, jnp.zeros(()))
+    return lax.fori_loop(0, leaf.value.shape[0], add, _narrow(0))
+
+
+def _narrow(number: Any) -> Array:
+    """In float32, whatever the process takes for the width of a number."""
+    return jnp.asarray(number, jnp.float32)
 
 
 def _after(number, index):
@@ -116,9 +122,10 @@ def _over_rows(function, path, value, layer):
         new, number = function(blocks.site(value, start, size))
         new = new.reshape(value.shape[0], size, *value.shape[2:])
         start = _after(number, start)
-        return lax.dynamic_update_slice_in_dim(value, new, start, axis=1), total + number
+        value = lax.dynamic_update_slice_in_dim(value, new, start, axis=1)
+        return value, total + _narrow(number)
 
-    written, total = blocks.fold(write, (blocks.parted(value), jnp.zeros(())))
+    written, total = blocks.fold(write, (blocks.parted(value), _narrow(0)))
     return written.reshape(value.shape), total
 
 

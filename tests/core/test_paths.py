@@ -231,7 +231,7 @@ def test_two_paths_with_one_hash_raise():
 
     paths.check_unique_hashes(tree(first))
     paths.check_unique_hashes(UNSTACKED)
-    with pytest.raises(ValueError, match="share a hash; rename one of them"):
+    with pytest.raises(ValueError, match="share a hash"):
         paths.check_unique_hashes(tree(first, second))
 
 

@@ -112,7 +112,7 @@ def magnitude(fraction):
             lambda: zo.mezo(bent),
             r"rate of step 2 was 0\.006",
         ),
-        (lambda: magnitude(0.25), lambda: magnitude(0.2501), "made with sampler"),
+        (lambda: magnitude(0.25), lambda: magnitude(0.251), "made with sampler"),
     ],
     ids=["decay", "default_decay", "select", "schedule", "thresholds"],
 )

@@ -90,7 +90,7 @@ def test_the_copy_in_float32_is_moved_and_the_parameters_are_its_rounding():
     for t in range(4):
         key = jax.random.fold_in(KEY, t)
         slope = measure(params, key).projected_grad[0]
-        z = draw(params, key)
+        z = draw(state.memory.params, key)  # in float32
         decay = {"layers": {"kernel": 0.5}, "head": {"kernel": 0.5, "bias": 0.0}}
         params, state, info = step(params, state, batch)
         np.testing.assert_allclose(info.projected_grad[0], slope, atol=2e-4)

@@ -1,5 +1,7 @@
 """Every sampler: moments, and that a part drawn alone is that part of the whole."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -222,7 +224,7 @@ def ill_conditioned(n: int, rank: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 31, 64, 96])
 def test_a_basis_is_orthonormal_at_every_rank_whatever_is_drawn(n):
     for rank in range(1, n + 1) if n <= 8 else sorted({1, 2, n // 2, n - 1, n}):
-        drawn = np.stack([*ill_conditioned(n, rank).values()]).astype(np.float32)
+        drawn = jnp.asarray(np.stack([*ill_conditioned(n, rank).values()]), jnp.float32)
         for basis in (jax.jit(jax.vmap(orthonormal))(drawn), [orthonormal(x) for x in drawn]):
             for p in np.asarray(basis, np.float64):
                 np.testing.assert_allclose(p.T @ p, np.eye(rank), atol=1e-5)
@@ -262,7 +264,10 @@ def test_newton_schulz_brings_singular_values_near_one(shape):
     np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
-@pytest.mark.parametrize("make", [zo.lozo, zo.lozo_momentum, zo.lozo_residual, zo.zo_muon])
+MUON = functools.partial(zo.zo_muon, vector_scale=1.0)
+
+
+@pytest.mark.parametrize("make", [zo.lozo, zo.lozo_momentum, zo.lozo_residual, MUON])
 @pytest.mark.parametrize(
     "params",
     [
@@ -386,10 +391,10 @@ def test_a_sphere_has_the_radius_of_its_dimension(select):
 
 def test_thresholds_are_those_found_by_sorting():
     values = [4.0, -1.0, 3.0, -2.0, 0.5, 6.0, -5.0, 7.0]
-    params = {"w": jnp.array(values), "layers": {"k": jnp.array([values[:4], values[4:]])}}
+    params = {"w": jnp.array(values), "layers": {"w": jnp.array([values[:4], values[4:]])}}
     limits = zo.magnitude(params, 0.5).limits
     assert float(limits["w"]) == 3
-    np.testing.assert_array_equal(limits["layers.k"], [2, 5])
+    np.testing.assert_array_equal(limits["layers.w"], [2, 5])
     assert float(zo.magnitude(params, 1.0).limits["w"]) == 7
 
 
