@@ -78,7 +78,7 @@ def foreseen(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return text
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-        asked = re.search(r"\d[\d.]*\s?(?:[KMGT]i?B|bytes)", text)
+        asked = re.search(r"\d[\d.]*\s?(?:[KMGTPE]i?B|bytes)", text)
         size = f"asked for {asked[0]} at once" if asked else "how much is not known"
         return (
             f"memory: there is too little ({size}). Lower batch_size, eval_batch_size or "
