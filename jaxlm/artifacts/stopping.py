@@ -103,9 +103,11 @@ def handled() -> Iterator[None]:
 def listening() -> Iterator[None]:
     """Within, the first signal is for `told` to read; the second one does what it always does.
 
-    Without `handled`, as in a notebook, that is an exception for SIGINT.
+    Without `handled`, as in a notebook, that is an exception for SIGINT. A signal that came after
+    the last look of a loop that is done is sent once more.
     """
     before = {}
+    done, late = False, 0
 
     def receive(number: int, frame: object) -> None:
         if not _State.watched and not _receive(number, "raises KeyboardInterrupt"):
@@ -118,12 +120,15 @@ def listening() -> Iterator[None]:
     _State.listeners += 1
     try:
         yield
+        done = True
     finally:
         _State.listeners -= 1
         if not _State.listeners:
-            _State.told = 0
+            late, _State.told = _State.told, 0
         for number, handler in before.items():
             signal.signal(number, handler)
+        if done and late:
+            signal.raise_signal(late)
 
 
 def told() -> int:

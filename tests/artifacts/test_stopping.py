@@ -26,8 +26,11 @@ try:
             begin = time.monotonic()
             while time.monotonic() < begin + 60:
                 time.sleep(0.01)
+                if kind == "late" and told():
+                    break
                 if kind == "loop" and (number := told()):
                     raise Stopped("stopped after step 3 of 9", number)
+        time.sleep(60)
 except Stopped as stopped:
     print(stopped, flush=True)
     sys.exit(stopped.code)
@@ -76,14 +79,30 @@ def test_a_second_signal_ends_a_loop_that_does_not_come_to_look():
     assert said.endswith("once more ends at once\nstopped\n")
 
 
+def test_a_signal_after_the_last_look_ends_the_process():
+    run = start("late")
+    run.send_signal(signal.SIGTERM)
+    out, said = run.communicate(timeout=20)
+    assert (run.returncode, out) == (143, "")
+    assert said.endswith("stopped\n")
+
+
 def test_in_a_notebook_the_second_signal_is_an_exception():
     from jaxlm.artifacts.stopping import listening, told
 
     before = signal.getsignal(signal.SIGINT)
-    with listening():
-        signal.raise_signal(signal.SIGINT)
-        assert told() == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
+
+    def loop():
+        with listening():
             signal.raise_signal(signal.SIGINT)
+            assert told() == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt("of the loop")
+
+    with pytest.raises(KeyboardInterrupt, match="of the loop"):
+        loop()
+    with pytest.raises(KeyboardInterrupt), listening():
+        signal.raise_signal(signal.SIGINT)  # after the last look
     assert told() == 0
     assert signal.getsignal(signal.SIGINT) is before

@@ -76,7 +76,7 @@ def test_names_are_no_markup(tiny_model, tmp_path, capsys):
     (tmp_path / "[b]").mkdir()
     (tmp_path / "[b]" / "b]").symlink_to(tiny_model)
     assert main(["info", f"{tmp_path}/[b]/b]"]) == 0
-    assert "[b]/b]" in capsys.readouterr().out.replace("\n", "")
+    assert "[b]/b]" in "".join(capsys.readouterr().out.split())
     values = {"accuracy": 0.5}
     summary = dict.fromkeys(("zero_shot", "validation", "test"), values)
     numbers = dict.fromkeys(("steps", "tested_step", "forwards", "backwards", "seconds"), 1)
@@ -150,5 +150,7 @@ def test_the_help_has_every_key_with_its_default(capsys):
 
 
 def test_a_start_says_nothing_of_libraries_that_are_not_needed(tiny_model):
-    done = run("generate", str(tiny_model), "--prompt=the film", "--max_new_tokens=1")
+    words = ["generate", str(tiny_model), "--prompt=the film", "--max_new_tokens=1"]
+    # Programs from a cache that another machine filled make XLA speak.
+    done = run(*words, JAX_ENABLE_COMPILATION_CACHE="false")
     assert (done.returncode, done.stderr) == (0, "")
