@@ -17,6 +17,7 @@ from jaxlm.core.errors import UserError
 
 LOCK = ".lock"
 LOG = "log.txt"
+_LOGGED = "The traceback is in "
 
 
 def check_place(folder: Path, marker: str, what: str, key: str = "output") -> None:
@@ -73,16 +74,22 @@ def hold(folder: Path, key: str = "output") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, UserError | OSError) and not hasattr(error, "__notes__"):
+        if not isinstance(error, UserError | OSError) and where_logged(error) is None:
             with contextlib.suppress(OSError), (folder / LOG).open("a", encoding="utf-8") as log:
                 traceback.print_exception(error, file=log)
-                error.add_note(f"The traceback is in {folder / LOG}.")
+                error.add_note(f"{_LOGGED}{folder / LOG}.")
         raise
     finally:
         # Removed while it is still held: `_take` of another process sees that its file is no
         # longer the one at this path, and tries again.
         path.unlink(missing_ok=True)
         os.close(file)
+
+
+def where_logged(error: Exception) -> str | None:
+    """The sentence that says where `hold` wrote the traceback; JAX adds notes of its own."""
+    notes = getattr(error, "__notes__", ())
+    return next((note for note in notes if note.startswith(_LOGGED)), None)
 
 
 def _take(path: Path, folder: Path, key: str) -> int:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from jaxlm.artifacts.locks import where_logged
 from jaxlm.artifacts.stopping import Stopped, handled
 from jaxlm.cli import screen
 from jaxlm.core.errors import UserError
@@ -90,9 +91,9 @@ def foreseen(error: Exception) -> str | None:
             f"locale: the encoding {error.encoding} has no such characters (got "
             f"{error.object[error.start : error.end][:20]!a}). Set LC_ALL=C.UTF-8."
         )
-    no_device = "Unable to initialize backend|nknown backend"
-    if isinstance(error, RuntimeError) and re.search(no_device, text):
-        reason, platforms = " ".join(text.split())[:200], os.environ.get("JAX_PLATFORMS", "")
+    if _no_device(error):
+        reason = " ".join(text.split())[:200] or "no device at all"
+        platforms = os.environ.get("JAX_PLATFORMS", "")
         return (
             f"JAX_PLATFORMS: there is no such device here (got {platforms!r}: {reason}). Unset it, "
             "or install jax for that device: pip install 'jaxlm[cuda12]', say."
@@ -110,10 +111,21 @@ def foreseen(error: Exception) -> str | None:
     return None
 
 
+def _no_device(error: Exception) -> bool:
+    if isinstance(error, RuntimeError):
+        return bool(re.search("Unable to initialize backend|nknown backend", str(error)))
+    if isinstance(error, AssertionError) and "jax" in sys.modules:
+        try:  # where no platform of JAX_PLATFORMS is there, JAX fails without a word
+            sys.modules["jax"].devices()
+        except (AssertionError, RuntimeError):
+            return True
+    return False
+
+
 def _unforeseen(error: Exception) -> str:
     """One line of an error that nobody foresaw, and where to read more."""
     lines = str(error).strip().splitlines()
-    where = next(iter(getattr(error, "__notes__", ())), "--debug shows the traceback.")
+    where = where_logged(error) or "--debug shows the traceback."
     return (
         f"an error that jaxlm did not foresee ({type(error).__name__}: "
         f"{lines[0][:200] if lines else 'without a text'}). {where} Please report it."

@@ -201,14 +201,25 @@ def find(folder: Path, name: str) -> Path:
     )
 
 
-def cached(path: Path, tokenizer: Any, cache: Path) -> Tokens:
+def source_digest(path: Path, tokenizer: Any) -> str:
+    """SHA-256 of a file of text and of the tokenizer that is to read it."""
+    source = f"{files.digest(path, str(path))} {_digest(tokenizer)}"
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
+def cached(path: Path, tokenizer: Any, cache: Path, digest: str | None = None) -> Tokens:
     """`tokenize`, kept in folder `cache` and memory-mapped from there the next time.
 
     What is kept belongs to the content of the file and the tokenizer, not to their names, and has
     checksums: what is damaged is made again. Of several processes the first one does it.
+
+    Args:
+      path: a `<domain>.jsonl[.gz]`.
+      tokenizer: of `read_tokenizer`.
+      cache: folder.
+      digest: `source_digest`, where it is known.
     """
-    source = f"{files.digest(path, str(path))} {_digest(tokenizer)}"
-    digest = hashlib.sha256(source.encode()).hexdigest()
+    digest = source_digest(path, tokenizer) if digest is None else digest
     name = path.name.removesuffix(".gz").removesuffix(".jsonl")
     folder = cache / f"{name}-{digest[:16]}"
     tokens = None

@@ -51,7 +51,7 @@ class Shard(NamedTuple):
                 raise damaged(self.path)
             return np.memmap(self.path, np.uint8, "r", shape=(len(self.ids), width))
         except FileNotFoundError:
-            raise UserError(f"{self.path} is missing; compute its rows again") from None
+            raise UserError(f"{self.path}: is missing. Compute its rows again.") from None
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot be read ({error.strerror}). Give a store that you may read."
@@ -69,7 +69,7 @@ class Shard(NamedTuple):
 
 def damaged(path: Path) -> UserError:
     """The error of a file that is not as it was written."""
-    return UserError(f"{path} is damaged; remove the store and compute its rows again")
+    return UserError(f"{path}: is damaged. Remove the store and compute its rows again.")
 
 
 def shard_path(folder: Path, writer: int, index: int) -> Path:

@@ -180,7 +180,7 @@ class GradientStore:
             content = shards.unsealed(path, shards=int, rows=int)
         except FileNotFoundError:
             raise UserError(
-                f"writer {writer} of {self.directory} has not committed; let it finish and commit"
+                f"{self.directory}: writer {writer} has not committed. Let it finish and commit."
             ) from None
         found = []
         for index in range(content["shards"]):
@@ -189,7 +189,7 @@ class GradientStore:
                 found.append(shards.read_shard(path))
             except FileNotFoundError:
                 missing = path.with_suffix(".json")
-                raise UserError(f"{missing} is missing; compute its rows again") from None
+                raise UserError(f"{missing}: is missing. Compute its rows again.") from None
         return found
 
     def _check_ids(self) -> None:
@@ -200,8 +200,8 @@ class GradientStore:
             for name in shard.ids:
                 if name in place:
                     raise UserError(
-                        f"the id {name!r} is in {place[name]} and in {shard.path}; give every "
-                        "writer other examples"
+                        f"{shard.path}: the id {name!r} is in {place[name]} too. Give every writer "
+                        "other examples."
                     )
                 place[name] = shard.path
 
@@ -223,7 +223,7 @@ def _read_manifest(folder: Path) -> Manifest:
         content = shards.unsealed(path, spec=dict, writers=int, shard_rows=int)
         return Manifest(StoreSpec(**content["spec"]), content["writers"], content["shard_rows"])
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: there is no gradient store") from None
+        raise UserError(f"{path}: is missing. Give the folder of a gradient store.") from None
     except TypeError:  # of a field of the spec
         raise shards.damaged(path) from None
 
@@ -238,7 +238,9 @@ def _write_manifest(folder: Path, manifest: Manifest, writer: int, *, any_size: 
             _create(path, shards.sealed(dataclasses.asdict(manifest)), aside)
         aside.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another") from error
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}). Choose another folder."
+        ) from error
     there = _read_manifest(folder)
     names = [field.name for field in dataclasses.fields(StoreSpec)]
     check_equal([(f"the store in {folder}", there.spec), ("this spec", manifest.spec)], names)

@@ -150,14 +150,14 @@ def load_kernel(directory: str | Path, manifest: Manifest | None = None) -> Arra
     """
     folder = Path(directory)
     if not (folder / KERNEL).exists():
-        raise UserError(f"{folder} has no complete kernel; compute one with saved_ntk")
+        raise UserError(f"{folder}: has no complete kernel. Compute one with saved_ntk.")
     read_manifest(folder)
     verify(folder)
     if manifest is not None:
         _check(folder, manifest)
     found = _read(folder / KERNEL)
     if found is None:
-        raise UserError(f"{folder / KERNEL} is damaged; remove the folder and compute it again")
+        raise UserError(f"{folder / KERNEL}: is damaged. Remove the folder and compute it again.")
     return jnp.asarray(found)
 
 
@@ -263,8 +263,8 @@ def _check(folder: Path, manifest: Manifest) -> None:
         if there[name] != here:
             both = f"{short(there[name])} there, {short(here)} here"
             raise UserError(
-                f"{folder} has the kernel of another {WORDS.get(name, name)} ({both}); give the "
-                "same, or another folder"
+                f"{folder}: has the kernel of another {WORDS.get(name, name)} ({both}). Give the "
+                "same, or another folder."
             )
 
 
@@ -281,7 +281,9 @@ def _write_manifest(folder: Path, manifest: Manifest, **more: Any) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another") from error
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}). Choose another folder."
+        ) from error
     path = folder / MANIFEST
     if more and path.exists():
         sizes = _read_manifest(path).get("sizes", more["sizes"])

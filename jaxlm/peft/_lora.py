@@ -51,18 +51,20 @@ def lora(
     flat = unnest(lm.params)
     refuse_second(lm)
     if rank < 1:
-        raise UserError(f"rank is {rank}: give 1 or more")
+        raise UserError(f"rank: must be at least 1 (got {rank}). Correct it.")
     if not abs(alpha) <= 1e30:
-        raise UserError(f"alpha is {alpha}: give a finite number")
+        raise UserError(f"alpha: must be a finite number (got {alpha}). Correct it.")
     kernels = [path for path in flat if path.endswith(".kernel")]
     takes = searcher(targets, "targets") if isinstance(targets, str) else matcher(targets)
     chosen = [path for path in kernels if takes(path)]
     if not chosen:
         shown = ", ".join(kernels[:8]) + (", ..." if len(kernels) > 8 else "")
-        raise UserError(f"targets={targets!r} takes no kernel; kernels are {shown}")
+        raise UserError(f"targets: takes no kernel (got {targets!r}). Name some of {shown}.")
     most = max(max(flat[path].shape[-2:]) for path in chosen)
     if rank > most:
-        raise UserError(f"rank is {rank}: give at most {most}, the side of the largest matrix")
+        raise UserError(
+            f"rank: must be at most {most}, the side of the largest matrix (got {rank}). Lower it."
+        )
     for path in chosen:
         *stack, size_in, size_out = flat[path].shape
         left = path.removesuffix(".kernel") + ".lora_a"

@@ -54,7 +54,9 @@ def prefix(
     if adapters.found(lm.params, adapters.PREFIX):
         raise UserError("the model has a prefix; give the model without")
     if not 1 <= length <= config.max_positions:
-        raise UserError(f"length is {length}: give 1 to {config.max_positions}")
+        raise UserError(
+            f"length: must be from 1 to {config.max_positions} (got {length}). Correct it."
+        )
     if init == "activations":
         draw = leaf_key(key, KEYS)
         ids = jax.random.randint(draw, (1, length), 0, config.vocab_size, jnp.int32)
@@ -65,7 +67,7 @@ def prefix(
             jax.random.normal(leaf_key(key, path), shape, jnp.float32) for path in (KEYS, VALUES)
         )
     else:
-        raise UserError(f"init={init!r} is not known; choose one of activations, normal")
+        raise UserError(f"init: is not known (got {init!r}). Choose one of activations, normal.")
     leaves = {KEYS: keys.astype(dtype), VALUES: values.astype(dtype)}
     return lm.replace(params=nest(unnest(lm.params) | leaves))
 

@@ -18,5 +18,7 @@ def bitfit_selection(lm: LanguageModel) -> str:
       UserError: for one that has none, such as most Llamas.
     """
     if not any(map(matcher(BITFIT), unnest(lm.params))):
-        raise UserError(f"this {lm.config.family} model has no biases to train; take lora or head")
+        raise UserError(
+            f"peft: a {lm.config.family} model has no biases to train. Take lora or head."
+        )
     return BITFIT

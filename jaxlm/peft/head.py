@@ -38,7 +38,10 @@ def untie(lm: LanguageModel) -> LanguageModel:
       UserError: for a model whose head gives no tokens.
     """
     if lm.config.head not in ("lm", "mlm"):
-        raise UserError(f"a model with head '{lm.config.head}' has no output embedding to untie")
+        raise UserError(
+            f"peft: the model has no output embedding to untie (got head '{lm.config.head}'). Take "
+            "lora."
+        )
     if not lm.config.tie_embeddings:
         return lm
     flat = unnest(lm.params)

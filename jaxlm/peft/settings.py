@@ -46,7 +46,7 @@ def read_settings(folder: Path) -> tuple[int, float]:
         not supported.
     """
     if not (folder / CONFIG).is_file():
-        raise UserError(f"adapter folder {folder} has no {CONFIG}; give a folder of PEFT")
+        raise UserError(f"{folder / CONFIG}: there is no such file. Give a folder of PEFT.")
     config = read_json(folder / CONFIG)
     refused = {name: config.get(name) for name in _REFUSED if config.get(name)}
     if config.get("bias", "none") != "none":
@@ -56,9 +56,11 @@ def read_settings(folder: Path) -> tuple[int, float]:
     if config.get("peft_type") != "LORA":
         refused = {"peft_type": config.get("peft_type")}
     for name, value in refused.items():
-        raise UserError(f"{folder / CONFIG}: {name}={value!r} is not supported, only plain LoRA")
+        raise UserError(
+            f"{folder / CONFIG}: {name} is not supported (got {value!r}). Give plain LoRA."
+        )
     if config.get("r") is None or config.get("lora_alpha") is None:
-        raise UserError(f"{folder / CONFIG} has no r and lora_alpha; download it again")
+        raise UserError(f"{folder / CONFIG}: has no r or no lora_alpha. Download it again.")
     check_fields(config, _FIELDS, str(folder / CONFIG))
     rank = config["r"]
     return rank, config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)

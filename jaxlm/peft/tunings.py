@@ -54,9 +54,11 @@ class Lora(Tuning):
 
     def __post_init__(self):
         if self.rank < 1:
-            raise UserError(f"peft.rank is {self.rank}: give 1 or more.")
+            raise UserError(f"peft.rank: must be at least 1 (got {self.rank}). Correct it.")
         if not 0 < self.alpha <= 1e30:
-            raise UserError(f"peft.alpha is {self.alpha}: give a finite number above 0.")
+            raise UserError(
+                f"peft.alpha: must be a finite number above 0 (got {self.alpha}). Correct it."
+            )
         searcher(self.targets, "peft.targets")
 
     def prepare(self, lm: LanguageModel, key: PRNGKey) -> LanguageModel:
@@ -83,7 +85,7 @@ class Prefix(Tuning):
 
     def __post_init__(self):
         if self.length < 1:
-            raise UserError(f"peft.length is {self.length}: give 1 or more.")
+            raise UserError(f"peft.length: must be at least 1 (got {self.length}). Correct it.")
 
     def prepare(self, lm: LanguageModel, key: PRNGKey) -> LanguageModel:
         """See `Tuning`."""

@@ -157,9 +157,15 @@ def _trained(
             f"{folder.metrics.path}: damaged. Remove its folder, and the run is made again."
         ) from None
     tokens, values = [token for token, _ in points], [value for _, value in points]
+    last = config.steps * config.batch_size * config.seq_len
     if not ended:  # its last point is no number
-        tokens.append(config.steps * config.batch_size * config.seq_len)
+        tokens.append(last)
         values.append(math.nan)
+    elif tokens[-1:] != [last]:
+        raise UserError(
+            f"{folder.metrics.path}: has no {y} of the last step. Remove its folder, and the run "
+            "is made again."
+        )
     return tokens, values, report
 
 

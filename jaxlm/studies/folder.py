@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.artifacts.files import read_json, write_json, write_shared, writing
+from jaxlm.artifacts.folders import make
 from jaxlm.artifacts.locks import check_place, hold
-from jaxlm.artifacts.processes import is_first, meet
+from jaxlm.artifacts.processes import is_first
 from jaxlm.core.errors import UserError
 from jaxlm.train.run_folder import to_dict
 
@@ -43,25 +44,9 @@ def study_folder(kind: str, config: Any) -> Iterator[Path]:
                 f"output: the folder has a study of the kind {there}, not {kind} (got {folder}). "
                 "Choose another output."
             )
-    made = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
-    meet(f"{folder} is known")  # by every process, before the first one makes it
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"output: cannot be written ({error.strerror}; got {folder}). Choose another output."
-        ) from None
-    try:
-        with hold(folder):
-            write_json(folder / STUDY, {"study": kind, "config": to_dict(config)})
-            yield folder
-    except BaseException:
-        if made and is_first() and [path.name for path in folder.iterdir()] == [STUDY]:
-            (folder / STUDY).unlink()
-            with contextlib.suppress(OSError):  # another process may have written beside it
-                for place in made:
-                    place.rmdir()
-        raise
+    with make(folder, STUDY), hold(folder):
+        write_json(folder / STUDY, {"study": kind, "config": to_dict(config)})
+        yield folder
 
 
 def write_tables(folder: Path, table: Mapping[str, Any], text: str) -> str:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.artifacts.finite import check_tree_finite
-from jaxlm.artifacts.processes import is_first, meet
 from jaxlm.artifacts.stopping import Stopped, listening, told
 from jaxlm.core.checks import whole
 from jaxlm.core.errors import UserError
@@ -216,6 +215,8 @@ def _fit(
     if trajectory and method.settings is not None:
         loop.trajectory = _trajectory(trajectory, method.settings, params, key, latest)
     restored = checkpoints.restore(state, latest, donate=True) if checkpoints else None
+    if loop.trajectory and latest is not None:  # after the checkpoint is known to be sound
+        loop.trajectory.cut(latest, (method.settings or {}).get("steps"))
     if restored is None:
         start = 0
         loop.look_up(0, state)
@@ -254,7 +255,7 @@ def _fit(
 def _trajectory(
     path: Path, settings: dict[str, Any], params: Params, key: PRNGKey, step: int | None
 ) -> Trajectory | None:
-    """A new trajectory, or that of the run so far; None for a run that began without one."""
+    """A new trajectory, or that so far, yet to be cut; None for a run that began without one."""
     if step is None:
         n = settings["num_directions"]
         return Trajectory.create(path, params, key=key, num_directions=n, settings=settings)
@@ -263,19 +264,7 @@ def _trajectory(
     found = Trajectory.open(path)
     before = settings | {"steps": found.header.settings.get("steps")}
     found.check(params, before)
-    found.cut(step)
-    if before == settings:
-        return found
-    # A run that is made longer: its header tells how long it is.
-    aside = path.with_name(path.name + ".tmp")
-    n = settings["num_directions"]
-    longer = Trajectory.create(aside, params, key=key, num_directions=n, settings=settings)
-    longer.append(0, found.projected_grad, found.learning_rate)
-    meet(f"{aside} is written")
-    if is_first():
-        aside.replace(path)
-    longer.path = path
-    return longer
+    return found
 
 
 class _Loop:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from jaxlm.artifacts.files import read_json, read_text, write_json, write_shared, writing
+from jaxlm.artifacts.folders import make
 from jaxlm.artifacts.locks import LOCK, hold
 from jaxlm.artifacts.names import file_path
 from jaxlm.artifacts.processes import is_first, meet
@@ -149,6 +150,8 @@ class RunFolder:
     def held(self, config: Any) -> Iterator[None]:
         """Makes the folder, keeps other processes from writing there, and writes `config.yaml`.
 
+        A start that fails before there is work in a new folder leaves none.
+
         What a run left that has done no step is removed where its configuration was another one.
 
         Raises:
@@ -156,14 +159,7 @@ class RunFolder:
         """
         import yaml
 
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"output: cannot be written ({error.strerror or error}; got {self.path}). Choose "
-                "another output."
-            ) from error
-        with hold(self.path):
+        with make(self.path, "config.yaml", "data.json", "tokens"), hold(self.path):
             self.check(config)
             stored, begun = self.config(), self._begun()
             found = [] if stored is None else differences(stored, to_dict(config))

@@ -19,6 +19,7 @@ last one is dropped when the file is opened; a file damaged elsewhere is refused
 Reference: Malladi et al., arXiv:2305.17333, section 2.1 and appendix.
 """
 
+import dataclasses
 import json
 import os
 import struct
@@ -101,9 +102,7 @@ class Trajectory:
         found = tuple(parameters(params, checksums=True))
         dtype = "float64" if any(each.dtype == "float64" for each in found) else "float32"
         header = Header(__version__, key, num_directions, dtype, as_json(settings, params), found)
-        text = header.encode()
-        head = MAGIC + _THREE.pack(VERSION, len(text), zlib.crc32(text)) + text
-        trajectory = cls(Path(path), head)
+        trajectory = cls(Path(path), _head(header))
         write_shared(trajectory.path, trajectory._encode())
         return trajectory
 
@@ -116,30 +115,30 @@ class Trajectory:
         """
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"{path}: there is no such file: give a trajectory.")
+            raise UserError(f"{path}: there is no such file. Give a trajectory.")
         if path.stat().st_size > LARGEST:
-            raise UserError(f"{path}: is larger than {LARGEST} bytes: give a trajectory.")
+            raise UserError(f"{path}: is larger than {LARGEST} bytes. Give a trajectory.")
         try:
             data = path.read_bytes()
         except OSError as error:
             what = error.strerror or error
-            raise UserError(f"{path}: cannot be read ({what}): allow it to be read.") from error
+            raise UserError(f"{path}: cannot be read ({what}). Allow it to be read.") from error
         if not data.startswith(MAGIC) or len(data) < _HEAD:
-            raise UserError(f"{path}: this is no trajectory file: give one that jaxlm wrote.")
+            raise UserError(f"{path}: this is no trajectory file. Give one that jaxlm wrote.")
         version, length, crc = _THREE.unpack_from(data, len(MAGIC))
         if version != VERSION:
             raise UserError(
-                f"{path}: the trajectory has format {version}, and this jaxlm reads {VERSION}: "
-                "use the jaxlm that wrote it."
+                f"{path}: the trajectory has format {version}, and this jaxlm reads {VERSION}. "
+                "Use the jaxlm that wrote it."
             )
         at = _HEAD + length
         if zlib.crc32(data[_HEAD:at]) != crc:
-            raise UserError(f"{path}: the header is damaged: take another copy of the file.")
+            raise UserError(f"{path}: the header is damaged. Take another copy of the file.")
         try:
             trajectory = cls(path, data[:at])
         except _FOREIGN as error:
             raise UserError(
-                f"{path}: the header is not that of a trajectory ({error!r:.80}): give a file "
+                f"{path}: the header is not that of a trajectory ({error!r:.80}). Give a file "
                 "that jaxlm wrote."
             ) from error
         row = trajectory.header.row
@@ -150,7 +149,7 @@ class Trajectory:
             _, trajectory.end, at = found
         elif _chunk_after(data, row, at):
             raise UserError(
-                f"{path}: the trajectory is damaged after step {trajectory.steps}: take another "
+                f"{path}: the trajectory is damaged after step {trajectory.steps}. Take another "
                 "copy of the file."
             )
         trajectory.torn = len(data) - at
@@ -216,7 +215,7 @@ class Trajectory:
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror or error}), and its {self.steps} "
-                "steps are kept: make room there."
+                "steps are kept. Make room there."
             ) from error
         self.torn = 0
 
@@ -229,23 +228,31 @@ class Trajectory:
                 rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
 
-    def cut(self, step: int) -> None:
+    def cut(self, step: int, length: int | None = None) -> None:
         """Keeps the first `step` steps, for a run that goes on from there.
+
+        Args:
+          step: how many.
+          length: what the header is to call the length of the run; None leaves it.
 
         Raises:
           UserError: there are fewer.
         """
         if step > self.steps:
             raise UserError(
-                f"{self.path}: the trajectory has {self.steps} steps, and {step} are needed: take "
+                f"{self.path}: the trajectory has {self.steps} steps, and {step} are needed. Take "
                 "another copy of the file."
             )
-        kept = Trajectory(self.path, self._head)
+        if length is not None:
+            settings = self.header.settings | {"steps": length}
+            self.header = dataclasses.replace(self.header, settings=settings)
+        kept = Trajectory(self.path, _head(self.header))
         for chunk in self._chunks:
             if step > kept.steps:
                 kept._add(chunk[: step - kept.steps])
         write_shared(self.path, kept._encode())
-        self.steps, self._chunks, self._end, self.torn = step, kept._chunks, kept._end, 0
+        self._head, self._chunks, self._end = kept._head, kept._chunks, kept._end
+        self.steps, self.torn = step, 0
         self.end = None
 
     def check(
@@ -333,6 +340,11 @@ class Trajectory:
 
 _FOREIGN = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 """What reading JSON of another shape can raise."""
+
+
+def _head(header: Header) -> bytes:
+    text = header.encode()
+    return MAGIC + _THREE.pack(VERSION, len(text), zlib.crc32(text)) + text
 
 
 def _record(first: int, count: int, body: bytes) -> bytes:

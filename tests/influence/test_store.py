@@ -290,7 +290,7 @@ def test_writers_have_shards_of_their_own(tmp_path):
     for i in (4, 0, 9, 5):
         writers[i % 2].append(ROWS[i : i + 1], IDS[i : i + 1])
     writers[1].commit()
-    refused(lambda: GradientStore.open(tmp_path), f"writer 0 of {tmp_path} has not committed; let")
+    refused(lambda: GradientStore.open(tmp_path), f"{tmp_path}: writer 0 has not committed. Let")
     writers[0].commit()
     writers[2].commit()  # without rows
     store = GradientStore.open(tmp_path)
@@ -307,7 +307,7 @@ def test_one_id_of_two_writers_is_refused(tmp_path):
     with pytest.raises(UserError) as found:
         GradientStore.open(tmp_path)
     paths = [tmp_path / f"00{writer}-000000.rows" for writer in range(2)]
-    assert str(found.value).startswith(f"the id 'example 1' is in {paths[0]} and in {paths[1]}; ")
+    assert str(found.value).startswith(f"{paths[1]}: the id 'example 1' is in {paths[0]} too. ")
 
 
 def test_a_writer_is_open_once(tmp_path):
@@ -319,10 +319,13 @@ def test_a_writer_is_open_once(tmp_path):
 
 def test_no_store(tmp_path):
     path = tmp_path / "manifest.json"
-    refused(lambda: GradientStore.open(tmp_path), f"{path} is missing: there is no gradient store")
+    refused(
+        lambda: GradientStore.open(tmp_path),
+        f"{path}: is missing. Give the folder of a gradient store",
+    )
     (tmp_path / "file").write_text("")
-    refused(lambda: GradientStore.open(tmp_path / "file"), "there is no gradient store")
-    refused(lambda: GradientStore.create(tmp_path / "file", SPEC), "cannot write to")
+    refused(lambda: GradientStore.open(tmp_path / "file"), "Give the folder of a gradient store")
+    refused(lambda: GradientStore.create(tmp_path / "file", SPEC), "file: cannot be written")
 
 
 # --- what is killed goes on
@@ -495,7 +498,7 @@ def test_a_flipped_byte_is_found_and_its_file_named(whole, tmp_path):
                 lambda: GradientStore.open(whole)[:],
                 lambda: GradientStore.open(whole).verify(),
             ):
-                refused(use, f"{whole / name} is damaged; remove the store")
+                refused(use, f"{whole / name}: is damaged. Remove the store")
         (whole / name).write_bytes(original)
     np.testing.assert_array_equal(GradientStore.open(whole)[:], ROWS)
 
@@ -508,7 +511,7 @@ def test_a_shard_is_checked_when_it_is_read(whole):
     np.testing.assert_array_equal(store[:4], ROWS[:4])
     np.testing.assert_array_equal(store[8:], ROWS[8:])
     for index in (4, slice(3, 5), np.array([0, 7])):
-        refused(lambda index=index: store[index], f"{path} is damaged")
+        refused(lambda index=index: store[index], f"{path}: is damaged")
     path.write_bytes(original)
     np.testing.assert_array_equal(store[:], ROWS)
 
@@ -518,9 +521,9 @@ def test_missing_and_short_files_are_named(whole, name):
     path = whole / name
     original = path.read_bytes()
     path.write_bytes(original[:-1])
-    refused(lambda: GradientStore.open(whole)[:], f"{path} is damaged")
+    refused(lambda: GradientStore.open(whole)[:], f"{path}: is damaged")
     path.unlink()
-    missing = "writer 0" if name == "000.json" else f"{path} is missing; compute its rows again"
+    missing = "writer 0" if name == "000.json" else f"{path}: is missing. Compute its rows again"
     refused(lambda: GradientStore.open(whole)[:], missing)
     path.write_bytes(original)
 
@@ -539,7 +542,7 @@ def test_a_writer_does_not_go_on_after_damage(tmp_path, name):
         with GradientStore.create(tmp_path, SPEC) as writer:
             writer.append(ROWS[4:], IDS[4:])
 
-    refused(go_on, f"{path} is damaged; remove the store")
+    refused(go_on, f"{path}: is damaged. Remove the store")
 
 
 def test_the_manifest_is_readable(whole):
@@ -557,9 +560,9 @@ def test_files_of_others_are_refused_by_name(whole, name):
     path = whole / name
     original = path.read_bytes()
     texts = [getattr(text, "encode", lambda text=text: text)() for text in FOREIGN]
-    for text in [*texts, *(shards.sealed(each).encode() for each in SEALED)]:
+    for text in [*texts, *(files.sealed(each).encode() for each in SEALED)]:
         path.write_bytes(text)
-        refused(lambda: GradientStore.open(whole), f"{path} is damaged; remove the store")
+        refused(lambda: GradientStore.open(whole), f"{path}: is damaged. Remove the store")
     path.write_bytes(original)
 
 
@@ -570,10 +573,10 @@ def test_a_changed_id_in_a_log_is_found(tmp_path):
     text = path.read_text()
     path.write_text(text.replace(json.dumps(IDS[1]), json.dumps("x" * len(str(IDS[1])))))
     assert path.read_text() != text
-    refused(lambda: GradientStore.create(tmp_path, SPEC), f"{path} is damaged; remove the store")
+    refused(lambda: GradientStore.create(tmp_path, SPEC), f"{path}: is damaged. Remove the store")
 
 
-@pytest.mark.parametrize("name", ["\ud800", 10**5000])
+@pytest.mark.parametrize("name", ["\ud800", 10**5000], ids=["surrogate", "digits"])
 def test_ids_that_json_does_not_give_back_are_refused(tmp_path, name):
     with GradientStore.create(tmp_path, SPEC) as writer:
         refused(lambda: writer.append(ROWS[:2], ["a", name]), "the id of row 1 is no Unicode text")

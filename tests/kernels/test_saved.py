@@ -92,8 +92,8 @@ def test_a_kernel_of_something_else_is_refused(tmp_path, change, reason):
     ):
         with pytest.raises(UserError) as found:
             use()
-        assert str(found.value).startswith(f"{tmp_path} has the kernel of another {reason}")
-        assert str(found.value).endswith("; give the same, or another folder")
+        assert str(found.value).startswith(f"{tmp_path}: has the kernel of another {reason}")
+        assert str(found.value).endswith(". Give the same, or another folder.")
     assert kernels.load_kernel(tmp_path, changed(sign_threshold=1e-6)).shape == (7, 3, 5, 3)
 
 
@@ -109,7 +109,7 @@ def test_the_state_of_adam_counts(tmp_path):
 
 
 def test_damaged_and_missing_files(tmp_path):
-    with pytest.raises(UserError, match=r"has no complete kernel; compute one with saved_ntk$"):
+    with pytest.raises(UserError, match=r"has no complete kernel\. Compute one with saved_ntk\.$"):
         kernels.load_kernel(tmp_path)
     kernels.save_kernel(tmp_path, np.ones((2, 2), np.float32), changed())
     path = tmp_path / "kernel.safetensors"

@@ -145,16 +145,19 @@ def truncate(folder: Path) -> None:
 Q = "model.decoder.layers.0.self_attn.q_proj"
 A0 = f"base_model.model.{Q}.lora_A.weight"
 ROWS = {
-    "no configuration": (remove(CONFIG), r"has no adapter_config\.json; give a folder of PEFT"),
-    "no tensors": (remove(WEIGHTS), r"has no adapter_model\.safetensors; pickles are never read"),
-    "truncated": (truncate, "is truncated or not a safetensors file; download it again"),
-    "another kind": (change(peft_type="IA3"), "peft_type='IA3' is not supported, only plain LoRA"),
-    "DoRA": (change(use_dora=True), "use_dora=True is not supported, only plain LoRA"),
-    "biases": (change(bias="all"), "bias='all' is not supported"),
-    "whole modules": (change(modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\] is not"),
-    "ranks": (change(rank_pattern={"q_proj": 4}), r"rank_pattern={'q_proj': 4} is not"),
-    "changed weights": (change(init_lora_weights="pissa"), "init_lora_weights='pissa' is not"),
-    "no rank": (change(r=None), "has no r and lora_alpha; download it again"),
+    "no configuration": (remove(CONFIG), r"adapter_config\.json: there is no such file\. Give"),
+    "no tensors": (
+        remove(WEIGHTS),
+        r"adapter_model\.safetensors: there is no such file, and",
+    ),
+    "truncated": (truncate, r"is truncated or not a safetensors file\. Download"),
+    "another kind": (change(peft_type="IA3"), r"peft_type is not supported \(got 'IA3'\)"),
+    "DoRA": (change(use_dora=True), r"use_dora is not supported \(got True\)"),
+    "biases": (change(bias="all"), r"bias is not supported \(got 'all'\)"),
+    "whole modules": (change(modules_to_save=["lm_head"]), "modules_to_save is not supported"),
+    "ranks": (change(rank_pattern={"q_proj": 4}), "rank_pattern is not supported"),
+    "changed weights": (change(init_lora_weights="pissa"), "init_lora_weights is not supported"),
+    "no rank": (change(r=None), "has no r or no lora_alpha"),
     **{
         f"alpha {alpha}": (change(lora_alpha=alpha), r"lora_alpha must be a finite number \(got")
         for alpha in (float("nan"), float("inf"), "16", True, [16])
@@ -175,18 +178,21 @@ ROWS = {
         tensors(lambda found: found | {A0: np.full((3, 24), 1e300)}),
         rf"{Q}\.lora_A\.weight as float32 holds numbers that are not finite \(got inf\)",
     ),
-    "another rank": (change(r=4), rf"{Q}\.lora_A.weight has the shape \[3, 24\], this model asks"),
+    "another rank": (
+        change(r=4),
+        rf"{Q}\.lora_A.weight must have the shape \[4, 24\] \(got",
+    ),
     "other tensors": (
         tensors(lambda found: found | {"base_model.model.x.lora_embedding_A": found[A0]}),
         r"holds base_model\.model\.x\.lora_embedding_A, which is no matrix of plain LoRA",
     ),
     "half a pair": (
         tensors(lambda found: {name: x for name, x in found.items() if name != A0}),
-        rf"has no {Q}\.lora_A\.weight; download it again",
+        rf"has no {Q}\.lora_A\.weight\. Download it again",
     ),
     "some layers": (
         tensors(lambda found: {name: x for name, x in found.items() if ".1." not in name}),
-        r"layers\.attention\.q_proj\.lora_a is missing in layer 1; all layers have one",
+        r"layers\.attention\.q_proj\.lora_a is missing in layer 1\. Give",
     ),
 }
 
@@ -202,15 +208,15 @@ def test_a_folder_that_does_not_fit_is_refused(name: str, tmp_path: Path):
 
 def test_an_adapter_for_another_model_is_refused(tmp_path: Path):
     peft.save_adapter(adapted("opt"), tmp_path / "opt")
-    with pytest.raises(UserError, match=rf"{Q} is no module of this llama model; is the adapter"):
+    with pytest.raises(UserError, match=rf"{Q} is no module of this llama model. Give an adapter"):
         peft.load_adapter(jaxlm.from_pretrained(GOLDEN / "llama"), tmp_path / "opt")
     peft.save_adapter(adapted("llama"), tmp_path / "llama")
-    said = r"layers\.0\.self_attn\.q_proj\.lora_B\.weight has the shape \[40, 3\], this model asks"
+    said = r"layers\.0\.self_attn\.q_proj\.lora_B\.weight must have the shape \[24, 3\]"
     with pytest.raises(UserError, match=said):
         peft.load_adapter(jaxlm.from_pretrained(GOLDEN / "olmo-clipped"), tmp_path / "llama")
     with pytest.raises(UserError, match="has no LoRA adapter to save"):
         peft.save_adapter(jaxlm.from_pretrained(GOLDEN / "opt"), tmp_path)
-    with pytest.raises(UserError, match="cannot write the adapter to"):
+    with pytest.raises(UserError, match="the adapter cannot be written"):
         peft.save_adapter(adapted("opt"), tmp_path / "opt" / CONFIG)
 
 

@@ -97,9 +97,9 @@ def test_generation_with_a_cache_sees_the_prefix():
 def test_mistakes(tmp_path: Path):
     lm = jaxlm.from_pretrained(GOLDEN / "opt")
     tuned = peft.prefix(lm, KEY, init="normal")
-    with pytest.raises(UserError, match="length is 0: give 1 to 16"):
+    with pytest.raises(UserError, match=r"length: must be from 1 to 16 \(got 0\)"):
         peft.prefix(lm, KEY, length=0)
-    with pytest.raises(UserError, match="length is 17: give 1 to 16"):
+    with pytest.raises(UserError, match=r"length: must be from 1 to 16 \(got 17\)"):
         peft.prefix(lm, KEY, length=17)
     with pytest.raises(UserError, match="the model has a prefix; give the model without"):
         peft.prefix(tuned, KEY)

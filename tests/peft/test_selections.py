@@ -25,7 +25,7 @@ def test_biases():
     names = {path.rsplit(".", 1)[-1] for path in chosen(lm, peft.bitfit_selection(lm))}
     assert names == {"bias"}
     assert "layers.attention.q_proj.bias" in chosen(lm, peft.BITFIT)
-    with pytest.raises(UserError, match="this llama model has no biases to train"):
+    with pytest.raises(UserError, match="a llama model has no biases to train"):
         peft.bitfit_selection(jaxlm.from_pretrained(GOLDEN / "llama"))
 
 
@@ -49,7 +49,7 @@ def test_a_model_without_a_head():
     lm = jaxlm.from_pretrained(GOLDEN / "bert-base")
     with pytest.raises(UserError, match="the model has no head to train"):
         peft.head_selection(lm)
-    with pytest.raises(UserError, match="head 'none' has no output embedding to untie"):
+    with pytest.raises(UserError, match="no output embedding to untie"):
         peft.untie(lm)
 
 

@@ -58,12 +58,12 @@ def test_null_is_all_parameters(run_yaml: Path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"peft": "lorra"}, "unknown peft 'lorra': choose one of lora, prefix, bitfit, head."),
-        ({"peft": "{name: lora, rank: 0}"}, "peft.rank is 0: give 1 or more."),
-        ({"peft": "{name: lora, targets: (}"}, r"peft.targets is '\(': give a regular expression"),
-        ({"peft": "{name: prefix, length: 0}"}, "peft.length is 0: give 1 or more."),
-        ({"peft": "bitfit"}, "this llama model has no biases to train; take lora or head"),
-        ({"peft": "{name: lora, targets: query}"}, "targets='query' takes no kernel; kernels are"),
+        ({"peft": "lorra"}, r"peft.name: is not known \(got 'lorra'\)"),
+        ({"peft": "{name: lora, rank: 0}"}, r"peft.rank: must be at least 1 \(got 0\)"),
+        ({"peft": "{name: lora, targets: (}"}, r"peft.targets: is no regular expression"),
+        ({"peft": "{name: prefix, length: 0}"}, r"peft.length: must be at least 1 \(got 0\)"),
+        ({"peft": "bitfit"}, "a llama model has no biases to train"),
+        ({"peft": "{name: lora, targets: query}"}, r"targets: takes no kernel \(got 'query'\)"),
     ],
 )
 def test_mistakes(flags, said, run_yaml: Path):
