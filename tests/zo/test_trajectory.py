@@ -123,7 +123,9 @@ def test_damage_before_the_last_chunk_is_refused(three, path, place):
     damaged = bytearray(data)
     damaged[ends[1] + place] ^= 0x40
     path.write_bytes(damaged)
-    with pytest.raises(UserError, match=r"trajectory.zo: the trajectory is damaged after step 4\. "):
+    with pytest.raises(
+        UserError, match=r"trajectory.zo: the trajectory is damaged after step 4\. "
+    ):
         Trajectory.open(path)
 
 
