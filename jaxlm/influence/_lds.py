@@ -42,7 +42,7 @@ def subset_masks(
     [3, 3, 3, 3]
     """
     check_seed(seed)
-    taken = int(fraction * count * (1 + 1e-12)) if 0 < fraction < 1 else 0
+    taken = int(np.clip(np.nan_to_num(fraction), 0, 1) * count * (1 + 1e-12))
     if subsets < 1:
         raise UserError(f"subsets: too few (got {subsets}). Give 1 or more.")
     if not 0 < taken < count:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
+from scipy.linalg import lapack
 
 from jaxlm.core.errors import UserError
 from jaxlm.influence import products
@@ -142,23 +143,27 @@ def trak(
     for model in range(models):
         gram = products.second_moment(left, model) + ridge * np.eye(left.dim)
         wanted = products.means(right, model, groups).T
-        directions.append(_solve(gram, wanted, np.finfo(left.dtype).eps).T / models)
+        directions.append(_solve(gram, wanted, float(np.finfo(left.dtype).eps)).T / models)
     found = products.products(left, directions, products.dots)
     mean = residual.mean(axis=0).astype(found.dtype)
     return reduced(found * mean[:, None], subtask, None)
 
 
 def _solve(gram: np.ndarray, right: np.ndarray, eps: float) -> np.ndarray:
-    """gram^-1 right, for a matrix whose Cholesky factor does not say that it is singular.
+    """gram^-1 right, for a matrix that is regular up to rounding.
 
     Args:
-      gram: of rows with the rounding `eps`.
+      gram: float64, of rows with the rounding `eps`.
       right: any columns.
       eps: relative.
     """
     try:
-        diagonal = np.diag(np.linalg.cholesky(gram))
+        factor = np.linalg.cholesky(gram)
+        diagonal = np.diag(factor)
+        inverse_condition, _ = lapack.dpocon(factor, np.linalg.norm(gram, 1), uplo="L")
         regular = diagonal.min() > np.sqrt(len(gram) * eps) * diagonal.max()
+        # Of a singular matrix the last pivot is what rounding left: anything.
+        regular &= inverse_condition > 10 * len(gram) * np.finfo(np.float64).eps
     except np.linalg.LinAlgError:
         regular = False
     if not regular:

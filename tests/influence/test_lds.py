@@ -144,8 +144,8 @@ def test_sums_that_are_equal_stay_ties():
 @pytest.mark.parametrize("seed", [-1, 1.5, None])
 def test_bad_seeds(seed):
     for call in (
-        lambda: lds(TAU, MASKS, OUTPUTS, seed=seed),
-        lambda: subset_masks(9, 4, seed=seed),
+        lambda: lds.__wrapped__(TAU, MASKS, OUTPUTS, seed=seed),
+        lambda: subset_masks.__wrapped__(9, 4, seed=seed),
     ):
         with pytest.raises(UserError, match="seed: no seed"):
             call()

@@ -249,7 +249,7 @@ def changed(rows, index, value):
 
 
 BAD = [
-    ({"train": TRAIN[0]}, "train has shape (9, 7); give [checkpoints, examples, numbers]"),
+    ({"train": TRAIN[0, 0]}, "train has shape (7,); give [checkpoints, examples, numbers]"),
     ({"train": TRAIN[:, :0]}, "train has no rows; give at least one"),
     ({"targets": TARGETS[:, :0]}, "targets has no rows; give at least one"),
     ({"train": TRAIN[:1]}, "train has 1 checkpoints and targets 2; give both the same"),
