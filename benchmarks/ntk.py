@@ -21,12 +21,14 @@ without padding. One table for each length and C, the methods taking turns:
   resident_MB               what a fresh process had resident at most, over what it had before
   difference                largest |K - K'| over largest |K'|, K' by torch.func (else the Jacobian)
 
-A second table has the ways to the kernel of one matrix or table, for each length and C: seconds,
-which one is chosen, and its time over that of the best. With --scaling, how time grows with N, T
-and P; with --roberta-base, 32 examples of 32 tokens against 936 at that model's size. A last table
-has the error of kernels in bfloat16, parameters and activations, against float32: the largest, as
-`difference` above, and in the Frobenius norm. --quick has 2 layers, 8 examples of 16 tokens against
-16, C = 1 alone, and in the last table one kind. The last line is one JSON object.
+A table before these has how long a user waits for `kernels.ntk` of 32 examples against 64 of 16
+tokens, the first time, when everything is compiled, and the second. A further table has the ways to
+the kernel of one matrix or table, for each length and C: seconds, which one is chosen, and its time
+over that of the best. With --scaling, how time grows with N, T and P; with --roberta-base, 32
+examples of 32 tokens against 936 at that model's size. A last table has the error of kernels in
+bfloat16, parameters and activations, against float32: the largest, as `difference` above, and in
+the Frobenius norm. --quick has 2 layers, 8 examples of 16 tokens against 16, C = 1 alone, and in
+the first and last table one kind. The last line is one JSON object.
 """
 
 import argparse
@@ -43,6 +45,7 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.shapes import ROBERTA_BASE
+from jaxlm import kernels
 from jaxlm.kernels import factorized, gram, jacobian, rules, tables
 from jaxlm.kernels.sides import Sides
 from jaxlm.models import LanguageModel, ModelConfig, init_params
@@ -262,6 +265,18 @@ def part_row(name, function, names, chosen, arguments, repeats) -> dict[str, Any
     return {"part": name, **pairs, "chosen": chosen, "over_best": over}
 
 
+def waits(kinds: Sequence[str], counts: tuple[int, int] = COUNTS) -> list[dict[str, Any]]:
+    """Seconds of the first kernel of a kind and of the second; no compiled program is on disk."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    lm, f, x1, x2 = problem(1, 16, counts=counts)
+    rows = []
+    for kind in kinds:
+        kernel = functools.partial(kernels.ntk, f, lm.params, x1, x2, kind=kind)
+        first, second = (common.seconds(kernel) for _ in range(2))
+        rows.append({"kind": kind, "first_s": first, "second_s": second})
+    return rows
+
+
 def scaling(repeats: int) -> list[dict[str, Any]]:
     """How the time of `factorized` grows with the examples, their length, and the parameters."""
     rows = []
@@ -349,7 +364,10 @@ def main() -> None:
         options.lengths, options.classes = [16], [1]
         options.repeats = min(2, options.repeats)
     cases = [(length, c) for length in options.lengths for c in options.classes]
-    report: dict[str, list[dict[str, Any]]] = {"kernels": [], "parts": []}
+    few = options.quick
+    report = {"waits": waits(KINDS[:1] if few else KINDS, QUICK_COUNTS if few else COUNTS)}
+    common.print_table(report["waits"])
+    report |= {"kernels": [], "parts": []}
     for length, classes in cases:
         report["kernels"] += whole_kernels(length, classes, options)
         print(f"T={length}, C={classes}", flush=True)
