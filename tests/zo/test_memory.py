@@ -94,3 +94,16 @@ def test_a_step_takes_the_memory_of_a_forward_pass(sampler, dtype):
     assert found["reused"] >= found["stored"]
     assert temporary < found["table"]
     assert found["step"] <= 1.15 * found["forward"]
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("make", [zo.mezo, zo.lozo, zo.lozo_residual])
+def test_a_loss_without_a_view_is_called_on_one_copy_at_a_time(make, n):
+    """Both signs of all directions one after another: twice the parameters, as `spsa` says."""
+    params = {"w": jax.ShapeDtypeStruct((512, 1024), jnp.float32)}
+    opt = make(0.1, num_directions=n)
+    state = jax.eval_shape(opt.init, params, jax.random.key(1))
+    step = zo.jit_step(opt, lambda params, batch: jnp.sum(jnp.sin(params["w"] @ batch)))
+    batch = jax.ShapeDtypeStruct((1024, 1), jnp.float32)
+    compiled = step.lower(params, state, batch).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.25 * 4 * 512 * 1024

@@ -152,14 +152,3 @@ def test_the_moved_fraction_is_that_of_parameters_with_another_value():
     _, _, info = opt.step(loss, large, opt.init(large, KEY), batch)
     assert half < total - 8
     np.testing.assert_allclose(info.moved_fraction, (total - 8) / total, rtol=1e-6)
-
-
-@pytest.mark.parametrize("n", [1, 4])
-def test_a_loss_without_a_view_is_called_on_one_copy_at_a_time(n):
-    params = {"w": jax.ShapeDtypeStruct((512, 1024), jnp.float32)}
-    opt = zo.lozo_residual(0.1, num_directions=n)
-    state = jax.eval_shape(opt.init, params, KEY)
-    step = zo.jit_step(opt, lambda params, batch: jnp.sum(jnp.sin(params["w"] @ batch)))
-    batch = jax.ShapeDtypeStruct((1024, 1), jnp.float32)
-    compiled = step.lower(params, state, batch).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 4 * 512 * 1024
