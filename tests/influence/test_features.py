@@ -379,7 +379,6 @@ def test_ids_that_are_no_rows_of_a_table_are_refused():
     assert influence.gradient_features(loss, params, ids).shape == (2, 8)
     for wrong in (-1, 4):
         ids[1, 0] = wrong
-        with pytest.raises(
-            UserError, match=rf"examples: ids of table .* 3 \(got {wrong}\) in exam"
-        ):
+        sentence = rf"examples: ids of table .* 3 \(got {wrong} in example 1\)"
+        with pytest.raises(UserError, match=sentence):
             influence.gradient_features(loss, params, ids)

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from benchmarks.shapes import ROBERTA_BASE
+from jaxlm import kernels
 from jaxlm.core import taps
 from jaxlm.core.errors import UserError
 from jaxlm.kernels import cost, factorized, rules, tables
@@ -371,7 +372,8 @@ def test_ids_that_are_no_rows_of_the_table_are_refused():
         bad = {**good, "input_ids": good["input_ids"].copy()}
         bad["input_ids"][1, 2] = wrong
         for method in ("auto", "jacobian"):
-            with pytest.raises(UserError, match=rf"x2: ids of embed.tokens.* \(got {wrong}\) in"):
+            sentence = rf"x2: ids of embed.tokens.* \(got {wrong} in example 1\)"
+            with pytest.raises(UserError, match=sentence):
                 kernels.ntk(f, params, good, bad, method=method)
         # Where nothing can be looked at, the methods agree on the row that the look-up takes.
         first, second = (
