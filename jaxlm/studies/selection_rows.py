@@ -176,8 +176,13 @@ def read_source(
         ]
         return _task_rows(name, task, examples, noise, lm, max_length)
     except UserError as error:
-        message = str(error).removeprefix("task.messages: ")
-        raise UserError(f"sources.{name}: {message}") from None
+        raise _placed(f"sources.{name}", error) from None
+
+
+def _placed(place: str, error: UserError) -> UserError:
+    """A mistake in one of the sides, with the whole key."""
+    message = str(error).removeprefix("task.messages: ")
+    return UserError(f"{place}{'.' if message.startswith('rows:') else ': '}{message}")
 
 
 def read_target(
@@ -191,15 +196,13 @@ def read_target(
 ) -> Rows:
     """The examples that are the target; arguments as of `read_source`."""
     if target.messages is not None:
-        return read_source(
-            "target",
-            Source(messages=target.messages, rows=target.rows),
-            lm,
-            template=template,
-            max_length=max_length,
-            seed=seed,
-            base_dir=base_dir,
-        )
+        source = Source(messages=target.messages, rows=target.rows)
+        try:
+            return _conversations(
+                "target", target.messages, lm, template, max_length, source, seed, base_dir
+            )
+        except UserError as error:
+            raise _placed("target", error) from None
     assert target.task is not None
     task = load_task(target.task, seed=seed, base_dir=base_dir)
     for split in ("validation", "test"):
@@ -207,7 +210,10 @@ def read_target(
             raise UserError(
                 f"target.task.{split}: there are no such examples (got none). Name a file of them."
             )
-    places = draw(len(task.validation), target.rows, 0, seed)
+    try:
+        places = draw(len(task.validation), target.rows, 0, seed)
+    except UserError as error:
+        raise _placed("target", error) from None
     examples = [task.validation[place] for place in places]
     return _task_rows("target", task, examples, [False] * len(examples), lm, max_length)
 

@@ -135,8 +135,8 @@ def test_a_sweep_and_in_context_learning(data, model, tmp_path, capsys) -> None:
 def test_mistakes(data, model, tmp_path, capsys) -> None:
     words_of_squad = words(data, model, tmp_path / "run")
     for flags, message in (
-        (["--objective=accuracy"], "objective is accuracy, but opt/squad is measured by f1: give"),
-        (["--calibrate=sfc"], "calibrate needs the same options in every example: leave it out."),
+        (["--objective=accuracy"], "objective: opt/squad is measured by f1 (got"),
+        (["--calibrate=sfc"], "calibrate: needs the same options in every example, and"),
         (["--task.max_new_tokens=0"], "task.max_new_tokens: must be from 1 to"),
         (["--task.max_new_tokens=null"], "task.max_new_tokens: leaves no room for a prompt, "
          "since task.max_length or the model allow 32 tokens in all (got 50). Lower it."),
@@ -146,7 +146,7 @@ def test_mistakes(data, model, tmp_path, capsys) -> None:
         assert message in capsys.readouterr().err
     squad = [word for word in words_of_squad if not word.startswith("--output")]
     assert main(["evaluate", *squad, "--calibrate=sfc"]) == 2
-    assert "calibrate is sfc, but opt/squad has no options" in capsys.readouterr().err
+    assert "calibrate: opt/squad has no options (got sfc)" in capsys.readouterr().err
     assert main(["evaluate", *squad, "--task.max_new_tokens=32"]) == 2
     assert "since prompt and answer have 32 tokens in all (got 32)" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

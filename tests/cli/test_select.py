@@ -99,7 +99,7 @@ def test_a_dry_run_of_a_study_reads_its_rows_and_does_nothing(study, capsys) -> 
             "methods: not known (got 'best'). Choose one of less, random, matched, full, bm25, ",
         ),
         ("--seeds=[]", "seeds: is empty (got nothing)."),
-        ("--sources.right.rows=17", "source right: 0 + 17 rows are asked for, but there are 16: "),
+        ("--sources.right.rows=17", "sources.right.rows: 0 + 17 are asked for (got 16)."),
         (
             "--sources.other.rows=1",
             "sources.other.task: a source has a task or messages. Give one of them.",
@@ -107,7 +107,7 @@ def test_a_dry_run_of_a_study_reads_its_rows_and_does_nothing(study, capsys) -> 
         ("--sources.right.row=1", "sources.right.row: is no key. Did you mean sources.right.rows?"),
         ("--sources.chat.messages=no.jsonl", "there is no file 'no.jsonl'"),
         ("--features.dim=0", "features.dim: must be from 1 to"),
-        ("--target.rows=9", "9 rows are asked for, but there are 8"),
+        ("--target.rows=9", "target.rows: 0 + 9 are asked for (got 8). Lower rows or skip."),
     ],
 )
 def test_mistakes_end_in_a_sentence_and_leave_nothing(study, flag, sentence, capsys) -> None:

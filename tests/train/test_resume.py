@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -29,8 +30,12 @@ SERVER.set_forkserver_preload(
 )
 
 
+def command(words: list[str]) -> None:
+    sys.exit(main(words))
+
+
 def launch(words: list[str]) -> multiprocessing.process.BaseProcess:
-    process = SERVER.Process(target=main, args=(words,))
+    process = SERVER.Process(target=command, args=(words,))
     process.start()
     return process
 
@@ -137,23 +142,28 @@ def test_kill_9_at_three_random_moments(kind, tmp_path, tiny_model, monkeypatch)
 
 def test_control_c_saves_and_exits_with_130(tmp_path, tiny_model):
     """After steps, and while they compile; the run that goes on is bitwise the whole one."""
-    words = ["finetune", str(write_run(tmp_path, tiny_model)), f"--steps={STEPS}"]
+    steps = 4 * STEPS  # it shall not be done before it is told
+    words = ["finetune", str(write_run(tmp_path, tiny_model)), f"--steps={steps}"]
+    words += ["--eval-every=80", "--checkpoint-every=80"]
     finish([*words, f"--output={tmp_path / 'whole'}"])
-    for count in (1, 20):  # the first line is there before anything is compiled for the steps
+    log = tmp_path / "run" / "log.txt"
+    for number, count in enumerate((1, 20)):
         process = launch(words)
+        while not log.exists() or log.read_text().count("compiling the steps") <= number:
+            assert process.is_alive(), process.exitcode
         while lines(tmp_path / "run") < count:
             assert process.is_alive(), process.exitcode
         os.kill(process.pid, signal.SIGINT)
         process.join(60)
-        assert process.exitcode == 130
-        said = (tmp_path / "run" / "log.txt").read_text()
+        said = log.read_text()
+        assert process.exitcode == 130, said
         assert Checkpoints(tmp_path / "run" / "checkpoints").latest_step is not None, said
     finish(words)
     (leaves, rows, written, summary), whole = (final(tmp_path / n) for n in ("run", "whole"))
     assert rows == whole[1]
     assert written == whole[2]
     assert without_clock(summary) == without_clock(whole[3])
-    for a, b in zip(leaves[STEPS], whole[0][STEPS], strict=True):
+    for a, b in zip(leaves[steps], whole[0][steps], strict=True):
         np.testing.assert_array_equal(a, b)
 
 
