@@ -394,7 +394,8 @@ class _Reader:
             near = difflib.SequenceMatcher(None, str(name), last).ratio()
             return near + (0.15 if f"{section}." == prefix or section == prefix else 0)
 
-        best = max(self.known, key=likeness, default="")
+        here = (prefix + field for field in fields)  # before sections.NAME.field
+        best = max((*here, *self.known), key=likeness, default="")
         # A key that is known is of another form of the section: sgd has no eps.
         if best and likeness(best) >= 0.6 and prefix + str(name) not in self.known:
             return f"Did you mean {best}?"
