@@ -11,6 +11,9 @@ from typing import Any
 from jaxlm.artifacts.processes import is_first, meet
 from jaxlm.core.errors import UserError
 
+LARGEST = 2**30
+"""Bytes of a record."""
+
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a file under a temporary name and renames it, so that it is whole or absent."""
@@ -135,9 +138,17 @@ def read_json(path: Path, **fields: type | tuple[type, ...]) -> dict[str, Any]:
       fields: name to type of each field that must be there. `float` takes whole numbers too.
 
     Raises:
-      UserError: the file is damaged: not JSON, no object, or a field is missing or of another type.
+      UserError: the file is a pipe, a device or too large; or it is damaged: not JSON, no object,
+        or a field is missing or of another type.
       FileNotFoundError: there is none.
     """
+    with contextlib.suppress(OSError):  # of which `read_text` says more
+        endless = not path.is_dir() and path.exists() and not path.is_file()
+        if endless or path.stat().st_size > LARGEST:
+            raise UserError(
+                f"{path}: not a regular file of at most {LARGEST >> 20} MiB. Give the file that was "
+                "written."
+            )
     value = parse_json(read_text(path), str(path))
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object. Correct the file or write it again.")

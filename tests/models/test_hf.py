@@ -216,6 +216,19 @@ def test_a_mistake_in_the_files_ends_in_a_sentence(mistake: str, folder: Path):
     assert str(caught.value) == sentence.format(folder=folder)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device", "sparse"])
+def test_a_configuration_that_would_be_read_for_ever_is_refused(kind: str, folder: Path):
+    path = folder / "config.json"
+    path.unlink()
+    {
+        "pipe": lambda: os.mkfifo(path),
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "sparse": lambda: (path.touch(), os.truncate(path, 2**33)),
+    }[kind]()
+    with pytest.raises(UserError, match=r"config\.json: not a regular file of at most 1024 MiB"):
+        jaxlm.from_pretrained(folder)
+
+
 def test_a_name_that_the_hub_does_not_give():
     with pytest.raises(UserError) as caught:
         jaxlm.from_pretrained("nobody/nothing")

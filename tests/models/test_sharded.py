@@ -86,7 +86,7 @@ def test_a_part_of_a_leaf_is_that_part(piece: int, folder: Path, monkeypatch: py
     monkeypatch.setattr(hf_tensors, "PIECE", piece)
     config, module = read_config(folder)
     checkpoint = hf._open(folder, module)
-    config = checkpoint.match_head(config)
+    config = checkpoint.match(config)
     rng = np.random.default_rng(0)
     read = 0
 

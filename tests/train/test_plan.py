@@ -229,6 +229,14 @@ def test_without_a_tokenizer_rows_are_as_long_as_they_may_be(tmp_path):
         read(**{"task.name": "opt/squad", "objective": "f1"})
 
 
+def test_the_length_of_texts_is_asked_for_where_a_model_reads_long_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxlm.train.by_shapes.LONG", 2047)
+    with pytest.raises(UserError, match=r"^task.max_length: is needed, .* up to 2,048 tokens"):
+        finetuning(shapes_of_13b(tmp_path))
+    known = finetuning(shapes_of_13b(tmp_path, **{"task.max_length": 64})).dispatch()
+    assert known.args[1]["input_ids"].shape == (10, 16, 64)
+
+
 def test_a_run_is_planned_from_another_one(run_yaml):
     config = load(run_yaml, steps=2, eval_every=2, **LORA)
     finetune(config, base_dir=run_yaml.parent)
