@@ -146,8 +146,8 @@ def read_json(path: Path, **fields: type | tuple[type, ...]) -> dict[str, Any]:
         endless = not path.is_dir() and path.exists() and not path.is_file()
         if endless or path.stat().st_size > LARGEST:
             raise UserError(
-                f"{path}: not a regular file of at most {LARGEST >> 20} MiB. Give the file that was "
-                "written."
+                f"{path}: not a regular file of at most {LARGEST >> 20} MiB. Give the file as it "
+                "was written."
             )
     value = parse_json(read_text(path), str(path))
     if not isinstance(value, dict):
