@@ -137,6 +137,13 @@ def test_every_room_has_a_page_of_reference():
     assert rooms <= {name.removeprefix("jaxlm.") for name in shown} | INNER
 
 
+@pytest.mark.parametrize("path", PAGES)
+def test_every_figure_says_what_it_shows(path: Path):
+    """The paragraph below it, in italics; a drawing needs none."""
+    for name, below in re.findall(r"!\[[^\]]+\]\((\S+)\)\n\n(.{20})", path.read_text(), re.S):
+        assert name.endswith(".svg") or below.startswith("*"), name
+
+
 FIRST = {
     "zo": "mezo",
     "kernels": "ntk",
