@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from jaxlm.core import paths, views
 from jaxlm.core.views import LowRank
 from jaxlm.zo.perturbation import Directions, settled
-from jaxlm.zo.rules import Rule
+from jaxlm.zo.rules import Rule, at_least_zero, below_one
 from jaxlm.zo.sites import Site
 from jaxlm.zo.structured import Factored, LowRankSampler, Subspace, is_matrix
 
@@ -26,6 +26,7 @@ def factored_momentum(decay: float = 0.9) -> Rule:
 
     References: arXiv:2410.07698.
     """
+    below_one(decay=decay)
 
     def init(setup):
         sampler = setup.sampler
@@ -80,6 +81,7 @@ def orthogonalized(*, vector_scale: float = 1e-5) -> Rule:
 
     References: arXiv:2602.17155; Jordan et al., "Muon: An optimizer for hidden layers", 2024.
     """
+    at_least_zero(vector_scale=vector_scale)
 
     def init(setup):
         if not isinstance(setup.sampler, Subspace):

@@ -49,6 +49,7 @@ from jaxlm.zo.perturbation import (
     materialized,
     width,
 )
+from jaxlm.zo.rules import at_least_zero
 from jaxlm.zo.samplers import Gaussian, Sampler
 from jaxlm.zo.sites import Site, over_blocks
 from jaxlm.zo.structured import OUT_FIRST, Factored, LowRankSampler, is_matrix, low_rank
@@ -113,6 +114,8 @@ def lozo_residual(
       out_first: see `low_rank`.
     """
     check(eps, num_directions)
+    if not callable(learning_rate):
+        at_least_zero(learning_rate=learning_rate)
     sampler = low_rank(rank, interval=interval, base=base, out_first=out_first)
     rate_at = functools.partial(value_at, learning_rate)
 

@@ -497,6 +497,9 @@ def test_nothing_in_a_run_is_not_a_number(name):
         (lambda: zo.meazo(0.1, weight_decay=float("nan")), "weight_decay: must be at least 0"),
         (lambda: zo.mezo(-0.1), "learning_rate: must be at least 0"),
         (lambda: zo.mezo(float("nan")), "learning_rate: must be at least 0"),
+        (lambda: zo.lozo_residual(-0.1), "learning_rate: must be at least 0"),
+        (lambda: zo.lozo_momentum(0.1, momentum=1.0), "decay: must be at least 0 and below 1"),
+        (lambda: zo.zo_muon(0.1, vector_scale=-1.0), "vector_scale: must be at least 0"),
         (lambda: zo.zeroth_order.__wrapped__(0.1, rounding="up"), "rounding: not known"),
         (lambda: zo.mezo(0.1, eps=float("inf")), "eps must be positive"),
         (
