@@ -71,15 +71,15 @@ def test_there_is_nothing_to_train_on(tmp_path, tiny_model, capsys) -> None:
     words += ["--task.train=null", "--task.validation=null"]
     capsys.readouterr()
     assert main(["finetune", *words, f"--output={tmp_path / 'run'}"]) == 2
-    assert "task has no train examples" in capsys.readouterr().err
+    assert "task.train: the task has no such examples" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--icl=-1"], "icl: must be from 0 to"),
-        (["--icl=2", "--split=train"], "icl puts examples before the test split: leave out train."),
-        (["--icl=41"], "41 demonstrations are asked for, but task.train has 40 examples: give a"),
+        (["--icl=2", "--split=train"], "icl puts examples before the test split alone (got train)"),
+        (["--icl=41"], "icl: task.train has 40 examples to draw demonstrations from (got 41)."),
     ],
 )
 def test_mistakes_of_demonstrations(flags, message, words, capsys) -> None:

@@ -28,8 +28,9 @@ FILES = {
     "select": "sources: {a: {task: {name: subj}}}\ntarget: {task: {name: subj}}\noutput: OUT\n",
     "compare": (
         "run: {model: {hidden_size: 16, num_layers: 1, num_heads: 2, intermediate_size: 16},\n"
-        "  tokenizer: t, corpus: {path: c, domains: [{name: a}]}, optimizer: adamw, steps: 2,\n"
-        "  log_every: 1, eval_every: 1, checkpoint_every: 1, seq_len: 8}\n"
+        "  tokenizer: t, corpus: {path: c, domains: [{name: a, weight: 1}]},\n"
+        "  optimizer: adamw, steps: 2, seq_len: 8,\n"
+        "  log_every: 1, eval_every: 1, checkpoint_every: 1}\n"
         "y: loss\nvariants: {a: {}}\noutput: OUT\n"
     ),
 }

@@ -248,7 +248,7 @@ def test_a_mistake_is_one_sentence(path, flags, sentence, capsys, monkeypatch):
         ("{optimizer.lerning_rate: [1]}", "optimizer.lerning_rate: is no key. Did you mean "
          "optimizer.learning_rate?"),
         ("{steps.all: [1]}", "steps.all: is below steps, which is no section. Correct it."),
-        ("{steps: [-1]}", "steps is -1: give 0 or more."),
+        ("{steps: [-1]}", "steps: must be from 0 to 1000000000 (got -1). Correct it."),
     ],
 )  # fmt: skip
 def test_a_grid_is_checked_before_anything_runs(path, grid, sentence):
