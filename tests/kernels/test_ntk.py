@@ -11,7 +11,7 @@ import pytest
 from optax import ScaleByAdamState
 
 from jaxlm import kernels
-from jaxlm.core import taps
+from jaxlm.core import paths, taps
 from jaxlm.core.projection import projector
 from jaxlm.sharding import make_mesh
 from tests.kernels import oracle
@@ -237,7 +237,9 @@ def test_the_dropped_fraction_in_closed_form():
 def test_any_model(make):
     model = make()
     x = jax.random.normal(jax.random.key(1), (4, 2))
-    jacobian = jax.tree.leaves(jax.jacrev(lambda params: model.predict(params, x))(model.params))
+    moved, rest = paths.split(model.params, None)
+    of_floats = jax.jacrev(lambda moved: model.predict(paths.merge(moved, rest), x))
+    jacobian = jax.tree.leaves(of_floats(moved))
     rows = np.concatenate([np.reshape(j, (4, -1)) for j in jacobian], 1)
     found = kernels.ntk(model.predict, model.params, x, method="jacobian", trace_axes=(1,))
     assert_close(found, rows @ rows.T, 1e-5)
