@@ -754,6 +754,36 @@ def test_a_dtype_that_no_parameter_can_have_is_refused(value, folder: Path):
         jaxlm.from_pretrained(folder, value)
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "given", "meant", "written"),
+    [
+        ("gemma2", "hidden_activation", "gelu", "gelu", "gelu"),
+        ("gemma2", "hidden_activation", "relu", "relu", "relu"),
+        ("gemma2", "hidden_activation", None, "gelu_tanh", "gelu_pytorch_tanh"),
+        ("gemma", "hidden_act", "gelu", "gelu_tanh", "gelu_pytorch_tanh"),
+    ],
+)
+def test_the_activation_is_the_one_that_is_named(name, key, given, meant, written, tmp_path: Path):
+    """But for the first Gemma, which named the exact GELU and meant the approximation."""
+    folder = Path(shutil.copytree(GOLDEN / name, tmp_path / name))
+    edit_config(**{key: given})(folder)
+    lm = jaxlm.from_pretrained(folder)
+    assert lm.config.activation == meant
+    jaxlm.save_pretrained(lm, tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())[key] == written
+
+
+def test_layers_without_a_window_are_saved_as_transformers_needs_them(tmp_path: Path):
+    folder = Path(shutil.copytree(GOLDEN / "gemma2", tmp_path / "gemma2"))
+    kinds = ["full_attention"] * jaxlm.from_pretrained(folder).config.num_layers
+    edit_config(layer_types=kinds)(folder)
+    lm = jaxlm.from_pretrained(folder)
+    assert not any(lm.config.windowed)
+    jaxlm.save_pretrained(lm, tmp_path / "again")
+    stored = json.loads((tmp_path / "again/config.json").read_text())
+    assert (stored["layer_types"], type(stored["sliding_window"])) == (kinds, int)
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize(
     "changes",
