@@ -84,6 +84,21 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
         write_shared(path, to_json(record, indent=2) + "\n")
 
 
+class _Repeated(ValueError):
+    """A name that is twice in one object."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Repeated(next(name for name in names if names.count(name) > 1))
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def parse_json(text: str, where: str) -> Any:
     """The value of a JSON text from outside.
 
@@ -92,17 +107,19 @@ def parse_json(text: str, where: str) -> Any:
       where: file, or file and line, that a message names.
 
     Raises:
-      UserError: it is not JSON, is nested too deeply, has a number of thousands of digits, or a
-        text that is not Unicode (half of a surrogate pair).
+      UserError: it is not JSON, is nested too deeply, has a name twice in one object, a number of
+        thousands of digits, or a text that is not Unicode (half of a surrogate pair).
     """
     try:
-        value = json.loads(text)
+        value = _DECODER.decode(text)
         if "\\ud" in text or "\\uD" in text:  # JSON may write half a character, UTF-8 may not
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         reason = f"{error.msg} at character {error.pos}"
     except UnicodeEncodeError:
         reason = r"a \ud800-like escape without its other half"
+    except _Repeated as error:
+        reason = f"the name {str(error)!r} twice"
     except RecursionError:
         reason = "nested too deeply"
     except ValueError:  # Python converts no integer of more than 4,300 digits
@@ -116,9 +133,17 @@ def read_text(path: Path) -> str:
     """The text of a file in UTF-8.
 
     Raises:
-      UserError: it cannot be opened or is not UTF-8; `FileNotFoundError` is left to the caller.
+      UserError: it is a pipe, a device or too large, cannot be opened or is not UTF-8;
+        `FileNotFoundError` is left to the caller.
     """
     try:
+        endless = not path.is_dir() and path.exists() and not path.is_file()
+        endless &= path.parent != Path("/dev/fd")  # where a shell gives the output of a command
+        if endless or path.stat().st_size > LARGEST:
+            raise UserError(
+                f"{path}: not a regular file of at most {LARGEST >> 20} MiB. Give the file as it "
+                "was written."
+            )
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise
@@ -138,17 +163,10 @@ def read_json(path: Path, **fields: type | tuple[type, ...]) -> dict[str, Any]:
       fields: name to type of each field that must be there. `float` takes whole numbers too.
 
     Raises:
-      UserError: the file is a pipe, a device or too large; or it is damaged: not JSON, no object,
-        or a field is missing or of another type.
+      UserError: as `read_text`; it is damaged: not JSON, no object, or a field is missing or of
+        another type.
       FileNotFoundError: there is none.
     """
-    with contextlib.suppress(OSError):  # of which `read_text` says more
-        endless = not path.is_dir() and path.exists() and not path.is_file()
-        if endless or path.stat().st_size > LARGEST:
-            raise UserError(
-                f"{path}: not a regular file of at most {LARGEST >> 20} MiB. Give the file as it "
-                "was written."
-            )
     value = parse_json(read_text(path), str(path))
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object. Correct the file or write it again.")

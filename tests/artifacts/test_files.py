@@ -14,9 +14,10 @@ from jaxlm.core.errors import UserError
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", '{"a": 1', "[" * 100_000, "9" * 5000, r'"\ud800"', r'{"a": ["\uDC00"]}', "\x00"],
-    ids=["empty", "cut", "cut value", "deep", "digits", "surrogate", "low surrogate", "nul"],
-)
+    ["", "{", '{"a": 1', "[" * 100_000, "9" * 5000, r'"\ud800"', r'{"a": ["\uDC00"]}', "\x00",
+     '[{"a": 1, "b": 1, "a": 1}]'],
+    ids=range(9),
+)  # fmt: skip
 def test_json_that_is_none_is_refused_by_name(text):
     with pytest.raises(UserError, match=r"^rows\.jsonl, line 3: not valid JSON"):
         parse_json(text, "rows.jsonl, line 3")
