@@ -245,7 +245,7 @@ def mask(tree, select: Select):
     if not any(jax.tree.leaves(result)):
         known = sorted({leaf.path for leaf in flatten(tree)[0]})
         shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
-        raise UserError(f"select={select!r} takes no parameter; paths are {shown}")
+        raise UserError(f"select: takes no parameter (got {select!r}). Choose among {shown}.")
     return result
 
 

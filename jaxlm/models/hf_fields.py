@@ -158,13 +158,16 @@ def check_sizes(config: ModelConfig, where: str) -> None:
     for fits, problem in (
         (
             config.head_size != width // heads or width % heads == 0,
-            f"the width {width} is no multiple of {heads} heads",
+            f"hidden_size must be a multiple of num_attention_heads, {heads} (got {width})",
         ),
-        (heads % groups == 0, f"{heads} heads are no multiple of {groups} heads of keys"),
+        (
+            heads % groups == 0,
+            f"num_key_value_heads must divide num_attention_heads, {heads} (got {groups})",
+        ),
         (config.max_positions >= 1, "no position is left behind the padding id"),
         (
             config.positions != "rotary" or (turned >= 2 and turned % 2 == 0),
-            f"rotary positions need an even number of elements of a head, not {turned}",
+            f"head_dim must have an even number of rotary elements (got {turned})",
         ),
         (
             scaling is None or scaling.kind == "linear" or scaling.slow < scaling.fast,

@@ -32,6 +32,14 @@ def is_of_a_model(path: Path) -> bool:
     return _OF_A_MODEL.fullmatch(path.name) is not None
 
 
+def check_regular(folder: Path) -> None:
+    """Refuses a folder in which a pipe, a device or a folder has the name of a model's file."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        known = _OF_A_MODEL.fullmatch(path.name) is not None
+        if known and path.exists() and not path.is_file() and not is_of_a_model(path):
+            raise UserError(f"{path}: not a regular file. Give the file that was written.")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """One JSON object; UserError where the file is missing or holds something else."""
     try:
@@ -44,6 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(folder: Path) -> tuple[ModelConfig, ModuleType]:
     """Our configuration and the family's module; UserError where they cannot be had."""
+    check_regular(folder)
     hf, path = read_json(folder / CONFIG), folder / CONFIG
     try:
         module = family(hf.get("model_type", ""))

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.core.errors import UserError
+from jaxlm.models.hf_folder import check_regular
 
 FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 
@@ -24,8 +25,14 @@ def read_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    check_regular(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        found = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+        if not isinstance(found.model_max_length, int | float):
+            raise TypeError(f"model_max_length is no number, but {found.model_max_length!r}")
+        return found
     except Exception as error:  # transformers raises whatever a wrong value leads to
         reason = str(error).strip().splitlines()
         if "trust_remote_code" in str(error):

@@ -207,7 +207,7 @@ def prepared(config: FinetuneConfig, lm: Any, num_labels: int) -> tuple[Finetune
     try:
         paths.mask(lm.params, select)
     except ValueError as error:
-        raise UserError(f"optimizer.{error}. Correct it.") from None
+        raise UserError(f"optimizer.{error}") from None
     optimizer = dataclasses.replace(config.optimizer, select=select)
     return dataclasses.replace(config, optimizer=optimizer), lm
 

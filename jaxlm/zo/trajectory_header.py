@@ -145,11 +145,11 @@ class Header:
             old, new = (json.dumps(each.get(name)) for each in (self.settings, settings))
             if old != new:
                 return (
-                    f"the trajectory was made with {name} = {old}, not {new}: give the settings of "
+                    f"the trajectory was made with {name} = {old}, not {new}. Give the settings of "
                     "its run"
                 )
         what = self._other_parameter(params)
-        return what and f"the run began with {what}: give the model it began with"
+        return what and f"the run began with {what}. Give the model it began with"
 
     def _other_parameter(self, params: Any) -> str | None:
         known = {each.path: each for each in self.params}

@@ -285,10 +285,11 @@ ROWS: dict[str, tuple[Break, str]] = {
     ),
     "select takes nothing": (
         flags("--optimizer.select=nothing"),
-        "optimizer.select='nothing' takes no parameter; paths are embed.tokens.embedding, "
-        "final_norm.scale, layers.attention.k_proj.kernel, layers.attention.o_proj.kernel, "
+        "optimizer.select: takes no parameter (got 'nothing'). Choose among "
+        "embed.tokens.embedding, final_norm.scale, layers.attention.k_proj.kernel, "
+        "layers.attention.o_proj.kernel, "
         "layers.attention.q_proj.kernel, layers.attention.v_proj.kernel, "
-        "layers.attention_norm.scale, layers.mlp.down_proj.kernel, .... Correct it.",
+        "layers.attention_norm.scale, layers.mlp.down_proj.kernel, ....",
     ),
     "bad pattern": (
         flags("--optimizer.select=("),

@@ -112,7 +112,7 @@ ROWS = [
     ),
     (
         {"select": "nothing"},
-        "select='nothing' takes no parameter; paths are b, w",
+        "select: takes no parameter (got 'nothing'). Choose among b, w.",
     ),
     (
         {"f": lambda params, x: f(params, x)[:, 0]},

@@ -443,7 +443,7 @@ def test_a_loss_that_is_not_a_number_gives_no_slope():
 )
 @pytest.mark.parametrize("estimator", [zo.central, zo.one_sided, zo.forward_gradient])
 def test_losses_that_are_not_one_float_are_refused(loss_fn, message, estimator):
-    with pytest.raises(ValueError, match=rf"^{message}(\n|$)"):
+    with pytest.raises(ValueError, match=rf"^{message}(\n|$|\.)"):
         zo.spsa(loss_fn, {"w": jnp.ones(2)}, key=jax.random.key(0), estimator=estimator)
 
 
@@ -470,14 +470,14 @@ def test_samplers_are_static_and_cross_jit(sampler):
             "blocks of layers take turns by step: use them in an optimizer",
         ),
         ({"num_directions": 0}, "num_directions must be at least 1, not 0"),
-        ({"select": "nothing"}, "select='nothing' takes no parameter; paths are w"),
+        ({"select": "nothing"}, r"select: takes no parameter \(got 'nothing'\)\. Choose among w"),
     ],
 )
 def test_settings_that_estimate_nothing_are_refused(options, message):
     def loss(params):
         return params["w"].sum()
 
-    with pytest.raises(ValueError, match=rf"^{message}(\n|$)"):
+    with pytest.raises(ValueError, match=rf"^{message}(\n|$|\.)"):
         zo.spsa(loss, {"w": jnp.ones(2)}, key=jax.random.key(0), **options)
 
 

@@ -201,8 +201,8 @@ def other(**changes):
 @pytest.mark.parametrize(
     ("params", "settings", "reason"),
     [
-        (other(), {**SETTINGS, "eps": 0.01}, r"was made with eps = 0.001, not 0.01: give"),
-        (other(), SETTINGS | {"n": 2}, r"was made with n = null, not 2: give"),
+        (other(), {**SETTINGS, "eps": 0.01}, r"was made with eps = 0.001, not 0.01\. Give"),
+        (other(), SETTINGS | {"n": 2}, r"was made with n = null, not 2\. Give"),
         (other(), {"name": "mezo", "eps": 1e-3}, r"with decay = \[0.5, null\], not null"),
         (other(head={"w": np.zeros((2, 2), "f")}), SETTINGS, "head.bias, which is missing here"),
         (other(tail=np.zeros(2)), SETTINGS, "no tail, which is here"),
@@ -219,7 +219,7 @@ def other(**changes):
         (
             jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-7), small_params()),
             SETTINGS,
-            "other values of head.bias: give the model it began with",
+            "other values of head.bias. Give the model it began with",
         ),
     ],
 )
