@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.core.projection import Projector, projector
 from jaxlm.kernels import subspaces
@@ -71,6 +72,9 @@ def test_every_kind_projects_the_features_of_the_definition(kind):
     )
     wanted = np.einsum("ncmc->nmc", expected)
     np.testing.assert_allclose(diagonal, wanted, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+paths.declare_stacked({"layers.a": 1, "layers.b": 1})
 
 
 @pytest.mark.parametrize("family", ["countsketch", "gaussian", "rademacher", "srht"])
