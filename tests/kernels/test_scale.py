@@ -87,16 +87,17 @@ def test_blocks_are_as_large_as_the_budget(monkeypatch):
     assert prepared(method="jacobian", select="s").sizes == (4, 4)
 
 
-def test_each_row_of_blocks_forms_its_gradients_once(monkeypatch):
-    formed = []
-    gradients = blocks._gradients
+def test_each_row_of_blocks_forms_its_gradients_once():
+    formed, work = [], prepared(block_size=4, method="jacobian")
+    gradients = work._gradients
 
-    def counted(f, params, x, *, select):
+    def counted(params, x):
         formed.append(len(x))
-        return gradients(f, params, x, select=select)
+        return gradients(params, x)
 
-    monkeypatch.setattr(blocks, "_gradients", counted)
-    kernels.ntk(f, PARAMS, X, block_size=4, method="jacobian", check=False)
+    work._gradients = counted
+    for pair in work.pairs():
+        work.compute(*pair)
     # four rows, and for those the 3, 2, 1, 0 blocks to their right
     assert formed == [4] * (4 + 6)
 
@@ -106,6 +107,6 @@ def test_every_device_forms_the_gradients_of_its_examples():
     mesh = make_mesh(data=8)
     params = place_params(PARAMS, mesh, WHOLE)
     x = jax.device_put(X, batch_sharding(mesh))
-    for rows in blocks._gradients(f, params, x, select=None):
+    for rows in prepared(method="jacobian", mesh=mesh)._gradients(params, x):
         assert {shard.data.shape[0] for shard in rows.addressable_shards} == {N // 8}
     assert prepared(method="jacobian", block_size=5, mesh=mesh).sizes == (8, 8)
