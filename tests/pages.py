@@ -91,6 +91,7 @@ DRY = ("sweep", "kernel", "compare", "select")
 WORK = {
     "finetune": [
         ("jaxlm.train.run.finetune", stop_with_folder),
+        ("jaxlm.train.plan.dry_run", stop),
         ("jaxlm.studies.quickstart.run", stop),
     ],
     "pretrain": [("jaxlm.cli.pretrain.pretrain", stop)],
