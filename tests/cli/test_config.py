@@ -129,8 +129,8 @@ def test_a_section_may_be_made_by_a_function(tmp_path):
         (f"count: {'9' * 5000}", f"count: must be a whole number (got '{'9' * 56}...)."),
         ("inner: {rate: nan}", "inner.rate: must be a finite number (got 'nan')."),
         ("inner: {rate: -inf}", "inner.rate: must be a finite number (got '-inf')."),
-        ('inner: {name: "a\\0b"}', "text: must be a text in UTF-8 without NUL (got 'a\\x00b')."),
-        ('inner: {name: "\\ud800"}', "text: must be a text in UTF-8 without NUL (got '\\ud800')."),
+        ('inner: {name: "a\\0b"}', "name: must be a text in UTF-8 without NUL (got 'a\\x00b')."),
+        ('inner: {name: "\\ud800"}', "name: must be a text in UTF-8 without NUL (got '\\ud800')."),
         (
             "inner: {rate: 1}\ncount: 2\ninner: {}",
             "inner: stands twice, in lines 1 and 3. Keep one.",
