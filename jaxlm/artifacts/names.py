@@ -14,13 +14,18 @@ def file_path(given: str | os.PathLike, key: str) -> Path:
       key: name of the option, for messages.
 
     Raises:
-      UserError: it is empty, holds a NUL, or names the home of a user who is not known.
+      UserError: it is empty or too long, holds a NUL, or names the home of a user who is not known.
     """
     text = os.fspath(given)
     if not text.strip():
         raise UserError(f"{key}: is empty. Give a path.")
     if "\0" in text:
         raise UserError(f"{key}: has a NUL character (got {text!r}). Give a path without it.")
+    parts = [part.encode(errors="replace") for part in text.split("/")]
+    if max(map(len, parts)) > 255 or len(parts) + sum(map(len, parts)) > 4095:
+        raise UserError(
+            f"{key}: is too long for a path (got {text[:60]!r}...). Give a shorter one."
+        )
     try:
         return Path(text).expanduser()
     except RuntimeError:

@@ -36,7 +36,7 @@ def check_regular(folder: Path) -> None:
     """Refuses a folder in which a pipe, a device or a folder has the name of a model's file."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         known = _OF_A_MODEL.fullmatch(path.name) is not None
-        if known and path.exists() and not path.is_file() and not is_of_a_model(path):
+        if known and path.exists() and not path.is_file():
             raise UserError(f"{path}: not a regular file. Give the file that was written.")
 
 

@@ -242,9 +242,26 @@ class RunFolder:
         )
 
     def option_offsets(self) -> np.ndarray | None:
-        """What the run takes from the score of each option, [C]; None where it takes nothing."""
-        offsets = (self.metrics.first() or {}).get("option_offsets")
-        return None if offsets is None else np.asarray(offsets, np.float32)
+        """What the run takes from the score of each option, [C]; None where it takes nothing.
+
+        Raises:
+            UserError: the metrics have something else in its place.
+        """
+        if (offsets := (self.metrics.first() or {}).get("option_offsets")) is None:
+            return None
+        try:
+            found, count = (
+                np.asarray(offsets, np.float32),
+                len((self.config() or {})["task"]["labels"]),
+            )
+        except (KeyError, TypeError, ValueError, OverflowError):
+            found, count = np.zeros((), np.float32), 0
+        if found.shape != (count,) or not np.isfinite(found).all():
+            raise UserError(
+                f"{self.metrics.path}: option_offsets must be a number for each of the task's "
+                f"labels (got {show(offsets)}). Put back what was there."
+            )
+        return found
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`; the run is then finished."""

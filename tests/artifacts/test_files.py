@@ -89,6 +89,14 @@ def test_sealed_files_are_told_from_damaged_ones(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "path", ["", "a\0b", "a" * 300, "é" * 128, "a/" * 3000, "~nosuchuser/x"], ids=range(6)
+)
+def test_a_path_that_cannot_be_is_refused_by_its_key(path):
+    with pytest.raises(UserError, match=r"^output: .{1,120}\. \w"):
+        file_path(path, "output")
+
+
+@pytest.mark.parametrize(
     "name", ["../a", "/a", "a/../../b", "..", "", "a\0", 3, None, "C:\\a", "\\\\h\\a"]
 )
 def test_a_name_in_a_file_does_not_leave_its_folder(tmp_path, name):

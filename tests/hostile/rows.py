@@ -1,5 +1,6 @@
 """What can be broken: rows by kind of file, each with the key or the file that must be named."""
 
+import itertools
 import json
 import os
 import shutil
@@ -10,12 +11,26 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tests.hostile.world import COMMANDS, FILES, Break, Row, write_json
+from tests.hostile.world import COMMANDS, FILES, MADE, Break, Row, write_json
 
 Change = Callable[[Any], Any]
-TRAINED = ("finetune", "adam", "pretrain", "sweep", "less", "kernel", "compare")
+TRAINED = tuple(MADE)
 READS_A_MODEL = ("finetune", "less", "kernel", "evaluate", "generate", "convert", "info")
-READS_A_RUN = ("evaluate run", "generate run", "convert run", "info run")
+READS_A_RUN = tuple(command for command in COMMANDS if command.endswith(" run"))
+CELLS = {
+    "value": tuple(COMMANDS),
+    "configuration": (*TRAINED, "evaluate"),
+    "output": (*TRAINED, "generate", "convert", "convert run"),
+    "data": (*TRAINED, "evaluate", "evaluate run", "generate file"),
+    "table": ("finetune", "evaluate"),
+    "model": (*READS_A_MODEL, "adam", "sweep", "pretrain", "compare"),
+    "adapter": READS_A_MODEL,
+    "run": ("finetune", "adam", "pretrain", *READS_A_RUN),
+    "store": ("pretrain", "sweep", "less", "kernel", "compare"),
+    "trajectory": ("finetune", "evaluate run", "generate run", "convert run"),
+    "environment": tuple(COMMANDS),
+}
+"""Kinds of file, and the commands that read or write them."""
 
 
 def content(name: str, data: str | bytes) -> Break:
@@ -170,8 +185,8 @@ def file_of(command: str) -> str:
     return next(word for word in COMMANDS[command] if word in FILES)
 
 
-# Values of configurations: key, value, and what may be named instead of the key's last part.
-VALUES: dict[str, list[tuple[str, Any]]] = {
+# Values of configurations: key, value, and what may be named beside the key or its last part.
+VALUES: dict[str, list[tuple[Any, ...]]] = {
     "finetune": [
         ("steps", float("inf")),
         ("steps", "1e12"),
@@ -180,13 +195,13 @@ VALUES: dict[str, list[tuple[str, Any]]] = {
         ("calibrate", [True]),
         ("bits", {"a": 8}),
         ("optimizer", {"name": ["mezo"]}),
-        ("optimizer.learning_rate", "nan"),
+        ("optimizer.select", "(a+)+$|(.*a){30}b"),
     ],
     "adam": [
         ("optimizer.eps", "1e-60"),
         ("optimizer.b2", 1),
-        ("optimizer.learning_rate", -1),
-        ("peft", {"name": "lora", "rank": "1e9"}),
+        ("optimizer.learning_rate", "nan"),
+        ("peft", {"name": "lora", "rank": "1e9"}, "rank"),
         ("peft", {"name": "lora", "alpha": "nan"}),
         ("peft", "lorra"),
         ("param_dtype", ["float32"]),
@@ -207,10 +222,10 @@ VALUES: dict[str, list[tuple[str, Any]]] = {
         ("seeds", [-1]),
         ("seeds", [0, 0]),
         ("methods", {"..": {}}),
-        ("methods", {"a/b": {}}),
-        ("methods", {}),
-        ("methods", {"mezo": {"optimizer": {"name": "mezzo"}}}),
-        ("base", ["model"]),
+        ("grid", {"optimizer.learning_rate": "1e-3"}),
+        ("grid", {"seed": [1, 2]}),
+        ("methods", {"mezo": {"optimizer": {"name": "mezzo"}}}, "optimizer.name"),
+        ("run", ["model"]),
     ],
     "less": [
         ("seeds", [-1]),
@@ -229,18 +244,18 @@ VALUES: dict[str, list[tuple[str, Any]]] = {
         ("prompts", [3]),
         ("solver", "rigde"),
         ("training", []),
-        ("training", [{"optimizer": {"name": "sgd"}, "learning_rates": [-1]}]),
-        ("eval_batch_size", 0),
+        ("training", [{"optimizer": {"name": "sgd"}, "learning_rates": [-1]}], "learning_rate"),
+        ("training", [{"optimizer": {"name": "sgd"}, "batch_size": 0}], "batch_size"),
     ],
     "compare": [
         ("variants", {}),
         ("variants", {"..": {}}),
-        ("variants", {"a": {"stepz": 3}}),
-        ("variants", {"a": {"scale": {"rule": "sqrt", "k": 0}}}),
+        ("variants", {"a": {"stepz": 3}}, "stepz"),
+        ("variants", {"a": {"scale": {"rule": "sqrt", "k": 0}}}, " k: "),
         ("seeds", [1.5]),
         ("start", 1),
         ("y", "held_out"),
-        ("run", {}),
+        ("run", {}, "held-out"),
     ],
 }
 
@@ -251,16 +266,16 @@ def named_by(dotted: str) -> tuple[str, ...]:
 
 def values() -> Iterator[Row]:
     for command, pairs in VALUES.items():
-        for number, (dotted, value) in enumerate(pairs):
+        for number, (dotted, value, *more) in enumerate(pairs):
             yield Row(
                 command,
                 "value",
                 f"{number} {dotted}",
                 put(file_of(command), dotted, value),
-                named=named_by(dotted),
+                named=(*named_by(dotted), *more),
             )
     for command, words, named in (
-        ("evaluate", ("--batch_size=0",), "batch_size"),
+        ("evaluate", ("--eval_batch_size=0",), "eval_batch_size"),
         ("evaluate", ("--task.k=-1",), "k"),
         ("evaluate", ("--task.max_length=1e12",), "max_length"),
         ("evaluate", ("--devices=100000",), "devices"),
@@ -270,32 +285,53 @@ def values() -> Iterator[Row]:
         ("generate", ("--top_p=0",), "top_p"),
         ("generate", ("--seed=-1",), "seed"),
         ("generate", ("--max_new_tokens=31",), "max_new_tokens"),
+        ("generate file", ("--num_samples=1e12",), "num_samples"),
+        ("generate file", ("--output=p.jsonl",), "output"),
         ("convert", ("--dtype=int8",), "dtype"),
         ("convert", ("--bits=3",), "bits"),
         ("info", ("--nonsense=3",), "nonsense"),
         ("info", ("model",), "info"),
+        ("evaluate run", ("--split=tests",), "split"),
+        ("evaluate run", ("--icl=-1",), "icl"),
+        ("generate run", ("--top_k=0", "--temperature=1"), "top_k"),
+        ("generate run", ("--bits=16",), "bits"),
+        ("convert run", ("--dtype=float8",), "dtype"),
+        ("info run", ("--devices=2",), "info"),
     ):
         yield Row(command, "value", " ".join(words), words=words, named=(named,))
 
 
 # Texts of a configuration file, for every command that reads one.
 TEXTS: dict[str, str | bytes] = {
-    "empty": "",
-    "a list": "- 1\n- 2\n",
+    "a tag": "model: !!python/object/apply:os.system ['touch ran']\n",
+    "aliases": "a: &a [x, x]\n"
+    + "".join(
+        f"{name}: &{name} [{', '.join([f'*{last}'] * 9)}]\n"
+        for last, name in itertools.pairwise("abcdefghijkl")
+    ),
     "not YAML": "a: {b: ]\n",
     "not UTF-8": b"\xff\xfe\x00",
     "nested": "a: " + "[" * 50_000,
     "a key twice": "output: a\noutput: b\n",
+    "empty": "",
+    "a list": "- 1\n- 2\n",
+    "two documents": "a: 1\n---\nb: 2\n",
 }
 
 
 def configurations() -> Iterator[Row]:
-    for command in TRAINED:
+    for number, command in enumerate(CELLS["configuration"]):
         file = file_of(command)
-        texts = TEXTS if command == "finetune" else dict(list(TEXTS.items())[1::2])
-        for name, text in texts.items():
-            named = (file, "output", "is missing")
+        names = list(TEXTS)
+        if command != "finetune":
+            names = [names[(3 * number + place) % len(names)] for place in range(3)]
+        else:
+            names = names[:6]
+        for name in names:
+            text, named = TEXTS[name], (file, "output", "is missing")
             yield Row(command, "configuration", name, content(file, text), named=named)
+        if command == "evaluate":
+            continue  # which passes over what does not concern it
         yield Row(
             command,
             "configuration",
@@ -303,7 +339,8 @@ def configurations() -> Iterator[Row]:
             put(file, "lerning_rate", 3),
             named=("lerning",),
         )
-    yield Row("finetune", "configuration", "missing", removed("finetune.yaml"), named=("finetune",))
+    yield Row("adam", "configuration", "missing", removed("adam.yaml"), named=("adam.yaml",))
+    yield Row("sweep", "configuration", "a pipe", pipe("sweep.yaml"), named=("sweep.yaml",))
     yield Row(
         "finetune",
         "configuration",
@@ -329,11 +366,16 @@ def outputs() -> Iterator[Row]:
         if command in ("finetune", "less"):
             breaks["a NUL"] = put(file_of(command), "output", "a\0b")
             breaks["no such user"] = put(file_of(command), "output", "~nosuchuser/run")
+            breaks["a long name"] = put(file_of(command), "output", "a" * 300)
+            breaks["nothing"] = put(file_of(command), "output", "")
         for name, apply in breaks.items():
             yield Row(command, "output", name, apply, named=("output",))
-    yield Row(
-        "convert", "output", "is there", words=(), breaks=made("converted"), named=("convert",)
-    )
+    for command in ("convert", "convert run"):
+        yield Row(command, "output", "is there", made("converted"), named=("TARGET",))
+        file = content("converted", "mine")
+        yield Row(command, "output", "is a file", file, named=("TARGET",))
+    for word in ("test.jsonl/out.jsonl", "no/out.jsonl", "model"):
+        yield Row("generate", "output", word, words=(f"--output={word}",), named=(word, "output"))
 
 
 def made(name: str) -> Break:
@@ -349,6 +391,8 @@ DATA: dict[str, tuple[Break, str]] = {
     "a pipe": (pipe("train.jsonl"), "train"),
     "endless": (linked("train.jsonl", "/dev/zero"), "train"),
     "a folder": (several(removed("train.jsonl"), made("train.jsonl")), "train"),
+    "one label": (content("train.jsonl", '{"text": "a", "label": 0}\n'), "train"),
+    "a list": (content("train.jsonl", "[1, 2]\n"), "train.jsonl"),
 }
 TEST_DATA: dict[str, tuple[Break, str]] = {
     "missing": (removed("test.jsonl"), "test"),
@@ -358,22 +402,30 @@ TEST_DATA: dict[str, tuple[Break, str]] = {
 }
 
 
-def csv_task(folder: Path) -> None:
+TABLES: dict[str, str | bytes] = {
+    "empty.csv": "",
+    "twice.csv": "text,label,label\na,0,1\n",
+    "short.tsv": "text\tlabel\na\n",
+    "noise.parquet": b"PAR1" + bytes(range(256)) + b"PAR1",
+    "noise.jsonl.gz": b"\x1f\x8b" + bytes(range(256)),
+}
+
+
+def csv_task(file: str) -> Break:
     """A column of 200,000 characters in quotes that never end."""
-    (folder / "train.csv").write_text('text,label\n"a' + "b" * 200_000 + "\nc,0\n")
-    put("finetune.yaml", "task.train", "train.csv")(folder)
+    text = 'text,label\n"a' + "b" * 200_000 + "\nc,0\n"
+    return several(content("train.csv", text), put(file, "task.train", "train.csv"))
 
 
-def zipped(folder: Path) -> None:
-    bomb("train.jsonl.gz", 4096)(folder)
-    put("finetune.yaml", "task.train", "train.jsonl.gz")(folder)
+def zipped(file: str) -> Break:
+    return several(bomb("train.jsonl.gz", 2048), put(file, "task.train", "train.jsonl.gz"))
 
 
 def data() -> Iterator[Row]:
-    for name, (apply, named) in DATA.items():
+    for name, (apply, named) in list(DATA.items())[:8]:
         yield Row("finetune", "data", name, apply, named=(named,))
     for command in ("adam", "less", "kernel"):
-        for name in ("missing", "not JSON", "a pipe", "surrogate"):
+        for name in ("missing", "not JSON", "a pipe", "surrogate", "a list"):
             apply, named = DATA[name]
             yield Row(command, "data", name, apply, named=(named,))
     for name, (apply, named) in TEST_DATA.items():
@@ -388,22 +440,34 @@ def data() -> Iterator[Row]:
         }[name]
         yield Row("pretrain", "data", name, apply, named=("films",))
         yield Row("compare", "data", name, apply, named=("films",), changes=True)
-    yield Row("finetune", "table", "an open quote", csv_task, named=("train.csv",))
-    yield Row("finetune", "table", "a bomb", zipped, named=("train.jsonl.gz",))
-    yield Row("sweep", "data", "missing", removed("train.jsonl"), named=("train",), changes=True)
+    for command in ("finetune", "evaluate"):
+        file = file_of(command)
+        yield Row(command, "table", "an open quote", csv_task(file), named=("train.csv",))
+        yield Row(command, "table", "a bomb", zipped(file), named=("train.jsonl.gz",))
+        for name, text in TABLES.items():
+            apply = several(content(name, text), put(file, "task.train", name))
+            yield Row(command, "table", name, apply, named=(name,))
+    for name in ("missing", "not JSON", "a folder"):
+        apply, named = DATA[name]
+        yield Row("sweep", "data", name, apply, named=(named,), changes=True)
     yield Row("pretrain", "data", "a pipe", pipe("corpus/films.jsonl"), named=("films",))
-    yield Row(
-        "generate",
-        "data",
-        "missing",
-        words=("--file=no.jsonl",),
-        named=("no.jsonl", "prompt"),
-    )
+    prompts: dict[str, Break] = {
+        "missing": removed("p.jsonl"),
+        "empty": content("p.jsonl", ""),
+        "not JSON": content("p.jsonl", '{"prompt": "the"}\n{'),
+        "another field": content("p.jsonl", '{"text": "the"}\n'),
+        "a number": content("p.jsonl", '{"prompt": 3}\n'),
+        "not UTF-8": content("p.jsonl", b"\xff\xfe\n"),
+        "a pipe": pipe("p.jsonl"),
+        "endless": linked("p.jsonl", "/dev/zero"),
+    }
+    for name, apply in prompts.items():
+        yield Row("generate file", "data", name, apply, named=("p.jsonl",))
 
 
 def evil(folder: Path) -> None:
     """A tokenizer whose configuration asks for the code beside it, which would leave a mark."""
-    code = "from pathlib import Path\nPath('/tmp/jaxlm-evil').write_text('ran')\nclass Evil: pass\n"
+    code = "from pathlib import Path\nPath('ran').touch()\nclass Evil: pass\n"
     (folder / "model" / "evil.py").write_text(code)
     put("model/tokenizer_config.json", "auto_map", {"AutoTokenizer": [None, "evil.Evil"]})(folder)
     put("model/tokenizer_config.json", "tokenizer_class", "Evil")(folder)
@@ -444,6 +508,16 @@ MODELS: dict[str, tuple[Break, tuple[str, ...]]] = {
     "a list for eos": (put(CONFIG, "eos_token_id", {}), ("eos_token_id",)),
     "cut tokenizer": (cut("model/tokenizer.json"), ("tokenizer",)),
     "its own code": (evil, ("tokenizer", "code")),
+    "a pipe": (pipe("model/tokenizer_config.json"), ("tokenizer_config.json",)),
+    "a folder": (
+        several(removed("model/model.safetensors"), made("model/model.safetensors")),
+        ("model.safetensors",),
+    ),
+    "a text for a length": (
+        put("model/tokenizer_config.json", "model_max_length", "long"),
+        ("tokenizer",),
+    ),
+    "heads of keys": (put(CONFIG, "num_key_value_heads", 3), ("num_key_value_heads",)),
     "another shape": (
         tensors(lambda values: values.update({"model.norm.weight": np.ones(17, np.float32)})),
         ("model.norm.weight",),
@@ -468,18 +542,24 @@ MODELS: dict[str, tuple[Break, tuple[str, ...]]] = {
 
 
 def models() -> Iterator[Row]:
-    names = list(MODELS)
-    for number, command in enumerate(READS_A_MODEL):
-        # Eight for each command, and each fault with at least two commands.
-        for place in range(8):
-            name = names[(number * 4 + place * (1 if number % 2 else 3)) % len(names)]
+    first = {
+        "generate": ("its own code", "a NaN", "a pipe", "a text for a length"),
+        "less": ("a pickle",),
+        "evaluate": ("a NaN", "another shape"),
+        "convert": ("a NaN", "a folder", "cut weights"),
+        "info": ("heads of keys", "no weights"),
+    }
+    faults = itertools.cycle(MODELS)  # the next eight, so that each fault meets two commands
+    for command in READS_A_MODEL:
+        names = dict.fromkeys(first.get(command, ()))
+        while len(names) < 8:
+            name = next(faults)
+            # Those without a text do without a tokenizer.
+            if "code" not in name or command not in ("convert", "info"):
+                names[name] = None
+        for name in names:
             apply, named = MODELS[name]
-            if name == "its own code" and command in ("convert", "info"):
-                continue  # they need no tokenizer, or say so another way
             yield Row(command, "model", name, apply, named=named)
-    yield Row("generate", "model", "its own code", evil, named=("tokenizer", "code"))
-    yield Row("evaluate", "model", "a NaN", *_model("a NaN"))
-    yield Row("convert", "model", "a NaN", *_model("a NaN"))
     tokenizer = several(
         content("tokenizer/evil.py", "raise SystemExit(9)"),
         put("tokenizer/tokenizer_config.json", "auto_map", {"AutoTokenizer": [None, "evil.Evil"]}),
@@ -490,19 +570,32 @@ def models() -> Iterator[Row]:
     yield Row("pretrain", "model", "cut", cut("tokenizer/tokenizer.json"), named=("tokenizer",))
     yield Row("compare", "model", "no tokenizer", removed("tokenizer"), named=("tokenizer",))
     yield Row("sweep", "model", "missing", removed("model"), named=("model",), changes=True)
+    for name in ("a NaN", "cut tokenizer", "a pickle"):
+        apply, named = MODELS[name]
+        yield Row("adam", "model", name, apply, named=named)
 
 
-def _model(name: str) -> tuple[Break, tuple[str, ...], tuple[str, ...]]:
-    apply, named = MODELS[name]
-    return apply, (), named
+def adapters() -> Iterator[Row]:
+    """An adapter folder where a model is wanted."""
+
+    def apply(folder: Path) -> None:
+        (folder / "model" / "config.json").unlink()
+        (folder / "model" / "model.safetensors").rename(
+            folder / "model" / "adapter_model.safetensors"
+        )
+        settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        write_json(folder / "model" / "adapter_config.json", settings)
+
+    for command in READS_A_MODEL:
+        yield Row(command, "adapter", "as a model", apply, named=("config.json", "adapter"))
 
 
 def runs() -> Iterator[Row]:
     """Folders of finished or stopped runs, damaged, and what reads or resumes them."""
     for command in READS_A_RUN:
-        run = "adam" if command == "convert run" else "run"
+        run = COMMANDS[command][1]
         rows: dict[str, tuple[Break, tuple[str, ...]]] = {
-            "cut configuration": (cut(f"{run}/config.yaml"), ("config.yaml",)),
+            "a pipe": (pipe(f"{run}/config.yaml"), ("config.yaml",)),
             "foreign configuration": (content(f"{run}/config.yaml", "a: 1\n"), ("config.yaml",)),
             "a list for configuration": (content(f"{run}/config.yaml", "[1]"), ("config.yaml",)),
             "flipped checkpoint": (
@@ -517,7 +610,6 @@ def runs() -> Iterator[Row]:
             yield Row(command, "run", name, apply, named=named)
     for command, run in (("finetune", "run"), ("adam", "adam"), ("pretrain", "pretrained")):
         stopped = removed(f"{run}/summary.json")
-        longer = ("--steps=8",)
         rows = {
             "cut summary": (cut(f"{run}/summary.json"), ("summary.json",)),
             "a list for summary": (content(f"{run}/summary.json", "[]"), ("summary.json",)),
@@ -554,9 +646,19 @@ def runs() -> Iterator[Row]:
             named=("seed",),
             fresh=False,
         )
-        del longer
+    offsets = '{"step": 0, "option_offsets": [1, 2, 3]}\n'
+    yield Row(
+        "evaluate run",
+        "run",
+        "three offsets",
+        content("run/metrics.jsonl", offsets),
+        named=("metrics.jsonl",),
+    )
     foreign = several(made("mixed"), content("mixed/config.yaml", "a: 1\n"))
-    yield Row("finetune", "run", "not a run", foreign, words=("--output=mixed",), named=("output",))
+    for command in ("adam", "pretrain"):
+        yield Row(
+            command, "output", "not a run", foreign, words=("--output=mixed",), named=("mixed",)
+        )
 
 
 def appended(name: str) -> Break:
@@ -579,7 +681,7 @@ def stores() -> Iterator[Row]:
                 several(
                     gone("less/seed-0/select-*"),
                     gone("less/seed-0/tune-*"),
-                    flipped(f"{store}/*"),
+                    flipped(f"{store}/*.rows"),
                 ),
                 ("store",),
             ),
@@ -591,7 +693,14 @@ def stores() -> Iterator[Row]:
                 ),
                 ("manifest",),
             ),
-            "cut stage": (cut("less/seed-0/train-1-*/manifest.json"), ("manifest.json",)),
+            "cut stage": (
+                several(
+                    gone("less/seed-0/select-*"),
+                    gone("less/seed-0/tune-*"),
+                    cut("less/seed-0/train-1-*/manifest.json"),
+                ),
+                ("manifest.json",),
+            ),
             "cut choice": (
                 several(gone("less/seed-0/tune-*"), lines_cut(f"{choice}/selected.jsonl")),
                 ("selected.jsonl",),
@@ -672,17 +781,32 @@ def trajectories() -> Iterator[Row]:
     path = "run/trajectory.zo"
     rows: dict[str, Break] = {
         "cut header": cut(path, 0.05),
-        "cut after half of the steps": cut(path, 0.8),
+        "half of the steps": half(path),
         "flipped": flipped(path),
         "flipped header": several(content_head(path, 40)),
         "empty": content(path, ""),
         "text": content(path, "hello\n" * 100),
         "missing": removed(path),
     }
-    for command in ("evaluate run", "generate run", "info run"):
+    for command in ("evaluate run", "generate run", "convert run"):
         for name, apply in rows.items():
             named = ("trajectory", "checkpoint")
             yield Row(command, "trajectory", name, several(bare, apply), named=named)
+    for name in ("cut header", "flipped", "flipped header", "text", "half of the steps"):
+        apply = several(removed("run/summary.json"), rows[name])
+        yield Row("finetune", "trajectory", name, apply, named=("trajectory",), fresh=False)
+
+
+def half(name: str) -> Break:
+    """Keeps the first steps, each of them whole."""
+
+    def apply(folder: Path) -> None:
+        from jaxlm.zo import Trajectory
+
+        trajectory = Trajectory.open(folder / name)
+        trajectory.cut(trajectory.steps // 2)
+
+    return apply
 
 
 def content_head(name: str, count: int) -> Break:
@@ -693,6 +817,31 @@ def content_head(name: str, count: int) -> Break:
         (folder / name).write_bytes(bytes(b ^ 0xFF for b in data[:count]) + data[count:])
 
     return apply
+
+
+def mode(name: str, bits: int) -> Break:
+    return lambda folder: (folder / name).chmod(bits)
+
+
+DENIED: dict[str, Break] = {
+    "finetune": mode("finetune.yaml", 0),
+    "less": mode("train.jsonl", 0),
+    "compare": mode("corpus/films.jsonl", 0),
+    "evaluate": mode("test.jsonl", 0),
+    "evaluate run": each("run/checkpoints/*/*/arrays.bin", lambda name: mode(name, 0)),
+    "generate": mode("model/model.safetensors", 0),
+    "generate file": mode("p.jsonl", 0),
+    "generate run": mode("run/config.yaml", 0),
+    "convert": mode(".", 0o555),
+    "convert run": mode(".", 0o555),
+    "info": mode("model/config.json", 0),
+    "info run": mode("adam/checkpoints", 0),
+}
+"""What may not be read; of the other commands, the place where they write is closed."""
+NOT_READ = (
+    *("finetune.yaml", "train.jsonl", "films.jsonl", "test.jsonl", "p.jsonl", "checkpoints"),
+    *("config", "model.safetensors", "output", "closed", "converted"),
+)
 
 
 def environments() -> Iterator[Row]:
@@ -707,6 +856,10 @@ def environments() -> Iterator[Row]:
             changes=True,
         )
     for command in COMMANDS:
+        apply, words = DENIED.get(command), ()
+        if apply is None:
+            apply, words = several(made("closed"), mode("closed", 0o555)), ("--output=closed/run",)
+        yield Row(command, "environment", "no permission", apply, words=words, named=NOT_READ)
         if command not in ("adam", "compare", "sweep", "less", "kernel"):
             yield Row(
                 command,
@@ -732,6 +885,7 @@ def every_row() -> list[Row]:
         outputs,
         data,
         models,
+        adapters,
         runs,
         stores,
         trajectories,

@@ -1,13 +1,15 @@
 """A small world in which every command works, and its copies in which one thing is broken."""
 
 import dataclasses
+import fcntl
+import functools
 import hashlib
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,7 +64,7 @@ FILES: dict[str, dict] = {
     | {"optimizer": {"name": "adam", "learning_rate": 1e-3}, "output": "adam", "peft": "lora"},
     "pretrain.yaml": PRETRAIN,
     "sweep.yaml": {
-        "base": {k: v for k, v in FINETUNE.items() if k not in ("optimizer", "output")},
+        "run": {k: v for k, v in FINETUNE.items() if k not in ("optimizer", "output")},
         "methods": {"mezo": {"optimizer": FINETUNE["optimizer"]}},
         "seeds": [0],
         "output": "sweep",
@@ -85,7 +87,7 @@ FILES: dict[str, dict] = {
     },
     "kernel.yaml": {
         "model": "model",
-        "task": TASK | {"train": "train.jsonl", "validation": "hold_out", "test": "test.jsonl"},
+        "task": TASK | {"train": "train.jsonl", "test": "test.jsonl"},
         "ks": [4],
         "prompts": [True],
         "training": [
@@ -99,6 +101,7 @@ FILES: dict[str, dict] = {
         ],
         "output": "kernel",
     },
+    "evaluate.yaml": {"model": "model", "task": TASK | DATA},
     "compare.yaml": {
         "run": {k: v for k, v in PRETRAIN.items() if k != "output"},
         "variants": {"plain": {}, "slow": {"optimizer.learning_rate": 1e-3}},
@@ -115,33 +118,75 @@ COMMANDS: dict[str, list[str]] = {
     "less": ["select", "less.yaml"],
     "kernel": ["kernel", "kernel.yaml"],
     "compare": ["compare", "compare.yaml"],
-    "evaluate": ["evaluate", "model", "--task=task.yaml"],
+    "evaluate": ["evaluate", "evaluate.yaml"],
     "evaluate run": ["evaluate", "run"],
     "generate": ["generate", "model", "--prompt=the film", "--max_new_tokens=2"],
     "generate run": ["generate", "run", "--prompt=the film", "--max_new_tokens=2"],
+    "generate file": ["generate", "model", "--file=p.jsonl", "--max_new_tokens=2"],
     "convert": ["convert", "model", "converted"],
-    "convert run": ["convert", "adam", "converted"],
+    "convert run": ["convert", "run", "converted"],
     "info": ["info", "model"],
-    "info run": ["info", "run"],
+    "info run": ["info", "adam"],
 }
 """Name of a row's command to its words. Those that make a folder have made it in the world."""
 
-MADE = ("finetune", "adam", "pretrain", "sweep", "less", "kernel", "compare")
+
+MADE = {
+    "finetune": "run",
+    "adam": "adam",
+    "pretrain": "pretrained",
+    "sweep": "sweep",
+    "less": "less",
+    "kernel": "kernel",
+    "compare": "compare",
+}
+"""Commands that make a folder, and which."""
 
 
 def build(folder: Path) -> None:
-    """Writes the inputs of every command, and runs those that leave folders for others."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes the inputs of every command."""
+    folder.mkdir(parents=True)
     make_model(folder / "model")
     write_corpus(folder)
     for name, count in (("train", 40), ("validation", 16), ("test", 16)):
         write_jsonl(folder / f"{name}.jsonl", sentences(count))
+    write_jsonl(folder / "p.jsonl", [{"prompt": "the film"}, {"prompt": "it was"}])
     for name, values in FILES.items():
         (folder / name).write_text(yaml.safe_dump(values, sort_keys=False))
-    (folder / "task.yaml").write_text(yaml.safe_dump(TASK | DATA))
-    for name in MADE:
-        done = run(folder, COMMANDS[name])
-        assert done.returncode == 0, (name, done.stderr[-3000:])
+
+
+class World:
+    """Inputs in one folder, and what commands made of them, each when it is first needed.
+
+    Several processes may share the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._once("inputs", lambda: build(folder / "inputs"))
+
+    def _once(self, name: str, make: Callable[[], None]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (self.folder / f"{name}.done").exists():
+                make()
+                (self.folder / f"{name}.done").touch()
+
+    def _make(self, command: str) -> None:
+        folder = self.folder / command
+        shutil.copytree(self.folder / "inputs", folder)
+        done = run(folder, COMMANDS[command])
+        assert done.returncode == 0, (command, done.stderr[-3000:])
+
+    def copy(self, folder: Path, row: "Row") -> Path:
+        """The inputs, and the folder that the row's command reads or is to continue."""
+        shutil.copytree(self.folder / "inputs", folder)
+        if row.needs is not None:
+            self._once(row.needs, lambda: self._make(row.needs))
+            output = MADE[row.needs]
+            shutil.copytree(self.folder / row.needs / output, folder / output, symlinks=True)
+        return folder
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -161,12 +206,42 @@ class Done:
     stderr: str
 
 
+class Starter:
+    """A process of `starter.py`, which runs commands one after the other."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.hostile.starter"],
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, folder: Path, words: list[str]) -> Done:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with tempfile.TemporaryDirectory() as aside:
+            paths = {name: f"{aside}/{name}" for name in ("out", "err")}
+            limits = {"seconds": SECONDS, "memory": MEMORY}
+            request = {"folder": str(folder), "words": words} | paths | limits
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            code = json.loads(self.process.stdout.readline())
+            texts = [Path(path).read_text(errors="replace") for path in paths.values()]
+        return Done(code, *texts)
+
+
+@functools.cache
+def starter() -> Starter:
+    return Starter()
+
+
 def run(
     folder: Path,
     words: list[str],
     *,
     env: dict[str, str] | None = None,
-    stdin: str | None = None,
     stdout: int | None = None,
     pipe_to: str | None = None,
 ) -> Done:
@@ -176,29 +251,23 @@ def run(
         folder: working directory.
         words: of the command line.
         env: changes of the environment; UNSET takes a variable away.
-        stdin: text that the command may read; by default nothing.
         stdout: file descriptor to write to.
         pipe_to: shell command that reads its output.
     """
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-
-    command: list[str] = [sys.executable, "-m", "jaxlm.cli.main", *words]
-    shell = f'"$@" | {pipe_to}; exit ${{PIPESTATUS[0]}}'
-    if pipe_to is not None:
-        command = ["bash", "-c", shell, "bash", *command]
+    if env is None and stdout is None and pipe_to is None:
+        return starter()(folder, words)
+    shell = f'ulimit -v {MEMORY // 1024}; "$@"' + (f" | {pipe_to}" if pipe_to else "")
+    command = ["bash", "-c", f"{shell}; exit ${{PIPESTATUS[0]}}", "bash"]
     done = subprocess.run(
-        command,
+        [*command, sys.executable, "-m", "jaxlm.cli.main", *words],
         cwd=folder,
         env=environment(**(env or {})),
-        input=stdin or "",
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE if stdout is None else stdout,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
         timeout=SECONDS,
-        preexec_fn=limited,
         check=False,
     )
     return Done(done.returncode, done.stdout or "", done.stderr)
@@ -209,10 +278,13 @@ def contents(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
+        if path.name == "log.txt":
+            continue  # which says what was tried
         if path.is_symlink():
             found[name] = f"-> {os.readlink(path)}"
         elif path.is_file():
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            readable = os.access(path, os.R_OK)
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if readable else "closed"
         else:
             found[name] = "a folder" if path.is_dir() else "neither file nor folder"
     return found
@@ -257,16 +329,14 @@ class Row:
     @property
     def output(self) -> str | None:
         """The folder that the command makes, where it does."""
-        file = next((word for word in COMMANDS[self.command] if word in FILES), None)
-        return FILES[file]["output"] if file else None
+        return MADE.get(self.command)
 
-
-def copy(world: Path, folder: Path, row: Row) -> Path:
-    """A copy of the world, without what the row's command is to make itself."""
-    shutil.copytree(world, folder, symlinks=True)
-    if row.fresh and row.output is not None:
-        shutil.rmtree(folder / row.output)
-    return folder
+    @property
+    def needs(self) -> str | None:
+        """The command whose folder it reads or continues."""
+        if self.command.endswith(" run"):
+            return next(name for name in MADE if MADE[name] == COMMANDS[self.command][1])
+        return None if self.fresh or self.command not in MADE else self.command
 
 
 def write_json(path: Path, value: object) -> None:
