@@ -135,7 +135,7 @@ class MezoAdam(Dense):
     """
 
     name: str = "mezo_adam"
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-3
     b1: float = 0.9
     b2: float = 0.999
     horizon: int = 20

@@ -10,7 +10,10 @@ from jaxlm.train.run_folder import RunFolder
 pytestmark = pytest.mark.optimized
 
 
-@pytest.mark.parametrize("name", ["mezo", pytest.param("mezo_momentum", marks=pytest.mark.slow)])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mezo_momentum", "mezo_adam")]
+
+
+@pytest.mark.parametrize("name", ["mezo", *SLOW])
 def test_sixty_steps_of_the_defaults_learn(name, tmp_path):
     """They halve the loss, and the accuracy rises above that of the most frequent class."""
     flags = {"task.name": "subj", "task.validation": "null", "task.num_test": "200"}
