@@ -205,21 +205,25 @@ def _parse(text: str) -> Any:
     return data
 
 
-def _size(value: Any, known: dict[int, int]) -> int:
+def _size(value: Any, known: dict[int, int], key: str = "text") -> int:
     """How many texts there are when each alias is written out; what is shared is counted once."""
     if isinstance(value, str):
         try:
             _unicode(value)
         except ValueError:
             raise UserError(
-                f"text: must be {_WORDS[str]} (got {value[:20]!a}). Correct it."
+                f"{key}: must be {_WORDS[str]} (got {value[:20]!a}). Correct it."
             ) from None
         return 1
     if value is None:  # an empty text
         return 1
     if id(value) not in known:
-        items = [*value, *value.values()] if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_size(item, known) for item in items)
+        is_section = isinstance(value, dict)
+        items = value.items() if is_section else ((key, item) for item in value)
+        known[id(value)] = 1 + sum(
+            _size(item, known, str(name)) + (is_section and _size(name, known, key))
+            for name, item in items
+        )
     return known[id(value)]
 
 
@@ -243,6 +247,10 @@ def build(
     Raises:
         UserError: a key is unknown or missing, or a value does not fit.
     """
+    if not isinstance(data, Mapping):
+        raise UserError(
+            f"{where}: {section}: must be a section (got {show(data)}). Give keys with values."
+        )
     prefix = f"{section}." if section else ""
     known = tuple(dict.fromkeys(key.dotted for key in _keys(cls, prefix)))
     return _Reader(where, known).build(cls, data, section)

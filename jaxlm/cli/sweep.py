@@ -155,6 +155,8 @@ def _candidates(config: SweepConfig, name: str, section: Any, where: str) -> Ite
             f"{place}: kind: is not known (got {show(kind)}). Choose one of {', '.join(KINDS)}."
         )
     keys, lists = _lists(grid, place)
+    no_seed_or_output(section, f"methods.{name}")
+    no_seed_or_output(grid, f"methods.{name}.grid" if name else "grid")
     for values in itertools.product(*lists):
         settings = dict(zip(keys, values, strict=True))
         data = copy.deepcopy(config.run)

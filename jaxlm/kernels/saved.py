@@ -182,7 +182,7 @@ def _read_manifest(path: Path, **more: type) -> dict[str, Any]:
         if isinstance(error.__context__, OSError):  # not allowed to read it, for example
             raise
         raise UserError(
-            f"{path} is not the manifest of a kernel; remove the folder and compute it again"
+            f"{path}: is not the manifest of a kernel. Remove the folder and compute it again."
         ) from None
 
 
@@ -290,8 +290,8 @@ def _write_manifest(folder: Path, manifest: Manifest, **more: Any) -> None:
         if sizes != more["sizes"]:
             there, here = (" by ".join(map(str, each)) for each in (sizes, more["sizes"]))
             raise UserError(
-                f"{folder} has blocks of {there} examples, here they are {here}; give the same "
-                "block_size and mesh"
+                f"{folder}: has blocks of {there} examples (got {here}). Give the same block_size "
+                "and mesh."
             )
     if is_first():  # what is being written is not complete
         (folder / CHECKSUMS).unlink(missing_ok=True)

@@ -222,8 +222,8 @@ VALUES: dict[str, list[tuple[Any, ...]]] = {
         ("seeds", [-1]),
         ("seeds", [0, 0]),
         ("methods", {"..": {}}),
-        ("grid", {"optimizer.learning_rate": "1e-3"}),
-        ("grid", {"seed": [1, 2]}),
+        ("methods", {"mezo": {"grid": {"seed": [1, 2]}}}, "seed"),
+        ("methods", {"mezo": {"output": "elsewhere"}}, "output"),
         ("methods", {"mezo": {"optimizer": {"name": "mezzo"}}}, "optimizer.name"),
         ("run", ["model"]),
     ],
@@ -253,7 +253,7 @@ VALUES: dict[str, list[tuple[Any, ...]]] = {
         ("variants", {"a": {"stepz": 3}}, "stepz"),
         ("variants", {"a": {"scale": {"rule": "sqrt", "k": 0}}}, " k: "),
         ("seeds", [1.5]),
-        ("start", 1),
+        ("variants", {"a": {"scale": 3}}, "scale"),
         ("y", "held_out"),
         ("run", {}, "held-out"),
     ],
@@ -708,6 +708,13 @@ def stores() -> Iterator[Row]:
         },
         "kernel": {
             "cut report": (cut("kernel/reports/*"), ("reports",)),
+            "cut manifest": (
+                several(
+                    gone("kernel/reports"),
+                    each("kernel/kernels/**/manifest.json", cut),
+                ),
+                ("manifest",),
+            ),
             "flipped kernel": (
                 several(gone("kernel/reports"), flipped("kernel/kernels/**/*.safetensors")),
                 ("kernels",),
