@@ -135,6 +135,7 @@ import numpy as np
 port, rank = sys.argv[1], int(sys.argv[2])
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.config.update("jax_enable_compilation_cache", False)
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
 from jaxlm import zo
 from jaxlm.sharding import batch_sharding, make_mesh
