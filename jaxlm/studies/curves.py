@@ -45,7 +45,7 @@ class Scale:
             UserError: a number of steps is no multiple of k, or as `scale_rule` and
                 `FirstOrder.hparams`.
         """
-        whole(self, "k")
+        whole(self, "k", section="scale.")
         steps = ("steps", "log_every", "eval_every", "checkpoint_every")
         for name in steps:
             if getattr(config, name) % self.k:

@@ -251,7 +251,7 @@ VALUES: dict[str, list[tuple[Any, ...]]] = {
         ("variants", {}),
         ("variants", {"..": {}}),
         ("variants", {"a": {"stepz": 3}}, "stepz"),
-        ("variants", {"a": {"scale": {"rule": "sqrt", "k": 0}}}, " k: "),
+        ("variants", {"a": {"scale": {"rule": "sqrt", "k": 0}}}, "scale.k"),
         ("seeds", [1.5]),
         ("variants", {"a": {"scale": 3}}, "scale"),
         ("y", "held_out"),
