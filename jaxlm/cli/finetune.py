@@ -11,7 +11,7 @@ A configuration:
   task: {name: subj}             # mr or subj, opt/rte, roberta/sst-2, ...; or your own files:
   # task: {name: trec, train: train.jsonl, validation: hold_out, test: test.jsonl, k: 16,
   #        template: "{text} This asks about a {label}.", labels: [word, thing, person]}
-  optimizer: {name: mezo, learning_rate: 1e-3, eps: 1e-3}      # or sgd, adam, adamw, muon
+  optimizer: {name: mezo, learning_rate: 2e-4, eps: 1e-3}      # or sgd, adam, adamw, muon
   peft: {name: lora, rank: 8}    # or prefix, bitfit, head; left out: all parameters are trained
   steps: 500
   batch_size: 16
