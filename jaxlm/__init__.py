@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxlm import (
+        artifacts,
         core,
         data,
         dynamics,
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "artifacts",
     "cite",
     "core",
     "data",

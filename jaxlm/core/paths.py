@@ -244,7 +244,7 @@ def mask(tree, select: Select):
     result = map_with_path(lambda leaf: takes(leaf.path, leaf.value), tree)
     if not any(jax.tree.leaves(result)):
         known = sorted({leaf.path for leaf in flatten(tree)[0]})
-        shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
+        shown = ", ".join(known[:8]) + (" and others" if len(known) > 8 else "")
         raise UserError(f"select: takes no parameter (got {select!r}). Choose among {shown}.")
     return result
 

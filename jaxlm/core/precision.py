@@ -187,8 +187,8 @@ def quantize(
       UserError: for other bits or group sizes, and where a leaf is packed already.
       ValueError: if `select` takes nothing.
 
-    >>> params = {"layers": {"up": {"kernel": jnp.ones((2, 96, 8))}}}
-    >>> packed = quantize(params, bits=4)["layers"]["up"]["kernel"]
+    >>> params = {"layers": {"mlp": {"up_proj": {"kernel": jnp.ones((2, 96, 8))}}}}
+    >>> packed = quantize(params, bits=4)["layers"]["mlp"]["up_proj"]["kernel"]
     >>> packed.values.shape, packed.scale.shape, packed.shape
     ((2, 64, 8), (2, 2, 8), (2, 96, 8))
     """

@@ -66,7 +66,7 @@ def first_diverged(losses: np.ndarray, first_loss: float, chance: float | None) 
     also be above that of guessing itself and twice the first one, since a run may begin with a loss
     near 0, or far above that of guessing.
 
-    >>> first_diverged(np.array([0.5, 7.0, 9.0]), 0.7, np.log(2))
+    >>> first_diverged(np.array([0.5, 17.0, 9.0]), 0.7, np.log(2))
     1
     >>> first_diverged(np.array([0.5, 0.1]), 0.01, np.log(2)) is None
     True

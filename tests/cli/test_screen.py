@@ -54,8 +54,8 @@ def test_a_closed_standard_output_is_no_file_of_others(tmp_path):
         "import os; from jaxlm.cli import screen; screen.prepare();"
         f"file = open({str(tmp_path / 'f')!r}, 'w'); assert file.fileno() > 2; os.write(1, b'x')"
     )
-    words = [sys.executable, "-c", code]
-    done = subprocess.run(words, preexec_fn=lambda: os.close(1), check=False, timeout=120)
+    words = ["sh", "-c", '"$@" >&-', "sh", sys.executable, "-c", code]
+    done = subprocess.run(words, check=False, timeout=120)
     assert done.returncode == 0
     assert (tmp_path / "f").read_text() == ""
 

@@ -225,7 +225,7 @@ def test_a_configuration_that_would_be_read_for_ever_is_refused(kind: str, folde
         "device": lambda: path.symlink_to("/dev/zero"),
         "sparse": lambda: (path.touch(), os.truncate(path, 2**33)),
     }[kind]()
-    with pytest.raises(UserError, match=r"config\.json: not a regular file of at most 1024 MiB"):
+    with pytest.raises(UserError, match=r"config\.json: not a regular file"):
         jaxlm.from_pretrained(folder)
 
 

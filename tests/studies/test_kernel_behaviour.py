@@ -368,7 +368,7 @@ def test_a_stopped_study_takes_its_kernels_from_disk(tmp_path, tiny_model, monke
         ("--ks=[4, 4]", "ks: has a value twice (got 4). Give each once."),
         ("--ks=[1]", "ks: must be 2 or more examples of a class (got 1). Correct it."),
         ("--output=", "output: is empty. Give a path."),
-        ("--ks=[400]", "lower task.k or give more examples."),
+        ("--ks=[400]", "Lower it or give more examples."),
     ],
 )
 def test_mistakes_are_named(tmp_path, tiny_model, capsys, flag, sentence):

@@ -513,7 +513,7 @@ def test_what_cannot_be_configured(make, sentence) -> None:
 
 def test_a_source_says_its_name(lm, folder) -> None:
     words = {"template": "tulu", "max_length": 32, "seed": 0, "base_dir": folder}
-    with pytest.raises(UserError, match=r"^sources\.a: rows: 30 \+ 20 are asked for \(got 40\)"):
+    with pytest.raises(UserError, match=r"^sources\.a\.rows: 30 \+ 20 are asked for \(got 40\)"):
         read_source("a", Source(task=task(), rows=20, skip=30), lm, **words)
 
 

@@ -60,7 +60,7 @@ def test_a_run_with_gradients_has_none(tmp_path):
 def test_a_run_goes_on_with_its_trajectory_alone(tmp_path):
     file = tmp_path / "trajectory.zo"
     run(tmp_path, 4)
-    with pytest.raises(UserError, match=r"the run began with other values of w: give the model"):
+    with pytest.raises(UserError, match=r"the run began with other values of w. Give the model"):
         run(tmp_path, 6, params=start(1.0))
     Trajectory.open(file).append(4, np.ones((1, 2), np.float32))
     run(tmp_path, 6)
