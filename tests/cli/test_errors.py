@@ -289,7 +289,7 @@ ROWS: dict[str, tuple[Break, str]] = {
         "embed.tokens.embedding, final_norm.scale, layers.attention.k_proj.kernel, "
         "layers.attention.o_proj.kernel, "
         "layers.attention.q_proj.kernel, layers.attention.v_proj.kernel, "
-        "layers.attention_norm.scale, layers.mlp.down_proj.kernel, ....",
+        "layers.attention_norm.scale, layers.mlp.down_proj.kernel and others.",
     ),
     "bad pattern": (
         flags("--optimizer.select=("),

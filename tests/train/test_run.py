@@ -214,3 +214,15 @@ def test_configuration_and_trajectory_are_enough_to_share_a_run(finished, tmp_pa
     again = load_model(tmp_path).params
     for new, old in zip(jax.tree.leaves(again), jax.tree.leaves(last), strict=True):
         np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
+
+
+@pytest.mark.parametrize(
+    ("peft", "optimizer"), [("lora", "zo_muon"), ("lora", "lozo"), ("prefix", "lozo")]
+)
+def test_low_rank_directions_suit_adapters_at_their_defaults(peft, optimizer, tiny_model, tmp_path):
+    """Their matrices have fewer rows than the directions have ranks, or there are none."""
+    path = write_run(tmp_path, tiny_model)
+    flags = {"peft.name": peft, "optimizer.name": optimizer, "steps": 2, "eval_every": 2}
+    summary = start(path, **flags | {"optimizer.learning_rate": 1e-4})
+    assert summary["steps"] == 2
+    assert np.isfinite(summary["test"]["accuracy"])
