@@ -91,7 +91,7 @@ DRY = ("sweep", "kernel", "compare", "select")
 WORK = {
     "finetune": [
         ("jaxlm.train.run.finetune", stop_with_folder),
-        ("jaxlm.train.plan.dry_run", stop),
+        ("jaxlm.cost.plan.dry_run", stop),
         ("jaxlm.studies.quickstart.run", stop),
     ],
     "pretrain": [("jaxlm.cli.pretrain.pretrain", stop)],
@@ -118,7 +118,7 @@ def run_jaxlm(args: list[str], run: bool) -> None:
         args = [*(word for word in args if word.partition("=")[0] not in flags), *short]
     with contextlib.ExitStack() as patches:
         # A dry run compiles its programs, but does not look for the largest batch.
-        patches.enter_context(mock.patch("jaxlm.train.plan._largest_batch", return_value=None))
+        patches.enter_context(mock.patch("jaxlm.cost.plan._largest_batch", return_value=None))
         for place, stand_in in () if run else WORK[name]:
             patches.enter_context(mock.patch(place, stand_in))
         with contextlib.suppress(Stopped):

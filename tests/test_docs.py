@@ -121,7 +121,7 @@ def test_a_block_of_another_kind_is_found(monkeypatch):
         pages.execute(block, {}, monkeypatch, run=False)
 
 
-INNER = {"artifacts", "cli", "core", "studies", "train"}
+INNER = {"artifacts", "cli", "core", "cost", "gradients", "studies", "train"}
 """Rooms of which modules are shown, or that the commands alone use."""
 
 

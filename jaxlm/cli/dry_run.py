@@ -21,7 +21,7 @@ FLAG = "--dry-run"
 
 def run(cls: type[Any], args: Sequence[str], mesh: Any = None) -> None:
     """Writes the plan of a configuration of the class `cls`."""
-    from jaxlm.train.plan import dry_run
+    from jaxlm.cost.plan import dry_run
 
     path, flags = configs.parse_args([word for word in args if word != FLAG])
     if path == "quickstart" or (path is None and not flags):
@@ -36,7 +36,7 @@ def run(cls: type[Any], args: Sequence[str], mesh: Any = None) -> None:
 
 def device_of(rates: dict[str, str]) -> Any:
     """A device from flags: the one that is named, or the one that is here, with other rates."""
-    from jaxlm.train.device import Device, this_device
+    from jaxlm.cost.device import Device, this_device
 
     if "name" in rates:
         return configs.load(Device, None, rates)

@@ -65,9 +65,9 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
 
 
 def _dry_run(path: str | None, overrides: dict[str, str]) -> None:
+    from jaxlm.cost.device import Device
     from jaxlm.studies.selection import SelectionConfig
     from jaxlm.studies.selection_cost import Plan, Sizes, markdown, plan_of, resized
-    from jaxlm.train.device import Device
 
     def section(name: str) -> dict[str, str]:
         start = f"{name}."

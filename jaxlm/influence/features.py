@@ -3,7 +3,7 @@ r"""Gradient features: the projected gradient, or Adam's step on it, of every ex
     phi(z) = S g(z)           g(z) = gradient of the loss of z by the selected parameters
     phi(z) = S Gamma(g(z))    Gamma: the step that Adam would make on g(z) from a given state
 
-with S a random projection that is never stored (`jaxlm.core.projection`).
+with S a random projection that is never stored (`jaxlm.gradients.projection`).
 """
 
 import dataclasses
@@ -16,10 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlm.core import adam, paths, per_example, tapped
+from jaxlm.core import paths, tapped
 from jaxlm.core.errors import UserError
 from jaxlm.core.programs import has_values, held
-from jaxlm.core.projection import Projector
+from jaxlm.gradients import adam, per_example
+from jaxlm.gradients.projection import Projector
 from jaxlm.influence.rows import Work, groups, size_of_block
 
 

@@ -16,9 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from jaxlm.core import adam, paths, per_example, tapped
+from jaxlm.core import paths, tapped
 from jaxlm.core.programs import Program
-from jaxlm.core.projection import Projector
+from jaxlm.gradients import adam, per_example
+from jaxlm.gradients.projection import Projector
 
 CACHE_BYTES, BLOCK_BYTES = 2**27, 2**31
 """What activations of a block take at most, about, by default: on a CPU, and elsewhere."""

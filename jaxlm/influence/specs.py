@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxlm.artifacts.fingerprints import short
 from jaxlm.core.errors import UserError
-from jaxlm.core.projection import Projector
+from jaxlm.gradients.projection import Projector
 from jaxlm.influence.encodings import encoding
 
 
@@ -55,7 +55,7 @@ class StoreSpec:
 def projection_name(projector: Projector | None) -> str:
     """What makes two projections the same, as a text.
 
-    >>> from jaxlm.core.projection import projector
+    >>> from jaxlm.gradients.projection import projector
     >>> projection_name(projector("srht", dim=64, seed=3))
     'srht to 64, seed 3'
     """

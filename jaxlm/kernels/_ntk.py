@@ -12,9 +12,9 @@ from jaxtyping import Array, Float
 from jaxlm.artifacts.processes import to_host
 from jaxlm.core import paths, tapped
 from jaxlm.core.errors import UserError
-from jaxlm.core.per_example import takes_tap
 from jaxlm.core.programs import has_values, held
-from jaxlm.core.projection import Projector
+from jaxlm.gradients.per_example import takes_tap
+from jaxlm.gradients.projection import Projector
 from jaxlm.kernels import blocks, checks, gram
 from jaxlm.kernels._projected import projected
 from jaxlm.kernels.arguments import features_of
@@ -99,7 +99,7 @@ def ntk(
         1e-6, and 1e-12 in float64; 0 is the paper's code.
       adam_state: for "adam", the state of an optax chain that holds a `ScaleByAdamState`.
       b1, b2, eps: of that Adam.
-      projector: of `jaxlm.core.projection.projector`, for "projected".
+      projector: of `jaxlm.gradients.projection.projector`, for "projected".
       mesh: divides the examples of a block over its axes data and fsdp; the parameters stay where
         they are on it, or are copied to each device. By default the mesh that they lie on.
       check: whether to look at values: that exchanging two examples exchanges f, and that the

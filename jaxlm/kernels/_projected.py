@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.core.programs import Program, has_values, held
-from jaxlm.core.projection import Projector
+from jaxlm.gradients.projection import Projector
 from jaxlm.kernels import blocks, checks, gram, jacobian
 from jaxlm.kernels.arguments import features_of
 from jaxlm.sharding import WHOLE, batch_sharding, place_params
@@ -54,7 +54,7 @@ def projected(
     Args:
       f, params, x1, x2, kind, trace_axes, diagonal_axes, select, sign_threshold, adam_state, b1,
         b2, eps, check: of `ntk`.
-      projector: of `jaxlm.core.projection.projector`; with a mesh, the examples of a block are
+      projector: of `jaxlm.gradients.projection.projector`; with a mesh, the examples of a block are
         divided over its axes data and fsdp.
       block_size: examples in a block; by default as many as have gradients of at most 1 GiB.
 
@@ -66,7 +66,7 @@ def projected(
       UserError: as `ntk`.
       ValueError: if `select` takes nothing.
 
-    >>> from jaxlm.core.projection import projector
+    >>> from jaxlm.gradients.projection import projector
     >>> f = lambda params, x: jnp.tanh(x @ params["w"])
     >>> x = jnp.array([[1.0, 2.0], [0.0, 1.0]])
     >>> projected(f, {"w": jnp.zeros((2, 3))}, x, projector=projector("rademacher", 64)).shape

@@ -4,8 +4,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxlm.core import adam, paths
+from jaxlm.core import paths
 from jaxlm.core.errors import UserError
+from jaxlm.gradients import adam
 from jaxlm.kernels import gram
 
 

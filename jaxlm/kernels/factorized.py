@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxlm.core import paths, per_example, tapped
+from jaxlm.core import paths, tapped
 from jaxlm.core.errors import UserError
-from jaxlm.core.per_example import takes_tap
 from jaxlm.core.programs import held
+from jaxlm.gradients import per_example
+from jaxlm.gradients.per_example import takes_tap
 from jaxlm.kernels import cost, gram
 from jaxlm.kernels.arguments import features_of
 from jaxlm.kernels.backward import Backward, Plan

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxlm.core import adam
 from jaxlm.core.errors import UserError
+from jaxlm.gradients import adam
 
 KINDS = ("sgd", "signgd", "asymmetric_signgd", "adam")
 SYMMETRIC = ("sgd", "signgd")

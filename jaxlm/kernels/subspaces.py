@@ -30,7 +30,7 @@ from jaxtyping import Array
 from jaxlm.core import paths, prng, tapped, taps
 from jaxlm.core.errors import UserError
 from jaxlm.core.programs import held
-from jaxlm.core.projection import Family, projector
+from jaxlm.gradients.projection import Family, projector
 from jaxlm.kernels import checks, gram
 from jaxlm.kernels._ntk import ntk
 from jaxlm.kernels._projected import projected
@@ -54,7 +54,7 @@ def intrinsic_dimension(
       f, params, x1, x2: of `ntk`.
       dim: k, the length of v.
       seed: of Π.
-      family: of Π; the others of `jaxlm.core.projection.projector` are faster and as good.
+      family: of Π; the others of `jaxlm.gradients.projection.projector` are faster and as good.
       **options: of `projected`.
 
     Returns:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from jaxlm.core.checks import whole
 from jaxlm.core.paths import matcher
+from jaxlm.cost.by_shapes import model_shapes
+from jaxlm.cost.device import Device
 from jaxlm.influence.encodings import encoding
 from jaxlm.models import ModelConfig, param_shapes
 from jaxlm.peft import Lora
@@ -20,8 +22,6 @@ from jaxlm.studies.selection import SelectionConfig, read_sides
 from jaxlm.studies.selection_features import Features
 from jaxlm.studies.selection_training import Recipe
 from jaxlm.studies.sweep_table import aligned
-from jaxlm.train.by_shapes import model_shapes
-from jaxlm.train.device import Device
 
 LLAMA_7B = ModelConfig(
     family="llama",

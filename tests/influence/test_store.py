@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.projection import projector
+from jaxlm.gradients.projection import projector
 from jaxlm.influence import GradientStore, StoreSpec, projection_name
 from jaxlm.influence import shards as files
 

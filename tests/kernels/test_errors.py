@@ -8,7 +8,7 @@ import pytest
 
 from jaxlm import kernels
 from jaxlm.core.errors import UserError
-from jaxlm.core.projection import projector
+from jaxlm.gradients.projection import projector
 from jaxlm.sharding import make_mesh
 
 X = np.array([[1.0, 2.0], [0.0, 1.0], [3.0, -1.0]], np.float32)

@@ -12,7 +12,7 @@ from optax import ScaleByAdamState
 
 from jaxlm import kernels
 from jaxlm.core import paths, taps
-from jaxlm.core.projection import projector
+from jaxlm.gradients.projection import projector
 from jaxlm.sharding import make_mesh
 from tests.kernels import oracle
 from tests.zo.test_any_model import MODELS

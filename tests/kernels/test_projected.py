@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
-from jaxlm.core.projection import Projector, projector
+from jaxlm.gradients.projection import Projector, projector
 from jaxlm.kernels import subspaces
 from jaxlm.kernels._projected import projected, projected_features
 from jaxlm.sharding import make_mesh

@@ -138,7 +138,7 @@ def test_intrinsic_dimension_is_the_kernel_of_the_subspace():
     params = {"a": jnp.float32(np.random.default_rng(0).standard_normal((3, 4)))}
     x = jnp.float32(np.random.default_rng(1).standard_normal((5, 3)))
     f = lambda params, x: jnp.tanh(x @ params["a"])  # noqa: E731
-    from jaxlm.core.projection import projector
+    from jaxlm.gradients.projection import projector
 
     units = {"a": jnp.eye(12, dtype=jnp.float32).reshape(12, 3, 4)}
     basis = projector("gaussian", 7, 3).project(units)

@@ -3,7 +3,7 @@
 import math
 import re
 
-from jaxlm.sharding import hlo
+from jaxlm.cost import hlo
 
 
 def collectives(compiled) -> list[int]:

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlm.core.dense_maps import each, gaussian, product, rademacher, scaled, signs, wide
-from jaxlm.core.folds import countsketch, srht
+from jaxlm.gradients.dense_maps import each, gaussian, product, rademacher, scaled, signs, wide
+from jaxlm.gradients.folds import countsketch, srht
 
 Sketch = Callable[[Array, int, Array], Array]
 

@@ -12,12 +12,12 @@ from benchmarks.common import fresh_peak, resident_bytes
 from jaxlm.cli import config as configs
 from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
+from jaxlm.cost.by_shapes import finetuning, model_shapes
+from jaxlm.cost.device import Device, this_device
+from jaxlm.cost.plan import dry_run, largest_batch
 from jaxlm.models import param_shapes
 from jaxlm.sharding import make_mesh, place_params
-from jaxlm.train.by_shapes import finetuning, model_shapes
-from jaxlm.train.device import Device, this_device
 from jaxlm.train.dynamics import method_and_batches
-from jaxlm.train.plan import dry_run, largest_batch
 from jaxlm.train.pretraining import PretrainConfig, pretrain
 from jaxlm.train.run import FinetuneConfig, encoded_for, finetune, load_model, prepared, read_task
 from tests.tiny import write_corpus
@@ -230,7 +230,7 @@ def test_without_a_tokenizer_rows_are_as_long_as_they_may_be(tmp_path):
 
 
 def test_the_length_of_texts_is_asked_for_where_a_model_reads_long_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxlm.train.by_shapes.LONG", 2047)
+    monkeypatch.setattr("jaxlm.cost.by_shapes.LONG", 2047)
     with pytest.raises(UserError, match=r"^task.max_length: is needed, .* up to 2,048 tokens"):
         finetuning(shapes_of_13b(tmp_path))
     known = finetuning(shapes_of_13b(tmp_path, **{"task.max_length": 64})).dispatch()

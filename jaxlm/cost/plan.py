@@ -14,12 +14,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
-from jaxlm.core.flops import Flops, count_flops
-from jaxlm.sharding.hlo import Costs, costs
+from jaxlm.cost.by_shapes import ByShapes, finetuning, pretraining
+from jaxlm.cost.device import Device, this_device
+from jaxlm.cost.flops import Flops, count_flops
+from jaxlm.cost.hlo import Costs, costs
 from jaxlm.sharding.placement import mesh_of
-from jaxlm.train.by_shapes import ByShapes, finetuning, pretraining
 from jaxlm.train.checkpoint import copied_bytes
-from jaxlm.train.device import Device, this_device
 from jaxlm.train.pretraining import PretrainConfig
 from jaxlm.train.run import FinetuneConfig
 

@@ -22,8 +22,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxlm.core import paths, prng, sketches
+from jaxlm.core import paths, prng
 from jaxlm.core.errors import UserError
+from jaxlm.gradients import sketches
 
 Family = Literal["countsketch", "gaussian", "kronecker", "rademacher", "srht"]
 Form = Literal["leaf", "stack", "factors"]

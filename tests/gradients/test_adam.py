@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm.core import adam
+from jaxlm.gradients import adam
 
 
 def drawn(dtype):

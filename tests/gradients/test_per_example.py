@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.core import paths, per_example, tapped, taps
+from jaxlm.core import paths, tapped, taps
 from jaxlm.core.errors import UserError
+from jaxlm.gradients import per_example
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 IDS = np.array([[5, 6, 7, 1, 4], [8, 9, 10, 11, 3], [8, 8, 8, 8, 8]])

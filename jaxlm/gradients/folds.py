@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxlm.core import prng
-from jaxlm.core.dense_maps import each, flat, flip, product, slices, wide
+from jaxlm.gradients.dense_maps import each, flat, flip, product, slices, wide
 
 MIX = 1024
 """Numbers that a Hadamard matrix mixes, at most."""

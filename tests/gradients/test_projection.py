@@ -11,9 +11,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy.linalg import hadamard
 
-from jaxlm.core import dense_maps, folds, paths, prng, sketches
+from jaxlm.core import paths, prng
 from jaxlm.core.errors import UserError
-from jaxlm.core.projection import Projector, projector
+from jaxlm.gradients import dense_maps, folds, sketches
+from jaxlm.gradients.projection import Projector, projector
 from jaxlm.sharding import make_mesh
 
 pytestmark = pytest.mark.optimized

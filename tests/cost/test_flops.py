@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.core.flops import Flops, count_flops
+from jaxlm.cost.flops import Flops, count_flops
 from jaxlm.models import LanguageModel, ModelConfig, init_params, param_shapes
 from jaxlm.sharding import make_mesh
 from jaxlm.train.objective import lm_objective

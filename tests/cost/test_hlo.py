@@ -7,8 +7,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxlm.cost.hlo import Collective, collectives, costs
 from jaxlm.sharding import make_mesh
-from jaxlm.sharding.hlo import Collective, collectives, costs
 
 pytestmark = pytest.mark.optimized
 

@@ -1,0 +1,1 @@
+"""Gradients of single examples, what Adam makes of them, and random projections."""
