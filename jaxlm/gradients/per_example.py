@@ -105,6 +105,30 @@ class Reduced(NamedTuple):
     losses: Array
 
 
+def count_examples(x: Any, name: str) -> int:
+    """Return how many examples a batch has, from axis 0 of its arrays.
+
+    Args:
+      x: a pytree of arrays.
+      name: of x, for messages.
+
+    Raises:
+      UserError: if there are no examples, or the arrays disagree.
+    """
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(x)]
+    sizes = {shape[0] if shape else None for shape in shapes}
+    shown = ", ".join(map(str, shapes)) or "no array"
+    if len(sizes) != 1 or None in sizes:
+        raise UserError(
+            f"{name}: axis 0 of every array must be the examples (got {shown}). Give arrays of the "
+            "same length."
+        )
+    (count,) = sizes
+    if not count:
+        raise UserError(f"{name}: has no examples (got {shown}). Give at least one.")
+    return count
+
+
 def takes_tap(loss_fn: Callable[..., Any]) -> bool:
     """Whether a function has a keyword `tap`."""
     return "tap" in inspect.signature(loss_fn).parameters

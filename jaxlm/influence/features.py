@@ -178,7 +178,7 @@ def features_with_info(
         constants = adam.Constants(float(b1), float(b2), float(eps), variant)
         adam.check(constants)
         moments = adam.moments(adam_state, params, select)  # type: ignore[assignment]
-    _check_examples(examples)
+    per_example.count_examples(examples, "examples")
     if per_example.takes_tap(loss_fn) and has_values(params, examples):
         tapped.check_ids(loss_fn, params, examples, "examples")
     size, whole = size_of_block(loss_fn, params, examples, select)
@@ -205,15 +205,3 @@ def _info(total, params, select) -> FeaturesInfo:
         zero=(total["nonzero"] == 0) & (total["bad"] == 0),
         eps_share=total["eps"] / count,
     )
-
-
-def _check_examples(examples) -> None:
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(examples)]
-    sizes = {shape[0] if shape else None for shape in shapes}
-    if len(sizes) != 1 or None in sizes:
-        raise UserError(
-            f"examples have arrays of shapes {', '.join(map(str, shapes)) or 'none'}; axis 0 of "
-            "each must be the examples"
-        )
-    if sizes == {0}:
-        raise UserError("there is no example; give at least one")

@@ -13,7 +13,7 @@ from jaxlm.artifacts.processes import to_host
 from jaxlm.core import paths, tapped
 from jaxlm.core.errors import UserError
 from jaxlm.core.programs import has_values, held
-from jaxlm.gradients.per_example import takes_tap
+from jaxlm.gradients.per_example import count_examples, takes_tap
 from jaxlm.gradients.projection import Projector
 from jaxlm.kernels import blocks, checks, gram
 from jaxlm.kernels._projected import projected
@@ -169,7 +169,7 @@ def ntk_with_info(
 
     def lost(x, signed):
         if not signed:
-            return jnp.zeros(checks.examples(x, "x"), jnp.float32)
+            return jnp.zeros(count_examples(x, "x"), jnp.float32)
         return dropped_fraction(f, params, x, options.get("sign_threshold"), select)
 
     first = lost(x1, kind == "signgd")
@@ -254,7 +254,7 @@ def prepare(
                 if takes_tap(f):
                     tapped.check_ids(f, params, x, name)
                 checks.check_independence(f, params, x, name)
-    counts = (checks.examples(x1, "x1"), checks.examples(x1 if x2 is None else x2, "x2"))
+    counts = (count_examples(x1, "x1"), count_examples(x1 if x2 is None else x2, "x2"))
     size = blocks.sizes(counts, count, params, select, (block_size, method, mesh))
     return blocks.Blocks(f, params, x1, x2, features, over, select, method, size, mesh)
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.core.programs import Program, has_values, held
+from jaxlm.gradients.per_example import count_examples
 from jaxlm.gradients.projection import Projector
 from jaxlm.kernels import blocks, checks, gram, jacobian
 from jaxlm.kernels.arguments import features_of
@@ -150,7 +151,7 @@ def _rows(f, params, x, *, features, projector, select, block_size, check, side,
     look = check and has_values(params, x)
     if look:
         checks.check_independence(f, params, x, name)
-    count, mesh = checks.examples(x, name), projector.mesh
+    count, mesh = count_examples(x, name), projector.mesh
     options = (block_size, "jacobian", mesh)
     size = blocks.sizes((count, count), outputs, params, select, options)[0]
     placed = params if mesh is None else place_params(params, mesh, WHOLE)

@@ -12,27 +12,9 @@ from jaxlm.artifacts.processes import to_host
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.core.programs import Program
+from jaxlm.gradients.per_example import count_examples
 from jaxlm.kernels import gram
 from jaxlm.kernels.jacobian import gradients
-
-
-def examples(x: Any, name: str) -> int:
-    """How many examples a pytree has.
-
-    Raises:
-      UserError: if it has none, or its arrays do not agree.
-    """
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(x)]
-    sizes = {shape[0] if shape else None for shape in shapes}
-    if len(sizes) != 1 or None in sizes:
-        raise UserError(
-            f"{name} has arrays of shapes {', '.join(map(str, shapes)) or 'none'}; axis 0 of each "
-            "must be the examples"
-        )
-    (count,) = sizes
-    if not count:
-        raise UserError(f"{name} has no example; give at least one")
-    return count
 
 
 def outputs(f: Callable[..., Array], params: Any, x: Any, name: str) -> int:
@@ -41,7 +23,7 @@ def outputs(f: Callable[..., Array], params: Any, x: Any, name: str) -> int:
     Raises:
       UserError: if that is not [N, C], or its dtype is not a float.
     """
-    count = examples(x, name)
+    count = count_examples(x, name)
     out = jax.eval_shape(f, params, x)
     shape = getattr(out, "shape", None)
     if shape is None:

@@ -30,6 +30,7 @@ from jaxtyping import Array
 from jaxlm.core import paths, prng, tapped, taps
 from jaxlm.core.errors import UserError
 from jaxlm.core.programs import held
+from jaxlm.gradients.per_example import count_examples
 from jaxlm.gradients.projection import Family, projector
 from jaxlm.kernels import checks, gram
 from jaxlm.kernels._ntk import ntk
@@ -184,7 +185,7 @@ def activation_projected(
 
 def _features(f, params, x, *, adapters, scale, name):
     """Gradients of B, [N, C, L, r * out] each."""
-    count, outputs = checks.examples(x, name), checks.outputs(f, params, x, name)
+    count, outputs = count_examples(x, name), checks.outputs(f, params, x, name)
     uses = tapped.uses(f, params, x)
     for path in adapters:
         if (path, "dense") not in uses:

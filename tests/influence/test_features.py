@@ -277,7 +277,7 @@ def test_mistakes_are_named():
         features(network, params, x, adam_state=wide)
     with pytest.raises(UserError, match="there is no example"):
         features(network, params, x[:0])
-    with pytest.raises(UserError, match="axis 0 of each must be the examples"):
+    with pytest.raises(UserError, match="axis 0 of every array must be the examples"):
         features(network, params, {"x": x, "y": x[:2]})
     with pytest.raises(ValueError, match="takes no parameter"):
         features(network, params, x, select="nothing")

@@ -140,11 +140,12 @@ ROWS = [
     ),
     (
         {"x1": {"a": X, "b": X[:2]}},
-        "x1 has arrays of shapes (3, 2), (2, 2); axis 0 of each must be the examples",
+        "x1: axis 0 of every array must be the examples (got (3, 2), (2, 2)). Give arrays of the "
+        "same length.",
     ),
     (
         {"x2": X[:0]},
-        "x2 has no example; give at least one",
+        "x2: has no examples (got (0, 2)). Give at least one.",
     ),
 ]
 
