@@ -105,7 +105,7 @@ def evaluate(
         )
 
     from jaxlm import evaluation
-    from jaxlm.train.measure import Answers, Choices, domain_scores, less_domain
+    from jaxlm.train.measure import GenerationMetric, MultipleChoiceMetric
     from jaxlm.train.run import load_model
 
     lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
@@ -120,19 +120,19 @@ def evaluate(
     }
     size, split = config.eval_batch_size, config.split
     if task.config.answered:
-        return result | Answers(lm, task, batch_size=size)(split, lm.params)
+        return result | GenerationMetric(lm, task, batch_size=size)(split, lm.params)
     encoded = prepare_for(lm, task)
     sfc = config.calibrate == "sfc"
     reduction: Literal["mean", "sum"] = "mean" if offsets is None or not sfc else "sum"
-    choices = Choices(lm, encoded, batch_size=size, reduction=reduction)
+    choices = MultipleChoiceMetric(lm, encoded, batch_size=size, reduction=reduction)
     choices.offsets = offsets
     scores, labels = choices.scores(split, lm.params)
     result["accuracy"] = evaluation.accuracy(scores, labels)
     calibrated = None
     if sfc:
-        summed = Choices(lm, encoded, batch_size=size, reduction="sum").scores(split, lm.params)[0]
-        domain = domain_scores(lm, lm.params, task, split, batch_size=size)
-        calibrated = less_domain(summed, domain)
+        by_sum = MultipleChoiceMetric(lm, encoded, batch_size=size, reduction="sum")
+        domain = evaluation.domain_scores(lm, lm.params, task, split, batch_size=size)
+        calibrated = evaluation.subtract_domain_scores(by_sum.scores(split, lm.params)[0], domain)
     elif encoded.train and encoded.labels:
         calibrated = evaluation.calibrate(scores, choices.scores("train", lm.params)[0])
     if calibrated is not None:

@@ -24,7 +24,7 @@ from jaxlm.models import LanguageModel, ModelConfig, init_params, shapes_from_pr
 from jaxlm.sharding import WHOLE, abstract, mesh_of, param_shardings
 from jaxlm.sharding.placement import batch_places
 from jaxlm.train.dynamics import Batches, Source, method_and_batches
-from jaxlm.train.measure import Choices
+from jaxlm.train.measure import MultipleChoiceMetric
 from jaxlm.train.objective import lm_objective
 from jaxlm.train.pretraining import PretrainConfig, untrained_model
 from jaxlm.train.run import (
@@ -153,8 +153,8 @@ def finetuning(
     evaluation = None
     if not config.task.answered:
         size, batch = config.eval_batch_size, _longest_scored(config, encoded)
-        scorer = Choices(lm, encoded, batch_size=size, reduction=reduction).scorer
-        evaluation = Call(scorer, (lm.params, shapes_of(batch, mesh)))
+        metric = MultipleChoiceMetric(lm, encoded, batch_size=size, reduction=reduction)
+        evaluation = Call(metric.scorer, (lm.params, shapes_of(batch, mesh)))
     return ByShapes(
         params=lm.params,
         select=config.optimizer.select,

@@ -1,16 +1,22 @@
 """Evaluation: what a model chooses among options, and what it writes."""
 
 from jaxlm.evaluation.answers import (
-    Answers,
+    GenerationResult,
     evaluate_generation,
     exact_match,
     normalise_answer,
     token_f1,
 )
-from jaxlm.evaluation.classification import (
-    accuracy,
+from jaxlm.evaluation.calibration import (
     calibrate,
     calibration_offsets,
+    domain_offsets,
+    domain_scores,
+    option_offsets,
+    subtract_domain_scores,
+)
+from jaxlm.evaluation.classification import (
+    accuracy,
     majority_accuracy,
     option_scores,
     score_split,
@@ -18,18 +24,22 @@ from jaxlm.evaluation.classification import (
 from jaxlm.evaluation.generation import Completion, generate_text, stream_text
 
 __all__ = [
-    "Answers",
     "Completion",
+    "GenerationResult",
     "accuracy",
     "calibrate",
     "calibration_offsets",
+    "domain_offsets",
+    "domain_scores",
     "evaluate_generation",
     "exact_match",
     "generate_text",
     "majority_accuracy",
     "normalise_answer",
+    "option_offsets",
     "option_scores",
     "score_split",
     "stream_text",
+    "subtract_domain_scores",
     "token_f1",
 ]

@@ -52,8 +52,8 @@ def _f1(found: Sequence[str], wanted: Sequence[str]) -> float:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a model answered.
+class GenerationResult:
+    """What a model answered, and the scores of its answers.
 
     Attributes:
         texts: the answers, stripped.
@@ -76,7 +76,7 @@ def evaluate_generation(
     batch_size: int = 16,
     max_length: int | None = None,
     view: Any = None,
-) -> Answers:
+) -> GenerationResult:
     """Lets a model answer, greedily and to the end of the line, and scores what it says.
 
     Args:
@@ -117,7 +117,7 @@ def evaluate_generation(
         for i, (completion,) in zip(places, found, strict=True):
             texts[i] = completion.text.strip()
     scored = list(zip(texts, answers, strict=True))
-    return Answers(
+    return GenerationResult(
         tuple(texts),
         float(np.mean([token_f1(*pair) for pair in scored])),
         float(np.mean([exact_match(*pair) for pair in scored])),

@@ -1,4 +1,4 @@
-"""Choice among options: scores, accuracy, and calibration on unlabelled text."""
+"""Classification as choice among options: scores, accuracy, and the majority baseline."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -116,7 +116,7 @@ def score_split(
     scores = np.full((len(labels), most), -np.inf, np.float32)
     for index, part in found:
         scores[index[index >= 0], : part.shape[1]] = part[index >= 0]
-    _check_finite(scores, f"scores of {split}")
+    check_finite(scores, f"scores of {split}")
     if not any(example.gold for example in examples):
         return scores, labels
     right = np.zeros(scores.shape, bool)
@@ -139,54 +139,11 @@ def accuracy(scores: Float[Any, "N C"], labels: Int[Any, " N"] | Bool[Any, "N C"
     >>> accuracy(np.array([[1.0, 2.0], [3.0, 0.0]]), np.array([1, 1]))
     0.5
     """
-    _check_finite(scores)
+    check_finite(scores)
     labels, chosen = np.asarray(labels), np.argmax(scores, axis=1)
     if labels.ndim == 1:
         return float(np.mean(chosen == labels))
     return float(np.mean(np.take_along_axis(labels, chosen[:, None], axis=1)))
-
-
-def calibration_offsets(unlabelled: Float[Any, "M C"]) -> Float[np.ndarray, " C"]:
-    r"""How much a model prefers each option whatever the text: $\mathrm{med}_m\,\tilde u_{mc}$.
-
-    $\tilde u$ are scores centred over the options of a text. A model that is trained on scores less
-    these offsets starts from its calibrated predictions, and has no such preference to unlearn.
-
-    Args:
-        unlabelled: scores of text of the task; labels are not needed.
-
-    Raises:
-        UserError: a score is not finite.
-
-    >>> calibration_offsets(np.array([[0.0, 4.0], [0.0, 6.0], [0.0, 7.0]]))
-    array([-3.,  3.])
-    """
-    unlabelled = np.asarray(unlabelled)
-    _check_finite(unlabelled)
-    return np.median(unlabelled - unlabelled.mean(axis=1, keepdims=True), axis=0)
-
-
-def calibrate(scores: Float[Any, "N C"], unlabelled: Float[Any, "M C"]) -> Float[np.ndarray, "N C"]:
-    r"""Centres scores over the options and takes `calibration_offsets(unlabelled)` from them.
-
-    With two options this thresholds their difference at its median over the unlabelled text.
-
-    Args:
-        scores: scores of the examples to predict.
-        unlabelled: scores of other text of the task, labels unknown.
-
-    Returns:
-        Calibrated scores.
-
-    Raises:
-        UserError: a score is not finite.
-
-    >>> calibrate(np.array([[0.0, 5.0]]), np.array([[0.0, 4.0], [0.0, 6.0], [0.0, 7.0]]))
-    array([[ 0.5, -0.5]])
-    """
-    scores = np.asarray(scores)
-    _check_finite(scores)
-    return scores - scores.mean(axis=1, keepdims=True) - calibration_offsets(unlabelled)
 
 
 def majority_accuracy(labels: Int[Any, " N"] | Bool[Any, "N C"]) -> float:
@@ -203,8 +160,8 @@ def majority_accuracy(labels: Int[Any, " N"] | Bool[Any, "N C"]) -> float:
     return float(counts.max() / len(labels))
 
 
-def _check_finite(scores: Float[Any, "N C"], key: str = "scores") -> None:
-    """Refuses NaN, plus infinity, and examples of which every option has minus infinity."""
+def check_finite(scores: Float[Any, "N C"], key: str = "scores") -> None:
+    """Raise for NaN, plus infinity, and examples whose every option has minus infinity."""
     highest = np.max(scores, axis=1, initial=-np.inf)  # NaN where one of the scores is
     bad = np.flatnonzero(~np.isfinite(highest))
     if len(bad):

@@ -65,16 +65,17 @@ def icl_run(
     Raises:
         UserError: see `finetune` and `jaxlm.data.with_demonstrations`.
     """
-    from jaxlm.train.measure import Answers, Choices
+    from jaxlm.train.measure import GenerationMetric, MultipleChoiceMetric
 
     def measure(lm: Any, task: Task) -> Measured:
         task = dataclasses.replace(task, config=dataclasses.replace(task.config, max_length=None))
         task = with_demonstrations(task, DEMONSTRATIONS, seed=config.seed)
-        found: Answers | Choices
+        found: GenerationMetric | MultipleChoiceMetric
         if task.config.answered:
-            found = Answers(lm, task, batch_size=config.eval_batch_size)
+            found = GenerationMetric(lm, task, batch_size=config.eval_batch_size)
         else:
-            found = Choices(lm, prepare_for(lm, task), batch_size=config.eval_batch_size)
+            size = config.eval_batch_size
+            found = MultipleChoiceMetric(lm, prepare_for(lm, task), batch_size=size)
         return Measured(found("test", lm.params), None, 0, found.peak_bytes)
 
     return _run(config, measure, base_dir, mesh)

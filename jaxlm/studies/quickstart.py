@@ -259,7 +259,7 @@ def _score(where: Setting, params: Params) -> Any:
 
 
 def _offsets(where: Setting, params: Params) -> tuple[Any, int]:
-    from jaxlm.train.run import option_offsets
+    from jaxlm.evaluation import option_offsets
 
     size, texts = where.config.eval_batch_size, where.config.unlabelled
     offsets = option_offsets(where.scorer, params, where.encoded, batch_size=size, texts=texts)

@@ -11,7 +11,7 @@ from jaxlm.data import load_task, prepare_for
 from jaxlm.data.messages import MessageFormat
 from jaxlm.studies.selection_batches import Padded, row_losses
 from jaxlm.studies.selection_rows import Rows, Source, Target, digest, read_source
-from jaxlm.train.measure import Choices
+from jaxlm.train.measure import MultipleChoiceMetric
 from jaxlm.train.state import Program
 from jaxlm.typing import Params
 
@@ -35,7 +35,7 @@ class Measure:
         seed: int,
         base_dir: Path | None,
     ):
-        self._measure: Choices | _Loss
+        self._measure: MultipleChoiceMetric | _Loss
         if target.task is not None:
             task = load_task(target.task, seed=seed, base_dir=base_dir)
             if not task.test:
@@ -44,7 +44,8 @@ class Measure:
                 )
             task = dataclasses.replace(task, train=(), validation=())
             encoded = prepare_for(lm, task, max_length=max_length)
-            self.metric, self._measure = "accuracy", Choices(lm, encoded, batch_size=batch_size)
+            self.metric = "accuracy"
+            self._measure = MultipleChoiceMetric(lm, encoded, batch_size=batch_size)
             self.data = repr((encoded.test, encoded.token_ids))
             return
         source = Source(messages=target.test or target.messages)

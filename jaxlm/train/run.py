@@ -18,6 +18,7 @@ from jaxlm.core.checks import dtype_name, one_of, seeds, whole
 from jaxlm.core.errors import UserError
 from jaxlm.data import EncodedTask, Task, TaskConfig, load_task, prepare_for, task_config
 from jaxlm.data.batching import Objective
+from jaxlm.evaluation.calibration import CALIBRATION_TEXTS, domain_offsets, option_offsets
 from jaxlm.peft import TUNINGS, Tuning
 from jaxlm.sharding import mesh_of, place_params, placed_like
 from jaxlm.train.dynamics import DYNAMICS, Dynamics, method_and_batches
@@ -26,9 +27,6 @@ from jaxlm.train.optimizers import OPTIMIZERS, Mezo, Optimizer, ZerothOrder
 from jaxlm.train.run_folder import RunFolder, to_dict
 from jaxlm.train.settings import MOST_ROWS
 from jaxlm.typing import LossFn
-
-CALIBRATION_TEXTS = 1000
-"""Training texts, at most, whose scores a run is calibrated by."""
 
 _FORMS: dict[str, Objective] = {"accuracy": "classification", "f1": "generation"}
 
@@ -49,7 +47,7 @@ class FinetuneConfig(LoopConfig):
             what is right; for optimizers without gradients.
         calibrate: whether scores are taken less the first model's `option_offsets`, in training and
             after it, so that training starts from calibrated zero-shot; "sfc" takes its scores
-            without the examples, `jaxlm.train.measure.domain_offsets`.
+            without the examples, `jaxlm.evaluation.domain_offsets`.
         batch_size: training examples in a step.
         eval_batch_size: examples in a forward pass of evaluation.
         seed: of the k examples drawn, the order of the batches, and the optimizer's randomness.
@@ -366,24 +364,6 @@ def with_head(lm: Any, num_labels: int, *, seed: int, names: Sequence[str] = ())
     return add_classifier(lm, num_labels, jax.random.key(seed), names)
 
 
-def option_offsets(
-    scorer: Any, params: Any, encoded: Any, *, batch_size: int, texts: int = CALIBRATION_TEXTS
-) -> Any:
-    """Calibration offsets [C] of `params` on the first training texts, whose labels are not used.
-
-    Args:
-        scorer: compiled `(params, batch) -> [B, C]`, without offsets.
-        params: the model's parameters.
-        encoded: a `jaxlm.data.EncodedTask`.
-        batch_size: examples in a forward pass.
-        texts: how many texts.
-    """
-    from jaxlm.evaluation import calibration_offsets, score_split
-
-    few = dataclasses.replace(encoded, train=encoded.train[:texts])
-    return calibration_offsets(score_split(scorer, params, few, "train", batch_size=batch_size)[0])
-
-
 def loss_of(
     config: FinetuneConfig,
     lm: Any,
@@ -408,8 +388,6 @@ def loss_of(
 def _calibration(config: FinetuneConfig, lm: Any, task: Task, encoded: Any, scorer: Any) -> Any:
     """What is taken from the score of each option, [C]."""
     if config.calibrate == "sfc":
-        from jaxlm.train.measure import domain_offsets
-
         return domain_offsets(lm, task)
     return option_offsets(scorer, lm.params, encoded, batch_size=config.eval_batch_size)
 
@@ -432,16 +410,16 @@ def _run(
     from jaxlm.train.checkpoint import Checkpoints
     from jaxlm.train.logging import Progress
     from jaxlm.train.loop import fit
-    from jaxlm.train.measure import Answers, Choices
+    from jaxlm.train.measure import GenerationMetric, MultipleChoiceMetric
     from jaxlm.train.state import device_peak_bytes
 
     size = config.eval_batch_size
     reduction: Literal["mean", "sum"] = "sum" if config.calibrate == "sfc" else "mean"
-    measure: Answers | Choices
+    measure: GenerationMetric | MultipleChoiceMetric
     if config.task.answered:
-        measure = Answers(lm, task, batch_size=size)
+        measure = GenerationMetric(lm, task, batch_size=size)
     else:
-        measure = Choices(lm, encoded, batch_size=size, reduction=reduction)
+        measure = MultipleChoiceMetric(lm, encoded, batch_size=size, reduction=reduction)
 
     def validate(params: Any) -> dict[str, float]:
         return _named("validation", measure("validation", params))
@@ -458,13 +436,13 @@ def _run(
         if first is None or ("option_offsets" not in first and config.calibrate):
             zero_shot = measure("test", lm.params)
             first = {"step": 0, **_named("zero_shot", zero_shot)}
-            if isinstance(measure, Choices) and config.calibrate:
+            if isinstance(measure, MultipleChoiceMetric) and config.calibrate:
                 measure.offsets = _calibration(config, lm, task, encoded, measure.scorer)
                 first |= _named("calibrated", measure("test", lm.params))
                 first["option_offsets"] = measure.offsets.tolist()
             folder.metrics.put_first(first)
             progress.say(f"zero-shot test {_shown(zero_shot)}")
-        elif isinstance(measure, Choices):
+        elif isinstance(measure, MultipleChoiceMetric):
             measure.offsets = folder.option_offsets()
         options = {"offsets": measure.offsets, "reduction": reduction}
         loss_fn = loss_of(config, lm, task, encoded, options)
@@ -504,7 +482,7 @@ def _run(
         test = measure("test", params)
         progress.say(f"test {_shown(test)}")
     before = {name: first[f"zero_shot_{name}"] for name in test}
-    if isinstance(measure, Choices):
+    if isinstance(measure, MultipleChoiceMetric):
         before["calibrated_accuracy"] = first.get("calibrated_accuracy")
     return {
         "model": config.model or "shipped",
@@ -513,7 +491,7 @@ def _run(
         "zero_shot": before,
         "validation": {measure.main: record.best_value},
         "test": test,
-        "majority_accuracy": measure.majority["test"] if isinstance(measure, Choices) else None,
+        "majority_accuracy": measure.majority.get("test"),
         "test_rows_in_training": repeated,
         "tested_step": config.steps if record.best_step is None else record.best_step,
         "steps": config.steps,

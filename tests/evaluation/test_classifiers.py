@@ -10,7 +10,7 @@ import jaxlm
 from jaxlm.core.errors import UserError
 from jaxlm.data import load_task, prepare_for, task_config
 from jaxlm.models import LanguageModel, add_classifier
-from jaxlm.train.measure import Choices
+from jaxlm.train.measure import MultipleChoiceMetric
 from jaxlm.train.run import with_head
 from tests.tiny import make_masked, sentences, write_jsonl
 
@@ -36,7 +36,7 @@ def task(rows: str, labels=("bad", "good"), **values):
 
 def scores(lm: LanguageModel, rows: str, *args, **values) -> np.ndarray:
     encoded = prepare_for(lm, task(rows, *args, **values))
-    return Choices(lm, encoded, batch_size=4).scores("test", lm.params)[0]
+    return MultipleChoiceMetric(lm, encoded, batch_size=4).scores("test", lm.params)[0]
 
 
 def test_the_outputs_of_a_classifier_are_the_classes_of_their_names(base, rows, tmp_path: Path):

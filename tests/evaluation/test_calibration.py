@@ -10,7 +10,7 @@ import pytest
 import jaxlm
 from jaxlm.cli.main import main
 from jaxlm.data import load_task, task_config
-from jaxlm.train.measure import domain_offsets, domain_scores, less_domain
+from jaxlm.evaluation import domain_offsets, domain_scores, subtract_domain_scores
 from jaxlm.train.run_folder import RunFolder
 from tests.tiny import sentences, write_jsonl
 
@@ -117,4 +117,4 @@ def test_an_option_that_is_not_there_stays_out() -> None:
     scores = np.array([[1.0, 2.0, -np.inf, -np.inf], [0.0, 1.0, 5.0, -np.inf]], np.float32)
     domain = np.array([[0.5, 2.0, -np.inf], [-1.0, 3.0, 1.0]], np.float32)
     wanted = [[0.5, 0.0, -np.inf], [1.0, -2.0, 4.0]]
-    np.testing.assert_array_equal(less_domain(scores, domain), wanted)
+    np.testing.assert_array_equal(subtract_domain_scores(scores, domain), wanted)

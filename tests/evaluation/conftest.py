@@ -1,0 +1,3 @@
+from tests.tiny import run_yaml, tiny_model
+
+__all__ = ["run_yaml", "tiny_model"]
