@@ -1,8 +1,8 @@
-"""Checks that value objects share, so that each says the same thing in the same words.
+"""Checks of values, shared so that the same mistake gives the same sentence everywhere.
 
-Each takes the object and the names of its fields, or a key and a value; None passes, since it means
-"not given". The form of every message is `KEY: what is wrong (got VALUE). What to do.` A `section`,
-such as `optimizer.`, stands before the name of a field in messages.
+`integer`, `real`, `one_of` and `distinct` take a key and a value; `whole`, `number`, `in_float32`
+and `seeds` check several fields of a dataclass. None passes, since it means "not given". Every
+message has the form `KEY: what is wrong (got VALUE). What to do.`
 """
 
 import math
@@ -14,33 +14,63 @@ import numpy as np
 from jaxlm.core.errors import UserError
 
 MOST = 2**31 - 1
-"""Above every sensible count, and within 32 bits, in which arrays are indexed."""
+"""Largest count: XLA indexes arrays with 32-bit integers."""
 
 
 def show(value: Any) -> str:
-    """A value for a message, at most 60 characters of it."""
+    """Return a value as text for a message, cut to 60 characters."""
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def whole(config: Any, *names: str, least: int = 1, most: int = MOST, section: str = "") -> None:
-    """Requires whole numbers from `least` to `most`.
+def integer(key: str, value: Any, *, least: int = 1, most: int = MOST) -> None:
+    """Require a whole number from `least` to `most`.
 
     Raises:
-      UserError: naming the first field that is not.
+      UserError: it is not.
     """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise UserError(f"{key}: must be a whole number (got {show(value)}). Correct it.")
+    if not least <= value <= most:
+        raise UserError(f"{key}: must be from {least} to {most} (got {show(value)}). Correct it.")
+
+
+def real(
+    key: str,
+    value: Any,
+    *,
+    least: int | float = -math.inf,
+    above: int | float = -math.inf,
+    most: int | float = math.inf,
+    below: int | float = math.inf,
+) -> None:
+    """Require a finite number x with `least <= x <= most` and `above < x < below`.
+
+    Raises:
+      UserError: it is not.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise UserError(f"{key}: must be a number (got {show(value)}). Correct it.")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        finite = False
+    if finite and least <= value <= most and above < value < below:
+        return
+    low = f"above {above:g}" if above >= least else f"at least {least:g}"
+    high = f"below {below:g}" if below <= most else f"at most {most:g}"
+    wanted = " and ".join(text for text in (low, high) if "inf" not in text) or "finite"
+    raise UserError(f"{key}: must be {wanted} (got {show(value)}). Correct it.")
+
+
+def whole(config: Any, *names: str, least: int = 1, most: int = MOST, section: str = "") -> None:
+    """Require `integer` of several fields; `section` (`optimizer.`) goes before their names."""
     for name in names:
-        value = getattr(config, name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise UserError(
-                f"{section}{name}: must be a whole number (got {show(value)}). Correct it."
-            )
-        if not least <= value <= most:
-            raise UserError(
-                f"{section}{name}: must be from {least} to {most} (got {show(value)}). Correct it."
-            )
+        integer(section + name, getattr(config, name), least=least, most=most)
 
 
 def number(
@@ -52,41 +82,17 @@ def number(
     below: int | float = math.inf,
     section: str = "",
 ) -> None:
-    """Requires finite numbers x with `least <= x <= most` and `above < x < below`.
-
-    Raises:
-      UserError: naming the first field that is not.
-    """
+    """Require `real` of several fields; `section` (`optimizer.`) goes before their names."""
     for name in names:
         value = getattr(config, name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{section}{name}: must be a number (got {show(value)}). Correct it.")
-        try:
-            finite = math.isfinite(value)
-        except OverflowError:  # a whole number of more than 308 digits
-            finite = False
-        if not (finite and least <= value <= most and above < value < below):
-            bounds = [
-                f"{word} {bound:g}"
-                for word, bound in (
-                    ("at least", least),
-                    ("above", above),
-                    ("at most", most),
-                    ("below", below),
-                )
-                if math.isfinite(bound)
-            ]
-            wanted = " and ".join(bounds) or "finite"
-            raise UserError(f"{section}{name}: must be {wanted} (got {show(value)}). Correct it.")
+        real(section + name, value, least=least, above=above, most=most, below=below)
 
 
 def in_float32(config: Any, *names: str, below: int | float = math.inf, section: str = "") -> None:
-    """Requires numbers that float32, in which they are used, neither loses nor rounds to a bound.
+    """Require numbers that neither overflow nor vanish in float32, nor round up to `below`.
 
     Raises:
-      UserError: naming the first field whose number vanishes there, overflows, or becomes `below`.
+      UserError: naming the first field that does.
     """
     limits = np.finfo(np.float32)
     for name in names:
@@ -105,7 +111,7 @@ def in_float32(config: Any, *names: str, below: int | float = math.inf, section:
 
 
 def seeds(config: Any, *names: str) -> None:
-    """Requires seeds, from 0 to 2**32 - 1; of a tuple, each of them.
+    """Require seeds from 0 to 2**32 - 1, or tuples of them.
 
     Raises:
       UserError: naming the first field that is not.
@@ -126,13 +132,13 @@ _DTYPES = {
 
 
 def dtype_name(value: Any, key: str = "param_dtype") -> str:
-    """The name of a dtype of parameters, in any of its spellings.
+    """Return the name of a parameter dtype, given in any spelling.
 
     >>> dtype_name("bf16")
     'bfloat16'
 
     Raises:
-      UserError: parameters cannot have it.
+      UserError: it is not a dtype of parameters.
     """
     short = str(value).lower().removeprefix("torch.")
     for name, spellings in _DTYPES.items():
@@ -144,7 +150,7 @@ def dtype_name(value: Any, key: str = "param_dtype") -> str:
 
 
 def one_of(key: str, value: Any, choices: Collection[Any]) -> None:
-    """Requires one of several values.
+    """Require one of several values.
 
     Raises:
       UserError: listing the choices.
@@ -156,10 +162,10 @@ def one_of(key: str, value: Any, choices: Collection[Any]) -> None:
 
 
 def distinct(key: str, values: Iterable[Any]) -> None:
-    """Requires at least one value, and none twice.
+    """Require at least one value, and no value twice.
 
     Raises:
-      UserError: naming the value that is there twice.
+      UserError: naming the repeated value.
     """
     seen: list[Any] = []
     for value in values:

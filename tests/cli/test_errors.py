@@ -207,7 +207,7 @@ ROWS: dict[str, tuple[Break, str]] = {
     ),
     "eps 0": (
         flags("--optimizer.eps=0"),
-        "command line: optimizer.eps: must be at least 0 and above 0 (got 0.0). Correct it.",
+        "command line: optimizer.eps: must be above 0 (got 0.0). Correct it.",
     ),
     "unknown optimizer": (
         flags("--optimizer.name=adamm"),

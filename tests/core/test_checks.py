@@ -42,6 +42,17 @@ def test_what_is_no_seed_is_refused(value):
         checks.seeds(config(seeds=value), "seeds")
 
 
+def test_bounds_are_named_once():
+    for bounds, wanted in (
+        ({"least": 0, "above": 0}, "above 0"),
+        ({"least": 0, "below": 1}, "at least 0 and below 1"),
+        ({"above": 0, "most": 1}, "above 0 and at most 1"),
+        ({}, "finite"),
+    ):
+        with pytest.raises(UserError, match=rf"^x: must be {wanted} \(got nan\)\. Correct it\.$"):
+            checks.real("x", math.nan, **bounds)
+
+
 def test_choices_are_listed_and_repetition_is_named():
     with pytest.raises(UserError, match=r"^k: not known \(got 'z'\)\. Choose one of a, b\.$"):
         checks.one_of("k", "z", ("a", "b"))
