@@ -1,1 +1,8 @@
-"""Everything that is written to disk and read back: whole files, checksums, locks, fingerprints."""
+"""Everything that is written to disk and read back.
+
+files.py        one file: paths, atomic writes, JSON and JSON lines
+folder.py       one folder: manifest, lock, checksums, stages
+arrays.py       fingerprints of arrays, finite numbers
+processes.py    several processes: the one that writes, barriers
+stopping.py     SIGINT and SIGTERM
+"""

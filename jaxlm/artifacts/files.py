@@ -1,22 +1,88 @@
-"""Files that are whole or absent, and records that are what they say they are."""
+"""One file: paths that users and files give, atomic writes, checked reads, JSON."""
 
 import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from jaxlm.artifacts.processes import is_first, meet
+from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core.errors import UserError
 
 LARGEST = 2**30
-"""Bytes of a record."""
+"""Largest text file that is read, in bytes."""
+
+
+def file_path(given: str | os.PathLike, key: str) -> Path:
+    """Return a path that a user gave, with `~` expanded.
+
+    Args:
+      given: the path as it was typed.
+      key: name of the option, for messages.
+
+    Raises:
+      UserError: the path is empty or too long, holds a NUL, or names the home of an unknown user.
+    """
+    text = os.fspath(given)
+    if not text.strip():
+        raise UserError(f"{key}: is empty. Give a path.")
+    if "\0" in text:
+        raise UserError(f"{key}: has a NUL character (got {text!r}). Give a path without it.")
+    parts = [part.encode(errors="replace") for part in text.split("/")]
+    if max(map(len, parts)) > 255 or len(parts) + sum(map(len, parts)) > 4095:
+        raise UserError(
+            f"{key}: is too long for a path (got {text[:60]!r}...). Give a shorter one."
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{key}: there is no such user (got {text!r}). Write ./~name for a folder of that name."
+        ) from None
+
+
+def inside(folder: Path, name: object, where: str) -> Path:
+    """Return the path of a name that a file gives, which may not leave the folder.
+
+    The check is on the text of the name. Symbolic links are followed, since the cache of the
+    Hugging Face hub consists of them.
+
+    Args:
+      folder: what the name is relative to.
+      name: the name as it stands in the file.
+      where: the file, for messages.
+
+    Raises:
+      UserError: the name is not a string, is absolute, or contains `..`.
+    """
+    if isinstance(name, str) and name and "\0" not in name:
+        posix, windows = PurePosixPath(name), PureWindowsPath(name)
+        absolute = posix.is_absolute() or windows.drive or windows.root
+        if not absolute and ".." not in (*posix.parts, *windows.parts):
+            return folder / name
+    raise UserError(
+        f"{where}: names a file outside its folder (got {name!r}). Use files that lie beside it."
+    )
+
+
+def folder_name(name: str, key: str) -> str:
+    """Return a name that is to become one folder.
+
+    Raises:
+      UserError: the name is empty, `.` or `..`, has a slash or a NUL, or is too long.
+    """
+    text = str(name)
+    if text in ("", ".", "..") or set(text) & set("/\\\0") or len(text.encode()) > 200:
+        raise UserError(
+            f"{key}: cannot name a folder (got {text!r}). Give a short name without slashes."
+        )
+    return text
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file under a temporary name and renames it, so that it is whole or absent."""
+    """Write a file under a temporary name and rename it, so that it is whole or absent."""
     aside = path.with_name(path.name + ".tmp")
     try:
         with aside.open("wb") as file:
@@ -30,12 +96,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns the refusal of the operating system, such as a full disk, into a sentence.
-
-    Raises:
-      UserError: in place of an `OSError`.
-    """
+def report_write_errors(path: Path) -> Iterator[None]:
+    """Raise UserError naming `path` in place of an `OSError`, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -47,22 +109,22 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_shared(path: Path, content: str | bytes, *, once: bool = False) -> None:
-    """`write_atomic` of a file that all processes of a program have in common, on one file system.
+    """Write a file that all processes share, with `write_atomic`.
 
-    All of them call it; the first writes, and none returns before the file is there.
+    All processes call it. The main process writes, and none returns before the file exists.
 
     Args:
-      path: the file.
-      content: of it.
-      once: leaves a file that is there.
+      path: the file, on a file system that all processes see.
+      content: text or bytes.
+      once: keep a file that exists already.
     """
-    if is_first() and not (once and path.exists()):
+    if is_main_process() and not (once and path.exists()):
         write_atomic(path, content)
-    meet(str(path))
+    barrier(str(path))
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """JSON that every reader takes: what is not finite becomes null, which JSON can say.
+    """Return strict JSON; numbers that are not finite become null.
 
     >>> to_json({"loss": float("nan"), "steps": (1, 2)})
     '{"loss": null, "steps": [1, 2]}'
@@ -79,36 +141,55 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes one JSON object, whole or not at all; see `write_shared` and `to_json`."""
-    with writing(path):
+    """Write one JSON object; see `write_shared` and `to_json`."""
+    with report_write_errors(path):
         write_shared(path, to_json(record, indent=2) + "\n")
 
 
+def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line; see `write_shared` and `to_json`."""
+    with report_write_errors(path):
+        write_shared(path, "".join(to_json(record) + "\n" for record in records))
+
+
+def append_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append one JSON object a line; they are on disk when this returns.
+
+    It does not look which process calls it. A line that was cut short by a kill is ignored by
+    `read_jsonl`.
+    """
+    text = "".join(to_json(record) + "\n" for record in records)
+    with report_write_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 class _Repeated(ValueError):
-    """A name that is twice in one object."""
+    """A name occurs twice in one object."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
         names = [name for name, _ in pairs]
         raise _Repeated(next(name for name in names if names.count(name) > 1))
-    return found
+    return result
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text from outside.
+    """Parse a JSON text that comes from outside.
 
     Args:
       text: one JSON value.
-      where: file, or file and line, that a message names.
+      where: file, or file and line, for messages.
 
     Raises:
-      UserError: it is not JSON, is nested too deeply, has a name twice in one object, a number of
-        thousands of digits, or a text that is not Unicode (half of a surrogate pair).
+      UserError: the text is not JSON, is nested too deeply, repeats a name in one object, has a
+        number of thousands of digits, or a string that is not Unicode (half of a surrogate pair).
     """
     try:
         value = _DECODER.decode(text)
@@ -130,15 +211,15 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8.
+    """Read a file in UTF-8.
 
     Raises:
-      UserError: it is a pipe, a device or too large, cannot be opened or is not UTF-8;
-        `FileNotFoundError` is left to the caller.
+      UserError: the path is a pipe or a device, the file is too large, unreadable, or not UTF-8.
+      FileNotFoundError: there is no such file; the caller says what that means.
     """
     try:
         endless = not path.is_dir() and path.exists() and not path.is_file()
-        endless &= path.parent != Path("/dev/fd")  # where a shell gives the output of a command
+        endless &= path.parent != Path("/dev/fd")  # where a shell puts the output of a command
         if endless or path.stat().st_size > LARGEST:
             raise UserError(
                 f"{path}: not a regular file of at most {LARGEST >> 20} MiB. Give the file as it "
@@ -155,21 +236,37 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def read_json(path: Path, **fields: type | tuple[type, ...]) -> dict[str, Any]:
-    """A JSON object from a file, with the fields that the caller relies on.
+Fields = type | tuple[type, ...]
+
+
+def read_json(path: Path, **fields: Fields) -> dict[str, Any]:
+    """Read a JSON object and check the fields that the caller relies on.
 
     Args:
       path: the file.
-      fields: name to type of each field that must be there. `float` takes whole numbers too.
+      fields: name to type of each field that must be there. `float` accepts integers too.
 
     Raises:
-      UserError: as `read_text`; it is damaged: not JSON, no object, or a field is missing or of
+      UserError: as `read_text`; or the file is not a JSON object, or a field is missing or of
         another type.
-      FileNotFoundError: there is none.
+      FileNotFoundError: there is no such file.
     """
-    value = parse_json(read_text(path), str(path))
+    return _record(parse_json(read_text(path), str(path)), str(path), fields)
+
+
+def read_jsonl(path: Path, **fields: Fields) -> list[dict[str, Any]]:
+    """Read the complete lines of a file of JSON objects; see `read_json`.
+
+    What follows the last line end is ignored: a write that was cut short leaves it.
+    """
+    lines = enumerate(read_text(path).split("\n")[:-1], start=1)
+    places = ((f"{path}, line {number}", line) for number, line in lines)
+    return [_record(parse_json(line, where), where, fields) for where, line in places]
+
+
+def _record(value: Any, where: str, fields: Mapping[str, Fields]) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object. Correct the file or write it again.")
+        raise UserError(f"{where}: not a JSON object. Correct the file or write it again.")
     for name, kind in fields.items():
         kinds = kind if isinstance(kind, tuple) else (kind,)
         kinds = (*kinds, int) if float in kinds else kinds
@@ -180,7 +277,7 @@ def read_json(path: Path, **fields: type | tuple[type, ...]) -> dict[str, Any]:
             or (isinstance(item, bool) and bool not in kinds)
         ):
             raise UserError(
-                f"{path}: the field {name} is missing or of another type. The file is damaged or "
+                f"{where}: the field {name} is missing or of another type. The file is damaged or "
                 "not of jaxlm: remove it, or make it again."
             )
     return value

@@ -1,7 +1,7 @@
-"""One program in several processes: which of them writes, where they meet, what all of them see.
+"""One program in several processes: which of them writes, where they wait, what all of them see.
 
-Every process runs the same program. Without `jax.distributed` there is one, and nothing is done
-here.
+Every process runs the same program. Without `jax.distributed` there is one process, and these
+functions do nothing.
 """
 
 from typing import Any
@@ -11,25 +11,21 @@ import numpy as np
 
 
 def distributed() -> bool:
-    """Whether this process is one of several."""
+    """Return whether this process is one of several."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def is_first() -> bool:
-    """Whether this process writes what all have in common: files, the log, tables.
+def is_main_process() -> bool:
+    """Return whether this process writes what all share: files, the log, tables.
 
-    >>> is_first()
+    >>> is_main_process()
     True
     """
     return not distributed() or jax.process_index() == 0
 
 
-def meet(name: str) -> None:
-    """Waits until every process is here.
-
-    Args:
-      name: of the place, the same in all.
-    """
+def barrier(name: str) -> None:
+    """Wait until every process has called this with the same name."""
     if distributed():
         from jax.experimental.multihost_utils import sync_global_devices
 
@@ -37,9 +33,9 @@ def meet(name: str) -> None:
 
 
 def to_host(x: Any) -> np.ndarray:
-    """An array in the memory of this process, whichever devices of the program it lies on.
+    """Return an array in the memory of this process, whichever devices it lies on.
 
-    A part of it may lie on devices of other processes; all of them then call this.
+    All processes must call it for an array that has shards on devices of other processes.
 
     >>> to_host(jax.numpy.ones(2))
     array([1., 1.], dtype=float32)

@@ -1,10 +1,10 @@
-"""SIGINT and SIGTERM: a loop that listens stops after the steps under way; anything else at once.
+"""SIGINT and SIGTERM: a loop that defers them stops after its step; all else stops at once.
 
-An exception in the middle of whatever Python does is not good enough. One that is raised in a
-destructor or a callback of the garbage collector is printed and forgotten, and one that ends the
-interpreter while a thread compiles ends it with a segmentation fault. So a thread waits for the
-signals, which the system hands it even while the main thread compiles, and either takes a note of
-the signal, which loops read between steps, or ends the process.
+Python's own handling, an exception at an arbitrary point, is not reliable enough. An exception that
+is raised in a destructor or in a callback of the garbage collector is printed and forgotten, and
+one that ends the interpreter while a thread compiles causes a segmentation fault. So a thread waits
+for the signals, which it receives even while the main thread compiles. It either records the
+signal, for loops to read between steps, or ends the process.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """A loop was told to stop, and did.
+    """A loop has stopped because of a signal.
 
     Attributes:
       code: exit code of the process: 130 after SIGINT, 143 after SIGTERM.
@@ -31,43 +31,43 @@ class Stopped(KeyboardInterrupt):
 
 
 class _State:
-    """What this process was told.
+    """The state of this process.
 
     Attributes:
-      told: the first signal that came while a loop listened.
-      listeners: loops that listen.
+      pending: first signal that came while a loop deferred signals; 0 for none.
+      loops: number of loops that defer signals.
       watched: whether a thread waits for signals.
     """
 
-    told = 0
-    listeners = 0
+    pending = 0
+    loops = 0
     watched = False
 
 
 def _receive(number: int, at_once: str) -> bool:
-    """Takes a note of a signal and says so; False if nobody listens or one was there before."""
-    if _State.listeners and not _State.told:
-        _State.told = number
+    """Record a signal and say so; False if no loop defers signals or one is pending already."""
+    if _State.loops and not _State.pending:
+        _State.pending = number
         _say(f"stopping after the steps under way; once more {at_once}")
         return True
     return False
 
 
 def _say(line: str) -> None:
-    # Not `print`: the thread may come in the middle of one, which holds the lock of the stream.
+    # Not `print`: the main thread may be inside one, which holds the lock of the stream.
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode())
 
 
 def _ignore(number: int, frame: object) -> None:
-    """With a handler of Python's the system does not end the process by itself."""
+    """Do nothing; with a handler set, the system does not end the process by itself."""
 
 
 @contextlib.contextmanager
-def handled() -> Iterator[None]:
-    """Lets SIGINT and SIGTERM end the process at once, or stop a loop that listens.
+def handle_signals() -> Iterator[None]:
+    """End the process at once on SIGINT and SIGTERM, except in loops that defer them.
 
-    For the main thread of a command; a process that only passes signals on does without.
+    This is for the main thread of a command; in another thread it does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -100,11 +100,11 @@ def handled() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[None]:
-    """Within, the first signal is for `told` to read; the second one does what it always does.
+def defer_signals() -> Iterator[None]:
+    """Keep the first signal for `pending_signal`; the second one has its usual effect.
 
-    Without `handled`, as in a notebook, that is an exception for SIGINT. A signal that came after
-    the last look of a loop that is done is sent once more.
+    Without `handle_signals`, as in a notebook, the usual effect of SIGINT is an exception. If a
+    signal arrives after the loop last called `pending_signal`, it is raised again at the end.
     """
     before = {}
     done, late = False, 0
@@ -114,30 +114,30 @@ def listening() -> Iterator[None]:
             raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
-        # Under `handled` too: jax.distributed takes SIGTERM for itself.
+        # Set them under `handle_signals` too, since jax.distributed takes SIGTERM for itself.
         numbers = _SIGNALS if _State.watched else (signal.SIGINT,)
         before = {number: signal.signal(number, receive) for number in numbers}
-    _State.listeners += 1
+    _State.loops += 1
     try:
         yield
         done = True
     finally:
-        _State.listeners -= 1
-        if not _State.listeners:
-            late, _State.told = _State.told, 0
+        _State.loops -= 1
+        if not _State.loops:
+            late, _State.pending = _State.pending, 0
         for number, handler in before.items():
             signal.signal(number, handler)
         if done and late:
             signal.raise_signal(late)
 
 
-def told() -> int:
-    """The signal that a loop is to stop for, 0 for none; of several processes that of any.
+def pending_signal() -> int:
+    """Return the signal that a loop must stop for, in this or any other process; 0 for none.
 
-    Every process calls it at the same place.
+    Every process must call it at the same point.
     """
     if distributed():
         from jax.experimental.multihost_utils import process_allgather
 
-        return int(process_allgather(_State.told).max())
-    return _State.told
+        return int(process_allgather(_State.pending).max())
+    return _State.pending

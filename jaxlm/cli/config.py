@@ -22,8 +22,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import yaml
 
-from jaxlm.artifacts.files import read_text
-from jaxlm.artifacts.names import file_path
+from jaxlm.artifacts.files import file_path, read_text
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
 from jaxlm.train.run_folder import differences, to_dict

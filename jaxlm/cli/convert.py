@@ -9,7 +9,7 @@ SOURCE is a folder with config.json and safetensors, a hub id, or the folder of 
 import contextlib
 from collections.abc import Sequence
 
-from jaxlm.artifacts.names import file_path
+from jaxlm.artifacts.files import file_path
 from jaxlm.cli.config import split_args
 from jaxlm.core.checks import dtype_name
 from jaxlm.core.errors import UserError

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlm.artifacts.names import file_path
+from jaxlm.artifacts.files import file_path
 from jaxlm.cli import config as configs
 from jaxlm.cli import dry_run, screen
 from jaxlm.core.errors import UserError

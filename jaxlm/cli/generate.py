@@ -30,9 +30,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxlm.artifacts.files import parse_json, read_text, to_json, writing
-from jaxlm.artifacts.names import file_path
-from jaxlm.artifacts.processes import is_first
+from jaxlm.artifacts.files import file_path, parse_json, read_text, report_write_errors, to_json
+from jaxlm.artifacts.processes import is_main_process
 from jaxlm.cli import config as configs
 from jaxlm.core.checks import dtype_name, seeds, whole
 from jaxlm.core.errors import UserError
@@ -212,7 +211,7 @@ def _write(path: Path, lines: Iterator[str]) -> None:
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"output: {path.parent} cannot be written (got {path}). Choose another.")
     first = next(lines)
-    if not is_first():
+    if not is_main_process():
         for _ in lines:  # all processes compute them
             pass
         return
@@ -220,7 +219,7 @@ def _write(path: Path, lines: Iterator[str]) -> None:
     # output one writes it whole, and the other says that it is there.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with writing(path), temporary.open("w", encoding="utf-8") as file:
+        with report_write_errors(path), temporary.open("w", encoding="utf-8") as file:
             print(first, file=file)
             for line in lines:
                 print(line, file=file, flush=True)

@@ -25,8 +25,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxlm.artifacts.names import file_path
-from jaxlm.artifacts.processes import is_first, meet
+from jaxlm.artifacts.files import file_path
+from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core.checks import show, whole
 from jaxlm.core.errors import UserError
 
@@ -97,14 +97,14 @@ class Launch:
             mesh = mesh_from_text(self.mesh or "data=-1")
             _check_all_take_part(mesh)
         with contextlib.ExitStack() as stack:
-            if not is_first():  # it speaks for all
+            if not is_main_process():  # it speaks for all
                 silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(silence))
                 stack.enter_context(contextlib.redirect_stderr(silence))
             if self.profile is not None:
                 stack.enter_context(jax.profiler.trace(self.profile))
             yield mesh
-            meet("the end of the command")  # or one that is early would be taken for lost
+            barrier("the end of the command")  # or one that is early would be taken for lost
 
 
 def _check_all_take_part(mesh: Any) -> None:
@@ -244,7 +244,7 @@ def leave(code: int) -> None:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    if is_first():
+    if is_main_process():
         time.sleep(3)
     os._exit(code)
 

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jaxlm.artifacts.locks import where_logged
-from jaxlm.artifacts.stopping import Stopped, handled
+from jaxlm.artifacts.folder import where_logged
+from jaxlm.artifacts.stopping import Stopped, handle_signals
 from jaxlm.cli import screen
 from jaxlm.core.errors import UserError
 
@@ -196,7 +196,7 @@ def _run(args: list[str], debug: bool = False) -> int:
     flags, rest = launch.parse(rest)
     if flags.supervised:
         return launch.supervise(flags, [*args, *(["--debug"] if debug else [])])
-    with handled():
+    with handle_signals():
         if flags == launch.Launch():
             module.run(rest)
             return 0

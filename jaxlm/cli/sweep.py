@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.artifacts import names
-from jaxlm.artifacts.locks import LOCK, LOG
+from jaxlm.artifacts.folder import LOCK, LOG
 from jaxlm.cli import config as configs
 from jaxlm.core.checks import distinct, seeds, show
 from jaxlm.core.errors import UserError

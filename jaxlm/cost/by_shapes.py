@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.artifacts.names import file_path
+from jaxlm.artifacts.files import file_path
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.core.precision import quantize

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,10 +17,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Integer
 
-from jaxlm.artifacts.checksums import seal, verify
-from jaxlm.artifacts.files import parse_json, read_json, to_json, write_atomic, writing
-from jaxlm.artifacts.names import inside
-from jaxlm.artifacts.processes import is_first, meet
+from jaxlm.artifacts.files import (
+    inside,
+    parse_json,
+    read_json,
+    report_write_errors,
+    to_json,
+    write_atomic,
+)
+from jaxlm.artifacts.folder import verify, write_folder
+from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core import checks
 from jaxlm.core.errors import UserError
 from jaxlm.data import files
@@ -223,12 +228,13 @@ def cached(path: Path, tokenizer: Any, cache: Path, digest: str | None = None) -
     name = path.name.removesuffix(".gz").removesuffix(".jsonl")
     folder = cache / f"{name}-{digest[:16]}"
     tokens = None
-    if is_first():
+    if is_main_process():
         tokens = _kept(folder, digest)
         if tokens is None:
-            with writing(folder):
-                _keep(folder, tokenize(path, tokenizer))
-    meet(str(folder))
+            with report_write_errors(folder):
+                made = tokenize(path, tokenizer)
+                write_folder(folder, lambda place: _keep(place, made))
+    barrier(str(folder))
     tokens = tokens or _kept(folder, digest)
     if tokens is None:
         raise UserError(f"{folder}: cannot be read back. Remove it and run the command again.")
@@ -243,17 +249,11 @@ def _digest(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _keep(folder: Path, tokens: Tokens) -> None:
-    """Writes tokens into a folder that is whole or absent."""
-    aside = folder.with_name(folder.name + ".tmp")
-    for old in (aside, folder):
-        shutil.rmtree(old, ignore_errors=True)
-    aside.mkdir(parents=True)
+def _keep(place: Path, tokens: Tokens) -> None:
+    """Writes tokens into a folder."""
     for field in ("ids", "starts"):
-        np.save(aside / f"{field}.npy", getattr(tokens, field))
-    write_atomic(aside / "tokens.json", to_json({"boundary": tokens.boundary, "size": tokens.size}))
-    seal(aside)
-    aside.rename(folder)
+        np.save(place / f"{field}.npy", getattr(tokens, field))
+    write_atomic(place / "tokens.json", to_json({"boundary": tokens.boundary, "size": tokens.size}))
 
 
 def _kept(folder: Path, digest: str) -> Tokens | None:

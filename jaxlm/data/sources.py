@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxlm.artifacts.files import parse_json, read_json
-from jaxlm.artifacts.names import file_path, inside
+from jaxlm.artifacts.files import file_path, inside, parse_json, read_json
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
 from jaxlm.data.delimited import read_table

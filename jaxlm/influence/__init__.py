@@ -1,6 +1,6 @@
 """Which training examples help a target: gradient features, a store of them, scores, selections."""
 
-from jaxlm.artifacts.fingerprints import fingerprint
+from jaxlm.artifacts.arrays import fingerprint
 from jaxlm.gradients.projection import Projector, projector
 from jaxlm.influence._bm25 import bm25
 from jaxlm.influence._lds import LDS, lds, leave_one_out, subset_masks

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from jaxlm.artifacts.fingerprints import short
+from jaxlm.artifacts.folder import short
 from jaxlm.core.errors import UserError
 from jaxlm.gradients.projection import Projector
 from jaxlm.influence.encodings import encoding

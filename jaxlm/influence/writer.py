@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Float
 
-from jaxlm.artifacts.files import write_atomic, writing
+from jaxlm.artifacts.files import report_write_errors, write_atomic
 from jaxlm.core.errors import UserError
 from jaxlm.influence import shards
 from jaxlm.influence.encodings import encoding
@@ -221,13 +221,13 @@ def _open(path: Path) -> BinaryIO:
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | os.O_CREAT, 0o666)
 
-    with writing(path):
+    with report_write_errors(path):
         return open(path, "r+b", opener=opener)
 
 
 def _write_at(file: BinaryIO, start: int, content: bytes) -> None:
     """Writes to the disk, and makes it the end of the file."""
-    with writing(Path(file.name)):
+    with report_write_errors(Path(file.name)):
         file.seek(start)
         file.write(content)
         file.truncate()

@@ -1,6 +1,6 @@
 """Empirical neural tangent kernels of any function, for SGD, SignGD and Adam."""
 
-from jaxlm.artifacts.fingerprints import fingerprint
+from jaxlm.artifacts.arrays import fingerprint
 from jaxlm.kernels._ntk import NTKInfo, dropped_fraction, ntk, ntk_with_info
 from jaxlm.kernels._projected import projected, projected_features
 from jaxlm.kernels.jacobian import jacobian_contraction

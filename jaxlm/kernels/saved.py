@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxlm.artifacts.checksums import CHECKSUMS, seal, verify
-from jaxlm.artifacts.files import read_json, write_json, write_shared, writing
-from jaxlm.artifacts.fingerprints import fingerprint, short
-from jaxlm.artifacts.processes import is_first, meet, to_host
+from jaxlm.artifacts.arrays import fingerprint
+from jaxlm.artifacts.files import read_json, report_write_errors, write_json, write_shared
+from jaxlm.artifacts.folder import CHECKSUMS, seal, short, verify
+from jaxlm.artifacts.processes import barrier, is_main_process, to_host
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.core.programs import held
@@ -247,11 +247,11 @@ def saved_ntk(
 def _complete(folder: Path, kernel: np.ndarray) -> None:
     """Writes the kernel, and what says that it is whole."""
     _write(folder / KERNEL, kernel)
-    if is_first():
+    if is_main_process():
         shutil.rmtree(folder / BLOCKS, ignore_errors=True)
-        with writing(folder):
+        with report_write_errors(folder):
             seal(folder)
-    meet(str(folder / CHECKSUMS))
+    barrier(str(folder / CHECKSUMS))
 
 
 def _check(folder: Path, manifest: Manifest) -> None:
@@ -293,7 +293,7 @@ def _write_manifest(folder: Path, manifest: Manifest, **more: Any) -> None:
                 f"{folder}: has blocks of {there} examples (got {here}). Give the same block_size "
                 "and mesh."
             )
-    if is_first():  # what is being written is not complete
+    if is_main_process():  # what is being written is not complete
         (folder / CHECKSUMS).unlink(missing_ok=True)
     write_json(path, {**dataclasses.asdict(manifest), **more})
 
@@ -302,7 +302,7 @@ def _write(path: Path, value: np.ndarray) -> None:
     from safetensors.numpy import save
 
     value = np.ascontiguousarray(value)
-    with writing(path):
+    with report_write_errors(path):
         write_shared(path, save({"kernel": value}, {"crc32": str(zlib.crc32(value.data))}))
 
 

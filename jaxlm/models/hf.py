@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.artifacts.folders import exchange
-from jaxlm.artifacts.names import file_path
-from jaxlm.artifacts.processes import is_first, meet
+from jaxlm.artifacts.files import file_path
+from jaxlm.artifacts.folder import replace_contents
+from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core.checks import one_of, show
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import flatten, matcher
@@ -305,10 +305,10 @@ def save_pretrained(
     dtype, *_ = (str(target.dtype) for target in tensors.values())
     config = {**module.write_config(lm.config), "dtype": dtype}
     count = sum(math.prod(shape) for shape in param_shapes(lm.config).values())
-    if not is_first():
+    if not is_main_process():
         for names in split.filename_to_tensors.values():
             _gathered(names, tensors, flat)
-        meet(str(folder))
+        barrier(str(folder))
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -322,13 +322,13 @@ def save_pretrained(
                 (temporary / "README.md").write_text(text, encoding="utf-8")
             if lm.tokenizer is not None:
                 lm.tokenizer.save_pretrained(temporary)
-            exchange(temporary, folder, last=CONFIG, stale=is_of_a_model)
+            replace_contents(temporary, folder, last=CONFIG, stale=is_of_a_model)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"{folder}: the model cannot be written ({reason}). Choose another folder."
         ) from error
-    meet(str(folder))
+    barrier(str(folder))
 
 
 def _split(tensors: dict[str, Target], max_shard_size: int | str) -> Any:

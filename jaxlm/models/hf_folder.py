@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from jaxlm.artifacts import files
-from jaxlm.artifacts.names import inside
+from jaxlm.artifacts.files import inside
 from jaxlm.core.errors import UserError
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import MODULES, family, take

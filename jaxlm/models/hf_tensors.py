@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.artifacts.finite import all_finite, check_finite
+from jaxlm.artifacts.arrays import all_finite, check_finite
 from jaxlm.artifacts.processes import to_host
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import LAYERS

@@ -14,9 +14,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.artifacts.finite import check_finite
-from jaxlm.artifacts.folders import exchange
-from jaxlm.artifacts.names import file_path
+from jaxlm.artifacts.arrays import check_finite
+from jaxlm.artifacts.files import file_path
+from jaxlm.artifacts.folder import replace_contents
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import LAYERS
 from jaxlm.models import LanguageModel, ModelConfig, param_shapes
@@ -88,7 +88,7 @@ def save_adapter(
             temporary = Path(name)
             save_file(tensors, temporary / WEIGHTS, {"format": "pt"})
             (temporary / CONFIG).write_text(settings, encoding="utf-8")
-            exchange(
+            replace_contents(
                 temporary, folder, last=CONFIG, stale=lambda path: path.name in (CONFIG, WEIGHTS)
             )
     except (OSError, SafetensorError) as error:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.artifacts.files import write_shared, writing
+from jaxlm.artifacts.files import report_write_errors, write_shared
 from jaxlm.core.checks import whole
 from jaxlm.core.errors import UserError
 from jaxlm.dynamics.scaling import scale_rule
@@ -147,7 +147,7 @@ def _trained(
         try:
             report, ended = pretrain(config, mesh=mesh)["dynamics"], True
         except Diverged as error:
-            with writing(failed):
+            with report_write_errors(failed):
                 write_shared(failed, f"{error}\n")
     written = folder.metrics.read() if folder.metrics.path.exists() else []
     try:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jaxlm.artifacts.processes import is_first
+from jaxlm.artifacts.processes import is_main_process
 from jaxlm.core.errors import UserError
 
 
@@ -22,7 +22,7 @@ def new_axes(size: tuple[float, float]) -> Any:
 
 def save_figure(axes: Any, path: Path) -> Path:
     """Writes the figure of `axes`, and returns its path."""
-    if not is_first():
+    if not is_main_process():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     axes.figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -5,10 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxlm.artifacts.files import read_json, write_json, write_shared, writing
-from jaxlm.artifacts.folders import make
-from jaxlm.artifacts.locks import check_place, hold
-from jaxlm.artifacts.processes import is_first
+from jaxlm.artifacts.files import read_json, report_write_errors, write_json, write_shared
+from jaxlm.artifacts.folder import claim
 from jaxlm.core.errors import UserError
 from jaxlm.train.run_folder import to_dict
 
@@ -36,15 +34,13 @@ def study_folder(kind: str, config: Any) -> Iterator[Path]:
             process writes there.
     """
     folder = Path(config.output)
-    if is_first():
-        check_place(folder, STUDY, "study")
+    with claim(folder, STUDY, "study"):
         there = read_json(folder / STUDY, study=str)["study"] if (folder / STUDY).exists() else kind
         if there != kind:
             raise UserError(
                 f"output: the folder has a study of the kind {there}, not {kind} (got {folder}). "
                 "Choose another output."
             )
-    with make(folder, STUDY), hold(folder):
         write_json(folder / STUDY, {"study": kind, "config": to_dict(config)})
         yield folder
 
@@ -61,6 +57,6 @@ def write_tables(folder: Path, table: Mapping[str, Any], text: str) -> str:
         The text.
     """
     write_json(folder / TABLES[0], table)
-    with writing(folder / TABLES[1]):
+    with report_write_errors(folder / TABLES[1]):
         write_shared(folder / TABLES[1], text)
     return text

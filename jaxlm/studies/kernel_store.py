@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.artifacts.files import writing
+from jaxlm.artifacts.files import report_write_errors
 from jaxlm.artifacts.processes import to_host
 from jaxlm.studies.kernel_task import KernelTask, Split
 from jaxlm.train.state import Program
@@ -90,7 +90,7 @@ class Kernels:
         from jaxlm.kernels.saved import saved_ntk
 
         words = {"template": self.task.description, "kind": kind, **self.options}
-        with writing(place):
+        with report_write_errors(place):
             return to_host(saved_ntk(place, self.task.f, params, x1, x2, **words))
 
     def _remember(self, key: tuple[str, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:

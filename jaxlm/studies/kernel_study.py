@@ -11,8 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxlm.artifacts.files import read_json, write_json
-from jaxlm.artifacts.names import file_path
+from jaxlm.artifacts.files import file_path, read_json, write_json
 from jaxlm.core.checks import MOST, distinct, seeds, show
 from jaxlm.core.errors import UserError
 from jaxlm.data import TaskConfig, task_config

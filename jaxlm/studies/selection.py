@@ -21,8 +21,9 @@ from typing import Any, Literal
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.artifacts.fingerprints import fingerprint
-from jaxlm.artifacts.names import file_path
+from jaxlm.artifacts.arrays import fingerprint
+from jaxlm.artifacts.files import file_path
+from jaxlm.artifacts.folder import inputs_digest, stage
 from jaxlm.core.checks import distinct, dtype_name, number, one_of, seeds, whole
 from jaxlm.core.errors import UserError
 from jaxlm.data.messages import MessageFormat
@@ -46,7 +47,6 @@ from jaxlm.studies.selection_rows import (
     read_source,
     read_target,
 )
-from jaxlm.studies.selection_stage import key, stage
 from jaxlm.studies.selection_training import Recipe, load_epoch, train
 from jaxlm.train.run import load_model
 from jaxlm.train.run_folder import to_dict
@@ -211,10 +211,10 @@ class _Study:
         """What there is to choose from, and what the target says of the model as it is."""
         rows = self.pool.rows
         names = dict.fromkeys(row.source for row in rows)
-        inputs = {"model": self.hashes["model"], "test": key({"data": self.measure.data})}
+        inputs = {"model": self.hashes["model"], "test": inputs_digest({"data": self.measure.data})}
         root = Path(self.config.output)
         before = stage(
-            root, "before", inputs, lambda _: {"value": self.measure(self.lm.params)}, say=self.say
+            root, "before", inputs, lambda _: {"value": self.measure(self.lm.params)}, log=self.say
         )
         return {
             "rows": len(rows),
@@ -247,7 +247,7 @@ class _Study:
             "rows": digest(rows),
             "recipe": to_dict(recipe),
             "seed": seed,
-            "test": key({"data": self.measure.data}),
+            "test": inputs_digest({"data": self.measure.data}),
         }
 
         def work(place: Path) -> dict[str, Any]:
@@ -261,7 +261,7 @@ class _Study:
         self, seed: int, name: str, inputs: dict[str, Any], work: Callable[[Path], dict[str, Any]]
     ) -> tuple[Path, dict[str, Any]]:
         root = Path(self.config.output) / f"seed-{seed}"
-        return stage(root, name, inputs, work, say=self.say)
+        return stage(root, name, inputs, work, log=self.say)
 
     def _choice_inputs(self, seed: int, method: str) -> dict[str, Any]:
         """What the scores of a method depend on."""

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxlm.artifacts.checksums import seal, verify
-from jaxlm.artifacts.files import parse_json, read_text, to_json, write_shared, writing
-from jaxlm.artifacts.processes import is_first
+from jaxlm.artifacts.files import parse_json, read_text, report_write_errors, to_json, write_shared
+from jaxlm.artifacts.folder import seal, verify
+from jaxlm.artifacts.processes import is_main_process
 from jaxlm.core.errors import UserError
 from jaxlm.influence import bm25, pool, random_scores, representation_similarity, select
 from jaxlm.studies.selection_batches import Padded
@@ -153,11 +153,11 @@ def write_choice(
         row = rows[place]
         number = {} if scores is None else {"score": float(scores[place])}
         chosen.append({"id": row.id, "source": row.source, **number, **row.text})
-    with writing(folder):
+    with report_write_errors(folder):
         if scores is not None:
             write_shared(folder / SCORES, _lines(lines))
         write_shared(folder / SELECTED, _lines(chosen))
-        if is_first():
+        if is_main_process():
             seal(folder, "*.jsonl")
     taken = [rows[place] for place in places]
     names = dict.fromkeys(row.source for row in rows)

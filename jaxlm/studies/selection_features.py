@@ -7,9 +7,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxlm.artifacts.files import parse_json, read_text, to_json, write_atomic, writing
-from jaxlm.artifacts.fingerprints import fingerprint
-from jaxlm.artifacts.processes import meet, to_host
+from jaxlm.artifacts.arrays import fingerprint
+from jaxlm.artifacts.files import parse_json, read_text, report_write_errors, to_json, write_atomic
+from jaxlm.artifacts.processes import barrier, to_host
 from jaxlm.core import paths
 from jaxlm.core.checks import seeds, whole
 from jaxlm.core.errors import UserError
@@ -140,7 +140,7 @@ def store_features(
             info.append(ids, about)
             writer.append(np.asarray(found), ids)
         writer.commit()
-    meet(str(folder / INFO))
+    barrier(str(folder / INFO))
     return _summary(folder, processes)
 
 
@@ -182,7 +182,7 @@ class _Info:
         self._path = path
         known = {record["id"]: record for record in _records(path)} if path.exists() else {}
         kept = [known[name] for name in ids if name in known]
-        with writing(path):
+        with report_write_errors(path):
             write_atomic(path, "".join(to_json(record) + "\n" for record in kept))
 
     def append(self, ids: list[str], about: Any) -> None:
@@ -196,5 +196,5 @@ class _Info:
             {"id": name, **{key: values[i].item() for key, values in numbers.items()}}
             for i, name in enumerate(ids)
         ]
-        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
+        with report_write_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write("".join(to_json(record) + "\n" for record in records))

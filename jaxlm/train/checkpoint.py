@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.artifacts.checksums import seal, verify
-from jaxlm.artifacts.files import read_json, to_json, write_atomic, writing
-from jaxlm.artifacts.finite import check_finite
-from jaxlm.artifacts.processes import is_first, meet
+from jaxlm.artifacts.arrays import check_finite
+from jaxlm.artifacts.files import read_json, report_write_errors, to_json, write_atomic
+from jaxlm.artifacts.folder import seal, verify
+from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core.errors import UserError
 from jaxlm.train.state import free
 
@@ -82,7 +82,7 @@ def _path(keys: Any) -> Keys:
 def _held(leaf: Any) -> Iterator[tuple[list[int], np.ndarray]]:
     """Start and values of each part of an array that this process is to write."""
     if not isinstance(leaf, jax.Array):
-        if is_first():
+        if is_main_process():
             yield [0] * np.ndim(leaf), np.asarray(leaf)
         return
     for shard in leaf.addressable_shards:
@@ -254,8 +254,8 @@ class Checkpoints:
     def __init__(self, folder: Path | str, *, read_only: bool = False):
         self.folder = Path(folder).absolute()
         self._read_only = read_only
-        if not read_only and is_first():
-            with writing(self.folder):
+        if not read_only and is_main_process():
+            with report_write_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             for aside in self.folder.glob(f"*{_ASIDE}"):
                 shutil.rmtree(aside, ignore_errors=True)
@@ -288,26 +288,26 @@ class Checkpoints:
         place = self.folder / str(step)
         aside = self.folder / f"{step}{_ASIDE}"
         try:
-            with writing(place):
+            with report_write_errors(place):
                 own = aside / str(jax.process_index())
                 own.mkdir(parents=True, exist_ok=True)
                 _write(own, state)
-                meet(f"{aside} is written")
-                if is_first():
+                barrier(f"{aside} is written")
+                if is_main_process():
                     write_atomic(aside / _RECORD, to_json(record))
                     seal(aside, "*.json")
-                meet(f"{aside} is sealed")
+                barrier(f"{aside} is sealed")
                 self._read_back(aside, own)
-                meet(f"{aside} is read")
-                if is_first():
+                barrier(f"{aside} is read")
+                if is_main_process():
                     self._remove(step)
                     aside.rename(place)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        if is_first():
+        if is_main_process():
             self._keep(step, record)
-        meet(f"{place} is there")
+        barrier(f"{place} is there")
 
     @staticmethod
     def _read_back(aside: Path, own: Path) -> None:
@@ -356,7 +356,7 @@ class Checkpoints:
             state = jax.tree_util.tree_map_with_path(
                 lambda keys, leaf: stored.placed(_path(keys), leaf), shapes
             )
-        if not self._read_only and is_first() and step == self.latest_step:
+        if not self._read_only and is_main_process() and step == self.latest_step:
             # A process that was killed may have left what it was about to remove.
             self._keep(step, stored.record)
         return step, state, stored.record

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from jaxlm.artifacts.files import parse_json, read_text, to_json, write_shared, writing
-from jaxlm.artifacts.processes import is_first
+from jaxlm.artifacts.files import parse_json, read_text, report_write_errors, to_json, write_shared
+from jaxlm.artifacts.processes import is_main_process
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
 
@@ -25,9 +25,9 @@ class Metrics:
 
     def append(self, *records: Mapping[str, Any]) -> None:
         """Adds lines; they are on disk after the call."""
-        if not is_first():
+        if not is_main_process():
             return
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+        with report_write_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(to_json(record) + "\n" for record in records))
             file.flush()
             os.fsync(file.fileno())
@@ -36,7 +36,7 @@ class Metrics:
         """Keeps the lines up to `step` (None: no line); a line half written is dropped."""
         found = self.read() if step is not None else []
         kept = [record for record in found if record["step"] <= (step or 0)]
-        with writing(self.path):
+        with report_write_errors(self.path):
             write_shared(self.path, "".join(to_json(record) + "\n" for record in kept))
 
     def read(self) -> list[dict[str, Any]]:
@@ -68,7 +68,7 @@ class Metrics:
     def put_first(self, record: Mapping[str, Any]) -> None:
         """Writes what was measured before the first step in front of the other lines."""
         lines = [record, *(line for line in self.read() if "loss" in line or line["step"])]
-        with writing(self.path):
+        with report_write_errors(self.path):
             write_shared(self.path, "".join(to_json(line) + "\n" for line in lines))
 
 
@@ -90,7 +90,7 @@ class Progress:
         self._begin = (time.perf_counter(), start)
 
     def __enter__(self) -> "Progress":
-        if not self._quiet and is_first() and self._stream.isatty():
+        if not self._quiet and is_main_process() and self._stream.isatty():
             from rich import progress as bars
             from rich.console import Console
 
@@ -138,10 +138,10 @@ class Progress:
 
     def say(self, line: str, *, screen: bool = True) -> None:
         """Writes a line to the log and, unless told otherwise, to the screen."""
-        if not is_first():
+        if not is_main_process():
             return
         if self.log is not None:
-            with writing(self.log), self.log.open("a", encoding="utf-8") as file:
+            with report_write_errors(self.log), self.log.open("a", encoding="utf-8") as file:
                 file.write(time.strftime("%Y-%m-%d %H:%M:%S  ") + line + "\n")
         if screen and not self._quiet:
             if self._live is not None:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.artifacts.finite import check_tree_finite
-from jaxlm.artifacts.stopping import Stopped, listening, told
+from jaxlm.artifacts.arrays import check_tree_finite
+from jaxlm.artifacts.stopping import Stopped, defer_signals, pending_signal
 from jaxlm.core.checks import whole
 from jaxlm.core.errors import UserError
 from jaxlm.train.checkpoint import Checkpoints
@@ -196,7 +196,7 @@ def fit(
         Stopped: a signal came.
         UserError: the trajectory is not that of these parameters and this method.
     """
-    with listening():
+    with defer_signals():
         loop = _Loop(config, evaluate, maximize, checkpoints, metrics, progress, chance)
         return _fit(loop, method, params, batches, key, trajectory)
 
@@ -231,7 +231,7 @@ def _fit(
     if loop.progress and start < config.steps:
         loop.progress.say("compiling the steps")
     for first, count in config.dispatches(start):
-        if signal := told():
+        if signal := pending_signal():
             while flight:
                 loop.write(*flight.pop(0), run.peak_bytes)
             loop.stop(signal, first, state)
@@ -245,7 +245,7 @@ def _fit(
             loop.write(*flight.pop(0), run.peak_bytes)
         if due:
             loop.look_up(step, state)
-    if signal := told():
+    if signal := pending_signal():
         loop.stop(signal, config.steps, state)
     if loop.trajectory:
         loop.trajectory.finish(state.params)

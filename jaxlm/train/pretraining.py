@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.artifacts.names import file_path
-from jaxlm.artifacts.stopping import listening, told
+from jaxlm.artifacts.files import file_path
+from jaxlm.artifacts.stopping import defer_signals, pending_signal
 from jaxlm.core.checks import one_of, seeds, whole
 from jaxlm.core.errors import UserError
 from jaxlm.core.precision import quantize
@@ -246,7 +246,7 @@ def _pretrain(config: PretrainConfig, folder: RunFolder, mesh: Mesh | None) -> d
             held_out.size,
             batch_size=config.batch_size,
         )
-    with listening():
+    with defer_signals():
         summary = _train(config, folder, lm, chosen, batches, measure)
     folder.finish(summary)
     return summary
@@ -369,7 +369,7 @@ def _train(
         if first < config.steps:
             progress.say("compiling the steps")
         for done in range(first, config.steps, config.log_every):
-            if signal := told():
+            if signal := pending_signal():
                 if saved_at != done:
                     save(done, state)
                 raise stopped(signal, done, config.steps, kept=done > 0)

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from jaxlm.artifacts.locks import hold
-from jaxlm.artifacts.names import file_path
+from jaxlm.artifacts.files import file_path
+from jaxlm.artifacts.folder import hold
 from jaxlm.core import paths
 from jaxlm.core.checks import dtype_name, one_of, seeds, whole
 from jaxlm.core.errors import UserError

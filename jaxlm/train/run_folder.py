@@ -5,7 +5,6 @@ A zeroth-order run has a `trajectory.zo` too, and every run a `data.json`: diges
 
 import contextlib
 import dataclasses
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,11 +12,17 @@ from typing import Any, cast
 
 import numpy as np
 
-from jaxlm.artifacts.files import read_json, read_text, write_json, write_shared, writing
-from jaxlm.artifacts.folders import make
-from jaxlm.artifacts.locks import LOCK, hold
-from jaxlm.artifacts.names import file_path
-from jaxlm.artifacts.processes import is_first, meet
+from jaxlm.artifacts import folder as artifacts
+from jaxlm.artifacts.files import (
+    file_path,
+    read_json,
+    read_text,
+    report_write_errors,
+    write_json,
+    write_shared,
+)
+from jaxlm.artifacts.folder import check_place, hold, make_folder
+from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
 from jaxlm.train.logging import Metrics
@@ -36,13 +41,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def differences(old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) of every key in which two configurations differ."""
-    olds, news = (
-        dict(_dotted(to_dict(config) if dataclasses.is_dataclass(config) else config))
-        for config in (old, new)
-    )
-    for key in sorted(olds.keys() | news.keys()):
-        if olds.get(key) != news.get(key):
-            yield key, olds.get(key), news.get(key)
+    pair = (to_dict(each) if dataclasses.is_dataclass(each) else each for each in (old, new))
+    return artifacts.differences(*pair)
 
 
 class RunFolder:
@@ -78,19 +78,10 @@ class RunFolder:
                 `output` may differ, and so may `steps` where that makes the run longer and changes
                 none of the steps that are done.
         """
-        there = next(p for p in (self.path, *self.path.absolute().parents) if _exists(p))
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            what = "is a folder that cannot be written" if there.is_dir() else "is not a folder"
-            raise UserError(f"output: {there} {what} (got {self.path}). Choose another output.")
+        check_place(self.path, "config.yaml", "run")
         stored = self.config()
         if stored is None:
-            if there == self.path and any(
-                p.suffix != ".tmp" and p.name != LOCK for p in self.path.iterdir()
-            ):
-                raise UserError(
-                    f"output: the folder has files but no run (got {self.path}). Choose another "
-                    "output."
-                )
+            check_place(self.path, None, "run")  # a model folder may have a config.yaml, too
             return
         if not self._begun():
             return
@@ -159,15 +150,15 @@ class RunFolder:
         """
         import yaml
 
-        with make(self.path, "config.yaml", "data.json", "tokens"), hold(self.path):
+        with make_folder(self.path, "config.yaml", "data.json", "tokens"), hold(self.path):
             self.check(config)
             stored, begun = self.config(), self._begun()
             found = [] if stored is None else differences(stored, to_dict(config))
             changed = any(key != "output" for key, _, _ in found)
-            meet(f"{self.path} is read")  # by every process, before the first one writes
+            barrier(f"{self.path} is read")  # by every process, before the first one writes
             if stored is None or changed:
-                with writing(self.path):
-                    if is_first() and changed:
+                with report_write_errors(self.path):
+                    if is_main_process() and changed:
                         self._clear(whole=not begun)
                     text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
                     write_shared(self.path / "config.yaml", text)
@@ -205,9 +196,9 @@ class RunFolder:
                 f"{changed[0]}: has changed since the run in {self.path} began. Put back what was "
                 "there, or choose another output to start anew."
             )
-        meet(f"{self._data} is read")  # by every process, before the first one writes
+        barrier(f"{self._data} is read")  # by every process, before the first one writes
         if known is None or changed:
-            if is_first() and changed:
+            if is_main_process() and changed:
                 self._clear(whole=True)
             write_json(self._data, digests)
 
@@ -286,18 +277,3 @@ class RunFolder:
                 f"{self._summary}: damaged ({reason}). Remove it: the same command then writes it "
                 "again from the last checkpoint."
             ) from None
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that is too long, a folder that may not be entered
-        return False
-
-
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

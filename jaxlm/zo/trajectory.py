@@ -35,7 +35,7 @@ from jaxtyping import Array, Float
 from numpy.linalg import norm
 
 from jaxlm.artifacts.files import write_shared
-from jaxlm.artifacts.processes import is_first
+from jaxlm.artifacts.processes import is_main_process
 from jaxlm.core.errors import UserError
 from jaxlm.zo.trajectory_header import Header, as_json, parameters, summary
 
@@ -210,7 +210,7 @@ class Trajectory:
 
     def _put(self, record: bytes) -> None:
         try:
-            if is_first():
+            if is_main_process():
                 self._write(record)
         except OSError as error:
             raise UserError(

@@ -6,9 +6,15 @@ import os
 
 import pytest
 
-from jaxlm.artifacts.checksums import CHECKSUMS, crc32, seal, verify
-from jaxlm.artifacts.files import parse_json, read_json, to_json, write_atomic
-from jaxlm.artifacts.names import file_path, folder_name, inside
+from jaxlm.artifacts.files import (
+    file_path,
+    folder_name,
+    inside,
+    parse_json,
+    read_json,
+    to_json,
+    write_atomic,
+)
 from jaxlm.core.errors import UserError
 
 
@@ -62,30 +68,6 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
-
-
-def test_sealed_files_are_told_from_damaged_ones(tmp_path):
-    (tmp_path / "sub").mkdir()
-    data = bytes(range(256)) * 64
-    (tmp_path / "sub" / "a.bin").write_bytes(data)
-    (tmp_path / "b").write_bytes(b"123456789")
-    assert crc32(tmp_path / "b") == 0xCBF43926  # the check value of CRC-32
-    seal(tmp_path)
-    verify(tmp_path)
-    (tmp_path / "sub" / "a.bin").write_bytes(data[:5] + b"x" + data[6:])
-    with pytest.raises(UserError, match=r"a\.bin: damaged \(differs from its checksum"):
-        verify(tmp_path)
-    verify(tmp_path, below="b")
-    (tmp_path / "sub" / "a.bin").unlink()
-    with pytest.raises(UserError, match="No such file"):
-        verify(tmp_path)
-    for content in ("{", '{"files": {"b": 3}}', '{"files": 3}'):
-        (tmp_path / CHECKSUMS).write_text(content)
-        with pytest.raises(UserError, match=CHECKSUMS):
-            verify(tmp_path)
-    (tmp_path / CHECKSUMS).unlink()
-    with pytest.raises(UserError, match="is missing"):
-        verify(tmp_path)
 
 
 @pytest.mark.parametrize(

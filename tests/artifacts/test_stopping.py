@@ -9,11 +9,11 @@ import pytest
 
 COMMAND = """
 import gc, sys, time
-from jaxlm.artifacts.stopping import Stopped, handled, listening, told
+from jaxlm.artifacts.stopping import Stopped, handle_signals, defer_signals, pending_signal
 
 kind = sys.argv[1]
 try:
-    with handled():
+    with handle_signals():
         print("ready", flush=True)
         if kind == "idle":
             time.sleep(60)
@@ -22,13 +22,13 @@ try:
                 def __del__(self):
                     time.sleep(60)
             Slow()
-        with listening():
+        with defer_signals():
             begin = time.monotonic()
             while time.monotonic() < begin + 60:
                 time.sleep(0.01)
-                if kind == "late" and told():
+                if kind == "late" and pending_signal():
                     break
-                if kind == "loop" and (number := told()):
+                if kind == "loop" and (number := pending_signal()):
                     raise Stopped("stopped after step 3 of 9", number)
         time.sleep(60)
 except Stopped as stopped:
@@ -88,21 +88,21 @@ def test_a_signal_after_the_last_look_ends_the_process():
 
 
 def test_in_a_notebook_the_second_signal_is_an_exception():
-    from jaxlm.artifacts.stopping import listening, told
+    from jaxlm.artifacts.stopping import defer_signals, pending_signal
 
     before = signal.getsignal(signal.SIGINT)
 
     def loop():
-        with listening():
+        with defer_signals():
             signal.raise_signal(signal.SIGINT)
-            assert told() == signal.SIGINT
+            assert pending_signal() == signal.SIGINT
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
             raise KeyboardInterrupt("of the loop")
 
     with pytest.raises(KeyboardInterrupt, match="of the loop"):
         loop()
-    with pytest.raises(KeyboardInterrupt), listening():
+    with pytest.raises(KeyboardInterrupt), defer_signals():
         signal.raise_signal(signal.SIGINT)  # after the last look
-    assert told() == 0
+    assert pending_signal() == 0
     assert signal.getsignal(signal.SIGINT) is before

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxlm.artifacts.locks import hold
+from jaxlm.artifacts.folder import hold
 from jaxlm.cli import convert, finetune, screen
 from jaxlm.cli.main import PIPE, foreseen, main
 from jaxlm.data import TaskConfig

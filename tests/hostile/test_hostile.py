@@ -171,7 +171,7 @@ def test_a_full_disk_is_named(name, world, small_disk, tmp_path):
 @pytest.mark.hostile
 @pytest.mark.parametrize("name", list(MADE))
 def test_the_second_of_two_commands_is_told_of_the_first(name, world, tmp_path):
-    from jaxlm.artifacts.locks import hold
+    from jaxlm.artifacts.folder import hold
 
     row = Row(name, "environment", "two processes")
     folder = world.copy(tmp_path / "world", row)

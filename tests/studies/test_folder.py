@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from jaxlm.artifacts.locks import hold
+from jaxlm.artifacts.folder import hold
 from jaxlm.cli import config as configs
 from jaxlm.cli import sweep
 from jaxlm.cli.compare import CompareConfig

@@ -28,7 +28,6 @@ from jaxlm.studies.selection_cost import LLAMA_7B, Plan, adapter_size, costs, ro
 from jaxlm.studies.selection_features import Features, store_features
 from jaxlm.studies.selection_measure import Measure
 from jaxlm.studies.selection_rows import Row, Rows, Source, Target, read_source
-from jaxlm.studies.selection_stage import stage
 from jaxlm.studies.selection_table import markdown
 from jaxlm.studies.selection_training import Recipe, epoch_weights, load_epoch, train
 from jaxlm.train.optimizers import Adam
@@ -318,45 +317,6 @@ def test_features_are_projected_steps_of_adam(lm, sides, warmup, tmp_path, monke
             np.testing.assert_allclose(stores[kind][place], expected, atol=2e-4 * size)
 
 
-class Calls:
-    """Work that can be told to stop in the middle."""
-
-    def __init__(self):
-        self.places, self.stop = [], False
-
-    def __call__(self, place: Path) -> dict:
-        self.places.append(place)
-        if self.stop:
-            raise KeyboardInterrupt
-        return {"value": len(self.places)}
-
-
-def test_a_stage_is_done_once_for_its_inputs(tmp_path) -> None:
-    work, said = Calls(), []
-    place, first = stage(tmp_path, "a", {"x": (1, 2)}, work, say=said.append)
-    again = stage(tmp_path, "a", {"x": [1, 2]}, work, say=said.append)
-    assert again == (place, first) == (place, {"value": 1})
-    other, second = stage(tmp_path, "a", {"x": [1, 3]}, work)
-    assert second == {"value": 2}
-    assert stage(tmp_path, "a", {"x": [1, 2]}, work)[1] == first
-    assert work.places == [place, other]
-    assert [line.split(",")[0] for line in said] == ["a: begins", "a: nothing has changed"]
-
-
-def test_a_stage_that_was_stopped_goes_on_in_its_folder(tmp_path) -> None:
-    work, said = Calls(), []
-    work.stop = True
-    with pytest.raises(KeyboardInterrupt):
-        stage(tmp_path, "a", {"x": 1}, work)
-    work.stop = False
-    place, result = stage(tmp_path, "a", {"x": 1}, work, say=said.append)
-    assert (work.places, result) == ([place, place], {"value": 2})
-    assert said[0].startswith("a: goes on")
-    (place / "manifest.json").write_text('{"inputs": {"x": 2}}')
-    with pytest.raises(UserError, match=r"is not of this stage\. Remove its folder"):
-        stage(tmp_path, "a", {"x": 1}, work)
-
-
 def test_a_choice_is_written_best_first_and_ties_by_place(tmp_path) -> None:
     rows = [
         Row(f"s{i}:{i}", f"s{i % 2}", (1, 2), (1,), {"prompt": "é", "completion": "b"}, i == 2)
@@ -446,11 +406,11 @@ def test_a_study_from_rows_to_table(tiny_model, folder, tmp_path) -> None:
     # A second run does nothing; another fraction leaves warm-up and features as they are.
     said.clear()
     assert selection_study(study, base_dir=folder, say=said.append) == found
-    assert not [line for line in said if "begins" in line or "goes on" in line]
+    assert not [line for line in said if "starts" in line or "resumes" in line]
     said.clear()
     study = dataclasses.replace(study, fraction=0.5, methods=("less",))
     selection_study(study, base_dir=folder, say=said.append)
-    assert [line.split(":")[0] for line in said if "begins" in line] == ["select-less", "tune-less"]
+    assert [line.split(":")[0] for line in said if "starts" in line] == ["select-less", "tune-less"]
     done = [line.split(":")[0] for line in said if "nothing has changed" in line]
     assert done == ["warmup", "train-1", "target-1", "train-2", "target-2", "before"]
 

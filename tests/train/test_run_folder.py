@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.artifacts.locks import hold
+from jaxlm.artifacts.folder import hold
 from jaxlm.cli import config as configs
 from jaxlm.core.errors import UserError
 from jaxlm.train.checkpoint import Checkpoints

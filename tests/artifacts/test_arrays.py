@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.artifacts.finite import all_finite, check_finite, check_tree_finite
+from jaxlm.artifacts.arrays import all_finite, check_finite, check_tree_finite
 from jaxlm.core.errors import UserError
 
 

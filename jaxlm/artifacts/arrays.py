@@ -1,0 +1,58 @@
+"""Arrays on disk: fingerprints that tell two trees apart, and a check for finite numbers."""
+
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.artifacts.processes import to_host
+from jaxlm.core.errors import UserError
+
+
+def fingerprint(tree: Any) -> str:
+    """Return the SHA-256 of the paths, dtypes, shapes and bytes of a pytree of arrays, in hex.
+
+    >>> fingerprint({"a": np.zeros(2)}) == fingerprint({"b": np.zeros(2)})
+    False
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        value = to_host(leaf)
+        name = f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape};"
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Return whether no number is infinite or NaN; integers always are finite."""
+    return not jnp.issubdtype(values.dtype, jnp.inexact) or bool(np.isfinite(values).all())
+
+
+def check_finite(values: np.ndarray, name: str, where: object) -> None:
+    """Raise UserError if a tensor has an infinite number or a NaN.
+
+    Args:
+      values: the tensor, or a part of it.
+      name: name of the tensor, for the message.
+      where: file or folder that it was read from.
+    """
+    if not all_finite(values):
+        first = values.flat[int(np.argmin(np.isfinite(values)))]
+        raise UserError(
+            f"{where}: {name} holds numbers that are not finite (got {first}). The weights are "
+            "damaged or of a run that diverged: use others."
+        )
+
+
+def check_tree_finite(tree: Any, where: object) -> None:
+    """Apply `check_finite` to every leaf of a pytree of arrays, sharded or not."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        shards = leaf.addressable_shards if isinstance(leaf, jax.Array) else ()
+        for part in [shard.data for shard in shards] or [np.asarray(leaf)]:
+            # Test on the device, so that only a faulty shard is copied to the host.
+            if jnp.issubdtype(part.dtype, jnp.inexact) and not jnp.isfinite(part).all():
+                check_finite(np.asarray(part), name, where)

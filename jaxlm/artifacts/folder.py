@@ -1,0 +1,505 @@
+"""One folder: who writes it, what it was made from, whether it is whole.
+
+Run folders, stage folders, kernel stores, token caches and sweeps are all made of these parts:
+
+    claim(folder, marker, what)      create a folder and hold its lock while a block runs
+      check_place, make_folder, hold   its three parts, for those that need one
+    stage(root, name, inputs, work)  do work once for its inputs: resume it, or return its result
+      inputs_digest(inputs)            the key in the folder's name
+      read_manifest, write_manifest    `manifest.json`: inputs, and the result once there is one
+      check_inputs(folder, old, new)   one error for all: which input differs, old and new value
+    mark_failed, failure             the marker of work that failed and need not be tried again
+    write_folder(folder, write)      write a sealed folder that is whole or absent
+      seal, verify, is_whole           its `checksums.json`
+    replace_contents(source, target) replace the files of an earlier save, never mixing the two
+
+Checksums find damage, not malice: whoever can change a file can change its checksum.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm.artifacts.files import read_json, to_json, write_atomic, write_json
+from jaxlm.artifacts.processes import barrier, is_main_process
+from jaxlm.core.checks import show
+from jaxlm.core.errors import UserError
+
+CHECKSUMS = "checksums.json"
+FAILED = "failed.json"
+LOCK = ".lock"
+LOG = "log.txt"
+MANIFEST = "manifest.json"
+_LOGGED = "The traceback is in "
+_PIECE = 2**22
+
+
+# Who writes: a place that can be written, a new folder, a lock.
+
+
+def check_place(folder: Path, marker: str | None, what: str, key: str = "output") -> None:
+    """Refuse a folder that cannot be written or that holds other things, without touching it.
+
+    Args:
+      folder: where something is to be written; it need not exist.
+      marker: name of the file that tells a folder of the right kind; None accepts no file at all.
+      what: that kind, for the message.
+      key: name of the option that gave the folder, for messages.
+
+    Raises:
+      UserError: it cannot be written, or has files but no marker.
+    """
+    there = next(p for p in (folder, *folder.absolute().parents) if _exists(p))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "is a folder that cannot be written" if there.is_dir() else "is not a folder"
+        raise UserError(f"{key}: {there} {reason} (got {folder}). Choose another {key}.")
+    if there != folder or (marker is not None and (folder / marker).exists()):
+        return
+    if any(p.suffix != ".tmp" and p.name != LOCK for p in folder.iterdir()):
+        raise UserError(
+            f"{key}: the folder has files but no {what} (got {folder}). Choose another {key}."
+        )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
+
+
+@contextlib.contextmanager
+def make_folder(folder: Path, *disposable: str, key: str = "output") -> Iterator[None]:
+    """Create a folder, and remove it again if the block fails before there is work in it.
+
+    Args:
+      folder: one that exists already is never removed.
+      disposable: names of files and empty folders that do not count as work.
+      key: name of the option that gave the folder, for messages.
+
+    Raises:
+      UserError: the folder cannot be created.
+    """
+    new = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
+    barrier(f"{folder} is known")  # every process has looked before the first one creates it
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{key}: cannot be written ({error.strerror or error}; got {folder}). Choose another "
+            f"{key}."
+        ) from error
+    try:
+        yield
+    except BaseException:
+        if new and is_main_process():
+            items = [path for path in folder.rglob("*") if path.is_file() or path.parent == folder]
+            if all(path.name in disposable and path.parent == folder for path in items):
+                with contextlib.suppress(OSError):  # another process may have written beside them
+                    for path in items:
+                        path.rmdir() if path.is_dir() else path.unlink()
+                    for place in new:
+                        place.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def hold(folder: Path, key: str = "output") -> Iterator[None]:
+    """Keep other processes from writing into `folder`, which must exist, until the block ends.
+
+    The operating system releases the lock of a process that dies, so no lock is ever stale. In a
+    program of several processes, the main process holds it for all. The traceback of an unexpected
+    error is appended to the folder's `log.txt`, and a note on the error says so.
+
+    Args:
+      folder: the folder.
+      key: name of the option that gave it, for the message.
+
+    Raises:
+      UserError: another process holds the lock; the message says which.
+    """
+    if not is_main_process():
+        yield
+        return
+    path = folder / LOCK
+    file = _take(path, folder, key)
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, UserError | OSError) and where_logged(error) is None:
+            with contextlib.suppress(OSError), (folder / LOG).open("a", encoding="utf-8") as log:
+                traceback.print_exception(error, file=log)
+                error.add_note(f"{_LOGGED}{folder / LOG}.")
+        raise
+    finally:
+        # Unlink while the lock is held. A process that waits in `_take` then sees that its file is
+        # no longer the one at this path, and tries again.
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+def where_logged(error: Exception) -> str | None:
+    """Return the note in which `hold` says where the traceback is, among the notes of JAX."""
+    notes = getattr(error, "__notes__", ())
+    return next((note for note in notes if note.startswith(_LOGGED)), None)
+
+
+def _take(path: Path, folder: Path, key: str) -> int:
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                return file  # the file system has no locks: there is nothing to hold
+            os.close(file)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise UserError(
+                f"{key}: another process writes into {folder} ({_holder(path)}). Wait until it is "
+                "done, stop it, or choose another folder."
+            ) from None
+        # The former holder may have unlinked the file between `open` and `flock`.
+        try:
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                break
+        except FileNotFoundError:
+            pass
+        os.close(file)
+    owner = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
+    }
+    os.truncate(file, 0)
+    os.write(file, to_json(owner).encode())
+    return file
+
+
+def _holder(path: Path) -> str:
+    try:
+        owner = read_json(path, pid=int, host=str, since=str, command=str)
+    except (OSError, UserError):  # the process has not written its name yet
+        return "which has just started"
+    return "process {pid} on {host} since {since}: {command}".format(**owner)
+
+
+@contextlib.contextmanager
+def claim(
+    folder: Path, marker: str, what: str, *disposable: str, key: str = "output"
+) -> Iterator[None]:
+    """Create a folder of one kind, or open one that exists, and hold its lock.
+
+    Args:
+      folder: the folder.
+      marker, what: see `check_place`. The caller writes the marker.
+      disposable: see `make_folder`; the marker is disposable too.
+      key: name of the option that gave the folder, for messages.
+
+    Raises:
+      UserError: as `check_place`, `make_folder` and `hold`.
+    """
+    if is_main_process():
+        check_place(folder, marker, what, key)
+    with make_folder(folder, marker, *disposable, key=key), hold(folder, key):
+        yield
+
+
+# What it was made from: the manifest.
+
+
+class Manifest(NamedTuple):
+    """What a folder was made from, and the result once the work has ended.
+
+    Attributes:
+      inputs: JSON values, all that the result depends on.
+      result: JSON values, or None while the work is unfinished.
+      seconds: how long the work took, or None.
+    """
+
+    inputs: dict[str, Any]
+    result: dict[str, Any] | None = None
+    seconds: float | None = None
+
+
+def read_manifest(folder: Path, inputs: Mapping[str, Any] | None = None) -> Manifest | None:
+    """Read the manifest of a folder; None if there is none.
+
+    Args:
+      folder: the folder.
+      inputs: what the folder must have been made from; None accepts whatever is there.
+
+    Raises:
+      UserError: the manifest is damaged, or has other inputs.
+    """
+    path = folder / MANIFEST
+    try:
+        record = read_json(path, inputs=dict)
+    except FileNotFoundError:
+        return None
+    result, seconds = record.get("result"), record.get("seconds")
+    if not isinstance(result, dict | None) or not isinstance(seconds, int | float | None):
+        raise UserError(f"{path}: damaged. Remove the folder, and it is made again.")
+    if inputs is not None:
+        check_inputs(folder, record["inputs"], inputs)
+    return Manifest(record["inputs"], result, seconds)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a folder that exists; all processes call this."""
+    record = {name: value for name, value in manifest._asdict().items() if value is not None}
+    write_json(folder / MANIFEST, record)
+
+
+def inputs_digest(inputs: Mapping[str, Any]) -> str:
+    """Return 12 hexadecimal digits that stand for JSON values, whatever the order of their names.
+
+    >>> inputs_digest({"a": 1, "b": 2}) == inputs_digest({"b": 2, "a": 1})
+    True
+    """
+    text = json.dumps(inputs, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield `(dotted key, old value, new value)` for every key in which two records differ.
+
+    >>> list(differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}))
+    [('a.c', 2, 3)]
+    """
+    olds, news = dict(_dotted(old)), dict(_dotted(new))
+    for key in sorted(olds.keys() | news.keys()):
+        if olds.get(key) != news.get(key):
+            yield key, olds.get(key), news.get(key)
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def check_inputs(
+    folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], *, key: str | None = None
+) -> None:
+    """Raise UserError unless a folder was made from these inputs.
+
+    Args:
+      folder: the folder.
+      old: what it was made from.
+      new: what is asked for.
+      key: name of the option that gave the folder, for the message; None for its path.
+    """
+    for name, before, now in differences(_plain(old), _plain(new)):
+        place = f"{folder}: was made" if key is None else f"{key}: {folder} was made"
+        raise UserError(
+            f"{place} with {name} = {short(before)} (got {short(now)}). Choose another folder, "
+            "or remove this one."
+        )
+
+
+def _plain(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs as JSON gives them back: tuples become lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(inputs))
+    return plain
+
+
+def short(value: Any) -> str:
+    """Return a value as messages show it; of a fingerprint its first eight digits."""
+    is_hash = isinstance(value, str) and len(value) == 64 and " " not in value
+    return value[:8] if is_hash else show(value)
+
+
+def stage(
+    root: Path,
+    name: str,
+    inputs: Mapping[str, Any],
+    work: Callable[[Path], dict[str, Any]],
+    *,
+    log: Callable[[str], None] = lambda line: None,
+) -> tuple[Path, dict[str, Any]]:
+    """Do a piece of work once for its inputs, in a folder of its own.
+
+    The folder is named `NAME-DIGEST` by the inputs, so other inputs get another folder and nothing
+    is overwritten. Work that was stopped is called again in the same folder.
+
+    Args:
+      root: parent of the folder.
+      name: what the work is called.
+      inputs: JSON values, all that the result depends on.
+      work: `work(folder) -> result`, JSON values. It must be able to resume.
+      log: called with a line about what happens.
+
+    Returns:
+      The folder, and the result.
+
+    Raises:
+      UserError: the manifest is damaged or of other inputs.
+    """
+    plain = _plain(inputs)
+    folder = root / f"{name}-{inputs_digest(plain)}"
+    manifest = read_manifest(folder, plain)
+    if manifest is not None and manifest.result is not None:
+        log(f"{name}: nothing has changed, {folder}")
+        return folder, manifest.result
+    log(f"{name}: {'starts' if manifest is None else 'resumes'}, {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if manifest is None:
+        write_manifest(folder, Manifest(plain))
+    begin = time.perf_counter()
+    result = _plain(work(folder))
+    write_manifest(folder, Manifest(plain, result, time.perf_counter() - begin))
+    return folder, result
+
+
+def mark_failed(folder: Path, reason: str) -> None:
+    """Write that the work of a folder failed and need not be tried again; all processes call it."""
+    write_json(folder / FAILED, {"failed": reason})
+
+
+def failure(folder: Path) -> str | None:
+    """Return the reason that `mark_failed` wrote, or None."""
+    try:
+        reason: str = read_json(folder / FAILED, failed=str)["failed"]
+    except FileNotFoundError:
+        return None
+    return reason
+
+
+# Whether it is whole: checksums, and folders that appear at once.
+
+
+def crc32(path: Path) -> int:
+    """Return the CRC-32 of a file, read piece by piece."""
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+def seal(folder: Path, pattern: str = "*") -> None:
+    """Write the size and CRC-32 of files below `folder` into its `checksums.json`.
+
+    Args:
+      folder: a folder with complete files.
+      pattern: which files, as in `Path.rglob`.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): [path.stat().st_size, crc32(path)]
+        for path in sorted(folder.rglob(pattern))
+        if path.is_file() and path.name != CHECKSUMS
+    }
+    write_atomic(folder / CHECKSUMS, to_json({"files": files}, indent=0) + "\n")
+
+
+def verify(folder: Path, *, below: str = "") -> None:
+    """Compare the files of a sealed folder with their checksums.
+
+    Args:
+      folder: a folder that `seal` was called for.
+      below: compare only files whose relative path starts with this.
+
+    Raises:
+      UserError: naming the first file that is missing or was changed, or the checksums themselves.
+    """
+    path = folder / CHECKSUMS
+    try:
+        files = read_json(path, files=dict)["files"]
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: is missing, so nothing says whether the files beside it are whole. Make them "
+            "again."
+        ) from None
+    for name, expected in files.items():
+        if not name.startswith(below):
+            continue
+        place = folder / name
+        try:
+            if place.stat().st_size == expected[0] and crc32(place) == expected[1]:
+                continue
+            reason = "differs from its checksum"
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+        except (TypeError, IndexError, KeyError):
+            raise UserError(f"{path}: damaged. Make the files beside it again.") from None
+        raise UserError(f"{place}: damaged ({reason}). Make it again.")
+
+
+def is_whole(folder: Path) -> bool:
+    """Return whether a folder exists, is sealed, and agrees with its checksums."""
+    try:
+        verify(folder)
+    except (UserError, OSError):
+        return False
+    return True
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a sealed folder that is whole or absent, in place of one that exists.
+
+    One process calls it.
+
+    Args:
+      folder: the folder.
+      write: `write(place)` fills an empty folder beside it, which is then sealed and renamed.
+    """
+    aside = folder.with_name(folder.name + ".tmp")
+    for old in (aside, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    aside.mkdir(parents=True)
+    write(aside)
+    seal(aside)
+    aside.rename(folder)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_contents(
+    source: Path, target: Path, *, last: str, stale: Callable[[Path], bool]
+) -> None:
+    """Move the files of one folder into another, in place of those of an earlier save.
+
+    A stop at any moment leaves the old files, the new files, or a folder without `last`, which no
+    reader accepts; never a mixture.
+
+    Args:
+      source: folder on the same file system.
+      target: folder that receives the files.
+      last: the file without which the others are not read.
+      stale: tells what in `target` belongs to an earlier save and is removed.
+    """
+    for path in source.rglob("*"):
+        sync(path)
+    (target / last).unlink(missing_ok=True)
+    sync(target)  # the old `last` must be gone on disk before any of its files changes
+    for path in [path for path in target.iterdir() if stale(path)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in source.iterdir():
+        if path.name != last:
+            path.replace(target / path.name)
+    sync(target)
+    (source / last).replace(target / last)
+    sync(target)
