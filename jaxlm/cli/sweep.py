@@ -37,7 +37,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from jaxlm.artifacts import names
+from jaxlm.artifacts import files
 from jaxlm.artifacts.folder import LOCK, LOG
 from jaxlm.cli import config as configs
 from jaxlm.core.checks import distinct, seeds, show
@@ -82,7 +82,7 @@ def check_runs(config: Any) -> None:
     """
     seeds(config, "seeds")
     distinct("seeds", config.seeds)
-    object.__setattr__(config, "output", str(names.file_path(config.output, "output")))
+    object.__setattr__(config, "output", str(files.file_path(config.output, "output")))
     no_seed_or_output(config.run, "run")
 
 
@@ -210,7 +210,7 @@ def folder_name(text: str, key: str) -> str:
     if plain != text.replace(", ", ",") or len(plain.encode()) > 100:
         short = plain.encode()[:80].decode(errors="ignore")
         plain = f"{short}-{sha256(text.encode()).hexdigest()[:8]}"
-    return names.folder_name(plain, key)
+    return files.folder_name(plain, key)
 
 
 def _say(line: str) -> None:
