@@ -30,8 +30,8 @@ from jaxlm.cli import config as configs
 from jaxlm.cost.device import this_device
 from jaxlm.cost.plan import dry_run
 from jaxlm.models import LanguageModel, ModelConfig, from_pretrained, init_params, save_pretrained
+from jaxlm.train.finetuning import FinetuneConfig, finetune
 from jaxlm.train.pretraining import PretrainConfig, pretrain
-from jaxlm.train.run import FinetuneConfig, finetune
 from jaxlm.train.state import Program
 
 WIDTH = 1024

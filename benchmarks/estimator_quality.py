@@ -33,8 +33,8 @@ from benchmarks import common, curvature
 from jaxlm import data, zo
 from jaxlm.core import paths
 from jaxlm.models import LanguageModel
+from jaxlm.train.load import load_model
 from jaxlm.train.objective import classification_objective
-from jaxlm.train.run import load_model
 
 Tree = Any
 

@@ -90,14 +90,14 @@ def stop_with_folder(config: Any, **kwargs: Any) -> None:
 DRY = ("sweep", "kernel", "compare", "select")
 WORK = {
     "finetune": [
-        ("jaxlm.train.run.finetune", stop_with_folder),
+        ("jaxlm.train.finetuning.finetune", stop_with_folder),
         ("jaxlm.cost.plan.dry_run", stop),
         ("jaxlm.studies.quickstart.run", stop),
     ],
     "pretrain": [("jaxlm.cli.pretrain.pretrain", stop)],
     "evaluate": [("jaxlm.cli.evaluate.evaluate", stop)],
     "select": [("jaxlm.studies.selection_cost.plan_of", stop)],
-    **{name: [("jaxlm.train.run.load_model", stop)] for name in ("generate", "convert", "info")},
+    **{name: [("jaxlm.train.load.load_model", stop)] for name in ("generate", "convert", "info")},
 }
 """Where the work of a command begins, and what is done in its place."""
 

@@ -11,8 +11,8 @@ from jaxlm.cli.sweep import SweepConfig, plan
 from jaxlm.studies.kernel_study import KernelConfig, cases
 from jaxlm.studies.quickstart import QuickstartConfig
 from jaxlm.studies.selection import SelectionConfig
+from jaxlm.train.finetuning import FinetuneConfig
 from jaxlm.train.pretraining import PretrainConfig
-from jaxlm.train.run import FinetuneConfig
 
 FOLDER = Path(__file__).parents[1] / "configs"
 

@@ -30,7 +30,7 @@ def run(args: Sequence[str]) -> None:
         raise there
 
     from jaxlm.models import save_pretrained
-    from jaxlm.train.run import load_model
+    from jaxlm.train.load import load_model
 
     lm = load_model(source, param_dtype=dtype)
     try:

@@ -105,8 +105,8 @@ def evaluate(
         )
 
     from jaxlm import evaluation
+    from jaxlm.train.load import load_model
     from jaxlm.train.measure import GenerationMetric, MultipleChoiceMetric
-    from jaxlm.train.run import load_model
 
     lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
     if lm.config.head == "none":

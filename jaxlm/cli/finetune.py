@@ -42,7 +42,7 @@ QUICKSTART = Path(__file__).parent.parent / "assets" / "quickstart.yaml"
 
 def config_class() -> type:
     """What a configuration of this command becomes."""
-    from jaxlm.train.run import FinetuneConfig
+    from jaxlm.train.finetuning import FinetuneConfig
 
     return FinetuneConfig
 
@@ -50,7 +50,7 @@ def config_class() -> type:
 def run(args: Sequence[str], mesh: Any = None) -> None:
     """The command `jaxlm finetune`."""
     if dry_run.FLAG in args:
-        from jaxlm.train.run import FinetuneConfig
+        from jaxlm.train.finetuning import FinetuneConfig
 
         return dry_run.run(FinetuneConfig, args, mesh)
     path, overrides = configs.parse_args(args)
@@ -58,7 +58,7 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
         if mesh is not None:
             raise UserError("--mesh: the quickstart runs on one device. Give a configuration.")
         return _quickstart(overrides)
-    from jaxlm.train.run import FinetuneConfig, finetune
+    from jaxlm.train.finetuning import FinetuneConfig, finetune
 
     resume = overrides.pop("resume", "auto")
     if resume not in ("auto", "never"):

@@ -185,7 +185,7 @@ def stream(config: GenerateConfig, mesh: Any = None) -> None:
 
 def _load(config: GenerateConfig, mesh: Any) -> tuple[Any, dict[str, Any]]:
     """The model, and what `generate_text` and `stream_text` both take."""
-    from jaxlm.train.run import load_model
+    from jaxlm.train.load import load_model
 
     lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
     return lm, {

@@ -46,7 +46,7 @@ def _parameters(name: str) -> None:
     from rich.table import Table
 
     from jaxlm.core.paths import flatten
-    from jaxlm.train.run import load_model
+    from jaxlm.train.load import load_model
     from jaxlm.train.run_folder import RunFolder
 
     lm = load_model(name)

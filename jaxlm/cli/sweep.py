@@ -45,7 +45,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.studies.folder import STUDY, TABLES, study_folder, write_tables
 from jaxlm.studies.sweep import KINDS, Candidate, setting_title, sweep
 from jaxlm.studies.sweep_table import markdown
-from jaxlm.train.run import FinetuneConfig
+from jaxlm.train.finetuning import FinetuneConfig
 
 
 @dataclass(frozen=True, kw_only=True)

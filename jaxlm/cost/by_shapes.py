@@ -13,32 +13,24 @@ from jax.sharding import Mesh
 from jaxlm.artifacts.files import file_path
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
-from jaxlm.core.precision import quantize
 from jaxlm.data import EncodedTask
 from jaxlm.data.corpus import read_tokenizer
 from jaxlm.data.encoding import Encoded
 from jaxlm.data.opt_tasks import opt_task
 from jaxlm.evaluation.classification import Reduction
 from jaxlm.evaluation.perplexity import total_nats
-from jaxlm.models import LanguageModel, ModelConfig, init_params, shapes_from_pretrained
+from jaxlm.models import LanguageModel, ModelConfig, init_params
 from jaxlm.sharding import WHOLE, abstract, mesh_of, param_shardings
 from jaxlm.sharding.placement import batch_places
 from jaxlm.train.dynamics import Batches, Source, method_and_batches
+from jaxlm.train.finetuning import FinetuneConfig, encoded_for, loss_of, prepared, read_task
+from jaxlm.train.load import changed, load_model
 from jaxlm.train.measure import MultipleChoiceMetric
 from jaxlm.train.objective import lm_objective
-from jaxlm.train.pretraining import PretrainConfig, untrained_model
-from jaxlm.train.run import (
-    FinetuneConfig,
-    check_run,
-    encoded_for,
-    loss_of,
-    prepared,
-    read_task,
-    with_run,
-)
-from jaxlm.train.run_folder import RunFolder
+from jaxlm.train.pretraining import PretrainConfig
+from jaxlm.train.run import RunConfig
 from jaxlm.train.state import Method, Program, TrainState, many_steps
-from jaxlm.typing import Batch, Params, PRNGKey
+from jaxlm.typing import Batch, LossFn, Params
 
 Tail = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 """Of each key of a batch the shape of an example and the dtype."""
@@ -135,12 +127,14 @@ def shapes_of(batch: Batch, mesh: Mesh | None, axis: int = 0) -> Any:
 def finetuning(
     config: FinetuneConfig, *, base_dir: Path | None = None, mesh: Mesh | None = None
 ) -> ByShapes:
-    """A run of `jaxlm.train.run.finetune`.
+    """A run of `jaxlm.train.finetuning.finetune`.
 
     Its batches are the longest that it reads. Where the model has no tokenizer the data are not
     read: rows then have `task.max_length` tokens, or as many as the model takes.
     """
-    lm = model_shapes(config.model, config.param_dtype, config.bits)
+    lm = load_model(
+        config.model, param_dtype=config.param_dtype, bits=config.bits, shapes_only=True
+    )
     if lm.tokenizer is None:
         task, encoded = None, _unread(config, lm.config)
     else:
@@ -161,7 +155,7 @@ def finetuning(
         batch_size=config.batch_size,
         unit=_unit(config, mesh),
         steps=config.steps,
-        count=max((count for _, count in config.dispatches(0)), default=0),
+        count=_dispatch(config),
         make=_maker(config, loss_fn, _longest(config, encoded), mesh),
         evaluation=evaluation,
     )
@@ -188,56 +182,25 @@ def pretraining(config: PretrainConfig, *, mesh: Mesh | None = None) -> ByShapes
         batch_size=size,
         unit=_unit(config, mesh),
         steps=config.steps,
-        count=min(config.log_every, config.steps),
+        count=_dispatch(config),
         make=_maker(config, lm_objective(lm.log_probs), tail, mesh),
         evaluation=held_out if config.corpus.held_out else None,
     )
 
 
-def model_shapes(name: str | None, param_dtype: str, bits: Any = None) -> LanguageModel:
-    """What `jaxlm.train.run.load_model` would load, with shapes as parameters."""
-    folder = RunFolder(name, "model") if name is not None else None
-    stored = folder.config() if folder is not None else None
-    if folder is None or stored is None:
-        return shapes_from_pretrained(name, param_dtype, bits=bits)
-    if "corpus" in stored:
-        made = untrained_model(folder)
-
-        def init(key: PRNGKey) -> Params:
-            params = jax.tree.map(
-                lambda leaf: leaf.astype(param_dtype), init_params(made.config, key)
-            )
-            return params if bits is None else quantize(params, bits=bits)
-
-        return made.replace(params=jax.eval_shape(init, jax.random.key(0)))
-    check_run(folder, stored)
-    lm = model_shapes(stored["model"], param_dtype, stored["bits"] if bits is None else bits)
-    return changed(lm, lambda lm: (None, with_run(lm, folder, stored)), None)[1]
+def _dispatch(config: RunConfig) -> int:
+    """Steps in the longest dispatch."""
+    return max((count for _, count in config.dispatches(0)), default=0)
 
 
-def changed(
-    lm: LanguageModel, change: Callable[[LanguageModel], tuple[Any, Any]], mesh: Mesh | None
-) -> tuple[Any, LanguageModel]:
-    """`change(lm)`, a pair of anything and a model, for one of shapes; placed on a mesh."""
-    found: list[tuple[Any, LanguageModel]] = []
-
-    def run(params: Params) -> Params:
-        first, made = change(lm.replace(params=params))
-        found.append((first, made.replace(params=None)))
-        return made.params
-
-    params = abstract(run, mesh, lm.params)
-    return found[0][0], found[0][1].replace(params=params)
-
-
-def _unit(config: Any, mesh: Mesh | None) -> int:
+def _unit(config: RunConfig, mesh: Mesh | None) -> int:
     dynamics = config.dynamics
     parts = getattr(dynamics, "parts", getattr(dynamics, "workers", 1))
     return parts * (1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"])
 
 
 def _maker(
-    config: Any, loss_fn: Any, tail: Tail, mesh: Mesh | None
+    config: RunConfig, loss_fn: LossFn, tail: Tail, mesh: Mesh | None
 ) -> Callable[[int], tuple[Method, Batches]]:
     def make(batch_size: int) -> tuple[Method, Batches]:
         return method_and_batches(

@@ -20,8 +20,8 @@ from jaxlm.cost.flops import Flops, count_flops
 from jaxlm.cost.hlo import Costs, costs
 from jaxlm.sharding.placement import mesh_of
 from jaxlm.train.checkpoint import copied_bytes
+from jaxlm.train.finetuning import FinetuneConfig
 from jaxlm.train.pretraining import PretrainConfig
-from jaxlm.train.run import FinetuneConfig
 
 
 class Parameter(NamedTuple):

@@ -99,7 +99,7 @@ def prepare_for(lm: Any, task: Task, *, max_length: int | None = None) -> Encode
     if lm.config.head in ("lm", "mlm"):
         return encoded
     count = len(task.config.labels)
-    # One of another number of classes gets a new classifier (`jaxlm.train.run.with_head`).
+    # One of another number of classes gets a new classifier (`jaxlm.train.load.with_head`).
     names = lm.config.label_names if lm.config.num_labels == count else ()
     return replace(encoded, token_ids=np.asarray(task.config.columns_of(names), np.int32))
 

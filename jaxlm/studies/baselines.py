@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from jaxlm.core.errors import UserError
 from jaxlm.data import Task, load_task, prepare_for, with_demonstrations
 from jaxlm.studies.probe import linear_probe
-from jaxlm.train.run import FinetuneConfig, load_model
+from jaxlm.train.finetuning import FinetuneConfig
+from jaxlm.train.load import load_model
 from jaxlm.train.run_folder import RunFolder, to_dict
 
 DEMONSTRATIONS = 32

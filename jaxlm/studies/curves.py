@@ -20,6 +20,7 @@ from jaxlm.dynamics.scaling import scale_rule
 from jaxlm.studies.figures import new_axes, save_figure
 from jaxlm.studies.sweep_table import cell
 from jaxlm.train.loop import Diverged
+from jaxlm.train.optimizers import FirstOrder
 from jaxlm.train.pretraining import PretrainConfig, pretrain
 from jaxlm.train.run_folder import RunFolder
 
@@ -53,11 +54,17 @@ class Scale:
                     f"{name}: must be a multiple of scale.k = {self.k} (got "
                     f"{getattr(config, name)}). Correct it."
                 )
-        scaled = scale_rule(self.rule, self.k, config.optimizer.hparams(config.steps))
+        optimizer = config.optimizer
+        if not isinstance(optimizer, FirstOrder):
+            raise UserError(
+                f"optimizer.name: no scaling rule is known of it (got {optimizer.name}). Give sgd, "
+                "adam or adamw."
+            )
+        scaled = scale_rule(self.rule, self.k, optimizer.hparams(config.steps))
         return {
             **{name: getattr(config, name) // self.k for name in steps},
             "batch_size": config.batch_size * self.k,
-            "optimizer": config.optimizer.with_hparams(scaled),
+            "optimizer": optimizer.with_hparams(scaled),
         }
 
 
@@ -149,14 +156,13 @@ def _trained(
         except Diverged as error:
             with report_write_errors(failed):
                 write_shared(failed, f"{error}\n")
-    written = folder.metrics.read() if folder.metrics.path.exists() else []
     try:
-        points = [(int(row["tokens"]), float(row[y])) for row in written if y in row]
-    except (KeyError, TypeError, ValueError):
+        steps, values = _points(config, folder.metrics.read(), y)
+    except (TypeError, ValueError):
         raise UserError(
             f"{folder.metrics.path}: damaged. Remove its folder, and the run is made again."
         ) from None
-    tokens, values = [token for token, _ in points], [value for _, value in points]
+    tokens = [step * config.batch_size * config.seq_len for step in steps]
     last = config.steps * config.batch_size * config.seq_len
     if not ended:  # its last point is no number
         tokens.append(last)
@@ -167,6 +173,26 @@ def _trained(
             "is made again."
         )
     return tokens, values, report
+
+
+def _points(
+    config: PretrainConfig, rows: Sequence[dict[str, Any]], y: Y
+) -> tuple[list[int], list[float]]:
+    """Steps and values of a curve: means of the loss over `log_every` steps, or what was measured.
+
+    What was measured before the first step is left out.
+    """
+    found = [(row["step"], float(row[y])) for row in rows if y in row and row["step"]]
+    if y == "loss":
+        ends = range(config.log_every, config.steps + config.log_every, config.log_every)
+        groups = [(min(end, config.steps), end - config.log_every) for end in ends]
+        known = dict(found)
+        found = [
+            (end, float(np.mean([known[step] for step in range(first + 1, end + 1)])))
+            for end, first in groups
+            if all(step in known for step in range(first + 1, end + 1))
+        ]
+    return [step for step, _ in found], [value for _, value in found]
 
 
 def distance(one: Curve, other: Curve, *, start: float = 0.0) -> float:

@@ -24,7 +24,7 @@ from jaxlm.evaluation import calibration_offsets
 from jaxlm.kernels import systems
 from jaxlm.sharding import place_params, placed_like
 from jaxlm.studies.probe import fit_rows, linear_probe, with_rows
-from jaxlm.train.run import load_model, with_head
+from jaxlm.train.load import load_model, with_head
 from jaxlm.train.state import Program
 
 Split = Literal["train", "validation", "test"]

@@ -115,7 +115,7 @@ def setting(config: QuickstartConfig) -> Setting:
         UserError: see `load_task`, `jaxlm.from_pretrained`, `jaxlm.data.prepare`.
     """
     from jaxlm.evaluation import option_scores
-    from jaxlm.train.run import load_model, with_head
+    from jaxlm.train.load import load_model, with_head
     from jaxlm.train.state import Program
 
     task = load_task(config.task, seed=config.seed)

@@ -48,7 +48,7 @@ from jaxlm.studies.selection_rows import (
     read_target,
 )
 from jaxlm.studies.selection_training import Recipe, load_epoch, train
-from jaxlm.train.run import load_model
+from jaxlm.train.load import load_model
 from jaxlm.train.run_folder import to_dict
 from jaxlm.train.settings import MOST_ROWS
 

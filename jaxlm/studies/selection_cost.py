@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from jaxlm.core.checks import whole
 from jaxlm.core.paths import matcher
-from jaxlm.cost.by_shapes import model_shapes
 from jaxlm.cost.device import Device
 from jaxlm.influence.encodings import encoding
 from jaxlm.models import ModelConfig, param_shapes
@@ -22,6 +21,7 @@ from jaxlm.studies.selection import SelectionConfig, read_sides
 from jaxlm.studies.selection_features import Features
 from jaxlm.studies.selection_training import Recipe
 from jaxlm.studies.sweep_table import aligned
+from jaxlm.train.load import load_model
 
 LLAMA_7B = ModelConfig(
     family="llama",
@@ -207,7 +207,7 @@ def plan_of(config: SelectionConfig, *, base_dir: Path | None = None) -> Plan:
     Raises:
         UserError: the model or a source cannot be read.
     """
-    lm = model_shapes(config.model, "float32")
+    lm = load_model(config.model, shapes_only=True)
     pool, target = read_sides(config, lm, base_dir=base_dir)
     groups = target.subtasks
     lengths = [sum(len(row.ids) for row in side.rows) for side in (pool, target)]

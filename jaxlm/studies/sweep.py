@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxlm.artifacts.files import read_json, write_json
 from jaxlm.core.errors import UserError
 from jaxlm.studies.baselines import icl_run, probe_run
-from jaxlm.train.run import FinetuneConfig, finetune
+from jaxlm.train.finetuning import FinetuneConfig, finetune
 from jaxlm.train.run_folder import RunFolder
 
 KINDS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -85,33 +85,6 @@ def first_diverged(losses: np.ndarray, first_loss: float, chance: float | None) 
     return int(np.argmax(losses > limit))
 
 
-def watch(
-    record: Any, losses: np.ndarray, first: int, chance: float | None, progress: Progress | None
-) -> Any:
-    """A record with its `first_loss` and `diverged`, after the steps from `first`; says the latter.
-
-    Args:
-        record: a NamedTuple with these fields.
-        losses: of the steps, all finite.
-        first: steps before them.
-        chance: see `first_diverged`.
-        progress: where it is said.
-    """
-    if not len(losses):
-        return record
-    if record.first_loss is None:
-        record = record._replace(first_loss=float(np.mean(losses)))
-    if record.diverged is None:
-        place = first_diverged(losses, record.first_loss, chance)
-        if place is not None:
-            record = record._replace(diverged=first + place + 1)
-            if progress:
-                progress.say(
-                    f"diverged since step {record.diverged}: lower optimizer.learning_rate"
-                )
-    return record
-
-
 class Record(NamedTuple):
     """What a checkpoint holds beside the state.
 
@@ -123,7 +96,7 @@ class Record(NamedTuple):
         best_value: that value.
         first_loss: the mean of the first dispatch that this run made, against which later ones are
             held.
-        diverged: the first step after which the loss was far above it, see `Watch`.
+        diverged: the first step after which the loss was far above it, see `first_diverged`.
     """
 
     seconds: float = 0.0
@@ -335,17 +308,25 @@ class _Loop:
             self.progress.update(first + count, means, peak_bytes)
 
     def _watch(self, first: int, lines: list[dict[str, Any]]) -> None:
-        """Marks the metrics of a run that has diverged."""
-        before = self.record
-        losses = np.array([line["loss"] for line in lines])
-        self.record = watch(before, losses, first, self.chance, self.progress)
-        since = self.record.diverged
-        if since != before.diverged and self.evaluate is None and self.saved is not None:
-            # Nothing else says which parameters are the best: those from before are.
-            self.record = self.record._replace(best_step=self.saved)
+        """Mark the metrics of a run that has diverged, and say so once."""
+        record, losses = self.record, np.array([line["loss"] for line in lines])
+        if len(losses) and record.first_loss is None:
+            record = record._replace(first_loss=float(np.mean(losses)))
+        if record.first_loss is not None and len(losses) and record.diverged is None:
+            place = first_diverged(losses, record.first_loss, self.chance)
+            if place is not None:
+                record = record._replace(diverged=first + place + 1)
+                if self.maximize is None and self.saved is not None:
+                    # Nothing else says which parameters are the best: those from before are.
+                    record = record._replace(best_step=self.saved)
+                if self.progress:
+                    self.progress.say(
+                        f"diverged since step {record.diverged}: lower optimizer.learning_rate"
+                    )
+        self.record = record
         for line in lines:
-            if since is not None and line["step"] >= since:
-                line["diverged_since"] = since
+            if record.diverged is not None and line["step"] >= record.diverged:
+                line["diverged_since"] = record.diverged
 
     def _check_finite(self, step: int, state: TrainState) -> None:
         if self._finite(state.params):
@@ -364,7 +345,10 @@ class _Loop:
         if self.checkpoints and self.saved != step:
             self._stepped += time.perf_counter() - self._mark
             self._save(step, state)
-        raise stopped(signal, step, self.config.steps, kept=self.checkpoints is not None)
+        said = f"stopped after step {step} of {self.config.steps}"
+        if self.checkpoints:
+            said += f"; the same command resumes from the checkpoint of step {step}"
+        raise Stopped(said, signal)
 
     def _save(self, step: int, state: TrainState) -> None:
         assert self.checkpoints is not None
@@ -398,14 +382,6 @@ class _Loop:
         if self.checkpoints and self.saved is not None:
             kept = f"; the checkpoint of step {self.saved} is kept in {self.checkpoints.folder}"
         raise Diverged(f"optimizer.learning_rate: {what}{kept}. Lower it.")
-
-
-def stopped(signal: int, step: int, steps: int, *, kept: bool) -> Stopped:
-    """What a loop raises that was told to stop."""
-    said = f"stopped after step {step} of {steps}"
-    if kept:
-        said += f"; the same command resumes from the checkpoint of step {step}"
-    return Stopped(said, signal)
 
 
 def _plain(value: Any) -> Any:

@@ -2,50 +2,29 @@
 
 import functools
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.artifacts.files import file_path
-from jaxlm.artifacts.stopping import defer_signals, pending_signal
-from jaxlm.core.checks import one_of, seeds, whole
+from jaxlm.core.checks import one_of, whole
 from jaxlm.core.errors import UserError
-from jaxlm.core.precision import quantize
 from jaxlm.data import corpus as corpora
 from jaxlm.evaluation.perplexity import perplexity
-from jaxlm.models import (
-    LanguageModel,
-    ModelConfig,
-    from_pretrained,
-    init_params,
-    save_pretrained,
-)
-from jaxlm.sharding import on_mesh, place_params
-from jaxlm.train.checkpoint import Checkpoints
-from jaxlm.train.dynamics import (
-    DYNAMICS,
-    NOISE_INFO,
-    Batches,
-    Dynamics,
-    Source,
-    method_and_batches,
-)
+from jaxlm.models import LanguageModel, ModelConfig, init_params, save_pretrained
+from jaxlm.sharding import on_mesh
+from jaxlm.train.dynamics import Batches, Source
 from jaxlm.train.logging import Progress
-from jaxlm.train.loop import Diverged, stopped, watch
 from jaxlm.train.objective import lm_objective
-from jaxlm.train.optimizers import OPTIMIZERS, FirstOrder
-from jaxlm.train.run_folder import RunFolder, to_dict
-from jaxlm.train.settings import MOST_ROWS, MOST_STEPS
-from jaxlm.train.state import Method, Program, TrainState, free, many_steps
+from jaxlm.train.run import RunConfig, train
+from jaxlm.train.run_folder import RunFolder
+from jaxlm.train.settings import MOST_STEPS
 from jaxlm.typing import Batch, Params
 
-_FIRST_ORDER = {name: cls for name, cls in OPTIMIZERS.items() if issubclass(cls, FirstOrder)}
 _STYLES: dict[str, dict[str, Any]] = {
     "llama": {
         "activation": "silu",
@@ -130,53 +109,29 @@ class CorpusConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """A pretraining run.
+class PretrainConfig(RunConfig):
+    """A pretraining run. It adds to the keys of `RunConfig`.
 
     Attributes:
         model: sizes; the vocabulary is the tokenizer's.
         tokenizer: folder with a tokenizer.json.
         corpus: the text.
-        optimizer: a first-order one of `jaxlm.train.optimizers.OPTIMIZERS`, by its name.
-        dynamics: what becomes of its steps, one of `jaxlm.train.dynamics.DYNAMICS` by its name.
-        steps: updates in all.
-        batch_size: windows in a step.
-        seq_len: predicted tokens in a window.
-        seed: of the initial parameters and the order of the text.
-        log_every: steps over which a line of metrics.jsonl takes the mean of the loss.
-        eval_every: steps between measurements on held-out text, a multiple of `log_every`.
-        checkpoint_every: steps between checkpoints, a multiple of `log_every`.
-        output: the run's folder.
+        seq_len: predicted tokens in a row.
     """
 
     model: DecoderSizes
     tokenizer: str
     corpus: CorpusConfig
-    optimizer: FirstOrder = field(metadata={"registry": _FIRST_ORDER})
-    dynamics: Dynamics | None = field(default=None, metadata={"registry": DYNAMICS})
-    steps: int
     batch_size: int = 32
     seq_len: int = 128
-    seed: int = 0
     log_every: int = 20
     eval_every: int = 200
     checkpoint_every: int = 200
-    output: str
 
     def __post_init__(self) -> None:
-        every = ("eval_every", "checkpoint_every")
-        whole(self, "steps", "log_every", *every, most=MOST_STEPS)
-        whole(self, "batch_size", most=MOST_ROWS)
+        super().__post_init__()
+        whole(self, "steps", most=MOST_STEPS)
         whole(self, "seq_len")
-        seeds(self, "seed")
-        for name in every:
-            if getattr(self, name) % self.log_every:
-                raise UserError(
-                    f"{name}: must be a multiple of log_every, {self.log_every} (got "
-                    f"{getattr(self, name)}). Correct it."
-                )
-        if self.dynamics is not None:
-            self.dynamics.check(self.optimizer, self.batch_size)
         if self.seq_len > self.model.max_positions:
             raise UserError(
                 f"seq_len: must be at most model.max_positions, {self.model.max_positions} (got "
@@ -185,7 +140,7 @@ class PretrainConfig:
 
 
 def pretrain(config: PretrainConfig, *, mesh: Mesh | None = None) -> dict[str, Any]:
-    """Runs `config` in its folder, goes on with it, or returns the summary of the finished run.
+    """Run `config` in its folder, resume it, or return the summary of the finished run.
 
     Args:
         config: the run.
@@ -213,88 +168,65 @@ def _finished(folder: RunFolder) -> dict[str, Any] | None:
 
 def _pretrain(config: PretrainConfig, folder: RunFolder, mesh: Mesh | None) -> dict[str, Any]:
     tokenizer = corpora.read_tokenizer(file_path(config.tokenizer, "tokenizer"))
-    model = config.model.build(tokenizer)
-    source = file_path(config.corpus.path, "corpus.path")
-    paths = [corpora.find(source, domain.name) for domain in config.corpus.domains]
-    apart = corpora.find(source, config.corpus.held_out) if config.corpus.held_out else None
-    cache = folder.path / "tokens"
-    every = paths if apart is None else [*paths, apart]
-    digests = {str(path): corpora.source_digest(path, tokenizer) for path in every}
+    root, held_out = file_path(config.corpus.path, "corpus.path"), config.corpus.held_out
+    domains = [corpora.find(root, domain.name) for domain in config.corpus.domains]
+    apart = [] if held_out is None else [corpora.find(root, held_out)]
+    digests = {str(path): corpora.source_digest(path, tokenizer) for path in [*domains, *apart]}
     folder.check_data(digests)
-    tokens = [corpora.cached(path, tokenizer, cache, digests[str(path)]) for path in paths]
-    held_out = None
-    if apart is not None:
-        held_out = corpora.cached(apart, tokenizer, cache / "held_out", digests[str(apart)])
+
+    def read(path: Any, cache: Any) -> corpora.Tokens:
+        return corpora.cached(path, tokenizer, cache, digests[str(path)])
+
+    cache = folder.path / "tokens"
+    tokens = [read(path, cache) for path in domains]
+    model = config.model.build(tokenizer)
     init, key = functools.partial(init_params, model), jax.random.key(config.seed)
-    params = init(key) if mesh is None else on_mesh(init, mesh, key)
-    lm = LanguageModel(model, params, tokenizer)
-    chosen, batches = method_and_batches(
-        config.optimizer,
-        config.dynamics,
-        lm_objective(lm.log_probs),
-        _source(config, tokens),
-        steps=config.steps,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        mesh=mesh,
-    )
+    lm = LanguageModel(model, init(key) if mesh is None else on_mesh(init, mesh, key), tokenizer)
+    size = sum(leaf.size for leaf in jax.tree.leaves(lm.params))
     measure = None
-    if held_out is not None:
-        measure = perplexity(
-            lm.log_probs,
-            corpora.all_windows(held_out, config.seq_len),
-            held_out.size,
-            batch_size=config.batch_size,
+    if apart:
+        text = read(apart[0], cache / "held_out")
+        windows = corpora.all_windows(text, config.seq_len)
+        measure = perplexity(lm.log_probs, windows, text.size, batch_size=config.batch_size)
+
+    def evaluate(params: Params) -> dict[str, float]:
+        assert measure is not None
+        return {f"held_out_{name}": value for name, value in measure(params).items()}
+
+    start = folder.resume()
+    with Progress(config.steps, start=start or 0, log=folder.log) as progress:
+        progress.say(f"start from step {start}" if start else f"start {folder.path}")
+        trained = train(
+            config,
+            lm,
+            lm_objective(lm.log_probs),
+            _source(config, tokens),
+            folder,
+            progress,
+            evaluate=evaluate if measure else None,
+            chance=math.log(model.vocab_size),
         )
-    with defer_signals():
-        summary = _train(config, folder, lm, chosen, batches, measure)
+    save_pretrained(lm, folder.path / "model", trained.params)
+    summary = {
+        **_last_measured(config, folder),
+        **trained.summary,
+        "tokens": config.steps * config.batch_size * config.seq_len,
+        "parameters": size,
+        "model": str(folder.path / "model"),
+    }
     folder.finish(summary)
     return summary
 
 
-def trained_model(
-    folder: RunFolder,
-    *,
-    param_dtype: str = "float32",
-    bits: Literal[8, 4] | None = None,
-    mesh: Mesh | None = None,
-) -> LanguageModel:
-    """The model of a run as it is: that in its folder `model`, or else of its last checkpoint.
-
-    Args:
-        folder: of the run.
-        param_dtype, bits, mesh: see `jaxlm.from_pretrained`.
-
-    Raises:
-        UserError: the run has no checkpoint yet, or is not one of `pretrain`.
-    """
-    made = folder.path / "model"
-    if _finished(folder) is not None and made.is_dir():
-        return from_pretrained(made, param_dtype=param_dtype, bits=bits, mesh=mesh)
-    lm = untrained_model(folder)
-    params = None
-    if folder.checkpoints.is_dir():
-        params = Checkpoints(folder.checkpoints, read_only=True).best_params()
-    if params is None:
-        raise UserError(f"{folder.path}: the run has no checkpoint yet. Start it again.")
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, param_dtype), params)
-    params = params if bits is None else quantize(params, bits=bits)
-    return lm.replace(params=params if mesh is None else place_params(params, mesh))
-
-
-def untrained_model(folder: RunFolder) -> LanguageModel:
-    """The model of a run without its parameters.
-
-    Raises:
-        UserError: `config.yaml` is not of such a run, or the tokenizer is not there.
-    """
-    stored = folder.config() or {}
-    try:
-        sizes = DecoderSizes(**stored["model"])
-        tokenizer = corpora.read_tokenizer(file_path(stored["tokenizer"], "tokenizer"))
-    except (KeyError, TypeError):
-        raise folder.foreign() from None
-    return LanguageModel(sizes.build(tokenizer), None, tokenizer)
+def _last_measured(config: PretrainConfig, folder: RunFolder) -> dict[str, float]:
+    """The mean loss over the last `log_every` steps, and the last measures on held-out text."""
+    rows = folder.metrics.read()
+    first = config.steps - config.log_every
+    losses = [row["loss"] for row in rows if "loss" in row and row["step"] > first]
+    measured = {
+        name: value for row in rows for name, value in row.items() if name.startswith("held")
+    }
+    return {"loss": float(np.mean(losses)), **measured}
 
 
 def _source(config: PretrainConfig, tokens: Sequence[corpora.Tokens]) -> Source:
@@ -321,105 +253,3 @@ def _source(config: PretrainConfig, tokens: Sequence[corpora.Tokens]) -> Source:
         return batches
 
     return source
-
-
-class _Record(NamedTuple):
-    """What a checkpoint holds beside the state; see `jaxlm.train.loop.Record`.
-
-    Attributes:
-        row: the last line of the metrics.
-        best_step: where the run diverged, the step of the last checkpoint before.
-    """
-
-    seconds: float = 0.0
-    stepping: float = 0.0
-    first_loss: float | None = None
-    diverged: int | None = None
-    row: dict[str, Any] | None = None
-    best_step: int | None = None
-
-
-def _train(
-    config: PretrainConfig,
-    folder: RunFolder,
-    lm: LanguageModel,
-    way: Method,
-    batches: Batches,
-    measure: Callable[[Params], dict[str, float]] | None,
-) -> dict[str, Any]:
-    run = Program(many_steps(way.step), moves=True, rows=1 + way.rows)
-    state = way.start(lm.params, jax.random.key(config.seed))
-    checkpoints = Checkpoints(folder.checkpoints)
-    restored = checkpoints.restore(state, donate=True)
-    first, record = 0, _Record()
-    if restored is not None:
-        first, state, saved = restored
-        free(lm.params, keep=state)
-        record = _Record(**saved)
-    folder.metrics.cut(first)
-
-    begin, saved_at = time.perf_counter() - record.seconds, first
-    chance = math.log(lm.config.vocab_size)
-
-    def save(step: int, state: TrainState) -> None:
-        checkpoints.save(step, state, record._asdict())
-
-    with Progress(config.steps, start=first, log=folder.log) as progress:
-        progress.say(f"start from step {first}" if first else f"start {folder.path}")
-        if first < config.steps:
-            progress.say("compiling the steps")
-        for done in range(first, config.steps, config.log_every):
-            if signal := pending_signal():
-                if saved_at != done:
-                    save(done, state)
-                raise stopped(signal, done, config.steps, kept=done > 0)
-            count = min(config.log_every, config.steps - done)
-            started, compiled = time.perf_counter(), run.compile_seconds
-            state, infos = run(state, batches(done, count))
-            infos, step = jax.device_get(infos), done + count
-            stepping = time.perf_counter() - started - (run.compile_seconds - compiled)
-            loss = float(np.mean(infos["loss"]))
-            if not math.isfinite(loss):
-                raise Diverged(
-                    f"optimizer.learning_rate: the loss is {loss} at step {step} (got "
-                    f"{config.optimizer.learning_rate:g}). Lower it."
-                )
-            row = {"step": step, "loss": loss, "tokens": step * config.batch_size * config.seq_len}
-            row |= {name: float(infos[name][-1]) for name in NOISE_INFO if name in infos}
-            sound = record.diverged is None
-            record = watch(record, infos["loss"], done, chance, progress)
-            if sound and record.diverged is not None and saved_at:
-                record = record._replace(best_step=saved_at)
-            row |= {} if record.diverged is None else {"diverged_since": record.diverged}
-            last = step == config.steps
-            if measure and (last or step % config.eval_every == 0):
-                row |= {f"held_out_{name}": value for name, value in measure(state.params).items()}
-            record = record._replace(
-                seconds=time.perf_counter() - begin, stepping=record.stepping + stepping, row=row
-            )
-            folder.metrics.append(row | {"seconds": round(record.seconds, 1)})
-            progress.update(step, {k: v for k, v in row.items() if k not in ("step", "tokens")})
-            if last or step % config.checkpoint_every == 0:
-                save(step, state)
-                saved_at = step
-    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    dynamics = config.dynamics and config.dynamics.report(
-        config.optimizer, config.steps, state.opt_state
-    )
-    params = state.params
-    if record.best_step is not None:
-        params = checkpoints.in_place_of(state, record.best_step)
-    save_pretrained(lm, folder.path / "model", params)
-    return {
-        **{name: value for name, value in (record.row or {}).items() if name != "step"},
-        "diverged_since": record.diverged,
-        "steps": config.steps,
-        "seconds": round(record.seconds, 1),
-        "goodput": record.stepping / record.seconds,
-        "peak_memory_bytes": run.peak_bytes,
-        "parameters": size,
-        "tested_step": config.steps if record.best_step is None else record.best_step,
-        "dynamics": dynamics,
-        "model": str(folder.path / "model"),
-        "config": to_dict(config),
-    }

@@ -104,6 +104,12 @@ class RunFolder:
 
         return Checkpoints(self.checkpoints, read_only=True).latest_step
 
+    def resume(self) -> int | None:
+        """Cut the metrics back to the newest checkpoint and return its step, or None."""
+        step = self.latest_step()
+        self.metrics.cut(step)
+        return step
+
     def tested_step(self) -> tuple[int, int] | None:
         """The step whose parameters stand for the run, and the steps of the whole run.
 

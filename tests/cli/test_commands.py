@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-import jaxlm.train.run
+import jaxlm.train.load
 from jaxlm.cli.main import main
 from jaxlm.models import from_pretrained
-from jaxlm.train.run import load_model
+from jaxlm.train.load import load_model
 from jaxlm.train.run_folder import RunFolder
 from tests.tiny import sentences, write_jsonl, write_run
 
@@ -109,7 +109,7 @@ def test_a_folder_that_another_conversion_has_made_is_left_alone(
         target.mkdir()
         return load_model(*args, **options)
 
-    monkeypatch.setattr(jaxlm.train.run, "load_model", loading)
+    monkeypatch.setattr(jaxlm.train.load, "load_model", loading)
     assert main(["convert", str(tiny_model), str(target)]) == 2
     assert "TARGET: is there already" in capsys.readouterr().err
     assert list(target.iterdir()) == []

@@ -10,7 +10,7 @@ import pytest
 from jaxlm.cli import config as configs
 from jaxlm.core.checks import whole
 from jaxlm.core.errors import UserError
-from jaxlm.train.run import FinetuneConfig
+from jaxlm.train.finetuning import FinetuneConfig
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def run_of_another_configuration(folder: Path) -> list[str]:
     import yaml
 
     from jaxlm.cli.config import load
-    from jaxlm.train.run import FinetuneConfig
+    from jaxlm.train.finetuning import FinetuneConfig
     from jaxlm.train.run_folder import to_dict
 
     (folder / "run").mkdir()

@@ -13,7 +13,7 @@ from jaxlm.artifacts.folder import hold
 from jaxlm.cli import convert, finetune, screen
 from jaxlm.cli.main import PIPE, foreseen, main
 from jaxlm.data import TaskConfig
-from jaxlm.train.run import FinetuneConfig
+from jaxlm.train.finetuning import FinetuneConfig
 
 COMMAND = [sys.executable, "-m", "jaxlm.cli.main"]
 

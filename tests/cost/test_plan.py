@@ -12,14 +12,15 @@ from benchmarks.common import fresh_peak, resident_bytes
 from jaxlm.cli import config as configs
 from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
-from jaxlm.cost.by_shapes import finetuning, model_shapes
+from jaxlm.cost.by_shapes import finetuning
 from jaxlm.cost.device import Device, this_device
 from jaxlm.cost.plan import dry_run, largest_batch
 from jaxlm.models import param_shapes
 from jaxlm.sharding import make_mesh, place_params
 from jaxlm.train.dynamics import method_and_batches
+from jaxlm.train.finetuning import FinetuneConfig, encoded_for, finetune, prepared, read_task
+from jaxlm.train.load import load_model
 from jaxlm.train.pretraining import PretrainConfig, pretrain
-from jaxlm.train.run import FinetuneConfig, encoded_for, finetune, load_model, prepared, read_task
 from tests.tiny import write_corpus
 
 pytestmark = pytest.mark.optimized
@@ -83,7 +84,7 @@ def test_pretraining(pretrain_yaml):
     assert plan.state_bytes == 3 * 4 * plan.num_parameters + 4  # moments, and their count
     for options in ({"param_dtype": "bfloat16"}, {"param_dtype": "float32", "bits": 8}):
         real = load_model(config.output, **options).params
-        planned = model_shapes(config.output, **options).params
+        planned = load_model(config.output, **options, shapes_only=True).params
         shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), p) for p in (real, planned)]
         assert shapes[0] == shapes[1]
 

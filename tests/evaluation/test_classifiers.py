@@ -10,8 +10,8 @@ import jaxlm
 from jaxlm.core.errors import UserError
 from jaxlm.data import load_task, prepare_for, task_config
 from jaxlm.models import LanguageModel, add_classifier
+from jaxlm.train.load import with_head
 from jaxlm.train.measure import MultipleChoiceMetric
-from jaxlm.train.run import with_head
 from tests.tiny import make_masked, sentences, write_jsonl
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"

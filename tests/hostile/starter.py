@@ -19,7 +19,13 @@ from jaxlm.cli import main
 
 IMPORTED = (
     *(f"jaxlm.cli.{name}" for name in ("config", "dry_run", "launch", *main.COMMANDS)),
-    *("jaxlm.train.run", "jaxlm.train.pretraining", "jaxlm.models", "jaxlm.peft", "jaxlm.zo"),
+    *(
+        "jaxlm.train.finetuning",
+        "jaxlm.train.pretraining",
+        "jaxlm.models",
+        "jaxlm.peft",
+        "jaxlm.zo",
+    ),
     *("jaxlm.studies.selection", "jaxlm.studies.kernel_study", "jaxlm.influence"),
     *("datasets", "orbax.checkpoint", "rich.console", "rich.table", "sklearn.linear_model"),
     *("transformers.tokenization_utils_tokenizers", "transformers.models.auto.tokenization_auto"),

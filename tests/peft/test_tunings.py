@@ -11,7 +11,8 @@ from jaxlm import peft
 from jaxlm.cli import config as configs
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
-from jaxlm.train.run import FinetuneConfig, finetune, load_model
+from jaxlm.train.finetuning import FinetuneConfig, finetune
+from jaxlm.train.load import load_model
 from tests.tiny import run_yaml, tiny_model
 
 __all__ = ["run_yaml", "tiny_model"]

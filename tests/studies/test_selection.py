@@ -30,8 +30,8 @@ from jaxlm.studies.selection_measure import Measure
 from jaxlm.studies.selection_rows import Row, Rows, Source, Target, read_source
 from jaxlm.studies.selection_table import markdown
 from jaxlm.studies.selection_training import Recipe, epoch_weights, load_epoch, train
+from jaxlm.train.load import load_model
 from jaxlm.train.optimizers import Adam
-from jaxlm.train.run import load_model
 from tests.tiny import make_model, make_tokenizer, read_lines, sentences, tiny_model, write_jsonl
 
 __all__ = ["tiny_model"]

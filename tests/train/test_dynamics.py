@@ -18,8 +18,8 @@ from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.train.dynamics import Local, Noise, Svag, method_and_batches
 from jaxlm.train.first_order import Adam, Muon, Sgd
+from jaxlm.train.load import load_model
 from jaxlm.train.loop import LoopConfig, fit
-from jaxlm.train.run import load_model
 from jaxlm.train.zeroth_order import Mezo
 from tests.tiny import write_run
 
@@ -320,7 +320,7 @@ def test_a_model_of_workers_on_devices_is_loaded_by_a_process_with_one(tmp_path,
     flags += ["--dynamics.workers=4", "--steps=4"]
     assert main(["finetune", str(path), *flags]) == 0
     code = (
-        "import jax, json, sys; from jaxlm.train.run import load_model; "
+        "import jax, json, sys; from jaxlm.train.load import load_model; "
         "leaves = jax.tree.leaves(load_model(sys.argv[1]).params); "
         "print(jax.device_count(), sum(float(abs(leaf).sum()) for leaf in leaves))"
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxlm.cli import config as configs
-from jaxlm.train.run import FinetuneConfig, finetune
+from jaxlm.train.finetuning import FinetuneConfig, finetune
 from jaxlm.train.run_folder import RunFolder
 
 pytestmark = pytest.mark.optimized

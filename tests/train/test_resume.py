@@ -26,7 +26,11 @@ STEPS = 60
 # Each run is a process, that of a server which has imported what takes seconds, and done no more.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["jaxlm.train.run", "jaxlm.train.pretraining", "transformers.models.auto.tokenization_auto"]
+    [
+        "jaxlm.train.finetuning",
+        "jaxlm.train.pretraining",
+        "transformers.models.auto.tokenization_auto",
+    ]
 )
 
 

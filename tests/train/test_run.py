@@ -7,14 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-import jaxlm.train.run
+import jaxlm.train.finetuning
 from jaxlm.cli import config as configs
 from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import flatten
 from jaxlm.core.precision import quantize
 from jaxlm.train.checkpoint import Checkpoints
-from jaxlm.train.run import FinetuneConfig, finetune, load_model
+from jaxlm.train.finetuning import FinetuneConfig, finetune
+from jaxlm.train.load import load_model
 from tests.tiny import sentences, write_jsonl, write_run
 
 ADAM = {"optimizer.name": "adam", "optimizer.learning_rate": 0.02}
@@ -160,7 +161,7 @@ def test_a_calibrated_run_that_goes_on_takes_the_offsets_it_began_with(run_yaml,
     first = start(run_yaml, **whole)
     folder = run_yaml.parent / "run"
     (folder / "summary.json").unlink()
-    monkeypatch.setattr(jaxlm.train.run, "option_offsets", None)
+    monkeypatch.setattr(jaxlm.train.finetuning, "option_offsets", None)
     again = start(run_yaml, **whole)
     measured = ("seconds", "goodput", "peak_memory_bytes")
     assert again | {name: first[name] for name in measured} == first

@@ -13,8 +13,9 @@ from jaxlm.artifacts.folder import hold
 from jaxlm.cli import config as configs
 from jaxlm.core.errors import UserError
 from jaxlm.train.checkpoint import Checkpoints
+from jaxlm.train.finetuning import FinetuneConfig, finetune
+from jaxlm.train.load import load_model
 from jaxlm.train.pretraining import PretrainConfig, pretrain
-from jaxlm.train.run import FinetuneConfig, finetune, load_model
 from jaxlm.train.run_folder import RunFolder
 from jaxlm.zo import Trajectory
 from tests.tiny import read_lines, sentences, write_corpus, write_jsonl, write_run

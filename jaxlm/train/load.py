@@ -1,0 +1,230 @@
+"""Models by their name: a Hugging Face folder, a hub id, the shipped model, or a run's folder."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+from jax.sharding import Mesh
+
+from jaxlm import zo
+from jaxlm.artifacts.files import file_path
+from jaxlm.core import paths
+from jaxlm.core.errors import UserError
+from jaxlm.core.precision import quantize
+from jaxlm.data.corpus import read_tokenizer
+from jaxlm.models import (
+    LanguageModel,
+    add_classifier,
+    from_pretrained,
+    init_params,
+    shapes_from_pretrained,
+)
+from jaxlm.peft import TUNINGS
+from jaxlm.sharding import abstract, place_params, placed_like
+from jaxlm.train.checkpoint import Checkpoints
+from jaxlm.train.optimizers import OPTIMIZERS, ZerothOrder
+from jaxlm.train.pretraining import DecoderSizes
+from jaxlm.train.run_folder import RunFolder
+from jaxlm.typing import Params
+
+Bits = Literal[8, 4]
+T = TypeVar("T")
+
+
+def load_model(
+    name: str | Path | None,
+    *,
+    param_dtype: str = "float32",
+    bits: Bits | None = None,
+    mesh: Mesh | None = None,
+    shapes_only: bool = False,
+) -> LanguageModel:
+    """Load a language model from a folder, a hub id, a run's folder, or (None) the package.
+
+    A run gives its best parameters on validation, or the last ones if it had no validation. They
+    stay quantized if they were trained so. If only `config.yaml` and `trajectory.zo` of a
+    zeroth-order run are left, its steps are replayed on the model that it began with. The mesh of
+    the run does not matter.
+
+    Args:
+        name: which model.
+        param_dtype, bits, mesh: see `jaxlm.from_pretrained`.
+        shapes_only: return `jax.ShapeDtypeStruct`s as parameters, and read no weights.
+
+    Raises:
+        UserError: there is no model, or the run has neither a checkpoint nor a trajectory.
+    """
+    folder = RunFolder(name, "model") if name is not None else None
+    stored = folder.config() if folder is not None else None
+    if folder is None or stored is None:
+        if shapes_only:
+            return shapes_from_pretrained(name, param_dtype, bits=bits)
+        return from_pretrained(name, param_dtype=param_dtype, bits=bits, mesh=mesh)
+    pretrained, finished = "corpus" in stored, folder.path / "model"
+    if pretrained and not shapes_only and folder.summary() and finished.is_dir():
+        return from_pretrained(finished, param_dtype=param_dtype, bits=bits, mesh=mesh)
+    if not pretrained:
+        check_run(folder, stored)
+    best = None if shapes_only else _best_params(folder, replayable=not pretrained)
+    # A replay is exact in the dtype of the run alone.
+    replay = best is None and not shapes_only
+    dtype = stored["param_dtype"] if replay else param_dtype
+    lm, trained_bits = _begun_with(folder, stored, dtype, mesh, shapes_only)
+    if best is not None:
+        lm = lm.replace(params=_placed(best, lm.params, folder, stored))
+    elif replay:
+        lm = lm.replace(params=_replayed(folder, lm.params, stored["steps"]))
+        lm = lm.replace(params=jax.tree.map(lambda x: x.astype(param_dtype), lm.params))
+    if bits is not None and trained_bits is None:
+        lm = changed(
+            lm, lambda lm: (None, lm.replace(params=quantize(lm.params, bits=bits))), mesh
+        )[1]
+    return lm
+
+
+def changed(
+    lm: LanguageModel,
+    change: Callable[[LanguageModel], tuple[T, LanguageModel]],
+    mesh: Mesh | None = None,
+) -> tuple[T, LanguageModel]:
+    """Return `change(lm)`, with the new model on a mesh.
+
+    Args:
+        lm: a model, or one with shapes as parameters; the new one then has shapes, too.
+        change: returns anything and a model.
+        mesh: None leaves the parameters where they are.
+    """
+    if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(lm.params)):
+        extra, lm = change(lm)
+        return extra, lm if mesh is None else lm.replace(params=place_params(lm.params, mesh))
+    results: list[tuple[T, LanguageModel]] = []
+
+    def run(params: Params) -> Params:
+        extra, new = change(lm.replace(params=params))
+        results.append((extra, new.replace(params=None)))
+        return new.params
+
+    shapes = abstract(run, mesh, lm.params)
+    return results[0][0], results[0][1].replace(params=shapes)
+
+
+def _begun_with(
+    folder: RunFolder, stored: Mapping[str, Any], dtype: str, mesh: Mesh | None, shapes_only: bool
+) -> tuple[LanguageModel, Bits | None]:
+    """The model that a run began with, and its bits; shapes alone for one that was pretrained."""
+    if "corpus" not in stored:
+        options: dict[str, Any] = {"bits": stored["bits"], "mesh": mesh, "shapes_only": shapes_only}
+        lm = load_model(stored["model"], param_dtype=dtype, **options)
+        return changed(lm, lambda lm: (None, _with_run(lm, folder, stored)), mesh)[1], stored[
+            "bits"
+        ]
+    try:
+        sizes = DecoderSizes(**stored["model"])
+        tokenizer = read_tokenizer(file_path(stored["tokenizer"], "tokenizer"))
+    except (KeyError, TypeError):
+        raise folder.foreign() from None
+    config, key = sizes.build(tokenizer), jax.eval_shape(lambda: jax.random.key(0))
+    params = abstract(lambda key: init_params(config, key, dtype), mesh, key)
+    return LanguageModel(config, params, tokenizer), None
+
+
+def _best_params(folder: RunFolder, *, replayable: bool) -> Any | None:
+    """The best parameters of a run; None if its trajectory must be replayed."""
+    params = None
+    if folder.checkpoints.is_dir():
+        params = Checkpoints(folder.checkpoints, read_only=True).best_params()
+    if params is None and not (replayable and folder.trajectory.exists()):
+        raise UserError(f"{folder.path}: the run has no checkpoint yet. Start it again.")
+    return params
+
+
+def _placed(trained: Any, like: Params, folder: RunFolder, stored: Mapping[str, Any]) -> Params:
+    """The parameters of a checkpoint where those of the first model lie, or would lie."""
+    values = {leaf.path: leaf.value for leaf in paths.flatten(trained)[0]}
+    shapes = {leaf.path: leaf.value.shape for leaf in paths.flatten(like)[0]}
+    if {path: value.shape for path, value in values.items()} != shapes:
+        raise UserError(
+            f"{folder.checkpoints}: its parameters are not those of the model that config.yaml "
+            f"names (got {stored['model']}). Put back the model that the run began with."
+        )
+    return paths.map_with_path(lambda leaf: placed_like(values[leaf.path], leaf.value), like)
+
+
+def check_run(folder: RunFolder, stored: Mapping[str, Any]) -> None:
+    """Refuse a `config.yaml` that is not of a fine-tuning run, or whose model leads back to it."""
+    task = stored.get("task")
+    kinds: dict[str, Any] = {"steps": int, "seed": int}
+    kinds |= {"model": str | None, "bits": int | None}
+    kinds |= {"param_dtype": str, "peft": dict | None}
+    if (
+        not all(isinstance(stored.get(name), kind) for name, kind in kinds.items())
+        or not {"model", "bits"} <= stored.keys()
+        or not isinstance(task, dict)
+        or not isinstance(task.get("labels"), list)
+        or (stored.get("peft") or {"name": "lora"}).get("name") not in TUNINGS
+    ):
+        raise folder.foreign()
+    seen = [folder.path.resolve()]
+    model = stored["model"]
+    while model is not None and (config := RunFolder(model, "model").config()) is not None:
+        place = RunFolder(model).path.resolve()
+        if place in seen:
+            raise UserError(
+                f"{folder.path / 'config.yaml'}: model leads back to {place}, a run that it began "
+                "with. Give the model that the first run began with."
+            )
+        seen.append(place)
+        model = config.get("model") if "corpus" not in config else None
+
+
+def _with_run(lm: LanguageModel, folder: RunFolder, stored: Mapping[str, Any]) -> LanguageModel:
+    """Add the head and the tuning of a run to the model that it began with."""
+    labels, classes = (stored["task"].get(key) for key in ("labels", "classes"))
+    named = isinstance(classes, list) and len(classes) == len(labels)
+    names = tuple(map(str, classes if named else labels))
+    lm = with_head(lm, len(labels), seed=stored["seed"], names=names)
+    if (tuning := stored.get("peft")) is None:
+        return lm
+    try:
+        chosen = TUNINGS[tuning["name"]](**tuning)
+    except TypeError:  # other keys than it has
+        raise folder.foreign() from None
+    return chosen.prepare(lm, jax.random.key(stored["seed"]))
+
+
+def _replayed(folder: RunFolder, params: Params, steps: int) -> Params:
+    trajectory = zo.Trajectory.open(folder.trajectory)
+    settings = trajectory.header.settings
+    try:
+        optimizer = OPTIMIZERS[settings["optimizer"]["name"]](**settings["optimizer"])
+        length = settings["steps"]
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{folder.trajectory}: not of such a run. Put back what was there."
+        ) from None
+    if not isinstance(optimizer, ZerothOrder):
+        raise UserError(f"{folder.trajectory}: of {optimizer.name}, which is not replayed.")
+    if length != steps:
+        raise UserError(
+            f"{folder.trajectory}: of a run of {length} steps (got {steps} in config.yaml). Put "
+            "back what was there."
+        )
+    return zo.replay(optimizer.build(length), params, trajectory)
+
+
+def with_head(
+    lm: LanguageModel, num_labels: int, *, seed: int, names: Sequence[str] = ()
+) -> LanguageModel:
+    """Return the model, with a new classifier on an encoder that has no head for the task.
+
+    Args:
+        lm: the model.
+        num_labels: classes of the task.
+        seed: of the new classifier.
+        names: class names, in the order of the task.
+    """
+    head, labels = lm.config.head, lm.config.num_labels
+    if head in ("lm", "mlm") or (head == "classifier" and labels == num_labels):
+        return lm
+    return add_classifier(lm, num_labels, jax.random.key(seed), names)
