@@ -84,7 +84,7 @@ def batch_places(batch: PyTree, mesh: Mesh, axis: int = 0) -> PyTree:
     return jax.tree.map(place, batch)
 
 
-def placed_like(value: Any, like: jax.Array) -> jax.Array:
+def placed_like(value: Any, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     """An array of a host where another one lies, in its dtype."""
     return _put(np.asarray(value, like.dtype), like.sharding)
 

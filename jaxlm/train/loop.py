@@ -301,7 +301,7 @@ class _Loop:
         if self.metrics:
             self.metrics.append(*good)
         if bad:
-            self._stop(f"the loss is {bad['loss']} at step {bad['step']}")
+            self._stop(f"a loss of {bad['loss']} at step {bad['step']}")
         if self.progress:
             shown = ("loss", "accuracy")
             means = {name: float(np.mean(host[name])) for name in shown if name in host}
@@ -333,7 +333,7 @@ class _Loop:
             return
         if self.program is None:
             check_tree_finite(state.params, "the parameters before the first step")
-        self._stop(f"a parameter is not finite after step {step}")
+        self._stop(f"a parameter that is not finite after step {step}")
 
     def stop(self, signal: int, step: int, state: TrainState) -> None:
         """Saves what there is after `step` steps, and ends the run.
@@ -381,7 +381,7 @@ class _Loop:
         kept = ""
         if self.checkpoints and self.saved is not None:
             kept = f"; the checkpoint of step {self.saved} is kept in {self.checkpoints.folder}"
-        raise Diverged(f"optimizer.learning_rate: {what}{kept}. Lower it.")
+        raise Diverged(f"optimizer.learning_rate: the run diverged (got {what}{kept}). Lower it.")
 
 
 def _plain(value: Any) -> Any:

@@ -359,8 +359,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(folder, capsys
     decay = "--optimizer.weight_decay=1e10"
     assert main(["finetune", str(folder / "run.yaml"), *rates, decay]) == 2
     assert capsys.readouterr().err.splitlines()[-1].replace(str(folder), "FOLDER") == (
-        "error: optimizer.learning_rate: the loss is nan at step 2; the checkpoint of step 0 is "
-        "kept in FOLDER/run/checkpoints. Lower it."
+        "error: optimizer.learning_rate: the run diverged (got a loss of nan at step 2; the "
+        "checkpoint of step 0 is kept in FOLDER/run/checkpoints). Lower it."
     )
     assert [path.name for path in (folder / "run" / "checkpoints").iterdir()] == ["0"]
 

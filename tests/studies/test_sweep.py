@@ -198,7 +198,7 @@ def test_the_command_trains_probes_and_writes_the_table(tmp_path, tiny_model, ca
     assert (mezo["forwards"], probe["forwards"], probe["backwards"]) == (4, 1, 0)
     assert (icl["validation"]["by_seed"], icl["failed"], lost["failed"]) == ([None], 0, 1)
     assert 0 <= icl["test"]["mean"] <= 1
-    assert "the loss is nan at step 2" in table["points"][3]["failed"][0]
+    assert "a loss of nan at step 2" in table["points"][3]["failed"][0]
 
 
 @pytest.mark.parametrize(

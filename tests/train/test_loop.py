@@ -77,6 +77,6 @@ def test_steps_after_a_loss_that_is_not_finite_are_left_out(tmp_path):
         target = batches(first, count)["target"]
         return {"target": np.where(target == 4, np.nan, target)}
 
-    with pytest.raises(UserError, match="the loss is nan at step 5"):
+    with pytest.raises(UserError, match="a loss of nan at step 5"):
         run(tmp_path, 6, feed=feed)
     assert Trajectory.open(tmp_path / "trajectory.zo").steps == 4

@@ -153,7 +153,7 @@ def test_of_a_run_that_diverged_the_last_parameters_before_are_the_model(folder,
         ({"optimizer.name": "mezzo"}, "optimizer.name: is not known .got 'mezzo'"),
         (
             {"optimizer.learning_rate": "1e30"},
-            r"^optimizer.learning_rate: the loss is nan at step .*got 1e\+30",
+            "^optimizer.learning_rate: the run diverged .got a loss of nan at step",
         ),
     ],
 )

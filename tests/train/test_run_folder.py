@@ -73,7 +73,7 @@ def test_a_folder_that_another_process_writes_is_refused_and_read(run, capsys):
 
 def test_a_folder_without_a_step_is_configured_anew(run_yaml):
     """A first start that failed, by its data or for want of memory, is corrected and repeated."""
-    with pytest.raises(UserError, match="the loss is nan"):
+    with pytest.raises(UserError, match="a loss of nan"):
         start(run_yaml, **{"optimizer.name": "adam", "optimizer.learning_rate": 1e38,
                            "optimizer.weight_decay": 1e10})  # fmt: skip
     assert Checkpoints(run_yaml.parent / "run" / "checkpoints").steps() == [0]
@@ -144,12 +144,13 @@ def test_a_changed_corpus_is_refused_by_name(tmp_path, monkeypatch):
     save = Checkpoints.save
 
     def change(saved: bool) -> None:
-        """Starts, changes the text, and stops after the first checkpoint, or before it."""
+        """Starts, stops after the first checkpoint of steps, or before it, and changes the text."""
 
-        def stopping(*args):
-            if saved:
-                save(*args)
-            raise KeyboardInterrupt
+        def stopping(checkpoints, step, *args):
+            if saved or not step:
+                save(checkpoints, step, *args)
+            if step:
+                raise KeyboardInterrupt
 
         monkeypatch.setattr(Checkpoints, "save", stopping)
         with pytest.raises(KeyboardInterrupt):
