@@ -64,7 +64,8 @@ class Loop:
         disable_progress_bar()
         with tempfile.TemporaryDirectory() as base, tempfile.TemporaryDirectory() as adapter:
             bare = paths.map_with_path(
-                lambda leaf: None if paths.matcher(LORA)(leaf.path) else leaf.value, lm.params
+                lambda leaf: None if paths.path_predicate(LORA)(leaf.path) else leaf.value,
+                lm.params,
             )
             save_pretrained(lm.replace(params=without_none(bare)), base)
             save_adapter(lm, adapter)

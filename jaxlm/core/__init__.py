@@ -1,1 +1,1 @@
-"""What two rooms share: paths, randomness, views, taps, errors."""
+"""What every room uses: paths, views, taps, random numbers, precision, checks, errors."""

@@ -1,20 +1,28 @@
 """Checks of values, shared so that the same mistake gives the same sentence everywhere.
 
-`integer`, `real`, `one_of` and `distinct` take a key and a value; `whole`, `number`, `in_float32`
-and `seeds` check several fields of a dataclass. None passes, since it means "not given". Every
-message has the form `KEY: what is wrong (got VALUE). What to do.`
+`integer`, `real`, `one_of`, `distinct` and `regex` take a key and a value; `whole`, `number`,
+`in_float32` and `seeds` check several fields of a dataclass. None passes, since it means "not
+given". Every message has the form `KEY: what is wrong (got VALUE). What to do.`
 """
 
 import math
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
+import regex as limited_re
 
 from jaxlm.core.errors import UserError
 
 MOST = 2**31 - 1
 """Largest count: XLA indexes arrays with 32-bit integers."""
+SEARCH_SECONDS = 1.0
+"""Limit for the search of one path, which takes microseconds."""
+MAX_PATTERN = 2000
+"""Characters of a regular expression."""
+MAX_REPETITIONS = 10_000
+"""Product of all counts in braces: `regex` expands `(a{99}){99}` when it compiles."""
 
 
 def show(value: Any) -> str:
@@ -174,3 +182,45 @@ def distinct(key: str, values: Iterable[Any]) -> None:
         seen.append(value)
     if not seen:
         raise UserError(f"{key}: is empty (got nothing). Give at least one.")
+
+
+def regex(key: str, pattern: str | None) -> Callable[[str], bool]:
+    """Return a predicate: whether a regular expression is found in a text.
+
+    An expression such as `(a+)+$` can backtrack almost for ever, and the module `re` cannot be
+    stopped; the package `regex`, which reads the same language, takes a time limit.
+
+    Args:
+      key: name of the option, for messages.
+      pattern: the expression; None matches every text.
+
+    Raises:
+      UserError: it is not a regular expression, or is too long. The predicate raises it when a
+        search takes too long.
+    """
+    if pattern is None:
+        return lambda text: True
+    counts = re.findall(r"\{(?:\d*,)?(\d+)", pattern[:MAX_PATTERN])
+    repetitions = math.prod(int(count[:9]) or 1 for count in counts)
+    if len(pattern) > MAX_PATTERN or repetitions > MAX_REPETITIONS:
+        raise UserError(
+            f"{key}: is too long, or repeats too often (got {show(pattern)}). Shorten it."
+        )
+    try:
+        re.compile(pattern)  # Python's grammar decides what a regular expression is
+        compiled = limited_re.compile(pattern)
+    except (re.error, limited_re.error, RecursionError, OverflowError) as error:
+        raise UserError(
+            f"{key}: not a regular expression, {error} (got {show(pattern)}). Correct it."
+        ) from None
+
+    def search(text: str) -> bool:
+        try:
+            return compiled.search(text, timeout=SEARCH_SECONDS) is not None
+        except TimeoutError:
+            raise UserError(
+                f"{key}: takes more than {SEARCH_SECONDS:g} s to search (got {show(pattern)}). "
+                "Leave out repetitions within repetitions."
+            ) from None
+
+    return search

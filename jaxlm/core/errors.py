@@ -2,8 +2,8 @@
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: files, configuration, or a checkpoint.
+    """A mistake in what the user gave: a file, a configuration, an argument, a checkpoint.
 
-    The message is one sentence that says what is wrong, where, and what to do. The command line
-    prints it without a traceback and exits with code 2; library callers catch it as a `ValueError`.
+    The message has the form `KEY: what is wrong (got VALUE). What to do.` The command line prints
+    it without a traceback and exits with code 2; library callers catch it as a `ValueError`.
     """

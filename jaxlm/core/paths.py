@@ -1,9 +1,9 @@
 """Every parameter has a path: `layers.attention.q_proj.kernel`.
 
-Selection, noise, sharding, weight decay and export all speak of these strings. A model that keeps
-its layers in one array declares so (`declare_stacked`); every other tree is read as it stands, what
-it calls `layers` too. Where such a model has a list of layers instead, the index after `layers`
-is taken out of the path, so that both trees name a parameter alike.
+Selection, noise, sharding, weight decay and export all use these strings. A model that stacks its
+layers in one array declares so (`declare_stacked`). Every other tree is read as it stands, even if
+it has a key `layers`. If a declared model holds a list of layers instead of a stack, the index
+after `layers` is left out of the path, so that both trees give a parameter the same name.
 """
 
 import re
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm.core import checks
 from jaxlm.core.errors import UserError
-from jaxlm.core.patterns import searcher
 
 LAYERS = "layers"
 Select = str | Callable[[str], bool] | None
@@ -28,7 +28,7 @@ class Leaf(NamedTuple):
     """One leaf of a parameter tree.
 
     Attributes:
-      path: dotted path; without the index of the layer where the model is declared.
+      path: dotted path, without the index of the layer if the model is declared.
       layer: that index, or None.
       stacked: whether axis 0 of the value runs over layers.
       value: the leaf.
@@ -41,17 +41,17 @@ class Leaf(NamedTuple):
 
 
 def declare_stacked(axes: Mapping[str, int]) -> None:
-    """Declares leaves that have the layers of a model as their first axis.
+    """Declare leaves whose first axis runs over the layers of a model.
 
-    Call it once, beside the model; like the registration of a pytree node it holds for the whole
-    process. A leaf is stacked if it has this path and one axis more than one layer has, so that
-    `{"layers": {"mlp": {"kernel": [in, out]}}}` stays a tree of plain matrices.
+    Call it once, where the model is defined; like the registration of a pytree node, it holds for
+    the whole process. A leaf is stacked if it has a declared path and one axis more than the value
+    of one layer, so `{"layers": {"mlp": {"kernel": [in, out]}}}` stays a tree of plain matrices.
 
     Args:
-      axes: path from `layers` on -> number of axes of one layer's value.
+      axes: path from `layers` on -> number of axes of the value of one layer.
 
     Raises:
-      UserError: if a path does not begin with `layers`, or a number is negative.
+      UserError: a path does not begin with `layers`, or a number is negative.
 
     >>> declare_stacked({"layers.block.kernel": 2, "layers.block.bias": 1})
     >>> [leaf] = flatten({"layers": {"block": {"kernel": jnp.ones((12, 8, 8))}}})[0]
@@ -61,8 +61,8 @@ def declare_stacked(axes: Mapping[str, int]) -> None:
     for path, count in axes.items():
         if not path.startswith(LAYERS + ".") or count < 0:
             raise UserError(
-                f"{path}: stacked leaves have a path that begins with {LAYERS!r} and an axis for "
-                f"layers (got {count} axes of one layer). Give paths such as 'layers.mlp.kernel'."
+                f"{path}: a stacked leaf must have a path that begins with {LAYERS!r} and at least "
+                f"0 axes a layer (got {count} axes). Give paths such as 'layers.mlp.kernel'."
             )
     for path, count in axes.items():
         _AXES.setdefault(path, set()).add(count)
@@ -82,7 +82,7 @@ def _own_models() -> dict[str, int]:
     }
 
 
-# Here and not in `jaxlm.models`, or a tree would be read by what else has been imported.
+# Not in `jaxlm.models`: the paths of a tree would then depend on whether that was imported.
 declare_stacked(_own_models())
 
 
@@ -97,7 +97,7 @@ def _names(key_path) -> Iterator[str]:
 
 
 def _without_index(names: list[str]) -> tuple[list[str], int | None]:
-    """The names, and the index after `layers` apart from them."""
+    """Return the names without the index after `layers`, and that index."""
     after = names.index(LAYERS) + 1 if LAYERS in names else len(names)
     if after < len(names) and _INDEX.fullmatch(names[after]):
         return names[:after] + names[after + 1 :], int(names[after])
@@ -105,7 +105,7 @@ def _without_index(names: list[str]) -> tuple[list[str], int | None]:
 
 
 def _axes(names: list[str]) -> set[int]:
-    """How many axes one layer of a declared leaf has; empty for all others."""
+    """Return the numbers of axes that a layer of this leaf may have; none if undeclared."""
     return _AXES.get(".".join(names[names.index(LAYERS) :]), set()) if LAYERS in names else set()
 
 
@@ -119,20 +119,20 @@ def _leaf(key_path, value) -> Leaf:
 
 
 def is_stacked(path: str, ndim: int) -> bool:
-    """Whether a leaf with so many axes is declared to have the layers as the first of them."""
+    """Return whether a leaf with `ndim` axes is declared as a stack of layers."""
     return ndim - 1 in _axes(path.split("."))
 
 
 def is_declared(path: str) -> bool:
-    """Whether a path is that of a declared leaf, or of a part of one."""
+    """Return whether a path is that of a declared leaf, or of a part of one."""
     names = path.split(".")
     return any(_axes(names[:count]) for count in range(len(names), 0, -1))
 
 
 def identity(path: str, layer: Any = None) -> tuple[str, Any]:
-    """What noise is drawn by: a path without the index of a layer, and that index or None.
+    """Return what noise is drawn by: the path without the index of its layer, and that index.
 
-    It is the same for a stack and for a list of layers, declared or not.
+    A stack of layers and a list of layers have the same identities, declared or not.
 
     >>> identity("layers.3.kernel"), identity("layers.kernel", 3), identity("blocks.3.kernel")
     (('layers.kernel', 3), ('layers.kernel', 3), ('blocks.3.kernel', None))
@@ -144,7 +144,7 @@ def identity(path: str, layer: Any = None) -> tuple[str, Any]:
 
 
 def indexed(path: str, layer: int | None) -> str:
-    """Inverse of `identity`: the path with the index of the layer in it.
+    """Return the path with the index of its layer, the inverse of `identity`.
 
     >>> indexed("layers.kernel", 3), indexed("head.kernel", None)
     ('layers.3.kernel', 'head.kernel')
@@ -157,7 +157,7 @@ def indexed(path: str, layer: int | None) -> str:
 
 
 def flatten(tree) -> tuple[list[Leaf], Any]:
-    """Returns the leaves of `tree` with their paths, in pytree order, and the tree's structure.
+    """Return the leaves of `tree` with their paths, in pytree order, and the tree's structure.
 
     >>> leaves, _ = flatten({"blocks": [{"w": 1}, {"w": 2}], "head": {"w": 3}})
     >>> [leaf.path for leaf in leaves]
@@ -168,19 +168,19 @@ def flatten(tree) -> tuple[list[Leaf], Any]:
 
 
 def map_with_path(function: Callable[..., Any], tree, *rest):
-    """Maps `function(leaf, *others)` over the `Leaf`s of `tree` and the plain values of `rest`."""
+    """Map `function(leaf, *others)` over the `Leaf`s of `tree` and the plain values of `rest`."""
     leaves, structure = flatten(tree)
     others = [structure.flatten_up_to(other) for other in rest]
     return structure.unflatten(function(*items) for items in zip(leaves, *others, strict=True))
 
 
 def path_hash(path: str) -> int:
-    """A stable 32-bit hash of a path (CRC-32 of its UTF-8 bytes), the same on every machine."""
+    """Return the CRC-32 of a path in UTF-8, the same on every machine."""
     return zlib.crc32(path.encode())
 
 
 def check_unique_hashes(tree) -> None:
-    """Raises UserError if two leaves of `tree` would share noise: by their path, or by its hash."""
+    """Raise UserError if two leaves share a path, or the hash of one, and so their noise."""
     hashes: dict[int, str] = {}
     layers: dict[str, set[Any]] = {}
     for leaf in flatten(tree)[0]:
@@ -200,25 +200,22 @@ def check_unique_hashes(tree) -> None:
         taken.add(own)
 
 
-def matcher(select: Select) -> Callable[[str], bool]:
-    """Turns a selection into a predicate on paths.
+def path_predicate(select: Select, key: str = "select") -> Callable[[str], bool]:
+    """Return a selection as a predicate on paths.
 
     Args:
       select: None for every path, a regular expression searched in the path, or a predicate.
+      key: name of the option, for messages.
     """
-    if select is None:
-        return lambda path: True
-    if callable(select):
-        return select
-    return searcher(select, "select")
+    return select if callable(select) else checks.regex(key, select)
 
 
-def chooser(select: Select) -> Callable[[str, Any], bool]:
-    """Like `matcher`, of path and leaf; what is not a non-empty array of floats is never taken.
+def leaf_predicate(select: Select) -> Callable[[str, Any], bool]:
+    """Return a selection as a predicate on a path and its leaf, true for arrays of floats only.
 
-    The predicate raises UserError at a complex leaf that `select` takes.
+    The predicate raises UserError for a complex leaf that is selected.
     """
-    takes = matcher(select)
+    takes = path_predicate(select)
 
     def chosen(path: str, leaf: Any) -> bool:
         dtype = getattr(leaf, "dtype", None)
@@ -226,8 +223,8 @@ def chooser(select: Select) -> Callable[[str, Any], bool]:
             return False
         if takes(path) and jnp.issubdtype(dtype, jnp.complexfloating):
             raise UserError(
-                f"{path}: parameters are real numbers (got {dtype}). Leave it out by `select`, or "
-                "keep its real and imaginary parts as two arrays."
+                f"{path}: parameters must be real (got {dtype}). Leave it out by `select`, or keep "
+                "its real and imaginary parts as two arrays."
             )
         return takes(path)
 
@@ -235,12 +232,12 @@ def chooser(select: Select) -> Callable[[str, Any], bool]:
 
 
 def mask(tree, select: Select):
-    """Returns a tree of Python booleans, True where `select` takes the path of a leaf of floats.
+    """Return a tree of Python booleans, True where a leaf of floats is selected.
 
     Raises:
-      UserError: if nothing is selected, and the message lists some paths; if a complex leaf is.
+      UserError: no leaf is selected, or a complex one is.
     """
-    takes = chooser(select)
+    takes = leaf_predicate(select)
     result = map_with_path(lambda leaf: takes(leaf.path, leaf.value), tree)
     if not any(jax.tree.leaves(result)):
         known = sorted({leaf.path for leaf in flatten(tree)[0]})
@@ -250,7 +247,7 @@ def mask(tree, select: Select):
 
 
 def split(tree, select: Select):
-    """Splits a tree into `(selected, rest)`, each with None in the other's places.
+    """Split a tree into `(selected, rest)`, each with None in the other's places.
 
     >>> split({"a": jnp.ones(1), "b": 2}, None)
     ({'a': Array([1.], dtype=float32), 'b': None}, {'a': None, 'b': 2})
@@ -262,14 +259,14 @@ def split(tree, select: Select):
 
 
 def merge(selected, rest):
-    """Inverse of `split`."""
+    """Join the two trees of `split`."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, selected, rest, is_leaf=lambda x: x is None
     )
 
 
 def lookup(tree, path: str):
-    """Returns the entry of a nested dict at a dotted path, or None where there is none."""
+    """Return the entry of a nested dict at a dotted path, or None where there is none."""
     for name in path.split("."):
         if tree is None or name not in tree:
             return None

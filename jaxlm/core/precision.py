@@ -1,20 +1,20 @@
-r"""Weights in 8 or 4 bits, which become floats only where they are read.
+r"""Weights in 8 or 4 bits, converted to floats where they are read.
 
-A packed leaf stands in the tree in place of a matrix. The weights of one output share a scale, all
-of them or a group at a time:
+A packed leaf takes the place of a matrix in the tree. All weights of one output share a scale, or
+each group of them does:
 
     W ≈ s v / 2^(b-1),        v in {-2^(b-1), ..., 2^(b-1) - 1},    b = 8 or 4,
 
-rounded to nearest, with the s of least squared error among multiples ±c max|W| of the group; the
-sign of s chooses which side gets the one more integer. So s has the size of a weight, and a step on
-s moves the largest weight of its group as far.
+rounded to nearest. s is the multiple ±c max|W| of the group with the least squared error; the sign
+of s decides which side gets the one integer more. So s has the size of a weight, and a step on s
+moves the largest weight of its group by as much.
 
 The model reads a packed leaf through `jaxlm.core.views` like any other, one layer or some rows at a
-time, with a view or without. Its scales are leaves of the tree, `layers.mlp.up_proj.kernel.scale`:
-they, biases and norms can be trained, the integers stay as they are.
+time, with or without a view. Scales are leaves of the tree, such as
+`layers.mlp.up_proj.kernel.scale`. They, biases and norms can be trained; the integers are fixed.
 
 References: Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale",
-arXiv:2208.07339 (a scale of each output); Kim et al., "Memory-Efficient Fine-Tuning of Compressed
+arXiv:2208.07339 (one scale an output); Kim et al., "Memory-Efficient Fine-Tuning of Compressed
 Large Language Models via sub-4-bit Integer Quantization", arXiv:2305.14152 (training the scales).
 """
 
@@ -30,7 +30,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from jaxlm.core import paths
+from jaxlm.core import checks, paths
 from jaxlm.core.errors import UserError
 from jaxlm.typing import Params
 
@@ -46,16 +46,16 @@ CLIPPING = np.linspace(0.7, 1.15, 13, dtype=np.float32)
 )
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A matrix in 8 or 4 bits, or a stack of them.
+    """A matrix in 8 or 4 bits, or a stack of matrices.
 
     Attributes:
-      values: int8 [..., in, out]; or uint8 [..., in / 2, out], where a byte holds an integer of the
-        first half of a group in its low bits and one of the second half in its high bits. `in` is
+      values: int8 [..., in, out]; or uint8 [..., in / 2, out], where the low bits of a byte hold
+        an integer of the first half of a group, and its high bits one of the second half. `in` is
         padded to whole groups.
       scale: [..., groups, out], in the dtype that the model sees.
       bits: 8 or 4.
-      axis: that of `in`: -2 for kernels; -1 for embedding tables, which are [out, in].
-      length: of `in`, without the padding.
+      axis: axis of `in`: -2 for kernels; -1 for embedding tables, which are [out, in].
+      length: length of `in` without the padding.
     """
 
     values: Any
@@ -83,7 +83,7 @@ class Packed:
         return self.scale.dtype
 
     def dense(self) -> Float[Array, "..."]:
-        """The weights as an array: products in at least float32, rounded once."""
+        """Return the weights as an array: products in at least float32, rounded once."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
         values = _divide(self.values, self.axis, self.scale.shape[self.axis])
         if self.bits == 4:
@@ -95,7 +95,7 @@ class Packed:
 
 
 def _divide(x: Array, axis: int, count: int) -> Array:
-    """Divides an axis, counted from the end, into (count, rest)."""
+    """Split an axis, counted from the end, into (count, rest)."""
     at = x.ndim + axis
     return x.reshape(*x.shape[:at], count, x.shape[at] // count, *x.shape[at + 1 :])
 
@@ -156,7 +156,7 @@ def pack(
     bits: Literal[8, 4],
     group_size: int | None = None,
 ) -> Packed:
-    """Packs the matrix of one path; see `quantize`."""
+    """Pack the matrix of one path; see `quantize`."""
     axis = -1 if path.endswith("embedding") else -2
     group = GROUP_SIZE if group_size is None and bits == 4 else group_size
     return _pack(jnp.asarray(matrix), bits=bits, axis=axis, group_size=group)
@@ -169,35 +169,35 @@ def quantize(
     select: paths.Select = MATRICES,
     group_size: int | None = None,
 ) -> Params:
-    """Packs the matrices of a tree; layers of a stack one after another.
+    """Pack the matrices of a tree, one layer of a stack at a time.
 
     Args:
       params: nested dict of arrays.
       bits: 8 or 4.
       select: a regular expression or predicate on paths; by default the kernels under `layers` and
-        the tables of tokens. What it takes beside matrices stays as it is.
-      group_size: how many weights share a scale, even. By default all of an output in 8 bits, and
-        64 of them in 4.
+        the token tables. Leaves that are not matrices stay as they are.
+      group_size: number of weights that share a scale, even. The default is all weights of an
+        output in 8 bits, and 64 in 4 bits.
 
     Returns:
-      The same tree with `Packed` leaves, for any function of the model. Beside the integers there
-      is a scale, in the dtype of the matrix, for each group.
+      The same tree with `Packed` leaves, which every function of the model accepts. Each group has
+      a scale in the dtype of the matrix.
 
     Raises:
-      UserError: for other bits or group sizes, and where a leaf is packed already.
-      ValueError: if `select` takes nothing.
+      UserError: `bits` or `group_size` is not supported, a leaf is packed already, or `select`
+        takes no parameter.
 
     >>> params = {"layers": {"mlp": {"up_proj": {"kernel": jnp.ones((2, 96, 8))}}}}
     >>> packed = quantize(params, bits=4)["layers"]["mlp"]["up_proj"]["kernel"]
     >>> packed.values.shape, packed.scale.shape, packed.shape
     ((2, 64, 8), (2, 2, 8), (2, 96, 8))
     """
-    if bits not in (8, 4):
-        raise UserError(f"bits={bits} is not supported; give 8 or 4")
-    if group_size is not None and (group_size < 2 or group_size % 2):
-        raise UserError(f"group_size={group_size} is no size of a group; give an even number")
+    checks.one_of("bits", bits, (8, 4))
+    checks.integer("group_size", group_size, least=2)
+    if group_size is not None and group_size % 2:
+        raise UserError(f"group_size: must be even (got {group_size}). Correct it.")
     if any(map(_is_packed, jax.tree.leaves(params, is_leaf=_is_packed))):
-        raise UserError("the parameters are quantized already; call dequantize first")
+        raise UserError("params: are quantized already (got packed leaves). Call dequantize first.")
 
     def packed(leaf: paths.Leaf, taken: bool) -> Any:
         if not taken or leaf.value.ndim - leaf.stacked < 2:
@@ -209,7 +209,7 @@ def quantize(
 
 
 def dequantize(params: Params) -> Params:
-    """The tree with every packed leaf as the array that the model sees."""
+    """Return the tree with every packed leaf as the array that the model sees."""
     return jax.tree.map(
         lambda leaf: leaf.dense() if _is_packed(leaf) else leaf, params, is_leaf=_is_packed
     )

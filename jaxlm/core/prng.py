@@ -1,12 +1,12 @@
 """Random numbers as a pure function of (key, path, layer, index).
 
-Keys derive by threefry `fold_in` of a stable hash of the path, never from a position in a flattened
-tree, so noise does not change when a tree is reordered, stacked or sharded. The bulk bits of one
-leaf come from a generator of which element `index` depends on `(key, index)` alone: any block of
-rows can be drawn without the rest, on any device, with the same bits.
+The key of a leaf is the threefry `fold_in` of a stable hash of its path, never of a position in the
+flattened tree, so noise does not change when a tree is reordered, stacked or sharded. Element
+`index` of a leaf depends on `(key, index)` only, so any block of rows can be drawn without the
+rest, on any device, with the same bits.
 
-Two generators share one interface. `threefry_bits` is the reference. `counter_bits` passes `(key,
-counter)` through two rounds of a 32-bit multiply-xorshift finaliser, and is several times faster.
+There are two generators. `threefry_bits` is the reference. `counter_bits` passes `(key, counter)`
+through two rounds of a 32-bit multiply-xorshift finaliser and is several times faster.
 """
 
 import math
@@ -26,9 +26,9 @@ Generator = Literal["counter", "threefry"]
 
 
 def leaf_key(key: Array, path: str, layer: int | Array | None = None) -> Array:
-    """Returns the key of one leaf: `fold_in(fold_in(key, hash(path)), layer)`.
+    """Return the key of one leaf: `fold_in(fold_in(key, hash(path)), layer)`.
 
-    An index after `layers` in the path counts as the layer.
+    An index after `layers` in the path is the layer.
     """
     path, layer = identity(path, layer)
     key = jax.random.fold_in(key, path_hash(path))
@@ -45,13 +45,11 @@ def _row_indices(shape: tuple[int, ...], rows: Rows) -> Array:
 
 
 def _counters(offset: Array, shape: tuple[int, ...], rows: Rows) -> Array:
-    """`offset` plus the flat index of each element.
-
-    The sum starts at the rows, so that a loop over layers, whose offsets differ, has no array of
-    the leaf's size to hoist.
-    """
+    """Return `offset` plus the flat index of each element."""
     if not shape:
         return offset
+    # The offset is added to the rows and not to the whole index: in a loop over layers, whose
+    # offsets differ, XLA would otherwise hoist the index, an array of the size of the leaf.
     row_size = math.prod(shape[1:])
     first = _row_indices(shape, rows) * np.uint32(row_size) + offset
     within = lax.iota(jnp.uint32, row_size).reshape(shape[1:])
@@ -68,14 +66,15 @@ def _finalise(x: Array) -> Array:
 
 
 def counter_bits(key: Array, shape: tuple[int, ...], rows: Rows = None) -> UInt32[Array, "..."]:
-    """32 random bits for each element of a leaf, by a keyed hash of its flat index.
+    """Return 32 random bits for each element of a leaf, by a keyed hash of its flat index.
 
     With key words `(k0, k1)`, counter `c = index + k0` and finaliser `f`: `f((f(c) ^ k1) + c)`.
 
     Args:
       key: typed PRNG key.
-      shape: the leaf's whole shape; its size must be below 2**32.
-      rows: indices on axis 0 (any shape), or a pair (start, size); only those rows are drawn.
+      shape: shape of the whole leaf; its size must be below 2**32.
+      rows: the rows to draw, as indices on axis 0 (any shape) or a pair (start, size); None for
+        all.
 
     Returns:
       uint32 of shape `[*rows.shape, *shape[1:]]`.
@@ -88,7 +87,7 @@ def counter_bits(key: Array, shape: tuple[int, ...], rows: Rows = None) -> UInt3
 
 
 def threefry_bits(key: Array, shape: tuple[int, ...], rows: Rows = None) -> UInt32[Array, "..."]:
-    """32 random bits for each element, row i from `fold_in(key, i)`; see `counter_bits`."""
+    """Return 32 random bits for each element, row i from `fold_in(key, i)`; see `counter_bits`."""
     if not shape:
         return jax.random.bits(key, (), jnp.uint32)
     index = _row_indices(shape, rows)
@@ -103,12 +102,13 @@ _GENERATORS: dict[str, Callable[..., Array]] = {"counter": counter_bits, "threef
 def bits(
     key: Array, shape: tuple[int, ...], rows: Rows = None, generator: Generator = "counter"
 ) -> UInt32[Array, "..."]:
-    """32 random bits for each element from the named generator; see `counter_bits`."""
+    """Return 32 random bits for each element from the named generator; see `counter_bits`."""
     return _GENERATORS[generator](key, shape, rows)
 
 
-# Minimax polynomials, lowest power first: the inverse normal distribution function for |x| < 7/8 as
-# x * CENTRE(x^2); its tail in t = (log2(1 - |x|) + 13.5) / 10.5; log2 of a mantissa m in 2m - 3.
+# Minimax polynomials, lowest power first. The inverse of the normal distribution function is
+# x * CENTRE(x^2) for |x| < 7/8, and TAIL(t) beyond, with t = (log2(1 - |x|) + 13.5) / 10.5. LOG2 is
+# log2 of a mantissa m, in 2m - 3.
 _CENTRE = (1.25392566, 0.301889142, 0.502692847, -1.58568484, 4.54232963, -5.60736501, 2.97656776)
 _TAIL = (
     *(3.92612501, -1.75173568, -0.350300392, -0.133729939, -0.0740931393),
@@ -126,12 +126,13 @@ def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
 
 @jax.jit
 def _inverse_normal(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """z with `erf(z / sqrt(2)) = x` to 1e-4, for float32 |x| < 1.
+    """Return z with `erf(z / sqrt(2)) = x` to 1e-4, for float32 |x| < 1.
 
-    Multiplications and additions only, which XLA fuses with the bits before and the update after:
-    `lax.erf_inv` makes two more arrays of the leaf's size, and takes longer. Compiled by itself
-    where nothing else is, since the rounding of `a * b + c` depends on compilation.
+    It is jitted since the rounding of `a * b + c` depends on compilation: an eager call must give
+    the bits of a compiled one.
     """
+    # Multiplications and additions only, which XLA fuses with the bits before and the update after.
+    # `lax.erf_inv` creates two more arrays of the size of the leaf and takes longer.
     size = jnp.abs(x)
     word = lax.bitcast_convert_type(1 - size, jnp.int32)
     exponent = ((word >> 23) - 127).astype(jnp.float32)
@@ -146,10 +147,10 @@ def _inverse_normal(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def normal(
     key: Array, shape: tuple[int, ...], rows: Rows = None, generator: Generator = "counter"
 ) -> Float[Array, "..."]:
-    """Standard normal float32 numbers, the inverse distribution function of 24 bits each.
+    """Return standard normal float32 numbers, by the inverse distribution function of 24 bits.
 
-    `erf(z / sqrt(2)) = (2k + 1) / 2**24 - 1` with k the upper 24 bits: symmetric, |z| < 5.42,
-    within 1e-4 of the exact inverse.
+    `erf(z / sqrt(2)) = (2k + 1) / 2**24 - 1`, where k is the upper 24 bits. The numbers are
+    symmetric about 0, below 5.42 in size, and within 1e-4 of the exact inverse.
 
     >>> z = normal(jax.random.key(0), (1000, 3))
     >>> bool((normal(jax.random.key(0), (1000, 3), rows=(7, 2)) == z[7:9]).all())
@@ -161,19 +162,16 @@ def normal(
     )
 
 
-def stored(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Finite x as it is, computed once where several use it.
-
-    XLA's CPU compiler would fuse the making of noise into every use, a loop that broadcasts it or
-    each of several results, and draw it again; but it keeps a quotient. So x is divided by ones
-    that the compiler does not see through.
-    """
+def prevent_recompute(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return x unchanged (x must be finite), but computed once for all that use it."""
+    # XLA's CPU compiler fuses cheap producers, such as the drawing of noise, into each consumer and
+    # draws again in every one. It does not fuse a division, so divide by ones that it cannot fold.
     return x / (1 + 0 * x)
 
 
 def rademacher(
     key: Array, shape: tuple[int, ...], rows: Rows = None, generator: Generator = "counter"
 ) -> Float[Array, "..."]:
-    """Signs, +1.0 or -1.0 in float32 with equal probability, from the top bit."""
+    """Return signs, +1.0 or -1.0 in float32 with equal probability, from the top bit."""
     top = (bits(key, shape, rows, generator) >> 31).astype(jnp.float32)
     return 1.0 - 2.0 * top

@@ -1,8 +1,9 @@
-"""Functions of a user, traced at every call and compiled once for each trace.
+"""Compile functions that a user gave: trace at every call, compile once for each distinct trace.
 
-`jax.jit` knows a function by its identity, and goes on with what it closed over, or with what the
-object of a bound method had, when it was first traced. A library that compiles a function which it
-was given must not: here the trace itself, made anew, is what a compiled program is found by.
+`jax.jit` identifies a function by object identity. What the function closes over, or the attributes
+of the object of a bound method, are read at the first trace and never again. A library that
+compiles the user's functions must see later changes, so here the trace itself, made anew at every
+call, is the key of the compiled program.
 """
 
 import functools
@@ -16,15 +17,15 @@ import numpy as np
 from jax.extend import core
 
 KEPT = 64
-"""Compiled programs, at most."""
+"""Largest number of compiled programs in the cache."""
 
 _compiled: OrderedDict[Any, Any] = OrderedDict()
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf of a parameter tree is an array, or a Python float that stands for one.
+    """Return whether a leaf of a parameter tree is an array, or a Python float that acts as one.
 
-    Functions, texts, sizes and switches, of which modules of Equinox have many, are not.
+    Functions, strings, sizes and flags, which modules of Equinox contain, are not.
     """
     if isinstance(leaf, float):
         return True
@@ -34,17 +35,17 @@ def is_array(leaf: Any) -> bool:
 
 
 def held(function: Callable[..., Any], params: Any) -> tuple[Callable[..., Any], Any]:
-    """A function of the arrays of `params` alone, and these; all else is as it is now.
+    """Return a function of the arrays in `params` alone, and these arrays.
 
-    The function is a new one, so that no cache of JAX takes it for an earlier one.
+    The other leaves keep their present values. The function is a new object, so that no cache of
+    JAX confuses it with an earlier one.
 
     Args:
       function: `function(params, *args, **options)`.
       params: any pytree.
 
     Returns:
-      The function, with the signature of the given one; and `params` with None for what is no
-      array.
+      The function, with the same signature; and `params` with None in place of other leaves.
 
     >>> function, arrays = held(lambda p, x: p["f"](p["w"] * x), {"w": 2.0, "f": jnp.tanh})
     >>> arrays["f"] is None, float(function(arrays, 0.0))
@@ -66,12 +67,12 @@ def held(function: Callable[..., Any], params: Any) -> tuple[Callable[..., Any],
 
 
 def has_values(*trees: Any) -> bool:
-    """Whether all arrays have values, so that they can be looked at."""
+    """Return whether no leaf is a tracer, so that values can be inspected."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
 class Program:
-    """A function of arrays that is traced once for their shapes; within a trace it is itself."""
+    """A function of arrays, traced once for each set of shapes; a call with tracers runs it."""
 
     def __init__(self, function: Callable[..., Any]):
         self._function = function
@@ -91,7 +92,7 @@ def _traced(function: Callable[..., Any], args: Any) -> Callable[..., Any]:
     closed, shapes = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
     key = _as_value(closed.jaxpr)
     if key not in _compiled:
-        # The arrays that the function closes over are arguments: they may be others next time.
+        # Arrays that the function closes over become arguments, since they may change.
         _compiled[key] = (
             closed.jaxpr,
             jax.jit(lambda consts, leaves: jax.core.eval_jaxpr(closed.jaxpr, consts, *leaves)),
@@ -103,15 +104,18 @@ def _traced(function: Callable[..., Any], args: Any) -> Callable[..., Any]:
     return lambda leaves: jax.tree.unflatten(structure, program(closed.consts, leaves))
 
 
-RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vmap_call", "checkpoint", "remat2")
-"""Primitives with rules for derivatives, batches or memory, which a finished trace is past."""
+_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vmap_call", "checkpoint", "remat2")
+"""Primitives whose parameters hold rules for differentiation, batching or memory.
+
+A finished trace no longer uses these rules, and they are new objects in every trace.
+"""
 
 
 def _as_value(part: Any) -> Any:
-    """A trace as something to compare: equal where the same is computed from the arguments.
+    """Return a hashable value that is equal for traces that compute the same.
 
-    What the trace holds beside equations counts by its value, or else by its identity; the cache
-    keeps the trace, so that no identity is used twice.
+    Objects in the trace that cannot be compared count by identity. The cache keeps the trace alive,
+    so no identity is used twice.
     """
     if isinstance(part, core.ClosedJaxpr):
         return _as_value(part.jaxpr), tuple(map(_as_value, part.consts))
@@ -124,7 +128,7 @@ def _as_value(part: Any) -> Any:
     if isinstance(part, dict):
         return tuple((name, _as_value(part[name])) for name in sorted(part, key=str))
     if isinstance(part, float | complex):
-        return type(part), repr(part)  # a NaN is itself, and 0.0 is not -0.0
+        return type(part), repr(part)  # so that NaN equals itself, and 0.0 differs from -0.0
     try:
         hash(part)
     except TypeError:
@@ -146,7 +150,7 @@ def _equations(jaxpr: Any) -> Any:
         params = {
             key: value
             for key, value in equation.params.items()
-            if name not in RULES or isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+            if name not in _RULES or isinstance(value, core.Jaxpr | core.ClosedJaxpr)
         }
         sides = (tuple(map(of, side)) for side in (equation.invars, equation.outvars))
         rows.append((equation.primitive, *sides, _as_value(params)))

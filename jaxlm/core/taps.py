@@ -1,8 +1,8 @@
 """A tap is an identity on activations that sends something out through the backward pass.
 
 `tap(path, op, x, y, layer) -> y` stands at every place where a parameter is used: `x` goes in, `y`
-comes out, `op` says how. From what passes there and its cotangent follows every per-example
-gradient; none of the gradients themselves is formed:
+comes out, `op` says how. Every per-example gradient follows from what passes there and from its
+cotangent, and no gradient itself is formed:
 
 | op      | parameter         | per-example gradient from factors (A, B)             |
 |---------|-------------------|------------------------------------------------------|
@@ -12,33 +12,44 @@ gradient; none of the gradients themselves is formed:
 | scale   | scale [D]         | sum_t A[t] * B[t], A the normalised activation       |
 | embed   | embedding [V, D]  | scatter-add of B[t] at row A[t]                      |
 
-A head and its bias that give some tokens alone have the keyword `rows`, ids [W] of those; B then
-has W columns, which belong to these rows of the parameter.
+A head (or its bias) that computes the logits of some tokens only has the keyword `rows`, the ids
+[W] of these tokens. B then has W columns, one for each of these rows of the parameter.
 
-`factors` returns A and B of all uses. `reduce` calls a function on A and B of one layer after
-another during the backward pass, and keeps only what that returns.
+`uses` lists which parameters pass a tap, how often and with which shapes. `factors` returns A and B
+of all uses. `reduce` calls a function on A and B of one layer after another during the backward
+pass, and keeps only what that returns.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
+from jax.extend import core
 from jaxtyping import Array
 
-from jaxlm.core.tapped import Key, Use, carrier, uses
+from jaxlm.core import paths
+from jaxlm.core.errors import UserError
+from jaxlm.core.programs import Program
 
 Op = Literal["dense", "head", "bias", "scale", "embed"]
+
+Key = tuple[str, str]
+"""Path and op of a use. A table that is tied to the head has two."""
 
 
 @runtime_checkable
 class Tap(Protocol):
-    """What a tap is; the leading axis of `layers`, a pytree, is scanned with the layers.
+    """The interface of a tap.
 
-    A tap that is to see restricted heads takes a keyword `rows=None`.
+    The leading axis of `layers`, a pytree, is scanned together with the layers of the model. A tap
+    that accepts restricted heads has a keyword `rows=None`.
     """
 
     layers: Any
@@ -49,20 +60,170 @@ class Tap(Protocol):
 def apply(
     tap: Any, path: str, op: Op, x: Array, y: Array, layer: Array | None, *, rows: Any = None
 ) -> Array:
-    """Returns `y`, through the tap if there is one."""
+    """Return `y`, through the tap if there is one."""
     if tap is None:
         return y
     return tap(path, op, x, y, layer) if rows is None else tap(path, op, x, y, layer, rows=rows)
 
 
-class Factors(NamedTuple):
-    """What determines the gradient of a use, with the layer axis in front where it is in a layer.
+class Use(NamedTuple):
+    """How a function uses a parameter.
 
     Attributes:
-      a: array [N, ...], what went in; ids of an embedding as exact integers in float32.
-      b: array [N, ...], the cotangent of what came out; behind an axis of cotangents if there are
-        several.
-      rows: ids [W] in float32 that the last axis of `b` stands for, or None for all.
+      x, y: shapes and dtypes of input and output; ids count as float32.
+      rows: shape of the ids of a restricted head, or None.
+      stacked: whether the use is in a layer.
+      times: number of uses, over all layers.
+    """
+
+    x: jax.ShapeDtypeStruct
+    y: jax.ShapeDtypeStruct
+    rows: jax.ShapeDtypeStruct | None
+    stacked: bool
+    times: int
+
+
+_MARK = "tap "
+
+
+class _Recorder:
+    """A tap that records shapes.
+
+    It also names every use in the trace, since a use in a loop is seen once here but runs often.
+    """
+
+    layers = None
+
+    def __init__(self):
+        self.seen: dict[Key, Use] = {}
+
+    def __call__(self, path, op, x, y, layer, *, rows=None):
+        ids = None if rows is None else jax.ShapeDtypeStruct(jnp.shape(rows), jnp.float32)
+        shape = jax.ShapeDtypeStruct(x.shape, carrier(x))
+        self.seen[path, op] = Use(
+            shape, jax.ShapeDtypeStruct(y.shape, y.dtype), ids, layer is not None, 0
+        )
+        return checkpoint_name(y, f"{_MARK}{path} {op}")
+
+
+def carrier(x: Any) -> Any:
+    """Return the dtype of `x` in factors. Ids become float32, whose cotangents JAX allows."""
+    return jnp.float32 if jnp.issubdtype(x.dtype, jnp.integer) else x.dtype
+
+
+def uses(f: Callable[..., Array], params: Any, x: Any) -> dict[Key, Use]:
+    """Return the uses of parameters that pass a tap.
+
+    Args:
+      f: `f(params, x, *, tap)`.
+      params, x: arrays or their shapes.
+    """
+    recorder = _Recorder()
+    traced = jax.make_jaxpr(lambda params, x: f(params, x, tap=recorder))(params, x)
+    counts: Counter[str] = Counter()
+    for name, times in _marks(traced.jaxpr, 1):
+        counts[name] += times
+    return {
+        (path, op): use._replace(times=counts[f"{_MARK}{path} {op}"])
+        for (path, op), use in recorder.seen.items()
+    }
+
+
+def read(f: Callable[..., Any], params: Any, x: Any) -> set[str]:
+    """Return the paths of the parameters that the value of f depends on, by its trace.
+
+    Args:
+      f: `f(params, x)`.
+      params, x: arrays or their shapes.
+    """
+    jaxpr = jax.make_jaxpr(f)(params, x).jaxpr
+    reached = _reached(jaxpr)
+    pairs = zip(paths.flatten(params)[0], jaxpr.invars, strict=False)
+    return {leaf.path for leaf, variable in pairs if variable in reached}
+
+
+def check_ids(f: Callable[..., Any], params: Any, x: Any, name: str) -> None:
+    """Check the ids that f looks up outside layers; JAX would silently clip them to the table.
+
+    Args:
+      f: `f(params, x, *, tap)`.
+      params, x: arrays with values.
+      name: name of x, for messages.
+
+    Raises:
+      UserError: naming an example with an id that its table does not have.
+    """
+
+    def run(params, x):
+        seen: dict[str, Array] = {}
+
+        def tap(path, op, x, y, layer, *, rows=None):
+            del rows
+            if op == "embed" and layer is None:
+                seen[path] = x
+            return y
+
+        tap.layers = None  # type: ignore[attr-defined]
+        f(params, x, tap=tap)
+        return seen
+
+    shapes = {leaf.path: jnp.shape(leaf.value) for leaf in paths.flatten(params)[0]}
+    for path, ids in Program(run)(params, x).items():
+        if path not in shapes or not ids.is_fully_addressable:  # no process has all of them
+            continue
+        size, ids = shapes[path][0], np.asarray(ids)
+        wrong = np.argwhere((ids < 0) | (ids >= size))
+        if len(wrong):
+            at = tuple(wrong[0])
+            raise UserError(
+                f"{name}: ids of {path} must be from 0 to {size - 1} (got {ids[at]} in example "
+                f"{at[0]}). Is the tokenizer that of the model?"
+            )
+
+
+def _reached(jaxpr) -> set[Any]:
+    """Return the variables of a trace on which an output depends."""
+    found = {variable for variable in jaxpr.outvars if not isinstance(variable, core.Literal)}
+    for equation in reversed(jaxpr.eqns):
+        if found.isdisjoint(equation.outvars):
+            continue
+        taken = equation.invars
+        inner = list(_inner(equation))
+        if len(inner) == 1 and len(inner[0].invars) == len(taken):  # a scan, or a call
+            needed = _reached(inner[0])
+            pairs = zip(taken, inner[0].invars, strict=True)
+            taken = [outer for outer, variable in pairs if variable in needed]
+        found.update(v for v in taken if not isinstance(v, core.Literal))
+    return found
+
+
+def _inner(equation) -> Iterator[Any]:
+    """Yield the traces inside an equation."""
+    for value in equation.params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            inner = getattr(part, "jaxpr", part)
+            if hasattr(inner, "eqns"):
+                yield inner
+
+
+def _marks(jaxpr, times) -> Iterator[tuple[str, int]]:
+    """Yield each name in a trace and how often it runs; a while loop counts as two rounds."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "name":
+            yield equation.params["name"], times
+        again = {"scan": equation.params.get("length"), "while": 2}.get(name, 1)
+        for inner in _inner(equation):
+            yield from _marks(inner, times * again)
+
+
+class Factors(NamedTuple):
+    """The two factors of the gradient of a use; in a layer, with the axis of layers in front.
+
+    Attributes:
+      a: [N, ...], the input; ids of an embedding are integers in float32.
+      b: [N, ...], the cotangent of the output, or [K, N, ...] for K cotangents.
+      rows: ids [W] in float32 that the last axis of `b` stands for; None for all.
     """
 
     a: Any
@@ -91,8 +252,11 @@ _send.defvjp(_send_forward, _send_backward)
 
 
 def _send_reduced(rule, key, y, x, layer, extra, probe):
-    """`y`, whose backward pass gives `rule`'s value as the cotangent of `probe`."""
+    """Return `y`, with a backward pass that gives the value of `rule` as cotangent of `probe`."""
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), probe)
+
+    # `rule` needs all K cotangents at once, so it runs in the batching rule of the backward pass,
+    # where `jax.vmap` over cotangents hands them over together.
 
     @custom_vmap
     def reduced(x, cotangent, layer, extra):
@@ -127,13 +291,15 @@ def _send_reduced(rule, key, y, x, layer, extra, probe):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Sender:
-    """Sends factors, or in layers what `rule` makes of them.
+    """The tap that sends out factors, or in layers the values of `rule` for them.
+
+    A probe is a zero array whose cotangent is what is sent.
 
     Attributes:
-      layers: for each key a probe, behind the axis of layers; with a rule (extra, probe).
-      rest: probes outside layers.
+      layers: a probe for each key, with the axis of layers in front; with a rule (extra, probe).
+      rest: probes of uses outside layers.
       total: probe of the sum over layers.
-      rule: or None.
+      rule: see `reduce`, or None.
     """
 
     layers: dict[Key, Any]
@@ -174,19 +340,19 @@ def factors(
     cotangents: Array | None = None,
     keep: Mapping[Key, Use] | None = None,
 ) -> dict[Key, Factors]:
-    """Returns the two factors of every per-example gradient of `f`.
+    """Return the two factors of every per-example gradient of `f`.
 
     Args:
-      f: `f(params, x, *, tap) -> [N, ...]`, example n depending on row n of `x` alone.
+      f: `f(params, x, *, tap) -> [N, ...]`; value n depends on row n of `x` alone.
       params: the parameters.
       x: a batch, any pytree.
-      cotangents: [K, *shape of f's value], for K backward passes at once; None for one pass, with
+      cotangents: [K, *shape of f's value], for K backward passes at once; None for one pass with
         ones.
-      keep: the uses of which to return factors; all of `uses(f, params, x)` if None.
+      keep: the uses to return factors of; None for all of `uses(f, params, x)`.
 
     Returns:
-      `{(path, op): Factors}`. With `cotangents` each `b` has an axis K in front; `a` has not, since
-      it is the same for all.
+      `{(path, op): Factors}`. With `cotangents`, each `b` has an axis K in front. `a` has none,
+      since it is the same for all.
     """
     found = uses(f, params, x) if keep is None else keep
     probes = (_probes(found, True), _probes(found, False))
@@ -199,7 +365,7 @@ def factors(
 
 
 def _axes(probes):
-    """Where the axis of cotangents is: only in `b`."""
+    """Return the axes of cotangents for `vmap`: `b` alone has one."""
 
     def at(part):
         return {key: Factors(None, 0, None) for key in part}
@@ -217,19 +383,21 @@ def reduce(
     extras: Mapping[Key, Any] | None = None,
     keep: Mapping[Key, Use] | None = None,
 ) -> tuple[Any, dict[Key, Any], dict[Key, Factors]]:
-    """Runs the backward pass of `f` and calls `rule` at every use in a layer, one layer alive.
+    """Run the backward pass of `f` and call `rule` at every use in a layer.
+
+    The factors of one layer are in memory at a time.
 
     Args:
-      f, params, x, keep: of `factors`.
-      rule: `rule(key, a, b, layer, extra) -> (total, own)` with b [K, N, ...] for all cotangents
-        and pytrees of arrays as values; `total` has the same shapes at every use.
+      f, params, x, keep: see `factors`.
+      rule: `rule(key, a, b, layer, extra) -> (total, own)`, two pytrees of arrays, with b
+        [K, N, ...] for all cotangents. `total` has the same shapes at every use.
       cotangents: [K, *shape of f's value].
-      extras: for some keys a pytree of arrays with a leading axis of layers, of which `rule` gets
-        the layer's part.
+      extras: for some keys a pytree of arrays with a leading axis of layers; `rule` gets the part
+        of its layer.
 
     Returns:
-      The sum of all `total` (None if nothing is used in a layer); for every key in layers its
-      `own`, behind the axis of layers; and the factors of the uses outside layers.
+      The sum of all `total` (None if no use is in a layer); `own` of every key in layers, with the
+      axis of layers in front; the factors of the uses outside layers.
     """
     found = uses(f, params, x) if keep is None else keep
     extras = extras or {}

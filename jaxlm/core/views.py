@@ -1,8 +1,8 @@
-"""A view is what the model sees in place of a stored leaf, made just before use.
+"""A view replaces a stored leaf by what the model is to see, just before use.
 
-`view(path, leaf, layer, *, rows=None) -> leaf'` runs inside the scan over layers, so only one layer
-of `leaf'` is ever alive. `path` is a Python string, `layer` a traced int32 or None outside
-`layers`. `rows` (indices, or a pair (start, size), on axis 0) says that only `leaf[rows]` is
+`view(path, leaf, layer, *, rows=None) -> leaf'` runs inside the scan over layers, so one layer of
+`leaf'` is in memory at a time. `path` is a Python string; `layer` is a traced int32, or None
+outside `layers`. `rows` (indices on axis 0, or a pair (start, size)) says that only `leaf[rows]` is
 needed.
 
 Views are frozen dataclasses registered as pytrees, so they cross `jit` and `vmap`.
@@ -22,11 +22,12 @@ from jaxlm.core.precision import Packed
 from jaxlm.core.prng import Rows
 
 FEW = 8
+"""Ranks up to this are summed as outer products, see `LowRank.dense`."""
 
 
 @runtime_checkable
 class View(Protocol):
-    """What a view is: a function from a stored leaf to the leaf that the model uses."""
+    """The interface of a view: a function from a stored leaf to the leaf that the model uses."""
 
     def __call__(
         self, path: str, leaf: Any, layer: Array | int | None, *, rows: Rows = None
@@ -50,10 +51,9 @@ class LowRank:
         return LowRank(self.left, scale * self.right)
 
     def dense(self) -> Array:
-        """[*rows, out], for few factors as a sum of outer products.
-
-        Then a block of rows has the bits of those rows in the whole.
-        """
+        """Return the product, [*rows, out]."""
+        # A matrix product may round a block of rows differently from the same rows in the whole. A
+        # sum of outer products does not, so noise drawn by blocks has the same bits.
         rank = self.left.shape[-1]
         if rank > FEW:
             return self.left @ self.right
@@ -93,29 +93,29 @@ class LowRankSum:
         return LowRankSum(self.weight, left, right)
 
     def dot(self, x: Array) -> Array:
-        """`x @ weight + (x @ left) @ right.T`, in the dtype of the first product."""
+        """Return `x @ weight + (x @ left) @ right.T` in the dtype of the first product."""
         y = x @ self.weight
         return (y + LowRank(x @ self.left, self.right.T).dense()).astype(y.dtype)
 
     def dense(self) -> Array:
-        """The sum as one array, in the dtype of `weight`."""
+        """Return the sum as one array, in the dtype of `weight`."""
         return add(self.weight, LowRank(self.left, self.right.T).dense())
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Taken:
-    """A leaf of which the rows were already taken, on its way to the next of several views."""
+class GatheredRows:
+    """A leaf of which the rows are taken already, between two of several views."""
 
     value: Any
 
 
 def take(leaf: Any, rows: Rows) -> Any:
-    """Returns `leaf[rows]` on axis 0 of an array or `LowRankSum`.
+    """Return `leaf[rows]` on axis 0 of an array or `LowRankSum`.
 
-    A `Taken` leaf is unwrapped, a `Packed` one becomes an array.
+    `GatheredRows` are unwrapped, and a `Packed` leaf becomes an array.
     """
-    if isinstance(leaf, Taken):
+    if isinstance(leaf, GatheredRows):
         return leaf.value
     if isinstance(leaf, Packed):
         return unpack(leaf, lambda name, part, rows: take(part, rows), rows)
@@ -129,7 +129,7 @@ def take(leaf: Any, rows: Rows) -> Any:
 
 
 def unpack(leaf: Packed, read: Callable[[str, Array, Rows], Array], rows: Rows = None) -> Array:
-    """The weights of a packed leaf, from what `read(name, part, rows)` gives of its arrays."""
+    """Return the weights of a packed leaf, whose arrays are read by `read(name, part, rows)`."""
     by_rows = leaf.ndim + leaf.axis > 0
     part_rows = rows if by_rows else None
     values = read("values", leaf.values, part_rows)
@@ -139,15 +139,15 @@ def unpack(leaf: Packed, read: Callable[[str, Array, Rows], Array], rows: Rows =
 
 
 def shape_of(leaf: Any, rows: Rows) -> tuple[int, ...]:
-    """The shape of the whole leaf; a `Taken` one has lost its length, and gets 1 in its place."""
-    if not isinstance(leaf, Taken):
+    """Return the shape of the whole leaf; `GatheredRows` have 1 in place of the lost length."""
+    if not isinstance(leaf, GatheredRows):
         return leaf.shape
     index_dims = rows.ndim if isinstance(rows, jax.Array) else 1
     return (1, *leaf.value.shape[index_dims:])
 
 
 def add(leaf: Any, delta: Array | LowRank) -> Any:
-    """`leaf + delta`, summed in at least float32 and rounded once to the dtype of `leaf`."""
+    """Return `leaf + delta`, summed in at least float32 and rounded once to the leaf's dtype."""
     if isinstance(leaf, LowRankSum):
         return leaf + delta
     if isinstance(delta, LowRank):
@@ -157,7 +157,7 @@ def add(leaf: Any, delta: Array | LowRank) -> Any:
 
 
 def add_factors(path: str, leaf: Any, delta: LowRank, rows: Rows) -> Any:
-    """`leaf + delta`; where a whole kernel is read, with the factors kept apart."""
+    """Return `leaf + delta`, with separate factors if a whole kernel is read."""
     if rows is None and path.endswith("kernel") and not isinstance(leaf, LowRankSum):
         return LowRankSum(leaf, delta.left, delta.right.T)
     return add(leaf, delta)
@@ -166,14 +166,14 @@ def add_factors(path: str, leaf: Any, delta: LowRank, rows: Rows) -> Any:
 def apply(
     view: View | None, path: str, leaf: Any, layer: Array | int | None, *, rows: Rows = None
 ) -> Any:
-    """Returns what the model sees of `leaf`; without a view, the leaf itself."""
+    """Return what the model sees of `leaf`; without a view, the leaf itself."""
     return take(leaf, rows) if view is None else view(path, leaf, layer, rows=rows)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Composed:
-    """Views applied in order, the first one nearest to the stored leaf."""
+    """Views applied in order, the first one to the stored leaf."""
 
     views: tuple[Any, ...]
 
@@ -183,11 +183,11 @@ class Composed:
         for view in self.views:
             leaf = view(path, leaf, layer, rows=rows)
             if rows is not None:
-                leaf = Taken(leaf)
+                leaf = GatheredRows(leaf)
         return take(leaf, rows)
 
 
 def compose(*views: View | None) -> View | None:
-    """Joins views, the first nearest to the stored leaf; None stands for the identity."""
+    """Return the composition of views, the first applied first; None is the identity."""
     kept = tuple(view for view in views if view is not None)
     return kept[0] if len(kept) == 1 else Composed(kept) if kept else None

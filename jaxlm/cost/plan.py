@@ -237,7 +237,7 @@ def _largest_batch(run: ByShapes, device: Device, peak: int) -> int | None:
 
 
 def _parameters(run: ByShapes) -> tuple[Parameter, ...]:
-    trained = paths.chooser(run.select)
+    trained = paths.leaf_predicate(run.select)
     return tuple(
         Parameter(
             leaf.path,

@@ -235,7 +235,7 @@ def _white(key: Any, n_paths: int, structure: Any, stretches: Stretch) -> Callab
         def normal(leaf, keys):
             shape, dtype = leaf.value.shape, leaf.value.dtype
             z = prng.normal(keys[index], (n_paths, *shape), rows=(path, 1))[0]
-            return prng.stored(z).astype(dtype)
+            return prng.prevent_recompute(z).astype(dtype)
 
         return jax.tree.unflatten(tree, map(normal, leaves, keys))
 

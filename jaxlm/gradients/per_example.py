@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxlm.core import paths, tapped, taps
+from jaxlm.core import paths, taps
 from jaxlm.core.errors import UserError
 
 LOSS = ("", "bias")
@@ -232,7 +232,7 @@ def _by_factors(loss_fn, params, examples, rule, select, extras, shared, segment
 
     value = jax.eval_shape(with_losses, params, examples)
     _check_losses(value, examples, segments)
-    found = tapped.uses(with_losses, params, examples)
+    found = taps.uses(with_losses, params, examples)
     found = {key: use for key, use in found.items() if key[0] in by_path or key == LOSS}
 
     per_row = None if segments is None else value.shape[1]
@@ -340,13 +340,13 @@ def untapped(f: Callable[..., Any], params: Any, x: Any, select: paths.Select = 
     """
     if not takes_tap(f):
         return "it has no keyword tap"
-    uses = tapped.uses(f, params, x)
+    uses = taps.uses(f, params, x)
     slices: Counter[str] = Counter()
     for leaf in paths.flatten(paths.split(params, select)[0])[0]:
         slices[leaf.path] += leaf.value.shape[0] if leaf.stacked else 1
     missing = slices.keys() - {path for path, _ in uses}
     if missing:
-        missing &= tapped.read(f, params, x)
+        missing &= taps.read(f, params, x)
     if missing:
         return f"{min(missing)} passes no tap"
     for path, times in slices.items():
@@ -357,7 +357,7 @@ def untapped(f: Callable[..., Any], params: Any, x: Any, select: paths.Select = 
     return None
 
 
-def activation_bytes(uses: Mapping[tapped.Key, tapped.Use]) -> int:
+def activation_bytes(uses: Mapping[taps.Key, taps.Use]) -> int:
     """About what a backward pass keeps: all that enters and leaves the parameters."""
     return sum(
         use.times * (math.prod(part.shape) * part.dtype.itemsize)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlm.core import paths, tapped
+from jaxlm.core import paths, taps
 from jaxlm.core.errors import UserError
 from jaxlm.core.programs import has_values, held
 from jaxlm.gradients import adam, per_example
@@ -180,7 +180,7 @@ def features_with_info(
         moments = adam.moments(adam_state, params, select)  # type: ignore[assignment]
     per_example.count_examples(examples, "examples")
     if per_example.takes_tap(loss_fn) and has_values(params, examples):
-        tapped.check_ids(loss_fn, params, examples, "examples")
+        taps.check_ids(loss_fn, params, examples, "examples")
     size, whole = size_of_block(loss_fn, params, examples, select)
     size = size if block_size is None else block_size
     if size < 1:

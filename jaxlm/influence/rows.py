@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from jaxlm.core import paths, tapped
+from jaxlm.core import paths, taps
 from jaxlm.core.programs import Program
 from jaxlm.gradients import adam, per_example
 from jaxlm.gradients.projection import Projector
@@ -56,7 +56,7 @@ def size_of_block(
     lean = per_example.untapped(loss_fn, params, one, select) is None
     each = whole
     if lean:
-        each = per_example.activation_bytes(tapped.uses(loss_fn, params, one))
+        each = per_example.activation_bytes(taps.uses(loss_fn, params, one))
         each += 4 * max(math.prod(leaf.value.shape[leaf.stacked :]) for leaf in taken)
     room = CACHE_BYTES if jax.default_backend() == "cpu" else BLOCK_BYTES
     most = min(TOGETHER, max(1, room // max(each, 1)))

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxlm.artifacts.processes import to_host
-from jaxlm.core import paths, tapped
+from jaxlm.core import paths, taps
 from jaxlm.core.errors import UserError
 from jaxlm.core.programs import has_values, held
 from jaxlm.gradients.per_example import count_examples, takes_tap
@@ -252,7 +252,7 @@ def prepare(
         for name, x in (("x1", x1), ("x2", x2)):
             if x is not None:
                 if takes_tap(f):
-                    tapped.check_ids(f, params, x, name)
+                    taps.check_ids(f, params, x, name)
                 checks.check_independence(f, params, x, name)
     counts = (count_examples(x1, "x1"), count_examples(x1 if x2 is None else x2, "x2"))
     size = blocks.sizes(counts, count, params, select, (block_size, method, mesh))

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxlm.core import paths, tapped, taps
+from jaxlm.core import paths, taps
 from jaxlm.kernels import cost, gram, rules, tables
 from jaxlm.kernels.sides import Sides, Slice
 
-Plan = Mapping[tapped.Key, cost.Method]
+Plan = Mapping[taps.Key, cost.Method]
 """The way to each use of a parameter; see `jaxlm.kernels.cost`."""
 
 
@@ -150,7 +150,7 @@ class Backward:
 
     def _uses(self, x):
         chosen = {leaf.path for leaf in self._leaves()}
-        found = tapped.uses(self.f, self.params, x)
+        found = taps.uses(self.f, self.params, x)
         return {key: use for key, use in found.items() if key[0] in chosen}
 
     def _cotangents(self, x):
@@ -158,7 +158,7 @@ class Backward:
         eye = jnp.eye(value.shape[1], dtype=value.dtype)
         return jnp.broadcast_to(eye[:, None], (value.shape[1], *value.shape))
 
-    def _extras(self, stacked: Mapping[tapped.Key, bool]) -> dict[tapped.Key, Any]:
+    def _extras(self, stacked: Mapping[taps.Key, bool]) -> dict[taps.Key, Any]:
         """For each use the moments of its leaf (first, second, count), in layers behind an axis."""
         if self.moments is None:
             return {}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxlm.core import paths, tapped
+from jaxlm.core import paths, taps
 from jaxlm.core.errors import UserError
 from jaxlm.core.programs import held
 from jaxlm.gradients import per_example
@@ -127,7 +127,7 @@ def plan(
     trace_axes: Sequence[int] = (),
     diagonal_axes: Sequence[int] = (),
     select: paths.Select = None,
-) -> dict[tapped.Key, cost.Method]:
+) -> dict[taps.Key, cost.Method]:
     """The way that `factorized` goes to each use of a matrix or a table, from shapes alone.
 
     Args:
@@ -144,7 +144,7 @@ def plan(
     shapes = {leaf.path: leaf.value.shape[-2:] for leaf in taken}
     return {
         key: cost.choose(key[1], counts, (outputs, pairs), _places(key, use), shapes[key[0]])
-        for key, use in tapped.uses(f, params, x1).items()
+        for key, use in taps.uses(f, params, x1).items()
         if key[0] in shapes and key[1] in ("dense", "embed", "head")
     }
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxlm.core import paths, prng, tapped, taps
+from jaxlm.core import paths, prng, taps
 from jaxlm.core.errors import UserError
 from jaxlm.core.programs import held
 from jaxlm.gradients.per_example import count_examples
@@ -103,7 +103,9 @@ def prefix(f: Callable[..., Array], params: Any, x1: Any, x2: Any = None, **opti
 
 
 def _need(params, pattern, what):
-    if not any(map(paths.matcher(pattern), (leaf.path for leaf in paths.flatten(params)[0]))):
+    if not any(
+        map(paths.path_predicate(pattern), (leaf.path for leaf in paths.flatten(params)[0]))
+    ):
         raise UserError(f"the parameters have no {what}")
 
 
@@ -126,7 +128,7 @@ def draw_adapters(
     """
     if rank < 1:
         raise UserError(f"rank is {rank}: give 1 or more")
-    takes, key = paths.matcher(targets), jax.random.key(seed)
+    takes, key = paths.path_predicate(targets), jax.random.key(seed)
     drawn = {}
     for path, _, stacked, value in paths.flatten(params)[0]:
         if path.endswith(".kernel") and takes(path):
@@ -186,7 +188,7 @@ def activation_projected(
 def _features(f, params, x, *, adapters, scale, name):
     """Gradients of B, [N, C, L, r * out] each."""
     count, outputs = count_examples(x, name), checks.outputs(f, params, x, name)
-    uses = tapped.uses(f, params, x)
+    uses = taps.uses(f, params, x)
     for path in adapters:
         if (path, "dense") not in uses:
             raise UserError(f"adapters has {path}, which passes no tap; take paths of kernels")

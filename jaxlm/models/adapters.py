@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.paths import matcher
+from jaxlm.core.paths import path_predicate
 from jaxlm.core.precision import Packed
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.initialise import nest, unnest
@@ -21,7 +21,7 @@ PREFIX = r"\.prefix_(keys|values)$"
 
 def found(params: Any, pattern: str) -> bool:
     """Whether a tree has leaves of one of the patterns here."""
-    return any(map(matcher(pattern), unnest(params)))
+    return any(map(path_predicate(pattern), unnest(params)))
 
 
 def merge(config: ModelConfig, params: Any) -> Any:
@@ -31,7 +31,7 @@ def merge(config: ModelConfig, params: Any) -> Any:
       UserError: if such a kernel is packed.
     """
     flat = unnest(params)
-    takes = matcher(LORA)
+    takes = path_predicate(LORA)
     merged = {path: leaf for path, leaf in flat.items() if not takes(path)}
     for path in [path for path in flat if path.endswith(".lora_a")]:
         stem = path.removesuffix(".lora_a")

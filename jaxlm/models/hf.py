@@ -25,7 +25,7 @@ from jaxlm.artifacts.folder import replace_contents
 from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core.checks import one_of, show
 from jaxlm.core.errors import UserError
-from jaxlm.core.paths import flatten, matcher
+from jaxlm.core.paths import flatten, path_predicate
 from jaxlm.core.precision import MATRICES, Packed, dequantize, pack, quantize
 from jaxlm.models import adapters
 from jaxlm.models.attention import IMPLEMENTATIONS
@@ -99,7 +99,7 @@ def from_pretrained(
         remat=remat,
     )
     checkpoint.check(config)
-    is_matrix = matcher(MATRICES)
+    is_matrix = path_predicate(MATRICES)
     flat: dict[str, Any] = {}
     with _enough_memory(folder, config, dtype):
         for path, shape in param_shapes(config).items():

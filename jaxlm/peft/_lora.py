@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.paths import Select, matcher
-from jaxlm.core.patterns import searcher
+from jaxlm.core.paths import Select, path_predicate
 from jaxlm.core.prng import leaf_key
 from jaxlm.models import LanguageModel, adapters
 from jaxlm.models.initialise import nest, unnest
@@ -55,7 +54,7 @@ def lora(
     if not abs(alpha) <= 1e30:
         raise UserError(f"alpha: must be a finite number (got {alpha}). Correct it.")
     kernels = [path for path in flat if path.endswith(".kernel")]
-    takes = searcher(targets, "targets") if isinstance(targets, str) else matcher(targets)
+    takes = path_predicate(targets, "targets")
     chosen = [path for path in kernels if takes(path)]
     if not chosen:
         shown = ", ".join(kernels[:8]) + (", ..." if len(kernels) > 8 else "")

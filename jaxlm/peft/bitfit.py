@@ -4,7 +4,7 @@ References: Ben Zaken et al., arXiv:2106.10199.
 """
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.paths import matcher
+from jaxlm.core.paths import path_predicate
 from jaxlm.models import LanguageModel
 from jaxlm.models.initialise import unnest
 
@@ -17,7 +17,7 @@ def bitfit_selection(lm: LanguageModel) -> str:
     Raises:
       UserError: for one that has none, such as most Llamas.
     """
-    if not any(map(matcher(BITFIT), unnest(lm.params))):
+    if not any(map(path_predicate(BITFIT), unnest(lm.params))):
         raise UserError(
             f"peft: a {lm.config.family} model has no biases to train. Take lora or head."
         )

@@ -6,8 +6,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxlm.core import checks
 from jaxlm.core.errors import UserError
-from jaxlm.core.patterns import searcher
 from jaxlm.models import LanguageModel
 from jaxlm.models.adapters import LORA, PREFIX
 from jaxlm.peft._lora import lora
@@ -59,7 +59,7 @@ class Lora(Tuning):
             raise UserError(
                 f"peft.alpha: must be a finite number above 0 (got {self.alpha}). Correct it."
             )
-        searcher(self.targets, "peft.targets")
+        checks.regex("peft.targets", self.targets)
 
     def prepare(self, lm: LanguageModel, key: PRNGKey) -> LanguageModel:
         """See `Tuning`."""

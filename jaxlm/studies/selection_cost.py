@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxlm.core.checks import whole
-from jaxlm.core.paths import matcher
+from jaxlm.core.paths import path_predicate
 from jaxlm.cost.device import Device
 from jaxlm.influence.encodings import encoding
 from jaxlm.models import ModelConfig, param_shapes
@@ -113,7 +113,7 @@ def adapter_size(model: ModelConfig, peft: Lora) -> int:
     >>> adapter_size(LLAMA_7B, Recipe().peft)
     134217728
     """
-    takes = matcher(peft.targets)
+    takes = path_predicate(peft.targets)
     return sum(
         math.prod(shape[:-2]) * (shape[-2] + shape[-1]) * peft.rank
         for path, shape in param_shapes(model).items()

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxlm.core import checks
 from jaxlm.core.checks import in_float32, number, one_of, whole
-from jaxlm.core.patterns import check_pattern
 
 SECTION = "optimizer."
 
@@ -56,7 +56,7 @@ class Optimizer:
         check(self, "learning_rate", "weight_decay")
         whole(self, "warmup", least=0, section=SECTION)
         one_of("optimizer.schedule", self.schedule, ("constant", "linear"))
-        check_pattern("optimizer.select", self.select)
+        checks.regex("optimizer.select", self.select)
 
     def rate(self, steps: int) -> Any:
         """The learning rate as a number or an optax schedule over `steps` steps."""

@@ -107,7 +107,7 @@ def first_order(
     Args:
         transform: updates are added to the parameters.
         loss_fn: see `method`.
-        select: parameters to train, see `jaxlm.core.paths.matcher`.
+        select: parameters to train, see `jaxlm.core.paths.path_predicate`.
         value_and_grad: in place of `jax.value_and_grad` with aux.
     """
     differentiate = value_and_grad or functools.partial(jax.value_and_grad, has_aux=True)

@@ -290,7 +290,7 @@ def materialize(est: SPSAEstimate, params: Any) -> Any:
     did not perturb gets zeros, None where it is no number. For optimizers that need a gradient in
     memory; those of `jaxlm.zo` update in place without it.
     """
-    takes, drawn = paths.chooser(est.select), est.directions(params)
+    takes, drawn = paths.leaf_predicate(est.select), est.directions(params)
     dtype = width(params, est.select)
     coefficients = est.projected_grad.astype(dtype) / drawn.count
 

@@ -171,7 +171,7 @@ def map_leaves(
     function: Callable[[paths.Leaf], Array], params: Any, select: paths.Select
 ) -> dict[str, Array]:
     """`function(leaf)` of the selected leaves, by name."""
-    takes = paths.chooser(select)
+    takes = paths.leaf_predicate(select)
     leaves = [leaf for leaf in paths.flatten(params)[0] if takes(leaf.path, leaf.value)]
     return {leaf_name(leaf): function(leaf) for leaf in leaves}
 

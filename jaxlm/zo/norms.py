@@ -20,7 +20,7 @@ def tree_norms(tree: Any, select: paths.Select = None) -> dict[str, Array]:
     Returns:
       Scalars, and [L] for "layers", a stack or a list of them; what `variance_modified` takes.
     """
-    takes = paths.chooser(select)
+    takes = paths.leaf_predicate(select)
     leaves = [leaf for leaf in paths.flatten(tree)[0] if takes(leaf.path, leaf.value)]
     depth = _depth(leaves)
     squares: dict[str, Array] = {}
@@ -57,7 +57,7 @@ def probed_norms(
 
     References: arXiv:2305.17333, proposition 1.
     """
-    takes, floats = paths.matcher(select), paths.chooser(select)
+    takes, floats = paths.path_predicate(select), paths.leaf_predicate(select)
     leaves = [leaf for leaf in paths.flatten(params)[0] if floats(leaf.path, leaf.value)]
     found = {}
     depth = _depth(leaves)

@@ -104,7 +104,7 @@ class ZerothOrderInfo(NamedTuple):
 
 def no_bias_or_norm(path: str) -> bool:
     """Whether a path is decayed where nothing else is said: not if it is a bias, scale or norm."""
-    return not paths.matcher(NO_DECAY)(path)
+    return not paths.path_predicate(NO_DECAY)(path)
 
 
 def as_they_are(params: Any, state: ZerothOrderState) -> Any:
@@ -371,7 +371,7 @@ def descend(
       key: of stochastic rounding.
       moves: where this is False every bit stays, whatever u and η are.
     """
-    takes, decays = paths.chooser(select), paths.matcher(decay)
+    takes, decays = paths.leaf_predicate(select), paths.path_predicate(decay)
     counts, sizes = [], []
 
     def leaf_update(leaf):

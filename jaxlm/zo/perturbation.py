@@ -55,9 +55,9 @@ class Perturbation:
             )
         seen = views.take(leaf, rows)
         weight = seen.weight if isinstance(seen, views.LowRankSum) else seen
-        if not paths.chooser(self.select)(path, weight):
+        if not paths.leaf_predicate(self.select)(path, weight):
             return seen
-        lost = isinstance(leaf, views.Taken)
+        lost = isinstance(leaf, views.GatheredRows)
         site = Site(path, views.shape_of(leaf, rows), layer, rows, leaf if lost else seen)
         z = self.scale * settled(self.sampler.sample(self.key, site))
         if isinstance(z, views.LowRank):
@@ -69,10 +69,10 @@ def settled(z: Any) -> Any:
     """z as it is, drawn once and with the same last bits wherever it is used.
 
     The barrier keeps fusions from changing bits. What is broadcast, vectors and factors, is
-    `prng.stored`, or it would be drawn again for each row.
+    `prng.prevent_recompute`, or it would be drawn again for each row.
     """
     if isinstance(z, views.LowRank) or z.ndim <= 1:
-        z = jax.tree.map(prng.stored, z)
+        z = jax.tree.map(prng.prevent_recompute, z)
     return lax.optimization_barrier(z)
 
 
@@ -161,7 +161,7 @@ def _varying(x):
 
 def trained(params: Any, select: paths.Select) -> list[paths.Leaf]:
     """The leaves that move: those that `select` takes and that are real floats, at least one."""
-    takes = paths.chooser(select)
+    takes = paths.leaf_predicate(select)
     return [leaf for leaf in paths.flatten(params)[0] if takes(leaf.path, leaf.value)]
 
 

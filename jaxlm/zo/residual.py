@@ -185,7 +185,7 @@ def lozo_residual(
         return release(arrays), state, fraction
 
     def folded(params, state):
-        base, takes = residual(state), paths.chooser(select)
+        base, takes = residual(state), paths.leaf_predicate(select)
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)
 
         def whole(leaf):

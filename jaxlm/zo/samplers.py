@@ -103,7 +103,7 @@ class Sphere(Sampler):
     scale: Any = None
 
     def along(self, key, params, select):
-        takes = paths.chooser(select)
+        takes = paths.leaf_predicate(select)
         square, size = jnp.zeros((), jnp.float32), 0
         for leaf in paths.flatten(params)[0]:
             if takes(leaf.path, leaf.value):

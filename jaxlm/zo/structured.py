@@ -30,7 +30,7 @@ def is_matrix(site: Site) -> bool:
 
 
 def _selected(params: Any, select: paths.Select) -> list[paths.Leaf]:
-    takes = paths.chooser(select)
+    takes = paths.leaf_predicate(select)
     return [leaf for leaf in paths.flatten(params)[0] if takes(leaf.path, leaf.value)]
 
 
@@ -145,7 +145,7 @@ class Subspace(Factored):
 
     def basis(self, key: Array, site: Site) -> Float[Array, "out rank"]:
         """P: orthonormal columns, uniform among all of them where `base` is Gaussian."""
-        if isinstance(site.value, views.Taken):
+        if isinstance(site.value, views.GatheredRows):
             raise ValueError(f"{site.path}: a subspace cannot be drawn behind another view")
         side = _other(self.new_side(site.path))
         drawn = self._entries(self._lazy_key(key), site._replace(rows=None), side)
@@ -245,7 +245,7 @@ class Magnitude(Sampler):
     def sample(self, key, site):
         path, layer = paths.identity(site.path, site.layer)
         limit = self.limits[path] if layer is None else self.limits[path][layer]
-        value = site.value.value if isinstance(site.value, views.Taken) else site.value
+        value = site.value.value if isinstance(site.value, views.GatheredRows) else site.value
         z = jnp.asarray(self.base.sample(key, site))
         return jnp.where(jnp.abs(value) <= limit, z, 0)
 

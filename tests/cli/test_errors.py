@@ -293,7 +293,7 @@ ROWS: dict[str, tuple[Break, str]] = {
     ),
     "bad pattern": (
         flags("--optimizer.select=("),
-        "command line: optimizer.select: is no regular expression, missing ), unterminated "
+        "command line: optimizer.select: not a regular expression, missing ), unterminated "
         "subpattern at position 0 (got '('). Correct it.",
     ),
     "not YAML": (

@@ -1,6 +1,7 @@
 """Shared checks of values: the bounds themselves pass, what lies beyond is refused by name."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -60,3 +61,34 @@ def test_choices_are_listed_and_repetition_is_named():
         checks.distinct("seeds", (1, 2, 1))
     with pytest.raises(UserError, match="empty"):
         checks.distinct("seeds", ())
+
+
+PATHS = ["layers.attention.q_proj.kernel", "layers.mlp.up_proj.bias", "lm_head.embedding", "a" * 40]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"attention\.(q|v)_proj", r"\.bias$", r"^layers\..*\.kernel$|^lm_head", r"^(?!lm_head)",
+     "(?i)MLP", r"a{40}$", r"[^.]+\.[^.]+$", "", r"(?P<x>a)(?P=x)"],
+)  # fmt: skip
+def test_the_same_paths_are_found_as_by_re(pattern: str):
+    assert list(map(checks.regex("select", pattern), PATHS)) == [
+        re.search(pattern, path) is not None for path in PATHS
+    ]
+
+
+@pytest.mark.parametrize("pattern", [r"(a|aa)+$", r"^(a|a|ab|b)*(a|aa)+c$"])
+def test_a_search_without_end_is_stopped(pattern: str, monkeypatch: pytest.MonkeyPatch):
+    """Of both, the number of ways to match grows exponentially with the length of the text."""
+    monkeypatch.setattr(checks, "SEARCH_SECONDS", 0.2)
+    search = checks.regex("optimizer.select", pattern)
+    with pytest.raises(UserError, match=r"^optimizer\.select: takes more than 0\.2 s"):
+        search("a" * 200 + ".kernel")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(", "[", "*a", "(?P<x>a)(?P<x>b)", "(a" * 900, "a" * 3000, "((a{999}){999}){999}"]
+)
+def test_what_is_no_expression_or_a_large_one_is_refused(pattern: str):
+    with pytest.raises(UserError, match=r"^peft\.targets: (not a regular|is too long)"):
+        checks.regex("peft.targets", pattern)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.core import paths, tapped, taps
+from jaxlm.core import paths, taps
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 FAMILIES = ("gpt2", "llama-biases", "opt-projected", "bert-untied", "roberta-classifier")
@@ -124,7 +124,7 @@ def test_a_head_restricted_to_positions_and_tokens():
 
 def test_a_tied_table_has_the_factors_of_both_uses():
     lm = jaxlm.from_pretrained(GOLDEN / "gpt2")
-    found = tapped.uses(score(lm), lm.params, BATCH)
+    found = taps.uses(score(lm), lm.params, BATCH)
     path = "embed.tokens.embedding"
     assert {key[1] for key in found if key[0] == path} == {"embed", "head"}
 
@@ -201,7 +201,7 @@ def test_uses_are_counted():
         return f(params, x, tap=tap) - f(params, x, tap=tap)
 
     for function, times in ((f, 1), (twice, 2)):
-        for (path, _), use in tapped.uses(function, lm.params, BATCH).items():
+        for (path, _), use in taps.uses(function, lm.params, BATCH).items():
             assert use.stacked == path.startswith("layers.")
             assert use.times == times * (2 if use.stacked else 1)
 

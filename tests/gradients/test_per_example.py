@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.core import paths, tapped, taps
+from jaxlm.core import paths, taps
 from jaxlm.core.errors import UserError
 from jaxlm.gradients import per_example
 
@@ -224,7 +224,7 @@ def test_what_a_function_reads_is_seen_through_loops_and_calls():
         **{name: jnp.ones(()) for name in ("b", "passed", "either", "alone")},
     }
     expected = {"layers.used", "b", "either"}
-    assert tapped.read(f, params, jnp.ones(3)) == expected
+    assert taps.read(f, params, jnp.ones(3)) == expected
     gradients = jax.grad(lambda params: f(params, jnp.ones(3)).sum())(params)
     moving = {leaf.path for leaf in paths.flatten(gradients)[0] if jnp.abs(leaf.value).max() > 0}
     assert moving == expected

@@ -23,7 +23,7 @@ def single(name):
 
 
 def of_selected(f, params, x, pattern):
-    gradients = oracle.jacobian(f, params, x, paths.matcher(pattern))
+    gradients = oracle.jacobian(f, params, x, paths.path_predicate(pattern))
     return oracle.kernel(gradients, gradients, "sgd")
 
 

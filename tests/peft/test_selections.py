@@ -10,14 +10,14 @@ import pytest
 import jaxlm
 from jaxlm import peft
 from jaxlm.core.errors import UserError
-from jaxlm.core.paths import flatten, matcher
+from jaxlm.core.paths import flatten, path_predicate
 from jaxlm.models import save_pretrained
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 
 
 def chosen(lm, select: str) -> set[str]:
-    return {leaf.path for leaf in flatten(lm.params)[0] if matcher(select)(leaf.path)}
+    return {leaf.path for leaf in flatten(lm.params)[0] if path_predicate(select)(leaf.path)}
 
 
 def test_biases():

@@ -44,7 +44,7 @@ def assert_only(select: str, before, after) -> None:
         lambda leaf, new: not np.array_equal(leaf.value, new), before, after
     )
     for leaf in paths.flatten(moved)[0]:
-        assert leaf.value == paths.matcher(select)(leaf.path), leaf.path
+        assert leaf.value == paths.path_predicate(select)(leaf.path), leaf.path
 
 
 @pytest.mark.parametrize("name", ["lora", "prefix", "bitfit", "head"])

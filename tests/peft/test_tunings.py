@@ -45,7 +45,7 @@ def test_a_run_and_its_model(flags, select, run_yaml: Path, tmp_path: Path):
     )
     taken = {leaf.path for leaf in paths.flatten(moved)[0] if leaf.value}
     assert taken
-    assert all(map(paths.matcher(select), taken))
+    assert all(map(paths.path_predicate(select), taken))
     assert start(run_yaml, **flags)[1] == summary, "the run there is that of the configuration"
     if config.peft.name == "lora":
         jaxlm.save_pretrained(lm, tmp_path / "merged")
@@ -61,7 +61,7 @@ def test_null_is_all_parameters(run_yaml: Path):
     [
         ({"peft": "lorra"}, r"peft.name: is not known \(got 'lorra'\)"),
         ({"peft": "{name: lora, rank: 0}"}, r"peft.rank: must be at least 1 \(got 0\)"),
-        ({"peft": "{name: lora, targets: (}"}, r"peft.targets: is no regular expression"),
+        ({"peft": "{name: lora, targets: (}"}, r"peft.targets: not a regular expression"),
         ({"peft": "{name: prefix, length: 0}"}, r"peft.length: must be at least 1 \(got 0\)"),
         ({"peft": "bitfit"}, "a llama model has no biases to train"),
         ({"peft": "{name: lora, targets: query}"}, r"targets: takes no kernel \(got 'query'\)"),

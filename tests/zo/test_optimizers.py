@@ -51,7 +51,7 @@ def assert_same_bits(a, b):
 
 def decayed(params):
     return paths.map_with_path(
-        lambda leaf: not paths.matcher(optimizers.NO_DECAY)(leaf.path), params
+        lambda leaf: not paths.path_predicate(optimizers.NO_DECAY)(leaf.path), params
     )
 
 
