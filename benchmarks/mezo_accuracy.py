@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import print_report, print_table
-from jaxlm.cli import config as configs
+from jaxlm.artifacts.yaml import read_yaml
 from jaxlm.cli.sweep import SweepConfig, plan, write
 from jaxlm.studies.sweep import Candidate, sweep
 from jaxlm.train.run_folder import RunFolder
@@ -53,9 +53,9 @@ def candidates(
     changes: dict[str, Any],
 ) -> list[Candidate]:
     """The runs of a task: each method of configs/accuracy at `forwards` forward passes."""
-    run = configs.read_yaml(FOLDER / "tasks" / f"{task}.yaml") | changes
+    run = read_yaml(FOLDER / "tasks" / f"{task}.yaml") | changes
     scale = float(run.pop("zeroth_order_scale", 1))
-    sections = {name: configs.read_yaml(FOLDER / f"{name}.yaml") for name in names}
+    sections = {name: read_yaml(FOLDER / f"{name}.yaml") for name in names}
     for section in sections.values():
         if "optimizer" in section and "steps" not in section:
             rate = float(section["optimizer"]["learning_rate"])

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import mezo_accuracy
+from jaxlm.artifacts.yaml import read_yaml
 from jaxlm.cli import compare
 from jaxlm.cli import config as configs
 from jaxlm.cli.sweep import SweepConfig, plan
@@ -48,7 +49,7 @@ def test_a_comparison(path):
 
 @pytest.mark.parametrize("path", files("mezo/*.yaml"))
 def test_a_run_or_a_sweep(path):
-    if "run" not in configs.read_yaml(path):
+    if "run" not in read_yaml(path):
         assert configs.load(FinetuneConfig, path).optimizer.name == "mezo"
         return
     candidates = plan(configs.load(SweepConfig, path), str(path))
@@ -98,7 +99,7 @@ def test_a_method_has_its_forwards_on_every_task(path):
         )
         (run,) = candidate.runs
         assert (run.seed, run.model, run.task.name) == (4, "m", task.stem)
-        if "steps" not in configs.read_yaml(path) and candidate.kind == "finetune":
+        if "steps" not in read_yaml(path) and candidate.kind == "finetune":
             passes = mezo_accuracy.passes(run.optimizer)
             assert passes * run.steps <= 1000 < passes * (run.steps + 1)
 
@@ -115,7 +116,7 @@ def test_a_mixture_has_four_sources_without_files_and_one_more_with():
 
 def test_prompts_name_a_task():
     for path in FOLDER.glob("prompts/*.yaml"):
-        assert configs.read_yaml(path).keys() == {"task", "templates", "words"}
+        assert read_yaml(path).keys() == {"task", "templates", "words"}
 
 
 def test_the_last_quarter_of_a_curve():

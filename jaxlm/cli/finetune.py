@@ -47,6 +47,17 @@ def config_class() -> type:
     return FinetuneConfig
 
 
+def read_config(args: Sequence[str]) -> Any:
+    """Return the configuration of these arguments."""
+    path, flags = configs.parse_args(args)
+    if path == "quickstart" or not args:
+        from jaxlm.studies.quickstart import QuickstartConfig
+
+        return configs.load(QuickstartConfig, QUICKSTART, flags)
+    flags.pop("resume", None)
+    return configs.load(config_class(), path, flags)
+
+
 def run(args: Sequence[str], mesh: Any = None) -> None:
     """The command `jaxlm finetune`."""
     if dry_run.FLAG in args:

@@ -33,6 +33,9 @@ COMMANDS = {
 ALONE = ("convert", "info")
 """Commands that have nothing to divide over devices."""
 
+PRINT_CONFIG = "--print-config"
+"""Flag of every command with a configuration: print it whole, and stop."""
+
 PIPE = 141
 """Exit code where nobody reads on, such as before `| head`: that of a program that SIGPIPE ends."""
 
@@ -174,7 +177,8 @@ def _run(args: list[str], debug: bool = False) -> int:
         print((__doc__ or "").strip(), "\n\ncommands:")
         for name, line in COMMANDS.items():
             print(f"  {name:<10}{line}")
-        print("\n`jaxlm COMMAND --help` says more; --debug shows the traceback of an error.")
+        print("\n`jaxlm COMMAND --help` lists every key; --print-config prints the configuration")
+        print("that a command would run; --debug shows the traceback of an error.")
         print("`jaxlm help launch`: --mesh, several processes, traces.")
         return 0
     command, *rest = args
@@ -193,6 +197,9 @@ def _run(args: list[str], debug: bool = False) -> int:
         return 0
     from jaxlm.cli import launch
 
+    if PRINT_CONFIG in rest:
+        print(_resolved(module, [word for word in rest if word != PRINT_CONFIG]), end="")
+        return 0
     flags, rest = launch.parse(rest)
     if flags.supervised:
         return launch.supervise(flags, [*args, *(["--debug"] if debug else [])])
@@ -209,12 +216,23 @@ def _run(args: list[str], debug: bool = False) -> int:
     return 0
 
 
+def _resolved(module: Any, args: list[str]) -> str:
+    """Return the configuration that a command would run, as YAML with every key."""
+    from jaxlm.cli import config as configs
+
+    if hasattr(module, "read_config"):
+        return configs.dump(module.read_config(args))
+    if not hasattr(module, "config_class"):
+        raise UserError(f"{PRINT_CONFIG}: needs a configuration (got none). Leave it out.")
+    return configs.dump(configs.load(module.config_class(), *configs.parse_args(args)))
+
+
 def _help(module: Any) -> str:
     """What a command does, and the keys of its configuration."""
     text = (module.__doc__ or "").strip()
     if not hasattr(module, "config_class"):
         return text
-    from jaxlm.cli.config import listing
+    from jaxlm.cli.keys import listing
 
     return f"{text}\n\n{listing(module.config_class())}"
 

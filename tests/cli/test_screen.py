@@ -144,9 +144,9 @@ def test_the_help_has_every_key_with_its_default(capsys):
     for cls, prefix in ((FinetuneConfig, ""), (TaskConfig, "task.")):
         for field in dataclasses.fields(cls):
             assert any(line.startswith(f"  {prefix}{field.name}: ") for line in lines), field.name
-    assert "  eval_batch_size: 64" in lines
-    assert "  output: REQUIRED" in lines
-    assert any(line.strip().startswith("{name: adam, learning_rate: 0.001,") for line in lines)
+    assert "  eval_batch_size: int = 64" in lines
+    assert "  output: str = required" in lines
+    assert "  optimizer.horizon: int = 20 (mezo_momentum, mezo_adam)" in lines
 
 
 def test_a_start_says_nothing_of_libraries_that_are_not_needed(tiny_model):

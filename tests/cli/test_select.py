@@ -41,7 +41,7 @@ def test_a_study_makes_a_table_and_a_file_of_what_is_chosen(study, capsys) -> No
     printed = capsys.readouterr()
     out = study.parent / "out"
     assert printed.out.strip() == (out / "table.md").read_text().strip()
-    assert "select-less: begins" in printed.err
+    assert "select-less: starts" in printed.err
     (chosen,) = out.glob("seed-0/select-less-*/selected.jsonl")
     lines = read_lines(chosen)
     assert len(lines) == 4
@@ -104,7 +104,10 @@ def test_a_dry_run_of_a_study_reads_its_rows_and_does_nothing(study, capsys) -> 
             "--sources.other.rows=1",
             "sources.other.task: a source has a task or messages. Give one of them.",
         ),
-        ("--sources.right.row=1", "sources.right.row: is no key. Did you mean sources.right.rows?"),
+        (
+            "--sources.right.row=1",
+            "sources.right.row: is not a key (got '1'). Did you mean sources.right.rows?",
+        ),
         ("--sources.chat.messages=no.jsonl", "there is no file 'no.jsonl'"),
         ("--features.dim=0", "features.dim: must be from 1 to"),
         ("--target.rows=9", "target.rows: 0 + 9 are asked for (got 8). Lower rows or skip."),

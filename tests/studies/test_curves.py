@@ -98,7 +98,7 @@ def test_the_runs_are_listed(study, tmp_path, capsys):
     [
         ({}, {}, "variants: is empty (got nothing). Give at least one."),
         ({"a": 3}, {}, "variant a: must be a section (got '3'). Give keys with values."),
-        ({"a": {"stepz": 3}}, {}, "variant a: stepz: is no key."),
+        ({"a": {"stepz": 3}}, {}, "variant a: stepz: is not a key"),
         ({"a": {"seed": 3}}, {}, "variants.a.seed: differs from run to run. Give seeds beside run"),
         ({"a": {"scale": {"rule": "sqrt", "k": 3}}}, {}, "be a multiple of scale.k = 3 (got 8)"),
         ({"a": {"scale": {"rule": "sqrt", "k": 16}}}, {}, "steps: must be a multiple of scale.k"),

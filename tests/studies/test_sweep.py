@@ -206,7 +206,7 @@ def test_the_command_trains_probes_and_writes_the_table(tmp_path, tiny_model, ca
     [
         (
             ["--run.stepps=1"],
-            "command line: stepps: is no key. Did you mean steps?",
+            "sweep.yaml: method MeZO: stepps: is not a key (got '1'). Did you mean steps?",
         ),
         (["--output="], "command line: output: is empty. Give a path."),
         (["--seeds=[]"], "command line: seeds: is empty (got nothing). Give at least one."),
@@ -229,7 +229,10 @@ def test_the_command_trains_probes_and_writes_the_table(tmp_path, tiny_model, ca
             "task.validation: MeZO has no examples by which a sweep chooses (got none). Name a "
             "file of them, or hold_out.",
         ),
-        (["--metods.a.steps=1"], "command line: metods: is no key. Did you mean methods?"),
+        (
+            ["--metods.a.steps=1"],
+            "command line: metods: is not a key (got a section). Did you mean methods?",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(path, flags, sentence, capsys, monkeypatch):
@@ -245,9 +248,9 @@ def test_a_mistake_is_one_sentence(path, flags, sentence, capsys, monkeypatch):
         ("{optimizer.learning_rate: []}", "grid.optimizer.learning_rate: must be a "
          "list (got []). Write [a, b]."),
         ("{batch_size: [8, 8]}", "grid.batch_size: has a value twice (got '8'). Give each once."),
-        ("{optimizer.lerning_rate: [1]}", "optimizer.lerning_rate: is no key. Did you mean "
-         "optimizer.learning_rate?"),
-        ("{steps.all: [1]}", "steps.all: is below steps, which is no section. Correct it."),
+        ("{optimizer.lerning_rate: [1]}", "optimizer.lerning_rate: is not a key (got '1'). Did "
+         "you mean optimizer.learning_rate?"),
+        ("{steps.all: [1]}", "steps.all: steps is not a section (got '1'). Correct it."),
         ("{steps: [-1]}", "steps: must be from 0 to 1000000000 (got -1). Correct it."),
     ],
 )  # fmt: skip
