@@ -3,7 +3,7 @@
 usage: jaxlm convert SOURCE TARGET [--dtype=float32|bfloat16]
 
 SOURCE is a folder with config.json and safetensors, a hub id, or the folder of a run of
-`jaxlm finetune`, of which the tested parameters are taken. TARGET is a new folder.
+`jaxlm finetune`, whose tested parameters are saved. TARGET is a new folder.
 """
 
 import contextlib
@@ -16,16 +16,17 @@ from jaxlm.core.errors import UserError
 
 
 def run(args: Sequence[str]) -> None:
-    """The command `jaxlm convert`."""
+    """Run the command `jaxlm convert`."""
     words, flags = split_args(args)
-    dtype = dtype_name(flags.pop("dtype", "float32"), "--dtype")
+    dtype = dtype_name(flags.pop("dtype", "float32"), "dtype")
     if len(words) != 2 or flags:
+        given = " ".join([*words, *(f"--{name}" for name in flags)]) or "nothing"
         raise UserError(
-            f"convert: takes SOURCE, TARGET and --dtype (got {' '.join([*words, *flags])}). See "
-            "jaxlm convert --help."
+            f"TARGET: convert takes SOURCE, TARGET and --dtype (got {given}). See jaxlm convert "
+            "--help."
         )
     source, target = words[0], file_path(words[1], "TARGET")
-    there = UserError(f"TARGET: is there already (got {target}). Give a new folder.")
+    there = UserError(f"TARGET: exists already (got {target}). Give a new folder.")
     if target.exists():
         raise there
 

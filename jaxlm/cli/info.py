@@ -18,13 +18,11 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "safetensors", "numpy", "transfor
 
 
 def run(args: Sequence[str]) -> None:
-    """The command `jaxlm info`."""
+    """Run the command `jaxlm info`."""
     words, flags = split_args(args)
     if len(words) > 1 or flags:
-        raise UserError(
-            f"info: takes at most one MODEL (got {' '.join([*words, *flags])}). See "
-            "jaxlm info --help."
-        )
+        given = " ".join([*words, *(f"--{name}" for name in flags)])
+        raise UserError(f"MODEL: is all that info takes (got {given}). See jaxlm info --help.")
     import jax
 
     import jaxlm

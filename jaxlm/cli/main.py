@@ -202,14 +202,16 @@ def _run(args: list[str], debug: bool = False) -> int:
         return 0
     flags, rest = launch.parse(rest)
     if flags.supervised:
-        return launch.supervise(flags, [*args, *(["--debug"] if debug else [])])
+        return launch.supervise(flags, [command, *rest, *(["--debug"] if debug else [])])
     with handle_signals():
         if flags == launch.Launch():
             module.run(rest)
             return 0
         if command in ALONE:
+            name, value = next(item for item in vars(flags).items() if item[1] is not None)
             raise UserError(
-                f"--mesh: {command} runs on one device of one process. Leave out --mesh and others."
+                f"{name}: is not for {command}, which runs on one device (got {value}). Leave it "
+                "out."
             )
         with flags.running() as mesh:
             module.run(rest, mesh=mesh)

@@ -111,7 +111,7 @@ def test_a_folder_that_another_conversion_has_made_is_left_alone(
 
     monkeypatch.setattr(jaxlm.train.load, "load_model", loading)
     assert main(["convert", str(tiny_model), str(target)]) == 2
-    assert "TARGET: is there already" in capsys.readouterr().err
+    assert "TARGET: exists already" in capsys.readouterr().err
     assert list(target.iterdir()) == []
 
 

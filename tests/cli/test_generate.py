@@ -3,7 +3,6 @@
 import json
 import os
 
-import jax
 import numpy as np
 import pytest
 
@@ -12,7 +11,6 @@ from jaxlm.cli.generate import _write
 from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.evaluation import generate_text
-from jaxlm.models import init_params, save_pretrained
 
 PROMPT = "the film is"
 
@@ -95,147 +93,3 @@ def test_a_model_of_ones_own_and_a_configuration(tiny_model, tmp_path, capsys):
     shown = generate(capsys, path)
     assert shown == generate(capsys, tiny_model, "--prompt=the film", "--max_new_tokens=4")
     assert len(shown.split()) == 4
-
-
-def write(name, content):
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-def without_tokenizer(folder):
-    lm = jaxlm.from_pretrained(folder / "model")
-    save_pretrained(lm.replace(tokenizer=None), folder / "bare")
-
-
-def learned_positions(folder):
-    lm = jaxlm.from_pretrained(folder / "model")
-    config = lm.config.replace(
-        family="gpt2", positions="learned", max_positions=8, norm="layernorm", activation="gelu",
-        gated_mlp=False, attention_bias=True, output_bias=True, mlp_bias=True,
-    )  # fmt: skip
-    params = init_params(config, jax.random.key(0))
-    save_pretrained(lm.replace(config=config, params=params), folder / "learned")
-
-
-def nothing(folder):
-    pass
-
-
-ROWS = {
-    "no prompt": (
-        nothing,
-        ["model"],
-        "prompt: has no token, and the tokenizer puts none before it (got ''). Give text.",
-    ),
-    "prompt and file": (
-        nothing,
-        ["--prompt=a", "--file=b.txt"],
-        "command line: file: is given beside prompt. Give one of them.",
-    ),
-    "unknown key": (
-        nothing,
-        ["--promt=a"],
-        "command line: promt: is no key. Did you mean prompt?",
-    ),
-    "no model": (
-        nothing,
-        ["./no", "--prompt=a"],
-        "model: there is no such folder (got ./no). Give a folder or a hub id.",
-    ),
-    "no tokenizer": (
-        without_tokenizer,
-        ["bare", "--prompt=a"],
-        "model: has no tokenizer, which text needs. Put its files into the model's folder, or give "
-        "token ids to lm.generate.",
-    ),
-    "too long": (
-        learned_positions,
-        ["learned", "--prompt=the film"],
-        "max_new_tokens: with the prompt needs 65 positions, and the model has 8 (got 64). Lower "
-        "it, or shorten the prompt.",
-    ),
-    "no file": (
-        nothing,
-        ["--file=no.txt"],
-        "file: there is no such file (got no.txt). Give a file with prompts.",
-    ),
-    "other file": (
-        nothing,
-        ["--file=a.csv"],
-        "file: is neither .txt nor .jsonl (got a.csv). Rename or convert it.",
-    ),
-    "empty file": (
-        write("a.txt", b"\n \n"),
-        ["--file=a.txt"],
-        "file: is empty (got a.txt). Give a file with at least one prompt.",
-    ),
-    "binary file": (
-        write("a.txt", b"\xff\xfe"),
-        ["--file=a.txt"],
-        "a.txt: not text in UTF-8. Correct the file or write it again.",
-    ),
-    "no JSON": (
-        write("a.jsonl", b'{"prompt": "a"}\n{"text": "a"}\n'),
-        ["--file=a.jsonl"],
-        'a.jsonl, line 2: is no JSON object with a text "prompt". Write {"prompt": "..."}.',
-    ),
-    "output there": (
-        write("o.jsonl", b"kept"),
-        ["--prompt=a", "--output=o.jsonl"],
-        "output: is there already (got o.jsonl). Give a new file.",
-    ),
-    "no folder": (
-        nothing,
-        ["--prompt=a", "--output=no/o.jsonl"],
-        "output: there is no folder no (got no/o.jsonl). Make it.",
-    ),
-    "no tokens": (
-        nothing,
-        ["--max_new_tokens=0"],
-        "command line: max_new_tokens: must be from 1 to 1000000000 (got 0). Correct it.",
-    ),
-    "no samples": (
-        nothing,
-        ["--num_samples=0"],
-        "command line: num_samples: must be from 1 to 1048576 (got 0). Correct it.",
-    ),
-    "cold": (
-        nothing,
-        ["--temperature=-1"],
-        "command line: temperature: must be at least 0 and at most 1e+30 (got -1.0). Correct it.",
-    ),
-    "top_p": (
-        nothing,
-        ["--temperature=1", "--top_p=0"],
-        "command line: top_p: must be above 0 and at most 1 (got 0.0). Correct it.",
-    ),
-    "same samples": (
-        nothing,
-        ["--num_samples=2"],
-        "command line: num_samples: all are the same at temperature 0 (got 2). Give temperature.",
-    ),
-    "idle filter": (
-        nothing,
-        ["--top_k=2"],
-        "command line: top_k: does nothing at temperature 0 (got 2). Give temperature.",
-    ),
-    "empty stop": (nothing, ["--prompt=a", "--stop="], "stop: has an empty text. Leave it out."),
-    "seed": (
-        nothing,
-        ["--seed=-1"],
-        "command line: seed: must be from 0 to 2**32 - 1 (got -1). Correct it.",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_a_mistake_is_one_sentence(name, tiny_model, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").symlink_to(tiny_model)
-    breaks, words, expected = ROWS[name]
-    breaks(tmp_path)
-    before = sorted(tmp_path.iterdir())
-    capsys.readouterr()
-    assert main(["generate", *words]) == 2
-    said = capsys.readouterr()
-    assert (said.err, said.out) == (f"error: {expected}\n", "")
-    assert sorted(tmp_path.iterdir()) == before

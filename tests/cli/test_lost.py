@@ -25,7 +25,7 @@ from tests.tiny import write_corpus, write_run
 from tests.train.test_pretraining import YAML
 
 FLAGS = ["--mesh=data=4,fsdp=2", "--steps=60", "--checkpoint-every=10", "--eval-every=20"]
-AGAIN = "start all processes again; the run goes on from its last checkpoint.\n"
+AGAIN = "Start all processes again; the run resumes from its last checkpoint.\n"
 
 
 def pair(words: list[str]) -> list[subprocess.Popen[str]]:
@@ -73,8 +73,8 @@ def kill_after(words: list[str], folder: Path, count: int, victim: int, saving=F
     begin = time.monotonic()
     said = ended(runs, 100)
     assert [run.returncode for run in runs] == [TRY_AGAIN, TRY_AGAIN], said
-    assert said[victim].endswith(f"error: this process was ended by SIGKILL: {AGAIN}")
-    assert "error: another process was lost" in said[1 - victim]
+    assert said[victim].endswith(f"error: distributed: this process was ended by SIGKILL. {AGAIN}")
+    assert "error: distributed: another process was lost" in said[1 - victim]
     assert said[1 - victim].endswith(AGAIN)
     return time.monotonic() - begin
 

@@ -189,29 +189,6 @@ def edit(config: Path, steps: int) -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (
-            ["--mesh=data=3"],
-            "devices, which do not fit (got data=3, fsdp=1, model=1). Give fewer than 3",
-        ),
-        (["--mesh=rows=2"], "mesh: is not one (got 'rows=2'). Write data=2,fsdp=4,model=1, say."),
-        (["--mesh"], "--mesh: has no value (got nothing). Write --mesh=VALUE."),
-        (["--processes=0"], "--processes: must be from 1 to 256 (got 0). Correct it."),
-        (["--devices=two"], "--devices: must be a whole number (got 'two'). Correct it."),
-        (["--distributed=here"], "distributed: is not known (got 'here'). Write auto, or"),
-    ],
-)
-def test_mistakes(flags, sentence, capsys, monkeypatch):
-    monkeypatch.setenv("JAXLM_PARENT", "1")
-    if "data=3" in flags[0]:
-        flags = ["--mesh=data=30"]
-        sentence = sentence.replace("=3,", "=30,").replace("than 3", "than 30")
-    assert main(["evaluate", *flags]) == 2
-    assert sentence in capsys.readouterr().err
-
-
 def test_a_profile_is_written(tmp_path, capsys):
     assert main(["evaluate", "--split=none", f"--profile={tmp_path}"]) == 2
     assert list(tmp_path.rglob("*.xplane.pb"))
