@@ -42,7 +42,7 @@ import optax
 from benchmarks import common
 from jaxlm import dynamics
 
-CONSTANTS = dynamics.AdaptiveConstants(eta=0.05, sigma0=1.0, eps0=0.1, c2=2.0, c1=20.0)
+CONSTANTS = dynamics.sde.AdaptiveConstants(eta=0.05, sigma0=1.0, eps0=0.1, c2=2.0, c1=20.0)
 RATE, SIGMA, EPS, B1, B2 = 0.05, CONSTANTS.sigma, CONSTANTS.eps, CONSTANTS.b1, CONSTANTS.b2
 
 
@@ -66,7 +66,7 @@ def chain(paths: int, steps: int) -> Callable[[jax.Array], jax.Array]:
 
 def equation(paths: int, steps: int) -> Callable[[jax.Array], jax.Array]:
     """Adam's equation by as many steps of Euler."""
-    sde = dynamics.adam_sde(lambda x: x, lambda x: 1.0, lambda x: 1.0, CONSTANTS)
+    sde = dynamics.sde.adam_sde(lambda x: x, lambda x: 1.0, lambda x: 1.0, CONSTANTS)
     width = sde.time_per_step
 
     def run(key):
@@ -245,10 +245,10 @@ def local_steps(h: int, params: Any, batches: Any) -> Any:
     """Steps of as many workers, their average."""
     workers, steps = jax.tree.leaves(batches)[0].shape[:2]
     optimizer = dynamics.local_update(
-        optax.sgd(0.05, 0.9), dynamics.constant_h(h), lambda step: 0.05, total_steps=steps
+        optax.sgd(0.05, 0.9), dynamics.local.constant_h(h), lambda step: 0.05, total_steps=steps
     )
-    start = dynamics.start_workers(optimizer, params, workers)
-    end, _ = dynamics.run_workers(optimizer, jax.value_and_grad(loss), start, batches)
+    start = dynamics.local.start_workers(optimizer, params, workers)
+    end, _ = dynamics.local.run_workers(optimizer, jax.value_and_grad(loss), start, batches)
     return jax.tree.map(lambda leaf: leaf.mean(0), end.params)
 
 

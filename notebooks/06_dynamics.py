@@ -62,7 +62,7 @@ for l in L:
         save_at=l * steps,
     )
     axis.plot(ETA * steps, jnp.var(x, axis=0), "o-", label=f"l = {l}")
-_, variance = dynamics.ou_moments(1.0, ETA * SIGMA**2, ETA * steps, 0.0)
+_, variance = dynamics.simulation.ou_moments(1.0, ETA * SIGMA**2, ETA * steps, 0.0)
 axis.plot(ETA * steps, variance, "k--", label="equation")
 axis.set(xlabel="time, steps times learning rate", ylabel="variance of x")
 axis.legend()
@@ -122,7 +122,7 @@ BETAS, RATES, STEPS = (0.0, 0.5, 0.9), np.linspace(0.05, 1.2, 6), 300
 def variance_at(eta, beta):
     x = dynamics.run_optimizer(
         jax.random.key(0),
-        dynamics.sgdm(lambda step: eta, lambda step: beta),
+        dynamics.momentum.sgdm(lambda step: eta, lambda step: beta),
         lambda x: x,
         jnp.ones_like,
         jnp.zeros(()),
@@ -149,11 +149,11 @@ ALPHA, H, PEAK, STEPS = 0.0175, 4, 8e-3, 20_000
 
 rate = optax.cosine_decay_schedule(PEAK, STEPS)
 figure, axis = plt.subplots(figsize=(5, 3.2))
-rules = {"QSR": dynamics.qsr(ALPHA, H), "linear": dynamics.linear_h(ALPHA, H)}
-rules[f"H = {H}"] = dynamics.constant_h(H)
+rules = {"QSR": dynamics.qsr(ALPHA, H), "linear": dynamics.local.linear_h(ALPHA, H)}
+rules[f"H = {H}"] = dynamics.local.constant_h(H)
 for name, rule in rules.items():
-    ends = dynamics.sync_steps(rule, rate, STEPS)
-    share = dynamics.comm_fraction(rule, rate, STEPS)
+    ends = dynamics.local.sync_steps(rule, rate, STEPS)
+    share = dynamics.local.comm_fraction(rule, rate, STEPS)
     axis.semilogy(ends, np.diff(ends, prepend=0), label=f"{name}: {100 * share:.1f} % of averages")
 axis.set(xlabel="step", ylabel="H")
 axis.legend()

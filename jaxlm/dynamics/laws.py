@@ -1,18 +1,32 @@
-"""Scaling laws: sums of power laws fitted to losses, with bootstrap intervals."""
+"""Scaling laws: sums of power laws fitted to losses, with bootstrap intervals and crossovers."""
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import least_squares, nnls
+from scipy.optimize import brentq, least_squares, nnls
 from scipy.special import logsumexp
 
+from jaxlm.core.checks import real
 from jaxlm.core.errors import UserError
 from jaxlm.typing import PRNGKey
+
+__all__ = [
+    "PowerLaw",
+    "StepLaw",
+    "average_params",
+    "bootstrap_interval",
+    "bootstrap_power_law",
+    "crossover",
+    "fit_chinchilla",
+    "fit_power_law",
+    "step_law",
+]
 
 START_EXPONENTS = (0.1, 0.3, 0.6, 1.0)
 FITTED_STARTS = 4
@@ -20,13 +34,13 @@ SMALLEST_SHARE = 1e-6
 
 
 class PowerLaw(NamedTuple):
-    r"""$L = E + \sum_j A_j x_j^{-\alpha_j}$; called with one argument for each x, it returns L.
+    r"""$L = E + \sum_j A_j x_j^{-\alpha_j}$; call it with one argument for each x to get L.
 
     Attributes:
-        E: loss that no x removes.
+        E: the loss that no x removes.
         A: one for each x.
         alpha: likewise.
-        objective: what the fit left, see `fit_power_law`.
+        objective: the minimum that the fit found, see `fit_power_law`.
     """
 
     E: float
@@ -43,27 +57,26 @@ class PowerLaw(NamedTuple):
 def fit_power_law(
     x: Any, loss: Any, *, delta: float = 1e-3, start: PowerLaw | None = None
 ) -> PowerLaw:
-    r"""Fits a sum of power laws and a constant by robust regression of the log loss.
+    r"""Fit a sum of power laws and a constant by robust regression of the log loss.
 
     $$\min \sum_i H_\delta\Big(\log\big(E + \sum_j A_j x_{ij}^{-\alpha_j}\big) - \log L_i\Big)$$
 
     H is half the square up to δ and linear beyond, so that with a small δ a few bad runs count
-    little. E and A stay positive. For exponents on a grid, E and A follow by non-negative least
-    squares; the best few of these are starts, and the best end wins. Over a narrow range of x the
-    parameters are hardly determined though the fitted losses are: see `bootstrap_power_law`.
+    little. E and A stay positive. Over a narrow range of x the parameters are hardly determined,
+    though the fitted losses are: see `bootstrap_power_law`.
 
     Args:
         x: [n], or [n, J] for J variables, above 0.
         loss: [n], above 0.
         delta: δ.
-        start: a law to start from, in place of the grid.
+        start: a law to start from, in place of a grid of exponents.
 
     Raises:
         UserError: a number is not above 0 and finite, the lengths differ, or there are fewer points
             than parameters, 1 + 2 J.
 
     References:
-        Hoffmann et al. 2022, arXiv:2203.15556, whose δ this is.
+        Hoffmann et al. 2022, arXiv:2203.15556, whose δ is the default.
 
     >>> compute = np.logspace(0, 4, 9)
     >>> law = fit_power_law(compute, 2 + 3 * compute**-0.5)
@@ -71,9 +84,9 @@ def fit_power_law(
     (2.0, [3.0], [0.5])
     """
     columns, losses = _checked(x, loss)
-    if not delta > 0:
-        raise UserError(f"delta={delta:g} is impossible; give a number above 0")
+    real("delta", delta, above=0)
     logs = np.log(columns)
+    # Centred logarithms separate A from α: the fit would otherwise move along a narrow valley.
     centre = logs.mean(0)
     points = _starts(logs - centre, losses, delta) if start is None else [_packed(start, centre)]
     fits = [_minimum(point, logs - centre, np.log(losses), delta) for point in points]
@@ -88,10 +101,10 @@ def fit_power_law(
 
 
 def fit_chinchilla(N: Any, D: Any, loss: Any, *, delta: float = 1e-3) -> PowerLaw:
-    r"""Fits $L = E + A N^{-\alpha} + B D^{-\beta}$; `fit_power_law` of parameters and tokens.
+    r"""Fit $L = E + A N^{-\alpha} + B D^{-\beta}$; `fit_power_law` of parameters and tokens.
 
     Args:
-        N: [n], parameters; of models that are pruned as they train their `average_params`.
+        N: [n], parameters; for models that are pruned during training, `average_params`.
         D: [n], tokens.
         loss, delta: see `fit_power_law`.
 
@@ -106,18 +119,18 @@ def _checked(x: Any, loss: Any) -> tuple[np.ndarray, np.ndarray]:
     columns = columns[:, None] if columns.ndim == 1 else columns
     if columns.ndim != 2 or losses.shape != columns.shape[:1]:
         raise UserError(
-            f"x has shape {list(np.shape(x))} and loss {list(losses.shape)}; give [n] or [n, J] "
-            "and [n]"
+            f"x: must be [n] or [n, J] for losses [n] (got {list(np.shape(x))} and "
+            f"{list(losses.shape)}). Correct one of them."
         )
     for name, numbers in (("x", columns), ("loss", losses)):
         wrong = numbers[~((numbers > 0) & (numbers < math.inf))]
         if wrong.size:
-            raise UserError(f"{name} has {wrong[0]:g}, which has no logarithm; leave such runs out")
+            raise UserError(f"{name}: has no logarithm (got {wrong[0]:g}). Leave such runs out.")
     parameters = 1 + 2 * columns.shape[1]
     if len(losses) < parameters:
         raise UserError(
-            f"{len(losses)} points do not determine {parameters} parameters; give at least "
-            f"{parameters}"
+            f"loss: must have a point for each of {parameters} parameters (got {len(losses)}). "
+            "Give more."
         )
     return columns, losses
 
@@ -127,21 +140,26 @@ def _packed(law: PowerLaw, centre: np.ndarray) -> np.ndarray:
 
 
 def _unpacked(point: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """log E, log A at the centre of x, α."""
+    """Return log E, log A at the centre of x, and α."""
     return point[0], *np.split(point[1:], 2)
 
 
 def _starts(logs: np.ndarray, losses: np.ndarray, delta: float) -> list[np.ndarray]:
-    found = []
+    """Return the best starts from a grid of exponents.
+
+    The objective has several minima in α. For given exponents, E and A are a linear problem, solved
+    by non-negative least squares.
+    """
+    starts = []
     for exponents in itertools.product(START_EXPONENTS, repeat=logs.shape[1]):
         terms = np.exp(-logs * exponents)
         relative = np.concatenate([np.ones((len(losses), 1)), terms], axis=1) / losses[:, None]
         amounts, _ = nnls(relative, np.ones(len(losses)))
         amounts = np.maximum(amounts, SMALLEST_SHARE * losses.min())
         point = np.concatenate([np.log(amounts), exponents])
-        found.append((_huber(_residuals(point, logs, np.log(losses)), delta), point))
-    found.sort(key=lambda pair: pair[0])
-    return [point for _, point in found[:FITTED_STARTS]]
+        starts.append((_huber(_residuals(point, logs, np.log(losses)), delta), point))
+    starts.sort(key=lambda pair: pair[0])
+    return [point for _, point in starts[:FITTED_STARTS]]
 
 
 def _huber(residuals: np.ndarray, delta: float) -> float:
@@ -182,12 +200,12 @@ def _minimum(point: np.ndarray, logs: np.ndarray, targets: np.ndarray, delta: fl
 def bootstrap_power_law(
     key: PRNGKey, x: Any, loss: Any, *, resamples: int = 200, delta: float = 1e-3
 ) -> list[PowerLaw]:
-    """Laws fitted to points drawn from the given ones with replacement, as many as there are.
+    """Fit laws to bootstrap resamples: as many points, drawn with replacement.
 
     Args:
-        key: of the draws.
-        x, loss, delta: see `fit_power_law`. Each fit starts from that of all points.
-        resamples: how many laws.
+        key: a typed key for the draws.
+        x, loss, delta: see `fit_power_law`. Each fit starts from the fit to all points.
+        resamples: the number of laws.
 
     Raises:
         UserError: see `fit_power_law`.
@@ -204,10 +222,10 @@ def bootstrap_power_law(
 def bootstrap_interval(
     laws: Sequence[PowerLaw], statistic: Callable[[PowerLaw], Any], level: float = 0.95
 ) -> tuple[Any, Any]:
-    """Lower and upper end of the interval that holds a share of a statistic over resampled laws.
+    """Return the ends of the interval that holds a share of a statistic over resampled laws.
 
     Args:
-        laws: of `bootstrap_power_law`.
+        laws: from `bootstrap_power_law`.
         statistic: for example `lambda law: law.alpha`, or a loss, `lambda law: law(1e9, 2e10)`.
         level: the share.
 
@@ -218,3 +236,133 @@ def bootstrap_interval(
     values = np.stack([np.asarray(statistic(law)) for law in laws])
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high
+
+
+def crossover(
+    first: PowerLaw, second: PowerLaw, *, low: float = 1.0, high: float = 1e30
+) -> tuple[float, ...]:
+    r"""Return where the curves of two recipes meet: none, one or two x, ascending.
+
+    What wins at a small scale may lose at a large one. With equal constants, $x = (A_1 / A_2)^{1 /
+    (\alpha_1 - \alpha_2)}$. Equal curves have no crossover.
+
+    Args:
+        first, second: laws of one variable, for example compute.
+        low, high: the range to search, ends included.
+
+    Raises:
+        UserError: a law of several variables, or ends that are not finite, positive and ascending.
+
+    References:
+        Xiao 2024, arXiv:2409.15156.
+
+    >>> crossover(PowerLaw(2, np.ones(1), np.ones(1)), PowerLaw(2, np.full(1, 0.1), np.ones(1) / 2))
+    (100.0...,)
+    """
+    for name, law in (("first", first), ("second", second)):
+        if len(law.A) != 1:
+            raise UserError(
+                f"{name}: must be a law of one variable (got {len(law.A)}). Fit compute alone."
+            )
+    real("low", low, above=0)
+    real("high", high, above=low)
+    constant = float(first.E - second.E)
+
+    def difference(log_x: float) -> float:
+        laws = [(float(law.A[0]), float(law.alpha[0])) for law in (first, second)]
+        terms = [A * math.exp(-alpha * log_x) for A, alpha in laws]
+        value = constant + terms[0] - terms[1]
+        # Zero where rounding leaves no sign, so that curves that only touch have a root.
+        steps = [1 + abs(alpha * log_x) for _, alpha in laws]
+        noise = abs(constant) + sum(map(math.prod, zip(map(abs, terms), steps, strict=True)))
+        return 0.0 if abs(value) <= 4 * sys.float_info.epsilon * noise else value
+
+    # The difference has one extremum in log x, and at most one root on either side of it.
+    ends = [math.log(low), math.log(high)]
+    slopes = [float(law.A[0] * law.alpha[0]) for law in (first, second)]
+    faster = float(first.alpha[0] - second.alpha[0])
+    if faster and min(slopes) > 0:
+        extremum = math.log(slopes[0] / slopes[1]) / faster
+        if ends[0] < extremum < ends[1]:
+            ends.insert(1, extremum)
+    # Signs are compared, and not multiplied as values: the product may underflow.
+    signs = [math.copysign(bool(value), value) for value in map(difference, ends)]
+    if not any(signs):
+        return ()
+    roots = [end for end, sign in zip(ends, signs, strict=True) if not sign]
+    roots += [
+        brentq(difference, *ends[i : i + 2], xtol=1e-14)
+        for i in range(len(ends) - 1)
+        if signs[i] * signs[i + 1] < 0
+    ]
+    return tuple(min(max(math.exp(root), low), high) for root in sorted(roots))
+
+
+def average_params(tokens: Any, params: Any) -> float:
+    r"""Return the average parameter count over training, $\bar N = \frac1D \int_0^D N(t)\, dt$.
+
+    Args:
+        tokens: [K], ascending knots, in tokens or in shares of them.
+        params: [K], N at the knots, linear between them. A jump is two knots at one place.
+
+    Raises:
+        UserError: the knots do not ascend, or a count is not positive.
+
+    References:
+        Jin et al. 2025, arXiv:2501.12486, where the average replaces N in Chinchilla's law.
+
+    >>> average_params([0.0, 0.25, 0.75, 1.0], [4e8, 4e8, 2e8, 2e8])
+    300000000.0
+    """
+    knots, sizes = np.asarray(tokens, np.float64), np.asarray(params, np.float64)
+    ascending = (
+        knots.ndim == 1 and knots.size and (np.diff(knots) >= 0).all() and knots[0] < knots[-1]
+    )
+    if not ascending:
+        raise UserError(f"tokens: must be ascending knots (got {tokens}). Give for example [0, 1].")
+    if sizes.shape != knots.shape or not (sizes > 0).all():
+        raise UserError(
+            f"params: must be a count above 0 for each of {len(knots)} knots (got {params}). "
+            "Correct it."
+        )
+    lengths = np.diff(knots)
+    return float((lengths * (sizes[1:] + sizes[:-1]) / 2).sum() / lengths.sum())
+
+
+class StepLaw(NamedTuple):
+    """The prediction of `step_law`.
+
+    Attributes:
+        lr: the best peak learning rate.
+        batch_tokens: the best batch size in tokens; divide by the sequence length.
+    """
+
+    lr: float
+    batch_tokens: float
+
+
+def step_law(N: float | int, D: float | int) -> StepLaw:
+    r"""Return the best learning rate and batch size for pre-training a language model with AdamW.
+
+    $$\eta = 1.79\, N^{-0.713} D^{0.307}, \qquad B = 0.58\, D^{0.571}$$
+
+    Fitted to dense and mixture-of-experts models, to runs whose cosine schedule ends at a learning
+    rate of 1e-5 and not at a share of the peak.
+
+    Args:
+        N: parameters without embeddings.
+        D: tokens of the run.
+
+    Raises:
+        UserError: N or D is not above 0.
+
+    References:
+        Li et al. 2025, arXiv:2503.04715.
+
+    >>> law = step_law(1e9, 1e11)
+    >>> f"{law.lr:.3e}, {law.batch_tokens:.0f}"
+    '1.632e-03, 1107715'
+    """
+    real("N", N, above=0)
+    real("D", D, above=0)
+    return StepLaw(1.79 * N**-0.713 * D**0.307, 0.58 * D**0.571)

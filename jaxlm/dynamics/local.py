@@ -1,6 +1,11 @@
-"""Local gradient methods: workers that step by themselves and average now and then."""
+r"""Local gradient methods: workers take steps of their own and average their parameters at times.
 
-from collections.abc import Callable, Sequence
+A round is the H local steps between two averages. Its length is computed on the host in float64,
+because in float32 the integer part of $(\alpha/\eta)^2$ would at times fall on the wrong side of a
+boundary. H never depends on data, so that all averages of a run are known before it starts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,17 +16,163 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from jaxlm.core.checks import integer, real
+from jaxlm.core.dtypes import wide
 from jaxlm.core.errors import UserError
-from jaxlm.dynamics.schedules import HSchedule, LearningRate, sync_steps
 from jaxlm.typing import Batch, Params
+
+__all__ = [
+    "HSchedule",
+    "LocalOptimizer",
+    "LocalState",
+    "Workers",
+    "comm_fraction",
+    "constant_h",
+    "linear_h",
+    "local_update",
+    "qsr",
+    "run_workers",
+    "start_workers",
+    "sync_steps",
+]
+
+HSchedule = Callable[[int, float], int]
+"""`(step, learning rate at that step) -> H` of the round that starts there."""
+
+LearningRate = Callable[[int], Any]
+"""`step -> learning rate`; an optax schedule is one, computed in its own precision."""
+
+NEVER = 2**31 - 1
+
+
+def constant_h(h: int) -> HSchedule:
+    """Return a schedule of H local steps in every round; 1 averages after every step.
+
+    >>> constant_h(4)(1000, 1e-3)
+    4
+    """
+    integer("h", h)
+    return lambda step, lr: h
+
+
+def linear_h(
+    beta: float | int,
+    h_base: int = 1,
+    *,
+    warmup_steps: int = 0,
+    warmup_h: int | None = None,
+    total_steps: int | None = None,
+) -> HSchedule:
+    r"""Return the linear rule, $H = \max(H_{base}, \lfloor \beta/\eta \rfloor)$.
+
+    The other arguments and the references are those of `qsr`.
+
+    >>> linear_h(0.02, 2)(0, 0.001)
+    20
+    """
+    real("beta", beta, above=0)
+    return _power_rule(beta, h_base, 1.0, warmup_steps, warmup_h, total_steps)
+
+
+def qsr(
+    alpha: float | int,
+    h_base: int,
+    power: float | int = 2.0,
+    *,
+    warmup_steps: int = 0,
+    warmup_h: int | None = None,
+    total_steps: int | None = None,
+) -> HSchedule:
+    r"""Return the quadratic rule (QSR), $H = \max(H_{base}, \lfloor(\alpha/\eta)^2\rfloor)$.
+
+    η is the learning rate at the first step of the round.
+
+    Args:
+        alpha: α, above 0. For rounds of one length, use `constant_h`.
+        h_base: the least H.
+        power: 2; the paper compares with 1 and 3.
+        warmup_steps: rounds that start before this step have `warmup_h`.
+        warmup_h: H during warm-up; None means `h_base`. The paper uses the rule's H at the peak.
+        total_steps: if given, no round extends beyond it.
+
+    Raises:
+        UserError: α is not positive, or an H is below 1.
+
+    References:
+        Gu, Lyu, Arora, Zhang, Huang 2023, arXiv:2310.14423. In the authors' code the default power
+        is 1, and the default α of 0 means a constant H.
+
+    >>> [qsr(0.0175, 4)(0, lr) for lr in (0.008, 0.004, 0.001)]
+    [4, 19, 306]
+    """
+    real("alpha", alpha, above=0)
+    return _power_rule(alpha, h_base, power, warmup_steps, warmup_h, total_steps)
+
+
+def _power_rule(
+    alpha: float | int,
+    h_base: int,
+    power: float | int,
+    warmup_steps: int,
+    warmup_h: int | None,
+    total_steps: int | None,
+) -> HSchedule:
+    integer("h_base", h_base)
+    integer("warmup_h", warmup_h)
+
+    def schedule(step: int, lr: float | int) -> int:
+        if step < warmup_steps:
+            h = h_base if warmup_h is None else warmup_h
+        else:
+            h = max(h_base, _floor(alpha, lr, power))
+        return h if total_steps is None else max(1, min(h, total_steps - step))
+
+    return schedule
+
+
+def _floor(alpha: float | int, lr: float | int, power: float | int) -> int:
+    real("learning rate", lr, least=0)
+    # A learning rate that has decayed to 0 would divide by 0, and a tiny one overflow.
+    if lr == 0 or power * np.log(alpha / lr) > np.log(NEVER):
+        return NEVER
+    return int((alpha / lr) ** power)
+
+
+def sync_steps(
+    h_schedule: HSchedule, lr_schedule: LearningRate, total_steps: int
+) -> Int[np.ndarray, " rounds"]:
+    """Return the steps after which workers average, ascending; the last is `total_steps`.
+
+    >>> sync_steps(constant_h(4), lambda step: 0.1, 10).tolist()
+    [4, 8, 10]
+    """
+
+    def ends() -> Iterator[int]:
+        step = 0
+        while step < total_steps:
+            h = int(h_schedule(step, float(lr_schedule(step))))
+            integer("h_schedule", h)
+            step = min(step + h, total_steps)
+            yield step
+
+    return np.fromiter(ends(), np.int64)
+
+
+def comm_fraction(h_schedule: HSchedule, lr_schedule: LearningRate, total_steps: int) -> float:
+    """Return the communication of a run relative to averaging at every step.
+
+    >>> comm_fraction(constant_h(4), lambda step: 0.1, 100)
+    0.25
+    """
+    return len(sync_steps(h_schedule, lr_schedule, total_steps)) / total_steps
 
 
 class LocalState(NamedTuple):
     """State of one worker, or of all.
 
     Attributes:
-      inner: of its optimizer; each worker has its own.
-      step: local steps done, the same for all workers. The plan of averages depends on it alone.
+        inner: state of its optimizer; each worker has its own.
+        step: local steps done, the same for all workers. The averages depend on it alone.
     """
 
     inner: Any
@@ -32,11 +183,12 @@ class LocalOptimizer(NamedTuple):
     """What one worker does, inside a `vmap` or `shard_map` with the axis `axis_name`.
 
     Attributes:
-      init: params -> `LocalState`.
-      update: `(grads, state, params) -> (updates, state)`, as in optax, without communication.
-      maybe_sync: `(params, state) -> (params, state)`, the means over workers where a round ends.
-      axis_name: of the workers.
-      sync_steps: numbers of steps after which they average.
+        init: params -> `LocalState`.
+        update: `(grads, state, params) -> (updates, state)`, as in optax, without communication.
+        maybe_sync: `(params, state) -> (params, state)`; averages over workers at the end of a
+            round.
+        axis_name: the axis of the workers.
+        sync_steps: the steps after which workers average.
     """
 
     init: Callable[[Params], LocalState]
@@ -55,30 +207,34 @@ def local_update(
     total_steps: int,
     average: Sequence[str] = ("params",),
 ) -> LocalOptimizer:
-    """Makes a local gradient method of any optax optimizer.
+    """Convert an optax optimizer to a local gradient method.
 
-    After `sync_steps(h_schedule, lr_schedule, total_steps)` steps the parameters of all workers
-    become their mean, taken in at least float32. With H = 1, SGD with or without momentum is that
-    on the joint batch; adaptive methods are not, since their second moments see local batches.
+    After `sync_steps(h_schedule, lr_schedule, total_steps)` steps, the parameters of all workers
+    become their mean, computed in at least float32. With H = 1, SGD with and without momentum is
+    SGD on the joint batch. Adaptive methods are not: their second moments see local batches.
 
     Args:
-      inner: with its learning rate. It counts its own steps, which are the steps of the run.
-      h_schedule: H of a round; `constant_h`, `linear_h`, `qsr`.
-      lr_schedule: step -> learning rate, that of `inner`.
-      axis_name: of the workers.
-      total_steps: of the run, whose last round is cut so that it ends in an average. Beyond it,
-        every step does.
-      average: what is averaged: "params", and "state" for the floats of the optimizer's state.
+        inner: the optimizer, with its learning rate. It counts its own steps, the steps of the run.
+        h_schedule: H of a round; see `constant_h`, `linear_h`, `qsr`.
+        lr_schedule: step -> learning rate, that of `inner`.
+        axis_name: the axis of the workers.
+        total_steps: steps of the run. The last round is cut so that the run ends in an average;
+            beyond it, every step does.
+        average: "params", and "state" to average the floats of the optimizer's state, too.
 
     Raises:
-      UserError: `average` names something else.
+        UserError: `average` names something else.
 
     References:
-      Gu, Lyu, Arora, Zhang, Huang 2023, arXiv:2310.14423, whose code averages parameters alone.
+        Gu, Lyu, Arora, Zhang, Huang 2023, arXiv:2310.14423, whose code averages parameters alone.
     """
     if "params" not in average or not set(average) <= {"params", "state"}:
-        raise UserError(f"average is {tuple(average)}: give ('params',) or ('params', 'state').")
+        raise UserError(
+            f"average: must be ('params',) or ('params', 'state') (got {tuple(average)}). Correct "
+            "it."
+        )
     plan = sync_steps(h_schedule, lr_schedule, total_steps)
+    # A table in place of a comparison with H: the compiled step is the same for every schedule.
     ends = np.zeros(total_steps + 2, bool)
     ends[plan] = ends[-1] = True
 
@@ -92,27 +248,26 @@ def local_update(
     def mean(leaf):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return leaf
-        wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-        return lax.pmean(wide, axis_name).astype(leaf.dtype)
+        return lax.pmean(wide(leaf), axis_name).astype(leaf.dtype)
 
-    def meet(params, inner_state):
+    def sync(params, inner_state):
         params = jax.tree.map(mean, params)
         return params, jax.tree.map(mean, inner_state) if "state" in average else inner_state
 
     def maybe_sync(params, state):
         end = jnp.asarray(ends)[jnp.minimum(state.step, total_steps + 1)]
-        params, inner_state = lax.cond(end, meet, lambda *same: same, params, state.inner)
+        params, inner_state = lax.cond(end, sync, lambda *same: same, params, state.inner)
         return params, LocalState(inner_state, state.step)
 
     return LocalOptimizer(init, update, maybe_sync, axis_name, plan)
 
 
 class Workers(NamedTuple):
-    """All workers: a tree of arrays that may be saved at any step, inside a round too.
+    """All workers: a tree of arrays that may be saved at any step, also inside a round.
 
     Attributes:
-      params: with a leading axis of K workers.
-      state: `LocalState` whose optimizer states have that axis; `step` has none.
+        params: parameters with a leading axis of K workers.
+        state: `LocalState` whose optimizer states have that axis; `step` has none.
     """
 
     params: Params
@@ -122,13 +277,13 @@ class Workers(NamedTuple):
 def start_workers(
     optimizer: LocalOptimizer, params: Params, count: int, *, mesh: Mesh | None = None
 ) -> Workers:
-    """K workers that begin with equal parameters.
+    """Return K workers with equal parameters.
 
     Args:
-      optimizer: of `local_update`.
-      params: of one model.
-      count: K.
-      mesh: where given, worker i lives on device i of its axis `optimizer.axis_name`.
+        optimizer: see `local_update`.
+        params: parameters of one model.
+        count: K.
+        mesh: if given, worker i lives on device i of its axis `optimizer.axis_name`.
     """
 
     def start(params):
@@ -140,8 +295,9 @@ def start_workers(
     if mesh is None:
         return start(params)
     spread = NamedSharding(mesh, PartitionSpec(optimizer.axis_name))
-    whole = NamedSharding(mesh, PartitionSpec())
-    places: Any = Workers(spread, LocalState(spread, whole))  # type: ignore[arg-type]
+    replicated = NamedSharding(mesh, PartitionSpec())
+    places: Any = Workers(spread, LocalState(spread, replicated))  # type: ignore[arg-type]
+    # Compiled with its output placed, so that no device ever holds the copies of all workers.
     return jax.jit(start, out_shardings=places)(params)
 
 
@@ -153,27 +309,26 @@ def run_workers(
     *,
     mesh: Mesh | None = None,
 ) -> tuple[Workers, Any]:
-    """S local steps of every worker, with the averages that fall on them.
+    """Run S local steps of every worker, with the averages that fall on them.
 
-    Rounds may begin and end anywhere among them: steps run in one loop that asks a table whether a
-    round ends, so that neither H nor S makes compilation longer, and S steps in several calls give
-    what one call gives. Compile it by `jax.jit`.
+    Rounds may start and end anywhere among the steps: all steps run in one loop that looks up
+    whether a round ends. So compile time depends neither on H nor on S, and S steps in several
+    calls give the same result as in one. Compile this function by `jax.jit`.
 
     Args:
-      optimizer: of `local_update`.
-      value_and_grad: `(params, batch) -> (value, grads)`, such as `jax.value_and_grad(loss_fn)`.
-      workers: as `start_workers` or this function returned them.
-      batches: tree of arrays [K, S, ...]: S batches for each of K workers.
-      mesh: None runs all workers on one device by `vmap`; otherwise worker i runs on device i of
-        the axis `optimizer.axis_name`, by `shard_map`, and other axes are left to the compiler.
+        optimizer: see `local_update`.
+        value_and_grad: `(params, batch) -> (value, grads)`, such as `jax.value_and_grad(loss_fn)`.
+        workers: from `start_workers` or an earlier call.
+        batches: a tree of arrays [K, S, ...]: S batches for each of K workers.
+        mesh: None runs all workers on one device by `vmap`; otherwise worker i runs on device i of
+            the axis `optimizer.axis_name` by `shard_map`, and other axes are left to the compiler.
 
     Returns:
-      (workers, values with axes [K, S, ...]).
+        (workers, values with axes [K, S, ...]).
 
     Raises:
-      UserError: the mesh has another number of devices than there are workers.
+        UserError: the mesh does not have one device for each worker.
 
-    >>> from jaxlm.dynamics.schedules import constant_h
     >>> opt = local_update(optax.sgd(0.5), constant_h(2), lambda step: 0.5, total_steps=4)
     >>> loss = lambda x, target: 0.5 * (x - target) ** 2
     >>> workers = start_workers(opt, jnp.zeros(()), 2)
@@ -184,34 +339,34 @@ def run_workers(
     """
     axis = optimizer.axis_name
 
-    def one(params, inner, step, batches):
-        def move(carry, batch):
+    def run_worker(params, inner, step, batches):
+        def body(carry, batch):
             params, state = carry
             value, grads = value_and_grad(params, batch)
             updates, state = optimizer.update(grads, state, params)
             return optimizer.maybe_sync(optax.apply_updates(params, updates), state), value
 
-        (params, state), values = lax.scan(move, (params, LocalState(inner, step)), batches)
+        (params, state), values = lax.scan(body, (params, LocalState(inner, step)), batches)
         return params, state.inner, state.step, values
 
     if mesh is None:
-        spread = jax.vmap(one, (0, 0, None, 0), (0, 0, None, 0), axis_name=axis)
+        run = jax.vmap(run_worker, (0, 0, None, 0), (0, 0, None, 0), axis_name=axis)
     else:
         count = jax.tree.leaves(workers.params)[0].shape[0]
         if mesh.shape[axis] != count:
             raise UserError(
-                f"there are {count} workers for the {mesh.shape[axis]} devices of the axis "
-                f"{axis!r}: start as many."
+                f"mesh: must have a device for each of {count} workers along {axis!r} (got "
+                f"{mesh.shape[axis]}). Start as many workers."
             )
         every, own = PartitionSpec(), PartitionSpec(axis)
-        spread = jax.shard_map(
+        run = jax.shard_map(
             # On its device a worker is alone on the leading axis, which has no name here.
-            jax.vmap(one, (0, 0, None, 0), (0, 0, None, 0)),
+            jax.vmap(run_worker, (0, 0, None, 0), (0, 0, None, 0)),
             mesh=mesh,
             in_specs=(own, own, every, own),
             out_specs=(own, own, every, own),
             axis_names={axis},
             check_vma=False,
         )
-    params, inner, step, values = spread(workers.params, *workers.state, batches)
+    params, inner, step, values = run(workers.params, *workers.state, batches)
     return Workers(params, LocalState(inner, step)), values

@@ -1,6 +1,6 @@
-r"""Momentum in the form whose learning rate is that of SGD, and what it does beyond SGD.
+r"""Momentum in the form whose learning rate is that of SGD, and a comparison of its runs with SGD.
 
-With $m \leftarrow \beta m + (1 - \beta) g$ and $x \leftarrow x - \eta m$ a gradient moves x by η
+With $m \leftarrow \beta m + (1 - \beta) g$ and $x \leftarrow x - \eta m$, a gradient moves x by η
 over time, as SGD does at once. Where noise dominates and η is small the two stay close, for a short
 time and for a long one (Wang et al. 2023, arXiv:2307.15196).
 """
@@ -14,9 +14,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from jaxlm.core.errors import UserError
-from jaxlm.dynamics.choices import check_choice
+from jaxlm.core.checks import one_of, real
 from jaxlm.typing import Params, PRNGKey
+
+__all__ = ["MomentumComparison", "compare_momentum", "effective_lr_schedule", "sgdm"]
 
 Schedule = Callable[[Any], Any]
 Oracle = Callable[[PRNGKey, Params], Params]
@@ -25,11 +26,11 @@ Oracle = Callable[[PRNGKey, Params], Params]
 def sgdm(
     eta: float | int | Schedule, beta: float | int | Schedule, form: str = "ema"
 ) -> optax.GradientTransformation:
-    r"""SGD with momentum.
+    r"""Return SGD with momentum as an optax optimizer.
 
     "ema": $m \leftarrow \beta m + (1 - \beta) g$, $x \leftarrow x - \eta m$, from m = 0 and without
-    a correction for it. "heavy_ball": $m \leftarrow \beta m + g$, what `optax.sgd(eta, beta)` does;
-    its η is $1 - \beta$ times that of the other form and of SGD, see `effective_lr_schedule`.
+    bias correction. "heavy_ball": $m \leftarrow \beta m + g$, which is `optax.sgd(eta, beta)`; its
+    η is $1 - \beta$ times that of the other form and of SGD, see `effective_lr_schedule`.
 
     Args:
         eta: η, a number or an optax schedule.
@@ -37,7 +38,7 @@ def sgdm(
         form: "ema" or "heavy_ball".
 
     Raises:
-        UserError: β is outside [0, 1), or the form is not known.
+        UserError: β is outside [0, 1), or the form is unknown.
 
     References:
         Wang et al. 2023, arXiv:2307.15196.
@@ -47,11 +48,12 @@ def sgdm(
     >>> update.round(4).tolist()
     [-0.009999999776482582, -0.009999999776482582]
     """
-    check_choice("form", form, ("ema", "heavy_ball"))
-    _check_beta(beta)
+    one_of("form", form, ("ema", "heavy_ball"))
     average: Any = _ema if form == "ema" else optax.trace
     if callable(beta):
         average = optax.inject_hyperparams(average)
+    else:
+        real("beta", beta, least=0, below=1)
     return optax.chain(average(decay=beta), optax.scale_by_learning_rate(eta))
 
 
@@ -59,21 +61,16 @@ def _ema(decay: Any) -> optax.GradientTransformation:
     return optax.ema(decay, debias=False)
 
 
-def _check_beta(beta: Any) -> None:
-    if not callable(beta) and not 0 <= beta < 1:
-        raise UserError(f"beta={beta:g} is impossible; give 0 <= beta < 1")
-
-
 def effective_lr_schedule(
     eta: float | int | Schedule, beta: float | int | Schedule, steps: int
 ) -> Float[np.ndarray, " steps"]:
-    r"""The learning rates with which SGD moves as far on each gradient as SGDM does over time.
+    r"""Return the learning rates with which SGD moves as far on each gradient as SGDM over time.
 
     $$\bar\eta_k = (1 - \beta_k) \sum_{s \ge k} \eta_s \prod_{\tau = k+1}^s \beta_\tau$$
 
-    for the form "ema" with $\eta_k$, $\beta_k$ in step k. After the last step both schedules are
-    taken to stay; constants give η itself. With $\gamma / (1 - \beta)$ for η this is also for the
-    sum form of learning rate γ and constant β.
+    for the form "ema" with $\eta_k$, $\beta_k$ in step k. Both schedules are continued at their
+    last value after the run; constants give η itself. With η = $\gamma / (1 - \beta)$ this holds
+    for the sum form of learning rate γ and constant β, too.
 
     Args:
         eta: η, a number or an optax schedule.
@@ -93,8 +90,8 @@ def effective_lr_schedule(
     [0.1, 0.1, 0.1]
     """
     rates, betas = _table(eta, steps + 1), _table(beta, steps + 1)
-    _check_beta(betas.max())
-    _check_beta(betas.min())
+    for extreme in (betas.max(), betas.min()):
+        real("beta", float(extreme), least=0, below=1)
     total = rates[-1] / (1 - betas[-1])
     effective = np.empty(steps)
     for k in reversed(range(steps)):
@@ -106,44 +103,18 @@ def effective_lr_schedule(
 def _table(schedule: Any, length: int) -> np.ndarray:
     value = schedule
     if callable(schedule):
+        # Inside a caller's jit, too: the table is a constant of the compiled program.
         with jax.ensure_compile_time_eval():
             value = jax.vmap(lambda step: jnp.asarray(schedule(step)))(jnp.arange(length))
     return np.broadcast_to(np.asarray(value, np.float64), (length,))
 
 
-def coupled_iterate(
-    params: Params, momentum: Params, eta: float | int, beta: float | int
-) -> Params:
-    r"""The point that moves by SGD steps on the gradients of SGDM.
-
-    $$z = x - \frac{\beta \eta}{1 - \beta}\, m$$
-
-    With constant η and β, $z_{k+1} = z_k - \bar\eta\, g(x_k)$ exactly, $\bar\eta = \eta$ for the
-    form "ema" and $\eta / (1 - \beta)$ for "heavy_ball".
-
-    Args:
-        params: x.
-        momentum: m, a pytree like x; `optax.tree.get(state, "ema")`, for "heavy_ball" `"trace"`.
-        eta: η, as it was given to `sgdm`.
-        beta: β.
-
-    Raises:
-        UserError: β is outside [0, 1).
-
-    >>> coupled_iterate(jnp.float32(1.0), jnp.float32(2.0), 0.1, 0.5).round(3).item()
-    0.800000011920929
-    """
-    _check_beta(beta)
-    behind = beta * eta / (1 - beta)
-    return jax.tree.map(lambda x, m: x - behind * m, params, momentum)
-
-
 class MomentumComparison(NamedTuple):
-    """What functions of the last iterate are over R runs of SGD and of SGDM.
+    """Values of F functions of the last iterate, for R runs of SGD and of SGDM.
 
     Attributes:
-        sgd: F numbers of each run.
-        sgdm: of the run with the same noise.
+        sgd: the F values of each run.
+        sgdm: those of the run with the same noise.
     """
 
     sgd: Float[Array, "R F"]
@@ -151,17 +122,17 @@ class MomentumComparison(NamedTuple):
 
     @property
     def gap(self) -> Float[Array, " F"]:
-        """How far the means are apart: the weak error that these functions see."""
+        """The difference of the means: the weak error that these functions see."""
         return jnp.abs(self.sgdm.mean(0) - self.sgd.mean(0))
 
     @property
     def standard_error(self) -> Float[Array, " F"]:
-        """Of the difference of the means; small, since runs share their noise."""
+        """The standard error of that difference; small, since runs share their noise."""
         return (self.sgdm - self.sgd).std(0, ddof=1) / jnp.sqrt(len(self.sgd))
 
     @property
     def wasserstein(self) -> Float[Array, " F"]:
-        """Distance of the two distributions of each number, $W_1$."""
+        """The distance $W_1$ of the two distributions of each value."""
         return jnp.abs(jnp.sort(self.sgdm, 0) - jnp.sort(self.sgd, 0)).mean(0)
 
 
@@ -176,29 +147,30 @@ def compare_momentum(
     num_runs: int,
     test_fn: Callable[[Params], Array],
 ) -> MomentumComparison:
-    """Runs SGDM, and SGD of the same effective learning rate, many times on a noisy function.
+    """Run SGDM, and SGD of the same effective learning rate, many times on a noisy function.
 
-    To see whether a gap is due to noise or to curvature, amplify the noise as SVAG does: σ times
-    the root of l in the oracle, η / l, l times the steps. What curvature does vanishes as 1/l.
+    To tell whether a gap is due to noise or to curvature, amplify the noise as SVAG does: multiply
+    σ in the oracle by the root of l, divide η by l, and take l times the steps. What curvature does
+    vanishes as 1/l.
 
     Args:
         key: in step k of run r both draw from `fold_in(fold_in(key, r), k)`.
-        oracle: `(key, x) -> noisy gradient`, for example of `jaxlm.dynamics.ngos`.
-        x0: where each run starts.
+        oracle: `(key, x) -> noisy gradient`.
+        x0: the start of each run.
         eta: η of the form "ema", a number or a schedule.
         beta: β, likewise.
-        steps: of each run.
+        steps: steps of each run.
         num_runs: R.
-        test_fn: `x -> [F]`, of the last x.
+        test_fn: `x -> [F]`, applied to the last x.
 
     References:
         Wang et al. 2023, arXiv:2307.15196.
 
-    >>> found = compare_momentum(
+    >>> result = compare_momentum(
     ...     jax.random.key(0), lambda key, x: x + jax.random.normal(key), jnp.float32(1.0),
     ...     eta=0.1, beta=0.9, steps=50, num_runs=4, test_fn=lambda x: jnp.stack([x, x**2]),
     ... )
-    >>> found.sgdm.shape
+    >>> result.sgdm.shape
     (4, 2)
     """
     rates = jnp.asarray(effective_lr_schedule(eta, beta, steps), jnp.float32)

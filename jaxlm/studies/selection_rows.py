@@ -1,6 +1,8 @@
 """Rows to choose from: prompts and answers of several sources as tokens, with what is learnt."""
 
 import dataclasses
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +15,15 @@ from jaxlm.core.errors import UserError
 from jaxlm.data import (
     Example,
     TaskConfig,
-    TokenRow,
+    encode_messages,
     load_task,
     prepare_for,
     prompted,
+    read_messages,
     task_config,
 )
-from jaxlm.data.messages import MessagesConfig, MessageTemplate
-from jaxlm.data.rows import tokenizer_of
+from jaxlm.data.continuations import completion
+from jaxlm.data.messages import MessageFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,7 @@ class Source:
 
     Attributes:
         task: prompts with their right options; one whose `train` is null gives no rows.
-        messages: a file of conversations, see `jaxlm.data.MessagesConfig`.
+        messages: a file of conversations, see `jaxlm.data.read_messages`.
         rows: how many, drawn; None for all.
         skip: how many of the draw are left to a source of the same file.
         labels: "own", or "shuffled" over the rows of this source: those that get another label than
@@ -84,18 +87,26 @@ class Target:
 
 
 @dataclass(frozen=True, eq=False)
-class PoolRow(TokenRow):
-    """A prompt with its answer, and what the study writes of it.
+class Row:
+    """A prompt with its answer.
 
     Attributes:
+        id: its source's name, and where it came from.
         source: name of the source.
-        text: {"messages"} or {"prompt", "completion"}.
+        ids: tokens.
+        scored: increasing places of the tokens that are learnt, none of them 0.
+        text: what is written of it, {"messages"} or {"prompt", "completion"}.
         noise: whether its label is not its own.
+        subtask: the group of a target.
     """
 
-    source: str = ""
-    text: dict[str, Any] = field(default_factory=dict)
+    id: str
+    source: str
+    ids: tuple[int, ...]
+    scored: tuple[int, ...]
+    text: dict[str, Any]
     noise: bool = False
+    subtask: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +118,7 @@ class Rows:
         cut: ids of those of whose answer all is cut.
     """
 
-    rows: tuple[PoolRow, ...]
+    rows: tuple[Row, ...]
     cut: tuple[str, ...] = ()
 
     @property
@@ -124,7 +135,7 @@ def read_source(
     source: Source,
     lm: Any,
     *,
-    template: MessageTemplate,
+    template: MessageFormat,
     max_length: int,
     seed: int,
     base_dir: Path | None = None,
@@ -141,7 +152,7 @@ def read_source(
         base_dir: where relative paths start, before the working directory.
 
     Raises:
-        UserError: see `load_task`, `MessagesConfig` and the encoding of both; or there are fewer
+        UserError: see `load_task`, `read_messages` and the encoding of both; or there are fewer
             rows than are asked for.
     """
     try:
@@ -170,7 +181,7 @@ def read_source(
 
 def _placed(place: str, error: UserError) -> UserError:
     """A mistake in one of the sides, with the whole key."""
-    message = str(error).removeprefix("messages.train: ")
+    message = str(error).removeprefix("task.messages: ")
     return UserError(f"{place}{'.' if message.startswith('rows:') else ': '}{message}")
 
 
@@ -178,7 +189,7 @@ def read_target(
     target: Target,
     lm: Any,
     *,
-    template: MessageTemplate,
+    template: MessageFormat,
     max_length: int,
     seed: int,
     base_dir: Path | None = None,
@@ -223,29 +234,36 @@ def draw(count: int, rows: int | None, skip: int, seed: int) -> list[int]:
     return sorted(order[skip:stop].tolist())
 
 
+def digest(rows: Sequence[Row]) -> str:
+    """SHA-256 of what is computed with: ids, tokens, and which of them are learnt."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(repr((row.id, row.ids, row.scored)).encode())
+    return found.hexdigest()
+
+
 def _conversations(
     name: str,
     path: str,
     lm: Any,
-    template: MessageTemplate,
+    template: MessageFormat,
     max_length: int,
     source: Source,
     seed: int,
     base_dir: Path | None,
 ) -> Rows:
-    config = MessagesConfig(train=path, template=template)
-    found = config.load(seed=seed, base_dir=base_dir).train
+    if lm.tokenizer is None:
+        raise UserError("model: has no tokenizer. Add tokenizer.json to its folder.")
+    found = read_messages(path, base_dir=base_dir)
     chosen = [found[place] for place in draw(len(found), source.rows, source.skip, seed)]
+    encoded = encode_messages(chosen, lm.tokenizer, template=template, max_length=max_length)
     rows, cut = [], []
-    encoded = config.tokenize(chosen, tokenizer_of(lm), max_length)
-    for conversation, row in zip(chosen, encoded, strict=True):
-        if not row.loss_positions:
-            cut.append(f"{name}:{row.id}")
+    for each, (ids, scored) in zip(chosen, encoded, strict=True):
+        if not scored:
+            cut.append(f"{name}:{each.id}")
             continue
-        text = {"messages": [turn._asdict() for turn in conversation.messages]}
-        rows.append(
-            PoolRow(f"{name}:{row.id}", row.ids, row.loss_positions, row.subtask, name, text)
-        )
+        text = {"messages": [turn._asdict() for turn in each.messages]}
+        rows.append(Row(f"{name}:{each.id}", name, ids, scored, text, subtask=each.subtask))
     return _unique(rows, cut)
 
 
@@ -259,16 +277,18 @@ def _task_rows(
         )
     alone = dataclasses.replace(task, train=tuple(examples), validation=(), test=())
     encoded = prepare_for(lm, alone, max_length=max_length)
-    names = [f"{name}:{example.id}" for example in examples]
+    words = None if encoded.token_ids is None else encoded.token_ids.tolist()
     rows = []
-    for example, row, wrong in zip(examples, encoded.rows("train", names), noise, strict=True):
+    for example, each, wrong in zip(examples, encoded.train, noise, strict=True):
+        ids, count = completion(each, words)
         shown = prompted(task, example)
         text = {"prompt": shown.prompt, "completion": shown.options[shown.gold[0]]}
-        rows.append(PoolRow(row.id, row.ids, row.loss_positions, "", name, text, wrong))
+        scored = tuple(range(len(ids) - count, len(ids)))
+        rows.append(Row(f"{name}:{example.id}", name, tuple(ids), scored, text, wrong))
     return _unique(rows, [])
 
 
-def _unique(rows: list[PoolRow], cut: list[str]) -> Rows:
+def _unique(rows: list[Row], cut: list[str]) -> Rows:
     seen: set[str] = set()
     for row in rows:
         if row.id in seen:

@@ -30,7 +30,7 @@ Source = Callable[[int, Sequence[int]], Batches]
 """`(batch_size, seeds) -> batches` of leaves [count, seeds, batch_size, ...], a stream a seed."""
 
 NOISE_INFO = ("grad_square", "grad_noise")
-"""Of the metrics: G and N of a batch, see `jaxlm.dynamics.NoiseStats`, averaged over past steps."""
+"""Metrics: G and N of a batch (`dynamics.noise.NoiseStats`), averaged over past steps."""
 
 _SECTION, _MOST = "dynamics.", 2**12
 
@@ -120,7 +120,7 @@ class Svag(Dynamics):
         from jaxlm.dynamics import svag
 
         kind = "sgd" if optimizer.hparams(1).b2 is None else "adaptive"
-        return svag(self.l, kind, pairing=self.pairing)
+        return svag(self.l, kind)
 
     def method(
         self, optimizer: FirstOrder, loss_fn: LossFn, steps: int, mesh: Mesh | None = None
@@ -192,7 +192,7 @@ class Noise(Dynamics):
         self, optimizer: FirstOrder, loss_fn: LossFn, steps: int, mesh: Mesh | None = None
     ) -> Method:
         """See `Dynamics`; info has `grad_square` and `grad_noise`, averaged over steps."""
-        from jaxlm.dynamics import RunningNoise, value_and_grad_with_noise
+        from jaxlm.dynamics.noise import RunningNoise, value_and_grad_with_noise
 
         def value_and_grad(loss_fn: LossFn) -> Callable[..., Any]:
             measured = value_and_grad_with_noise(loss_fn, has_aux=True)
@@ -231,7 +231,7 @@ class Noise(Dynamics):
         return _in_parts(source, self.parts, batch_size, seed)
 
     def report(self, optimizer: Optimizer, steps: int, opt_state: Any) -> dict[str, Any]:
-        """G and N of a batch near the end of the run, see `jaxlm.dynamics.NoiseStats`.
+        """G and N of a batch near the end of the run, see `jaxlm.dynamics.noise.NoiseStats`.
 
         `ratio` is N/G; null where G is not above 0.
         """
@@ -292,8 +292,8 @@ class Local(Dynamics):
 
         rates = optimizer.rates(steps)
         if self.alpha is None:
-            return dynamics.constant_h(self.h), rates.__getitem__
-        make = dynamics.qsr if self.rule == "qsr" else dynamics.linear_h
+            return dynamics.local.constant_h(self.h), rates.__getitem__
+        make = dynamics.qsr if self.rule == "qsr" else dynamics.local.linear_h
         at_peak = make(self.alpha, self.h)(0, optimizer.learning_rate)
         h = make(self.alpha, self.h, warmup_steps=optimizer.warmup, warmup_h=at_peak)
         return h, rates.__getitem__
@@ -320,7 +320,7 @@ class Local(Dynamics):
         def init(params: Params, key: PRNGKey) -> Any:
             del key
             trained = paths.split(params, optimizer.select)[0]
-            return dynamics.start_workers(local, trained, self.workers, mesh=mesh)
+            return dynamics.local.start_workers(local, trained, self.workers, mesh=mesh)
 
         def step(params: Params, workers: Any, parts: Batch) -> Any:
             trained, frozen = paths.split(params, optimizer.select)
@@ -333,7 +333,7 @@ class Local(Dynamics):
                 return {"loss": loss, **aux, "grad_norm": optax.tree.norm(grads)}, grads
 
             batches = jax.tree.map(lambda leaf: leaf[:, None], parts)
-            workers, infos = dynamics.run_workers(
+            workers, infos = dynamics.local.run_workers(
                 local, value_and_grad, workers, batches, mesh=mesh
             )
             trained = jax.lax.cond(
@@ -353,7 +353,7 @@ class Local(Dynamics):
 
     def report(self, optimizer: Optimizer, steps: int, opt_state: Any) -> dict[str, Any]:
         """The number of averages, and their part of those of a run that averages every step."""
-        from jaxlm.dynamics import sync_steps
+        from jaxlm.dynamics.local import sync_steps
 
         averages = len(sync_steps(*self._plan(self.with_gradients(optimizer), steps), steps))
         return {"averages": averages, "communication": averages / max(steps, 1)}

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlm import dynamics
+from jaxlm.dynamics import local
 from jaxlm.train.checkpoint import Checkpoints
 
 WORKERS, STEPS, EVERY = 4, 30, 3
 
 
 def optimizer():
-    return dynamics.local_update(
-        optax.adam(0.05), dynamics.constant_h(8), lambda step: 0.05, total_steps=STEPS
+    return local.local_update(
+        optax.adam(0.05), local.constant_h(8), lambda step: 0.05, total_steps=STEPS
     )
 
 
@@ -38,7 +38,7 @@ def start():
     keys = jax.random.split(jax.random.key(0))
     params = {"first": jax.random.normal(keys[0], (5, 7)) / 2}
     params["second"] = jax.random.normal(keys[1], (7, 1)) / 2
-    return dynamics.start_workers(optimizer(), params, WORKERS)
+    return local.start_workers(optimizer(), params, WORKERS)
 
 
 def train(folder, killed_after=None):
@@ -49,7 +49,7 @@ def train(folder, killed_after=None):
     if found is not None:
         step, workers, _ = found
     run = jax.jit(
-        lambda workers, part: dynamics.run_workers(
+        lambda workers, part: local.run_workers(
             optimizer(), jax.value_and_grad(loss), workers, part
         )
     )

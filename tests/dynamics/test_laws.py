@@ -6,9 +6,8 @@ import pytest
 from scipy.integrate import quad
 from scipy.optimize import minimize
 
-from jaxlm import dynamics
-from jaxlm.core.errors import UserError
-from jaxlm.dynamics import PowerLaw
+from jaxlm.dynamics import laws
+from jaxlm.dynamics.laws import PowerLaw
 
 CHINCHILLA = PowerLaw(1.69, np.array([406.4, 410.7]), np.array([0.34, 0.28]))
 N, D = (x.ravel() for x in np.meshgrid(np.logspace(7.5, 10, 6), np.logspace(9, 11.5, 6)))
@@ -19,7 +18,7 @@ def parameters(law):
 
 
 def test_exact_losses_give_the_law_back():
-    found = dynamics.fit_chinchilla(N, D, CHINCHILLA(N, D))
+    found = laws.fit_chinchilla(N, D, CHINCHILLA(N, D))
     np.testing.assert_allclose(parameters(found), parameters(CHINCHILLA), rtol=1e-4)
     assert found.objective < 1e-12
 
@@ -28,12 +27,12 @@ def test_average_parameters_take_the_place_of_parameters():
     start = np.random.default_rng(0).uniform(0.25, 0.75, len(N))
     average = np.array(
         [
-            dynamics.average_params([0, s, s, 1], [n, n, n / 2, n / 2])
+            laws.average_params([0, s, s, 1], [n, n, n / 2, n / 2])
             for s, n in zip(start, N, strict=True)
         ]
     )
     np.testing.assert_allclose(average, N * (1 + start) / 2, rtol=1e-12)
-    found = dynamics.fit_chinchilla(average, D, CHINCHILLA(average, D))
+    found = laws.fit_chinchilla(average, D, CHINCHILLA(average, D))
     np.testing.assert_allclose(parameters(found), parameters(CHINCHILLA), rtol=1e-4)
 
 
@@ -45,7 +44,7 @@ def huber(law, x, loss, delta):
 @pytest.mark.parametrize("delta", [1e-3, 0.1])
 def test_no_other_minimiser_finds_less(delta):
     loss = CHINCHILLA(N, D) * np.exp(0.005 * np.random.default_rng(0).normal(size=len(N)))
-    found = dynamics.fit_chinchilla(N, D, loss, delta=delta)
+    found = laws.fit_chinchilla(N, D, loss, delta=delta)
     np.testing.assert_allclose(found.objective, huber(found, (N, D), loss, delta), rtol=1e-6)
 
     def objective(point):
@@ -60,7 +59,7 @@ def test_no_other_minimiser_finds_less(delta):
 def test_a_few_bad_runs_count_little():
     loss = CHINCHILLA(N, D)
     loss[::9] *= 1.3
-    robust, squares = (dynamics.fit_chinchilla(N, D, loss, delta=delta) for delta in (1e-3, 1e3))
+    robust, squares = (laws.fit_chinchilla(N, D, loss, delta=delta) for delta in (1e-3, 1e3))
     np.testing.assert_allclose(robust.alpha, CHINCHILLA.alpha, atol=0.02)
     assert np.abs(squares.alpha - CHINCHILLA.alpha).max() > 0.05
 
@@ -74,7 +73,7 @@ def test_one_variable_over_a_narrow_range(E, A, alpha):
     law = PowerLaw(E, np.array([A]), np.array([alpha]))
     n = 256.0 * np.arange(501, 3001, 10)
     loss = law(n) * np.exp(0.01 * np.random.default_rng(0).normal(size=len(n)))
-    found = dynamics.fit_power_law(n, loss)
+    found = laws.fit_power_law(n, loss)
     assert np.abs(found(n) / law(n) - 1).max() < 0.005
 
 
@@ -88,11 +87,12 @@ def test_bootstrap_intervals_are_as_wide_as_the_fits_to_other_data_are_spread():
         return np.append(law.alpha, law(1e9, 1e11))
 
     x = np.stack([N, D], axis=1)
-    fits = [dynamics.fit_power_law(x, noisy(), delta=delta, start=CHINCHILLA) for _ in range(draws)]
+    fits = [laws.fit_power_law(x, noisy(), delta=delta, start=CHINCHILLA) for _ in range(draws)]
     spread = np.std([statistic(law) for law in fits], axis=0)
-    laws = dynamics.bootstrap_power_law(jax.random.key(0), x, noisy(), resamples=draws, delta=delta)
-    assert len(laws) == draws
-    low, high = dynamics.bootstrap_interval(laws, statistic, 0.6827)  # one deviation each way
+    key = jax.random.key(0)
+    resampled = laws.bootstrap_power_law(key, x, noisy(), resamples=draws, delta=delta)
+    assert len(resampled) == draws
+    low, high = laws.bootstrap_interval(resampled, statistic, 0.6827)  # one deviation each way
     ratio = (high - low) / (2 * spread)
     assert (ratio > 0.5).all()
     assert (ratio < 2).all()
@@ -104,36 +104,30 @@ def one(E, A, alpha):
 
 def test_crossovers():
     first, second = one(2.0, 30.0, 0.4), one(2.0, 5.0, 0.25)
-    np.testing.assert_allclose(dynamics.crossover(first, second), [6 ** (1 / 0.15)], rtol=1e-9)
-    assert dynamics.crossover(first, second, high=1e4) == ()
-    assert dynamics.crossover(first, one(2.5, 30.0, 0.4)) == ()
+    np.testing.assert_allclose(laws.crossover(first, second), [6 ** (1 / 0.15)], rtol=1e-9)
+    assert laws.crossover(first, second, high=1e4) == ()
+    assert laws.crossover(first, one(2.5, 30.0, 0.4)) == ()
     # 0.25 + y^2 = 1.25 y with y = x^(-1/4): at y = 1 and y = 1/4.
-    found = dynamics.crossover(one(1.25, 1.0, 0.5), one(1.0, 1.25, 0.25), low=0.5)
+    found = laws.crossover(one(1.25, 1.0, 0.5), one(1.0, 1.25, 0.25), low=0.5)
     np.testing.assert_allclose(found, [1.0, 256.0], rtol=1e-9)
 
 
 def test_crossovers_at_the_ends_and_where_curves_touch():
     first, second = one(1.25, 1.0, 0.5), one(1.0, 1.25, 0.25)  # meet at 1 and 256
-    np.testing.assert_allclose(dynamics.crossover(first, second), [1.0, 256.0], rtol=1e-12)
-    np.testing.assert_allclose(dynamics.crossover(first, second, low=1.0, high=256.0), [1, 256])
-    np.testing.assert_allclose(dynamics.crossover(first, second, low=256.0), [256])
-    meet = dynamics.crossover(one(0.0, 3.0, 1.0), one(0.0, 1.0, 0.0), low=1.0, high=3.0)
+    np.testing.assert_allclose(laws.crossover(first, second), [1.0, 256.0], rtol=1e-12)
+    np.testing.assert_allclose(laws.crossover(first, second, low=1.0, high=256.0), [1, 256])
+    np.testing.assert_allclose(laws.crossover(first, second, low=256.0), [256])
+    meet = laws.crossover(one(0.0, 3.0, 1.0), one(0.0, 1.0, 0.0), low=1.0, high=3.0)
     assert meet == (3.0,)  # and not the 3.0000000000000004 of exp(log(3))
-    assert dynamics.crossover(first, second, low=1.01, high=255.0) == ()
+    assert laws.crossover(first, second, low=1.01, high=255.0) == ()
     # 1.25 + y^2 - (1 + y) = (y - 1/2)^2 with y = x^(-1/4): both touch at y = 1/2.
-    touching = dynamics.crossover(one(1.25, 1.0, 0.5), one(1.0, 1.0, 0.25))
+    touching = laws.crossover(one(1.25, 1.0, 0.5), one(1.0, 1.0, 0.25))
     np.testing.assert_allclose(touching, [16.0], rtol=1e-9)
-    assert dynamics.crossover(one(1.26, 1.0, 0.5), one(1.0, 1.0, 0.25)) == ()
-    assert dynamics.crossover(first, first) == ()
+    assert laws.crossover(one(1.26, 1.0, 0.5), one(1.0, 1.0, 0.25)) == ()
+    assert laws.crossover(first, first) == ()
     # Terms whose product is no number of float64 have signs nevertheless.
-    small = dynamics.crossover(one(0.0, 1e-170, 0.4), one(0.0, 1e-171, 0.2), high=1e20)
+    small = laws.crossover(one(0.0, 1e-170, 0.4), one(0.0, 1e-171, 0.2), high=1e20)
     np.testing.assert_allclose(small, [1e5], rtol=1e-9)
-
-
-def test_probability_of_a_crossover():
-    laws = [one(2.0, 30.0, 0.4)] * 3
-    others = [one(2.0, 5.0, 0.25), one(2.5, 30.0, 0.4), one(2.0, 5.0, 0.25)]
-    np.testing.assert_allclose(dynamics.crossover_probability(laws, others), 2 / 3)
 
 
 def test_average_parameters_are_the_integral():
@@ -141,59 +135,23 @@ def test_average_parameters_are_the_integral():
     params = [4e8, 4e8, 2.5e8, 2e8, 1e8]
     pieces = [(0.0, 2e9), (2e9, 5e9 * (1 - 1e-15)), (5e9 * (1 + 1e-15), 9e9)]
     whole = sum(quad(np.interp, *piece, args=(tokens, params))[0] for piece in pieces)
-    np.testing.assert_allclose(dynamics.average_params(tokens, params), whole / 9e9, rtol=1e-9)
+    np.testing.assert_allclose(laws.average_params(tokens, params), whole / 9e9, rtol=1e-9)
     # Pruned linearly between shares f0 and f1.
     start, end, f0, f1 = 4e8, 1e8, 0.2, 0.7
     expected = start * f0 + (start + end) / 2 * (f1 - f0) + end * (1 - f1)
-    found = dynamics.average_params([0, f0, f1, 1], [start, start, end, end])
+    found = laws.average_params([0, f0, f1, 1], [start, start, end, end])
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-def test_average_parameters_from_compute():
-    tokens, params = np.array([0.0, 2.0, 5.0, 5.0, 9.0]), np.array([4e8, 4e8, 2.5e8, 2e8, 1e8])
-    compute = np.append(0, np.cumsum(np.diff(tokens) * (params[1:] + params[:-1]) / 2))
-    np.testing.assert_allclose(
-        dynamics.average_params_by_compute(compute, params),
-        dynamics.average_params(tokens, params),
-        rtol=1e-12,
-    )
-
-
 @pytest.mark.parametrize(
-    ("call", "sentence"),
+    ("params", "tokens", "lr", "batch"),
     [
-        (
-            lambda: dynamics.fit_chinchilla(N[:4], D[:4], np.ones(4)),
-            "4 points do not determine 5 parameters; give at least 5",
-        ),
-        (
-            lambda: dynamics.fit_power_law(np.arange(4.0), np.ones(4)),
-            "x has 0, which has no logarithm; leave such runs out",
-        ),
-        (
-            lambda: dynamics.fit_power_law(np.ones(4), [1.0, 2.0, np.nan, 1.0]),
-            "loss has nan, which has no logarithm; leave such runs out",
-        ),
-        (
-            lambda: dynamics.fit_power_law(np.ones((4, 2)), np.ones(3)),
-            "x has shape [4, 2] and loss [3]; give [n] or [n, J] and [n]",
-        ),
-        (
-            lambda: dynamics.fit_power_law(np.ones(4), np.ones(4), delta=0.0),
-            "delta=0 is impossible; give a number above 0",
-        ),
-        (
-            lambda: dynamics.crossover(CHINCHILLA, CHINCHILLA),
-            "crossover compares laws of one variable; fit each to compute alone",
-        ),
-        (
-            lambda: dynamics.average_params([0, 1, 0.5], [1.0, 1.0, 1.0]),
-            "tokens and params must be knots of equal number, the first rising and the second "
-            "above 0; give for example [0, 1] and [1e9, 1e9]",
-        ),
+        (6e7, 1e9, 2.951e-3, 79_878),
+        (4e8, 4e10, 2.368e-3, 656_454),
+        (1e9, 1e11, 1.632e-3, 1_107_715),
+        (7e9, 1.4e12, 9.166e-4, 4_998_815),
     ],
 )
-def test_sentences(call, sentence):
-    with pytest.raises(UserError) as found:
-        call()
-    assert str(found.value) == sentence
+def test_step_law(params, tokens, lr, batch):
+    found = laws.step_law(params, tokens)
+    np.testing.assert_allclose(found, [lr, batch], rtol=5e-4)  # four digits

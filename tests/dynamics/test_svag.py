@@ -1,4 +1,4 @@
-"""SVAG next to its equation: exact moments, maps of hyperparameters, pairs of batches, models."""
+"""SVAG next to its equation: exact moments, maps of hyperparameters, models."""
 
 import itertools
 import math
@@ -10,7 +10,6 @@ import optax
 import pytest
 
 from jaxlm import dynamics
-from jaxlm.core.errors import UserError
 from jaxlm.dynamics import OptHParams
 from tests.zo.test_any_model import MODELS, regression, whole_equinox
 
@@ -122,7 +121,7 @@ def test_halves_have_their_own_keys_and_auxiliary_values():
 
 OPTIMIZERS = {
     "sgd": ("sgd", lambda hp: optax.sgd(hp.lr)),
-    "sgdm": ("sgdm", lambda hp: dynamics.sgdm(hp.lr, hp.b1)),
+    "sgdm": ("sgdm", lambda hp: dynamics.momentum.sgdm(hp.lr, hp.b1)),
     "adam": ("adaptive", lambda hp: optax.adam(hp.lr, hp.b1, hp.b2, hp.eps)),
     "adamw": (
         "adaptive",
@@ -241,76 +240,3 @@ def test_a_schedule_over_effective_steps(l, kind, each):
 def test_a_stretched_step_is_exact_where_float32_is_not():
     step = jnp.int32(7 * (2**24 + 1))
     assert dynamics.svag(7).wrap_schedule(lambda step: step % 2)(step) > 0
-
-
-def test_independent_pairs_are_uniform_and_independent():
-    n, batch_size, steps = 7, 4, 4000
-    draw = lambda step: dynamics.pair_indices(  # noqa: E731
-        jax.random.key(3), step, n, batch_size
-    )
-    drawn = np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(steps)))
-    assert drawn.shape == (steps, 2, batch_size)
-    table = np.zeros((n, n))
-    np.add.at(table, (drawn[:, 0, 0], drawn[:, 1, 0]), 1)
-    chance = 1 / n**2
-    assert np.abs(table / steps - chance).max() < 4.5 * math.sqrt(chance / steps)
-
-
-def test_consecutive_pairs_cut_each_pass():
-    method = dynamics.svag(2, pairing="consecutive")
-    draw = lambda step: method.batches(jax.random.key(3), step, 14, 3)  # noqa: E731
-    drawn = np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(4)))
-    for first, second in (drawn[:2], drawn[2:]):
-        assert len({*first.ravel(), *second.ravel()}) == 12
-    assert (drawn[:2] != drawn[2:]).any()
-    np.testing.assert_array_equal(draw(3), drawn[3])
-
-
-KEY = jax.random.key(0)
-FN = dynamics.svag_value_and_grad(lambda w, batch: jnp.mean(w * batch["x"]), 2)
-X = jnp.ones((4, 2))
-
-
-@pytest.mark.parametrize(
-    ("call", "sentence"),
-    [
-        (lambda: dynamics.svag(0.5), "l=0.5 is impossible; give a number from 1"),
-        (
-            lambda: dynamics.svag_coefficients(0),
-            "amplification=0 is impossible; give a number from 1",
-        ),
-        (
-            lambda: dynamics.svag_value_and_grad(jnp.sum, math.inf),
-            "amplification=inf is impossible; give a number from 1",
-        ),
-        (
-            lambda: dynamics.svag(2, "lion"),
-            "kind='lion' is not known; give one of sgd, sgdm, adaptive",
-        ),
-        (
-            lambda: dynamics.svag(2, pairing="random"),
-            "pairing='random' is not known; give one of independent, consecutive",
-        ),
-        (
-            lambda: FN(1.0, {"x": X}, {"x": X[:3]}),
-            "the two halves have shapes [4, 2] and [3, 2] at x; give two batches of the same size",
-        ),
-        (
-            lambda: FN(1.0, {"x": X}, {"x": X, "y": X}),
-            "the two halves have different fields; give two batches of the same kind",
-        ),
-        (
-            lambda: dynamics.split_halves({"x": X[:3]}),
-            "the batch has shape [3, 2] at x, which has no two halves of equal size; give an even "
-            "number of examples",
-        ),
-        (
-            lambda: dynamics.pair_indices(KEY, 0, 5, 3, pairing="consecutive"),
-            "5 examples give no two batches of 3; take smaller batches, of 1 or more",
-        ),
-    ],
-)
-def test_sentences(call, sentence):
-    with pytest.raises(UserError) as found:
-        call()
-    assert str(found.value) == sentence

@@ -130,7 +130,7 @@ def test_noise_leaves_the_run_and_tells_G_and_N():
     first = source(SIZE, (3,))(0, 1)
     parts = jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[3:]), first)
     grads = jax.vmap(jax.grad(lambda p, b: loss_fn(p, b)[0]), (None, 0))(params(), parts)
-    stats = theory.grad_noise_stats(grads)
+    stats = theory.noise.grad_noise_stats(grads)
     info = measured.infos[0]
     assert info["grad_square"] == pytest.approx(float(stats.G), rel=1e-5)
     assert info["grad_noise"] == pytest.approx(float(stats.N) / 4, rel=1e-5)
@@ -200,7 +200,7 @@ def test_rates_on_the_host_are_those_of_optax(schedule, warmup):
 
 
 def test_the_two_streams_of_svag_are_different_orders():
-    from jaxlm.data.rows import _permutation
+    from jaxlm.data.batching import _permutation
     from jaxlm.train.dynamics import SECOND_STREAM
 
     orders = {
