@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core import paths
 from jaxlm.core.checks import number, whole
 from jaxlm.core.errors import UserError
 from jaxlm.models.adapters import LORA
@@ -108,7 +107,7 @@ def train(
     """Trains adapters in a folder, or goes on there.
 
     Args:
-        folder: of `checkpoints/` and `metrics.jsonl`; with `keep` also of `epoch-1/`, ...
+        folder: of `checkpoints/` and `metrics.jsonl`.
         lm: the model without adapters, whose parameters stay as they are.
         rows: to train on.
         recipe: how.
@@ -131,7 +130,8 @@ def train(
             f"recipe.warmup_share: all steps have the learning rate 0 (got {steps} steps on "
             f"{len(rows)} rows). Give more rows or epochs, a smaller recipe.batch_size, or 0."
         )
-    checkpoints = _Adapters(folder / "checkpoints", each if keep else None)
+    places = folder / "checkpoints"
+    checkpoints = Checkpoints(places, select=LORA, keep_every=each if keep else None)
     metrics = Metrics(folder / "metrics.jsonl")
     metrics.cut(checkpoints.latest_step)
     outcome = fit(
@@ -160,47 +160,18 @@ def load_epoch(folder: Path, lm: Any, rows: int, recipe: Recipe, epoch: int, *, 
     each = recipe.epoch_steps(rows)
     optimizer = dataclasses.replace(recipe.optimizer_for(rows), select=LORA)
     chosen = method(optimizer, mean_loss(ready), recipe.epochs * each)
-    trained, frozen = paths.split(ready.params, LORA)
-    like = TrainState(
-        trained, abstract(chosen.init, mesh_of(trained), ready.params, jax.random.key(0))
-    )
-    place = folder / f"epoch-{epoch}"
-    if not place.is_dir():
+    opt_state = abstract(chosen.init, mesh_of(ready.params), ready.params, jax.random.key(0))
+    kept = Checkpoints(folder / "checkpoints", select=LORA, read_only=True)
+    if epoch * each not in kept.steps():
+        place = kept.folder / str(epoch * each)
         raise UserError(f"{place}: there is no checkpoint. Remove {folder} to train again.")
-    kept = Checkpoints(place, read_only=True)
-    found = kept.restore(like)
+    found = kept.restore(TrainState(ready.params, opt_state), epoch * each)
     assert found is not None
     weights = epoch_weights(optimizer, recipe.epochs, each)
-    params = paths.merge(found[1].params, frozen)
-    return Epoch(params, found[1].opt_state, weights[epoch - 1])
+    return Epoch(found[1].params, found[1].opt_state, weights[epoch - 1])
 
 
 def _prepared(lm: Any, recipe: Recipe, seed: int) -> Any:
     """The model with new adapters, which lie where it lies."""
     ready, mesh = recipe.prepare(lm, seed), mesh_of(lm.params)
     return ready if mesh is None else ready.replace(params=place_params(ready.params, mesh))
-
-
-class _Adapters(Checkpoints):
-    """Checkpoints of what is trained; the frozen parameters are those that training begins with."""
-
-    def __init__(self, folder: Path, epoch_steps: int | None):
-        super().__init__(folder)
-        self._epoch_steps = epoch_steps
-
-    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        trained = TrainState(paths.split(state.params, LORA)[0], state.opt_state)
-        if step and self._epoch_steps:
-            kept = Checkpoints(self.folder.parent / f"epoch-{step // self._epoch_steps}")
-            kept.save(step, trained, {})
-        super().save(step, trained, record)
-
-    def restore(
-        self, like: Any, step: int | None = None, *, donate: bool = False
-    ) -> tuple[int, Any, dict[str, Any]] | None:
-        trained, frozen = paths.split(like.params, LORA)
-        found = super().restore(TrainState(trained, like.opt_state), step, donate=donate)
-        if found is None:
-            return None
-        step, state, record = found
-        return step, TrainState(paths.merge(state.params, frozen), state.opt_state), record

@@ -29,7 +29,9 @@ from jaxlm.artifacts.files import read_json, report_write_errors, to_json, write
 from jaxlm.artifacts.folder import seal, verify
 from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core.errors import UserError
-from jaxlm.train.state import free
+from jaxlm.core.paths import Select, merge, split
+from jaxlm.train.state import TrainState, free
+from jaxlm.typing import Params
 
 _ARRAYS, _INDEX, _RECORD = "arrays.bin", "index.json", "record.json"
 _ASIDE = ".tmp"
@@ -248,11 +250,28 @@ class Checkpoints:
     """The checkpoints in one folder, named by their step.
 
     Attributes:
-        folder: where they are; `read_only` leaves what another process is writing there alone.
+        folder: where they are.
+        select: parameters that a checkpoint holds, see `jaxlm.core.paths.matcher`; None for all.
+            The others must be those that the run began with.
+        keep_every: checkpoints of multiples of this number of steps are kept for good; None keeps
+            the best and the latest alone.
+
+    Args:
+        folder, select, keep_every: as above.
+        read_only: leave alone what another process is writing there.
     """
 
-    def __init__(self, folder: Path | str, *, read_only: bool = False):
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        select: Select = None,
+        keep_every: int | None = None,
+        read_only: bool = False,
+    ):
         self.folder = Path(folder).absolute()
+        self.select = select
+        self.keep_every = keep_every
         self._read_only = read_only
         if not read_only and is_main_process():
             with report_write_errors(self.folder):
@@ -272,13 +291,13 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Writes the checkpoint of `step`, reads it back, and removes all others but the best.
+        """Write the checkpoint of `step`, read it back, and remove those that need not be kept.
 
         Every process of a program calls it.
 
         Args:
             step: number of updates done.
-            state: pytree of arrays.
+            state: pytree of arrays; a `TrainState` where parameters are selected.
             record: JSON values; `record["best_step"]`, where given, names the checkpoint to keep
                 beside this one.
 
@@ -287,6 +306,7 @@ class Checkpoints:
         """
         place = self.folder / str(step)
         aside = self.folder / f"{step}{_ASIDE}"
+        state = self._divide(state)[0]
         try:
             with report_write_errors(place):
                 own = aside / str(jax.process_index())
@@ -318,10 +338,23 @@ class Checkpoints:
                     _read(part, leaf.dtype)
 
     def _keep(self, step: int, record: dict[str, Any]) -> None:
-        """Removes all checkpoints but that of `step` and the best."""
+        """Remove all checkpoints but that of `step`, the best, and those of `keep_every`."""
         for old in self.steps():
-            if old not in (step, record.get("best_step")):
+            kept = old and self.keep_every and old % self.keep_every == 0
+            if not kept and old not in (step, record.get("best_step")):
                 self._remove(old)
+
+    def _divide(self, state: Any) -> tuple[Any, Params | None]:
+        """The part of a state that a checkpoint holds, and the other parameters."""
+        if self.select is None:
+            return state, None
+        held, rest = split(state.params, self.select)
+        return state._replace(params=held), rest
+
+    def size(self, step: int) -> int:
+        """Bytes of the checkpoint of `step`."""
+        files = (self.folder / str(step)).rglob("*")
+        return sum(path.stat().st_size for path in files if path.is_file())
 
     def _remove(self, step: int) -> None:
         """Removes a checkpoint, which is there whole or not at all."""
@@ -333,15 +366,16 @@ class Checkpoints:
     def restore(
         self, like: Any, step: int | None = None, *, donate: bool = False
     ) -> tuple[int, Any, dict[str, Any]] | None:
-        """Reads the checkpoint of `step` (None: the latest) into a tree shaped as `like`.
+        """Read the checkpoint of `step` (None: the latest) into the shape of `like`.
 
         Args:
-            like: pytree of arrays, or of `jax.ShapeDtypeStruct`s.
+            like: pytree of arrays, or of `jax.ShapeDtypeStruct`s. Parameters that are not selected
+                are taken from it.
             step: of the checkpoint.
-            donate: whether to give back the memory of `like` before, where there is a checkpoint.
+            donate: free the arrays of `like` that are replaced before reading.
 
         Returns:
-            (step, state, record), or None where there is no checkpoint.
+            (step, state, record), or None if there is no checkpoint.
 
         Raises:
             UserError: the checkpoint does not fit `like`, or its files are damaged.
@@ -349,37 +383,28 @@ class Checkpoints:
         step = self.latest_step if step is None else step
         if step is None:
             return None
+        held, rest = self._divide(like)
         with self._reading(step) as stored:
-            shapes = jax.tree.map(_shape, like)
+            shapes = jax.tree.map(_shape, held)
             if donate:
-                free(like)
+                free(held)
             state = jax.tree_util.tree_map_with_path(
                 lambda keys, leaf: stored.placed(_path(keys), leaf), shapes
             )
         if not self._read_only and is_main_process() and step == self.latest_step:
             # A process that was killed may have left what it was about to remove.
             self._keep(step, stored.record)
+        if rest is not None:
+            state = state._replace(params=merge(state.params, rest))
         return step, state, stored.record
 
-    def restore_params(self, like: Any, step: int) -> Any:
-        """Reads the parameters alone of a checkpoint's state, where and shaped as `like`.
-
-        Args:
-            like: `jax.ShapeDtypeStruct`s with shardings, so that no others need be there.
-            step: of the checkpoint.
-
-        Raises:
-            UserError: the checkpoint does not fit `like`, or its files are damaged.
-        """
-        found = self.restore({"params": like}, step)
-        assert found is not None
-        return found[1]["params"]
-
-    def in_place_of(self, state: Any, step: int) -> Any:
-        """The parameters of a checkpoint; the memory of `state` is given back before."""
-        like = jax.tree.map(_shape, state.params)
-        free(state)
-        return self.restore_params(like, step)
+    def in_place_of(self, state: TrainState, step: int) -> Params:
+        """Return the parameters of a checkpoint; `state`, which they replace, is freed before."""
+        like = TrainState(state.params, ())
+        free(state.opt_state)
+        result = self.restore(like, step, donate=True)
+        assert result is not None
+        return result[1].params
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[_Stored]:

@@ -20,7 +20,7 @@ from jaxlm.data.batching import Objective
 from jaxlm.evaluation.calibration import CALIBRATION_TEXTS, domain_offsets, option_offsets
 from jaxlm.models import LanguageModel
 from jaxlm.peft import TUNINGS, Tuning
-from jaxlm.train.load import changed, load_model, with_head
+from jaxlm.train.load import base_digest, changed, load_model, with_head
 from jaxlm.train.logging import Progress
 from jaxlm.train.measure import GenerationMetric, MultipleChoiceMetric
 from jaxlm.train.objective import accuracy_objective, classification_objective, lm_objective
@@ -125,10 +125,13 @@ def finetune(
     encoded = encoded_for(config, lm, task)
     given = config
     config, lm = changed(lm, lambda lm: prepared(given, lm, len(encoded.labels)), mesh)
+    read = digests(task, encoded)
+    if config.peft is not None:
+        read |= base_digest(lm, config.optimizer.select, config.model)
     with folder.held(given):
         if (summary := _finished(folder, given)) is not None:
             return summary
-        folder.check_data(digests(task, encoded))
+        folder.check_data(read)
         summary = _run(config, folder, lm, task, encoded)
         folder.finish(summary)
     return summary
@@ -281,6 +284,7 @@ def _run(
             ),
             folder,
             progress,
+            saved=config.optimizer.select if config.peft else None,
             evaluate=validate if encoded.validation else None,
             maximize=f"validation_{measure.main}" if encoded.validation else None,
             chance=_chance(encoded),

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxlm import zo
+from jaxlm.artifacts.arrays import fingerprint
 from jaxlm.artifacts.files import file_path
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
@@ -20,7 +21,7 @@ from jaxlm.models import (
     init_params,
     shapes_from_pretrained,
 )
-from jaxlm.peft import TUNINGS
+from jaxlm.peft import TUNINGS, Tuning
 from jaxlm.sharding import abstract, place_params, placed_like
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.optimizers import OPTIMIZERS, ZerothOrder
@@ -72,7 +73,9 @@ def load_model(
     dtype = stored["param_dtype"] if replay else param_dtype
     lm, trained_bits = _begun_with(folder, stored, dtype, mesh, shapes_only)
     if best is not None:
-        lm = lm.replace(params=_placed(best, lm.params, folder, stored))
+        if stored.get("peft") and dtype == stored["param_dtype"]:
+            folder.check_unchanged(base_digest(lm, _selected(lm, folder, stored), stored["model"]))
+        lm = lm.replace(params=_placed(best, lm, folder, stored))
     elif replay:
         lm = lm.replace(params=_replayed(folder, lm.params, stored["steps"]))
         lm = lm.replace(params=jax.tree.map(lambda x: x.astype(param_dtype), lm.params))
@@ -139,16 +142,43 @@ def _best_params(folder: RunFolder, *, replayable: bool) -> Any | None:
     return params
 
 
-def _placed(trained: Any, like: Params, folder: RunFolder, stored: Mapping[str, Any]) -> Params:
-    """The parameters of a checkpoint where those of the first model lie, or would lie."""
+def base_digest(lm: LanguageModel, select: paths.Select, name: str | None) -> dict[str, str]:
+    """Name and digest of the parameters that a run leaves alone, which its checkpoints lack."""
+    rest = paths.split(lm.params, select)[1]
+    return {f"the weights of {name or 'the shipped model'}": fingerprint(rest)}
+
+
+def _placed(
+    trained: Any, lm: LanguageModel, folder: RunFolder, stored: Mapping[str, Any]
+) -> Params:
+    """The parameters of a checkpoint where those of the first model lie, or would lie.
+
+    The checkpoint of a run with `peft` holds what is trained alone.
+    """
     values = {leaf.path: leaf.value for leaf in paths.flatten(trained)[0]}
+    selected = _selected(lm, folder, stored) if stored.get("peft") else None
+    like, rest = paths.split(lm.params, selected)
     shapes = {leaf.path: leaf.value.shape for leaf in paths.flatten(like)[0]}
     if {path: value.shape for path, value in values.items()} != shapes:
         raise UserError(
             f"{folder.checkpoints}: its parameters are not those of the model that config.yaml "
             f"names (got {stored['model']}). Put back the model that the run began with."
         )
-    return paths.map_with_path(lambda leaf: placed_like(values[leaf.path], leaf.value), like)
+    params = paths.map_with_path(lambda leaf: placed_like(values[leaf.path], leaf.value), like)
+    return paths.merge(params, rest)
+
+
+def _selected(lm: LanguageModel, folder: RunFolder, stored: Mapping[str, Any]) -> paths.Select:
+    """What a run with a tuning trains."""
+    select: str | None = stored["optimizer"].get("select")
+    return _tuning(folder, stored).select(lm) if select is None else select
+
+
+def _tuning(folder: RunFolder, stored: Mapping[str, Any]) -> Tuning:
+    try:
+        return TUNINGS[stored["peft"]["name"]](**stored["peft"])
+    except TypeError:  # other keys than it has
+        raise folder.foreign() from None
 
 
 def check_run(folder: RunFolder, stored: Mapping[str, Any]) -> None:
@@ -184,13 +214,9 @@ def _with_run(lm: LanguageModel, folder: RunFolder, stored: Mapping[str, Any]) -
     named = isinstance(classes, list) and len(classes) == len(labels)
     names = tuple(map(str, classes if named else labels))
     lm = with_head(lm, len(labels), seed=stored["seed"], names=names)
-    if (tuning := stored.get("peft")) is None:
+    if stored.get("peft") is None:
         return lm
-    try:
-        chosen = TUNINGS[tuning["name"]](**tuning)
-    except TypeError:  # other keys than it has
-        raise folder.foreign() from None
-    return chosen.prepare(lm, jax.random.key(stored["seed"]))
+    return _tuning(folder, stored).prepare(lm, jax.random.key(stored["seed"]))
 
 
 def _replayed(folder: RunFolder, params: Params, steps: int) -> Params:

@@ -8,6 +8,7 @@ import jax
 
 from jaxlm.artifacts.files import file_path
 from jaxlm.core.checks import seeds, whole
+from jaxlm.core.paths import Select
 from jaxlm.models import LanguageModel
 from jaxlm.sharding import mesh_of
 from jaxlm.train.checkpoint import Checkpoints
@@ -71,6 +72,7 @@ def train(
     folder: RunFolder,
     progress: Progress,
     *,
+    saved: Select = None,
     evaluate: Callable[[Params], dict[str, float]] | None = None,
     maximize: str | None = None,
     chance: float | None = None,
@@ -84,6 +86,7 @@ def train(
         source: the rows, see `jaxlm.train.dynamics.Source`.
         folder: held by the caller.
         progress: shows the steps.
+        saved: parameters that checkpoints hold, see `Checkpoints`.
         evaluate, maximize, chance: see `jaxlm.train.loop.fit`.
 
     Raises:
@@ -99,7 +102,7 @@ def train(
         seed=config.seed,
         mesh=mesh_of(lm.params),
     )
-    checkpoints = Checkpoints(folder.checkpoints)
+    checkpoints = Checkpoints(folder.checkpoints, select=saved)
     outcome = fit(
         method,
         lm.params,
@@ -132,6 +135,7 @@ def train(
         "goodput": record.goodput,
         "peak_memory_bytes": outcome.peak_bytes,
         "device_peak_bytes": device_peak_bytes(),
+        "checkpoint_bytes": checkpoints.size(config.steps),
         "dynamics": dynamics,
         "config": to_dict(config),
     }

@@ -184,10 +184,20 @@ class RunFolder:
             for file in (self.metrics.path, self.trajectory, self._data):
                 file.unlink(missing_ok=True)
 
-    def check_data(self, digests: Mapping[str, str]) -> None:
-        """Keeps the digests of what a run reads, or compares them with those it began with.
+    def check_unchanged(self, digests: Mapping[str, str]) -> None:
+        """Raise UserError if one of these digests is not the one that the run began with."""
+        known = read_json(self._data) if self._data.exists() else {}
+        for name, digest in digests.items():
+            if known.get(name, digest) != digest:
+                raise UserError(
+                    f"{name}: has changed since the run in {self.path} began. "
+                    "Put back what was there, or choose another output to start anew."
+                )
 
-        A run that has done no step begins anew where they are others.
+    def check_data(self, digests: Mapping[str, str]) -> None:
+        """Store the digests of what a run reads, or compare them with the stored ones.
+
+        A run that has done no step starts anew if they differ.
 
         Args:
             digests: name of a file or of another part of the data to its digest.
@@ -197,11 +207,8 @@ class RunFolder:
         """
         known = read_json(self._data) if self._data.exists() else None
         changed = [name for name, old in (known or {}).items() if digests.get(name) != old]
-        if changed and self._begun():
-            raise UserError(
-                f"{changed[0]}: has changed since the run in {self.path} began. Put back what was "
-                "there, or choose another output to start anew."
-            )
+        if self._begun():
+            self.check_unchanged({name: digests.get(name, "") for name in changed})
         barrier(f"{self._data} is read")  # by every process, before the first one writes
         if known is None or changed:
             if is_main_process() and changed:

@@ -16,6 +16,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.sharding import make_mesh
 from jaxlm.train import checkpoint
 from jaxlm.train.checkpoint import Checkpoints, copied_bytes
+from jaxlm.train.state import TrainState
 
 
 class State(NamedTuple):
@@ -137,7 +138,7 @@ def test_one_array_at_a_time_is_copied(tmp_path, monkeypatch):
     # JAX lets go of what it has copied at some later time: here it copies a copy.
     monkeypatch.setattr(jax, "device_put", lambda x, *args, **kw: put(np.array(x), *args, **kw))
     like = jax.eval_shape(lambda: params)
-    found = Checkpoints(tmp_path).restore_params(like, 1)
+    found = Checkpoints(tmp_path).restore({"params": like}, 1)[1]["params"]
     jax.tree.map(np.testing.assert_array_equal, found, params)
     found = Checkpoints(tmp_path).restore(state)[1]["params"]
     jax.tree.map(np.testing.assert_array_equal, found, params)
@@ -229,3 +230,27 @@ def test_a_checkpoint_that_a_run_replaces_meanwhile_is_read_anew(tmp_path, monke
 
     monkeypatch.setattr(Checkpoints, "read", slow)
     np.testing.assert_array_equal(reader.best_params()["w"], 2.0)
+
+
+def test_a_checkpoint_of_what_is_selected_takes_the_rest_from_the_run(tmp_path):
+    params = {"base": jnp.arange(1000.0), "adapter": jnp.ones(3)}
+    trained = TrainState(params | {"adapter": jnp.full(3, 7.0)}, {"count": jnp.ones((), int)})
+    whole, part = Checkpoints(tmp_path / "whole"), Checkpoints(tmp_path / "part", select="adapter")
+    for checkpoints in (whole, part):
+        checkpoints.save(5, trained, {})
+    assert part.size(5) < whole.size(5) - 3900  # the 1000 numbers of the base are not there
+    assert set(part.read(5, "params")["params"]) == {"adapter"}
+    other = TrainState(params | {"base": jnp.zeros(1000)}, trained.opt_state)
+    for like in (TrainState(params, trained.opt_state), other):
+        base = np.asarray(like.params["base"])
+        _, state, _ = part.restore(like, donate=True)
+        np.testing.assert_array_equal(state.params["base"], base)
+        np.testing.assert_array_equal(state.params["adapter"], 7.0)
+    np.testing.assert_array_equal(part.in_place_of(trained, 5)["adapter"], 7.0)
+
+
+def test_checkpoints_of_multiples_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_every=4)
+    for step in range(0, 11, 2):
+        checkpoints.save(step, state(), {"best_step": 2})
+    assert checkpoints.steps() == [2, 4, 8, 10]
