@@ -46,9 +46,9 @@ import jaxlm
 from benchmarks import common
 from jaxlm import influence, peft
 from jaxlm.core import paths
-from jaxlm.data import task_config
-from jaxlm.studies.selection_batches import Padded, row_losses
-from jaxlm.studies.selection_rows import Row, Source, Target, read_source, read_target
+from jaxlm.data import PaddedRows, task_config
+from jaxlm.studies.selection_batches import row_losses
+from jaxlm.studies.selection_rows import PoolRow, Source, Target, read_source, read_target
 
 EPOCHS, BATCH = 4, 16
 LENGTH = 48
@@ -65,7 +65,7 @@ class Problem:
     def __init__(self, rows: int, targets: int):
         self.lm = jaxlm.from_pretrained()
         words: dict[str, Any] = {"template": "tulu", "max_length": LENGTH, "seed": 0}
-        self.rows: list[Row] = []
+        self.rows: list[PoolRow] = []
         for name in ("mr", "subj"):
             source = Source(task=task_config({"name": name}), rows=rows // 2)
             self.rows += read_source(name, source, self.lm, **words).rows
@@ -79,8 +79,8 @@ class Problem:
         """The model with new adapters."""
         return peft.lora(self.lm, jax.random.key(seed), rank=8, targets=r"attention\.")
 
-    def _whole(self, rows: list[Row]) -> Any:
-        padded = Padded(rows, pad_id=self.lm.config.pad_id or 0)
+    def _whole(self, rows: list[PoolRow]) -> Any:
+        padded = PaddedRows(rows, self.lm.config.pad_id or 0, "targets")
         return jax.tree.map(jnp.asarray, padded.batch(range(len(rows))))
 
     def trained(self, mask: np.ndarray, seed: int) -> tuple[list[Any], list[Any], list[float]]:
@@ -125,9 +125,11 @@ class Problem:
         return -self.losses(params, self.target)
 
 
-def answer_words(*sides: Sequence[Row]) -> list[np.ndarray]:
+def answer_words(*sides: Sequence[PoolRow]) -> list[np.ndarray]:
     """Number of the answer of every row; equal answers have one number on all sides."""
-    words = [[tuple(row.ids[place] for place in row.scored) for row in rows] for rows in sides]
+    words = [
+        [tuple(row.ids[place] for place in row.loss_positions) for row in rows] for rows in sides
+    ]
     known = sorted({word for side in words for word in side})
     return [np.array([known.index(word) for word in side]) for side in words]
 

@@ -32,9 +32,9 @@ import numpy as np
 
 import jaxlm
 from jaxlm import influence, peft
-from jaxlm.data import task_config
+from jaxlm.data import PaddedRows, task_config
 from jaxlm.studies.selection import SelectionConfig, read_sides
-from jaxlm.studies.selection_batches import Padded, row_losses
+from jaxlm.studies.selection_batches import row_losses
 from jaxlm.studies.selection_rows import Source, Target
 from jaxlm.studies.selection_training import Recipe, load_epoch, train
 from jaxlm.train.optimizers import Adam
@@ -105,7 +105,7 @@ projector = influence.projector("countsketch", 2048)
 
 
 def features(rows, epoch, *, adam, projector=projector):
-    batch = Padded(rows, pad_id=lm.config.pad_id or 0).batch(range(len(rows)))
+    batch = PaddedRows(rows, lm.config.pad_id or 0, "targets").batch(range(len(rows)))
     return influence.gradient_features(
         losses,
         epoch.params,

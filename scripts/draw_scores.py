@@ -13,12 +13,12 @@ import jaxlm
 from jaxlm.cli import config as configs
 from jaxlm.studies.figures import new_axes, save_figure
 from jaxlm.studies.selection import SelectionConfig
-from jaxlm.studies.selection_rows import Row, read_source
+from jaxlm.studies.selection_rows import PoolRow, read_source
 
 SCALE = 10_000
 
 
-def rows_of(config: SelectionConfig, base_dir: Path) -> dict[str, Row]:
+def rows_of(config: SelectionConfig, base_dir: Path) -> dict[str, PoolRow]:
     """Every row of the study by its id."""
     lm = jaxlm.from_pretrained(config.model)
     return {

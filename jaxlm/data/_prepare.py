@@ -14,11 +14,9 @@ from jaxlm.data.continuations import encode_prompted, share_prompts
 from jaxlm.data.encoding import Encoded, encode_all
 from jaxlm.data.examples import Example, Task
 from jaxlm.data.opt_tasks import opt_task
+from jaxlm.data.rows import check_vocabulary, length_buckets
 from jaxlm.data.tasks import TaskConfig
 from jaxlm.data.tokens import Kind
-
-_QUANTILES = (0.5, 0.8, 0.95, 1.0)
-_MULTIPLE = 8
 
 
 def prepare(
@@ -54,11 +52,7 @@ def prepare(
         limit = _room(limit, task.config)
     encoded = _encode(task, tokenizer, examples, kind, limit)
     largest = max(max(map(max, (*x.input_ids, *x.targets))) for x in encoded)
-    if vocab_size is not None and largest >= vocab_size:
-        raise UserError(
-            f"tokenizer: makes tokens beyond the {vocab_size} of the model (got {largest}). Take "
-            "that of the model."
-        )
+    check_vocabulary(largest, vocab_size)
     token_ids = _label_words(encoded)
     if token_ids is not None:
         _check_words(task.config.labels, token_ids.tolist(), tokenizer)
@@ -68,11 +62,12 @@ def prepare(
     known = opt_task(task.config.name)
     ends = np.cumsum([len(task.train), len(task.validation)])
     pad_id = tokenizer.pad_token_id
+    lengths = [max(map(len, each.input_ids)) for each in encoded]
     return EncodedTask(
         labels=task.config.labels,
         token_ids=token_ids,
         pad_id=0 if pad_id is None else pad_id,
-        buckets=tuple(buckets or _buckets(encoded, limit)),
+        buckets=tuple(buckets or length_buckets(lengths, limit)),
         train=tuple(encoded[: ends[0]]),
         validation=tuple(encoded[ends[0] : ends[1]]),
         test=tuple(encoded[ends[1] :]),
@@ -176,10 +171,3 @@ def _first_option(each: Encoded) -> Encoded:
         targets=(),
         token_type_ids=types and types[:1],
     )
-
-
-def _buckets(examples: Sequence[Encoded], limit: int | None) -> list[int]:
-    lengths = [max(map(len, each.input_ids)) for each in examples]
-    marks = np.quantile(lengths, _QUANTILES, method="higher").astype(int)
-    rounded = {-(-int(mark) // _MULTIPLE) * _MULTIPLE for mark in marks}
-    return sorted({min(length, limit or length) for length in rounded})

@@ -10,16 +10,20 @@ import numpy as np
 from jaxtyping import Int32
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.arrays import (
+from jaxlm.data.continuations import completion
+from jaxlm.data.encoding import Encoded, Tokens
+from jaxlm.data.rows import (
     Batch,
-    Form,
-    collate,
-    collate_completions,
-    collate_prompts,
+    PaddedRows,
+    SplitName,
+    TokenRow,
+    bucket_of,
+    epoch_places,
+    eval_places,
+    round_up,
 )
-from jaxlm.data.encoding import Encoded
 
-Split = Literal["train", "validation", "test"]
+Form = Literal["label_words", "continuations", "options"]
 Objective = Literal["classification", "completion", "generation"]
 
 
@@ -67,7 +71,6 @@ class EncodedTask:
         token_ids: int32 [C], the label words' tokens, or a classifier's outputs; None in the other
             forms.
         pad_id: token of the padding.
-        vocab_size: tokens of the model; a tokenizer that makes others is refused.
         buckets: lengths that batches are padded to, increasing.
         train: encoded examples.
         validation: encoded examples.
@@ -106,6 +109,25 @@ class EncodedTask:
         """K, the most tokens scored in any option."""
         return max(len(row) for each in self._examples for row in each.targets or each.positions)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of examples of each split."""
+        return {name: len(getattr(self, name)) for name in ("train", "validation", "test")}
+
+    def rows(self, split: SplitName, ids: Sequence[str]) -> list[TokenRow]:
+        """The prompts of a split, each with its right option, whose tokens are in the loss.
+
+        Args:
+            split: which examples.
+            ids: name of each example.
+        """
+        return [self._row(name, each) for name, each in zip(ids, getattr(self, split), strict=True)]
+
+    def _row(self, name: str, example: Encoded) -> TokenRow:
+        words = None if self.token_ids is None else self.token_ids.tolist()
+        ids, count = completion(example, words)
+        return TokenRow(name, ids, tuple(range(len(ids) - count, len(ids))))
+
     def digests(self) -> dict[str, str]:
         """SHA-256 of the tokens of each split that is there, and of how they are scored."""
         whole = (self.form, None if self.token_ids is None else self.token_ids.tolist())
@@ -119,9 +141,9 @@ class EncodedTask:
     def batch(self, step: int, *, batch_size: int, seed: int) -> Batch:
         """The training batch of a step, a pure function of (seed, step).
 
-        Place p = step * batch_size + i of the stream of examples is place p mod N of a permutation
-        keyed by (seed, p div N): every epoch has each example once, a batch may hold the end of one
-        epoch and the start of the next, and one larger than the data repeats examples.
+        The examples are `jaxlm.data.rows.epoch_places`: every epoch has each example once, a batch
+        may hold the end of one epoch and the start of the next, and one larger than the data
+        repeats examples.
 
         Raises:
             UserError: there are no training examples.
@@ -149,7 +171,7 @@ class EncodedTask:
             key: value.reshape(*places.shape, *value.shape[1:]) for key, value in collated.items()
         }
 
-    def eval_batches(self, split: Split, *, batch_size: int) -> Iterator[Batch]:
+    def eval_batches(self, split: SplitName, *, batch_size: int) -> Iterator[Batch]:
         """Batches of every example of a split once, longest first.
 
         Each has a key "index" more, int32 [B]: the place of the example in the split, -1 in the
@@ -157,12 +179,8 @@ class EncodedTask:
         """
         examples: tuple[Encoded, ...] = getattr(self, split)
         lengths = [max(map(len, each.input_ids)) for each in examples]
-        order = np.argsort(-np.asarray(lengths, int), kind="stable")
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            index = np.full(batch_size, -1, np.int32)
-            index[: len(places)] = places
-            batch = self._collate([examples[places[0] if i < 0 else i] for i in index])
+        for index in eval_places(lengths, batch_size):
+            batch = self._collate([examples[index[0] if i < 0 else i] for i in index])
             batch["weights"] = (index >= 0).astype(np.float32)
             yield {**batch, "index": index}
 
@@ -170,8 +188,7 @@ class EncodedTask:
         size = len(self.train)
         if not size:
             raise UserError("task.train: there are no training examples. Give some.")
-        places = range(start, start + count)
-        return [int(_permutation(seed, p // size, size)[p % size]) for p in places]
+        return epoch_places(start, count, size, seed=seed)
 
     def _collate(self, examples: Sequence[Encoded]) -> Batch:
         return collate(
@@ -187,18 +204,88 @@ class EncodedTask:
         examples = [self.train[place] for place in places]
         if self.objective == "classification":
             return self._collate(examples)
+        length = bucket_of(max(len(x) for each in examples for x in each.input_ids), self.buckets)
         if self.objective == "generation":
-            prompts = collate_prompts(examples, buckets=self.buckets, pad_id=self.pad_id)
-            return {**prompts, "index": np.asarray(places, np.int32)}
-        return collate_completions(
-            examples,
-            words=None if self.token_ids is None else self.token_ids.tolist(),
-            buckets=self.buckets,
-            num_targets=self.num_targets,
-            pad_id=self.pad_id,
-        )
+            rows = [TokenRow("", each.input_ids[0], ()) for each in examples]
+        else:
+            rows = [self._row("", each) for each in examples]
+            length = round_up(length + self.num_targets)
+        batch = PaddedRows(rows, self.pad_id, buckets=(length,)).batch(range(len(rows)))
+        if self.objective == "generation":
+            del batch["weights"]
+            batch["index"] = np.asarray(places, np.int32)
+        return batch
 
 
-@functools.lru_cache(maxsize=8)
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(size)
+def collate(
+    examples: Sequence[Encoded],
+    *,
+    form: Form,
+    buckets: Sequence[int],
+    num_targets: int,
+    pad_id: int,
+    num_options: int | None = None,
+) -> Batch:
+    """Pads examples to the shortest bucket that holds them; `EncodedTask` describes the keys.
+
+    Args:
+        examples: the examples.
+        form: of the batch.
+        buckets: lengths of rows, increasing.
+        num_targets: most tokens of an option in the task.
+        pad_id: token of the padding.
+        num_options: most options of an example in the task; None for those of this batch.
+    """
+    length = bucket_of(max(len(row) for each in examples for row in each.input_ids), buckets)
+    batch = {
+        "labels": np.asarray([each.label for each in examples], np.int32),
+        "weights": np.ones(len(examples), np.float32),
+    }
+    counts = [len(each.targets if form == "continuations" else each.input_ids) for each in examples]
+    options = _rounded(max(counts), max(counts) if num_options is None else num_options)
+    if form == "continuations":
+        prompts = [each.input_ids for each in examples]
+        batch["prompt_ids"] = _pad(prompts, (1, length), pad_id)[:, 0]
+        batch["prompt_mask"] = _pad(_ones(prompts), (1, length))[:, 0]
+        targets = [each.targets for each in examples]
+        longest = max(len(row) for rows in targets for row in rows)
+        shape = (options, _rounded(longest, num_targets))
+        batch["option_ids"] = _pad(targets, shape)
+        batch["option_mask"] = _pad(_ones(targets), shape).astype(np.float32)
+        return batch
+    rows = [each.input_ids for each in examples]
+    batch["input_ids"] = _pad(rows, (options, length), pad_id)
+    batch["attention_mask"] = _pad(_ones(rows), (options, length))
+    batch["positions"] = _pad([each.positions for each in examples], (options, num_targets))
+    types = [each.token_type_ids for each in examples if each.token_type_ids is not None]
+    if types:
+        batch["token_type_ids"] = _pad(types, (options, length))
+    if form == "label_words":
+        for key in ("input_ids", "attention_mask", "token_type_ids"):
+            if key in batch:
+                batch[key] = batch[key][:, 0]
+        batch["positions"] = batch["positions"][:, 0, 0]
+        return batch
+    targets = [each.targets for each in examples]
+    batch["targets"] = _pad(targets, (options, num_targets))
+    batch["target_mask"] = _pad(_ones(targets), (options, num_targets)).astype(np.float32)
+    return batch
+
+
+def _rounded(count: int, most: int) -> int:
+    """One of few sizes that hold a count: the most there is, or the next multiple of 8."""
+    return min(most, round_up(count))
+
+
+def _ones(rows: Sequence[Sequence[Tokens]]) -> list[list[tuple[int, ...]]]:
+    return [[(1,) * len(row) for row in options] for options in rows]
+
+
+def _pad(
+    rows: Sequence[Sequence[Sequence[int]]], shape: tuple[int, int], fill: int = 0
+) -> np.ndarray:
+    padded = np.full((len(rows), *shape), fill, np.int32)
+    for i, options in enumerate(rows):
+        for j, row in enumerate(options):
+            padded[i, j, : len(row)] = row
+    return padded

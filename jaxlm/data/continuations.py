@@ -8,7 +8,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.data._prompted import Prompted
 from jaxlm.data.encoding import Encoded, Tokens
 from jaxlm.data.templates import Rendered
-from jaxlm.data.tokens import Row, read_tokens
+from jaxlm.data.tokens import TokenizedText, read_tokens
 
 _CHUNK = 512  # examples a call of the tokenizer
 
@@ -48,7 +48,9 @@ def encode_prompted(
             yield _encoded(each, [next(rows) for _ in each.options], special, max_length)
 
 
-def _encoded(each: Prompted, rows: Sequence[Row], special: set[int], limit: int | None) -> Encoded:
+def _encoded(
+    each: Prompted, rows: Sequence[TokenizedText], special: set[int], limit: int | None
+) -> Encoded:
     ids = rows[0].ids
     kept = next((i for i, token in enumerate(ids) if token not in special), 0)
     excess = 0 if limit is None else max(0, max(len(row.ids) for row in rows) - limit)

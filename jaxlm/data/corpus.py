@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Integer
+from jaxtyping import Float, Int, Integer
 
 from jaxlm.artifacts.files import (
     inside,
@@ -273,7 +273,7 @@ def _kept(folder: Path, digest: str) -> Tokens | None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
-    """Training batches of windows over several domains: a pure function of (seed, step).
+    """Training batches of windows over several domains: a pure function of (seed, step, shares).
 
     Each window starts with the boundary token and the start of a sentence. Within a domain,
     windows go by epochs: nominal places `seq_len` apart, shifted and shuffled anew in each epoch,
@@ -281,11 +281,11 @@ class Windows:
 
     Attributes:
       tokens: of each domain.
-      domains: the shares, in the same order.
-      steps: length of the run, over which the shares move.
+      domains: the domains with their shares over the run, in the same order.
+      steps: length of the run, over which those shares move.
       batch_size: windows in a batch.
       seq_len: predicted tokens in a window, which holds one token more.
-      seed: of every choice.
+      seed: seed of every choice.
     """
 
     tokens: Sequence[Tokens]
@@ -306,7 +306,14 @@ class Windows:
         last = np.array([domain.last_weight for domain in self.domains])
         time = np.linspace(0, 1, self.steps)[:, None]
         shares = (1 - time) * first / first.sum() + time * last / last.sum()
-        draws = np.random.default_rng([self.seed, 0]).random((self.steps, self.batch_size, 1))
+        return self._plan(shares)
+
+    def _plan(
+        self, shares: Float[np.ndarray, "S D"]
+    ) -> tuple[Int[np.ndarray, "S B"], Int[np.ndarray, "S B"]]:
+        # The numbers of a step are the same however many steps are drawn, since a generator gives
+        # its numbers in order. So shares that become known step by step draw the same windows.
+        draws = np.random.default_rng([self.seed, 0]).random((len(shares), self.batch_size, 1))
         domain = (draws >= np.cumsum(shares, axis=1)[:, None, :-1]).sum(-1)
         before = np.zeros_like(domain)
         for index in range(len(self.domains)):
@@ -314,11 +321,44 @@ class Windows:
             before[of_this] = np.arange(of_this.sum())
         return domain, before
 
-    def batch(self, step: int) -> dict[str, Int[np.ndarray, "B T1"]]:
-        """`input_ids` int32 [batch_size, seq_len + 1] of one step, 0 <= step < steps."""
-        domain, before = self.plan
+    def batch(
+        self, step: int, shares: Float[np.ndarray, "S D"] | None = None
+    ) -> dict[str, Int[np.ndarray, "B T1"]]:
+        """The windows of one step.
+
+        Args:
+          step: from 0 on.
+          shares: of the domains at every step up to this one, so S = step + 1; each row has the
+            sum 1. A policy that chooses shares as it trains appends a row a step. None takes the
+            shares of `domains`, for steps below `steps`.
+
+        Returns:
+          `input_ids` int32 [batch_size, seq_len + 1].
+
+        Raises:
+          UserError: shares are of another shape, negative, or do not sum to 1.
+        """
+        if shares is None:
+            domain, before = self.plan
+        else:
+            shares = np.asarray(shares, np.float64)
+            self._check(shares, step)
+            domain, before = self._plan(shares)
         rows = [self._row(int(d), int(n)) for d, n in zip(domain[step], before[step], strict=True)]
         return {"input_ids": np.stack(rows)}
+
+    def _check(self, shares: np.ndarray, step: int) -> None:
+        wanted = (step + 1, len(self.domains))
+        if shares.shape != wanted:
+            raise UserError(
+                f"shares: must be of every step so far and every domain, {wanted} (got "
+                f"{shares.shape}). Append a row a step."
+            )
+        if not (np.all(shares >= 0) and np.allclose(shares.sum(axis=1), 1)):
+            raise UserError(
+                f"shares: must be 0 or more with the sum 1 (got {checks.show(shares[-1])}). Divide "
+                "them by their sum."
+            )
 
     def _row(self, domain: int, number: int) -> Int[np.ndarray, "T1"]:
         tokens = self.tokens[domain]

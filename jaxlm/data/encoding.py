@@ -7,7 +7,7 @@ from typing import Any
 from jaxlm.core.errors import UserError
 from jaxlm.data.examples import Example
 from jaxlm.data.templates import Template
-from jaxlm.data.tokens import Kind, Row, read_tokens
+from jaxlm.data.tokens import Kind, TokenizedText, read_tokens
 
 Tokens = tuple[int, ...]
 _CHUNK = 4096  # strings a call of the tokenizer
@@ -103,7 +103,9 @@ def encode_all(
             yield _join(options, example, labels, tokenizer, kind)
 
 
-def _truncate(options: Sequence[Row], room: int | None, first: int | None) -> list[Row]:
+def _truncate(
+    options: Sequence[TokenizedText], room: int | None, first: int | None
+) -> list[TokenizedText]:
     """Removes tokens from the fields' ends, the same number from every option."""
     longest = max(options, key=lambda row: len(row.ids))
     kept = [len(field) for field in longest.fields()]
@@ -124,7 +126,7 @@ def _truncate(options: Sequence[Row], room: int | None, first: int | None) -> li
         left = [i for i in range(len(row.ids)) if i not in gone]
         scored = [place for place, i in enumerate(left) if i in row.scored]
         shorter.append(
-            Row(
+            TokenizedText(
                 [row.ids[i] for i in left],
                 [row.types[i] for i in left],
                 range(scored[0], scored[-1] + 1) if scored else range(0),
@@ -135,7 +137,11 @@ def _truncate(options: Sequence[Row], room: int | None, first: int | None) -> li
 
 
 def _join(
-    options: Sequence[Row], example: Example, labels: Sequence[str], tokenizer: Any, kind: Kind
+    options: Sequence[TokenizedText],
+    example: Example,
+    labels: Sequence[str],
+    tokenizer: Any,
+    kind: Kind,
 ) -> Encoded:
     """Checks the options of one example and puts them together."""
     inputs: list[Tokens] = []

@@ -8,15 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxlm.core import checks
 from jaxlm.core.errors import UserError
-from jaxlm.data.fewshot import draw_per_class, draw_split
 from jaxlm.data.opt_tasks import OptTask, opt_task
-from jaxlm.data.sources import SPLITS, Row, read_rows
+from jaxlm.data.sources import SPLITS, Record, read_rows
+from jaxlm.data.splits import draw_per_class, draw_split
 from jaxlm.data.tasks import TaskConfig
 from jaxlm.data.templates import Field, Template
+
+if TYPE_CHECKING:
+    from jaxlm.data.batching import EncodedTask
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,12 @@ class Task:
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
+
+    def encode(self, lm: Any, *, max_length: int | None = None) -> "EncodedTask":
+        """`jaxlm.data.prepare_for` of this task."""
+        from jaxlm.data._prepare import prepare_for
+
+        return prepare_for(lm, self, max_length=max_length)
 
     def repeated(self, split: str = "test") -> int:
         """How many examples of a split have the very texts of a training example.
@@ -142,11 +151,11 @@ def _draw(
     return tuple(train[i] for i in chosen), tuple(train[i] for i in rest)
 
 
-def _has_label(row: Row, config: TaskConfig) -> bool:
+def _has_label(row: Record, config: TaskConfig) -> bool:
     return "/" not in config.name or row.values.get(config.label_field) != -1
 
 
-def _read(row: Row, template: Template, config: TaskConfig, known: OptTask | None) -> Example:
+def _read(row: Record, template: Template, config: TaskConfig, known: OptTask | None) -> Example:
     name = f"{row.source}:{row.number}"
     if known is None:
         texts = {name: _text(row, name) for name in template.field_names}
@@ -177,7 +186,7 @@ def _read(row: Row, template: Template, config: TaskConfig, known: OptTask | Non
     return Example(texts, reading.gold[0], name, options, gold, reading.answers)
 
 
-def _renumbered(row: Row, known: OptTask) -> Mapping[str, Any]:
+def _renumbered(row: Record, known: OptTask) -> Mapping[str, Any]:
     """The values of a row with the classes as the task numbers them, where the data name them."""
     names, label = row.class_names.get("label", ()), row.values.get("label", -1)
     if set(names) != set(known.classes) or label not in range(len(names)):
@@ -185,7 +194,7 @@ def _renumbered(row: Row, known: OptTask) -> Mapping[str, Any]:
     return {**row.values, "label": known.classes.index(names[label])}
 
 
-def _value(row: Row, name: str, key: str) -> Any:
+def _value(row: Record, name: str, key: str) -> Any:
     if name not in row.values:
         names = ", ".join(repr(name) for name in row.values)
         raise UserError(
@@ -200,7 +209,7 @@ def _value(row: Row, name: str, key: str) -> Any:
     return value
 
 
-def _text(row: Row, name: str) -> str:
+def _text(row: Record, name: str) -> str:
     value = _value(row, name, "template")
     if not isinstance(value, str):
         raise UserError(
@@ -209,7 +218,7 @@ def _text(row: Row, name: str) -> str:
     return value
 
 
-def _label(row: Row, config: TaskConfig) -> int:
+def _label(row: Record, config: TaskConfig) -> int:
     """The class of a row.
 
     `classes` decide first; then, for an index, the names that the data give its classes, if any of

@@ -1,27 +1,23 @@
-r"""Conversations as tokens, of which those that the assistant writes are learnt.
+r"""Conversations: supervised fine-tuning on the turns of the assistant.
 
 A conversation is a list of messages {"role", "content"} with the roles system, user and assistant.
-In the Tulu format it is one text,
-
-    <|system|>\n{content}\n<|user|>\n{content}\n<|assistant|>\n{content}{eos}\n
-
-with white space at the ends of each content removed. What is learnt is the assistant's content with
-the token after it that ends the turn, in every turn; the line break after that token is not, though
-it is in the code of Wang et al. (arXiv:2306.04751), from which LESS took its own.
+A template makes one text of it, and the tokens of the assistant's turns are in the loss, each turn
+with the token that ends it.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from jaxlm.core.checks import show
+from jaxlm.core.checks import one_of, show
 from jaxlm.core.errors import UserError
-from jaxlm.data.sources import Row, read_rows
+from jaxlm.data.rows import TokenRow
+from jaxlm.data.sources import Record
+from jaxlm.data.splits import TextsConfig
 from jaxlm.models.chat_template import render_chat
 
 ROLES = ("system", "user", "assistant")
-MessageFormat = Literal["tulu", "chat"]
+MessageTemplate = Literal["chat", "tulu", "plain"]
 _CHUNK = 1024  # conversations a call of the tokenizer
 
 
@@ -34,17 +30,92 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages with what they are called.
+    """Messages with a name.
 
     Attributes:
-        messages: in their order, at least one.
-        id: of the row, or where it stands.
-        subtask: the group that it belongs to, where the row has a field of that name.
+        messages: at least one, in their order.
+        id: the row's own, or its source and number.
+        subtask: group that the conversation belongs to; empty for none.
     """
 
     messages: tuple[Message, ...]
     id: str
     subtask: str = ""
+
+    @property
+    def content(self) -> list[Any]:
+        """What the digest of a split is computed from."""
+        return [self.messages, self.subtask]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MessagesConfig(TextsConfig):
+    """Conversations to fine-tune on, as the YAML key `messages` holds them.
+
+    A row of a source has `messages`, a list of {role, content}; or `prompt` and `completion`, each
+    a text or such a list. It may have `id`, and `subtask`, the group that it belongs to.
+
+    Attributes:
+        template: "chat" is the tokenizer's own chat template; see `encode_messages` for the others.
+    """
+
+    template: MessageTemplate = "chat"
+
+    key: ClassVar[str] = "messages"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("messages.template", self.template, ("chat", "tulu", "plain"))
+
+    def parse(self, record: Record) -> Conversation:
+        """The conversation in a row.
+
+        Raises:
+            UserError: the row has no messages, or one of them has an unknown role or no text.
+        """
+        values = record.values
+        name = values.get("id")
+        named = isinstance(name, str | int) and not isinstance(name, bool) and name != ""
+        return Conversation(
+            _messages(record),
+            str(name) if named else f"{record.source}:{record.number}",
+            str(values.get("subtask") or ""),
+        )
+
+    def tokenize(
+        self, examples: Sequence[Conversation], tokenizer: Any, limit: int
+    ) -> list[TokenRow]:
+        """`encode_messages` with this template."""
+        return encode_messages(examples, tokenizer, template=self.template, max_length=limit)
+
+
+def _messages(record: Record) -> tuple[Message, ...]:
+    values = record.values
+    found = values.get("messages")
+    if found is None and "prompt" in values and "completion" in values:
+        found = [
+            *_turns(values["prompt"], "user"),
+            *_turns(values["completion"], "assistant"),
+        ]
+    if not isinstance(found, list) or not found:
+        raise UserError(
+            f"{record.where}: has no messages. Give a list of {{role, content}} in that field, or "
+            "the fields prompt and completion."
+        )
+    for number, message in enumerate(found, start=1):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            raise UserError(
+                f"{record.where}: message {number} has an unknown role (got {show(role)}). Give "
+                "system, user or assistant."
+            )
+        if not isinstance(message.get("content"), str):
+            raise UserError(f"{record.where}: message {number} has no content. Give a text.")
+    return tuple(Message(message["role"], message["content"]) for message in found)
+
+
+def _turns(value: Any, role: str) -> list[Any]:
+    return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 
 class Transcript(NamedTuple):
@@ -52,44 +123,20 @@ class Transcript(NamedTuple):
 
     Attributes:
         text: what the tokenizer reads.
-        spans: (start, end) of what is learnt, one for each turn of the assistant.
+        spans: (start, end) of the characters in the loss, one for each turn of the assistant.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
 
 
-class EncodedMessages(NamedTuple):
-    """The tokens of a conversation.
-
-    Attributes:
-        ids: tokens with special tokens.
-        scored: increasing places of the tokens that are learnt; none is 0.
-    """
-
-    ids: tuple[int, ...]
-    scored: tuple[int, ...]
-
-
-def read_messages(
-    source: str, *, key: str = "messages", base_dir: Path | None = None
-) -> list[Conversation]:
-    """Reads conversations: rows with `messages` and, optionally, `id` and `subtask`.
-
-    Args:
-        source: a file or data set, see `jaxlm.data.sources.read_rows`.
-        key: what names the source, for messages.
-        base_dir: where relative paths start, before the working directory.
-
-    Raises:
-        UserError: the source is not there, or a row has no messages, or one of them another role or
-            no text.
-    """
-    return [_conversation(row) for row in read_rows(source, key=key, base_dir=base_dir)]
-
-
 def tulu(messages: Sequence[Message], eos: str) -> Transcript:
-    r"""The text of a conversation in the Tulu format.
+    r"""The text of a conversation in the format of Tulu (Wang et al., arXiv:2306.04751).
+
+        <|system|>\n{content}\n<|user|>\n{content}\n<|assistant|>\n{content}{eos}\n
+
+    with white space at the ends of each content removed. The line break after `eos` is not in the
+    loss, though it is in the authors' code, from which LESS took its own.
 
     >>> tulu([Message("user", " Hi "), Message("assistant", "Yes.")], "</s>").text
     '<|user|>\nHi\n<|assistant|>\nYes.</s>\n'
@@ -110,17 +157,33 @@ def tulu(messages: Sequence[Message], eos: str) -> Transcript:
     return Transcript(text, tuple(spans))
 
 
+def plain(messages: Sequence[Message], eos: str) -> Transcript:
+    """The contents of a conversation one after the other, with `eos` after the assistant's.
+
+    >>> plain([Message("user", "2 + 2 ="), Message("assistant", " 4")], "</s>").text
+    '2 + 2 = 4</s>'
+    """
+    text, spans = "", []
+    for role, content in messages:
+        start = len(text)
+        text += content
+        if role == "assistant":
+            text += eos
+            spans.append((start, len(text)))
+    return Transcript(text, tuple(spans))
+
+
 def chat(messages: Sequence[Message], tokenizer: Any) -> Transcript:
     """The text of a conversation in the format of the tokenizer's own chat template.
 
-    A turn of the assistant is what the template puts between the prompt for it and the next turn,
+    A turn of the assistant is what the template writes between the prompt for it and the next turn,
     without white space at the end.
 
     Raises:
-        UserError: the tokenizer has no template, cannot use it, or it writes a turn in another way
+        UserError: the tokenizer cannot use its template, or the template writes a turn differently
             when others follow.
     """
-    turns = [each._asdict() for each in messages]
+    turns = [message._asdict() for message in messages]
     whole = render_chat(tokenizer, turns)
     spans = []
     for place, (role, _) in enumerate(messages):
@@ -130,107 +193,98 @@ def chat(messages: Sequence[Message], tokenizer: Any) -> Transcript:
         after = render_chat(tokenizer, turns[: place + 1]).rstrip()
         if not (whole.startswith(after) and after.startswith(before)):
             raise UserError(
-                f"chat template: writes message {place + 1} otherwise when others follow it or "
-                "it is asked for. Give template tulu."
+                f"chat template: writes message {place + 1} differently when others follow it or "
+                "when it is asked for. Give template tulu."
             )
         spans.append((len(before), len(after)))
     return Transcript(whole, tuple(spans))
+
+
+_TEMPLATES: dict[str, Callable[[Sequence[Message], str], Transcript]] = {
+    "tulu": tulu,
+    "plain": plain,
+}
 
 
 def encode_messages(
     conversations: Sequence[Conversation],
     tokenizer: Any,
     *,
-    template: MessageFormat = "tulu",
+    template: MessageTemplate = "tulu",
     max_length: int | None = None,
-) -> list[EncodedMessages]:
-    """Tokens of conversations, each cut on the right.
+) -> list[TokenRow]:
+    """Tokens of conversations, each cut on the right; the assistant's turns are in the loss.
 
-    Each text is tokenised once, and a token is learnt if a character of it is; so no token depends
-    on where turns end. One that has no token to learn, since all of them were cut or the assistant
-    says nothing, has an empty `scored`: leave it out, since a mean over no token is no number.
+    A row has no token in the loss if all of them were cut, or if the assistant says nothing: skip
+    it, since its mean loss is undefined.
 
     Args:
         conversations: the conversations.
         tokenizer: a fast one of transformers, which gives character offsets.
-        template: "tulu", or "chat" for the tokenizer's own; the special tokens that the tokenizer
-            puts before a text are added to the first, since a chat template has its own.
+        template: "chat" for the tokenizer's own; "tulu" or "plain", to which the special tokens are
+            added that the tokenizer puts before a text (a chat template writes its own).
         max_length: most tokens of a row.
 
     Raises:
-        UserError: the tokenizer gives no offsets, has no token that ends a turn, or see `chat`.
+        UserError: the tokenizer gives no offsets or has no token that ends a turn, or see `chat`.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             "tokenizer: gives no character offsets, which messages need. Add tokenizer.json."
         )
     render = _renderer(tokenizer, template)
-    encoded: list[EncodedMessages] = []
+    rows: list[TokenRow] = []
     for start in range(0, len(conversations), _CHUNK):
-        rendered = [_rendered(render, each) for each in conversations[start : start + _CHUNK]]
+        chunk = conversations[start : start + _CHUNK]
+        transcripts = [_rendered(render, conversation) for conversation in chunk]
+        # Each text is tokenised once, as a whole, and a token is in the loss if a character of it
+        # is: so no token depends on where turns end, as tokens of separate turns would.
         encodings = tokenizer(
-            [each.text for each in rendered],
-            add_special_tokens=template == "tulu",
+            [transcript.text for transcript in transcripts],
+            add_special_tokens=template != "chat",
             return_attention_mask=False,
             verbose=False,
         ).encodings
-        for each, encoding in zip(rendered, encodings, strict=True):
-            encoded.append(_encoded(each, encoding, max_length))
-    return encoded
+        for conversation, transcript, encoding in zip(chunk, transcripts, encodings, strict=True):
+            ids, scored = _cut(transcript, encoding, max_length)
+            rows.append(TokenRow(conversation.id, ids, scored, conversation.subtask))
+    return rows
 
 
 def _renderer(tokenizer: Any, template: str) -> Callable[[Sequence[Message]], Transcript]:
     if template == "chat":
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                "template: the tokenizer has no chat template (got chat). Choose tulu or plain."
+            )
         return lambda messages: chat(messages, tokenizer)
-    if template != "tulu":
-        raise UserError(f"template: not known (got {template!r}). Choose tulu or chat.")
+    one_of("template", template, ("chat", *_TEMPLATES))
     eos = tokenizer.eos_token
     if eos is None:
         raise UserError("tokenizer: has no eos_token, which ends a turn. Add one.")
-    return lambda messages: tulu(messages, eos)
+    return lambda messages: _TEMPLATES[template](messages, eos)
 
 
-def _rendered(render: Callable[..., Transcript], each: Conversation) -> Transcript:
+def _rendered(render: Callable[..., Transcript], conversation: Conversation) -> Transcript:
     try:
-        return render(each.messages)
+        return render(conversation.messages)
     except UserError as error:
-        raise UserError(f"{each.id}: {error}") from None
+        raise UserError(f"{conversation.id}: {error}") from None
 
 
-def _encoded(each: Transcript, encoding: Any, max_length: int | None) -> EncodedMessages:
+def _cut(
+    transcript: Transcript, encoding: Any, max_length: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens of at most `max_length`, and the places of those in the loss."""
     ids, added = encoding.ids, encoding.special_tokens_mask
     end = len(ids)
-    while end and added[end - 1]:
+    while end and added[end - 1]:  # the text has an end of its own
         end -= 1
     end = end if max_length is None else min(end, max_length)
     scored = [
         place
         for place, (first, last) in enumerate(encoding.offsets[:end])
         if place and not added[place]
-        if any(first < stop and last > start for start, stop in each.spans)
+        if any(first < stop and last > start for start, stop in transcript.spans)
     ]
-    return EncodedMessages(tuple(ids[:end]), tuple(scored))
-
-
-def _conversation(row: Row) -> Conversation:
-    found = row.values.get("messages")
-    if not isinstance(found, list) or not found:
-        raise UserError(
-            f"{row.where}: has no messages. Give a list of {{role, content}} in that field."
-        )
-    for number, each in enumerate(found, start=1):
-        if not isinstance(each, dict) or each.get("role") not in ROLES:
-            role = each.get("role") if isinstance(each, dict) else None
-            raise UserError(
-                f"{row.where}: message {number} has an unknown role (got {show(role)}). Give "
-                "system, user or assistant."
-            )
-        if not isinstance(each.get("content"), str):
-            raise UserError(f"{row.where}: message {number} has no content. Give a text.")
-    name = row.values.get("id")
-    own = isinstance(name, str | int) and not isinstance(name, bool) and name != ""
-    return Conversation(
-        tuple(Message(each["role"], each["content"]) for each in found),
-        str(name) if own else f"{row.source}:{row.number}",
-        str(row.values.get("subtask") or ""),
-    )
+    return tuple(ids[:end]), tuple(scored)

@@ -20,7 +20,7 @@ _ROWS = 1024  # of a Parquet file that are unpacked at once
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Record:
     """One record of a source.
 
     Attributes:
@@ -42,7 +42,9 @@ class Row:
         return f"{self.source}, {self.unit} {self.number}"
 
 
-def read_rows(source: str, *, key: str, base_dir: Path | None = None) -> list[Row]:
+def read_rows(
+    source: str, *, key: str, section: str = "task", base_dir: Path | None = None
+) -> list[Record]:
     """Reads every row of a file or of a split of a data set.
 
     A file is looked for in `base_dir` first, then in the working directory; its ending says its
@@ -55,28 +57,30 @@ def read_rows(source: str, *, key: str, base_dir: Path | None = None) -> list[Ro
     Args:
         source: the file or data set as the user named it.
         key: "train", "validation" or "test".
+        section: of the configuration, for messages.
         base_dir: where relative paths start: the folder of the YAML file.
 
     Raises:
         UserError: the source is missing, empty, too large, or not what its name says.
     """
-    path = _find(source, f"task.{key}", base_dir)
+    option = f"{section}.{key}"
+    path = _find(source, option, base_dir)
     format_ = _format(source)
     if format_ is None and (path is None or path.is_dir()):
-        rows = _read_dataset(source, key, base_dir)
+        rows = _read_dataset(source, option, base_dir)
     elif path is None:
         raise UserError(
-            f"task.{key}: there is no file {source!r}. Give a path relative to the YAML file or "
+            f"{option}: there is no file {source!r}. Give a path relative to the YAML file or "
             "to the working directory, or the name of a data set."
         )
     elif format_ is None:
         raise UserError(
-            f"task.{key}: the ending of {source!r} is not known. Use one of {', '.join(_READERS)}."
+            f"{option}: the ending of {source!r} is not known. Use one of {', '.join(_READERS)}."
         )
     else:
-        rows = list(_READERS[format_](source, read_bytes(path, f"task.{key}: {source}")))
+        rows = list(_READERS[format_](source, read_bytes(path, f"{option}: {source}")))
     if not rows:
-        raise UserError(f"task.{key}: {source} is empty. Give a file with at least one example.")
+        raise UserError(f"{option}: {source} is empty. Give a file with at least one example.")
     return rows
 
 
@@ -110,20 +114,20 @@ def _decode(source: str, data: bytes) -> str:
     return text
 
 
-def _read_jsonl(source: str, data: bytes) -> Iterator[Row]:
+def _read_jsonl(source: str, data: bytes) -> Iterator[Record]:
     for number, line in enumerate(_decode(source, data).split("\n"), start=1):
         if line.strip():
             where = f"{source}, line {number}"
-            yield Row(_object(parse_json(line, where), where), source, number, "line")
+            yield Record(_object(parse_json(line, where), where), source, number, "line")
 
 
-def _read_json(source: str, data: bytes) -> Iterator[Row]:
+def _read_json(source: str, data: bytes) -> Iterator[Record]:
     text = _decode(source, data)
     if not text.lstrip().startswith("["):
         yield from _read_jsonl(source, data)
         return
     for number, value in enumerate(parse_json(text, source), start=1):
-        yield Row(_object(value, f"{source}, row {number}"), source, number)
+        yield Record(_object(value, f"{source}, row {number}"), source, number)
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -132,17 +136,17 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _read_csv(source: str, data: bytes) -> Iterator[Row]:
+def _read_csv(source: str, data: bytes) -> Iterator[Record]:
     for number, values in read_table(_decode(source, data), ",", source):
-        yield Row(values, source, number, "line")
+        yield Record(values, source, number, "line")
 
 
-def _read_tsv(source: str, data: bytes) -> Iterator[Row]:
+def _read_tsv(source: str, data: bytes) -> Iterator[Record]:
     for number, values in read_table(_decode(source, data), "\t", source):
-        yield Row(values, source, number, "line")
+        yield Record(values, source, number, "line")
 
 
-def _read_parquet(source: str, data: bytes) -> Iterator[Row]:
+def _read_parquet(source: str, data: bytes) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
@@ -161,7 +165,7 @@ def _read_parquet(source: str, data: bytes) -> Iterator[Row]:
                 raise too_large(source)
             for values in batch.to_pylist():
                 number += 1
-                yield Row(values, source, number, class_names=names)
+                yield Record(values, source, number, class_names=names)
     except UserError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
@@ -181,7 +185,7 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str,
         return {}
 
 
-_READERS: dict[str, Callable[[str, bytes], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[str, bytes], Iterator[Record]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
@@ -190,21 +194,22 @@ _READERS: dict[str, Callable[[str, bytes], Iterator[Row]]] = {
 }
 
 
-def _read_dataset(source: str, key: str, base_dir: Path | None) -> list[Row]:
-    name, _, split = source.partition(":")
+def _read_dataset(source: str, key: str, base_dir: Path | None) -> list[Record]:
+    name, _, given = source.partition(":")
+    split, where = given or key.rpartition(".")[2], f"{key}: {source}"
     failure: Exception | None = None
-    for path, config in _dataset_names(name, f"task.{key}", base_dir):
+    for path, config in _dataset_names(name, key, base_dir):
         try:
             if isinstance(path, Path):
-                return _read_folder(path, config, split, key, source)
-            return _rows(_hub().load_dataset(path, config, split=split or key), source, key)
+                return _read_folder(path, config, given, split, where)
+            return _rows(_hub().load_dataset(path, config, split=split), source, where)
         except UserError:
             raise
         except Exception as error:  # whatever the library meets in files from outside
             failure = failure or error
     reason = next(iter(str(failure).splitlines()), "") or type(failure).__name__
     raise UserError(
-        f"task.{key}: {name!r} is neither a file nor a data set with a split {split or key!r} that "
+        f"{key}: {name!r} is neither a file nor a data set with a split {split!r} that "
         f"can be loaded ({reason[:160]}). Check the name and the network, or name another split "
         "after a colon."
     ) from failure
@@ -216,23 +221,25 @@ def _hub() -> Any:
     return datasets
 
 
-def _rows(loaded: Any, source: str, key: str) -> list[Row]:
+def _rows(loaded: Any, source: str, where: str) -> list[Record]:
     if loaded.data.nbytes > room():
-        raise too_large(f"task.{key}: {source}")
+        raise too_large(where)
     names = {
         column: tuple(feature.names)
         for column, feature in loaded.features.items()
         if isinstance(feature, _hub().ClassLabel)
     }
     return [
-        Row(values, source, number, class_names=names)
+        Record(values, source, number, class_names=names)
         for number, values in enumerate(loaded.with_format(None), start=1)
     ]
 
 
-def _read_folder(path: Path, config: str | None, given: str, key: str, source: str) -> list[Row]:
-    """A split of a folder; `key` where none is given."""
-    where, split = f"task.{key}: {source}", given or key
+def _read_folder(
+    path: Path, config: str | None, given: str, split: str, where: str
+) -> list[Record]:
+    """A split of a folder; `given` is empty where the source names none."""
+    source = where.partition(": ")[2]
     check_folder(path, where)
     if (path / "dataset_dict.json").is_file():
         splits = read_json(path / "dataset_dict.json", splits=list)["splits"]
@@ -251,7 +258,7 @@ def _read_folder(path: Path, config: str | None, given: str, key: str, source: s
                 f"{where}: holds one split, {state.get('_split')!r} (got {given!r}). Leave out "
                 "what stands after the colon."
             )
-        return _rows(_hub().Dataset.load_from_disk(str(path)), source, key)
+        return _rows(_hub().Dataset.load_from_disk(str(path)), source, where)
     builder = _hub().load_dataset_builder(str(path), config)
     files: Mapping[str, list[str]] = builder.config.data_files or {}
     for file in (file for several in files.values() for file in several):
@@ -263,7 +270,7 @@ def _read_folder(path: Path, config: str | None, given: str, key: str, source: s
             )
     read = {",": _read_csv, "\t": _read_tsv}.get(getattr(builder.config, "sep", ""))
     if read is None or split not in files:
-        return _rows(_hub().load_dataset(str(path), config, split=split), source, key)
+        return _rows(_hub().load_dataset(str(path), config, split=split), source, where)
     # pandas, which reads tables there, loses rows to stray quotes.
     return [row for file in files[split] for row in read(file, read_bytes(Path(file), file))]
 

@@ -3,8 +3,9 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxlm.core import checks
 from jaxlm.core.errors import UserError
@@ -12,6 +13,9 @@ from jaxlm.data.opt_tasks import OPT_TASKS, OptTask, opt_task
 from jaxlm.data.roberta_tasks import ROBERTA_TASKS
 from jaxlm.data.sources import SHIPPED, SPLITS
 from jaxlm.data.templates import Template
+
+if TYPE_CHECKING:
+    from jaxlm.data.examples import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,12 @@ class TaskConfig:
                 "task.validation: nothing says how many examples to hold out (got hold_out). Give "
                 "task.k, task.num_train or task.num_validation."
             )
+
+    def load(self, *, seed: int, base_dir: str | Path | None = None) -> "Task":
+        """`jaxlm.data.load_task` of this task."""
+        from jaxlm.data.examples import load_task
+
+        return load_task(self, seed=seed, base_dir=base_dir)
 
     @property
     def own_options(self) -> bool:

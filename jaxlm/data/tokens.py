@@ -11,7 +11,7 @@ Kind = Literal["decoder", "encoder"]
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenizedText:
     """Tokens of one string.
 
     Attributes:
@@ -27,13 +27,15 @@ class Row:
     fields: Callable[[], Sequence[range]]
 
 
-def read_tokens(tokenizer: Any, rendered: Sequence[Rendered], kind: Kind) -> list[Row]:
+def read_tokens(tokenizer: Any, rendered: Sequence[Rendered], kind: Kind) -> list[TokenizedText]:
     """Rows of strings, by the character offsets of a tokenizer where it gives them."""
     read = _rows_by_offsets if getattr(tokenizer, "is_fast", False) else _rows_by_prefixes
     return read(tokenizer, rendered, kind)
 
 
-def _rows_by_offsets(tokenizer: Any, rendered: Sequence[Rendered], kind: Kind) -> list[Row]:
+def _rows_by_offsets(
+    tokenizer: Any, rendered: Sequence[Rendered], kind: Kind
+) -> list[TokenizedText]:
     """Rows by the character offsets of a fast tokenizer."""
     texts = [each.text for each in rendered]
     encodings = tokenizer(texts, return_attention_mask=False, verbose=False).encodings
@@ -52,7 +54,7 @@ def _rows_by_offsets(tokenizer: Any, rendered: Sequence[Rendered], kind: Kind) -
             first -= 1
         scored = range(first, end if kind == "decoder" else last)
         fields = functools.partial(_fields_by_offsets, each, spans[:end])
-        rows.append(Row(ids[:end], encoding.type_ids[:end], scored, fields))
+        rows.append(TokenizedText(ids[:end], encoding.type_ids[:end], scored, fields))
     return rows
 
 
@@ -69,7 +71,9 @@ def _fields_by_offsets(each: Rendered, spans: Sequence[tuple[int, int]]) -> list
     return places
 
 
-def _rows_by_prefixes(tokenizer: Any, rendered: Sequence[Rendered], kind: Kind) -> list[Row]:
+def _rows_by_prefixes(
+    tokenizer: Any, rendered: Sequence[Rendered], kind: Kind
+) -> list[TokenizedText]:
     """Rows by comparison with the tokens of the prompt alone, for a tokenizer without offsets."""
     tokens = functools.partial(_tokens, tokenizer)
     body = functools.partial(_tokens_before_end, tokenizer)
@@ -86,7 +90,7 @@ def _rows_by_prefixes(tokenizer: Any, rendered: Sequence[Rendered], kind: Kind) 
             scored = range(first, first + len(ids) - len(masked) + 1)
         types = tokenizer(each.text, verbose=False).get("token_type_ids") or [0] * len(ids)
         fields = functools.partial(_fields_by_prefixes, each, body)
-        rows.append(Row(ids, list(types)[: len(ids)], scored, fields))
+        rows.append(TokenizedText(ids, list(types)[: len(ids)], scored, fields))
     return rows
 
 

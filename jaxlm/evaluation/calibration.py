@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxlm.data import EncodedTask, Task, prepare_for, without_examples
-from jaxlm.data.batching import Split
+from jaxlm.data.rows import SplitName
 from jaxlm.evaluation.classification import check_finite, option_scores, score_split
 from jaxlm.models import LanguageModel
 from jaxlm.sharding import mesh_of, place_batch, replicated
@@ -87,7 +87,7 @@ def option_offsets(
 
 
 def domain_scores(
-    lm: LanguageModel, params: Params, task: Task, split: Split, *, batch_size: int
+    lm: LanguageModel, params: Params, task: Task, split: SplitName, *, batch_size: int
 ) -> Float[np.ndarray, "N C"]:
     r"""Score the options of a split after the prompts without the examples.
 

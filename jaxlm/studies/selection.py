@@ -26,7 +26,8 @@ from jaxlm.artifacts.files import file_path
 from jaxlm.artifacts.folder import inputs_digest, stage
 from jaxlm.core.checks import distinct, dtype_name, number, one_of, seeds, whole
 from jaxlm.core.errors import UserError
-from jaxlm.data.messages import MessageFormat
+from jaxlm.data.messages import MessageTemplate
+from jaxlm.data.rows import digest
 from jaxlm.influence import GradientStore, score
 from jaxlm.studies.selection_batches import row_losses
 from jaxlm.studies.selection_choice import (
@@ -39,11 +40,10 @@ from jaxlm.studies.selection_choice import (
 from jaxlm.studies.selection_features import Features, store_features, stored_order
 from jaxlm.studies.selection_measure import Measure
 from jaxlm.studies.selection_rows import (
-    Row,
+    PoolRow,
     Rows,
     Source,
     Target,
-    digest,
     read_source,
     read_target,
 )
@@ -85,7 +85,7 @@ class SelectionConfig:
     model: str | None = None
     sources: dict[str, Source]
     target: Target
-    template: MessageFormat = "tulu"
+    template: MessageTemplate = "tulu"
     max_length: int | None = None
     recipe: Recipe = field(default=Recipe())
     warmup_fraction: float = 0.05
@@ -291,7 +291,7 @@ class _Study:
             return self._less(seed)
         return shallow_scores(method, self.lm, self.pool, self.target, seed=seed)
 
-    def _warmup_rows(self, seed: int) -> list[Row]:
+    def _warmup_rows(self, seed: int) -> list[PoolRow]:
         count = max(1, int(self.config.warmup_fraction * len(self.pool.rows) * (1 + 1e-12)))
         generator = np.random.Generator(np.random.PCG64([seed, 0]))
         order = generator.permutation(len(self.pool.rows))

@@ -12,9 +12,9 @@ from jaxlm.artifacts.files import parse_json, read_text, report_write_errors, to
 from jaxlm.artifacts.folder import seal, verify
 from jaxlm.artifacts.processes import is_main_process
 from jaxlm.core.errors import UserError
+from jaxlm.data import PaddedRows
 from jaxlm.influence import bm25, pool, random_scores, representation_similarity, select
-from jaxlm.studies.selection_batches import Padded
-from jaxlm.studies.selection_rows import Row, Rows
+from jaxlm.studies.selection_rows import PoolRow, Rows
 from jaxlm.train.state import Program
 
 METHODS = ("less", "random", "matched", "full", "bm25", "representation")
@@ -49,7 +49,7 @@ def shallow_scores(
 
 
 def _states(lm: Any, rows: Rows) -> Float[np.ndarray, "N D"]:
-    padded = Padded(rows.rows, pad_id=lm.config.pad_id or 0)
+    padded = PaddedRows(rows.rows, lm.config.pad_id or 0, "targets")
 
     def pool_states(params, batch):
         mask = batch["attention_mask"]
@@ -80,7 +80,10 @@ def shares_of_answers(target: Rows) -> dict[str, float]:
 
 
 def matched(
-    rows: Sequence[Row], scores: Float[np.ndarray, " N"], count: int, shares: Mapping[str, float]
+    rows: Sequence[PoolRow],
+    scores: Float[np.ndarray, " N"],
+    count: int,
+    shares: Mapping[str, float],
 ) -> list[int]:
     """The places of the best rows of each answer, as many of it as its share of all says.
 
@@ -114,14 +117,14 @@ def matched(
     return sorted(places, key=lambda place: (-scores[place], place))
 
 
-def _answer(row: Row) -> str | None:
+def _answer(row: PoolRow) -> str | None:
     answer: str | None = row.text.get("completion")
     return answer
 
 
 def write_choice(
     folder: Path,
-    rows: Sequence[Row],
+    rows: Sequence[PoolRow],
     scores: Float[np.ndarray, " N"] | None,
     fraction: float,
     shares: Mapping[str, float] | None = None,
@@ -168,7 +171,7 @@ def write_choice(
     }
 
 
-def read_choice(folder: Path, rows: Sequence[Row]) -> list[Row]:
+def read_choice(folder: Path, rows: Sequence[PoolRow]) -> list[PoolRow]:
     """The rows that a choice took, in its order.
 
     Raises:

@@ -13,6 +13,7 @@ from jaxlm.artifacts.processes import barrier, to_host
 from jaxlm.core import paths
 from jaxlm.core.checks import seeds, whole
 from jaxlm.core.errors import UserError
+from jaxlm.data.rows import PaddedRows, digest
 from jaxlm.influence import (
     GradientStore,
     StoreSpec,
@@ -22,8 +23,7 @@ from jaxlm.influence import (
 )
 from jaxlm.models.adapters import LORA
 from jaxlm.sharding import make_mesh, mesh_of
-from jaxlm.studies.selection_batches import Padded
-from jaxlm.studies.selection_rows import Rows, digest
+from jaxlm.studies.selection_rows import Rows
 from jaxlm.studies.selection_training import Epoch, Recipe
 from jaxlm.train.settings import MOST_ROWS
 
@@ -95,7 +95,7 @@ def store_features(
         Numbers of rows, of those without a gradient, and the mean share of coordinates where eps
         prevails.
     """
-    padded = Padded(rows.rows, pad_id=pad_id)
+    padded = PaddedRows(rows.rows, pad_id, "targets")
     project = projector(features.family, features.dim, features.seed)
     spec = StoreSpec(
         dim=features.dim,

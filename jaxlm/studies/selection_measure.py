@@ -8,9 +8,10 @@ import numpy as np
 
 from jaxlm.core.errors import UserError
 from jaxlm.data import load_task, prepare_for
-from jaxlm.data.messages import MessageFormat
-from jaxlm.studies.selection_batches import Padded, row_losses
-from jaxlm.studies.selection_rows import Rows, Source, Target, digest, read_source
+from jaxlm.data.messages import MessageTemplate
+from jaxlm.data.rows import PaddedRows, digest
+from jaxlm.studies.selection_batches import row_losses
+from jaxlm.studies.selection_rows import Rows, Source, Target, read_source
 from jaxlm.train.measure import MultipleChoiceMetric
 from jaxlm.train.state import Program
 from jaxlm.typing import Params
@@ -30,7 +31,7 @@ class Measure:
         target: Target,
         *,
         batch_size: int,
-        template: MessageFormat,
+        template: MessageTemplate,
         max_length: int,
         seed: int,
         base_dir: Path | None,
@@ -69,7 +70,7 @@ class _Loss:
     """The mean over rows of the mean over the tokens that are learnt."""
 
     def __init__(self, lm: Any, rows: Rows, batch_size: int):
-        self._padded = Padded(rows.rows, pad_id=lm.config.pad_id or 0)
+        self._padded = PaddedRows(rows.rows, lm.config.pad_id or 0, "targets")
         self._losses, self._batch_size = Program(row_losses(lm)), batch_size
 
     def __call__(self, split: str, params: Params) -> dict[str, float]:

@@ -1,8 +1,6 @@
 """Rows to choose from: prompts and answers of several sources as tokens, with what is learnt."""
 
 import dataclasses
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,15 +13,14 @@ from jaxlm.core.errors import UserError
 from jaxlm.data import (
     Example,
     TaskConfig,
-    encode_messages,
+    TokenRow,
     load_task,
     prepare_for,
     prompted,
-    read_messages,
     task_config,
 )
-from jaxlm.data.continuations import completion
-from jaxlm.data.messages import MessageFormat
+from jaxlm.data.messages import MessagesConfig, MessageTemplate
+from jaxlm.data.rows import tokenizer_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +29,7 @@ class Source:
 
     Attributes:
         task: prompts with their right options; one whose `train` is null gives no rows.
-        messages: a file of conversations, see `jaxlm.data.read_messages`.
+        messages: a file of conversations, see `jaxlm.data.MessagesConfig`.
         rows: how many, drawn; None for all.
         skip: how many of the draw are left to a source of the same file.
         labels: "own", or "shuffled" over the rows of this source: those that get another label than
@@ -87,26 +84,18 @@ class Target:
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
-    """A prompt with its answer.
+class PoolRow(TokenRow):
+    """A prompt with its answer, and what the study writes of it.
 
     Attributes:
-        id: its source's name, and where it came from.
         source: name of the source.
-        ids: tokens.
-        scored: increasing places of the tokens that are learnt, none of them 0.
-        text: what is written of it, {"messages"} or {"prompt", "completion"}.
+        text: {"messages"} or {"prompt", "completion"}.
         noise: whether its label is not its own.
-        subtask: the group of a target.
     """
 
-    id: str
-    source: str
-    ids: tuple[int, ...]
-    scored: tuple[int, ...]
-    text: dict[str, Any]
+    source: str = ""
+    text: dict[str, Any] = field(default_factory=dict)
     noise: bool = False
-    subtask: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +107,7 @@ class Rows:
         cut: ids of those of whose answer all is cut.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[PoolRow, ...]
     cut: tuple[str, ...] = ()
 
     @property
@@ -135,7 +124,7 @@ def read_source(
     source: Source,
     lm: Any,
     *,
-    template: MessageFormat,
+    template: MessageTemplate,
     max_length: int,
     seed: int,
     base_dir: Path | None = None,
@@ -152,7 +141,7 @@ def read_source(
         base_dir: where relative paths start, before the working directory.
 
     Raises:
-        UserError: see `load_task`, `read_messages` and the encoding of both; or there are fewer
+        UserError: see `load_task`, `MessagesConfig` and the encoding of both; or there are fewer
             rows than are asked for.
     """
     try:
@@ -181,7 +170,7 @@ def read_source(
 
 def _placed(place: str, error: UserError) -> UserError:
     """A mistake in one of the sides, with the whole key."""
-    message = str(error).removeprefix("task.messages: ")
+    message = str(error).removeprefix("messages.train: ")
     return UserError(f"{place}{'.' if message.startswith('rows:') else ': '}{message}")
 
 
@@ -189,7 +178,7 @@ def read_target(
     target: Target,
     lm: Any,
     *,
-    template: MessageFormat,
+    template: MessageTemplate,
     max_length: int,
     seed: int,
     base_dir: Path | None = None,
@@ -234,36 +223,29 @@ def draw(count: int, rows: int | None, skip: int, seed: int) -> list[int]:
     return sorted(order[skip:stop].tolist())
 
 
-def digest(rows: Sequence[Row]) -> str:
-    """SHA-256 of what is computed with: ids, tokens, and which of them are learnt."""
-    found = hashlib.sha256()
-    for row in rows:
-        found.update(repr((row.id, row.ids, row.scored)).encode())
-    return found.hexdigest()
-
-
 def _conversations(
     name: str,
     path: str,
     lm: Any,
-    template: MessageFormat,
+    template: MessageTemplate,
     max_length: int,
     source: Source,
     seed: int,
     base_dir: Path | None,
 ) -> Rows:
-    if lm.tokenizer is None:
-        raise UserError("model: has no tokenizer. Add tokenizer.json to its folder.")
-    found = read_messages(path, base_dir=base_dir)
+    config = MessagesConfig(train=path, template=template)
+    found = config.load(seed=seed, base_dir=base_dir).train
     chosen = [found[place] for place in draw(len(found), source.rows, source.skip, seed)]
-    encoded = encode_messages(chosen, lm.tokenizer, template=template, max_length=max_length)
     rows, cut = [], []
-    for each, (ids, scored) in zip(chosen, encoded, strict=True):
-        if not scored:
-            cut.append(f"{name}:{each.id}")
+    encoded = config.tokenize(chosen, tokenizer_of(lm), max_length)
+    for conversation, row in zip(chosen, encoded, strict=True):
+        if not row.loss_positions:
+            cut.append(f"{name}:{row.id}")
             continue
-        text = {"messages": [turn._asdict() for turn in each.messages]}
-        rows.append(Row(f"{name}:{each.id}", name, ids, scored, text, subtask=each.subtask))
+        text = {"messages": [turn._asdict() for turn in conversation.messages]}
+        rows.append(
+            PoolRow(f"{name}:{row.id}", row.ids, row.loss_positions, row.subtask, name, text)
+        )
     return _unique(rows, cut)
 
 
@@ -277,18 +259,16 @@ def _task_rows(
         )
     alone = dataclasses.replace(task, train=tuple(examples), validation=(), test=())
     encoded = prepare_for(lm, alone, max_length=max_length)
-    words = None if encoded.token_ids is None else encoded.token_ids.tolist()
+    names = [f"{name}:{example.id}" for example in examples]
     rows = []
-    for example, each, wrong in zip(examples, encoded.train, noise, strict=True):
-        ids, count = completion(each, words)
+    for example, row, wrong in zip(examples, encoded.rows("train", names), noise, strict=True):
         shown = prompted(task, example)
         text = {"prompt": shown.prompt, "completion": shown.options[shown.gold[0]]}
-        scored = tuple(range(len(ids) - count, len(ids)))
-        rows.append(Row(f"{name}:{example.id}", name, tuple(ids), scored, text, wrong))
+        rows.append(PoolRow(row.id, row.ids, row.loss_positions, "", name, text, wrong))
     return _unique(rows, [])
 
 
-def _unique(rows: list[Row], cut: list[str]) -> Rows:
+def _unique(rows: list[PoolRow], cut: list[str]) -> Rows:
     seen: set[str] = set()
     for row in rows:
         if row.id in seen:

@@ -13,11 +13,12 @@ import numpy as np
 
 from jaxlm.core.checks import number, whole
 from jaxlm.core.errors import UserError
+from jaxlm.data import PaddedRows
 from jaxlm.models.adapters import LORA
 from jaxlm.peft import Lora
 from jaxlm.sharding import abstract, mesh_of, place_params
-from jaxlm.studies.selection_batches import Padded, mean_loss
-from jaxlm.studies.selection_rows import Row
+from jaxlm.studies.selection_batches import mean_loss
+from jaxlm.studies.selection_rows import PoolRow
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.logging import Metrics
 from jaxlm.train.loop import LoopConfig, fit
@@ -102,7 +103,7 @@ def epoch_weights(optimizer: Adam, epochs: int, epoch_steps: int) -> list[float]
 
 
 def train(
-    folder: Path, lm: Any, rows: Sequence[Row], recipe: Recipe, *, seed: int, keep: bool = False
+    folder: Path, lm: Any, rows: Sequence[PoolRow], recipe: Recipe, *, seed: int, keep: bool = False
 ) -> Any:
     """Trains adapters in a folder, or goes on there.
 
@@ -120,7 +121,7 @@ def train(
     Raises:
         UserError: as `jaxlm.train.loop.fit`, or no step has a learning rate above 0.
     """
-    padded = Padded(rows, pad_id=lm.config.pad_id or 0)
+    padded = PaddedRows(rows, lm.config.pad_id or 0, "targets")
     ready = _prepared(lm, recipe, seed)
     each = recipe.epoch_steps(len(rows))
     steps = recipe.epochs * each

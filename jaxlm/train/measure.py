@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from jaxlm.core.errors import UserError
 from jaxlm.data import EncodedTask, Task, prompted
-from jaxlm.data.batching import Split
+from jaxlm.data.rows import SplitName
 from jaxlm.evaluation import (
     accuracy,
     evaluate_generation,
@@ -69,10 +69,10 @@ class MultipleChoiceMetric:
         self.majority: dict[str, float | None] = {}
         self._encoded, self._batch_size = encoded, batch_size
 
-    def __call__(self, split: Split, params: Params) -> dict[str, float]:
+    def __call__(self, split: SplitName, params: Params) -> dict[str, float]:
         return {"accuracy": accuracy(*self.scores(split, params))}
 
-    def scores(self, split: Split, params: Params) -> tuple[np.ndarray, np.ndarray]:
+    def scores(self, split: SplitName, params: Params) -> tuple[np.ndarray, np.ndarray]:
         """Return scores minus the offsets [N, C], and labels; see `evaluation.score_split`."""
         done, total = 0, len(getattr(self._encoded, split))
 
@@ -115,7 +115,7 @@ class GenerationMetric:
     def __init__(self, lm: LanguageModel, task: Task, *, batch_size: int):
         self._lm, self._task, self._batch_size = lm, task, batch_size
 
-    def __call__(self, split: Split, params: Params) -> dict[str, float]:
+    def __call__(self, split: SplitName, params: Params) -> dict[str, float]:
         questions = [prompted(self._task, example) for example in getattr(self._task, split)]
         config, longest = self._task.config, self._lm.config.max_positions
         if self.tell is not None:

@@ -6,7 +6,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.lds import answer_counts, answer_words, balanced_masks, interval, partial
 from jaxlm import influence
-from jaxlm.studies.selection_rows import Row
+from jaxlm.studies.selection_rows import PoolRow
 
 
 def test_balanced_halves_have_half_of_every_answer():
@@ -41,7 +41,7 @@ def test_an_attribution_that_counts_answers_foresees_them_and_nothing_else():
 
 
 def test_answers_are_the_tokens_that_are_learnt():
-    rows = [Row("a", "s", (5, 6, 7), (2,), {}), Row("b", "s", (7, 7, 6), (2,), {})]
+    rows = [PoolRow("a", (5, 6, 7), (2,)), PoolRow("b", (7, 7, 6), (2,))]
     train, target = answer_words(rows, rows[::-1])
     assert train.tolist() == [1, 0]
     assert target.tolist() == [0, 1]

@@ -158,39 +158,11 @@ def test_few_buckets_that_hold_everything(bpe) -> None:
     assert shapes <= {(16, bucket) for bucket in encoded.buckets}
 
 
-def test_every_epoch_has_every_example_once() -> None:
-    encoded = numbered(10)
-    stream = np.concatenate(
-        [encoded.batch(i, batch_size=4, seed=0)["input_ids"][:, 0] for i in range(5)]
-    )
-    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
-    assert stream[:10].tolist() != stream[10:].tolist()
-
-
-def test_a_batch_depends_on_seed_and_step_alone() -> None:
-    first, again = numbered(10), numbered(10)
-    late = again.batch(7, batch_size=4, seed=1)
-    for i in range(8):
-        early = first.batch(i, batch_size=4, seed=1)
-    for key in early:
-        np.testing.assert_array_equal(early[key], late[key])
-    other = again.batch(7, batch_size=4, seed=2)
-    assert other["input_ids"].tolist() != late["input_ids"].tolist()
-
-
 def test_a_batch_larger_than_the_data_repeats_it() -> None:
     batch = numbered(3).batch(0, batch_size=7, seed=0)
     first = batch["input_ids"][:, 0].tolist()
     assert sorted(first[:3]) == sorted(first[3:6]) == [0, 1, 2]
     np.testing.assert_array_equal(batch["weights"], np.ones(7))
-
-
-def test_one_example() -> None:
-    encoded = numbered(1)
-    assert encoded.batch(5, batch_size=2, seed=0)["input_ids"][:, 0].tolist() == [0, 0]
-    (batch,) = encoded.eval_batches("test", batch_size=4)
-    np.testing.assert_array_equal(batch["weights"], [1, 0, 0, 0])
-    np.testing.assert_array_equal(batch["index"], [0, -1, -1, -1])
 
 
 def test_stacked_batches_are_the_single_ones() -> None:
@@ -203,30 +175,6 @@ def test_stacked_batches_are_the_single_ones() -> None:
         for key, value in single.items():
             width = value.shape[-1]
             np.testing.assert_array_equal(stacked[key][i][..., :width], value)
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 10, 16])
-def test_evaluation_sees_every_example_once(batch_size: int) -> None:
-    encoded = numbered(10, lengths=(2, 8, 4))
-    seen = []
-    for batch in encoded.eval_batches("test", batch_size=batch_size):
-        assert len(batch["labels"]) == batch_size
-        real = batch["weights"] == 1
-        np.testing.assert_array_equal(batch["index"][real], batch["input_ids"][real, 0])
-        assert (batch["index"][~real] == -1).all()
-        assert (batch["labels"][real] == batch["index"][real] % 2).all()
-        seen += batch["index"][real].tolist()
-    assert sorted(seen) == list(range(10))
-
-
-def test_evaluation_of_no_examples() -> None:
-    assert list(numbered(2).eval_batches("validation", batch_size=4)) == []
-
-
-def test_no_training_examples() -> None:
-    with pytest.raises(UserError) as caught:
-        numbered(0).batch(0, batch_size=1, seed=0)
-    assert str(caught.value) == "task.train: there are no training examples. Give some."
 
 
 def test_no_tokenizer() -> None:

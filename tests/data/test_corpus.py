@@ -208,6 +208,31 @@ def test_shares_move_from_weight_to_final_weight():
         assert abs(part.mean() - expected) < 4.5 * error
 
 
+def test_given_shares_draw_the_windows_of_a_plan_with_them():
+    """Step by step, from the shares so far alone; equal shares give the batches of the run."""
+    drawn = windows(steps=20)
+    time = np.linspace(0, 1, 20)[:, None]
+    shares = (1 - time) * [0.75, 0.25] + time * [0.25, 0.75]
+    for step in (0, 7, 19):
+        ids = windows(steps=1).batch(step, shares[: step + 1])["input_ids"]
+        np.testing.assert_array_equal(ids, drawn.batch(step)["input_ids"])
+    other = shares.copy()
+    other[5:] = [1.0, 0.0]  # what was drawn before a change of shares stays
+    domain, before = drawn._plan(other)
+    np.testing.assert_array_equal(domain[:5], drawn.plan[0][:5])
+    assert not domain[5:].any()
+    of_a = before[domain == 0]
+    np.testing.assert_array_equal(of_a, np.arange(len(of_a)))  # each window once an epoch
+
+
+@pytest.mark.parametrize(
+    "shares", [[[0.5, 0.5]], [[0.5, 0.5], [0.5, 0.6]], [[1.0], [1.0]], [[1.5, -0.5]] * 2]
+)
+def test_shares_that_are_none(shares):
+    with pytest.raises(UserError, match=r"^shares: must be .*\(got "):
+        windows().batch(1, np.array(shares))
+
+
 def test_an_epoch_sees_the_text_about_equally_often():
     tokens = domain(1, 400)
     drawn = corpus.Windows(

@@ -8,9 +8,9 @@ from jaxlm.core.errors import UserError
 from jaxlm.data.messages import (
     Conversation,
     Message,
+    MessagesConfig,
     chat,
     encode_messages,
-    read_messages,
     tulu,
 )
 
@@ -34,7 +34,7 @@ def conversation(*turns: tuple[str, str], name: str = "a") -> Conversation:
 
 
 def learnt(tokenizer, encoded) -> list[str]:
-    return tokenizer.convert_ids_to_tokens([encoded.ids[place] for place in encoded.scored])
+    return tokenizer.convert_ids_to_tokens([encoded.ids[place] for place in encoded.loss_positions])
 
 
 def with_template(tokenizer, template: str):
@@ -66,7 +66,7 @@ def test_every_answer_is_learnt_with_its_eos_and_nothing_else(bpe_bos) -> None:
     ]
     assert bpe_bos.convert_ids_to_tokens(list(encoded.ids))[:4] == ["<s>", "<", "|", "s"]
     assert bpe_bos.decode(encoded.ids[-1:]) == "\n"
-    assert len(encoded.ids) - 1 not in encoded.scored
+    assert len(encoded.ids) - 1 not in encoded.loss_positions
 
 
 @pytest.mark.parametrize("name", ["bpe", "bpe_bos", "bpe_bos_eos", "roberta_like"])
@@ -81,7 +81,7 @@ def test_places_are_those_of_prefixes_tokenised_alone(name, request) -> None:
         return first + len(tokenizer(text[:end], add_special_tokens=False)["input_ids"])
 
     expected = [place for a, b in spans for place in range(count(a), count(b))]
-    assert list(encoded.scored) == expected
+    assert list(encoded.loss_positions) == expected
     assert len(encoded.ids) == count(len(text))
 
 
@@ -94,7 +94,7 @@ def test_a_chat_template_has_the_places_that_transformers_gives(bpe) -> None:
     (encoded,) = encode_messages([Conversation(TURNS, "a")], tokenizer, template="chat")
     assert list(encoded.ids) == list(theirs["input_ids"])
     expected = [i for i, learnt in enumerate(theirs["assistant_masks"]) if learnt]
-    assert list(encoded.scored) == expected
+    assert list(encoded.loss_positions) == expected
     assert len(expected) > 20
 
 
@@ -107,11 +107,11 @@ def test_a_chat_template_adds_no_special_tokens_of_its_own(bpe_bos) -> None:
 def test_what_is_too_long_loses_its_end(bpe_bos) -> None:
     whole = conversation(("user", "it"), ("assistant", "fun great"))
     (full,) = encode_messages([whole], bpe_bos)
-    first = full.scored[0]
+    first = full.loss_positions[0]
     (part,) = encode_messages([whole], bpe_bos, max_length=first + 2)
-    assert part == (full.ids[: first + 2], (first, first + 1))
+    assert (part.ids, part.loss_positions) == (full.ids[: first + 2], (first, first + 1))
     (cut,) = encode_messages([whole], bpe_bos, max_length=first)
-    assert cut == (full.ids[:first], ())
+    assert (cut.ids, cut.loss_positions) == (full.ids[:first], ())
 
 
 def test_an_empty_answer_is_its_eos(bpe_bos) -> None:
@@ -121,13 +121,14 @@ def test_an_empty_answer_is_its_eos(bpe_bos) -> None:
 
 def test_without_an_answer_nothing_is_learnt(bpe_bos) -> None:
     (encoded,) = encode_messages([conversation(("user", "it"))], bpe_bos)
-    assert encoded.scored == ()
+    assert encoded.loss_positions == ()
 
 
 def test_many_are_encoded_as_one_at_a_time(bpe_bos) -> None:
     many = [conversation(("user", "it" * n), ("assistant", "fun")) for n in range(1100)]
     encoded = encode_messages(many, bpe_bos)
-    assert encoded[1050:1052] == encode_messages(many[1050:1052], bpe_bos)
+    alone = encode_messages(many[1050:1052], bpe_bos)
+    assert [row.ids for row in encoded[1050:1052]] == [row.ids for row in alone]
     assert len(encoded) == 1100
 
 
@@ -139,16 +140,32 @@ def test_rows_have_their_id_or_their_place(tmp_path) -> None:
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    first, second = read_messages("rows.jsonl", base_dir=tmp_path)
+    first, second = MessagesConfig(train="rows.jsonl").load(seed=0, base_dir=tmp_path).train
     assert first == Conversation((Message("user", "a"), Message("assistant", "b")), "flan_1", "x")
     assert (second.id, second.subtask) == ("rows.jsonl:2", "")
+
+
+def test_a_prompt_and_its_completion_are_a_conversation(tmp_path) -> None:
+    rows = [
+        {"prompt": "a", "completion": "b"},
+        {
+            "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}],
+            "completion": [{"role": "assistant", "content": "b"}],
+        },
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = MessagesConfig(train="rows.jsonl").load(seed=0, base_dir=tmp_path).train
+    assert first.messages == (Message("user", "a"), Message("assistant", "b"))
+    assert second.messages == (Message("system", "s"), *first.messages)
 
 
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({"text": "a"}, "has no messages. Give a list of {role, content} in that field."),
-        ({"messages": []}, "has no messages. Give a list of {role, content} in that field."),
+        ({"text": "a"}, "in that field, or the fields prompt and completion."),
+        ({"messages": []}, "in that field, or the fields prompt and completion."),
+        ({"prompt": "a"}, "in that field, or the fields prompt and completion."),
+        ({"prompt": "a", "completion": 1}, "message 2 has no content. Give a text."),
         (
             {"messages": [{"role": "human", "content": "a"}]},
             "message 1 has an unknown role (got 'human'). Give system, user or assistant.",
@@ -162,7 +179,7 @@ def test_rows_have_their_id_or_their_place(tmp_path) -> None:
 def test_rows_that_are_no_conversations(row, sentence, tmp_path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError) as caught:
-        read_messages("rows.jsonl", base_dir=tmp_path)
+        MessagesConfig(train="rows.jsonl").load(seed=0, base_dir=tmp_path)
     assert str(caught.value).startswith("rows.jsonl, line 1")
     assert str(caught.value).endswith(sentence)
 
@@ -171,7 +188,7 @@ def test_tokenizers_that_do_not_serve(bpe, slow) -> None:
     one = [conversation(("user", "it"), ("assistant", "fun"), name="rows:7")]
     with pytest.raises(UserError, match="character offsets"):
         encode_messages(one, slow)
-    with pytest.raises(UserError, match=r"^rows:7: tokenizer: has no chat template"):
+    with pytest.raises(UserError, match=r"^template: the tokenizer has no chat template"):
         encode_messages(one, bpe, template="chat")
     without = with_template(bpe, CHATML)
     without.eos_token = None
@@ -184,7 +201,7 @@ def test_a_template_that_rewrites_turns_is_refused(bpe) -> None:
         "{% for m in messages %}[{{ m['role'] }}]{% if loop.last %}{{ m['content'] }}{% endif %}"
         "{% endfor %}"
     )
-    with pytest.raises(UserError, match="message 3 otherwise when others follow it"):
+    with pytest.raises(UserError, match="message 3 differently when others follow it"):
         chat(TURNS, with_template(bpe, last_only))
     refusing = "{{ raise_exception('Only users speak') }}"
     with pytest.raises(UserError, match=r"does not take the conversation \(Only users speak\)"):

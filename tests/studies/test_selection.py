@@ -12,12 +12,12 @@ import pytest
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
-from jaxlm.data import TaskConfig
+from jaxlm.data import PaddedRows, TaskConfig
 from jaxlm.influence import GradientStore, StoreWriter, projector
 from jaxlm.peft import LORA, Lora
 from jaxlm.studies import selection_training
 from jaxlm.studies.selection import SelectionConfig, read_sides, selection_study
-from jaxlm.studies.selection_batches import Padded, mean_loss, row_losses
+from jaxlm.studies.selection_batches import mean_loss, row_losses
 from jaxlm.studies.selection_choice import (
     matched,
     read_choice,
@@ -27,7 +27,7 @@ from jaxlm.studies.selection_choice import (
 from jaxlm.studies.selection_cost import LLAMA_7B, Plan, adapter_size, costs, row_flops
 from jaxlm.studies.selection_features import Features, store_features
 from jaxlm.studies.selection_measure import Measure
-from jaxlm.studies.selection_rows import Row, Rows, Source, Target, read_source
+from jaxlm.studies.selection_rows import PoolRow, Rows, Source, Target, read_source
 from jaxlm.studies.selection_table import markdown
 from jaxlm.studies.selection_training import Recipe, epoch_weights, load_epoch, train
 from jaxlm.train.load import load_model
@@ -118,21 +118,21 @@ def test_shuffled_labels_are_noise_where_they_differ(lm, folder) -> None:
     answers = [sorted(row.text["completion"] for row in rows) for rows in (rest, noisy)]
     assert answers[0] == answers[1]
     for row in noisy:
-        assert row.scored == (len(row.ids) - 1,)
+        assert row.loss_positions == (len(row.ids) - 1,)
         assert lm.tokenizer.decode(row.ids[-1:]) == row.text["completion"].strip()
 
 
-def rows_of(*lengths: int) -> list[Row]:
+def rows_of(*lengths: int) -> list[PoolRow]:
     """Rows 1, 2, 3, ... of which the last two tokens are learnt, or one of one token less."""
     made = []
     for i, length in enumerate(lengths):
         ids = tuple(range(1, length + 1))
-        made.append(Row(f"r{i}", "s", ids, tuple(range(max(1, length - 2), length)), {}))
+        made.append(PoolRow(f"r{i}", ids, tuple(range(max(1, length - 2), length))))
     return made
 
 
 def test_a_batch_has_what_predicts_each_token() -> None:
-    padded = Padded(rows_of(3, 5), pad_id=0)
+    padded = PaddedRows(rows_of(3, 5), 0, "targets")
     batch = padded.batch([1, 0])
     np.testing.assert_array_equal(
         batch["input_ids"], [[1, 2, 3, 4, 5, 0, 0, 0], [1, 2, 3, 0, 0, 0, 0, 0]]
@@ -144,7 +144,7 @@ def test_a_batch_has_what_predicts_each_token() -> None:
 
 
 def test_rows_come_in_few_shapes_and_once_an_epoch() -> None:
-    padded = Padded(rows_of(*range(2, 42)), pad_id=0)
+    padded = PaddedRows(rows_of(*range(2, 42)), 0, "targets")
     assert [length for length, _ in padded.shapes] == [24, 40, 48]
     blocks = list(padded.blocks(16))
     assert sorted(place for block in blocks for place in block) == list(range(40))
@@ -173,13 +173,16 @@ def brute_losses(lm, params, rows):
         ids[i, : len(row.ids)] = row.ids
     logp = np.asarray(jax.nn.log_softmax(jax.jit(lm.apply)(params, ids)), np.float64)
     return np.array(
-        [-np.mean([logp[i, t - 1, row.ids[t]] for t in row.scored]) for i, row in enumerate(rows)]
+        [
+            -np.mean([logp[i, t - 1, row.ids[t]] for t in row.loss_positions])
+            for i, row in enumerate(rows)
+        ]
     )
 
 
 def test_losses_are_means_over_what_is_learnt(lm) -> None:
     rows = rows_of(4, 9, 2)
-    batch = Padded(rows, pad_id=0).batch([0, 1, 2])
+    batch = PaddedRows(rows, 0, "targets").batch([0, 1, 2])
     found = jax.jit(row_losses(lm))(lm.params, batch)
     np.testing.assert_allclose(found, brute_losses(lm, lm.params, rows), rtol=1e-5)
     loss, _ = jax.jit(mean_loss(lm))(lm.params, batch)
@@ -211,7 +214,7 @@ def test_training_is_adam_on_the_mean_of_the_rows(lm, warmup) -> None:
     rates = [0.0, 0.01, 0.01 * 2 / 3, 0.01 / 3]
     adam = optax.scale_by_adam()
     state = adam.init(trained)
-    padded = Padded(rows, pad_id=0)
+    padded = PaddedRows(rows, 0, "targets")
     loss_fn = mean_loss(ready)
 
     @jax.jit
@@ -319,7 +322,14 @@ def test_features_are_projected_steps_of_adam(lm, sides, warmup, tmp_path, monke
 
 def test_a_choice_is_written_best_first_and_ties_by_place(tmp_path) -> None:
     rows = [
-        Row(f"s{i}:{i}", f"s{i % 2}", (1, 2), (1,), {"prompt": "é", "completion": "b"}, i == 2)
+        PoolRow(
+            f"s{i}:{i}",
+            (1, 2),
+            (1,),
+            source=f"s{i % 2}",
+            text={"prompt": "é", "completion": "b"},
+            noise=i == 2,
+        )
         for i in range(4)
     ]
     made = write_choice(tmp_path, rows, np.array([0.5, 0.1, 0.9, 0.5]), 0.75)
@@ -335,7 +345,7 @@ def test_a_choice_is_written_best_first_and_ties_by_place(tmp_path) -> None:
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone", "no checksums"])
 def test_a_choice_that_is_not_what_was_made_is_refused(tmp_path, damage) -> None:
-    rows = [Row(f"s:{i}", "s", (1, 2), (1,), {"prompt": "a"}) for i in range(4)]
+    rows = [PoolRow(f"s:{i}", (1, 2), (1,), source="s", text={"prompt": "a"}) for i in range(4)]
     write_choice(tmp_path, rows, np.array([0.5, 0.1, 0.9, 0.5]), 0.75)
     assert [row.id for row in read_choice(tmp_path, rows)] == ["s:2", "s:0", "s:3"]
     path = tmp_path / "selected.jsonl"
@@ -352,9 +362,9 @@ def test_a_choice_that_is_not_what_was_made_is_refused(tmp_path, damage) -> None
         read_choice(tmp_path, rows)
 
 
-def answered(*answers: str | None) -> list[Row]:
+def answered(*answers: str | None) -> list[PoolRow]:
     texts = [{"messages": []} if each is None else {"completion": each} for each in answers]
-    return [Row(f"s:{i}", "s", (1, 2), (1,), text) for i, text in enumerate(texts)]
+    return [PoolRow(f"s:{i}", (1, 2), (1,), source="s", text=text) for i, text in enumerate(texts)]
 
 
 def test_a_choice_may_have_the_answers_of_the_target(tmp_path) -> None:
@@ -442,7 +452,7 @@ def test_conversations_are_rows_and_those_cut_off_are_counted(talker, tmp_path) 
     assert [each.id for each in found.rows] == ["chat:x", "chat:rows.jsonl:3"]
     assert found.cut == ("chat:rows.jsonl:2",)
     assert found.subtasks.tolist() == [1, 0]
-    learnt = [found.rows[0].ids[place] for place in found.rows[0].scored]
+    learnt = [found.rows[0].ids[place] for place in found.rows[0].loss_positions]
     assert talker.tokenizer.convert_ids_to_tokens(learnt) == ["good", "</s>"]
     measure = Measure(talker, Target(messages="rows.jsonl"), batch_size=4, **words)
     assert measure.metric == "loss"

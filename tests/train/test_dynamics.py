@@ -200,7 +200,7 @@ def test_rates_on_the_host_are_those_of_optax(schedule, warmup):
 
 
 def test_the_two_streams_of_svag_are_different_orders():
-    from jaxlm.data.batching import _permutation
+    from jaxlm.data.rows import _permutation
     from jaxlm.train.dynamics import SECOND_STREAM
 
     orders = {

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core.errors import UserError
-from jaxlm.data import draw_per_class
+from jaxlm.data.splits import draw_per_class
 
 LABELS = np.random.default_rng(0).integers(0, 3, 100).tolist()
 NAMES = ["a", "b", "c"]

@@ -1,0 +1,95 @@
+"""Plain documents: every token is in the loss."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jaxlm.core.checks import show
+from jaxlm.core.errors import UserError
+from jaxlm.data.rows import TokenRow
+from jaxlm.data.sources import Record
+from jaxlm.data.splits import TextsConfig
+
+_CHUNK = 256  # documents a call of the tokenizer
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text with a name."""
+
+    text: str
+    id: str
+
+    @property
+    def content(self) -> str:
+        """What the digest of a split is computed from."""
+        return self.text
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(TextsConfig):
+    """Documents to fine-tune on, as the YAML key `text` holds them.
+
+    A source has a document a row; a domain of a corpus is such a file.
+
+    Attributes:
+        field: field of a row that holds the text.
+    """
+
+    field: str = "text"
+
+    key: ClassVar[str] = "text"
+
+    def parse(self, record: Record) -> Document:
+        """The document in a row.
+
+        Raises:
+            UserError: the field is not there, or is not text.
+        """
+        text = record.values.get(self.field)
+        if not isinstance(text, str):
+            raise UserError(
+                f"{record.where}: field {self.field!r} is not text (got {show(text)}). Name the "
+                "field of the documents in text.field."
+            )
+        return Document(text, f"{record.source}:{record.number}")
+
+    def tokenize(self, examples: Sequence[Document], tokenizer: Any, limit: int) -> list[TokenRow]:
+        """`encode_documents` in pieces of `limit` tokens."""
+        return encode_documents(examples, tokenizer, length=limit)
+
+
+def encode_documents(
+    documents: Sequence[Document], tokenizer: Any, *, length: int
+) -> list[TokenRow]:
+    """Tokens of documents, each cut into pieces.
+
+    A document ends with the tokenizer's `eos_token`, if it has one, so that a model learns where to
+    stop. Every piece begins with the `bos_token`, or else the `eos_token`, which is not in the
+    loss; so every token of a document is predicted once.
+
+    Args:
+        documents: the documents.
+        tokenizer: one of transformers.
+        length: most tokens of a piece, at least 2.
+
+    Raises:
+        UserError: the tokenizer has neither token.
+    """
+    end = tokenizer.eos_token_id
+    begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if begin is None:
+        raise UserError("tokenizer: has no bos_token or eos_token to begin a text with. Add one.")
+    last = () if end is None else (end,)
+    rows = []
+    for first in range(0, len(documents), _CHUNK):
+        chunk = documents[first : first + _CHUNK]
+        encoded = tokenizer(
+            [document.text for document in chunk], add_special_tokens=False, verbose=False
+        )
+        for document, tokens in zip(chunk, encoded["input_ids"], strict=True):
+            ids = (*tokens, *last)
+            for place in range(0, len(ids), length - 1):
+                piece = (begin, *ids[place : place + length - 1])
+                rows.append(TokenRow(f"{document.id}@{place}", piece, tuple(range(1, len(piece)))))
+    return rows
