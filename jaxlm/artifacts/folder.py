@@ -306,10 +306,10 @@ def check_inputs(
       key: name of the option that gave the folder, for the message; None for its path.
     """
     for name, before, now in differences(_plain(old), _plain(new)):
-        place = f"{folder}: was made" if key is None else f"{key}: {folder} was made"
+        what = "was made" if key is None else f"{folder} was made"
         raise UserError(
-            f"{place} with {name} = {short(before)} (got {short(now)}). Choose another folder, "
-            "or remove this one."
+            f"{key or folder}: {what} with {name} = {short(before)} (got {short(now)}). Choose "
+            "another folder, or remove this one."
         )
 
 

@@ -33,8 +33,8 @@ def cite(name: str | Callable[..., Any]) -> str:
     short, known = full.rpartition(".")[2], _entries()
     if short not in known:
         near = difflib.get_close_matches(short, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
-        raise UserError(f"No paper is recorded for {full!r}: {hint}")
+        hint = f"Did you mean {near[0]!r}?" if near else f"Choose one of {', '.join(known)}."
+        raise UserError(f"cite: no paper is recorded (got {full!r}). {hint}")
     return "\n\n".join(known[short])
 
 

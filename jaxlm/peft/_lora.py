@@ -78,7 +78,9 @@ def lora(
 def refuse_second(lm: LanguageModel) -> None:
     """Raises UserError for a model with low-rank adapters, since all of them share one scale."""
     if adapters.found(lm.params, adapters.LORA):
-        raise UserError("the model has a LoRA adapter; call jaxlm.peft.merge on it first")
+        raise UserError(
+            "lm: has a LoRA adapter already (got another). Call jaxlm.peft.merge on it first."
+        )
 
 
 def merge(lm: LanguageModel) -> LanguageModel:

@@ -52,7 +52,7 @@ def prefix(
     """
     config = lm.config
     if adapters.found(lm.params, adapters.PREFIX):
-        raise UserError("the model has a prefix; give the model without")
+        raise UserError("lm: has a prefix already (got another). Give the model without it.")
     if not 1 <= length <= config.max_positions:
         raise UserError(
             f"length: must be from 1 to {config.max_positions} (got {length}). Correct it."

@@ -65,7 +65,7 @@ def save_adapter(
     pairs = {name: _pair(rows, unnest(lm.params)) for name, rows in modules.items()}
     pairs = {name: pair for name, pair in pairs.items() if pair is not None}
     if not pairs:
-        raise UserError("the model has no LoRA adapter to save; call jaxlm.peft.lora first")
+        raise UserError("lm: has no LoRA adapter to save. Call jaxlm.peft.lora first.")
     rank = max(left.shape[0] for left, _ in pairs.values())
     tensors = {}
     for name, (left, right) in pairs.items():

@@ -22,7 +22,7 @@ def head_selection(lm: LanguageModel) -> str:
     """
     head = lm.config.head
     if head == "none":
-        raise UserError("the model has no head to train; call jaxlm.models.add_classifier first")
+        raise UserError("lm: has no head to train. Call jaxlm.models.add_classifier first.")
     if head == "classifier":
         return r"^(pooler|classifier)\."
     tied = r"|embed\.tokens\." if lm.config.tie_embeddings else ""

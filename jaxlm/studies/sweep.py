@@ -159,7 +159,9 @@ def table(candidates: Sequence[Candidate], results: Sequence[Sequence[Result]]) 
     ended = [result for each in results for result in each if result.summary]
     if not ended:
         reason = results[0][0].failed
-        raise UserError(f"every run failed; the first: {reason}")
+        raise UserError(
+            f"runs: all of them failed (got, from the first: {reason}). Correct that one."
+        )
     pairs = list(zip(candidates, results, strict=True))
     names = dict.fromkeys(each.method for each in candidates)
     return {

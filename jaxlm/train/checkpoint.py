@@ -127,7 +127,7 @@ def _read(part: _Part, dtype: Any) -> np.ndarray:
         file.seek(part.offset)
         count = file.readinto(data)
     if count < data.nbytes or zlib.crc32(data) != part.crc32:
-        raise UserError(f"{part.file}: damaged (differs from its checksum).")
+        raise UserError(f"{part.file}: is damaged (got another checksum). Remove it.")
     return values
 
 
@@ -421,7 +421,7 @@ class Checkpoints:
             reason = str(error)
             if "does not fit" in reason or "not finite" in reason:
                 raise
-            raise UserError(f"{reason} {advice}") from error
+            raise UserError(f"{reason.rpartition('. ')[0]}. {advice}") from error
         except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(

@@ -230,7 +230,9 @@ def _replayed(folder: RunFolder, params: Params, steps: int) -> Params:
             f"{folder.trajectory}: not of such a run. Put back what was there."
         ) from None
     if not isinstance(optimizer, ZerothOrder):
-        raise UserError(f"{folder.trajectory}: of {optimizer.name}, which is not replayed.")
+        raise UserError(
+            f"{folder.trajectory}: is not replayed (got {optimizer.name}). Put back what was there."
+        )
     if length != steps:
         raise UserError(
             f"{folder.trajectory}: of a run of {length} steps (got {steps} in config.yaml). Put "

@@ -24,7 +24,8 @@ from tests.cli.processes import free_port, start
 from tests.tiny import write_corpus, write_run
 from tests.train.test_pretraining import YAML
 
-FLAGS = ["--mesh=data=4,fsdp=2", "--steps=60", "--checkpoint-every=10", "--eval-every=20"]
+LONG = ["--mesh=data=4,fsdp=2", "--steps=2000", "--checkpoint-every=10", "--eval-every=20"]
+FLAGS = ["--steps=60" if flag == "--steps=2000" else flag for flag in LONG]
 AGAIN = "Start all processes again; the run resumes from its last checkpoint.\n"
 
 
@@ -182,7 +183,7 @@ def test_a_full_disk_of_two_processes_is_a_mistake_and_not_a_loss(tmp_path, tiny
     path, small = write_run(tmp_path, tiny_model), tmp_path / "small"
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], check=True)
-    words = ["finetune", str(path), *FLAGS, "--steps=2000", f"--output={small / 'run'}"]
+    words = ["finetune", str(path), *LONG, f"--output={small / 'run'}"]
     try:
         runs = pair(words)
         while lines(small / "run") < 5:
@@ -202,7 +203,7 @@ def test_a_full_disk_of_two_processes_is_a_mistake_and_not_a_loss(tmp_path, tiny
 @pytest.mark.slow
 @pytest.mark.multidevice
 def test_processes_that_are_told_to_stop_do(tmp_path, tiny_model):
-    words = ["finetune", str(write_run(tmp_path, tiny_model)), *FLAGS, "--steps=2000"]
+    words = ["finetune", str(write_run(tmp_path, tiny_model)), *LONG]
     runs = pair(words)
     while lines(tmp_path / "run") < 5:
         assert all(run.poll() is None for run in runs), ended(runs, 1)

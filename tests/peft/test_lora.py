@@ -138,5 +138,5 @@ def test_mistakes():
         peft.lora(lm, KEY, targets="query")
     with pytest.raises(UserError, match=r"rank: must be at least 1 \(got 0\)"):
         peft.lora(lm, KEY, rank=0)
-    with pytest.raises(UserError, match=r"has a LoRA adapter; call jaxlm.peft.merge"):
+    with pytest.raises(UserError, match=r"lm: has a LoRA adapter already"):
         peft.lora(peft.lora(lm, KEY), KEY)

@@ -101,7 +101,7 @@ def test_mistakes(tmp_path: Path):
         peft.prefix(lm, KEY, length=0)
     with pytest.raises(UserError, match=r"length: must be from 1 to 16 \(got 17\)"):
         peft.prefix(lm, KEY, length=17)
-    with pytest.raises(UserError, match="the model has a prefix; give the model without"):
+    with pytest.raises(UserError, match="lm: has a prefix already"):
         peft.prefix(tuned, KEY)
     with pytest.raises(UserError, match="a prefix, which a model folder cannot hold"):
         save_pretrained(tuned, tmp_path)

@@ -125,7 +125,8 @@ def test_a_run_that_diverges_is_a_row(path, monkeypatch):
     assert adam["one_setting"] is None
     assert "- the loss of ('adam', 0.001, 5) is nan\n" in markdown(table)
     with pytest.raises(
-        UserError, match=r"^every run failed; the first: the loss of \('mezo', 1\.0"
+        UserError,
+        match=r"^runs: all of them failed \(got, from the first: the loss of \('mezo', 1\.0",
     ):
         run_with(monkeypatch, path.rename(again(path)), Trainer(diverging=list(FOUND)))
 

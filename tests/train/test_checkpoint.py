@@ -211,7 +211,7 @@ def test_the_former_checkpoint_stays_until_the_new_one_has_been_read_back(tmp_pa
         (folder / "arrays.bin").write_bytes(data)
 
     monkeypatch.setattr(checkpoint, "_write", damaged)
-    with pytest.raises(UserError, match=r"arrays\.bin: damaged"):
+    with pytest.raises(UserError, match=r"arrays\.bin: is damaged"):
         Checkpoints(tmp_path).save(2, state(), {})
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
