@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 import jaxlm
-from jaxlm.data.opt_tasks import OPT_TASKS
 from jaxlm.models.families import MODULES
 from jaxlm.models.hf import SHIPPED
 from jaxlm.train.optimizers import OPTIMIZERS, ZerothOrder
@@ -31,7 +30,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A working directory like a clone's; what pages add to registries is taken back."""
     monkeypatch.chdir(tmp_path)
     pages.link_into(tmp_path)
-    registries = (OPTIMIZERS, OPT_TASKS, reference.CASES)
+    registries = (OPTIMIZERS, reference.CASES)
     patches = [mock.patch.dict(registry) for registry in registries]
     for each in patches:
         each.start()

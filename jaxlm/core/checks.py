@@ -1,8 +1,8 @@
 """Checks of values, shared so that the same mistake gives the same sentence everywhere.
 
-`integer`, `real`, `one_of`, `distinct` and `regex` take a key and a value; `whole`, `number`,
-`in_float32` and `seeds` check several fields of a dataclass. None passes, since it means "not
-given". Every message has the form `KEY: what is wrong (got VALUE). What to do.`
+`integer`, `real`, `text`, `texts`, `one_of`, `distinct` and `regex` take a key and a value;
+`whole`, `number`, `in_float32` and `seeds` check several fields of a dataclass. None passes, since
+it means "not given". Every message has the form `KEY: what is wrong (got VALUE). What to do.`
 """
 
 import math
@@ -131,6 +131,43 @@ def seeds(config: Any, *names: str) -> None:
                 raise UserError(
                     f"{name}: must be from 0 to 2**32 - 1 (got {show(value)}). Correct it."
                 )
+
+
+def text(key: str, value: Any) -> None:
+    """Require a text that UTF-8 can write.
+
+    Raises:
+      UserError: it is not; YAML and JSON may write half of a surrogate pair.
+    """
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise UserError(f"{key}: must be text (got {show(value)}). Put it in quotes.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{key}: has half of a character (got {ascii(value)[:60]}). Write the whole one."
+        ) from None
+
+
+def texts(key: str, values: Any, *, numbers: bool = False) -> None:
+    """Require a list of texts, or of whole numbers too.
+
+    Raises:
+      UserError: it is not.
+    """
+    if values is None:
+        return
+    if not isinstance(values, list | tuple):
+        raise UserError(f"{key}: must be a list (got {show(values)}). Write [a, b].")
+    for value in values:
+        if value is None:
+            raise UserError(f"{key}: must hold text (got null). Put it in quotes.")
+        if numbers and isinstance(value, int) and not isinstance(value, bool):
+            integer(key, value, least=-MOST)
+        else:
+            text(key, value)
 
 
 _DTYPES = {

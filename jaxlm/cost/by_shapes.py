@@ -16,7 +16,6 @@ from jaxlm.core.errors import UserError
 from jaxlm.data import EncodedTask
 from jaxlm.data.corpus import read_tokenizer
 from jaxlm.data.encoding import Encoded
-from jaxlm.data.opt_tasks import opt_task
 from jaxlm.evaluation.classification import Reduction
 from jaxlm.evaluation.perplexity import total_nats
 from jaxlm.models import LanguageModel, ModelConfig, init_params
@@ -276,7 +275,6 @@ def _unread(config: FinetuneConfig, model: ModelConfig) -> EncodedTask:
     targets = config.task.answer_length if config.task.answered else 1
     length -= targets if config.task.answered else 0
     labels = config.task.labels or ("first", "second")
-    known = opt_task(config.task.name)
     example = Encoded(0, ((0,) * length,), ((length - 1,) * targets,), ())
     return EncodedTask(
         labels=labels,
@@ -286,5 +284,5 @@ def _unread(config: FinetuneConfig, model: ModelConfig) -> EncodedTask:
         train=(example,),
         validation=(),
         test=(example,),
-        objective="classification" if known is None else known.objective,
+        objective=config.task.objective or "classification",
     )

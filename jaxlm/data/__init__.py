@@ -1,16 +1,22 @@
 """From text to batches: the data forms `task`, `messages` and `text`."""
 
-from jaxlm.data._prepare import prepare, prepare_for
-from jaxlm.data._prompted import Prompted, prompted, with_demonstrations, without_examples
-from jaxlm.data.batching import EncodedTask, collate
+from jaxlm.data.batching import EncodedTask, collate, prepare, prepare_for
 from jaxlm.data.encoding import Encoded, encode, encode_all
-from jaxlm.data.examples import Example, Task, load_task
 from jaxlm.data.messages import Conversation, Message, MessagesConfig, encode_messages
-from jaxlm.data.opt_tasks import OPT_TASKS, OptTask
-from jaxlm.data.roberta_tasks import ROBERTA_TASKS
+from jaxlm.data.prompts import Prompted, prompted, with_demonstrations, without_examples
+from jaxlm.data.readers import ParsedRow
 from jaxlm.data.rows import EncodedData, EncodedRows, PaddedRows, TokenRow
 from jaxlm.data.splits import Texts
-from jaxlm.data.tasks import TaskConfig, shipped_names, shipped_task, task_config
+from jaxlm.data.tasks import (
+    Example,
+    Task,
+    TaskConfig,
+    load_task,
+    shipped_names,
+    shipped_task,
+    task_config,
+    task_names,
+)
 from jaxlm.data.templates import Template
 from jaxlm.data.text import Document, TextConfig, encode_documents
 
@@ -27,8 +33,6 @@ DATA_FORMS: dict[str, type[DataConfig]] = {
 
 __all__ = [
     "DATA_FORMS",
-    "OPT_TASKS",
-    "ROBERTA_TASKS",
     "Conversation",
     "DataConfig",
     "Document",
@@ -39,8 +43,8 @@ __all__ = [
     "Example",
     "Message",
     "MessagesConfig",
-    "OptTask",
     "PaddedRows",
+    "ParsedRow",
     "Prompted",
     "Task",
     "TaskConfig",
@@ -60,6 +64,7 @@ __all__ = [
     "shipped_names",
     "shipped_task",
     "task_config",
+    "task_names",
     "with_demonstrations",
     "without_examples",
 ]

@@ -1,16 +1,41 @@
-"""Tokens of a prompt with each of its label words, and which of them are scored."""
+"""Texts of examples as tokens, and which of them are scored.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+A decoder reads a prompt with each of its options; an encoder reads a mask in place of the label
+word. `encode_all` renders a template with every label word, `encode_prompted` takes prompts and
+options as texts; both give `Encoded`.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.examples import Example
-from jaxlm.data.templates import Template
-from jaxlm.data.tokens import Kind, TokenizedText, read_tokens
+from jaxlm.data.prompts import Prompted
+from jaxlm.data.tasks import Example
+from jaxlm.data.templates import Rendered, Template
 
+Kind = Literal["decoder", "encoder"]
 Tokens = tuple[int, ...]
 _CHUNK = 4096  # strings a call of the tokenizer
+_EXAMPLES = 512  # examples a call of the tokenizer
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """Tokens of one string.
+
+    Attributes:
+        ids: tokens with special tokens.
+        types: segment of each token.
+        scored: places of the label's tokens (encoder), or of all from the label on (decoder).
+        fields: gives the places of each field's tokens; only a row that is too long is asked.
+    """
+
+    ids: list[int]
+    types: list[int]
+    scored: range
+    fields: Callable[[], Sequence[range]]
 
 
 @dataclass(frozen=True)
@@ -182,3 +207,191 @@ def _join(
     if kind == "encoder" and "token_type_ids" in tokenizer.model_input_names:
         types = tuple(tuple(row.types) for row in options)
     return Encoded(example.label, tuple(inputs), tuple(positions), tuple(targets), types)
+
+
+def encode_prompted(
+    examples: Sequence[Prompted], tokenizer: Any, *, max_length: int | None = None
+) -> Iterator[Encoded]:
+    """Tokens of prompts with each of their options, for a decoder.
+
+    Each string is tokenised once as a whole. The tokens of an option are those that end after the
+    prompt, so the space between both counts with the option. What is longer than `max_length` is
+    cut on the left, by as many tokens for every option of an example; the special tokens at the
+    beginning stay.
+
+    Args:
+        examples: the examples.
+        tokenizer: one of transformers.
+        max_length: most tokens of a prompt with an option.
+
+    Raises:
+        UserError: an option without a token, no token before the option, or options that leave no
+            room for a prompt.
+    """
+    for each in examples:
+        if not each.options:
+            raise UserError(f"{each.id}: has no options. Leave it out.")
+    special = set(tokenizer.all_special_ids)
+    for start in range(0, len(examples), _EXAMPLES):
+        chunk = examples[start : start + _EXAMPLES]
+        rendered = [
+            Rendered(each.prompt + option, (len(each.prompt), len(each.prompt + option)), ())
+            for each in chunk
+            for option in each.options
+        ]
+        rows = iter(read_tokens(tokenizer, rendered, "decoder"))
+        for each in chunk:
+            yield _encoded(each, [next(rows) for _ in each.options], special, max_length)
+
+
+def _encoded(
+    each: Prompted, rows: Sequence[TokenizedText], special: set[int], limit: int | None
+) -> Encoded:
+    ids = rows[0].ids
+    kept = next((i for i, token in enumerate(ids) if token not in special), 0)
+    excess = 0 if limit is None else max(0, max(len(row.ids) for row in rows) - limit)
+    inputs: list[Tokens] = []
+    positions: list[Tokens] = []
+    targets: list[Tokens] = []
+    for option, row in zip(each.options, rows, strict=True):
+        first = row.scored.start - excess
+        if not row.scored:
+            raise UserError(f"{each.id}: the option {option!r} has no token. Give it text.")
+        if first < max(kept, 1):
+            raise UserError(
+                f"{each.id}: has no token before the option {option!r}. Give it a prompt, or a "
+                "model that reads longer texts."
+            )
+        cut = (*row.ids[:kept], *row.ids[kept + excess :])
+        inputs.append(cut[:-1])
+        positions.append(tuple(range(first - 1, len(cut) - 1)))
+        targets.append(cut[first:])
+    gold = each.gold if len(each.gold) > 1 else ()
+    return Encoded(each.gold[0], tuple(inputs), tuple(positions), tuple(targets), None, gold)
+
+
+def share_prompts(examples: Sequence[Encoded]) -> list[Encoded] | None:
+    """The examples with their prompts once, or None where the options of one have no common prompt.
+
+    A tokenizer may join the end of a prompt with the beginning of an option.
+    """
+    shared = []
+    for each in examples:
+        prompts = {
+            ids[: places[0] + 1] for ids, places in zip(each.input_ids, each.positions, strict=True)
+        }
+        if len(prompts) > 1:
+            return None
+        shared.append(replace(each, input_ids=tuple(prompts), positions=()))
+    return shared
+
+
+def completion(each: Encoded, words: Sequence[int] | None) -> tuple[Tokens, int]:
+    """The tokens of an example with the option to train on, and how many of them are the option's.
+
+    Args:
+        each: the example, in any form.
+        words: the label words' tokens, in the form "label_words".
+    """
+    if words is not None:
+        return (*each.input_ids[0], words[each.label]), 1
+    option = each.targets[each.label]
+    if not each.positions:
+        return each.input_ids[0] + option, len(option)
+    return (*each.input_ids[each.label], option[-1]), len(option)
+
+
+# Strings as tokens, with the places of the label and of the fields among them.
+
+
+def read_tokens(tokenizer: Any, rendered: Sequence[Rendered], kind: Kind) -> list[TokenizedText]:
+    """Rows of strings, by the character offsets of a tokenizer where it gives them."""
+    read = _rows_by_offsets if getattr(tokenizer, "is_fast", False) else _rows_by_prefixes
+    return read(tokenizer, rendered, kind)
+
+
+def _rows_by_offsets(
+    tokenizer: Any, rendered: Sequence[Rendered], kind: Kind
+) -> list[TokenizedText]:
+    """Rows by the character offsets of a fast tokenizer."""
+    texts = [each.text for each in rendered]
+    encodings = tokenizer(texts, return_attention_mask=False, verbose=False).encodings
+    rows = []
+    for each, encoding in zip(rendered, encodings, strict=True):
+        ids, spans = encoding.ids, encoding.offsets
+        special = encoding.special_tokens_mask
+        end = len(ids)
+        while kind == "decoder" and end and special[end - 1]:
+            end -= 1
+        last = end
+        while last and (special[last - 1] or spans[last - 1][0] >= each.label[1]):
+            last -= 1
+        first = last
+        while first and not special[first - 1] and spans[first - 1][1] > each.label[0]:
+            first -= 1
+        scored = range(first, end if kind == "decoder" else last)
+        fields = functools.partial(_fields_by_offsets, each, spans[:end])
+        rows.append(TokenizedText(ids[:end], encoding.type_ids[:end], scored, fields))
+    return rows
+
+
+def _fields_by_offsets(each: Rendered, spans: Sequence[tuple[int, int]]) -> list[range]:
+    """Places of the tokens inside each field; a space before the first of them is allowed."""
+    places = []
+    for start, end in each.fields:
+        inside = [
+            i
+            for i, (first, last) in enumerate(spans)
+            if start < last <= end and not each.text[first:start].strip()
+        ]
+        places.append(range(inside[0], inside[-1] + 1) if inside else range(0))
+    return places
+
+
+def _rows_by_prefixes(
+    tokenizer: Any, rendered: Sequence[Rendered], kind: Kind
+) -> list[TokenizedText]:
+    """Rows by comparison with the tokens of the prompt alone, for a tokenizer without offsets."""
+    tokens = functools.partial(_tokens, tokenizer)
+    body = functools.partial(_tokens_before_end, tokenizer)
+    rows = []
+    for each in rendered:
+        start, end = each.label
+        if kind == "decoder":
+            ids = body(each.text)
+            scored = range(_first_difference(ids, body(each.text[:start])), len(ids))
+        else:
+            ids = tokens(each.text)
+            masked = tokens(each.text[:start].rstrip(" ") + tokenizer.mask_token + each.text[end:])
+            first = _first_difference(ids, masked)
+            scored = range(first, first + len(ids) - len(masked) + 1)
+        types = tokenizer(each.text, verbose=False).get("token_type_ids") or [0] * len(ids)
+        fields = functools.partial(_fields_by_prefixes, each, body)
+        rows.append(TokenizedText(ids, list(types)[: len(ids)], scored, fields))
+    return rows
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, verbose=False)["input_ids"])
+
+
+def _tokens_before_end(tokenizer: Any, text: str) -> list[int]:
+    """Tokens without the special ones after the end."""
+    ids = _tokens(tokenizer, text)
+    special = tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
+    while ids and special[len(ids) - 1]:
+        ids.pop()
+    return ids
+
+
+def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def _fields_by_prefixes(each: Rendered, body: Callable[[str], list[int]]) -> list[range]:
+    """Places of the tokens of each field, a space before it among them."""
+    return [
+        range(len(body(each.text[:start].rstrip(" "))), len(body(each.text[:end])))
+        for start, end in each.fields
+    ]

@@ -5,7 +5,8 @@ A template makes one text of it, and the tokens of the assistant's turns are in 
 with the token that ends it.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -43,9 +44,14 @@ class Conversation:
     subtask: str = ""
 
     @property
-    def content(self) -> list[Any]:
-        """What the digest of a split is computed from."""
-        return [self.messages, self.subtask]
+    def text(self) -> tuple[Message, ...]:
+        """What a model reads of it."""
+        return self.messages
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """Everything but where it came from."""
+        return (self.messages, self.subtask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +68,10 @@ class MessagesConfig(TextsConfig):
     template: MessageTemplate = "chat"
 
     key: ClassVar[str] = "messages"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("messages.template", self.template, ("chat", "tulu", "plain"))
+    CHECKS: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {
+        **TextsConfig.CHECKS,
+        "template": functools.partial(one_of, choices=("chat", "tulu", "plain")),
+    }
 
     def parse(self, record: Record) -> Conversation:
         """The conversation in a row.

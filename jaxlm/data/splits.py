@@ -1,8 +1,9 @@
 """Splits of a data form: what a run trains on, holds out and tests on, drawn by a seed."""
 
+import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,20 +101,43 @@ def draw_split(
     return taken[:cut], taken[cut:]
 
 
+class Splits:
+    """What the examples of every data form can say; each example has a `text` and a `content`."""
+
+    train: tuple[Any, ...]
+
+    def repeated(self, split: str = "test") -> int:
+        """How many examples of a split have the very text of a training example.
+
+        Whatever their labels are, what is measured on them is not how well a model generalizes.
+        """
+        trained = {example.text for example in self.train}
+        return sum(example.text in trained for example in getattr(self, split))
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the examples of each split that is there: not of where they came from."""
+        digests = {}
+        for split in SPLITS:
+            if examples := getattr(self, split):
+                content = "".join(json.dumps(example.content) for example in examples)
+                digests[split] = hashlib.sha256(content.encode()).hexdigest()
+        return digests
+
+
 @dataclass(frozen=True, kw_only=True)
-class TextsConfig:
-    """What the data forms `messages` and `text` have in common.
+class SplitsConfig:
+    """Where the examples of a data form are, and which of them are drawn.
 
     Attributes:
         train: file or data set with the training examples (`read_rows` says which); None for none.
-        validation: the same, or "hold_out" for `num_validation` of what training leaves; None for
-            none.
+        validation: the same, or "hold_out" for a part of what training leaves: `num_validation`
+            examples, or as many as `num_train` if there are so many.
         test: the same as `train`.
         num_train: examples to train on, drawn; None for all.
-        num_validation: examples held out, where `validation` says so.
+        num_validation: examples held out beside `num_train`.
         num_test: examples to test on, drawn; None for all.
         test_seed: seed of the draw of `num_test` examples, which the run's own seed leaves alone.
-        max_length: tokens of a row; None for as many as the model takes.
+        max_length: tokens to which an example is cut; None for as many as the model takes.
     """
 
     train: str | None = None
@@ -126,17 +150,85 @@ class TextsConfig:
     max_length: int | None = None
 
     key: ClassVar[str] = "data"
+    CHECKS: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {
+        **dict.fromkeys(SPLITS, checks.text),
+        **dict.fromkeys(("num_train", "num_validation", "num_test", "max_length"), checks.integer),
+        "test_seed": functools.partial(checks.integer, least=0, most=2**32 - 1),
+    }
 
     def __post_init__(self) -> None:
-        section = f"{self.key}."
-        checks.whole(self, "num_train", "num_validation", "num_test", section=section)
-        checks.whole(self, "max_length", least=2, section=section)
-        checks.seeds(self, "test_seed")
-        if (self.validation == HOLD_OUT) != (self.num_validation is not None):
+        self.check(vars(self))
+        counts = (self.num_train, self.num_validation, getattr(self, "k", None))
+        if self.validation == HOLD_OUT and not any(counts):
             raise UserError(
-                f"{section}num_validation: goes with validation: hold_out (got "
-                f"{self.num_validation} and {self.validation}). Give both or none."
+                f"{self.key}.validation: nothing says how many examples to hold out (got "
+                f"hold_out). Give {self.key}.num_train or {self.key}.num_validation."
             )
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> None:
+        """Checks the values of some keys.
+
+        Raises:
+            UserError: naming the first that has the wrong type or size.
+        """
+        for name, check in cls.CHECKS.items():
+            if name in values:
+                check(f"{cls.key}.{name}", values[name])
+
+    def records(self, base_dir: str | Path | None = None) -> dict[str, list[Record]]:
+        """The rows of every split.
+
+        Raises:
+            UserError: there is no source, or one cannot be read.
+        """
+        sources = {split: getattr(self, split) for split in SPLITS}
+        if sources["validation"] == HOLD_OUT:
+            sources["validation"] = None
+        if not any(sources.values()):
+            raise UserError(
+                f"{self.key}: has no data. Give {self.key}.train, {self.key}.test or both."
+            )
+        base = None if base_dir is None else Path(base_dir)
+        return {
+            split: read_rows(source, key=split, section=self.key, base_dir=base) if source else []
+            for split, source in sources.items()
+        }
+
+    def draw(self, examples: Mapping[str, Sequence[Any]], *, seed: int) -> dict[str, Sequence[Any]]:
+        """The examples of every split that are drawn, with those that are held out."""
+        checks.seeds(SimpleNamespace(seed=seed), "seed")
+        drawn = dict(examples)
+        train, test = examples["train"], examples["test"]
+        if train or self.validation == HOLD_OUT:
+            chosen, rest = self.draw_train(train, seed=seed)
+            drawn["train"] = [train[i] for i in chosen]
+            if self.validation == HOLD_OUT:
+                drawn["validation"] = [train[i] for i in rest]
+        if test and self.num_test is not None:
+            chosen, _ = draw_split(len(test), self.num_test, 0, seed=self.test_seed)
+            drawn["test"] = [test[i] for i in chosen]
+        return drawn
+
+    def draw_train(self, train: Sequence[Any], *, seed: int) -> tuple[list[int], list[int]]:
+        """Places of the examples to train on, and of those to hold out."""
+        held_out, count = self.validation == HOLD_OUT, 0
+        if held_out and self.num_validation is not None:
+            count = self.num_validation
+        elif held_out and self.num_train is not None:
+            count = min(self.num_train, len(train) - self.num_train)
+            if count < 1:
+                raise UserError(
+                    f"{self.key}.num_train: leaves none of the {len(train)} examples of "
+                    f"{self.key}.train to hold out (got {self.num_train}). Lower it."
+                )
+        elif self.num_train is None:
+            return list(range(len(train))), []
+        return draw_split(len(train), self.num_train, count, seed=seed, section=self.key)
+
+
+class TextsConfig(SplitsConfig):
+    """A data form whose examples become token rows; it says how in `parse` and `tokenize`."""
 
     def load(self, *, seed: int, base_dir: str | Path | None = None) -> "Texts":
         """Reads the examples of every split.
@@ -148,39 +240,15 @@ class TextsConfig:
         Raises:
             UserError: a source cannot be read, a row is not of this form, or there are too few.
         """
-        checks.seeds(SimpleNamespace(seed=seed), "seed")
-        if self.train is None and self.test is None:
-            raise UserError(
-                f"{self.key}: has no data. Give {self.key}.train, {self.key}.test or both."
-            )
-        base = None if base_dir is None else Path(base_dir)
-        splits: dict[str, Sequence[Any]] = {}
-        for split in SPLITS:
-            source = getattr(self, split)
-            given = source is not None and source != HOLD_OUT
-            splits[split] = (
-                [
-                    self.parse(record)
-                    for record in read_rows(source, key=split, section=self.key, base_dir=base)
-                ]
-                if given
-                else ()
-            )
-        held_out = self.num_validation or 0
-        if self.num_train is not None or held_out:
-            train = splits["train"]
-            chosen, rest = draw_split(
-                len(train), self.num_train, held_out, seed=seed, section=self.key
-            )
-            splits["train"] = [train[i] for i in chosen]
-            splits["validation"] = [train[i] for i in rest] if held_out else splits["validation"]
-        if self.num_test is not None and splits["test"]:
-            chosen, _ = draw_split(len(splits["test"]), self.num_test, 0, seed=self.test_seed)
-            splits["test"] = [splits["test"][i] for i in chosen]
-        return Texts(self, **{split: tuple(examples) for split, examples in splits.items()})
+        examples = {
+            split: [self.parse(record) for record in records]
+            for split, records in self.records(base_dir).items()
+        }
+        drawn = self.draw(examples, seed=seed)
+        return Texts(self, *(tuple(drawn[split]) for split in SPLITS))
 
     def parse(self, record: Record) -> Any:
-        """The example in a row of a source; it has an `id` and a `content` of JSON values."""
+        """The example in a row of a source."""
         raise NotImplementedError
 
     def tokenize(self, examples: Sequence[Any], tokenizer: Any, limit: int) -> list[TokenRow]:
@@ -189,31 +257,13 @@ class TextsConfig:
 
 
 @dataclass(frozen=True)
-class Texts:
-    """The examples of a data form; a split that is not there is empty.
-
-    Attributes:
-        config: where they came from.
-        train, validation, test: conversations or documents.
-    """
+class Texts(Splits):
+    """Conversations or documents; a split that is not there is empty."""
 
     config: TextsConfig
     train: tuple[Any, ...]
     validation: tuple[Any, ...]
     test: tuple[Any, ...]
-
-    def repeated(self, split: str = "test") -> int:
-        """How many examples of a split are training examples, too."""
-        trained = {_digest(example) for example in self.train}
-        return sum(_digest(example) in trained for example in getattr(self, split))
-
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of the examples of each split that is there: not of where they came from."""
-        return {
-            split: hashlib.sha256("".join(map(_digest, getattr(self, split))).encode()).hexdigest()
-            for split in SPLITS
-            if getattr(self, split)
-        }
 
     def encode(self, lm: Any, *, max_length: int | None = None) -> EncodedRows:
         """The tokens of the examples, for a model.
@@ -241,7 +291,3 @@ class Texts:
         tokens = (token for rows in splits.values() for row in rows for token in row.ids)
         check_vocabulary(max(tokens, default=0), lm.config.vocab_size)
         return EncodedRows.pad(splits, pad_id=lm.config.pad_id or 0, limit=limit, key=config.key)
-
-
-def _digest(example: Any) -> str:
-    return hashlib.sha256(json.dumps(example.content).encode()).hexdigest()

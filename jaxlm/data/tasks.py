@@ -1,50 +1,60 @@
-"""Tasks: where the examples are, the template, and the label words."""
+"""Tasks: a template, label words, and where the examples are.
 
+A task is data. What comes with the package stands in `jaxlm/assets/tasks`: a folder with a
+`task.yaml` and its files, or a suite `SUITE.yaml` whose tasks are named `SUITE/NAME`.
+"""
+
+import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+import functools
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxlm.core import checks
 from jaxlm.core.errors import UserError
-from jaxlm.data.opt_tasks import OPT_TASKS, OptTask, opt_task
-from jaxlm.data.roberta_tasks import ROBERTA_TASKS
-from jaxlm.data.sources import SHIPPED, SPLITS
-from jaxlm.data.templates import Template
+from jaxlm.data.readers import ParsedRow, written
+from jaxlm.data.sources import SHIPPED, SPLITS, Record
+from jaxlm.data.splits import HOLD_OUT, Splits, SplitsConfig, draw_per_class
+from jaxlm.data.templates import Field, Template
 
 if TYPE_CHECKING:
-    from jaxlm.data.examples import Task
+    from jaxlm.data.batching import EncodedTask
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskConfig:
-    """A classification task, as the YAML key `task` holds it.
+class TaskConfig(SplitsConfig):
+    """A task with one right answer or several, as the YAML key `task` holds it.
 
     Attributes:
         name: name of the task.
-        train: file or data set with the training examples (`read_rows` says which); None for none.
-        validation: the same, or "hold_out" for some of what training leaves: k per class,
-            `num_validation` in all, or as many as `num_train` if there are so many.
-        test: the same.
         template: see `Template`.
         labels: the label words, in the order of the classes.
+        options: "shared" for the label words; "per_example" where every row has options of its own,
+            a list of texts in the field `options`.
+        output: "choice" among options; or "text", which is generated.
+        metric: "accuracy" of a choice, or "f1" of a text; None for that of the output.
+        objective: what training takes the loss of: "classification", the choice among the options;
+            or "completion", the tokens of the right one. None for the one of the output.
         label_field: field that holds the class: its index, its label word, or its name in
-            `classes`.
+            `classes`. With options per example, the index or the text of the right one; where the
+            output is text, the right text, or a list of them.
         classes: names of the classes in the data, in the order of `labels`.
+        missing_label: label of rows that have none, which are left out; None for no such rows.
+        threshold: where the label is a score, the least score of the second class.
         fields: fields that *sent_0*, *sent_1*, ... of an LM-BFF template stand for.
-        k: examples of every class to train on; None for all.
-        num_train: examples to train on, drawn over all classes; None for all, or for `k`.
-        num_validation: examples held out beside `num_train`.
-        num_test: examples to test on; None for all.
-        test_seed: of the draw of `num_test` examples, which no run's own seed changes.
-        max_length: tokens to which an example is cut; None for as many as the model takes.
-        max_new_tokens: most tokens of an answer that is written; None for 50.
+        read: `package.module:function` that reads a row in place of the keys above, see
+            `jaxlm.data.readers`.
+        calibration: template of the prompt without the example, for domain calibration; None for
+            what stands between the label word and the nearest fields.
+        k: examples of every class to train on, and to hold out; None for all.
+        max_new_tokens: most tokens of a text that is generated; None for 50.
         first_field_limit: tokens to which the template's first field is cut; None for no limit.
         truncation: what is cut of a longer example: "fields", the ends of the longest, or "left",
-            the beginning of the text.
-        threshold: where the label is a score, the least score of the second class.
+            the beginning of the text, which then starts without white space.
 
     Raises:
         UserError: a value of the wrong type or size, an empty or repeated label word, fewer than
@@ -53,28 +63,47 @@ class TaskConfig:
     """
 
     name: str
-    train: str | None = None
-    validation: str | None = None
-    test: str | None = None
     template: str
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    options: Literal["shared", "per_example"] = "shared"
+    output: Literal["choice", "text"] = "choice"
+    metric: Literal["accuracy", "f1"] | None = None
+    objective: Literal["classification", "completion"] | None = None
     label_field: str = "label"
     classes: tuple[str | int, ...] | None = None
+    missing_label: int | None = None
+    threshold: float | None = None
     fields: tuple[str, ...] | None = None
+    read: str | None = None
+    calibration: str | None = None
     k: int | None = None
-    num_train: int | None = None
-    num_validation: int | None = None
-    num_test: int | None = None
-    test_seed: int = 0
-    max_length: int | None = None
     max_new_tokens: int | None = None
     first_field_limit: int | None = None
     truncation: Literal["fields", "left"] = "fields"
-    threshold: float | None = None
+
+    key: ClassVar[str] = "task"
+    CHECKS: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {
+        **SplitsConfig.CHECKS,
+        **dict.fromkeys(("name", "template", "label_field", "read", "calibration"), checks.text),
+        **dict.fromkeys(("labels", "fields"), checks.texts),
+        "classes": functools.partial(checks.texts, numbers=True),
+        **dict.fromkeys(("k", "max_new_tokens", "first_field_limit"), checks.integer),
+        "missing_label": functools.partial(checks.integer, least=-checks.MOST),
+        "threshold": checks.real,
+        "options": functools.partial(checks.one_of, choices=("shared", "per_example")),
+        "output": functools.partial(checks.one_of, choices=("choice", "text")),
+        "metric": functools.partial(checks.one_of, choices=(None, "accuracy", "f1")),
+        "objective": functools.partial(
+            checks.one_of, choices=(None, "classification", "completion")
+        ),
+        "truncation": functools.partial(checks.one_of, choices=("fields", "left")),
+    }
 
     def __post_init__(self) -> None:
-        for key in _NUMBERS:
-            _check_number(self, key)
+        super().__post_init__()
+        text = self.output == "text"
+        self._fill("metric", ("f1",) if text else ("accuracy",))
+        self._fill("objective", ("completion",) if text else ("classification", "completion"))
         Template.parse(self.template)
         if self.labels or not self.own_options:
             self._check_labels()
@@ -82,30 +111,22 @@ class TaskConfig:
             raise UserError(
                 f"task.num_train: is given beside task.k (got {self.num_train}). Keep one."
             )
-        counts = (self.k, self.num_train, self.num_validation)
-        if self.validation == "hold_out" and not any(counts):
-            raise UserError(
-                "task.validation: nothing says how many examples to hold out (got hold_out). Give "
-                "task.k, task.num_train or task.num_validation."
-            )
 
-    def load(self, *, seed: int, base_dir: str | Path | None = None) -> "Task":
-        """`jaxlm.data.load_task` of this task."""
-        from jaxlm.data.examples import load_task
-
-        return load_task(self, seed=seed, base_dir=base_dir)
+    def _fill(self, name: str, choices: tuple[str, ...]) -> None:
+        """Takes the first choice where none is given."""
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, choices[0])
+        checks.one_of(f"task.{name}", getattr(self, name), choices)
 
     @property
     def own_options(self) -> bool:
         """Whether the options come with each example, in place of label words."""
-        known = opt_task(self.name)
-        return known is not None and not known.labels
+        return self.options == "per_example" or self.output == "text"
 
     @property
     def answered(self) -> bool:
-        """Whether an answer is written, in place of a choice among options."""
-        known = opt_task(self.name)
-        return known is not None and known.metric == "f1"
+        """Whether a text is generated, in place of a choice among options."""
+        return self.output == "text"
 
     @property
     def answer_length(self) -> int:
@@ -114,13 +135,13 @@ class TaskConfig:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """What the classes are called: `classes` or, without these, `labels`."""
+        """Names of the classes: `classes` or, without these, `labels`."""
         return tuple(map(str, self.classes or self.labels))
 
     def classes_of(self, names: Sequence[str]) -> list[int | None]:
-        """The class that each of some names is, whatever their case; None of a name that is none.
+        """The class that each name stands for, whatever its case; None for an unknown name.
 
-        Data and models name their classes, in an order of their own.
+        Data and models name their classes in an order of their own.
         """
         words = self.class_names
         folded = [word.casefold() for word in words]
@@ -132,9 +153,9 @@ class TaskConfig:
         return places
 
     def columns_of(self, names: Sequence[str]) -> list[int]:
-        """For each class the place of its name among those of a model's outputs.
+        """For each class, the column of a classifier's outputs, by the names of these.
 
-        Where no name is that of a class they say nothing, and the order is taken as it is.
+        If no name is that of a class, the names say nothing, and the order stays as it is.
 
         Raises:
             UserError: some names are those of classes, but not all, or there are others.
@@ -162,29 +183,131 @@ class TaskConfig:
                 "task.labels: needs a word for each class, at least two (got "
                 f"{checks.show(self.labels)}). Give the others."
             )
-        for key in ("labels", "classes"):
-            words = [str(word) for word in getattr(self, key) or ()]
-            for word in words:
-                if words.count(word) > 1:
-                    raise UserError(
-                        f"task.{key}: has a word twice (got {word!r}). Give every class its own."
-                    )
-        if self.classes is not None and len(self.classes) != len(self.labels):
+        checks.distinct("task.labels", self.labels)
+        if self.classes is None:
+            return
+        checks.distinct("task.classes", map(str, self.classes))
+        if len(self.classes) != len(self.labels):
             raise UserError(
                 f"task.classes: needs {len(self.labels)} names, as many as task.labels (got "
                 f"{len(self.classes)}). Give one for each label, in the same order."
             )
 
+    def load(
+        self, *, seed: int, base_dir: str | Path | None = None, allow_code: bool = False
+    ) -> "Task":
+        """Reads the examples of every split.
 
-_SUITES: Mapping[str, Mapping[str, OptTask | Mapping[str, Any]]] = {
-    "opt": OPT_TASKS,
-    "roberta": ROBERTA_TASKS,
-}
+        Args:
+            seed: of the draw of k examples per class, or of `num_train` and `num_validation`.
+            base_dir: folder where relative paths start, before the working directory.
+            allow_code: whether `read` may name a function outside `jaxlm.data.readers`.
+
+        Raises:
+            UserError: a source, field, or label is not as the configuration says, k is too large,
+                or `read` is not allowed.
+        """
+        read = None if self.read is None else _reader(self.read, allow_code)
+        records = {
+            split: [record for record in found if self._has_label(record)]
+            for split, found in self.records(base_dir).items()
+        }
+        columns = next((tuple(found[0].values) for found in records.values() if found), ())
+        template = Template.parse(self.template).with_names(self.fields, columns)
+        examples = {
+            split: [_example(record, template, self, read) for record in found]
+            for split, found in records.items()
+        }
+        drawn = self.draw(examples, seed=seed)
+        return Task(self, template, *(tuple(drawn[split]) for split in SPLITS))
+
+    def _has_label(self, record: Record) -> bool:
+        missing = self.missing_label
+        return missing is None or record.values.get(self.label_field) != missing
+
+    def draw_train(self, train: Sequence[Any], *, seed: int) -> tuple[list[int], list[int]]:
+        """Places of the examples to train on, and of those to hold out."""
+        if self.k is None:
+            return super().draw_train(train, seed=seed)
+        labels = [example.label for example in train]
+        draw = functools.partial(draw_per_class, labels, self.k, seed=seed, names=self.labels)
+        return draw(), draw(skip=self.k) if self.validation == HOLD_OUT else []
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example.
+
+    Attributes:
+        fields: texts of the template's fields.
+        label: the class, or the right one among the example's own options.
+        id: source and number of its row.
+        options: the example's own options, in place of the task's label words.
+        gold: all right options, where there are several.
+        answers: right texts, where the output is text.
+        context: text before the template: demonstrations.
+    """
+
+    fields: Mapping[str, str]
+    label: int
+    id: str
+    options: tuple[str, ...] = ()
+    gold: tuple[int, ...] = ()
+    answers: tuple[str, ...] = ()
+    context: str = ""
+
+    @property
+    def text(self) -> tuple[Any, ...]:
+        """Everything but what is right."""
+        return (self.context, self.options, tuple(sorted(self.fields.items())))
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """Everything but where it came from."""
+        return (self.text, self.label, self.gold, self.answers)
+
+
+@dataclass(frozen=True)
+class Task(Splits):
+    """The examples of a task; a split that is not there is empty."""
+
+    config: TaskConfig
+    template: Template
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+    def encode(self, lm: Any, *, max_length: int | None = None) -> "EncodedTask":
+        """`jaxlm.data.prepare_for` of this task."""
+        from jaxlm.data.batching import prepare_for  # which needs this module
+
+        return prepare_for(lm, self, max_length=max_length)
+
+
+def load_task(
+    config: TaskConfig,
+    *,
+    seed: int,
+    base_dir: str | Path | None = None,
+    allow_code: bool = False,
+) -> Task:
+    """`TaskConfig.load` as a function."""
+    return config.load(seed=seed, base_dir=base_dir, allow_code=allow_code)
 
 
 def shipped_names() -> list[str]:
-    """Names of the tasks that come with the package."""
+    """Names of the tasks whose examples come with the package."""
     return sorted(path.parent.name for path in SHIPPED.glob("*/task.yaml"))
+
+
+def task_names() -> list[str]:
+    """Names of all tasks that a configuration may give without their keys.
+
+    >>> [name for name in task_names() if name.endswith("rte")]
+    ['opt/rte', 'roberta/rte']
+    """
+    suites = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    return shipped_names() + [f"{suite}/{name}" for suite in suites for name in _suite(suite)]
 
 
 def shipped_task(name: str) -> TaskConfig:
@@ -199,112 +322,251 @@ def shipped_task(name: str) -> TaskConfig:
 def task_config(values: Mapping[str, Any]) -> TaskConfig:
     """Makes a task's configuration from a mapping, as YAML gives it.
 
-    Where `name` is that of a shipped task, or one of `opt/NAME` and `roberta/NAME`, the keys that
-    are not given are that task's; a key given as None counts as given.
+    Where `name` is one of `task_names`, the keys that are not given are that task's; a key given as
+    None counts as given.
 
     Raises:
-        UserError: an unknown or missing key, a value of the wrong type, or as `TaskConfig`.
+        UserError: an unknown or missing key, or as `TaskConfig`.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"task: not a section of keys (got {checks.show(values)}). Give its keys.")
-    known = [field.name for field in fields(TaskConfig)]
+    known = [field.name for field in dataclasses.fields(TaskConfig)]
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"Did you mean task.{near[0]}?" if near else f"Use one of {', '.join(known)}."
             raise UserError(f"task.{key}: not a key of a task. {hint}")
     name = values.get("name")
-    merged = {**_known_values(str(name)), **values}
-    for key in ("name", "template", "labels"):
-        if key not in merged:
-            meant = [f"{suite}/{name}" for suite, known in _SUITES.items() if str(name) in known]
+    merged: dict[str, Any] = {**_known_values(str(name)), **values}
+    TaskConfig.check(merged)
+    shared = merged.get("options", "shared") == "shared" and merged.get("output") != "text"
+    for key in ("name", "template", *(("labels",) if shared else ())):
+        if merged.get(key) is None:
+            meant = [known for known in task_names() if known.endswith(f"/{name}")]
             hint = f" Did you mean {' or '.join(meant)}?" if meant else ""
             raise UserError(
                 f"task.{key}: missing, and task.name is not that of a task that is known (got "
                 f"{checks.show(name)}). Give it, or the name of a shipped task "
                 f"({', '.join(shipped_names())}).{hint}"
             )
-    return TaskConfig(**{key: _typed(key, value) for key, value in merged.items()})
-
-
-_COUNTS = (
-    *("k", "num_train", "num_validation", "num_test"),
-    *("max_length", "max_new_tokens", "first_field_limit"),
-)
-_NUMBERS = (*_COUNTS, "test_seed", "threshold")
-_KEYS: dict[str, tuple[tuple[type, ...], str]] = {
-    **dict.fromkeys(("name", "template", "label_field"), ((str,), "text. Put it in quotes")),
-    **dict.fromkeys(SPLITS, ((str, type(None)), "the name of a file or data set. Give that")),
-}
-_LISTS = {"labels": (str,), "classes": (str, int), "fields": (str,)}
-
-
-def _typed(key: str, value: Any) -> Any:
-    """The value of a key, with lists as tuples.
-
-    Raises:
-        UserError: a value of the wrong type.
-    """
-    if key in _NUMBERS:
-        _check_number(SimpleNamespace(**{key: value}), key)
-    if key == "truncation":
-        checks.one_of("task.truncation", value, ("fields", "left"))
-    if key in _KEYS:
-        types, wanted = _KEYS[key]
-        if not isinstance(value, types) or isinstance(value, bool):
-            reason, _, remedy = wanted.partition(". ")
-            raise UserError(f"task.{key}: not {reason} (got {checks.show(value)}). {remedy}.")
-    if key not in _LISTS or (value is None and key != "labels"):
-        return _unicode(key, value)
-    if not isinstance(value, list | tuple):
-        raise UserError(f"task.{key}: not a list (got {checks.show(value)}). Give one.")
-    for item in value:
-        large = isinstance(item, int) and abs(item) > checks.MOST
-        if not isinstance(item, _LISTS[key]) or isinstance(item, bool) or large:
-            raise UserError(
-                f"task.{key}: holds what is not text (got {checks.show(item)}). Put it in quotes."
-            )
-        _unicode(key, item)
-    return tuple(value)
-
-
-def _check_number(config: Any, key: str) -> None:
-    check = {"test_seed": checks.seeds, "threshold": checks.number}.get(key, checks.whole)
-    try:
-        check(config, key)
-    except UserError as error:
-        raise UserError(f"task.{error}") from None
-
-
-def _unicode(key: str, value: Any) -> Any:
-    """The value; a text must be one, since YAML may write half of a character."""
-    try:
-        if isinstance(value, str):
-            value.encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"task.{key}: holds half of a character (got {ascii(value)[:60]}). Write the whole one."
-        ) from None
-    return value
+    if merged.get("labels") is None:  # null is how a configuration leaves out a key
+        merged["labels"] = ()
+    for key, value in merged.items():
+        merged[key] = tuple(value) if isinstance(value, list) else value
+    return TaskConfig(**merged)
 
 
 def _known_values(name: str) -> Mapping[str, Any]:
     """The keys of a task that is known by its name; none of any other."""
     if name in shipped_names():
-        return _shipped_values(name)
-    prefix, _, known = name.partition("/")
-    if prefix not in _SUITES or not known:
+        splits = {split: f"jaxlm:{name}/{split}.jsonl.gz" for split in SPLITS}
+        return {**splits, **_yaml(f"{name}/task.yaml")["task"]}
+    suite, _, known = name.partition("/")
+    if not known or not (SHIPPED / f"{suite}.yaml").is_file():
         return {}
-    if known not in _SUITES[prefix]:
-        names = ", ".join(f"{prefix}/{name}" for name in _SUITES[prefix])
+    if known not in _suite(suite):
+        names = ", ".join(f"{suite}/{name}" for name in _suite(suite))
         raise UserError(f"task.name: not known (got {name!r}). Choose one of {names}.")
-    task = _SUITES[prefix][known]
-    return task.values if isinstance(task, OptTask) else task
+    return _suite(suite)[known]
 
 
-def _shipped_values(name: str) -> dict[str, Any]:
+def _suite(name: str) -> dict[str, dict[str, Any]]:
+    """The keys of every task of a suite."""
+    content = _yaml(f"{name}.yaml")
+    return {task: {**content["defaults"], **values} for task, values in content["tasks"].items()}
+
+
+@functools.cache
+def _yaml(name: str) -> dict[str, Any]:
     import yaml
 
-    content = yaml.safe_load((SHIPPED / name / "task.yaml").read_text(encoding="utf-8"))
-    splits = {split: f"jaxlm:{name}/{split}.jsonl.gz" for split in SPLITS}
-    return {"name": name, **splits, **content["task"]}
+    content: dict[str, Any] = yaml.safe_load((SHIPPED / name).read_text(encoding="utf-8"))
+    return content
+
+
+def _reader(name: str, allow_code: bool) -> Callable[[Mapping[str, Any]], ParsedRow]:
+    """The function that `task.read` names.
+
+    A configuration may come from someone else, and this is the one key of it that names code. So
+    only functions that were written to read rows can be named without the caller's consent.
+    """
+    module, _, function = name.partition(":")
+    if module != "jaxlm.data.readers" and not allow_code:
+        raise UserError(
+            f"task.read: names code outside jaxlm.data.readers (got {checks.show(name)}). Add "
+            "--allow-code, or allow_code=True, if you trust it."
+        )
+    try:
+        found: Callable[[Mapping[str, Any]], ParsedRow] = getattr(
+            importlib.import_module(module), function
+        )
+    except (ImportError, AttributeError, ValueError):
+        raise UserError(
+            f"task.read: there is no such function (got {checks.show(name)}). Write "
+            "package.module:function."
+        ) from None
+    return found
+
+
+def _example(
+    row: Record, template: Template, config: TaskConfig, read: Callable[..., ParsedRow] | None
+) -> Example:
+    parsed = _by_keys(row, template, config) if read is None else _by_reader(row, config, read)
+    try:
+        texts = {name: parsed.fields[name] for name in template.field_names}
+        places = range(len(parsed.options or config.labels))
+        strings = (*texts.values(), *parsed.options, *parsed.answers)
+        right = all(isinstance(text, str) for text in strings) and bool(parsed.gold)
+        right = right and all(place in places for place in parsed.gold)
+    except KeyError as error:
+        raise _lacks(row, config, error) from None
+    if not right:
+        raise _not_a_row(row, config)
+    first = next(iter(template.before), "")
+    if config.truncation == "left" and isinstance(first, Field):
+        texts[first.name] = texts[first.name].lstrip()
+    gold = parsed.gold if len(parsed.gold) > 1 else ()
+    name = f"{row.source}:{row.number}"
+    return Example(texts, parsed.gold[0], name, parsed.options, gold, parsed.answers)
+
+
+def _by_reader(row: Record, config: TaskConfig, read: Callable[..., ParsedRow]) -> ParsedRow:
+    try:
+        return read(_renumbered(row, config))
+    except KeyError as error:
+        raise _lacks(row, config, error) from None
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError):
+        raise _not_a_row(row, config) from None
+
+
+def _renumbered(row: Record, config: TaskConfig) -> Mapping[str, Any]:
+    """The values of a row, with the classes as the task numbers them if the data name them."""
+    field, classes = config.label_field, config.class_names
+    names, label = row.class_names.get(field, ()), row.values.get(field, -1)
+    if set(names) != set(classes) or label not in range(len(names)):
+        return row.values
+    return {**row.values, field: classes.index(names[label])}
+
+
+def _lacks(row: Record, config: TaskConfig, error: KeyError) -> UserError:
+    names = ", ".join(repr(name) for name in row.values)
+    return UserError(
+        f"{row.where}: has no field {error}, which {config.name} reads (got {names}). Give it."
+    )
+
+
+def _not_a_row(row: Record, config: TaskConfig) -> UserError:
+    return UserError(
+        f"{row.where}: is not a row of {config.name}, which {config.read} reads. Give rows as its "
+        "data set has them."
+    )
+
+
+def _by_keys(row: Record, template: Template, config: TaskConfig) -> ParsedRow:
+    """What a row says by the keys of the task alone."""
+    texts = {name: _text(row, name) for name in template.field_names}
+    if not config.own_options:
+        return ParsedRow(texts, (_label(row, config),))
+    value = _value(row, config.label_field, "label_field")
+    if config.output == "text":
+        answers = value if isinstance(value, list) and value else [value]
+        for answer in answers:
+            if not isinstance(answer, str):
+                raise UserError(
+                    f"{row.where}: field {config.label_field!r} is neither a text nor a list of "
+                    f"them (got {checks.show(value)}). Give the right answers."
+                )
+        return written(texts, answers)
+    options = _value(row, "options", "options")
+    if not isinstance(options, list) or not all(isinstance(each, str) for each in options):
+        raise UserError(
+            f"{row.where}: field 'options' is not a list of texts (got {checks.show(options)}). "
+            "Give the options of the row."
+        )
+    place = options.index(value) if value in options else value
+    if isinstance(place, bool) or place not in range(len(options)):
+        raise UserError(
+            f"{row.where}: the label is neither an option nor the index of one (got "
+            f"{checks.show(value)}). Correct it."
+        )
+    return ParsedRow(texts, (int(place),), tuple(options))
+
+
+def _value(row: Record, name: str, key: str) -> Any:
+    if name not in row.values:
+        names = ", ".join(repr(name) for name in row.values)
+        raise UserError(
+            f"{row.where}: has no field {name!r}, which task.{key} names (got {names}). Name one "
+            "of these."
+        )
+    value = row.values[name]
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise UserError(
+            f"{row.where}: field {name!r} is null. Give a value or leave the {row.unit} out."
+        )
+    return value
+
+
+def _text(row: Record, name: str) -> str:
+    value = _value(row, name, "template")
+    if not isinstance(value, str):
+        raise UserError(
+            f"{row.where}: field {name!r} is not text (got {checks.show(value)}). Put it in quotes."
+        )
+    return value
+
+
+def _label(row: Record, config: TaskConfig) -> int:
+    """The class of a row.
+
+    `classes` decide first; then, for an index, the names that the data give its classes, if any of
+    them is one of `classes` or a label word, whatever their case; then label words and indices,
+    where they agree.
+    """
+    value = _value(row, config.label_field, "label_field")
+    shown = checks.show(value)
+    if config.threshold is not None:
+        try:
+            score = float(value)
+        except (TypeError, ValueError, OverflowError):
+            score = math.nan
+        if not math.isfinite(score):
+            raise UserError(
+                f"{row.where}: the label is not a number, which task.threshold compares (got "
+                f"{shown}). Correct it."
+            )
+        return int(score >= config.threshold)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise UserError(
+            f"{row.where}: the label is neither text nor a whole number (got {shown}). Give an "
+            "index, a label word or a class name."
+        )
+    name = str(value)
+    classes = [str(word) for word in config.classes or ()]
+    if name in classes:
+        return classes.index(name)
+    names = row.class_names.get(config.label_field, ())
+    if isinstance(value, int) and 0 <= value < len(names):
+        places = config.classes_of(names)
+        if classes or any(place is not None for place in places):
+            if (place := places[value]) is not None:
+                return place
+            raise UserError(
+                f"{row.where}: the data name the class {value} {names[value]!r}, which is not one "
+                f"of {', '.join(classes or config.labels)} (got {', '.join(names)}). Name the "
+                "classes in task.classes, in the order of task.labels."
+            )
+    indices = [str(i) for i in range(len(config.labels))]
+    found = {words.index(name) for words in (config.labels, indices) if name in words}
+    if len(found) > 1:
+        raise UserError(
+            f"{row.where}: the label may be an index or a label word (got {shown}). Name the "
+            "classes in task.classes."
+        )
+    if not found:
+        raise UserError(
+            f"{row.where}: the label is not one of {', '.join(classes or config.labels)} nor an "
+            f"index from 0 to {len(config.labels) - 1} (got {shown}). Correct it, or name the "
+            "classes in task.classes."
+        )
+    return found.pop()

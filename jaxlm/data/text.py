@@ -1,10 +1,11 @@
 """Plain documents: every token is in the loss."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jaxlm.core.checks import show
+from jaxlm.core import checks
 from jaxlm.core.errors import UserError
 from jaxlm.data.rows import TokenRow
 from jaxlm.data.sources import Record
@@ -22,7 +23,7 @@ class Document:
 
     @property
     def content(self) -> str:
-        """What the digest of a split is computed from."""
+        """Everything but where it came from."""
         return self.text
 
 
@@ -39,6 +40,13 @@ class TextConfig(TextsConfig):
     field: str = "text"
 
     key: ClassVar[str] = "text"
+    CHECKS: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {
+        **TextsConfig.CHECKS,
+        "max_length": functools.partial(
+            checks.integer, least=2
+        ),  # a token, and what begins a piece
+        "field": checks.text,
+    }
 
     def parse(self, record: Record) -> Document:
         """The document in a row.
@@ -49,8 +57,8 @@ class TextConfig(TextsConfig):
         text = record.values.get(self.field)
         if not isinstance(text, str):
             raise UserError(
-                f"{record.where}: field {self.field!r} is not text (got {show(text)}). Name the "
-                "field of the documents in text.field."
+                f"{record.where}: field {self.field!r} is not text (got {checks.show(text)}). Name "
+                "the field of the documents in text.field."
             )
         return Document(text, f"{record.source}:{record.number}")
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 import jaxlm
 from jaxlm.core.errors import UserError
 from jaxlm.data import Encoded, EncodedTask, Prompted, prepare, prompted
-from jaxlm.data.continuations import encode_prompted, share_prompts
+from jaxlm.data.encoding import encode_prompted, share_prompts
 from tests.data.test_paper_tasks import CASES, COPA, RECORD, loaded
 
 OPT = [name for name in CASES if name.startswith("opt/")]

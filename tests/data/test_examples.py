@@ -300,3 +300,53 @@ def test_a_score_that_is_not_finite_is_no_label(tmp_path, label) -> None:
         UserError, match=r"the label is not a number, which task.threshold compares"
     ):
         load(tmp_path, [{"text": "a", "label": label}], threshold=0.5)
+
+
+def test_options_of_each_row(tmp_path) -> None:
+    rows = [
+        {"text": "a", "options": ["x", "y z"], "label": 1},
+        {"text": "b", "options": ["x", "y", "z"], "label": "x"},
+    ]
+    task = load(tmp_path, rows, labels=None, options="per_example")
+    assert [(e.options, e.label) for e in task.train] == [(("x", "y z"), 1), (("x", "y", "z"), 0)]
+    assert (task.config.metric, task.config.objective) == ("accuracy", "classification")
+    for wrong in ({"options": "xy"}, {"label": "w"}, {"label": 2}, {"label": True}):
+        with pytest.raises(UserError, match=r"^train.jsonl, line 1: .*\(got .*\)\. "):
+            load(tmp_path, [{**rows[0], **wrong}], labels=None, options="per_example")
+
+
+def test_an_answer_that_is_a_text(tmp_path) -> None:
+    rows = [{"text": "a", "answer": "x"}, {"text": "b", "answer": ["y", "z"]}]
+    keys = {"labels": None, "output": "text", "label_field": "answer"}
+    task = load(tmp_path, rows, **keys)
+    assert [(e.answers, e.options) for e in task.train] == [
+        (("x",), ("x\n",)),
+        (("y", "z"), ("y\n",)),
+    ]
+    assert (task.config.metric, task.config.objective) == ("f1", "completion")
+    for wrong in (3, [], [3]):
+        with pytest.raises(UserError, match=r"^train.jsonl, line 1: field 'answer' is neither"):
+            load(tmp_path, [{"text": "a", "answer": wrong}], **keys)
+
+
+def test_rows_are_read_by_code_of_others_only_where_that_is_allowed(tmp_path, monkeypatch) -> None:
+    """A configuration may come from anyone; also a function of jaxlm itself may do harm."""
+    (tmp_path / "theirs.py").write_text(
+        "from jaxlm.data import ParsedRow\n\ndef read(row):\n"
+        "    return ParsedRow({'text': row['text'].upper()}, (row['label'],))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 1}\n')
+    values = {"name": "x", "template": "{text} {label}", "labels": ["no", "yes"]}
+
+    def fields(read: str, **options) -> dict:
+        config = task_config({**values, "train": "train.jsonl", "read": read})
+        return config.load(seed=0, base_dir=tmp_path, **options).train[0].fields
+
+    assert fields("theirs:read", allow_code=True) == {"text": "A"}
+    for name in ("theirs:read", "jaxlm.cli.main:main", "os:system"):
+        with pytest.raises(UserError, match=r"^task.read: names code outside .* --allow-code"):
+            fields(name)
+    for name in ("jaxlm.data.readers:none", "jaxlm.data.readers", "nowhere:read"):
+        with pytest.raises(UserError, match=r"^task.read: there is no such function"):
+            fields(name, allow_code=True)

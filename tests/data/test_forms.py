@@ -29,9 +29,25 @@ def task_row(i: int) -> dict:
     return {"text": f"{'fun ' * (1 + i % 9)}{i}", "label": i % 2}
 
 
-def task(**changes) -> TaskConfig:
-    template = changes.pop("template", "{text} it was {label}")
-    return TaskConfig(name="mine", template=template, labels=WORDS, **changes)
+def task(**given):
+    values = {"name": "mine", "template": "{text} it was {label}", "labels": WORDS, **given}
+
+    def config(**changes) -> TaskConfig:
+        return TaskConfig(**values, **changes)
+
+    return config
+
+
+def option_row(i: int) -> dict:
+    return {
+        "text": task_row(i)["text"],
+        "options": [*WORDS, "badly it"][: 2 + i % 2],
+        "label": "bad",
+    }
+
+
+def answer_row(i: int) -> dict:
+    return {"text": task_row(i)["text"], "label": [WORDS[i % 2], "fun"][: 1 + i % 2]}
 
 
 def messages_row(i: int) -> dict:
@@ -52,8 +68,10 @@ def messages(template: str):
 
 
 FORMS = {
-    "task": (task, task_row),
-    "task_options": (lambda **x: task(template="{text} it was {label}.", **x), task_row),
+    "task": (task(), task_row),
+    "task_options": (task(template="{text} it was {label}."), task_row),
+    "task_per_example": (task(labels=(), options="per_example"), option_row),
+    "task_text": (task(labels=(), output="text", max_new_tokens=4), answer_row),
     "messages_tulu": (messages("tulu"), messages_row),
     "messages_chat": (messages("chat"), messages_row),
     "messages_plain": (messages("plain"), prompt_row),
@@ -139,11 +157,12 @@ def test_every_epoch_has_every_row_once(form) -> None:
     _, encoded = form()
     size = encoded.sizes["train"]
     batch = encoded.streams(0, 2, batch_size=size, seeds=(0,))
-    orders = [[row.tobytes() for row in epoch] for epoch in batch["input_ids"][:, 0]]
+    name = "input_ids" if "input_ids" in batch else "prompt_ids"
+    orders = [[row.tobytes() for row in epoch] for epoch in batch[name][:, 0]]
     assert sorted(orders[0]) == sorted(orders[1])
     assert orders[0] != orders[1]
     assert len(set(orders[0])) == size
-    other = encoded.streams(0, 1, batch_size=size, seeds=(1,))["input_ids"][0, 0]
+    other = encoded.streams(0, 1, batch_size=size, seeds=(1,))[name][0, 0]
     assert [row.tobytes() for row in other] != orders[0]
 
 
@@ -152,16 +171,15 @@ def test_evaluation_sees_every_row_once_in_few_shapes(form, batch_size) -> None:
     _, encoded = form()
     seen, shapes = [], set()
     for batch in encoded.eval_batches("test", batch_size=batch_size):
-        shapes.add(batch["input_ids"].shape[-1])
+        ids = batch.get("input_ids", batch.get("prompt_ids"))
+        shapes.add(ids.shape[-1])
         assert len(batch["index"]) == batch_size
         assert not batch["weights"][batch["index"] < 0].any()
         assert batch["weights"][batch["index"] >= 0].any(axis=-1).all()
-        for ids, place in zip(batch["input_ids"], batch["index"], strict=True):
+        for read, place in zip(ids, batch["index"], strict=True):
             if place >= 0:
-                assert (
-                    row_ids(encoded, place)
-                    == ids.reshape(-1)[: len(row_ids(encoded, place))].tolist()
-                )
+                expected = row_ids(encoded, place)
+                assert read.reshape(-1)[: len(expected)].tolist() == expected
         seen += batch["index"][batch["index"] >= 0].tolist()
     assert sorted(seen) == list(range(encoded.sizes["test"]))
     assert shapes <= set(encoded.buckets)
@@ -256,18 +274,18 @@ def test_rows_whose_answer_is_cut_are_dropped(lm, folder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "key"),
+    ("form", "changes", "key"),
     [
-        ({"validation": "hold_out"}, "messages.num_validation: "),
-        ({"num_validation": 3}, "messages.num_validation: "),
-        ({"max_length": 1}, "messages.max_length: "),
-        ({"num_train": 0}, "messages.num_train: "),
+        (MessagesConfig, {"validation": "hold_out"}, "messages.validation"),
+        (MessagesConfig, {"max_length": 0}, "messages.max_length"),
+        (TextConfig, {"max_length": 1}, "text.max_length"),
+        (TextConfig, {"num_train": 0}, "text.num_train"),
+        (TextConfig, {"test_seed": -1}, "text.test_seed"),
     ],
 )
-def test_mistakes(changes, key) -> None:
-    with pytest.raises(UserError) as caught:
-        MessagesConfig(train="a.jsonl", **changes)
-    assert str(caught.value).startswith(key)
+def test_mistakes(form, changes, key) -> None:
+    with pytest.raises(UserError, match=rf"^{key}: .*\(got .*\)\. "):
+        form(train="a.jsonl", **changes)
 
 
 def test_an_encoder_is_refused(lm, folder) -> None:

@@ -10,12 +10,11 @@ import pytest
 
 from jaxlm.core.errors import UserError
 from jaxlm.data import (
-    OPT_TASKS,
-    ROBERTA_TASKS,
     Template,
     load_task,
     prompted,
     task_config,
+    task_names,
     with_demonstrations,
     without_examples,
 )
@@ -273,9 +272,8 @@ def loaded(name: str, folder: Path, rows: list[dict[str, Any]]):
 
 
 def test_every_task_has_its_case() -> None:
-    names = {f"opt/{name}" for name in OPT_TASKS} | {f"roberta/{name}" for name in ROBERTA_TASKS}
-    assert names == set(CASES)
-    assert (len(OPT_TASKS), len(ROBERTA_TASKS)) == (11, 15)
+    assert {name for name in task_names() if "/" in name} == set(CASES)
+    assert len(CASES) == 11 + 15
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -439,15 +437,21 @@ def test_a_demonstration_ends_without_its_line_break(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("opt/rte", {"hypothesis": None}, "is not a row of opt/rte. Give rows as the data set"),
-        ("opt/copa", {"question": "how"}, "is not a row of opt/copa. Give rows as the data set"),
-        ("opt/record", {"answers": ["Oslo"]}, "is not a row of opt/record. Give rows as the"),
-        ("opt/squad", {"answers": {"text": []}}, "is not a row of opt/squad. Give rows as the"),
-        ("opt/squad", {"answers": {"text": "Oslo"}}, "is not a row of opt/squad. Give rows as the"),
-        ("opt/squad", {"answers": {"text": [3]}}, "is not a row of opt/squad. Give rows as the"),
-        ("opt/record", {"answers": []}, "is not a row of opt/record. Give rows as the"),
-        ("opt/rte", {"label": 2}, "is not a row of opt/rte. Give rows as the"),
-        ("opt/rte", {"label": float("inf")}, "is not a row of opt/rte. Give rows as the"),
+        ("opt/rte", {"hypothesis": None}, "field 'hypothesis' is null"),
+        (
+            "opt/wsc",
+            {"span2_text": None},
+            "is not a row of opt/wsc, which jaxlm.data.readers:wsc reads",
+        ),
+        ("opt/copa", {"question": "how"}, "is not a row of opt/copa"),
+        ("opt/record", {"answers": ["Oslo"]}, "is not a row of opt/record"),
+        ("opt/squad", {"answers": {"text": []}}, "is not a row of opt/squad"),
+        ("opt/squad", {"answers": {"text": "Oslo"}}, "is not a row of opt/squad"),
+        ("opt/squad", {"answers": {"text": [3]}}, "is not a row of opt/squad"),
+        ("opt/record", {"answers": []}, "is not a row of opt/record"),
+        ("opt/rte", {"label": 2}, "the label is not one of entailment, not_entailment"),
+        ("opt/wsc", {"label": 2}, "is not a row of opt/wsc"),
+        ("opt/wsc", {"label": float("inf")}, "is not a row of opt/wsc"),
         (
             "roberta/sts-b",
             {"label": "high"},
@@ -461,8 +465,11 @@ def test_bad_rows(name: str, changes: dict[str, Any], message: str, tmp_path: Pa
 
 
 def test_a_missing_field(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="line 1: has no field 'premise', which opt/rte reads"):
-        loaded("opt/rte", tmp_path, [{"hypothesis": "x", "label": 0}])
+    for name, said in (("opt/rte", "task.template names"), ("opt/boolq", "opt/boolq reads")):
+        with pytest.raises(
+            UserError, match=rf"line 1: has no field '(premise|question)', which {said}"
+        ):
+            loaded(name, tmp_path, [{"hypothesis": "x", "label": 0}])
 
 
 @pytest.mark.parametrize(
@@ -484,7 +491,7 @@ def test_a_missing_field(tmp_path: Path) -> None:
         ({"threshold": "high"}, "task.threshold: must be a number (got 'high'). Correct it."),
         (
             {"labels": []},
-            "task.labels: needs a word for each class, at least two (got ()). Give the others.",
+            "task.labels: needs a word for each class, at least two (got ()",
         ),
     ],
 )

@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.examples import Example, Task
-from jaxlm.data.opt_tasks import opt_task
+from jaxlm.data.tasks import Example, Task
 from jaxlm.data.templates import Template
 
 SEPARATOR = "\n\n"
@@ -121,20 +120,19 @@ def without_examples(task: Task) -> Task:
     r"""The task with the prompts that calibrate its options: the template without the example.
 
     An option's score less its score here is $\log p(o \mid x) - \log p(o \mid \text{domain})$,
-    summed over its tokens (arXiv:2104.08315). Demonstrations stay. Tasks `opt/NAME` have such
-    prompts of their own; of any other template it is what stands between the label word and the
-    nearest fields.
+    summed over its tokens (arXiv:2104.08315). Demonstrations stay. The prompt is
+    `TaskConfig.calibration`, or else what stands between the label word and the nearest fields.
 
     Raises:
         UserError: the task generates a text.
     """
-    known = opt_task(task.config.name)
+    config = task.config
+    if config.output == "text":
+        raise UserError(
+            f"calibrate: the task generates a text, so it has no options to calibrate (got "
+            f"{config.name}). Leave it out."
+        )
     template = task.template.bare
-    if known is not None:
-        if known.calibration is None:
-            raise UserError(
-                "calibrate: the task generates a text, so it has no options to calibrate (got "
-                f"{task.config.name}). Leave it out."
-            )
-        template = Template.parse(known.calibration)
-    return replace(task, config=replace(task.config, truncation="left"), template=template)
+    if config.calibration is not None:
+        template = Template.parse(config.calibration)
+    return replace(task, config=replace(config, truncation="left"), template=template)

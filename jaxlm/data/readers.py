@@ -1,0 +1,96 @@
+"""Readers of raw rows of data sets, for tasks whose template needs more than the fields of a row.
+
+A task names one as `read: package.module:function`. The function takes a row, a mapping of its
+fields, and returns a `ParsedRow`. A `KeyError` names a field that the row lacks; other errors mean
+that it is not such a row.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ParsedRow:
+    """What a row says.
+
+    Attributes:
+        fields: text of the template's fields.
+        gold: the right options, the first of them the one to train on; indices into `options`, or
+            into the task's label words where there are none.
+        options: the row's own options.
+        answers: right texts, where the task's output is text.
+    """
+
+    fields: Mapping[str, str]
+    gold: tuple[int, ...]
+    options: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+
+
+def written(fields: Mapping[str, str], answers: Any) -> ParsedRow:
+    """A row whose output is text; the first answer and the end of its line are trained on."""
+    if not isinstance(answers, list | tuple):
+        raise TypeError
+    return ParsedRow(fields, (0,), (f"{answers[0]}\n",), tuple(answers))
+
+
+def sst2(row: Values) -> ParsedRow:
+    """SST-2: the space at the end of a sentence goes."""
+    return ParsedRow({"sentence": row["sentence"].strip()}, (int(row["label"]),))
+
+
+def boolq(row: Values) -> ParsedRow:
+    """BoolQ: the question gets a capital letter and its question mark.
+
+    The answer is `answer` in BoolQ itself, and `label` in SuperGLUE's copy.
+    """
+    question = row["question"]
+    question = question if question.endswith("?") else f"{question}?"
+    fields = {"passage": row["passage"], "question": question[:1].upper() + question[1:]}
+    return ParsedRow(fields, (0 if row["answer" if "answer" in row else "label"] else 1,))
+
+
+def wsc(row: Values) -> ParsedRow:
+    """WSC: the pronoun is in lower case."""
+    fields = {"text": row["text"], "noun": row["span1_text"], "pronoun": row["span2_text"].lower()}
+    return ParsedRow(fields, (int(row["label"]),))
+
+
+def copa(row: Values) -> ParsedRow:
+    """COPA: premise and choice become one sentence, joined by "so" or "because"."""
+    connective = ("so", "because")[("effect", "cause").index(row["question"])]
+    fields = {"premise": row["premise"].rstrip().removesuffix("."), "connective": connective}
+    choices = tuple(_continued(row[name]) for name in ("choice1", "choice2"))
+    return ParsedRow(fields, (int(row["label"]),), choices)
+
+
+def _continued(sentence: str) -> str:
+    """A sentence within another: its first word is in lower case, unless it is I."""
+    first, space, rest = sentence.rstrip(" ").partition(" ")
+    return (first if first == "I" else first.lower()) + space + rest
+
+
+def record(row: Values) -> ParsedRow:
+    """ReCoRD: the options are the query with each entity in place of "@placeholder"."""
+    query = row["query"].rstrip(" ")
+    entities = list(row["entities"])
+    return ParsedRow(
+        {"passage": row["passage"].replace("@highlight\n", "- ")},
+        tuple(entities.index(answer) for answer in row["answers"]),
+        tuple(query.replace("@placeholder", entity) for entity in entities),
+    )
+
+
+def squad(row: Values) -> ParsedRow:
+    """SQuAD: all its answers are right."""
+    fields = {"title": row["title"], "context": row["context"]}
+    return written({**fields, "question": row["question"].strip()}, row["answers"]["text"])
+
+
+def drop(row: Values) -> ParsedRow:
+    """DROP: all its answers are right."""
+    fields = {"passage": row["passage"], "question": row["question"].strip()}
+    return written(fields, row["answers_spans"]["spans"])
