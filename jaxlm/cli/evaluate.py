@@ -1,21 +1,22 @@
-"""Accuracy of a model, as it is, on a task.
+"""Measure the accuracy of a model on a task, without training it.
 
 usage: jaxlm evaluate MODEL [--task.name=subj] [--split=test] [--icl=k] [--dotted.path=value ...]
        jaxlm evaluate config.yaml [--split=test] [--dotted.path=value ...]
 
-MODEL is a folder, a hub id, or the folder of a run of `jaxlm finetune`; a run is evaluated on its
-own task where none is given, and "step" of "of_steps" says after which step it is tested. The
-configuration may be that of a fine-tuning run: what does not concern evaluation is passed over.
-Printed as JSON are the accuracy of the highest score, the accuracy with scores calibrated on the
-training texts (labels unused), and that of the most frequent class. `--calibrate=sfc` takes the
-prompt without the example in place of the training texts, and `--icl=32` puts 32 solved training
-examples before each text of the test split. A task whose answers are generated is scored by the F1
-of its words and by exact match.
+MODEL is a folder, a hub id, or the folder of a run of `jaxlm finetune`. Without `task` a run is
+evaluated on its own task; "step" and "of_steps" in the result say which of its steps is tested. The
+configuration may be that of a fine-tuning run, whose other keys are ignored.
+
+The result is printed as JSON: the accuracy of the highest score, the accuracy with scores
+calibrated on the training texts (labels unused), and that of the most frequent class.
+`--calibrate=sfc` calibrates by the prompt without the example instead, and `--icl=32` puts 32
+solved training examples before each text of the test split. A task whose answers are generated is
+measured by the F1 of its words and by exact match.
 """
 
-import functools
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,26 +24,26 @@ from jaxlm.artifacts.files import to_json
 from jaxlm.cli import config as configs
 from jaxlm.core.checks import dtype_name, seeds, whole
 from jaxlm.core.errors import UserError
-from jaxlm.data import (
-    Task,
-    TaskConfig,
-    load_task,
-    prepare_for,
-    task_config,
-    with_demonstrations,
-)
+from jaxlm.data import Task, TaskConfig, load_task, prepare_for, task_config, with_demonstrations
 from jaxlm.train.run_folder import RunFolder
 from jaxlm.train.settings import MOST_ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """An evaluation; the keys are those of a fine-tuning run, `split`, and `icl`.
+    """An evaluation; all keys but `split` and `icl` are those of a fine-tuning run.
 
     Attributes:
+        model: folder or hub id; null means the model that comes with the package.
+        task: the task, or the name of a shipped one.
+        split: examples to evaluate on.
         icl: solved training examples before each text of the test split.
-        calibrate: "sfc" takes from the scores those of the options after the prompt without the
-            example (arXiv:2104.08315), in place of their median over the training texts.
+        calibrate: "sfc" subtracts the scores of the options after the prompt without the example
+            (arXiv:2104.08315) instead of their median over the training texts.
+        seed: seed of the draws of examples.
+        eval_batch_size: examples in a forward pass.
+        param_dtype: dtype of the parameters, float32 or bfloat16.
+        bits: 8 or 4 keeps matrices in that many bits.
     """
 
     model: str | None = None
@@ -62,32 +63,39 @@ class EvaluateConfig:
         seeds(self, "seed")
         if self.icl and self.split != "test":
             raise UserError(
-                f"split: icl puts examples before the test split alone (got {self.split}). Leave "
-                "one of them out."
+                f"split: must be test with icl (got {self.split}). Leave one of them out."
             )
         if self.calibrate == "sfc" and self.task.answered:
             raise UserError(f"calibrate: {self.task.name} has no options (got sfc). Leave it out.")
 
 
 def config_class() -> type:
-    """What a configuration of this command becomes."""
+    """Return the configuration of this command."""
     return EvaluateConfig
 
 
+def read_config(args: Sequence[str]) -> EvaluateConfig:
+    """Return the configuration of these arguments."""
+    return _read(args)[0]
+
+
 def run(args: Sequence[str], mesh: Any = None) -> None:
-    """The command `jaxlm evaluate`."""
-    path, overrides = configs.parse_model_args(args)
-    file = Path(path) if path else None
-    offsets = None
-    if "model" in overrides and file is None:
-        run_folder = RunFolder(overrides["model"], "model")
-        stored = None if "task.name" in overrides or "task" in overrides else run_folder.config()
-        if stored is not None and "task" in stored:
-            offsets, file = run_folder.option_offsets(), run_folder.path / "config.yaml"
-    known = {f.name for f in fields(EvaluateConfig)}
-    config = configs.load(EvaluateConfig, file, overrides, only=known)
-    base_dir = file.parent if file else None
+    """Run the command `jaxlm evaluate`."""
+    config, base_dir, offsets = _read(args)
     print(to_json(evaluate(config, base_dir=base_dir, offsets=offsets, mesh=mesh), indent=2))
+
+
+def _read(args: Sequence[str]) -> tuple[EvaluateConfig, Path | None, Any]:
+    """Return the configuration, the folder of its file, and the offsets of a calibrated run."""
+    path, flags = configs.parse_model_args(args)
+    file, offsets = Path(path) if path else None, None
+    if file is None and "model" in flags and not {"task", "task.name"} & flags.keys():
+        run_folder = RunFolder(flags["model"], "model")
+        if "task" in (run_folder.config() or {}):  # a run is evaluated on its own task
+            offsets, file = run_folder.option_offsets(), run_folder.path / "config.yaml"
+    known = {f.name for f in dataclasses.fields(EvaluateConfig)}
+    config = configs.load(EvaluateConfig, file, flags, only=known)
+    return config, file.parent if file else None, offsets
 
 
 def evaluate(
@@ -97,7 +105,14 @@ def evaluate(
     offsets: Any = None,
     mesh: Any = None,
 ) -> dict[str, Any]:
-    """Scores one split, less `offsets` if there are any, and returns the accuracies."""
+    """Score one split and return the accuracies.
+
+    Args:
+        config: the evaluation.
+        base_dir: where relative paths of the task start, before the working directory.
+        offsets: subtracted from the scores of the options, as training did; None for nothing.
+        mesh: see `jaxlm.sharding.make_mesh`; None for one device.
+    """
     task = _load(config, base_dir)
     if not getattr(task, config.split):
         raise UserError(
@@ -143,15 +158,15 @@ def evaluate(
 
 
 def _tested(model: str | None) -> dict[str, int]:
-    """Of a run the step whose parameters are taken, and how many it has in all; else nothing."""
+    """Return which step of a run is tested, and how many steps the run has."""
     steps = None if model is None else RunFolder(model, "model").tested_step()
     return {} if steps is None else {"step": steps[0], "of_steps": steps[1]}
 
 
 def _load(config: EvaluateConfig, base_dir: Path | None) -> Task:
-    """The task, with demonstrations drawn from all training examples if there are to be any."""
-    load = functools.partial(load_task, seed=config.seed, base_dir=base_dir)
+    """Return the task; demonstrations are drawn from all of its training examples."""
     if not config.icl:
-        return load(config.task)
-    whole = replace(config.task, k=None, num_train=None, validation=None)
-    return with_demonstrations(load(whole), config.icl)
+        return load_task(config.task, seed=config.seed, base_dir=base_dir)
+    whole_task = dataclasses.replace(config.task, k=None, num_train=None, validation=None)
+    task = load_task(whole_task, seed=config.seed, base_dir=base_dir)
+    return with_demonstrations(task, config.icl)

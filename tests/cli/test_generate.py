@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.cli.generate import _write
+from jaxlm.cli.generate import write_new
 from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.evaluation import generate_text
@@ -37,7 +37,7 @@ def test_one_prompt_is_streamed(lm, capsys):
     shown = generate(capsys, *words, f"--stop={second}")
     assert shown == sample.text[: sample.text.index(second)] + "\n"
     assert generate(capsys, *words, f'--stop=["#", "{second}"]') == shown
-    assert generate(capsys, *words, "--stop=[end]") == sample.text + "\n"
+    assert generate(capsys, *words, "--stop=end") == sample.text + "\n"
 
 
 def test_json_has_the_text_that_is_streamed(capsys):
@@ -78,11 +78,11 @@ def test_of_two_commands_with_one_output_one_writes_it(tmp_path, monkeypatch):
     def lines():
         yield "slow"
         monkeypatch.setattr(os, "getpid", lambda: 1)
-        _write(path, iter(["fast", "fast"]))
+        write_new(path, ["fast", "fast"])
         yield "slow"
 
-    with pytest.raises(UserError, match="output: is there already"):
-        _write(path, lines())
+    with pytest.raises(UserError, match="output: exists already"):
+        write_new(path, lines())
     assert path.read_text() == "fast\nfast\n"
     assert list(tmp_path.iterdir()) == [path]
 
