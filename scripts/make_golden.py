@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from tests.models import reference
+from tests.helpers import reference
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "models" / "golden"
 NAMES = (

@@ -9,6 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # XLA writes notes on its cache to stderr
 # What was compiled once, by any worker, any command started in a test, or an earlier run, is not
 # compiled again: compilation is most of the time.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".jax_cache")
@@ -52,6 +53,31 @@ def programs(request):
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random model of some thousand parameters."""
+    from tests.helpers.tiny import make_model
+
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def run_yaml(tmp_path: Path, tiny_model: Path) -> Path:
+    """A configuration of `jaxlm finetune` for that model."""
+    from tests.helpers.tiny import write_run
+
+    return write_run(tmp_path, tiny_model)
+
+
+@pytest.fixture
+def own_models_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the stacks that other test modules have declared, as in a new process."""
+    from jaxlm.core import paths
+
+    own = {path: {count} for path, count in paths._own_models().items()}
+    monkeypatch.setattr(paths, "_AXES", own)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

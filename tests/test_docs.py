@@ -17,7 +17,7 @@ from jaxlm.models.families import MODULES
 from jaxlm.models.hf import SHIPPED
 from jaxlm.train.optimizers import OPTIMIZERS, ZerothOrder
 from tests import pages
-from tests.models import reference
+from tests.helpers import reference
 
 DOCS = pages.ROOT / "docs"
 PAGES = [pytest.param(path, id=str(path.relative_to(pages.ROOT))) for path in pages.pages()]

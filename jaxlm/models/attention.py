@@ -1,4 +1,4 @@
-"""Multi-head attention with grouped queries, by any of several implementations.
+"""Multi-head attention with grouped queries, in several implementations.
 
 Shapes: B batch, T queries, S keys, H heads, G key-value heads, M = H / G queries per group, K head
 size.
@@ -14,11 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlm.core.errors import UserError
+
 BLOCK = 256
+"""Queries and keys in a block of `blockwise`."""
 AHEAD = 2**30
-"""A position that no window leaves behind."""
+"""The position of a key that is inside every window."""
 ANY = -1
-"""The segment that all others see."""
+"""The segment of a key that every query sees."""
 
 
 @functools.partial(
@@ -28,17 +31,17 @@ ANY = -1
 )
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Which keys a query may see, in a form that is made block by block.
+    """Which keys a query sees, in a form from which any block of the mask can be computed.
 
     Attributes:
-      keys: [B, S], above 0 at real tokens.
+      keys: [B, S], above 0 at tokens that are not padding.
       query_positions: [B, T], positions of the queries.
       key_positions: [B, S], positions of the keys.
-      first: index among the keys of the first query; the others follow it.
-      window: tokens back that are seen, itself included; None for all.
+      first: index of the first query among the keys; the others follow it.
+      window: a query sees so many of the last tokens, itself included; None for all.
       causal: whether keys after the query are hidden.
-      segments: [B, S] where queries are the keys, and see those of their own segment alone, and of
-        segment `ANY`; None for one segment.
+      segments: [B, S], segments of the keys. A query sees keys of its own segment and of segment
+        `ANY`. None for one segment.
     """
 
     keys: Int[Array, "B S"]
@@ -50,10 +53,7 @@ class Mask:
     segments: Int[Array, "B S"] | None = None
 
     def block(self, query: Any, queries: int, key: Any, keys: int) -> Bool[Array, "B t s"]:
-        """The part of `queries` queries from `query` on and `keys` keys from `key` on.
-
-        Every query sees itself, so that rows of padding stay finite.
-        """
+        """Return the mask of `queries` queries from `query` on and `keys` keys from `key` on."""
         row = self.first + query + jnp.arange(queries)[:, None]
         column = key + jnp.arange(keys)[None, :]
         seen = lax.dynamic_slice_in_dim(self.keys, key, keys, axis=1)[:, None, :] > 0
@@ -67,10 +67,10 @@ class Mask:
             own = lax.dynamic_slice_in_dim(self.segments, self.first + query, queries, axis=1)
             there = lax.dynamic_slice_in_dim(self.segments, key, keys, axis=1)[:, None, :]
             seen = seen & ((own[:, :, None] == there) | (there == ANY))
-        return seen | (column == row)[None]
+        return seen | (column == row)[None]  # padding sees itself, so that its softmax is finite
 
     def prefixed(self, count: int) -> "Mask":
-        """The mask with `count` more keys before the others, which every query sees."""
+        """Return the mask with `count` more keys in front, which every query sees."""
 
         def before(x, value):
             return jnp.pad(x, [(0, 0), (count, 0)], constant_values=value)
@@ -84,12 +84,12 @@ class Mask:
         )
 
     def dense(self) -> Bool[Array, "B T S"]:
-        """The whole mask."""
+        """Return the whole mask."""
         return self.block(0, self.query_positions.shape[1], 0, self.keys.shape[1])
 
 
 def _scores(q_BxGxMTxK, k_BxGxSxK, seen_BxTxS, scale, cap):
-    """Masked scores [B, G, M, T, S] in at least float32."""
+    """Return masked scores [B, G, M, T, S] in at least float32."""
     wide = jnp.promote_types(q_BxGxMTxK.dtype, jnp.float32)
     product = jnp.einsum("bgik,bgsk->bgis", q_BxGxMTxK, k_BxGxSxK, preferred_element_type=wide)
     batch, length, keys = seen_BxTxS.shape
@@ -100,7 +100,7 @@ def _scores(q_BxGxMTxK, k_BxGxSxK, seen_BxTxS, scale, cap):
 
 
 def _mix(weights_BxGxMxTxS, v_BxGxSxK):
-    """Values summed by weights, [B, G, M * T, K] in at least float32."""
+    """Return sums of values by weights, [B, G, M * T, K], in at least float32."""
     batch, groups, _, _, keys = weights_BxGxMxTxS.shape
     weights = weights_BxGxMxTxS.reshape(batch, groups, -1, keys)
     return jnp.einsum(
@@ -112,14 +112,14 @@ def _mix(weights_BxGxMxTxS, v_BxGxSxK):
 
 
 def _by_group(q_BxTxHxK, groups):
-    """Queries as [B, G, M * T, K]: one matrix product for all queries of a group."""
+    """Return queries as [B, G, M * T, K], for one matrix product with the keys of each group."""
     batch, length, heads, size = q_BxTxHxK.shape
     q = q_BxTxHxK.reshape(batch, length, groups, heads // groups, size)
     return q.transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, size)
 
 
 def _by_head(x_BxGxMTxK, length):
-    """The inverse of `_by_group`."""
+    """Undo `_by_group`."""
     batch, groups, rows, size = x_BxGxMTxK.shape
     x = x_BxGxMTxK.reshape(batch, groups, rows // length, length, size)
     return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, size)
@@ -134,17 +134,17 @@ def xla(
     scale: float,
     cap: float | None = None,
 ) -> Float[Array, "B T H K"]:
-    r"""$\mathrm{softmax}(\mathrm{cap}(s\, q k^\top))\, v$, softmax in at least float32.
+    r"""Return $\mathrm{softmax}(\mathrm{cap}(s\, q k^\top))\, v$, softmax in at least float32.
 
-    Written out, so that every mode of differentiation applies. H is a multiple of G.
+    It is plain JAX, so forward and reverse mode of any order apply. H is a multiple of G.
 
     Args:
       q_BxTxHxK: queries.
       k_BxSxGxK: keys.
       v_BxSxGxK: values.
       mask: what each query sees.
-      scale: s, of the scores.
-      cap: c of the soft cap `c tanh(x / c)`; None for no cap.
+      scale: factor s of the scores.
+      cap: c of the soft cap `c tanh(x / c)` of the scores; None for no cap.
     """
     seen = mask.dense() if isinstance(mask, Mask) else mask
     k, v = jnp.swapaxes(k_BxSxGxK, 1, 2), jnp.swapaxes(v_BxSxGxK, 1, 2)
@@ -164,10 +164,10 @@ def blockwise(
     scale: float,
     cap: float | None = None,
 ) -> Float[Array, "B T H K"]:
-    """The same as `xla` in memory that grows with T + S instead of T * S.
+    """Return the same as `xla`, in memory that grows with T + S instead of T * S.
 
-    Blocks of queries and keys with a running maximum and sum (arXiv:2112.05682); the backward pass
-    computes the blocks again. Plain JAX, so every mode of differentiation applies.
+    Blocks of queries and keys keep a running maximum and sum (arXiv:2112.05682); the backward pass
+    recomputes the blocks. It is plain JAX too.
     """
     length, keys = q_BxTxHxK.shape[1], k_BxSxGxK.shape[1]
     q = _pad(q_BxTxHxK)
@@ -212,7 +212,7 @@ def blockwise(
 
 
 def _pad(x):
-    """`x` with axis 1 padded by zeros to a multiple of `BLOCK`, if it is longer than that."""
+    """Pad axis 1 with zeros to a multiple of `BLOCK`, if it is longer than `BLOCK`."""
     excess = -x.shape[1] % BLOCK if x.shape[1] > BLOCK else 0
     return jnp.pad(x, [(0, 0), (0, excess)] + [(0, 0)] * (x.ndim - 2)) if excess else x
 
@@ -226,13 +226,15 @@ def cudnn(
     scale: float,
     cap: float | None = None,
 ) -> Float[Array, "B T H K"]:
-    """The same by NVIDIA's fused kernel: float16 and bfloat16 only, and no forward-mode.
+    """Return the same with NVIDIA's fused kernel: float16 and bfloat16, reverse mode only.
 
     Raises:
-      ValueError: for a soft cap, which the kernel does not have.
+      UserError: a soft cap is given, which the kernel does not have.
     """
     if cap is not None:
-        raise ValueError("attention 'cudnn' has no soft cap; use 'xla' or 'blockwise'")
+        raise UserError(
+            f"attention: 'cudnn' has no soft cap (got {cap}). Choose 'xla' or 'blockwise'."
+        )
     seen = mask.dense() if isinstance(mask, Mask) else mask
     return jax.nn.dot_product_attention(
         q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask=seen[:, None], scale=scale, implementation="cudnn"

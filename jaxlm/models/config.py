@@ -11,17 +11,17 @@ Rope = Literal["linear", "llama3", "yarn"]
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for contexts longer than those of pretraining.
+    """How rotary frequencies are changed for contexts longer than those of pretraining.
 
     Attributes:
-      kind: `linear` divides every frequency by `factor`; `llama3` only the slow ones, by how often
-        they turn within `original_positions`; `yarn` (arXiv:2309.00071) blends by the same count
-        and scales the attention.
-      factor: how many times longer.
-      original_positions: positions of pretraining.
-      slow, fast: turns within the original positions below which a frequency is divided, and above
-        which it stays.
-      attention_factor: multiplies cosines and sines.
+      kind: `linear` divides every frequency by `factor`. `llama3` divides the slow ones only,
+        judged by their number of turns within `original_positions`. `yarn` (arXiv:2309.00071)
+        blends by the same number and scales the attention.
+      factor: how much longer the context is.
+      original_positions: length of the context in pretraining.
+      slow, fast: a frequency with fewer turns than `slow` is divided; one with more than `fast` is
+        kept.
+      attention_factor: factor of cosines and sines.
       truncate: whether yarn rounds the bounds of its blend to whole pairs.
     """
 
@@ -36,40 +36,41 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A transformer by its sizes and choices; the family file maps it to and from the HF config.
+    """The sizes and choices of a transformer. A family module maps it to and from the HF config.
 
     Attributes:
       family: name of the module in `models/families` that reads and writes this model.
       kind: `decoder` attends causally, `encoder` in both directions.
-      head: what stands on top: next-token logits, masked-token logits, a classifier on the first
-        token, or nothing.
-      embedding_size: width of the token embedding; projected to `hidden_size` where it differs.
+      head: next-token logits, masked-token logits, a classifier on the first token, or no head.
+      embedding_size: width of the token embedding; projected to `hidden_size` if they differ.
       positions: absolute `learned` embeddings, or `rotary`.
       position_offset: index of the first position in the table (OPT 2, RoBERTa 2).
-      token_types: number of segment embeddings, 0 for none.
-      norm_offset: added to a stored scale (Gemma stores scale - 1).
-      norm_position: norm before each sublayer (`pre`), after the residual sum (`post`), of what the
-        sublayer adds (`after`), or both `pre` and `after` (`both`).
+      token_types: number of segment embeddings; 0 for none.
+      norm_offset: number added to a stored scale (Gemma stores scale - 1).
+      norm_position: norm of the input of each sublayer (`pre`), of the sum with the residual
+        (`post`), of the output of the sublayer (`after`), or of input and output (`both`).
       parallel: attention and MLP read the same residual, and both are added to it (GPT-NeoX).
-      rotary_size: leading elements of a head that turn; all if None.
-      query_key_norm: RMSNorm of each head's queries and keys (`head`) or of all heads together.
-      clip_qkv: bound on the size of queries, keys and values.
-      window: how many tokens back, itself included, a query of a windowed layer sees.
-      windowed: for each layer, whether it has the window; empty for no layer.
-      attention_scale: factor of the scores; `head_size**-0.5` if None.
+      rotary_size: number of leading elements of a head that are rotated; None for all.
+      query_key_norm: RMSNorm of queries and keys, of each `head` or of `all` heads together.
+      clip_qkv: bound on the absolute value of queries, keys and values.
+      window: in a windowed layer, a query sees so many of the last tokens, itself included.
+      windowed: whether each layer has the window; empty if none has.
+      attention_scale: factor of the scores; None for `head_size**-0.5`.
       attention_cap, logit_cap: c of the soft cap `c tanh(x / c)` of scores and of logits.
       embedding_scale: factor of the token embeddings.
-      pooled: there is a pooler, tanh(dense(first token)), which the classifier reads.
-      num_labels: classes of the classifier.
-      label_names: what the classes are called, in their order; empty for classes without names.
-      bos_id, eos_id, pad_id: special token ids, or None; the first where HF lists several.
-      stop_ids: tokens that end a generated text, where there are others than `eos_id`.
+      pooled: whether there is a pooler, tanh(dense(first token)), for the classifier to read.
+      num_labels: number of classes of the classifier.
+      label_names: names of the classes in order, or empty.
+      bos_id, eos_id, pad_id: special token ids, or None; the first if HF lists several.
+      stop_ids: tokens that end a generated text, if not `eos_id` alone.
       attention: implementation, one of `jaxlm.models.attention.IMPLEMENTATIONS`.
-      remat: what the backward pass computes again: `none`, the whole `layer`, or all but the
-        products with its matrices and what attention returns (`dots`), which is faster than keeping
-        everything, and smaller.
-      lora_scale: factor of `x @ lora_a @ lora_b` where the tree has these leaves (`jaxlm.peft`).
-      compute_dtype: parameters are cast to it when they are read; None computes in theirs.
+      score_gradient: whether gradients pass through the attention weights. False treats the weights
+        as constants, so that queries and keys get no gradient from them.
+      remat: what the backward pass recomputes: `none`; the whole `layer`; or everything but matrix
+        products with parameters and the output of attention (`dots`), which is faster and smaller
+        than to keep everything.
+      lora_scale: factor of `x @ lora_a @ lora_b` if the tree has these leaves (`jaxlm.peft`).
+      compute_dtype: dtype to which parameters are cast when they are read; None for their own.
     """
 
     family: str
@@ -121,21 +122,20 @@ class ModelConfig:
     stop_ids: tuple[int, ...] = ()
     lora_scale: float = 1.0
     attention: str = "xla"
+    score_gradient: bool = True
     remat: Literal["none", "layer", "dots"] = "dots"
     compute_dtype: str | None = None
 
     @property
     def stops(self) -> tuple[int, ...]:
-        """The tokens that end a generated text: `stop_ids`, or `eos_id`, or none."""
+        """Tokens that end a generated text: `stop_ids`, or `eos_id`, or none."""
         return self.stop_ids or (() if self.eos_id is None else (self.eos_id,))
 
     @property
     def longest_text(self) -> int:
-        """How many tokens a text may have, new ones included.
-
-        Some configurations with stretched rotary positions tell the length before, others the one
-        after stretching: the larger of both counts.
-        """
+        """Largest number of tokens of a text, generated ones included."""
+        # With scaled rotary positions, some configurations give the length before scaling and
+        # others the length after it, so take the larger of the two.
         scaling = self.rope_scaling
         if scaling is None:
             return self.max_positions
@@ -143,5 +143,5 @@ class ModelConfig:
         return max(self.max_positions, int(original * scaling.factor))
 
     def replace(self, **changes: Any) -> "ModelConfig":
-        """A copy with some attributes changed."""
+        """Return a copy with some attributes changed."""
         return dataclasses.replace(self, **changes)

@@ -1,4 +1,4 @@
-"""Sampling from a decoder: a prompt is read once, then one compiled loop draws token after token.
+"""Generation with a decoder: read the prompt once, then draw tokens in one compiled loop.
 
 Shapes: B prompts, N new tokens, V vocabulary.
 """
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.core import checks
 from jaxlm.core.errors import UserError
+from jaxlm.core.programs import has_values
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.scoring import last_token, log_probs_of, repeat
 from jaxlm.models.transformer import Cache, check_ids, empty_cache, extend, logits, unstack
@@ -27,14 +28,14 @@ MOST_SAMPLES = 2**16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn; the filters apply in the order of the attributes.
+    """How the next token is drawn. The filters apply in the order of the attributes.
 
     Attributes:
-      temperature: divides the logits; 0 takes the most likely token.
-      top_k: only the k most likely tokens, and those as likely as the k-th; None for all.
-      top_p: only the fewest most likely tokens whose mass reaches p; the first is always in, and of
-        equal ones no more than that takes (arXiv:1904.09751).
-      min_p: only tokens at least p times as likely as the first (arXiv:2407.01082).
+      temperature: divisor of the logits; 0 takes the most likely token.
+      top_k: keep the k most likely tokens, and those as likely as the k-th; None keeps all.
+      top_p: keep the smallest set of most likely tokens whose mass reaches p, and always the most
+        likely one; ties are broken, not all kept (arXiv:1904.09751).
+      min_p: keep tokens at least p times as likely as the most likely one (arXiv:2407.01082).
     """
 
     temperature: float = 0.0
@@ -50,17 +51,18 @@ class Sampling:
 
 
 def filter_logits(scores: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits at the temperature, -inf where the filters leave a token out."""
+    """Return the logits at the temperature, with -inf at tokens that the filters remove."""
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    # The best score is 0 before it is divided, and the divisor a normal number: so a tiny
-    # temperature gives 0 and -inf, the most likely token, and never inf - inf.
+    # Shift the best score to 0 and keep the divisor a normal number, so that a tiny temperature
+    # gives 0 and -inf, the most likely token, and never inf - inf.
     scores = scores - jnp.max(scores, axis=-1, keepdims=True)
     scores = scores / max(sampling.temperature, float(jnp.finfo(scores.dtype).tiny))
     if sampling.top_k is not None:
         least = lax.top_k(scores, min(sampling.top_k, scores.shape[-1]))[0][:, -1:]
         scores = jnp.where(scores >= least, scores, -jnp.inf)
     if sampling.top_p < 1:
-        # From the least likely on, as transformers does it, which also sums small numbers first.
+        # Sum from the least likely token on, as transformers does; it also adds small numbers
+        # first.
         order = jnp.argsort(scores, axis=-1)
         ordered = jnp.take_along_axis(scores, order, axis=-1)
         mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
@@ -74,7 +76,7 @@ def filter_logits(scores: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
 
 
 def draw(scores: Float[Array, "B V"], sampling: Sampling, key: Array | None) -> Int[Array, " B"]:
-    """One token a row; `key` is not used at temperature 0."""
+    """Return one token for each row; temperature 0 needs no key."""
     if sampling.temperature == 0:
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
     assert key is not None
@@ -82,13 +84,13 @@ def draw(scores: Float[Array, "B V"], sampling: Sampling, key: Array | None) -> 
 
 
 class Generated(NamedTuple):
-    """New tokens.
+    """Generated tokens.
 
     Attributes:
-      tokens: int32 [B, N]; the stop token is the last one of a row, padding follows it.
-      log_probs: [B, N] in at least float32, of the tokens under the model itself, at temperature 1
-        and without filters; 0 at padding.
-      lengths: int32 [B], tokens of a row, its stop token counted.
+      tokens: int32 [B, N]. The stop token is the last one of its row; padding follows it.
+      log_probs: [B, N] in at least float32, log-probabilities of the tokens at temperature 1 and
+        without filters; 0 at padding.
+      lengths: int32 [B], number of tokens in each row, the stop token included.
     """
 
     tokens: Int[Array, "B N"]
@@ -99,15 +101,15 @@ class Generated(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """A generation on its way.
+    """The state of a generation.
 
     Attributes:
-      cache: what was read.
-      token: the last token of each row, not read yet.
-      done: rows that drew a stop token.
-      step: tokens drawn.
+      cache: keys and values of the tokens read.
+      token: last token of each row, not yet read.
+      done: whether each row has drawn a stop token.
+      step: number of tokens drawn.
       found: the tokens so far.
-      key: of the draws; that of token n is `fold_in(key, n)`.
+      key: PRNG key; token n is drawn with `fold_in(key, n)`.
     """
 
     cache: Cache
@@ -171,7 +173,7 @@ def _all_done(done):
 
 @_all_done.def_vmap
 def _(size, batched, done):
-    """Rows wait for each other over a vmap too, else it would give each entry a step of its own."""
+    """Wait for the rows of all entries of a `vmap`, or each entry would have its own `step`."""
     del size, batched
     return _all_done(done), False
 
@@ -193,7 +195,7 @@ def _advance(static, params, state, until, view):
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """`generate` in two steps, for those who want the tokens as they come.
+    """`generate` in two steps, for callers that want the tokens as they are drawn.
 
     >>> generator = Generator(lm.config, stop_ids=(0,))                        # doctest: +SKIP
     >>> state = generator.start(params, ids, mask, max_new_tokens=64)          # doctest: +SKIP
@@ -220,10 +222,13 @@ class Generator:
         key: Array | None = None,
         view: Any = None,
     ) -> State:
-        """Reads the prompts and draws the first token; arguments as in `generate`."""
+        """Read the prompts and draw the first token; arguments as in `generate`."""
         mask = np.ones(np.shape(input_ids), np.int32) if attention_mask is None else attention_mask
-        needed = self._check_prompts(np.asarray(input_ids), np.asarray(mask)) + max_new_tokens - 1
-        self._check_choices(needed, max_new_tokens, num_samples, key)
+        if has_values(input_ids, mask):
+            longest = self._check_prompts(np.asarray(input_ids), np.asarray(mask))
+        else:
+            longest = np.shape(input_ids)[1]
+        self._check_choices(longest + max_new_tokens - 1, max_new_tokens, num_samples, key)
         return _start(
             self._static(),
             params,
@@ -236,9 +241,9 @@ class Generator:
         )
 
     def advance(self, params: Any, state: State, count: int, *, view: Any = None) -> State:
-        """Draws up to `count` more tokens, fewer where every row is done; `state` is donated.
+        """Draw up to `count` more tokens, fewer if every row is done; `state` is donated.
 
-        Faster with `decoding_params(params)`, made once.
+        It is faster with the parameters of `decoding_params(params)`.
         """
         if isinstance(params["layers"], list) and not isinstance(state.cache.keys, list):
             keys, values = unstack(state.cache.keys), unstack(state.cache.values)
@@ -258,18 +263,10 @@ class Generator:
         key: Array | None = None,
         view: Any = None,
     ) -> Generated:
-        """The whole generation as a part of a larger program: under jit, scan and vmap.
-
-        The values of the prompts are not looked at: each needs a token, all within the vocabulary.
-        Positions must suffice for T + N - 1 tokens, padding counted.
-        """
-        ids = jnp.asarray(input_ids)
-        mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask)
-        needed = ids.shape[1] + max_new_tokens - 1
-        self._check_choices(needed, max_new_tokens, num_samples, key)
+        """Return all tokens; arguments as in `generate`, and like it part of any program."""
         sizes = {"max_new_tokens": max_new_tokens, "num_samples": num_samples}
-        state = _start(self._static(), params, ids, mask, key, view, **sizes)
-        return _advance(self._static(), params, state, max_new_tokens, view).found
+        state = self.start(params, input_ids, attention_mask, key=key, view=view, **sizes)
+        return self.advance(params, state, max_new_tokens, view=view).found
 
     def _static(self) -> _Static:
         pad_id = self.config.pad_id
@@ -279,9 +276,11 @@ class Generator:
         )
 
     def _check_prompts(self, ids, mask) -> int:
-        """Looks at the values; returns the tokens of the longest prompt."""
+        """Check the values of the prompts; return the length of the longest."""
         if ids.shape[0] == 0 or (mask.sum(axis=1) == 0).any():
-            raise UserError("prompts: one is empty. Give each a token, such as the bos_id.")
+            raise UserError(
+                "prompts: each must have a token (got an empty one). Give it one, such as bos_id."
+            )
         check_ids("input_ids", ids, self.config.vocab_size)
         return int(mask.sum(axis=1).max())
 
@@ -307,11 +306,12 @@ class Generator:
 
 
 def decoding_params(params: Any) -> Any:
-    """The parameters as `Generator.advance` reads them fastest.
+    """Return the parameters in the form that `Generator.advance` reads fastest.
 
-    On a CPU a second copy with the layers apart: of a stack, XLA copies the weights of each layer
-    for every token, which takes longer than the products of a few rows. Elsewhere `params` itself.
+    On a CPU it is a copy with a list of layers, elsewhere `params` itself.
     """
+    # XLA's CPU compiler copies the weights of a layer out of a stack for every token, which takes
+    # longer than the products of a few rows.
     if jax.default_backend() != "cpu" or isinstance(params["layers"], list):
         return params
     return {**params, "layers": unstack(params["layers"])}
@@ -333,26 +333,31 @@ def generate(
     eos_id: int | Sequence[int] | None = None,
     view: Any = None,
 ) -> Generated:
-    """Continues prompts; compiled once for each shape and choice.
+    """Continue prompts; compiled once for each shape and choice of options.
 
-    Memory: the parameters, keys and values of all tokens, and `decoding_params`.
+    It may be part of a larger program, under `jit`, `scan` and `vmap`. The values of traced prompts
+    cannot be checked: each must have a token, all within the vocabulary, and the model must have
+    positions for T + N - 1 tokens, padding included.
+
+    In memory are the parameters, the keys and values of all tokens, and `decoding_params`.
 
     Args:
       config: a decoder.
       params: its parameters.
       input_ids: token ids of the prompts.
-      attention_mask: 1 for tokens, 0 for padding on either side; None means no padding.
+      attention_mask: 1 for tokens, 0 for padding on either side; None for no padding.
       max_new_tokens: N.
       temperature, top_k, top_p, min_p: see `Sampling`.
-      num_samples: draws for each prompt, in adjacent rows; the prompt is read once for all.
-      key: of the draws, unless the temperature is 0.
+      num_samples: number of continuations of each prompt, in adjacent rows; the prompt is read
+        once for all.
+      key: typed PRNG key; not needed at temperature 0.
       eos_id: token or tokens that end a row; None for those of the configuration.
       view: see `jaxlm.core.views`.
 
     Raises:
-      UserError: empty prompt, token outside the vocabulary, more positions than the model was
-        made for (rotary ones too: it was not trained beyond `config.longest_text`), no key,
-        impossible settings.
+      UserError: an empty prompt, a token outside the vocabulary, more tokens than
+        `config.longest_text` (for rotary positions too, which were not trained further), no key,
+        or an impossible setting.
     """
     stop = config.stops if eos_id is None else eos_id
     stop_ids = (stop,) if isinstance(stop, int) else tuple(stop)

@@ -80,13 +80,13 @@ def _head_shapes(config: ModelConfig) -> Shapes:
 
 
 def param_shapes(config: ModelConfig) -> Shapes:
-    """Path -> shape of every parameter of a model."""
+    """Return the shape of every parameter of a model by its path."""
     final = _norm("final_norm", config) if config.final_norm else {}
     return _embed_shapes(config) | _layer_shapes(config) | final | _head_shapes(config)
 
 
 def nest(flat: dict[str, Any]) -> dict:
-    """Turns `{"a.b": x}` into `{"a": {"b": x}}`."""
+    """Return the nested dict of a flat one: `{"a.b": x}` gives `{"a": {"b": x}}`."""
     tree: dict = {}
     for path, leaf in flat.items():
         *parents, name = path.split(".")
@@ -98,7 +98,7 @@ def nest(flat: dict[str, Any]) -> dict:
 
 
 def unnest(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Inverse of `nest`, in which a packed leaf is one leaf."""
+    """Return the flat dict of a nested one; a packed leaf is one leaf."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         path = prefix + name
@@ -109,7 +109,7 @@ def unnest(tree: dict, prefix: str = "") -> dict[str, Any]:
 def init_leaf(
     path: str, shape: tuple[int, ...], config: ModelConfig, key: Array, dtype="float32"
 ) -> Array:
-    """One leaf of `init_params`."""
+    """Return one leaf of `init_params`."""
     name = path.rsplit(".", 1)[1]
     if name in ("scale", "bias"):
         return jnp.full(shape, 1 - config.norm_offset if name == "scale" else 0.0, dtype)
@@ -122,12 +122,14 @@ def init_leaf(
 
 
 def init_params(config: ModelConfig, key: Array, dtype="float32") -> dict:
-    """Random parameters: N(0, 0.02^2), residual outputs divided by sqrt(2 L), scales 1, biases 0.
+    """Return random parameters.
+
+    Matrices are N(0, 0.02^2), those of residual outputs divided by sqrt(2 L); scales 1, biases 0.
 
     Args:
       config: the model.
       key: typed PRNG key; each leaf draws from `leaf_key(key, path)`.
-      dtype: of every leaf.
+      dtype: dtype of every leaf.
     """
     shapes = param_shapes(config)
     return nest({p: init_leaf(p, shape, config, key, dtype) for p, shape in shapes.items()})

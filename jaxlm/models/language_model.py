@@ -1,4 +1,4 @@
-"""A model as users hold it: configuration, parameters, tokenizer."""
+"""The object that users hold: configuration, parameters, tokenizer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from jaxlm.core.errors import UserError
 from jaxlm.core.paths import flatten
 from jaxlm.models import generation, scoring, transformer
 from jaxlm.models.config import ModelConfig
@@ -27,52 +28,56 @@ class LanguageModel:
     tokenizer: Any = None
 
     def apply(self, params, input_ids, attention_mask=None, **options):
-        """Logits for any parameters of this shape; see `jaxlm.models.transformer.apply`."""
+        """Return logits; see `jaxlm.models.transformer.apply`."""
         return transformer.apply(self.config, params, input_ids, attention_mask, **options)
 
     def hidden(self, params, input_ids, attention_mask=None, **options):
-        """Hidden states [B, T, D]; see `jaxlm.models.transformer.hidden`."""
+        """Return hidden states [B, T, D]; see `jaxlm.models.transformer.hidden`."""
         return transformer.hidden(self.config, params, input_ids, attention_mask, **options)
 
     def log_probs(self, params, input_ids, attention_mask=None, **options):
-        """Log-probabilities [B, T - 1] of every token but the first; see `jaxlm.models.scoring`."""
+        """Return log-probabilities [B, T - 1] of all tokens but the first; see `models.scoring`."""
         return scoring.next_token_log_probs(
             self.config, params, input_ids, attention_mask, **options
         )
 
     def continuation_log_probs(self, params, prompt_ids, prompt_mask, continuation_ids, **options):
-        """Log-probabilities [B, C, K] of options after a prompt; see `jaxlm.models.scoring`."""
+        """Return log-probabilities [B, C, K] of options after a prompt; see `models.scoring`."""
         return scoring.continuation_log_probs(
             self.config, params, prompt_ids, prompt_mask, continuation_ids, **options
         )
 
     def generate(self, params, input_ids, attention_mask=None, **options):
-        """New tokens; see `jaxlm.models.generation.generate`."""
+        """Return new tokens; see `jaxlm.models.generation.generate`."""
         return generation.generate(self.config, params, input_ids, attention_mask, **options)
 
     def replace(self, **changes) -> "LanguageModel":
-        """A copy with some attributes changed: `lm.replace(params=trained)`."""
+        """Return a copy with some attributes changed: `lm.replace(params=trained)`."""
         return dataclasses.replace(self, **changes)
 
 
 def add_classifier(
     lm: LanguageModel, num_labels: int, key: jax.Array, label_names: Sequence[str] = ()
 ) -> LanguageModel:
-    """Puts a new classifier on the first token of an encoder, in place of any head.
+    """Replace the head of an encoder by a new classifier on the first token.
 
     Args:
-      lm: an encoder; its pooler is kept, or a new one made.
+      lm: an encoder; its pooler is kept, or a new one initialised.
       num_labels: number of classes.
-      key: of the random initialisation of what is new.
-      label_names: what the classes are called, for `config.label_names`; none by default.
+      key: PRNG key of the initialisation.
+      label_names: names of the classes, for `config.label_names`.
 
     Raises:
-      ValueError: for a decoder, which is prompted instead; for another number of names.
+      UserError: the model is a decoder, or the number of names is not `num_labels`.
     """
     if len(label_names) not in (0, num_labels):
-        raise ValueError(f"label_names has {len(label_names)} names for {num_labels} classes")
+        raise UserError(
+            f"label_names: must be {num_labels} names (got {len(label_names)}). Correct it."
+        )
     if lm.config.kind != "encoder":
-        raise ValueError("a classifier needs an encoder; a decoder is prompted instead")
+        raise UserError(
+            f"model: a classifier needs an encoder (got {lm.config.family}). Prompt it instead."
+        )
     config = lm.config.replace(
         head="classifier", num_labels=num_labels, label_names=tuple(label_names), pooled=True
     )

@@ -1,6 +1,6 @@
-"""The only places where a parameter is read: through the view before use and the tap after.
+"""The only place where a parameter is read: through the view before use and the tap after it.
 
-`params` is a nested dict that resolves whole paths; inside the scan it holds one layer's slice.
+`params` is a nested dict that is read by whole paths; inside the scan it holds one layer.
 Shapes: B batch, T length, D model width, V vocabulary.
 """
 
@@ -19,13 +19,12 @@ from jaxlm.core.precision import Packed
 from jaxlm.models.config import ModelConfig
 
 HEAD_BLOCK = 2**24
+"""Elements of an output table from which on `head` reads it in blocks of rows."""
 
 
 def gelu(x: Array) -> Array:
-    r"""$x \Phi(x) = x (1 + \mathrm{erf}(x / \sqrt 2)) / 2$, in at least float32.
-
-    By erf, as in PyTorch; `jax.nn.gelu` takes erfc, whose derivative is slower.
-    """
+    r"""Return $x \Phi(x) = x (1 + \mathrm{erf}(x / \sqrt 2)) / 2$, in at least float32."""
+    # With erf, as in PyTorch: `jax.nn.gelu` uses erfc, whose derivative is slower.
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (0.5 * wide * (1 + lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
@@ -40,7 +39,7 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every read of a parameter carries along: configuration, view, tap and layer."""
+    """What every read of a parameter needs: configuration, view, tap and layer."""
 
     config: ModelConfig
     view: Any = None
@@ -48,7 +47,7 @@ class Context:
     layer: Array | None = None
 
     def read(self, params, path: str, rows=None) -> Any:
-        """The leaf at `path` as the model sees it, or None where the tree has no such leaf."""
+        """Return the leaf at `path` as the model sees it, or None if there is none."""
         leaf = lookup(params, path)
         if leaf is None:
             return None
@@ -61,15 +60,16 @@ class Context:
 
 
 def matmul(x, kernel):
-    """`x @ kernel` over one flat axis of rows, of which XLA's CPU gradient is twice as fast."""
+    """Return `x @ kernel`."""
+    # With a single axis of rows, XLA's gradient on a CPU is twice as fast.
     rows = x.reshape(-1, x.shape[-1]) @ kernel
     return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def dense(params, path: str, x, ctx: Context):
-    """`x @ kernel + s (x @ lora_a) @ lora_b + bias`; only the kernel [in, out] is always there.
+    """Return `x @ kernel + config.lora_scale (x @ lora_a) @ lora_b + bias`.
 
-    s is `config.lora_scale`.
+    The kernel is [in, out]; bias and adapter are optional.
     """
     y = _product(params, path + ".kernel", x, ctx)
     if lookup(params, path + ".lora_a") is not None:
@@ -86,7 +86,7 @@ def _product(params, path, x, ctx):
 
 
 def add_bias(params, path: str, x, ctx: Context):
-    """`x + bias`, or `x` where the tree has no bias at `path`."""
+    """Return `x + bias`, or `x` if the tree has no bias at `path`."""
     bias = ctx.read(params, path + ".bias")
     if bias is None:
         return x
@@ -94,11 +94,9 @@ def add_bias(params, path: str, x, ctx: Context):
 
 
 def norm(params, path: str, x, ctx: Context):
-    """LayerNorm or RMSNorm over the last axis; scale and bias if stored.
-
-    All of it is in at least float32 and rounded once, at the end: an offset is 1 where the scale
-    that is stored may be 1e-3, of which bfloat16 would keep nothing in their sum.
-    """
+    """Apply LayerNorm or RMSNorm to the last axis, with scale and bias if the tree has them."""
+    # In at least float32, and rounded once at the end. Gemma adds an offset of 1 to scales that may
+    # be 1e-3, which a sum in bfloat16 would lose.
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if ctx.config.norm == "layernorm":
         wide = wide - wide.mean(-1, keepdims=True)
@@ -111,16 +109,16 @@ def norm(params, path: str, x, ctx: Context):
 
 
 def embed(params, path: str, ids_BxT, ctx: Context):
-    """Rows of an embedding table; only the rows in use pass through the view."""
+    """Return rows of an embedding table; only these rows pass through the view."""
     y = ctx.read(params, path + ".embedding", rows=ids_BxT)
     return ctx.out(path + ".embedding", "embed", ids_BxT, y)
 
 
 def head(params, path: str, x, ctx: Context, token_ids=None):
-    """Logits `x @ embedding.T`, for all tokens or for `token_ids` only.
+    """Return the logits `x @ embedding.T` of all tokens, or of `token_ids`.
 
-    A table of more than 2**24 elements is consumed in blocks of rows, so that neither a view nor a
-    packed leaf ever makes a second one.
+    With a view or a packed leaf, a table of more than 2**24 elements is read in blocks of rows, so
+    that no second table is in memory.
     """
     leaf = lookup(params, path + ".embedding")
     made = ctx.view is not None or isinstance(leaf, Packed)

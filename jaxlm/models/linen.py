@@ -1,4 +1,4 @@
-"""The same models as Flax Linen modules, for those who train with Flax."""
+"""The models as a Flax Linen module, for training with Flax."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from jaxlm.models.initialise import init_leaf, nest, param_shapes
 
 
 class Transformer(nn.Module):
-    """Declares the tree of `ModelConfig` and applies it.
+    """A module that declares the parameter tree of a configuration and applies it.
 
     `module.apply({"params": lm.params}, input_ids, ...)` is `lm.apply(lm.params, input_ids, ...)`,
     and `module.init(key, input_ids)["params"]` is like `init_params`.
 
     Attributes:
-      config: the model; without a head, the module gives the hidden states.
-      param_dtype: of every leaf that `init` makes.
+      config: the model; without a head, the module returns hidden states.
+      param_dtype: dtype of the leaves of `init`.
     """
 
     config: ModelConfig
@@ -38,7 +38,7 @@ class Transformer(nn.Module):
 
         names = dict.fromkeys(path.split(".")[0] for path in param_shapes(self.config))
         params = {
-            # Read as it is where it exists, since it may have an adapter's leaves too.
+            # Read it as it is if it exists, since it may have leaves of an adapter.
             name: self.get_variable("params", name)
             if self.has_variable("params", name)
             else self.param(name, subtree, name + ".")

@@ -1,4 +1,4 @@
-"""Rotary position embeddings, with the stretched frequencies of long contexts.
+"""Rotary position embeddings, with scaled frequencies for long contexts.
 
 References: RoFormer, arXiv:2104.09864; the half-split layout is that of Llama. YaRN,
 arXiv:2309.00071.
@@ -14,7 +14,7 @@ from jaxlm.models.config import ModelConfig, RopeScaling
 
 
 def frequencies(config: ModelConfig) -> Float[np.ndarray, " R"]:
-    r"""Radians a position of pair r, $\theta^{-2r/(2R)}$ over 2R rotary elements, stretched."""
+    r"""Return radians per position of each pair r, $\theta^{-2r/(2R)}$ of 2R elements, scaled."""
     size = config.rotary_size or config.head_size
     plain = config.rope_theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
     scaling = config.rope_scaling
@@ -27,13 +27,13 @@ def frequencies(config: ModelConfig) -> Float[np.ndarray, " R"]:
 
 
 def _llama3_kept(scaling: RopeScaling, config: ModelConfig, plain: np.ndarray) -> np.ndarray:
-    """Share of each frequency that stays: linear in its turns, between `slow` and `fast`."""
+    """Return the unscaled share of each frequency, linear in its turns from `slow` to `fast`."""
     turns = scaling.original_positions * plain / (2 * np.pi)
     return np.clip((turns - scaling.slow) / (scaling.fast - scaling.slow), 0, 1)
 
 
 def _yarn_kept(scaling: RopeScaling, config: ModelConfig, plain: np.ndarray) -> np.ndarray:
-    """Share of each frequency that stays: linear in its index, between the pairs of the bounds."""
+    """Return the unscaled share of each frequency, linear in its index between the two bounds."""
     size = 2 * len(plain)
 
     def pair(turns: float) -> float:
@@ -50,7 +50,7 @@ def _yarn_kept(scaling: RopeScaling, config: ModelConfig, plain: np.ndarray) -> 
 def table(
     config: ModelConfig, position_ids: Int[Array, "B T"], dtype: jnp.dtype
 ) -> tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]:
-    """Cosines and sines of every position, in at least float32."""
+    """Return cosines and sines of every position, in at least float32."""
     wide = jnp.promote_types(dtype, jnp.float32)
     turns = jnp.asarray(frequencies(config), wide)[None, None, None]
     angles = position_ids[:, :, None, None].astype(wide) * turns
@@ -63,7 +63,7 @@ def rotate(
     cos: Float[Array, "B T 1 R"],
     sin: Float[Array, "B T 1 R"],
 ) -> Float[Array, "B T H K"]:
-    """Turns the pairs (r, r + R) of the first 2R elements of each head; the others stay."""
+    """Rotate the pairs (r, r + R) of the first 2R elements of each head."""
     half = cos.shape[-1]
     wide = x_BxTxHxK.astype(cos.dtype)
     first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]

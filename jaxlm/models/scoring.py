@@ -1,7 +1,8 @@
-"""Log-probabilities of tokens, sequences and continuations: the only ones of the library.
+"""Log-probabilities of tokens, sequences and continuations.
 
-Logits exist for a block of tokens at a time, in the backward pass too, so that [B, T, V] is never
-formed. Shapes: B batch, T length, V vocabulary, C continuations of one prompt, K their length.
+Logits are computed for a block of tokens at a time, in the backward pass too, so an array [B, T, V]
+never exists. Shapes: B batch, T length, V vocabulary, S segments of a row, C continuations of one
+prompt, K their length.
 """
 
 import dataclasses
@@ -11,17 +12,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
+from jaxlm.core import checks
+from jaxlm.core.errors import UserError
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.transformer import Cache, check_ids, empty_cache, extend, hidden, logits
 
 LOGITS = 2**26
-"""Logits in a block, where the caller does not say how many tokens."""
+"""Default number of logits in a block."""
 
 
 def log_probs_of(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    r"""$z_y - \log \sum_v e^{z_v}$: log-probabilities of targets, in at least float32."""
+    r"""Return $z_y - \log \sum_v e^{z_v}$ of the targets y, in at least float32."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
@@ -36,17 +39,17 @@ def head_log_probs(
     view: Any = None,
     block: int | None = None,
 ) -> Float[Array, "*B"]:
-    """Log-probabilities of targets from hidden states, a block of tokens at a time.
+    """Return log-probabilities of targets from hidden states, a block of tokens at a time.
 
-    Where there are several blocks, the backward pass computes the logits of each again.
+    With several blocks, the backward pass recomputes the logits of each.
 
     Args:
       config: the model.
       params: its parameters.
-      x: hidden states at the places that predict the targets.
+      x: hidden states at the tokens that predict the targets.
       targets: token ids.
       view: see `jaxlm.core.views`.
-      block: tokens in a block; None for as many as have 2**26 logits.
+      block: number of tokens in a block; None for as many as have 2**26 logits.
     """
     count = targets.size
     block = max(1, LOGITS // config.vocab_size) if block is None else block
@@ -71,34 +74,47 @@ def next_token_log_probs(
     input_ids: Int[ArrayLike, "B T"],
     attention_mask: Int[ArrayLike, "B T"] | None = None,
     *,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
     view: Any = None,
     block: int | None = None,
 ) -> Float[Array, "B T-1"]:
-    r"""$\log p(x_{t+1} \mid x_{\le t})$ of every token but the first.
+    r"""Return $\log p(x_{t+1} \mid x_{\le t})$ of every token but the first.
 
     Args:
       config: a decoder.
       params: its parameters.
       input_ids: token ids.
-      attention_mask: 1 for tokens, 0 for padding; None means no padding.
+      attention_mask: 1 for tokens, 0 for padding; None for no padding.
+      segment_ids: for packed rows, see `jaxlm.models.transformer.apply`.
       view: see `jaxlm.core.views`.
       block: see `head_log_probs`.
 
     Returns:
-      In at least float32; what is at padding means nothing.
+      In at least float32. Values at padding are meaningless without `segment_ids`. With them, they
+      are 0, and so are those at the first token of each segment, which nothing predicts.
 
     Raises:
       UserError: concrete ids are out of range, see `jaxlm.models.transformer.check_ids`.
     """
     check_ids("input_ids", input_ids, config.vocab_size)
     ids = jnp.asarray(input_ids)
-    seen = None if attention_mask is None else jnp.asarray(attention_mask)
     targets, length = jnp.roll(ids, -1, axis=1), ids.shape[1]
-    # The last token is read for nothing where that makes a round length, since others are slow.
+    # The last token predicts nothing. It is read all the same if that makes the length a multiple
+    # of 8, since other lengths are slow.
     read = length - 1 if length % 8 or length > config.max_positions else length
-    x = hidden(config, params, ids[:, :read], None if seen is None else seen[:, :read], view=view)
+    seen, segments = (
+        None if ids is None else jnp.asarray(ids)[:, :read] for ids in (attention_mask, segment_ids)
+    )
+    x = hidden(config, params, ids[:, :read], seen, segment_ids=segments, view=view)
     scored = head_log_probs(config, params, x, targets[:, :read], view=view, block=block)
-    return scored[:, : length - 1]
+    scored = scored[:, : length - 1]
+    return scored if segment_ids is None else jnp.where(_same_segment(segment_ids), scored, 0)
+
+
+def _same_segment(segment_ids: Int[ArrayLike, "B T"]) -> Bool[Array, "B T-1"]:
+    """Whether each token but the first belongs to the segment of the token before it."""
+    ids = jnp.asarray(segment_ids)
+    return (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] > 0)
 
 
 def reduce_log_probs(
@@ -106,7 +122,7 @@ def reduce_log_probs(
     mask: Num[ArrayLike, "*B T"],
     reduction: Literal["sum", "mean"] = "sum",
 ) -> Float[Array, "*B"]:
-    """Sum or mean over the tokens of a mask; 0 where it has none.
+    """Return the sum or mean over the tokens of a mask; 0 for an empty mask.
 
     >>> reduce_log_probs(jnp.array([[-1.0, -2.0, -3.0]]), jnp.array([[0, 1, 1]]), "mean").tolist()
     [-2.5]
@@ -125,29 +141,51 @@ def sequence_log_probs(
     attention_mask: Int[ArrayLike, "B T"] | None = None,
     completion_mask: Int[ArrayLike, "B T"] | None = None,
     *,
+    segment_ids: Int[ArrayLike, "B T"] | None = None,
+    num_segments: int | None = None,
     reduction: Literal["sum", "mean"] = "sum",
     view: Any = None,
     block: int | None = None,
-) -> Float[Array, " B"]:
-    """Log-probability of the tokens of a mask given those before them, summed or averaged.
+) -> Float[Array, " B"] | Float[Array, "B S"]:
+    """Return log-probabilities of the tokens of a mask given those before them, summed or averaged.
 
     Args:
       config: a decoder.
       params: its parameters.
       input_ids: token ids.
-      attention_mask: 1 for tokens, 0 for padding; None means no padding.
-      completion_mask: 1 for the tokens that count; None for all tokens but the first.
-      reduction: "sum", or "mean" over the tokens that count.
+      attention_mask: 1 for tokens, 0 for padding; None for no padding.
+      completion_mask: 1 for the tokens to score; None for all tokens but the first of each text.
+      segment_ids: for packed rows, see `jaxlm.models.transformer.apply`.
+      num_segments: S, the largest number of segments of a row; required with `segment_ids`.
+      reduction: "sum", or "mean" over the scored tokens.
       view: see `jaxlm.core.views`.
       block: see `head_log_probs`.
 
     Returns:
-      In at least float32; 0 where no token counts.
+      [B], or [B, S] with `segment_ids`, where column s belongs to segment s + 1; in at least
+      float32, and 0 where no token is scored.
+
+    Raises:
+      UserError: one of `segment_ids` and `num_segments` is missing.
     """
-    scored = next_token_log_probs(config, params, input_ids, attention_mask, view=view, block=block)
-    real = jnp.ones(jnp.shape(input_ids), jnp.int32) if attention_mask is None else attention_mask
-    counted = jnp.asarray(real) * (1 if completion_mask is None else jnp.asarray(completion_mask))
-    return reduce_log_probs(scored, counted[:, 1:], reduction)
+    if (segment_ids is None) != (num_segments is None):
+        raise UserError(
+            f"num_segments: belongs to segment_ids (got {num_segments}). Give both or neither."
+        )
+    checks.integer("num_segments", num_segments)
+    scored = next_token_log_probs(
+        config, params, input_ids, attention_mask, segment_ids=segment_ids, view=view, block=block
+    )
+    counted = jnp.ones(jnp.shape(input_ids), jnp.int32)
+    for mask in (attention_mask, completion_mask):
+        counted = counted if mask is None else counted * jnp.asarray(mask)
+    counted = counted[:, 1:]
+    if segment_ids is None or num_segments is None:
+        return reduce_log_probs(scored, counted, reduction)
+    numbers = jnp.where(_same_segment(segment_ids), jnp.asarray(segment_ids)[:, 1:], 0)
+    of_segment = numbers[:, None] == jnp.arange(1, num_segments + 1)[None, :, None]
+    scored = jnp.broadcast_to(scored[:, None], of_segment.shape)
+    return reduce_log_probs(scored, of_segment * counted[:, None], reduction)
 
 
 def continuation_log_probs(
@@ -160,20 +198,19 @@ def continuation_log_probs(
     view: Any = None,
     block: int | None = None,
 ) -> Float[Array, "B C K"]:
-    """Log-probabilities of the tokens of several continuations; the prompt is read once.
+    """Return log-probabilities of the tokens of several continuations; the prompt is read once.
 
     Args:
       config: a decoder.
       params: its parameters.
-      prompt_ids: token ids of the prompts, at least one a row.
+      prompt_ids: token ids of the prompts, at least one in a row.
       prompt_mask: 1 for tokens, 0 for padding on either side.
-      continuation_ids: token ids of the continuations, padded on the right with any id of the
-        vocabulary.
+      continuation_ids: token ids of the continuations, padded on the right with any ids.
       view: see `jaxlm.core.views`.
       block: see `head_log_probs`.
 
     Returns:
-      In at least float32; `reduce_log_probs` sums those that count.
+      In at least float32, padding included; sum them with `reduce_log_probs` and a mask.
 
     Raises:
       UserError: concrete ids are out of range, see `jaxlm.models.transformer.check_ids`.
@@ -197,13 +234,13 @@ def continuation_log_probs(
 
 
 def last_token(x: Float[Array, "B T D"], mask: Int[Array, "B T"]) -> Float[Array, "B D"]:
-    """Hidden states at the last token of each row, wherever the padding stands."""
+    """Return hidden states at the last token of each row, with padding on either side."""
     last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1] > 0, axis=1)
     return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 
 
 def repeat(cache: Cache, times: int) -> Cache:
-    """The cache with every row so many times, copies side by side."""
+    """Return the cache with every row repeated, copies side by side."""
 
     def rows(store):
         return jax.tree.map(lambda x: jnp.repeat(x, times, axis=x.ndim - 4), store)

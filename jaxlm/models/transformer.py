@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from jaxlm.core import checks
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import lookup
 from jaxlm.models import rotary
@@ -33,7 +34,8 @@ from jaxlm.models.attention import IMPLEMENTATIONS, Mask
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.layers import ACTIVATIONS, Context, dense, embed, head, norm
 
-EVERYTHING = 2**30
+NO_WINDOW = 2**30
+"""Window of a layer without one, in a scan over layers of which some have one."""
 PREFIX = "attention.prefix_keys"
 ATTENDED = "attended"
 
@@ -45,13 +47,13 @@ ATTENDED = "attended"
 )
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """The keys and values of the tokens that were read, of at most S tokens a row.
+    """Keys and values of the tokens read so far, at most S in a row.
 
     Attributes:
-      keys, values: [L, B, G, S, K], or lists of L arrays, where the parameters have such a list.
+      keys, values: [L, B, G, S, K]; or lists of L arrays, for parameters with a list of layers.
       mask: int32 [B, S], 1 at tokens.
       positions: int32 [B, S], positions of the tokens.
-      length: int32, how many of the S places are taken.
+      length: int32, number of places in use.
     """
 
     keys: Any
@@ -62,7 +64,7 @@ class Cache:
 
 
 def empty_cache(config: ModelConfig, batch: int, size: int, dtype: Any) -> Cache:
-    """A cache for `size` tokens in each of `batch` rows."""
+    """Return a cache for `size` tokens in each of `batch` rows."""
     shape = (config.num_layers, batch, config.num_kv_heads, size, config.head_size)
     row = jnp.zeros((batch, size), jnp.int32)
     values = jnp.zeros(shape, dtype)
@@ -70,18 +72,14 @@ def empty_cache(config: ModelConfig, batch: int, size: int, dtype: Any) -> Cache
 
 
 def check_ids(name: str, ids: Any, size: int) -> None:
-    """Refuses ids outside [0, size), where a table would give the row of another.
+    """Raise UserError for ids outside [0, size), which JAX would clip to the table.
 
-    Only of concrete ids are the values known: under `jit`, `vmap` and `grad` with respect to them
-    nothing is checked, and ids beyond a table are taken for its last.
+    Tracers have no values, so under `jit`, `vmap` and `grad` nothing is checked.
 
     Args:
-      name: of the ids, for messages.
-      ids: array, traced array, or None.
-      size: of the table.
-
-    Raises:
-      UserError: an id is out of range.
+      name: name of the ids, for messages.
+      ids: array, tracer, or None.
+      size: length of the table.
     """
     if ids is None or isinstance(ids, jax.core.Tracer):
         return
@@ -96,12 +94,12 @@ def check_ids(name: str, ids: Any, size: int) -> None:
 
 
 def positions_from_mask(attention_mask: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Position of each token among the real tokens, 0-based; padding gets a valid one too."""
+    """Return the 0-based position of each token among the tokens that are not padding."""
     return jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
 
 
 def positions_from_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Position of each token in its segment, 0-based; the tokens of a segment are neighbours.
+    """Return the 0-based position of each token in its segment, a run of equal ids.
 
     >>> positions_from_segments(jnp.array([[1, 1, 1, 2, 2, 0]])).tolist()
     [[0, 1, 2, 0, 1, 0]]
@@ -151,6 +149,8 @@ def _attention(params, x_BxTxD, ctx: Context, turns, mask, cached):
     if cached is not None:
         cached, k, v = _extend(cached, ctx.layer, k, v)
     k, v = (_after_prefix(params, name, x, ctx) for name, x in (("keys", k), ("values", v)))
+    if not config.score_gradient:  # the weights depend on nothing but queries and keys
+        q, k = lax.stop_gradient((q, k))
     scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
     attend = IMPLEMENTATIONS[config.attention]
     out = attend(q, k, v, mask, scale=scale, cap=config.attention_cap)
@@ -160,7 +160,7 @@ def _attention(params, x_BxTxD, ctx: Context, turns, mask, cached):
 
 
 def _after_prefix(params, name, x_BxSxGxK, ctx: Context):
-    """Keys or values, behind those of the prefix if there is one, which all rows share."""
+    """Return keys or values behind those of the prefix, if there is one."""
     prefix = ctx.read(params, f"layers.attention.prefix_{name}")
     if prefix is None:
         return x_BxSxGxK
@@ -170,13 +170,13 @@ def _after_prefix(params, name, x_BxSxGxK, ctx: Context):
 
 
 def _extend(cached, layer, k, v):
-    """Writes one layer's keys and values behind those there; returns all of that layer's."""
+    """Write new keys and values of one layer into the cache; return it and all of the layer."""
     keys, values, length = cached
     zero = jnp.zeros((), jnp.int32)
 
     def write(store, new):
         new = jnp.swapaxes(new, 1, 2).astype(store.dtype)
-        if store.ndim == new.ndim:  # the layer's own
+        if store.ndim == new.ndim:  # a cache with a list of layers
             store = lax.dynamic_update_slice(store, new, (zero, zero, length, zero))
             return store, jnp.swapaxes(store, 1, 2)
         store = lax.dynamic_update_slice(store, new[None], (layer, zero, zero, length, zero))
@@ -220,7 +220,7 @@ def _block(params, x_BxTxD, ctx: Context, turns, mask, cached):
 
 
 def _remat(config: ModelConfig, body):
-    """`body` of the scan with its checkpointing."""
+    """Return the body of the scan with the checkpointing of the configuration."""
     if config.remat == "none":
         return body
     kept = jax.checkpoint_policies
@@ -231,17 +231,18 @@ def _remat(config: ModelConfig, body):
     return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
-def _layers(params, x, ctx: Context, position_ids, mask: Mask, cached):
-    """All layers and the final norm; `cached` is (keys, values, length) or None."""
+def _layers(params, x, ctx: Context, position_ids, mask: Mask, cached, count=None):
+    """Apply all layers and the final norm, or `count` layers; `cached`: (keys, values, length)."""
     config, view, tap = ctx.config, ctx.view, ctx.tap
-    unstacked = isinstance(params["layers"], list)
-    prefix = lookup(params["layers"][0] if unstacked else params["layers"], PREFIX)
+    stack = params["layers"]
+    unstacked = isinstance(stack, list)
+    prefix = lookup(stack[0] if unstacked else stack, PREFIX)
     if prefix is not None:
         mask = mask.prefixed(prefix.shape[-3])
     turns = rotary.table(config, position_ids, x.dtype) if config.positions == "rotary" else None
     windows = None
     if any(config.windowed):
-        sizes = [config.window if local else EVERYTHING for local in config.windowed]
+        sizes = [config.window if local else NO_WINDOW for local in config.windowed]
         windows = jnp.asarray(sizes, jnp.int32)
     shared = mask.dense() if windows is None and config.attention != "blockwise" else mask
 
@@ -255,16 +256,21 @@ def _layers(params, x, ctx: Context, position_ids, mask: Mask, cached):
 
     layers = jnp.arange(config.num_layers, dtype=jnp.int32)
     rest = (layers, windows, tap.layers if tap is not None else None)
+    if count is not None:
+        rest = jax.tree.map(lambda leaf: leaf[:count], rest)
+        stack = stack[:count] if unstacked else jax.tree.map(lambda leaf: leaf[:count], stack)
     body = _remat(config, body)
     if unstacked:
-        x, cached = _one_by_one(body, x, cached, params["layers"], rest)
+        x, cached = _one_by_one(body, x, cached, stack, rest)
     else:
-        (x, cached), _ = lax.scan(body, (x, cached), (params["layers"], *rest))
-    return norm(params, "final_norm", x, ctx) if config.final_norm else x, cached
+        (x, cached), _ = lax.scan(body, (x, cached), (stack, *rest))
+    if count is None and config.final_norm:
+        x = norm(params, "final_norm", x, ctx)
+    return x, cached
 
 
 def _one_by_one(body, x, cached, layers, rest):
-    """What a scan of `body` does, for a list of layers, of which each has a cache of its own."""
+    """Scan `body` over a list of layers, each of which has its own cache."""
     keys, values = [], []
     for i, layer_params in enumerate(layers):
         own = None if cached is None else (cached[0][i], cached[1][i], cached[2])
@@ -277,11 +283,11 @@ def _one_by_one(body, x, cached, layers, rest):
 
 
 def unstack(tree):
-    """The same layers as a list of trees, in place of a tree of stacks.
+    """Return a tree of stacked layers as a list of trees.
 
-    Everything here takes `params` with either under `layers`, and with a list a cache whose keys
-    and values are lists. A program over a list is larger, with a copy of the code for each layer,
-    but on a CPU it reads weights where they are: XLA copies those of a layer of a stack before each
+    Every function here accepts either under `layers`; with a list, keys and values of a cache are
+    lists too. A program over a list has a copy of the code for each layer. But on a CPU it reads
+    weights in place, whereas XLA copies the weights of one layer out of a stack before each
     product.
     """
     leaves, structure = jax.tree.flatten(tree)
@@ -298,15 +304,25 @@ def hidden(
     position_ids: Int[ArrayLike, "B T"] | None = None,
     token_type_ids: Int[ArrayLike, "B T"] | None = None,
     segment_ids: Int[ArrayLike, "B T"] | None = None,
+    layer: int | None = None,
     view=None,
     tap=None,
 ) -> Float[Array, "B T D"]:
-    """Hidden states after the last layer and the final norm; arguments as in `apply`.
+    """Return hidden states after the final norm, or after one of the layers.
+
+    Args:
+      config, params, input_ids, attention_mask, position_ids, token_type_ids, segment_ids, view,
+        tap: see `apply`.
+      layer: number of layers to run, 0 to L; the result has no final norm, and with 0 it is the
+        embedding. None runs all layers and the final norm. Layers after it are neither computed
+        nor get a gradient. As in `hidden_states` of transformers, except that its last entry has
+        the final norm.
 
     Raises:
-      ValueError: if the batch is longer than a table of learned positions.
-      UserError: concrete ids are out of range, see `check_ids`.
+      UserError: the batch is longer than a table of learned positions, `layer` is out of range, or
+        concrete ids are, see `check_ids`.
     """
+    checks.integer("layer", layer, least=0, most=config.num_layers)
     check_ids("input_ids", input_ids, config.vocab_size)
     check_ids("token_type_ids", token_type_ids, max(config.token_types, 1))
     if config.positions == "learned":
@@ -314,9 +330,9 @@ def hidden(
     input_ids = jnp.asarray(input_ids)
     length = input_ids.shape[1]
     if config.positions == "learned" and length > config.max_positions:
-        raise ValueError(
-            f"the batch has {length} tokens a row, the model {config.max_positions} positions; "
-            "truncate it"
+        raise UserError(
+            f"input_ids: must have at most {config.max_positions} tokens a row, the positions of "
+            f"the model (got {length}). Truncate them."
         )
     segments_BxT = None if segment_ids is None else jnp.asarray(segment_ids)
     if attention_mask is not None:
@@ -335,7 +351,7 @@ def hidden(
     x = _embed(params, ctx, input_ids, positions_BxT, token_type_ids)
     causal = config.kind == "decoder"
     mask = Mask(mask_BxT, positions_BxT, positions_BxT, causal=causal, segments=segments_BxT)
-    return _layers(params, x, ctx, positions_BxT, mask, None)[0]
+    return _layers(params, x, ctx, positions_BxT, mask, None, layer)[0]
 
 
 def extend(
@@ -347,18 +363,18 @@ def extend(
     *,
     view=None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Reads T more tokens of every row behind those of the cache, which must have T free places.
+    """Read T more tokens in every row, after those of the cache, which must have T free places.
 
     Args:
-      config: a decoder; or an encoder, whose tokens see only those read with them or before.
+      config: a decoder; or an encoder, whose tokens then see only tokens read before or with them.
       params: its parameters.
       input_ids: token ids.
-      attention_mask: 1 for tokens, 0 for padding on either side; None means no padding.
-      cache: of `empty_cache`, or of an earlier call.
+      attention_mask: 1 for tokens, 0 for padding on either side; None for no padding.
+      cache: result of `empty_cache` or of an earlier call.
       view: see `jaxlm.core.views`.
 
     Returns:
-      (hidden states of the new tokens, the cache with them).
+      The hidden states of the new tokens, and the cache that includes them.
 
     Raises:
       UserError: concrete ids are out of range, see `check_ids`.
@@ -397,28 +413,28 @@ def apply(
     view=None,
     tap=None,
 ) -> Float[Array, "..."]:
-    """Logits of the head.
+    """Return the logits of the head.
 
     Args:
       config: the model.
       params: its parameters.
       input_ids: token ids.
-      attention_mask: 1 for tokens, 0 for padding on either side; None means no padding.
-      position_ids: positions of the tokens; derived from the mask if None.
-      token_type_ids: segment ids (BERT); zeros if None.
-      segment_ids: for several texts in a row, 1, 2, ... at the tokens of each and 0 at padding: a
-        token sees its own text alone, and positions begin again with each.
-      positions: where logits are wanted; everywhere if None.
-      token_ids: tokens of which logits are wanted, or classes of a classifier; all if None.
+      attention_mask: 1 for tokens, 0 for padding on either side; None for no padding.
+      position_ids: positions of the tokens; None derives them from the mask or the segments.
+      token_type_ids: BERT's segment ids; None for zeros.
+      segment_ids: for rows packed with several texts, 1, 2, ... at the tokens of each text and 0 at
+        padding. A token attends within its text, and positions restart at 0 in each.
+      positions: places to compute logits at; None for all.
+      token_ids: tokens, or classes of a classifier, to compute logits of; None for all.
       view, tap: see `jaxlm.core.views` and `jaxlm.core.taps`.
 
     Returns:
-      [B, T, V]; [B, V] or [B, K, V] with `positions`; C in the place of V with `token_ids`. A
+      [B, T, V]; [B, V] or [B, K, V] with `positions`; C in place of V with `token_ids`. A
       classifier returns [B, num_labels] or [B, C].
 
     Raises:
-      ValueError: if the batch is longer than a table of learned positions, or there is no head.
-      UserError: concrete ids are out of range, see `check_ids`.
+      UserError: the batch is longer than a table of learned positions, the model has no head, or
+        concrete ids are out of range, see `check_ids`.
     """
     is_classifier = config.head == "classifier"
     check_ids("token_ids", token_ids, config.num_labels if is_classifier else config.vocab_size)
@@ -439,7 +455,9 @@ def apply(
         classes = dense(params, "classifier", pooled, ctx)
         return classes if token_ids is None else classes[:, jnp.asarray(token_ids)]
     if config.head == "none":
-        raise ValueError("this model has no head; use hidden() or jaxlm.models.add_classifier")
+        raise UserError(
+            "head: the model has none (got 'none'). Call hidden(), or add one with add_classifier."
+        )
     if positions is not None:
         positions = jnp.asarray(positions)
         index = positions.reshape(positions.shape[0], -1, 1)
@@ -456,7 +474,7 @@ def logits(
     view=None,
     tap=None,
 ) -> Float[Array, "*B V"]:
-    """Logits of the head on hidden states; C in the place of V with `token_ids`."""
+    """Return the logits of the head for hidden states; C in place of V with `token_ids`."""
     ctx = Context(config, view, tap)
     if config.head == "mlm":
         x = ACTIVATIONS[config.activation](dense(params, "mlm.dense", x, ctx))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlm.cli.main import main
-from tests.tiny import make_model, make_reader, questions, write_jsonl
+from tests.helpers.tiny import make_model, make_reader, questions, write_jsonl
 
 TASK = {"name": "opt/squad", "num_validation": 16, "max_new_tokens": 4}
 

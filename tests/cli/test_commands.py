@@ -13,7 +13,7 @@ from jaxlm.cli.main import main
 from jaxlm.models import from_pretrained
 from jaxlm.train.load import load_model
 from jaxlm.train.run_folder import RunFolder
-from tests.tiny import sentences, write_jsonl, write_run
+from tests.helpers.tiny import sentences, write_jsonl, write_run
 
 TASK = ("train.jsonl", "validation.jsonl", "test.jsonl")
 

@@ -23,7 +23,7 @@ from jaxlm.models import init_params, save_pretrained
 from jaxlm.train.finetuning import FinetuneConfig
 from jaxlm.train.run_folder import to_dict
 from tests.helpers.sentences import check_sentence
-from tests.tiny import questions, write_jsonl, write_run
+from tests.helpers.tiny import questions, write_jsonl, write_run
 
 Break = Callable[[Path], object]
 

@@ -21,7 +21,7 @@ from jaxlm.models.hf_folder import read_config
 from jaxlm.sharding import make_mesh, place_params
 from jaxlm.train.checkpoint import Checkpoints
 from tests.cli.processes import free_port, start
-from tests.tiny import write_corpus, write_run
+from tests.helpers.tiny import write_corpus, write_run
 from tests.train.test_pretraining import YAML
 
 LONG = ["--mesh=data=4,fsdp=2", "--steps=2000", "--checkpoint-every=10", "--eval-every=20"]

@@ -14,7 +14,7 @@ from jaxlm.influence import GradientStore
 from jaxlm.sharding import mesh_from_text
 from tests.cli.processes import MESH, run_in_two
 from tests.cli.test_select import STUDY
-from tests.tiny import read_lines, sentences, write_corpus, write_jsonl, write_run
+from tests.helpers.tiny import read_lines, sentences, write_corpus, write_jsonl, write_run
 from tests.train.test_pretraining import YAML
 
 pytestmark = pytest.mark.multidevice

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxlm.cli.main import main
-from tests.tiny import sentences, write_jsonl
+from tests.helpers.tiny import sentences, write_jsonl
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.cli.main import main
-from tests.tiny import read_lines, sentences, write_jsonl
+from tests.helpers.tiny import read_lines, sentences, write_jsonl
 
 STUDY = """\
 model: MODEL

@@ -21,7 +21,7 @@ from jaxlm.train.dynamics import method_and_batches
 from jaxlm.train.finetuning import FinetuneConfig, encoded_for, finetune, prepared, read_task
 from jaxlm.train.load import load_model
 from jaxlm.train.pretraining import PretrainConfig, pretrain
-from tests.tiny import write_corpus
+from tests.helpers.tiny import write_corpus
 
 pytestmark = pytest.mark.optimized
 

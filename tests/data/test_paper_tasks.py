@@ -19,7 +19,7 @@ from jaxlm.data import (
     without_examples,
 )
 from jaxlm.evaluation import accuracy, token_f1
-from tests.tiny import write_jsonl
+from tests.helpers.tiny import write_jsonl
 
 SQUAD = {
     "id": "5",

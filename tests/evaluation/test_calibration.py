@@ -12,7 +12,7 @@ from jaxlm.cli.main import main
 from jaxlm.data import load_task, task_config
 from jaxlm.evaluation import domain_offsets, domain_scores, subtract_domain_scores
 from jaxlm.train.run_folder import RunFolder
-from tests.tiny import sentences, write_jsonl
+from tests.helpers.tiny import sentences, write_jsonl
 
 LABELS = ("good film", "bad film number")
 

@@ -12,7 +12,7 @@ from jaxlm.data import load_task, prepare_for, task_config
 from jaxlm.models import LanguageModel, add_classifier
 from jaxlm.train.load import with_head
 from jaxlm.train.measure import MultipleChoiceMetric
-from tests.tiny import make_masked, sentences, write_jsonl
+from tests.helpers.tiny import make_masked, sentences, write_jsonl
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 KEY = jax.random.key(3)

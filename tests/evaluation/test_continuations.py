@@ -11,8 +11,8 @@ import jaxlm
 from jaxlm.data import Encoded, EncodedTask
 from jaxlm.evaluation import accuracy, option_scores, score_split
 from jaxlm.train.objective import classification_objective, lm_objective
-from tests.models import reference
-from tests.models.test_generation import GOLDEN
+from tests.helpers import reference
+from tests.helpers.models import GOLDEN
 
 RNG = np.random.default_rng(0)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.tiny import make_model, sentences, write_corpus, write_jsonl
+from tests.helpers.tiny import make_model, sentences, write_corpus, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120

@@ -8,7 +8,7 @@ import pytest
 from jaxlm.core.errors import UserError
 from jaxlm.models import chat_template
 from jaxlm.models.chat_template import render_chat
-from tests.tiny import make_tokenizer
+from tests.helpers.tiny import make_tokenizer
 
 TURNS = [
     {"role": "system", "content": " Be brief. "},

@@ -17,9 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 import jaxlm
 from jaxlm.core.errors import UserError
-from tests.models import reference
-
-GOLDEN = Path(__file__).parent / "golden"
+from tests.helpers import reference
+from tests.helpers.models import GOLDEN
 
 
 @pytest.fixture

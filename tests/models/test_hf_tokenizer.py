@@ -13,7 +13,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.data import corpus
 from jaxlm.models.hf import SHIPPED
 from jaxlm.models.hf_tokenizer import has_tokenizer, read_tokenizer
-from tests.tiny import make_tokenizer
+from tests.helpers.tiny import make_tokenizer
 
 EVIL = "import pathlib\npathlib.Path({marker!r}).touch()\nclass Evil: pass\n"
 

@@ -11,8 +11,8 @@ import jaxlm
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import flatten
 from jaxlm.models import add_classifier, init_params, layers, param_shapes
+from tests.helpers.models import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
 IDS = jnp.array([[5, 6, 7, 8], [8, 9, 10, 11]])
 
 
@@ -62,7 +62,7 @@ def test_positions_given_by_hand():
 def test_a_batch_longer_than_the_position_table_is_refused(name: str):
     lm = load(name)
     jax.eval_shape(lm.apply, lm.params, jnp.ones((1, 16), int))
-    with pytest.raises(ValueError, match="the batch has 17 tokens a row, the model 16 positions"):
+    with pytest.raises(UserError, match=r"^input_ids: must have at most 16 .*\(got 17\)"):
         jax.eval_shape(lm.apply, lm.params, jnp.ones((1, 17), int))
 
 
@@ -90,10 +90,10 @@ def test_a_new_classifier_keeps_the_encoder(name: str, tmp_path: Path):
 
 
 def test_a_decoder_has_no_classifier_and_an_encoder_without_head_no_logits():
-    with pytest.raises(ValueError, match="a classifier needs an encoder"):
+    with pytest.raises(UserError, match=r"^model: a classifier needs an encoder"):
         add_classifier(load("gpt2"), 2, jax.random.key(0))
     lm = load("bert-base")
-    with pytest.raises(ValueError, match="this model has no head"):
+    with pytest.raises(UserError, match=r"^head: "):
         lm.apply(lm.params, IDS)
 
 

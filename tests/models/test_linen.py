@@ -3,7 +3,6 @@
 import functools
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,8 @@ import pytest
 import jaxlm
 from jaxlm.models import init_params, transformer
 from jaxlm.models.linen import Transformer
+from tests.helpers.models import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
 NAMES = (
     *("gpt2", "llama", "opt-projected", "bert", "bert-base", "roberta-classifier", "mistral"),
     *("qwen2", "qwen3", "olmo-clipped", "olmo2", "gemma", "gemma2", "gpt_neox"),

@@ -12,9 +12,8 @@ from safetensors.numpy import load_file, save_file
 import jaxlm
 from jaxlm.core.paths import flatten
 from jaxlm.models import LanguageModel
-from tests.models import reference
-
-GOLDEN = Path(__file__).parent / "golden"
+from tests.helpers import reference
+from tests.helpers.models import GOLDEN
 
 
 def ours(lm: LanguageModel, inputs: dict[str, np.ndarray]) -> np.ndarray:

@@ -15,9 +15,9 @@ from jaxlm.core.precision import dequantize, quantize
 from jaxlm.data.sources import read_rows
 from jaxlm.models import LanguageModel, ModelConfig, init_params
 from jaxlm.sharding import make_mesh, param_shardings
+from tests.helpers.models import GOLDEN
 from tests.zo.problems import label_word_loss, token_batch
 
-GOLDEN = Path(__file__).parent / "golden"
 BITS = pytest.mark.parametrize("bits", [8, 4])
 NAMES = ("gpt2", "opt-projected", "bert", "qwen3", "gemma2", "gpt_neox")
 IDS = jnp.array([[5, 6, 7, 1], [8, 9, 10, 11]])

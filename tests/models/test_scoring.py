@@ -9,13 +9,17 @@ import pytest
 
 import jaxlm
 from jaxlm.models import LanguageModel, scoring
-from tests.models.test_generation import CONFIG, GOLDEN, MASK, PROMPTS, lm
+from tests.helpers.models import CONFIG, GOLDEN, MASK, PROMPTS, small_model
 
 pytestmark = pytest.mark.optimized
 
-__all__ = ["lm"]
 IDS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 9))
 SEEN = np.array([[1] * 9, [1] * 6 + [0] * 3, [0] * 2 + [1] * 7])
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return small_model()
 
 
 @jax.jit

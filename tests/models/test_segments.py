@@ -1,32 +1,84 @@
-"""Several texts in a row, told apart by segment ids, are read as each would be alone."""
-
-from pathlib import Path
+"""Packed rows: each segment is read and scored as its text would be alone."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm.core.errors import UserError
+from jaxlm.models.scoring import sequence_log_probs
+from tests.helpers.models import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
+LENGTHS = (5, 3, 4)
+TEXTS = [np.random.default_rng(i).integers(5, 20, length) for i, length in enumerate(LENGTHS)]
+PACKED = np.concatenate([*TEXTS, [0, 0]])[None]
+SEGMENTS = np.repeat([1, 2, 3, 0], [*LENGTHS, 2])[None]
+STARTS = np.cumsum([0, *LENGTHS])
+ROWS = np.stack([np.pad(text, (0, 5 - len(text))) for text in TEXTS])
+MASK = (np.arange(5) < np.array(LENGTHS)[:, None]).astype(int)
 
 
 @pytest.mark.parametrize("attention", ["xla", "blockwise"])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "bert"])
-def test_a_packed_row_is_read_as_its_texts(name: str, attention: str):
+def test_logits_of_a_packed_row(name: str, attention: str):
     lm = jaxlm.from_pretrained(GOLDEN / name)
     lm = lm.replace(config=lm.config.replace(attention=attention))
-    rng = np.random.default_rng(0)
-    texts = [rng.integers(5, 20, length) for length in (5, 3, 4)]
-    packed = np.concatenate([*texts, [0, 0]])[None]
-    segments = np.repeat([1, 2, 3, 0], [5, 3, 4, 2])[None]
-    found = jax.jit(lm.apply)(lm.params, packed, segment_ids=segments)[0]
-    start = 0
-    for text in texts:
-        padded = np.zeros((1, 5), int)
-        padded[0, : len(text)] = text
-        mask = (np.arange(5) < len(text)).astype(int)[None]
-        alone = jax.jit(lm.apply)(lm.params, padded, mask)[0]
-        stop = start + len(text)
-        np.testing.assert_allclose(found[start:stop], alone[: len(text)], atol=2e-5)
-        start = stop
+    found = jax.jit(lm.apply)(lm.params, PACKED, segment_ids=SEGMENTS)[0]
+    alone = jax.jit(lm.apply)(lm.params, ROWS, MASK)
+    for row, (start, length) in enumerate(zip(STARTS, LENGTHS, strict=False)):
+        wanted = alone[row, :length]
+        np.testing.assert_allclose(found[start : start + length], wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_log_probs_of_a_packed_row(name: str):
+    """Gemma 2 has windows; 14 tokens are read but for the last, 16 are read whole."""
+    completion = np.array([[0, 1, 1, 0, 1], [0, 0, 1, 0, 0], [0, 1, 1, 1, 0]])
+    packed_completion = np.concatenate(
+        [row[mask > 0] for row, mask in zip(completion, MASK, strict=True)]
+    )
+    with jax.enable_x64(True):
+        lm = jaxlm.from_pretrained(GOLDEN / name, param_dtype="float64")
+        alone = np.asarray(jax.jit(lm.log_probs)(lm.params, ROWS, MASK))
+        for excess in (0, 2):
+            ids, segments = (np.pad(x, ((0, 0), (0, excess))) for x in (PACKED, SEGMENTS))
+            found = jax.jit(lm.log_probs)(lm.params, ids, segment_ids=segments)[0]
+            wanted = np.zeros(ids.shape[1] - 1)
+            for row, (start, length) in enumerate(zip(STARTS, LENGTHS, strict=False)):
+                wanted[start : start + length - 1] = alone[row, : length - 1]
+            np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
+        for completed, mask, reduction in (
+            (None, None, "sum"),
+            (packed_completion[None], completion, "mean"),
+        ):
+            padded = None if completed is None else np.pad(completed, ((0, 0), (0, 2)))
+            found = sequence_log_probs(
+                lm.config, lm.params, PACKED, None, padded, segment_ids=SEGMENTS, num_segments=4,
+                reduction=reduction,
+            )  # fmt: skip
+            wanted = sequence_log_probs(lm.config, lm.params, ROWS, MASK, mask, reduction=reduction)
+            np.testing.assert_allclose(found[0, :3], wanted, rtol=1e-9)
+            assert found[0, 3] == 0
+
+
+def test_gradients_of_a_packed_row():
+    lm = jaxlm.from_pretrained(GOLDEN / "llama")
+
+    def packed(params):
+        return lm.log_probs(params, PACKED, segment_ids=SEGMENTS).sum()
+
+    def alone(params):
+        return (lm.log_probs(params, ROWS, MASK) * MASK[:, 1:]).sum()
+
+    found, wanted = (jax.jit(jax.grad(f))(lm.params) for f in (packed, alone))
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * scale)
+
+
+def test_the_number_of_segments_belongs_to_them():
+    lm = jaxlm.from_pretrained(GOLDEN / "llama")
+    for options in ({"segment_ids": SEGMENTS}, {"num_segments": 3}):
+        with pytest.raises(UserError, match=r"^num_segments: "):
+            sequence_log_probs(lm.config, lm.params, PACKED, **options)

@@ -17,9 +17,9 @@ from jaxlm.models.families import family
 from jaxlm.models.hf_folder import read_config
 from jaxlm.models.hf_tensors import Checkpoint
 from jaxlm.sharding import batch_sharding, make_mesh, param_shardings
-from tests.models import reference
+from tests.helpers import reference
+from tests.helpers.models import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
 MESHES = [{"data": 8}, {"fsdp": 8}, {"model": 8}, {"data": 2, "fsdp": 2, "model": 2}]
 DIVIDES = ModelConfig(
     family="qwen3", kind="decoder", head="lm", vocab_size=48, hidden_size=32, num_layers=2,

@@ -13,7 +13,7 @@ import jaxlm
 from jaxlm import peft
 from jaxlm.core.errors import UserError
 from jaxlm.models import LanguageModel
-from tests.models import reference
+from tests.helpers import reference
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -13,9 +13,6 @@ from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.train.finetuning import FinetuneConfig, finetune
 from jaxlm.train.load import load_model
-from tests.tiny import run_yaml, tiny_model
-
-__all__ = ["run_yaml", "tiny_model"]
 
 SHORT = {"steps": "3", "checkpoint_every": "3", "eval_every": "3", "task.validation": "null"}
 

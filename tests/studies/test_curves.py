@@ -8,7 +8,7 @@ import yaml
 
 from jaxlm.cli.main import main
 from jaxlm.studies.curves import Curve, distance, draw, markdown, rows
-from tests.tiny import write_corpus
+from tests.helpers.tiny import write_corpus
 
 RUN = """\
 model: {family: llama, hidden_size: 16, num_layers: 1, num_heads: 2, intermediate_size: 16,

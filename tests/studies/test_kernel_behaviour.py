@@ -25,9 +25,8 @@ from jaxlm.studies.kernel_task import kernel_task
 from jaxlm.studies.kernel_training import Training, fine_tune
 from jaxlm.train.optimizers import Adam, Muon, Sgd
 from tests.studies.test_kernel_task import few_shot, one_thread
-from tests.tiny import tiny_model
 
-__all__ = ["one_thread", "tiny_model"]
+__all__ = ["one_thread"]
 
 
 def alike(folder):

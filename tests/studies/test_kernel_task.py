@@ -15,9 +15,7 @@ from jaxlm.data import task_config
 from jaxlm.models import from_pretrained
 from jaxlm.studies.kernel_task import kernel_task
 from jaxlm.train.objective import classification_objective
-from tests.tiny import BAD, GOOD, make_masked, sentences, tiny_model, write_jsonl
-
-__all__ = ["tiny_model"]
+from tests.helpers.tiny import BAD, GOOD, make_masked, sentences, write_jsonl
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 LONG = " number film" * 3

@@ -14,9 +14,7 @@ from jaxlm.data import load_task, prepare_for, task_config
 from jaxlm.evaluation import option_scores, score_split
 from jaxlm.models import from_pretrained
 from jaxlm.studies.probe import LinearProbe, fit_rows, linear_probe, with_rows
-from tests.tiny import sentences, tiny_model, write_jsonl
-
-__all__ = ["tiny_model"]
+from tests.helpers.tiny import sentences, write_jsonl
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 THREE = ("good", "bad", "number")

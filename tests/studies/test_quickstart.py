@@ -7,9 +7,7 @@ from jaxlm.cli import finetune
 from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.studies import quickstart
-from tests.tiny import tiny_model, write_run
-
-__all__ = ["tiny_model"]
+from tests.helpers.tiny import write_run
 
 
 @pytest.fixture

@@ -32,9 +32,7 @@ from jaxlm.studies.selection_table import markdown
 from jaxlm.studies.selection_training import Recipe, epoch_weights, load_epoch, train
 from jaxlm.train.load import load_model
 from jaxlm.train.optimizers import Adam
-from tests.tiny import make_model, make_tokenizer, read_lines, sentences, tiny_model, write_jsonl
-
-__all__ = ["tiny_model"]
+from tests.helpers.tiny import make_model, make_tokenizer, read_lines, sentences, write_jsonl
 
 RECIPE = Recipe(
     peft=Lora(rank=2, alpha=4.0),

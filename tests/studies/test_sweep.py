@@ -13,9 +13,7 @@ from jaxlm.studies import sweep as sweeps
 from jaxlm.studies.sweep_table import markdown
 from jaxlm.train.loop import Diverged
 from jaxlm.train.run_folder import RunFolder
-from tests.tiny import tiny_model, write_run
-
-__all__ = ["tiny_model"]
+from tests.helpers.tiny import write_run
 
 SWEEP = """\
 run: {task: {name: subj}, steps: 10}

@@ -21,7 +21,7 @@ from jaxlm.train.first_order import Adam, Muon, Sgd
 from jaxlm.train.load import load_model
 from jaxlm.train.loop import LoopConfig, fit
 from jaxlm.train.zeroth_order import Mezo
-from tests.tiny import write_run
+from tests.helpers.tiny import write_run
 
 STEPS, SIZE = 5, 8
 

@@ -16,7 +16,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.data.corpus import Windows
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.pretraining import PretrainConfig, pretrain
-from tests.tiny import sentences, write_corpus
+from tests.helpers.tiny import sentences, write_corpus
 
 YAML = """\
 model: {{family: llama, hidden_size: 16, num_layers: 2, num_heads: 2, intermediate_size: 16,

@@ -17,7 +17,7 @@ import pytest
 from jaxlm.cli.main import main
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.logging import Metrics
-from tests.tiny import write_corpus, write_run
+from tests.helpers.tiny import write_corpus, write_run
 from tests.train.test_pretraining import YAML
 
 STEPS = 60

@@ -16,7 +16,7 @@ from jaxlm.core.precision import quantize
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.finetuning import FinetuneConfig, finetune
 from jaxlm.train.load import load_model
-from tests.tiny import sentences, write_jsonl, write_run
+from tests.helpers.tiny import sentences, write_jsonl, write_run
 
 ADAM = {"optimizer.name": "adam", "optimizer.learning_rate": 0.02}
 

@@ -18,7 +18,7 @@ from jaxlm.train.load import load_model
 from jaxlm.train.pretraining import PretrainConfig, pretrain
 from jaxlm.train.run_folder import RunFolder
 from jaxlm.zo import Trajectory
-from tests.tiny import read_lines, sentences, write_corpus, write_jsonl, write_run
+from tests.helpers.tiny import read_lines, sentences, write_corpus, write_jsonl, write_run
 
 
 def start(path: Path, **overrides: object) -> dict:

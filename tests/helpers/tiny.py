@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
-
 GOOD = ("bright", "fine", "lovely", "warm")
 BAD = ("dull", "cold", "dreary", "stale")
 
@@ -121,11 +119,6 @@ def make_model(folder: Path, tokenizer=None, *, scale: float = 1.0) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
 def write_run(folder: Path, model: Path) -> Path:
     """A configuration in `folder` whose task lies beside it."""
     for name, count in (("train", 40), ("validation", 16), ("test", 16)):
@@ -155,8 +148,3 @@ def write_corpus(folder: Path) -> None:
     (folder / "corpus" / "held_out").mkdir(parents=True)
     for name, count in (("films", 60), ("more", 50), ("held_out/films", 20)):
         write_jsonl(folder / "corpus" / f"{name}.jsonl", sentences(count))
-
-
-@pytest.fixture
-def run_yaml(tmp_path: Path, tiny_model: Path) -> Path:
-    return write_run(tmp_path, tiny_model)

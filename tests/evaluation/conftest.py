@@ -1,3 +1,0 @@
-from tests.tiny import run_yaml, tiny_model
-
-__all__ = ["run_yaml", "tiny_model"]
