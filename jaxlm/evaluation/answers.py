@@ -1,4 +1,4 @@
-"""Answers in words: F1 over tokens and exact match as SQuAD and DROP are scored."""
+"""Answers in words: token F1 and exact match, as in the scripts of SQuAD and DROP."""
 
 import collections
 import re
@@ -20,7 +20,7 @@ _NO_ANSWER = ("CANNOTANSWER", "no answer")
 
 
 def normalise_answer(text: str) -> str:
-    """Lower case, without punctuation, articles and superfluous space.
+    """Return a text in lower case, without punctuation, articles and superfluous space.
 
     >>> normalise_answer("The  Eiffel-Tower, a tower.")
     'eiffeltower tower'
@@ -29,14 +29,14 @@ def normalise_answer(text: str) -> str:
 
 
 def exact_match(text: str, answers: Sequence[str]) -> float:
-    """1 where a text is one of the answers after normalisation, else 0."""
+    """Return 1 if a text is one of the answers after normalisation, else 0."""
     return float(normalise_answer(text) in map(normalise_answer, answers))
 
 
 def token_f1(text: str, answers: Sequence[str]) -> float:
-    r"""$\max_a 2pr/(p+r)$ over answers, with precision $p$ and recall $r$ of normalised words.
+    r"""Return $\max_a 2pr/(p+r)$ over answers, for precision $p$ and recall $r$ of words.
 
-    Where the first answer says that there is none, it is the exact match with that.
+    Where the first answer says that there is no answer, it is the exact match with that.
 
     >>> round(token_f1("in the Paris of 1900", ["Paris", "Paris, France"]), 3)
     0.4
@@ -46,9 +46,9 @@ def token_f1(text: str, answers: Sequence[str]) -> float:
     return max(_f1(normalise_answer(text).split(), normalise_answer(a).split()) for a in answers)
 
 
-def _f1(found: Sequence[str], wanted: Sequence[str]) -> float:
-    common = (collections.Counter(found) & collections.Counter(wanted)).total()
-    return 2 * common / (len(found) + len(wanted)) if common else 0.0
+def _f1(words: Sequence[str], gold: Sequence[str]) -> float:
+    common = (collections.Counter(words) & collections.Counter(gold)).total()
+    return 2 * common / (len(words) + len(gold)) if common else 0.0
 
 
 @dataclass(frozen=True)
@@ -77,21 +77,21 @@ def evaluate_generation(
     max_length: int | None = None,
     view: Any = None,
 ) -> GenerationResult:
-    """Lets a model answer, greedily and to the end of the line, and scores what it says.
+    """Let a model answer greedily, to the end of the line, and score its answers.
 
     Args:
         lm: a decoder with its tokenizer.
         params: parameters in place of `lm.params`.
-        prompts: texts that end where the answer begins.
+        prompts: texts that end where the answer starts.
         answers: right answers to each prompt.
-        max_new_tokens: tokens of an answer.
-        batch_size: prompts read together, those of like length.
-        max_length: most tokens of a prompt with its answer; a longer prompt is cut on the left, and
-            its special tokens stay. None for as many as the model reads.
+        max_new_tokens: most tokens of an answer.
+        batch_size: prompts in a batch; prompts of similar length are batched together.
+        max_length: most tokens of a prompt with its answer; a longer prompt is cut on the left, but
+            keeps its special tokens. None means as many as the model reads.
         view: see `jaxlm.core.views`.
 
     Raises:
-        UserError: an answer leaves no room for a prompt, or there is no prompt; or see
+        UserError: there is no prompt, or an answer leaves no room for one; see also
             `generate_text`.
     """
     if not prompts:
@@ -99,14 +99,14 @@ def evaluate_generation(
     longest = lm.config.max_positions if max_length is None else max_length
     if longest <= max_new_tokens:
         raise UserError(
-            f"max_new_tokens: leaves no room for a prompt, since prompt and answer have {longest} "
-            f"tokens in all (got {max_new_tokens}). Lower it."
+            f"max_new_tokens: leaves no room for a prompt in {longest} tokens (got "
+            f"{max_new_tokens}). Lower it."
         )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
-        found = generate_text(
+        completions = generate_text(
             lm.replace(params=params),
             [prompts[i] for i in places],
             max_new_tokens=max_new_tokens,
@@ -114,7 +114,7 @@ def evaluate_generation(
             stop=("\n",),
             view=view,
         )
-        for i, (completion,) in zip(places, found, strict=True):
+        for i, (completion,) in zip(places, completions, strict=True):
             texts[i] = completion.text.strip()
     scored = list(zip(texts, answers, strict=True))
     return GenerationResult(

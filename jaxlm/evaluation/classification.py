@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlm.core.dtypes import wide
 from jaxlm.core.errors import UserError
+from jaxlm.data import EncodedTask
+from jaxlm.data.rows import SplitName
 from jaxlm.models.scoring import log_probs_of, reduce_log_probs
 from jaxlm.typing import Batch, Params
 
@@ -16,7 +19,7 @@ Apply = Callable[..., Any]
 LogProbs = Callable[..., Any]
 """Log-probabilities of options after a prompt: `lm.continuation_log_probs`."""
 Reduction = Literal["mean", "sum"]
-"""Of the log-probabilities of an option's tokens."""
+"""How the log-probabilities of an option's tokens are reduced to a score."""
 
 
 def option_scores(
@@ -30,20 +33,20 @@ def option_scores(
     reduction: Reduction = "mean",
     view: Any = None,
 ) -> Float[Array, "B C"]:
-    r"""Scores the options of each example; the highest is the prediction.
+    r"""Score the options of each example; the option with the highest score is the prediction.
 
-    With label words of one token the score is the word's logit at the position that predicts it.
-    Else it is the mean log-probability of the option's tokens, $\frac1{|o|}\sum_k \log p(o_k \mid
-    x, o_{<k})$. Their softmax over options is the same where every option is one token. An option
-    without a token, which fills up examples that have fewer, has the score $-\infty$.
+    For label words of one token the score is the word's logit at the position that predicts it.
+    Otherwise it is the mean log-probability of the option's tokens, $\frac1{|o|}\sum_k \log p(o_k
+    \mid x, o_{<k})$. The softmax over options is the same for both where every option is one token.
+    An option without tokens, which pads an example that has fewer options, has the score $-\infty$.
 
     Args:
         apply: the model's forward pass.
-        token_ids: the label words' tokens; None for options of several tokens.
+        token_ids: the tokens of the label words; None for options of several tokens.
         params: the model's parameters.
         batch: as collated by `jaxlm.data`.
-        offsets: taken from the scores, `calibration_offsets(...)`.
-        log_probs: `lm.continuation_log_probs`, which batches of the form "continuations" need.
+        offsets: subtracted from the scores, see `calibration_offsets`.
+        log_probs: `lm.continuation_log_probs`, required by batches of the form "continuations".
         reduction: of the log-probabilities of an option's tokens.
         view: see `jaxlm.core.views`.
 
@@ -55,48 +58,55 @@ def option_scores(
     """
     batch = {name: jnp.asarray(value) for name, value in batch.items()}
     if token_ids is not None:
-        logits_BxC = apply(
-            params,
-            batch["input_ids"],
-            batch["attention_mask"],
-            token_type_ids=batch.get("token_type_ids"),
-            positions=batch["positions"],
-            token_ids=jnp.asarray(token_ids),
-            view=view,
+        scores = wide(
+            apply(
+                params,
+                batch["input_ids"],
+                batch["attention_mask"],
+                token_type_ids=batch.get("token_type_ids"),
+                positions=batch["positions"],
+                token_ids=jnp.asarray(token_ids),
+                view=view,
+            )
         )
-        scores = logits_BxC.astype(jnp.promote_types(logits_BxC.dtype, jnp.float32))
-        return scores if offsets is None else scores - jnp.asarray(offsets)[None]
+    else:
+        token_scores, mask = _token_scores(apply, log_probs, params, batch, view)
+        scores = reduce_log_probs(token_scores, mask, reduction)
+        scores = jnp.where(mask.any(axis=-1), scores, -jnp.inf)
+    return scores if offsets is None else scores - jnp.asarray(offsets)[None]
+
+
+def _token_scores(
+    apply: Apply, log_probs: LogProbs | None, params: Params, batch: Batch, view: Any
+) -> tuple[Float[Array, "B C K"], Float[Array, "B C K"]]:
+    """Return the log-probabilities of the options' tokens, and the mask of these tokens."""
     if "prompt_ids" in batch:
         if log_probs is None:
             raise TypeError("options after a prompt need log_probs: lm.continuation_log_probs")
         ids, mask = batch["option_ids"], batch["option_mask"]
-        scored = log_probs(params, batch["prompt_ids"], batch["prompt_mask"], ids, view=view)
-    else:
-        mask = batch["target_mask"]
-        names = ("input_ids", "attention_mask", "positions", "targets")
-        rows = (batch[name].reshape(mask.shape[0] * mask.shape[1], -1) for name in names)
-        ids, attention, positions, targets = rows
-        logits = apply(params, ids, attention, positions=positions, view=view)
-        scored = log_probs_of(logits, targets).reshape(mask.shape)
-    scores = reduce_log_probs(scored, mask, reduction)
-    scores = jnp.where(mask.any(axis=-1), scores, -jnp.inf)
-    return scores if offsets is None else scores - jnp.asarray(offsets)[None]
+        return log_probs(params, batch["prompt_ids"], batch["prompt_mask"], ids, view=view), mask
+    mask = batch["target_mask"]
+    names = ("input_ids", "attention_mask", "positions", "targets")
+    rows = (batch[name].reshape(mask.shape[0] * mask.shape[1], -1) for name in names)
+    ids, attention, positions, targets = rows
+    logits = apply(params, ids, attention, positions=positions, view=view)
+    return log_probs_of(logits, targets).reshape(mask.shape), mask
 
 
 def score_split(
     scorer: Callable[[Params, Batch], Any],
     params: Params,
-    encoded: Any,
-    split: Literal["train", "validation", "test"],
+    encoded: EncodedTask,
+    split: SplitName,
     *,
     batch_size: int,
 ) -> tuple[Float[np.ndarray, "N C"], Int[np.ndarray, " N"] | Bool[np.ndarray, "N C"]]:
-    """Scores every example of a split, in the order of the split.
+    """Score every example of a split, in the order of the split.
 
     Args:
         scorer: compiled `(params, batch) -> [B, C]`.
         params: the model's parameters.
-        encoded: a `jaxlm.data.EncodedTask`.
+        encoded: the task.
         split: which examples.
         batch_size: examples in a forward pass.
 
@@ -108,13 +118,14 @@ def score_split(
     """
     examples = getattr(encoded, split)
     labels = np.array([example.label for example in examples], np.int32)
-    found = []
+    parts = []
     for batch in encoded.eval_batches(split, batch_size=batch_size):
         index = batch.pop("index")
-        found.append((index, np.asarray(scorer(params, batch))))
-    most = max((part.shape[1] for _, part in found), default=0)
+        parts.append((index, np.asarray(scorer(params, batch))))
+    most = max((part.shape[1] for _, part in parts), default=0)
     scores = np.full((len(labels), most), -np.inf, np.float32)
-    for index, part in found:
+    for index, part in parts:
+        # Filling rows have the index -1.
         scores[index[index >= 0], : part.shape[1]] = part[index >= 0]
     check_finite(scores, f"scores of {split}")
     if not any(example.gold for example in examples):
@@ -126,15 +137,17 @@ def score_split(
 
 
 def accuracy(scores: Float[Any, "N C"], labels: Int[Any, " N"] | Bool[Any, "N C"]) -> float:
-    """Share of examples whose highest score has a right option; the first of equals is taken.
+    """Return the share of examples whose highest score belongs to a right option.
+
+    Of equal scores the first counts.
 
     Args:
-        scores: of the options.
+        scores: scores of the options.
         labels: the right option of each example, or a mask of the right ones.
 
     Raises:
         UserError: a score is not finite, since a NaN would count as the first option. Minus
-            infinity is the score of an option that an example does not have; one must be there.
+            infinity is allowed for an option that an example does not have, but not for all.
 
     >>> accuracy(np.array([[1.0, 2.0], [3.0, 0.0]]), np.array([1, 1]))
     0.5
@@ -147,7 +160,7 @@ def accuracy(scores: Float[Any, "N C"], labels: Int[Any, " N"] | Bool[Any, "N C"
 
 
 def majority_accuracy(labels: Int[Any, " N"] | Bool[Any, "N C"]) -> float:
-    """Accuracy of always giving the answer that is right most often; at least 1/C.
+    """Return the accuracy of always giving the most frequent right answer; at least 1/C.
 
     Args:
         labels: the right option of each tested example, or a mask of the right ones.
@@ -166,7 +179,7 @@ def check_finite(scores: Float[Any, "N C"], key: str = "scores") -> None:
     bad = np.flatnonzero(~np.isfinite(highest))
     if len(bad):
         raise UserError(
-            f"{key}: {len(bad)} of {len(highest)} examples have scores that are not finite (got "
+            f"{key}: not finite for {len(bad)} of {len(highest)} examples (got "
             f"{highest[bad[0]]} for example {bad[0] + 1}). Check that the model's weights are "
             "finite, and lower the learning rate of the run that made them."
         )

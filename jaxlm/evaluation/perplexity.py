@@ -1,4 +1,4 @@
-"""How well a causal language model predicts running text, in nats a token and bits a byte."""
+"""Perplexity: how well a causal language model predicts a text, in nats a token and bits a byte."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,21 +17,21 @@ from jaxlm.typing import Params
 def perplexity(
     log_probs: Callable[..., Any], windows: Mapping[str, np.ndarray], size: int, *, batch_size: int
 ) -> Callable[[Params], dict[str, float]]:
-    """Makes a function that measures parameters on a text cut into windows.
+    """Return a function that measures parameters on a text cut into windows.
 
     Args:
-        log_probs: those of every token but the first, `lm.log_probs`.
-        windows: `input_ids` int [W, T + 1] and `weights` [W, T] of the targets, as
-            `jaxlm.data.corpus.all_windows` makes them.
+        log_probs: `lm.log_probs`, the log-probabilities of all tokens but the first.
+        windows: `input_ids` int [W, T + 1] and `weights` [W, T] of the targets, see
+            `jaxlm.data.corpus.all_windows`.
         size: bytes of the text.
         batch_size: windows in a forward pass.
 
     Returns:
         `params -> {"loss": nats a token, "bits_per_byte": bits a byte}`, compiled at its first
-        call.
+        call. It raises a UserError if the loss is not finite.
 
     Raises:
-        UserError: the text has no token to predict; of the function, that the loss is not finite.
+        UserError: the text has no token to predict.
     """
     spare = -len(windows["weights"]) % batch_size
     batches = {
@@ -58,7 +58,7 @@ def perplexity(
 
 
 def total_nats(log_probs: Callable[..., Any]) -> Callable[[Params, Mapping[str, Array]], Array]:
-    """Makes `(params, batches) -> nats` of windows [N, B, T + 1] and weights [N, B, T]."""
+    """Return `(params, batches) -> nats` for windows [N, B, T + 1] and weights [N, B, T]."""
 
     def total(params: Params, batches: Mapping[str, Array]) -> Array:
         def nats(batch: Mapping[str, Array]) -> Array:

@@ -1,12 +1,12 @@
-r"""Losses that no gradient passes: rewards of Python functions, called on the host within a step.
+r"""Losses without gradients: rewards computed by Python functions, called on the host in a step.
 
 Each is `loss_fn(params, batch, *, key=None, view=None) -> (loss, {"reward"})` with the loss
-$-\sum_i w_i r_i / \sum_i w_i$, over the `weights` of the batch where it has some. Zeroth-order
-optimizers take them, compiled and with both signs in one pass: the reward is then called once for
-each sign and direction. It must be a function of what it is given.
+$-\sum_i w_i r_i / \sum_i w_i$, where w are the `weights` of the batch if it has them. Zeroth-order
+optimizers accept these losses, compiled and with both signs in one pass; the reward is then called
+once for each sign and direction. It must depend on its arguments alone.
 
-A mistake of the reward ends the step with `jax.errors.JaxRuntimeError`, whose text holds the
-message of a `UserError` that names it.
+An error in the reward ends the step with `jax.errors.JaxRuntimeError`, whose text contains the
+message of a `UserError` that names the reward.
 """
 
 import functools
@@ -27,12 +27,12 @@ from jaxlm.typing import Batch, LossFn, Params
 
 
 def callback_objective(function: Callable[..., Any], reward: Callable[..., Any]) -> LossFn:
-    """Minus the mean reward of what a function of the parameters gives.
+    """Return the loss that is minus the mean reward of a function of the parameters.
 
     Args:
         function: `(params, batch, *, view) -> arrays`, traced.
         reward: `(arrays, batch) -> [B]`, any function of NumPy arrays. On a CPU with one core JAX
-            waits for ever to hand over 100 kB and more: give predictions rather than logits.
+            deadlocks when it passes 100 kB or more to the host: pass predictions and not logits.
     """
 
     def loss_fn(params: Params, batch: Batch, *, key: Any = None, view: Any = None) -> Any:
@@ -52,23 +52,22 @@ def generation_objective(
     stop: Sequence[str] = ("\n",),
     temperature: float = 0.0,
 ) -> LossFn:
-    """Minus the mean reward of the texts that the model writes after the prompts of a batch.
+    """Return the loss that is minus the mean reward of texts generated after a batch's prompts.
 
-    With a view nothing is held beside the cache, but every token draws the noise again. An
-    objective without `view` is called on perturbed parameters: a copy of them, drawn once, which is
-    faster for long texts. `lambda params, batch: loss_fn(params, batch)` is that objective.
+    With a view, memory holds only the cache, but every token draws the noise again. A loss without
+    the argument `view` is called on a perturbed copy of the parameters, drawn once, which is faster
+    for long texts; `lambda params, batch: loss_fn(params, batch)` is such a loss.
 
     Args:
         lm: a decoder with its tokenizer.
-        reward: `(texts, examples) -> values`, a number for each text. Those of rows of weight 0
-            do not count.
-        examples: anything that the reward needs, such as gold answers; `index` of the batch says
-            which are in it.
-        max_new_tokens: tokens of a text.
-        stop_ids: tokens that end a text; None for those of the configuration.
+        reward: `(texts, examples) -> values`, a number for each text. Rows of weight 0 do not
+            count.
+        examples: whatever the reward needs, such as gold answers; `index` of the batch tells which
+            are in it.
+        max_new_tokens: most tokens of a text.
+        stop_ids: tokens that end a text; None means those of the configuration.
         stop: a text is cut before the first of these, then stripped of white space.
-        temperature: 0 takes the most likely token; else the draws are those of `key`, the same for
-            both signs.
+        temperature: 0 takes the most likely token; otherwise `key` draws, the same for both signs.
 
     Returns:
         A loss of batches with `input_ids`, `attention_mask` [B, T] and `index` [B].
@@ -86,18 +85,18 @@ def generation_objective(
     def text(tokens: list[int]) -> str:
         end = next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens))
         decoded = lm.tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False)
-        for each in stop:
-            decoded = decoded.split(each, 1)[0]
+        for string in stop:
+            decoded = decoded.split(string, 1)[0]
         return decoded.strip()
 
     @functools.wraps(reward)
-    def scored(found: Generated, batch: Any) -> Sequence[float]:
-        rows = zip(found.tokens.tolist(), found.lengths.tolist(), strict=True)
+    def scored(generated: Generated, batch: Any) -> Sequence[float]:
+        rows = zip(generated.tokens.tolist(), generated.lengths.tolist(), strict=True)
         texts = [text(tokens[:length]) for tokens, length in rows]
         return reward(texts, [examples[i] for i in batch["index"]])
 
     def loss_fn(params: Params, batch: Batch, *, key: Any = None, view: Any = None) -> Any:
-        found = generator.sample(
+        generated = generator.sample(
             params,
             batch["input_ids"],
             batch["attention_mask"],
@@ -106,7 +105,7 @@ def generation_objective(
             view=view,
         )
         needed = {name: batch[name] for name in ("index", "weights") if name in batch}
-        return _loss(scored, found, needed)
+        return _loss(scored, generated, needed)
 
     return loss_fn
 
@@ -114,9 +113,9 @@ def generation_objective(
 def f1_objective(
     lm: LanguageModel, answers: Sequence[Sequence[str]], *, max_new_tokens: int = 50
 ) -> LossFn:
-    """Minus the mean F1 of greedily written answers, as `evaluate_generation` scores them.
+    """Return the loss that is minus the mean F1 of greedy answers; see `evaluate_generation`.
 
-    An answer ends with the line. Arguments and result are as of `generation_objective`.
+    An answer ends with the line. The result is as in `generation_objective`.
 
     Args:
         lm: a decoder with its tokenizer.
@@ -140,7 +139,7 @@ def f1_objective(
 
 
 def _loss(reward: Callable[..., Any], arrays: Any, batch: Batch) -> tuple[Array, dict[str, Array]]:
-    """Minus the mean of `reward(arrays, batch)`, which is called on the host."""
+    """Return minus the mean of `reward(arrays, batch)`, called on the host, and the mean."""
     weights = example_weights(batch)
 
     def on_host(*given: Any) -> np.ndarray:
@@ -148,7 +147,7 @@ def _loss(reward: Callable[..., Any], arrays: Any, batch: Batch) -> tuple[Array,
         return _checked(reward, arrays, batch, weights)
 
     shape = jax.ShapeDtypeStruct(weights.shape, jnp.float32)
-    # "sequential" calls once for each sign and direction, so that a reward sees one batch.
+    # "sequential" calls it once for each sign and direction, so that a reward sees one batch.
     values = jax.pure_callback(on_host, shape, arrays, batch, weights, vmap_method="sequential")
     mean = jnp.sum(values * weights) / jnp.sum(weights)
     return -mean, {"reward": mean}
@@ -157,7 +156,7 @@ def _loss(reward: Callable[..., Any], arrays: Any, batch: Batch) -> tuple[Array,
 def _checked(
     reward: Callable[..., Any], arrays: Any, batch: Any, weights: np.ndarray
 ) -> Float[np.ndarray, " B"]:
-    """The values of a reward, 0 where the weight is, or an error that names it."""
+    """Return the values of a reward, 0 where the weight is 0, or raise an error that names it."""
     name = getattr(reward, "__name__", type(reward).__name__)
     try:
         values = np.asarray(reward(arrays, batch), np.float32)

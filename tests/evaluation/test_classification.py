@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core.errors import UserError
+from jaxlm.data import Encoded, EncodedTask
 from jaxlm.evaluation import accuracy, calibrate, majority_accuracy, option_scores, score_split
 from jaxlm.models.scoring import log_probs_of
 from jaxlm.train.objective import classification_objective, lm_objective
@@ -40,6 +41,12 @@ def label_words_batch():
         "labels": np.array([1, 0, 1], np.int32),
         "weights": np.array([1, 1, 0], np.float32),
     }
+
+
+def label_words_task(count):
+    """Examples of growing length that start with their number."""
+    examples = tuple(Encoded(i % 2, ((i,) * (i + 1),), ((i,),), ((5,),)) for i in range(count))
+    return EncodedTask(("a", "b"), np.array([5, 2], np.int32), 0, (8,), (), (), examples)
 
 
 def options_batch(words, batch):
@@ -158,16 +165,16 @@ def test_majority_is_that_of_the_tested_rows_and_at_least_one_in_c(classes):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_scores_that_are_not_finite_are_refused_by_example(bad):
-    scores = np.ones((5, 2))
+    scores, task = np.ones((5, 2)), label_words_task(5)
     scores[3, 1] = bad
     uses = (
         lambda: accuracy(scores, np.zeros(5, int)),
         lambda: calibrate(scores, np.ones((5, 2))),
         lambda: calibrate(np.ones((5, 2)), scores),
-        lambda: score_split(lambda params, batch: scores, None, Fixed(5), "test", batch_size=5),
+        lambda: score_split(lambda params, batch: scores[::-1], None, task, "test", batch_size=5),
     )
     for use in uses:
-        with pytest.raises(UserError, match=r"1 of 5 examples .*not finite \(got .* example 4\)"):
+        with pytest.raises(UserError, match=r"not finite for 1 of 5 examples \(got .* example 4\)"):
             use()
 
 
@@ -178,31 +185,13 @@ def test_an_option_that_an_example_does_not_have_is_no_mistake_but_one_must_be_t
         accuracy(np.array([[1.0, 2.0], [-np.inf, -np.inf]]), np.array([1, 0]))
 
 
-class Fixed:
-    """An encoded task of `count` examples that are read at once."""
-
-    labels = ("a", "b")
-
-    def __init__(self, count):
-        self.test = tuple(type("E", (), {"label": 0, "gold": ()}) for _ in range(count))
-
-    def eval_batches(self, split, *, batch_size):
-        yield {"index": np.arange(len(self.test))}
-
-
-def test_a_split_is_scored_in_its_own_order(params):
-    class Encoded:
-        labels = ("a", "b")
-        test = tuple(type("E", (), {"label": i % 2, "gold": ()}) for i in range(3))
-
-        def eval_batches(self, split, *, batch_size):
-            for index in ([2, 0], [1, -1]):
-                rows = np.array([max(i, 0) for i in index], np.int32)
-                yield {"input_ids": rows, "index": np.array(index, np.int32)}
+def test_a_split_is_scored_in_its_own_order():
+    """Batches hold the longest examples first, and the last one is filled up."""
 
     def scorer(params, batch):
-        return jnp.stack([batch["input_ids"], -jnp.asarray(batch["input_ids"])], axis=1) * 1.0
+        first = jnp.asarray(batch["input_ids"][:, 0])
+        return jnp.stack([first, -first], axis=1) * 1.0
 
-    scores, labels = score_split(scorer, params, Encoded(), "test", batch_size=2)
+    scores, labels = score_split(scorer, None, label_words_task(3), "test", batch_size=2)
     np.testing.assert_array_equal(scores, [[0, 0], [1, -1], [2, -2]])
     np.testing.assert_array_equal(labels, [0, 1, 0])

@@ -198,7 +198,7 @@ def test_what_a_tokenizer_adds(template):
     if template.startswith("<s>"):
         assert len(generate_text(model, [""], max_new_tokens=1)[0][0].tokens) == 1
     else:
-        with pytest.raises(UserError, match=r"^prompt: has no token"):
+        with pytest.raises(UserError, match=r"^prompt: has no tokens"):
             generate_text(model, [""], max_new_tokens=1)
 
 
