@@ -134,7 +134,7 @@ def hold(folder: Path, key: str = "output") -> Iterator[None]:
         yield
         return
     path = folder / LOCK
-    file = _take(path, folder, key)
+    file = acquire(path, folder, key)
     try:
         yield
     except Exception as error:
@@ -144,8 +144,8 @@ def hold(folder: Path, key: str = "output") -> Iterator[None]:
                 error.add_note(f"{_LOGGED}{folder / LOG}.")
         raise
     finally:
-        # Unlink while the lock is held. A process that waits in `_take` then sees that its file is
-        # no longer the one at this path, and tries again.
+        # Unlink while the lock is held. A process that waits in `acquire` then sees that its file
+        # is no longer the one at this path, and tries again.
         path.unlink(missing_ok=True)
         os.close(file)
 
@@ -156,7 +156,17 @@ def where_logged(error: Exception) -> str | None:
     return next((note for note in notes if note.startswith(_LOGGED)), None)
 
 
-def _take(path: Path, folder: Path, key: str) -> int:
+def acquire(path: Path, folder: Path, key: str) -> int:
+    """Return the open file of a lock; it is held until that is closed or the process ends.
+
+    Args:
+      path: the file, made if it is missing. Unlink it before it is closed.
+      folder: what the lock is for, for the message.
+      key: name of the option that gave the folder, for the message.
+
+    Raises:
+      UserError: another process holds the lock; the message says which.
+    """
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:

@@ -4,13 +4,14 @@ r"""The step that Adam would make on a gradient, from the state of a training ru
     paper:      (m' / (1 - b1^t)) / (sqrt(v' / (1 - b2^t)) + eps),    t = count + 1
     reference:  m' / sqrt(v' + eps)
 
-"paper" is Adam, and `optax.scale_by_adam` to the last digits. "reference" is what the authors' code
-of LESS computes: no bias correction, and eps under the root, where it is felt by every v' that is
-not far above it.
+"paper" is Adam, with the rounding of `optax.scale_by_adam`. "reference" is what the authors' code
+of LESS computes: no bias correction, and eps under the root, where it matters for every v' that is
+not far above eps.
 
 References: Kingma and Ba, "Adam", arXiv:1412.6980; Xia et al., "LESS", arXiv:2402.04333.
 """
 
+import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,16 +19,18 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxlm.core import paths
+from jaxlm.core.checks import number, one_of
+from jaxlm.core.dtypes import wide_dtype
 from jaxlm.core.errors import UserError
 
 Variant = Literal["paper", "reference"]
 
 
 class Constants(NamedTuple):
-    """What an Adam is made with.
+    """The static part of an `Adam`.
 
     Attributes:
-      b1, b2: decay of the two moments.
+      b1, b2: decay rates of the two moments.
       eps: added to the root, or under it.
       variant: "paper" or "reference".
     """
@@ -38,102 +41,131 @@ class Constants(NamedTuple):
     variant: Variant = "paper"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adam:
+    """Adam in the middle of a training run: its state and its constants.
+
+    Attributes:
+      state: state of `optax.adam` and its like, or of any chain that has one.
+      b1, b2: decay rates of the two moments.
+      eps: added to the root, or under it.
+      variant: "paper", the step that optax makes; or "reference", the step of the authors' code of
+        LESS.
+
+    Raises:
+      UserError: for constants that Adam cannot have.
+    """
+
+    state: Any
+    b1: float | int = 0.9
+    b2: float | int = 0.999
+    eps: float | int = 1e-8
+    variant: Variant = "paper"
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def constants(self) -> Constants:
+        """The constants as floats, which are hashable and so may be static under `jax.jit`."""
+        return Constants(float(self.b1), float(self.b2), float(self.eps), self.variant)
+
+
+def check(constants: Constants | Adam) -> None:
+    """Raise UserError for constants that Adam cannot have."""
+    number(constants, "b1", "b2", least=0, below=1)
+    number(constants, "eps", least=0)
+    one_of("variant", constants.variant, ("paper", "reference"))
+
+
 def step(
     g: Array, first: Array, second: Array, count: Any, constants: Constants
 ) -> tuple[Array, Array]:
-    """Adam's next step on g, without learning rate and sign.
+    """Return Adam's next step on g, without learning rate and sign.
 
     Args:
       g: gradient.
-      first, second: moments, of a shape that g's broadcasts with.
-      count: steps that the moments have seen.
-      constants: of the optimizer.
+      first, second: moments, in a shape that broadcasts with that of g.
+      count: number of steps that the moments have seen.
+      constants: constants of the optimizer.
 
     Returns:
-      The step, in at least float32 and 0 where m' is; and where eps is the larger term below.
+      The step, in at least float32, 0 where m' is 0; and a mask that is true where eps is the
+      larger term of the denominator.
     """
     b1, b2, eps, variant = constants
-    dtype = jnp.promote_types(g.dtype, jnp.float32)
+    dtype = wide_dtype(g)
     g, first, second = (a.astype(dtype) for a in (g, first, second))
     first = (1 - b1) * g + b1 * first
     second = (1 - b2) * g**2 + b2 * second
     if variant == "reference":
         return _divide(first, jnp.sqrt(second + eps)), second < eps
-    # Rounded as optax does: 1 - b2 in float32 is off by 1e-5 of itself.
+    # Powers are rounded as optax rounds them. 1 - b2 computed in float32 would be off by 1e-5.
     count = jnp.asarray(count) + 1
     seen1, seen2 = ((1 - decay**count).astype(dtype) for decay in (b1, b2))
     root = jnp.sqrt(second / seen2)
     return _divide(first / seen1, root + eps), root < eps
 
 
-def _divide(first: Array, below: Array) -> Array:
-    return jnp.where(first == 0, 0, first / below)
-
-
-def check(constants: Constants) -> None:
-    """Raises UserError for constants that no Adam has."""
-    for name in ("b1", "b2"):
-        value = getattr(constants, name)
-        if not 0 <= value < 1:
-            raise UserError(f"{name}={value} is impossible; give 0 <= {name} < 1")
-    if constants.eps < 0:
-        raise UserError(f"eps={constants.eps} is impossible; give 0 or more")
-    if constants.variant not in ("paper", "reference"):
-        raise UserError(f"variant={constants.variant!r} is not known; give 'paper' or 'reference'")
+def _divide(first: Array, denominator: Array) -> Array:
+    # With eps = 0, a parameter that never had a gradient would give 0 / 0.
+    return jnp.where(first == 0, 0, first / denominator)
 
 
 def moments(
     state: Any, params: Any, select: paths.Select = None
 ) -> tuple[list[Array], list[Array], Array]:
-    """Adam's moments of the selected parameters, wherever they are in an optax state.
+    """Return Adam's moments of the selected parameters, wherever they are in an optax state.
 
     Args:
-      state: of `optax.scale_by_adam`, or of any chain that has one.
-      params: what was trained.
-      select: which of it.
+      state: state of `optax.scale_by_adam`, or of any chain that has one.
+      params: the parameters that were trained.
+      select: selects some of them.
 
     Returns:
-      First and second moments, one array a leaf in the order of the tree; and the steps they have
-      seen.
+      First and second moments, one array a leaf in the order of the tree; and the number of steps
+      they have seen.
 
     Raises:
-      UserError: if there are no moments of a selected leaf, several, or of another shape; the
-        message names the leaf.
+      UserError: a selected leaf has no moments, moments in several states, or moments of another
+        shape; the message names the leaf.
     """
-    found = _adam_states(state)
-    if not found:
+    states = _adam_states(state)
+    if not states:
         raise UserError(
-            "adam_state has no ScaleByAdamState; give the state of an optax chain with adam, adamw "
-            "or scale_by_adam"
+            "adam_state: has no ScaleByAdamState. Give the state of an optax chain with adam, "
+            "adamw or scale_by_adam."
         )
     tables = [
         [{(leaf.path, leaf.layer): leaf.value for leaf in paths.flatten(tree)[0]} for tree in pair]
-        for pair in ((each.mu, each.nu) for each in found)
+        for pair in ((each.mu, each.nu) for each in states)
     ]
-    first, second, states = [], [], []
+    first, second, owners = [], [], []
     for leaf in paths.flatten(paths.split(params, select)[0])[0]:
         place = (leaf.path, leaf.layer)
         having = [i for i, (mu, _) in enumerate(tables) if place in mu]
         if len(having) != 1:
+            cure = "Give one state." if having else "Leave it out by select."
             raise UserError(
-                f"adam_state has {len(having)} moments of {leaf.path}; "
-                + ("give one state" if having else "leave it out by select")
+                f"adam_state: has {len(having)} moments of {leaf.path}, not one. {cure}"
             )
-        pair = [table[place] for table in tables[having[0]]]
-        if jnp.shape(pair[0]) != jnp.shape(leaf.value):
+        mu, nu = (table[place] for table in tables[having[0]])
+        if jnp.shape(mu) != jnp.shape(leaf.value):
             raise UserError(
-                f"adam_state has moments of shape {jnp.shape(pair[0])} for {leaf.path}, which is "
-                f"{jnp.shape(leaf.value)}; give the state of these parameters"
+                f"adam_state: the moments of {leaf.path} must have shape {jnp.shape(leaf.value)} "
+                f"(got {jnp.shape(mu)}). Give the state of these parameters."
             )
-        first.append(jnp.asarray(pair[0]))
-        second.append(jnp.asarray(pair[1]))
-        states.append(having[0])
-    if len(set(states)) > 1:
-        raise UserError("adam_state has several ScaleByAdamStates; select what one of them trains")
-    return first, second, jnp.asarray(found[states[0]].count)
+        first.append(jnp.asarray(mu))
+        second.append(jnp.asarray(nu))
+        owners.append(having[0])
+    if len(set(owners)) > 1:
+        raise UserError(
+            "adam_state: has several ScaleByAdamStates. Select what one of them trains."
+        )
+    return first, second, jnp.asarray(states[owners[0]].count)
 
 
-def _adam_states(state) -> list[Any]:
+def _adam_states(state: Any) -> list[Any]:
     from optax import ScaleByAdamState
 
     def is_adam(node):

@@ -1,8 +1,8 @@
-r"""The gradient of every example by itself, passed on leaf by leaf.
+"""Per-example gradients, handed to a rule leaf by leaf.
 
-Of a loss with a keyword `tap`, one backward pass for a whole batch gives the factors of every
-example's gradients; those of one layer are formed, handed to a rule, and dropped before the next
-layer is reached. Of any other loss, all gradients of a batch exist at once.
+For a loss with a keyword `tap`, one backward pass over a batch yields the factors of every
+example's gradients. The gradients of one layer are formed, handed to a rule and dropped before the
+next layer is reached. For any other loss, all gradients of a batch exist at once.
 """
 
 import dataclasses
@@ -18,10 +18,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxlm.core import paths, taps
+from jaxlm.core.dtypes import wide
 from jaxlm.core.errors import UserError
 
-LOSS = ("", "bias")
-"""The use by which losses leave a backward pass."""
+LOSS_USE = ("", "bias")
+"""A use of no parameter, through which the losses leave the backward pass."""
 
 
 class Used(NamedTuple):
@@ -38,11 +39,11 @@ class Gradient:
     """Per-example gradients of a leaf, a stack of layers, or one layer.
 
     Attributes:
-      path: of the leaf.
+      path: path of the leaf.
       layer: None for a leaf outside layers and for a whole stack.
-      shape: of one gradient.
-      value: the gradients [N, *shape], or None where they are not formed.
-      uses: whose factors they are products of, else.
+      shape: shape of one gradient.
+      value: the gradients [N, *shape]; None if only their factors are known.
+      uses: the factors of the gradients if `value` is None.
     """
 
     path: str
@@ -52,32 +53,28 @@ class Gradient:
     uses: tuple[Used, ...] = ()
 
     def formed(self) -> Float[Array, "N ..."]:
-        """[N, *shape], in at least float32."""
+        """Return the gradients [N, *shape], in at least float32."""
         if self.value is not None:
-            return _wide(self.value)
+            return wide(self.value)
         return sum(_form(use, self.shape) for use in self.uses)  # type: ignore[return-value]
 
 
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _form(use: Used, shape: tuple[int, ...]) -> Array:
-    """Gradients from factors a [N, T, ...], b [N, T, ...]."""
+    """Form gradients from factors a [N, T, ...], b [N, T, ...]."""
     op, a, b, rows = use
     if op == "bias":
-        g = _wide(b).sum(1)
+        g = wide(b).sum(1)
     elif op == "scale":
-        g = (_wide(a) * _wide(b)).sum(1)
+        g = (wide(a) * wide(b)).sum(1)
     elif op == "dense":
         return _products(a, b)
     elif op == "head":
         g = _products(b, a)
     else:
         rows = None
-        # Where an id is no row, the look-up takes the nearest, and so must its gradient.
+        # The lookup takes the nearest row for an id out of range, and so must its gradient.
         g = jax.vmap(lambda ids, b: jnp.zeros(shape, b.dtype).at[ids].add(b, mode="clip"))(
-            a.astype(jnp.int32), _wide(b)
+            a.astype(jnp.int32), wide(b)
         )
     if rows is None:
         return g.reshape(len(g), *shape)
@@ -85,18 +82,19 @@ def _form(use: Used, shape: tuple[int, ...]) -> Array:
 
 
 def _products(a: Array, b: Array) -> Array:
-    return jnp.einsum("nti,nto->nio", _wide(a), _wide(b), precision=lax.Precision.HIGHEST)
+    return jnp.einsum("nti,nto->nio", wide(a), wide(b), precision=lax.Precision.HIGHEST)
 
 
 Rule = Callable[[Gradient, Any, Any], tuple[Any, Any]]
 
 
 class Reduced(NamedTuple):
-    """What `reduce` returns.
+    """The result of `reduce`.
 
     Attributes:
-      total: sum over all leaves and layers of the first value of the rule.
-      own: for each selected leaf the second, [N, ...], or [N, L, ...] where it is stacked.
+      total: the first value of the rule, summed over all leaves and layers.
+      own: the second value of the rule for each selected leaf, [N, ...], or [N, L, ...] for a
+        stacked leaf.
       losses: [N].
     """
 
@@ -130,7 +128,7 @@ def count_examples(x: Any, name: str) -> int:
 
 
 def takes_tap(loss_fn: Callable[..., Any]) -> bool:
-    """Whether a function has a keyword `tap`."""
+    """Return whether a function has a keyword `tap`."""
     return "tap" in inspect.signature(loss_fn).parameters
 
 
@@ -145,30 +143,29 @@ def reduce(
     shared: Any = None,
     segments: Int[Array, "rows T"] | None = None,
 ) -> Reduced:
-    """Calls a rule on the per-example gradients of one leaf, or of one layer, after another.
+    """Call a rule on the per-example gradients of each leaf, or of each layer of a stack.
 
-    Memory: with a tap, activations of the batch and the gradients of one layer; without,
-    the gradients of all selected parameters. A loss with a tap that some selected parameter does
-    not pass, or passes twice, is treated as one without (`untapped` says why).
+    Memory: with a tap, the activations of the batch and the gradients of one layer; without a tap,
+    the gradients of all selected parameters. If some selected parameter does not pass the tap, or
+    passes it twice, the loss is treated as one without a tap (`untapped` says why).
 
     Args:
       loss_fn: `loss_fn(params, example)`, the loss of one example; or `loss_fn(params, examples, *,
-        tap)`, the losses [N] of a batch, with `tap` handed to every use of a parameter.
+        tap)`, the losses [N] of a batch, which hands `tap` to every use of a parameter.
       params: any pytree.
       examples: a pytree of arrays whose axis 0 is N.
-      rule: `rule(gradient, extra, shared) -> (total, own)`, pytrees of arrays, `own` with a leading
-        axis N, `total` with the same shapes at every leaf.
-      select: parameters to differentiate by.
-      extras: for each selected leaf, in their order, a pytree of arrays shaped like the leaf, of
-        which a rule for one layer gets that layer's.
+      rule: `rule(gradient, extra, shared) -> (total, own)`, pytrees of arrays; `own` has a leading
+        axis N, `total` the same shapes for every leaf.
+      select: selects the parameters to differentiate by.
+      extras: for each selected leaf, in their order, a pytree of arrays with the shape of the leaf;
+        a rule for one layer gets the slice of that layer.
       shared: a pytree of small arrays that every call gets.
-      segments: for rows in which several examples stand one after another: the example of each
-        token, 1 to S, and 0 for padding. The losses are then [rows, S], gradients come for rows * S
-        examples. Needs a tap.
+      segments: for rows that hold several examples: the example of each token, 1 to S, and 0 for
+        padding. Losses then are [rows, S], with gradients of rows * S examples. Needs a tap.
 
     Raises:
-      UserError: for `segments` without a tap, or losses of another shape.
-      ValueError: if `select` takes nothing.
+      UserError: `segments` without a tap, or losses of another shape.
+      ValueError: `select` selects nothing.
     """
     count = len(jax.tree.leaves(paths.split(params, select)[0]))
     extras = [None] * count if extras is None else list(extras)
@@ -177,14 +174,14 @@ def reduce(
         if why is None:
             return _by_factors(loss_fn, params, examples, rule, select, extras, shared, segments)
         if segments is not None:
-            raise UserError(f"examples in segments need a loss with a tap, but {why}")
+            raise UserError(f"segments: need a loss with a tap, but {why}. Give one example a row.")
         return _by_gradients(loss_fn, params, examples, rule, select, extras, shared)
 
 
 def _by_gradients(loss_fn, params, examples, rule, select, extras, shared) -> Reduced:
-    losses, found = gradients(loss_fn, params, examples, select)
+    losses, tree = gradients(loss_fn, params, examples, select)
     total, own = None, []
-    rows = zip(paths.flatten(found)[0], extras, strict=True)
+    rows = zip(paths.flatten(tree)[0], extras, strict=True)
     for (path, layer, _, value), extra in rows:
         part, one = rule(Gradient(path, layer, value.shape[1:], value), extra, shared)
         total = part if total is None else jax.tree.map(jnp.add, total, part)
@@ -195,17 +192,17 @@ def _by_gradients(loss_fn, params, examples, rule, select, extras, shared) -> Re
 def gradients(
     loss_fn: Callable[..., Array], params: Any, examples: Any, select: paths.Select = None
 ) -> tuple[Float[Array, "N"], Any]:
-    """Losses and gradients of all examples, each by itself.
+    """Return the losses and the gradients of all examples.
 
     >>> losses, g = gradients(lambda w, x: (w * x) ** 2, jnp.float32(1), jnp.array([1.0, 2.0]))
     >>> losses.tolist(), g.tolist()
     ([1.0, 4.0], [2.0, 8.0])
 
     Args:
-      loss_fn, params, examples, select: of `reduce`.
+      loss_fn, params, examples, select: see `reduce`.
 
     Returns:
-      [N], and a tree of the selected leaves with [N, *shape] each.
+      Losses [N], and a tree of the selected leaves, each [N, *shape].
     """
     taken, rest = paths.split(params, select)
     batched = takes_tap(loss_fn)
@@ -228,12 +225,12 @@ def _by_factors(loss_fn, params, examples, rule, select, extras, shared, segment
 
     def with_losses(params, examples, *, tap=None):
         losses = loss_fn(params, examples, tap=tap)
-        return taps.apply(tap, *LOSS, losses, losses, None)  # type: ignore[arg-type]
+        return taps.apply(tap, *LOSS_USE, losses, losses, None)  # type: ignore[arg-type]
 
     value = jax.eval_shape(with_losses, params, examples)
     _check_losses(value, examples, segments)
-    found = taps.uses(with_losses, params, examples)
-    found = {key: use for key, use in found.items() if key[0] in by_path or key == LOSS}
+    all_uses = taps.uses(with_losses, params, examples)
+    all_uses = {key: use for key, use in all_uses.items() if key[0] in by_path or key == LOSS_USE}
 
     per_row = None if segments is None else value.shape[1]
 
@@ -242,10 +239,11 @@ def _by_factors(loss_fn, params, examples, rule, select, extras, shared, segment
         uses = (_used(key[1], a, b[0], None, segments, per_row),)
         return rule(Gradient(key[0], layer, shapes[key[0]], uses=uses), extra, shared)
 
-    # What is traced reaches a backward pass only as an argument.
+    # A rule runs inside the backward pass of a custom derivative, which may not close over traced
+    # arrays: these come as arguments, repeated for each layer.
     by_layer = {
         key: (_by_layer(by_path[key[0]], leaves, extras), *_repeated((shared, segments), use.times))
-        for key, use in found.items()
+        for key, use in all_uses.items()
         if use.stacked
     }
     total, stacked, rest = taps.reduce(
@@ -255,16 +253,16 @@ def _by_factors(loss_fn, params, examples, rule, select, extras, shared, segment
         in_layer,
         cotangents=jnp.ones((1, *value.shape), value.dtype),
         extras=by_layer,
-        keep=found,
+        keep=all_uses,
     )
     own: list[Any] = [None] * len(leaves)
-    for (path, _), found_here in stacked.items():
+    for (path, _), stacked_own in stacked.items():
         for at, i in enumerate(_in_order(by_path[path], leaves)):
             whole = leaves[i].stacked
             own[i] = jax.tree.map(
-                lambda x, whole=whole, at=at: jnp.moveaxis(x, 0, 1) if whole else x[at], found_here
+                lambda x, whole=whole, at=at: jnp.moveaxis(x, 0, 1) if whole else x[at], stacked_own
             )
-    losses = rest.pop(LOSS).a
+    losses = rest.pop(LOSS_USE).a
     layered = {path for path, _ in stacked}
     for path, places in by_path.items():
         if path in layered:
@@ -287,7 +285,7 @@ def _layer_shape(leaf: paths.Leaf) -> tuple[int, ...]:
 
 
 def _by_layer(places, leaves, extras):
-    """The extras of a path behind an axis of layers."""
+    """The extras of a path, with a leading axis of layers."""
     if leaves[places[0]].stacked:
         return extras[places[0]]
     ordered = [extras[i] for i in _in_order(places, leaves)]
@@ -303,12 +301,12 @@ def _repeated(shared, times):
 
 
 def _used(op, a, b, rows, segments, per_row) -> Used:
-    """Factors with one axis of places, and with one example a row."""
+    """The factors of a use with one axis of places and one example a row."""
     count = a.shape[0]
     if segments is not None and b.shape[1:-1] != segments.shape[1:]:
         raise UserError(
-            f"segments have {segments.shape[1:]} places a row, but a parameter is used at "
-            f"{b.shape[1:-1]}; give the segments of what the loss reads"
+            f"segments: must have {b.shape[1:-1]} places a row, as the uses of the parameters (got "
+            f"{segments.shape[1:]}). Give the segments of the ids that the loss reads."
         )
     a = a.reshape(count, -1) if op == "embed" else a.reshape(count, -1, a.shape[-1])
     b = b.reshape(count, -1, b.shape[-1])
@@ -323,20 +321,23 @@ def _check_losses(value, examples, segments) -> None:
     count = jax.tree.leaves(examples)[0].shape[0]
     axes = 1 if segments is None else 2
     if getattr(value, "ndim", None) != axes or value.shape[0] != count:
-        wanted = "[N]" if segments is None else "[rows, segments]"
+        shape = f"[{count}]" if segments is None else f"[{count}, segments]"
         raise UserError(
-            f"a loss with a keyword tap is called on a batch and returns losses {wanted}, here "
-            f"{count} in front; it returned {getattr(value, 'shape', type(value).__name__)}"
+            f"loss_fn: with a keyword tap it is called on a batch and must return {shape} (got "
+            f"{getattr(value, 'shape', type(value).__name__)}). Return one loss for each example."
         )
 
 
 def untapped(f: Callable[..., Any], params: Any, x: Any, select: paths.Select = None) -> str | None:
-    """Why gradients of f are no products of factors, as the end of a sentence; None if they are.
+    """Return why the gradients of f are not products of factors, or None if they are.
 
     Args:
       f: a function with or without a keyword `tap`.
-      params, x: its arguments, or their shapes.
-      select: the parameters in question.
+      params, x: arguments of f, or their shapes.
+      select: selects the parameters in question.
+
+    Returns:
+      The end of a sentence, or None.
     """
     if not takes_tap(f):
         return "it has no keyword tap"
@@ -358,7 +359,7 @@ def untapped(f: Callable[..., Any], params: Any, x: Any, select: paths.Select = 
 
 
 def activation_bytes(uses: Mapping[taps.Key, taps.Use]) -> int:
-    """About what a backward pass keeps: all that enters and leaves the parameters."""
+    """Estimate what a backward pass keeps: all inputs and outputs of the uses of parameters."""
     return sum(
         use.times * (math.prod(part.shape) * part.dtype.itemsize)
         for use in uses.values()

@@ -1,8 +1,8 @@
 r"""Random projections of gradients: $S g$ of `dim` numbers with $E (Sx)^T Sy = x^T y$.
 
-S is never stored: what it does to a leaf is a function of (seed, path, layer, index). So rows that
-were made on different machines, from trees that are stacked or not, in batches of any size, are
-rows of one projection.
+S is never stored. What it does to a leaf is a function of (seed, path, layer, index), so rows that
+come from different machines, from stacked or unstacked trees, or from batches of any size belong
+to one projection.
 
 References: Achlioptas, "Database-friendly random projections", 2003; Charikar et al., "Finding
 frequent items in data streams", 2002; Ailon and Chazelle, "The fast Johnson-Lindenstrauss
@@ -23,6 +23,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxlm.core import paths, prng
+from jaxlm.core.checks import integer, one_of
+from jaxlm.core.dtypes import wide_dtype
 from jaxlm.core.errors import UserError
 from jaxlm.gradients import sketches
 
@@ -37,10 +39,10 @@ class Projector:
 
     Attributes:
       family: which map.
-      dim: numbers in a row of the result.
-      seed: all randomness comes from it.
-      mesh: devices that share the examples; None where gradients lie on one device or their
-        examples are divided already.
+      dim: length of a projected row.
+      seed: seed of all randomness.
+      mesh: devices that share the examples; None where gradients lie on one device, or their
+        examples are divided over devices already.
     """
 
     family: str = dataclasses.field(metadata={"static": True})
@@ -49,20 +51,20 @@ class Projector:
     mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
 
     def project(self, gradients: Any) -> Float[Array, "N dim"]:
-        """S g of whole gradients.
+        """Return S g of whole gradients.
 
-        The leaves are added in the order of their paths, layers in their order. Under `jit` beside
-        the gradients only blocks are alive; where it is not traced, the result is checked.
+        Leaves are added in the order of their paths, and layers in their order. Under `jit`, only
+        blocks are alive beside the gradients; outside `jit`, the result is checked.
 
         Args:
           gradients: a tree like that of the parameters, with a leading axis N of examples on each
             leaf: [N, ...], and [N, L, ...] where layers are stacked. A leaf may be None.
 
         Returns:
-          float32, or float64 where gradients are.
+          Rows in float32, or in float64 where gradients are.
 
         Raises:
-          UserError: if there is no leaf, leaves differ in N, a leaf holds no floats, two paths
+          UserError: there is no leaf, leaves differ in N, a leaf does not hold floats, two paths
             share a hash, or a gradient is not finite.
         """
         leaves = paths.flatten(gradients)[0]
@@ -79,14 +81,14 @@ class Projector:
     def leaf(
         self, path: str, layer: Any, g: Array, total: Array | None = None
     ) -> Float[Array, "N dim"]:
-        """What one leaf, or one layer of it, contributes to S g: a caller may stream layers.
+        """Return what one leaf, or one layer of it, adds to S g, so that layers can be streamed.
 
         Args:
-          path: of the leaf, without a layer.
-          layer: index of the layer, an int or traced; None for a leaf outside `layers`, and for a
+          path: path of the leaf, without a layer.
+          layer: index of the layer, an int or traced; None for a leaf outside `layers` and for a
             stack of layers.
-          g: gradients [N, ...]; [N, L, ...] of a stack, whose layers are added in their order.
-          total: a result to which this is added; zeros if None.
+          g: gradients [N, ...]; for a stack [N, L, ...], whose layers are added in order.
+          total: array to add to; None for zeros.
         """
         total = self._zeros(len(g), g.dtype) if total is None else total
         key = prng.leaf_key(jax.random.key(self.seed), path, layer)
@@ -97,19 +99,19 @@ class Projector:
     def factors(
         self, path: str, layer: Any, a: Array, b: Array, total: Array | None = None
     ) -> Float[Array, "N dim"]:
-        """`leaf` of a kernel's gradient sum_t a_t b_t^T, from the factors of `jaxlm.core.taps`.
+        """Return `leaf` of a kernel's gradient sum_t a_t b_t^T, given its factors.
 
-        The family `kronecker` projects the factors and forms no gradient.
+        The family `kronecker` projects the factors and never forms the gradient.
 
         Args:
-          path: of the leaf.
+          path: path of the leaf.
           layer: index of the layer, or None for a leaf outside `layers`.
-          a: what entered, [N, T, in] or [N, in].
-          b: gradient with respect to what left, [N, T, out] or [N, out].
-          total: as of `leaf`.
+          a: inputs of the kernel, [N, T, in] or [N, in], as `jaxlm.core.taps` returns them.
+          b: gradients by its outputs, [N, T, out] or [N, out].
+          total: array to add to; None for zeros.
         """
         a, b = (x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1]) for x in (a, b))
-        dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+        dtype = wide_dtype(jnp.result_type(a, b))
         a, b = a.astype(dtype), b.astype(dtype)
         if self.family != "kronecker":
             formed = jnp.einsum("nti,nto->nio", a, b, precision=lax.Precision.HIGHEST)
@@ -118,8 +120,8 @@ class Projector:
         key = prng.leaf_key(jax.random.key(self.seed), path, layer)
         return _add(self.family, self.dim, "factors", self.mesh or _mesh_of(a), key, a, b, total)
 
-    def _zeros(self, count: int, dtype) -> Array:
-        return jnp.zeros((count, self.dim), jnp.promote_types(dtype, jnp.float32))
+    def _zeros(self, count: int, dtype: Any) -> Array:
+        return jnp.zeros((count, self.dim), wide_dtype(dtype))
 
 
 def _in_order(leaf: paths.Leaf) -> tuple[str, int]:
@@ -128,30 +130,29 @@ def _in_order(leaf: paths.Leaf) -> tuple[str, int]:
 
 
 def _mesh_of(g: Array) -> Mesh | None:
-    """The mesh that an array with values lies on."""
+    """The mesh on which an array with values lies."""
     sharding = None if isinstance(g, jax.core.Tracer) else getattr(g, "sharding", None)
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) else None
 
 
+# Compiled by itself where the caller is not compiled, so that every caller runs the same loops.
 @functools.partial(jax.jit, static_argnames=("family", "dim", "form", "mesh"))
 def _add(family: str, dim: int, form: Form, mesh: Mesh | None, key: Array, *rows: Array) -> Array:
-    """The last of `rows` and what the others contribute.
-
-    Compiled by itself where nothing else is, so that every caller has the same loops. On a mesh the
-    examples are divided over all devices, and each has whole gradients of its own: then a loop over
-    blocks has nothing to exchange.
-    """
+    """Add the sketches of all but the last of `rows` to the last."""
     add = functools.partial(_FORMS[form], family, dim)
     if mesh is None or mesh.size == 1:
         return add(key, *rows)
+    # Each device gets whole gradients of some examples. If gradients stayed divided, every turn of
+    # the loop over blocks would have to exchange numbers.
     count = len(rows[0])
-    more = -count % mesh.size
-    padded = [jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)) for x in rows] if more else rows
+    missing = -count % mesh.size
+    if missing:
+        rows = tuple(jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for x in rows)
     spec = PartitionSpec(mesh.axis_names)
     specs = (PartitionSpec(), *(spec for _ in rows))
     divided = jax.shard_map(add, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
-    return divided(key, *padded)[:count]
+    return divided(key, *rows)[:count]
 
 
 def _add_leaf(family: str, dim: int, key: Array, g: Array, total: Array) -> Array:
@@ -168,7 +169,7 @@ def _add_stack(family: str, dim: int, key: Array, g: Array, total: Array) -> Arr
 
 def _add_factors(family: str, dim: int, key: Array, a: Array, b: Array, total: Array) -> Array:
     del family
-    return total + sketches.kronecker_factors(key, dim, a, b)
+    return total + sketches.kronecker_of_factors(key, dim, a, b)
 
 
 _FORMS: dict[Form, Callable[..., Array]] = {
@@ -179,15 +180,15 @@ _FORMS: dict[Form, Callable[..., Array]] = {
 
 
 def projector(family: str, dim: int, seed: int = 0, *, mesh: Mesh | None = None) -> Projector:
-    """A random projection of gradients to `dim` numbers.
+    """Return a random projection of gradients to `dim` numbers.
 
-    Inner products are kept on average: with c the cosine, that of unit vectors is off by about
-    `sqrt((1 + c^2) / dim)`.
+    Inner products are kept on average. The inner product of unit vectors with cosine c has a
+    standard error of about `sqrt((1 + c^2) / dim)`.
 
     | family      | map                                                                     |
     |-------------|-------------------------------------------------------------------------|
     | countsketch | every number has one bucket and a sign; reads the gradient once         |
-    | srht        | that after Hadamard matrices: good where few numbers are large          |
+    | srht        | countsketch after Hadamard matrices: good where few numbers are large   |
     | rademacher  | dense signs, the projection of LESS and TRAK                            |
     | gaussian    | dense normal numbers, the projection of intrinsic dimension             |
     | kronecker   | P_in^T G P_out, which needs only the factors of a gradient, as in LoGra |
@@ -198,50 +199,43 @@ def projector(family: str, dim: int, seed: int = 0, *, mesh: Mesh | None = None)
 
     Args:
       family: one of the above.
-      dim: numbers in a row; of `kronecker`, a product of two that are not too different.
+      dim: length of a projected row; for `kronecker`, a product of two numbers of similar size.
       seed: 0 to 2**31 - 1.
-      mesh: for gradients that are divided in any way over several devices: each device is given
-        whole gradients of a part of the examples. Needed under `jit` where parameters, and so
-        their gradients, are divided; else an array's own mesh is found.
+      mesh: for gradients that are divided over several devices, in any way: each device is given
+        whole gradients of some examples. Needed under `jit` where parameters, and so their
+        gradients, are divided; outside `jit` the mesh of an array is found.
 
     Returns:
       A frozen dataclass, a pytree whose only leaf is the seed.
 
     Raises:
-      UserError: for another family, dim or seed.
+      UserError: the family is unknown, or dim or seed out of range.
     """
-    if family not in sketches.SKETCHES:
-        known = ", ".join(sorted(sketches.SKETCHES))
-        raise UserError(f"family={family!r} is no projection; choose one of {known}")
-    if not isinstance(dim, int | np.integer) or dim < 1:
-        raise UserError(f"dim is {dim}: give the numbers of a row, 1 or more")
-    if dim >= 2**31:
-        raise UserError(f"dim is {dim}: too many numbers for a row; give fewer than 2^31")
-    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**31:
-        raise UserError(f"seed is {seed}: give 0 to {2**31 - 1}")
-    if family == "kronecker":
-        small, large = sketches.factors_of(dim)
-        if large > 16 * small:
-            raise UserError(
-                f"dim={dim} is no product of two near sizes, as kronecker needs; give a power of 2"
-            )
+    one_of("family", family, sorted(sketches.SKETCHES))
+    integer("dim", dim)
+    integer("seed", seed, least=0)
+    small, large = sketches.factors_of(dim) if family == "kronecker" else (1, 1)
+    if large > 16 * small:
+        raise UserError(
+            f"dim: must be a product of two similar sizes for kronecker (got {dim}). Give a power "
+            "of 2."
+        )
     return Projector(family, dim, seed, mesh)
 
 
 def _check_leaves(leaves: list[paths.Leaf]) -> None:
     if not leaves:
-        raise UserError("there are no gradients to project: the tree is empty")
-    for leaf in leaves:
-        if not jnp.issubdtype(leaf.value.dtype, jnp.floating):
-            raise UserError(f"{leaf.path} holds {leaf.value.dtype}; project gradients, of floats")
-        if leaf.value.ndim == 0:
-            raise UserError(f"{leaf.path} has no axis of examples; give one gradient for each")
+        raise UserError("gradients: the tree is empty. Give at least one leaf.")
     first = leaves[0]
-    for leaf in leaves:
-        if len(leaf.value) != len(first.value):
+    for path, _, _, value in leaves:
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise UserError(f"gradients: {path} must hold floats (got {value.dtype}). Correct it.")
+        if value.ndim == 0:
+            raise UserError(f"gradients: {path} has no axis of examples. Give one gradient each.")
+        if len(value) != len(first.value):
             raise UserError(
-                f"{first.path} has gradients of {len(first.value)} examples and {leaf.path} of "
-                f"{len(leaf.value)}; give all leaves the same examples"
+                f"gradients: {path} must have the {len(first.value)} examples of {first.path} (got "
+                f"{len(value)}). Give all leaves the same examples."
             )
 
 
@@ -260,9 +254,12 @@ def _check_finite(rows: Array, leaves: list[paths.Leaf]) -> None:
     for leaf in leaves:
         if not np.isfinite(np.asarray(leaf.value[example], np.float64)).all():
             narrow = leaf.value.dtype == jnp.float16
-            why = ", whose largest number is 65504; take float32 or bfloat16" if narrow else ""
+            cure = "Use float32 or bfloat16" if narrow else "Leave the example out"
             raise UserError(
-                f"the gradient of example {example} is not finite at {leaf.path}, in "
-                f"{leaf.value.dtype}{why or '; leave the example out or look for its cause'}"
+                f"gradients: example {example} is not finite at {leaf.path} (got "
+                f"{leaf.value.dtype}). {cure}."
             )
-    raise UserError(f"the projection of example {example} overflows {rows.dtype}; scale the loss")
+    raise UserError(
+        f"gradients: the projection of example {example} overflows (got {rows.dtype}). Scale the "
+        "loss down."
+    )

@@ -4,10 +4,16 @@ r"""Gradient features: the projected gradient, or Adam's step on it, of every ex
     phi(z) = S Gamma(g(z))    Gamma: the step that Adam would make on g(z) from a given state
 
 with S a random projection that is never stored (`jaxlm.gradients.projection`).
+
+Examples are computed in blocks of one size, which follows from the shapes of one example and of the
+parameters. So a row has the same bits whichever examples are given with it, in which order, and on
+how many devices.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,24 +23,29 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.core import paths, taps
-from jaxlm.core.errors import UserError
-from jaxlm.core.programs import has_values, held
+from jaxlm.core.checks import integer
+from jaxlm.core.programs import Program, has_values, held
 from jaxlm.gradients import adam, per_example
 from jaxlm.gradients.projection import Projector
-from jaxlm.influence.rows import Work, groups, size_of_block
+
+CPU_BLOCK_BYTES, BLOCK_BYTES = 2**27, 2**31
+"""Approximate bytes of the activations of a block, on a CPU and elsewhere."""
+HELD_BYTES = 2**28
+"""Above this size, gradients of a block are formed layer by layer, not held at once."""
+TOGETHER = 64
+"""Most examples in a block, and examples projected at once where gradients are held."""
 
 
 class FeaturesInfo(NamedTuple):
-    """What features were made of.
+    """What gradient features were made of.
 
     Attributes:
       loss: [N], in the dtype of the loss.
-      norm: [N], Euclidean length of the gradient of the selected parameters.
-      skipped: [N], where the loss or its gradient is not finite, or all of the gradient is zero, as
-        it is where no token of an answer is left after truncation; such rows of the features are
-        zero.
+      norm: [N], Euclidean norm of the gradient of the selected parameters.
+      skipped: [N], where the loss or its gradient is not finite, or the whole gradient is zero, as
+        where truncation left no token of an answer; such rows of the features are zero.
       zero: [N], where the gradient is zero.
-      eps_share: [N], of the numbers of an Adam step the fraction where eps is the larger term of
+      eps_share: [N], fraction of the numbers of an Adam step for which eps is the larger term of
         the denominator, so that the step follows the size of the gradient; 0 without Adam.
     """
 
@@ -52,67 +63,60 @@ def gradient_features(
     *,
     projector: Projector | None = None,
     adam_state: Any = None,
-    b1: float | int = 0.9,
-    b2: float | int = 0.999,
-    eps: float | int = 1e-8,
-    variant: adam.Variant = "paper",
     select: paths.Select = None,
     block_size: int | None = None,
     segments: Int[Array, "rows T"] | np.ndarray | None = None,
     mesh: Mesh | None = None,
 ) -> Float[Array, "N R"]:
-    r"""The projected gradient, or Adam's step on it, of every example.
+    r"""Return the projected gradient, or Adam's step on it, of every example.
 
         phi(z) = S g(z),    g(z) = gradient of the loss of z by the selected parameters
         phi(z) = S (m' / (1 - b1^t)) / (sqrt(v' / (1 - b2^t)) + eps)    with `adam_state`
 
-    with m' and v' the moments after a step on g(z). LESS compares the second of training examples
-    with the first of target examples by their cosine.
+    with m' and v' the moments after a step on g(z). LESS compares the second, of training examples,
+    with the first, of target examples, by their cosine.
 
-    Memory: with a tap, activations of a block of examples and, of more parameters than 256 MiB have
-    room for, the gradients of one layer; without, all gradients of a block. Blocks have a fixed
-    size, so a row does not depend, to the last bit, on what is given with it. `loss_fn` is traced
-    at every call, so the rows are of what it closes over now; what is compiled is kept for the next
-    call with the same trace.
+    Memory: with a tap, the activations of a block of examples and, if the parameters are too many
+    to hold all gradients in 256 MiB, the gradients of one layer; without a tap, all gradients of a
+    block. Blocks have a fixed size, so a row does not depend, to the last bit, on the other rows.
+    `loss_fn` is traced at every call, so the rows are of what it closes over now; what was compiled
+    for the same trace is used again.
 
     Args:
-      loss_fn: `loss_fn(params, example)`, the loss of one example, a scalar; or one with a keyword
-        `tap`, `loss_fn(params, examples, *, tap=None)`, which is called on a batch, gives its
-        losses [N], row n depending on example n alone, and hands `tap` to every use of a parameter,
-        as the models of jaxlm do.
-      params: any pytree; what is no array of floats is held fixed.
+      loss_fn: `loss_fn(params, example)`, the loss of one example, a scalar; or a function with a
+        keyword `tap`, `loss_fn(params, examples, *, tap=None)`, which is called on a batch, returns
+        its losses [N], row n depending on example n alone, and hands `tap` to every use of a
+        parameter, as the models of jaxlm do.
+      params: any pytree; leaves that are not arrays of floats are held fixed.
       examples: a pytree of arrays whose axis 0 is N.
-      projector: S, of `projector`; None for whole gradients, of small models.
-      adam_state: a state of `optax.adam` and the like, or of a chain that has one; None for the
-        gradient itself.
-      b1, b2, eps: of that Adam.
-      variant: "paper", the step that optax makes; or "reference", that of the authors' code of
-        LESS, m' / sqrt(v' + eps).
+      projector: S, made by `projector`; None for whole gradients, of small models.
+      adam_state: a state of `optax.adam` and its like, or of a chain that has one; an `Adam` for
+        other constants than the defaults of optax; None for the gradient itself.
       select: restricts the features to some parameters: a regular expression searched in their
         paths or a predicate on them, such as `jaxlm.peft.LORA`.
-      block_size: examples in a block; by default a power of 2 that the shapes alone decide.
-      segments: [N, T] for rows that have several examples one after another: 1 to S at the tokens
-        of each, 0 at padding. `loss_fn`, with a tap, then gives losses [N, S], and must keep the
-        examples of a row apart.
-      mesh: groups of examples go round its devices, those of this process, each of which gets all
-        parameters; by default that of the projector.
+      block_size: examples in a block; by default a power of 2 that depends on the shapes alone.
+      segments: [N, T] for rows that hold several examples: 1 to S at the tokens of each, 0 at
+        padding. `loss_fn`, with a tap, then returns losses [N, S], and must keep the examples of a
+        row apart.
+      mesh: groups of examples are spread over the devices of this process in the mesh, each of
+        which gets all parameters; by default the mesh of the projector.
 
     Returns:
-      [N, R], R the projector's `dim` or the number of selected parameters in the order of the tree;
-      of rows with segments [N * S, R]. float32, or float64 for gradients of that dtype. Rows that
-      are skipped are zero, see `FeaturesInfo`.
+      [N, R], or [N * S, R] with segments; R is the projector's `dim`, or the number of selected
+      parameters, in the order of the tree. float32, or float64 for gradients in float64. Skipped
+      rows are zero, see `FeaturesInfo`.
 
     Raises:
-      UserError: for impossible constants, a state without Adam's moments of a selected leaf (which
-        it names), examples that do not agree, or losses of another shape.
-      ValueError: if `select` takes nothing.
+      UserError: impossible constants, a state without Adam's moments of a selected leaf (the
+        message names it), examples that do not agree, or losses of another shape.
+      ValueError: `select` selects nothing.
 
     >>> loss = lambda params, x: jnp.square(x @ params["w"]).sum()
     >>> gradient_features(loss, {"w": jnp.ones(2)}, jnp.eye(2)).tolist()
     [[2.0, 0.0], [0.0, 2.0]]
 
     References: Xia et al., "LESS: Selecting Influential Data for Targeted Instruction Tuning",
-    arXiv:2402.04333 (their code differs from the paper, see `variant`); Park et al., "TRAK",
+    arXiv:2402.04333 (the authors' code differs from the paper, see `Adam`); Park et al., "TRAK",
     arXiv:2303.14186.
     """
     return features_with_info(
@@ -121,30 +125,11 @@ def gradient_features(
         examples,
         projector=projector,
         adam_state=adam_state,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        variant=variant,
         select=select,
         block_size=block_size,
         segments=segments,
         mesh=mesh,
     )[0]
-
-
-def features_info(
-    loss_fn: Callable[..., Array], params: Any, examples: Any, **options: Any
-) -> FeaturesInfo:
-    """The second of what `features_with_info` returns.
-
-    >>> loss = lambda params, x: jnp.square(x @ params["w"]).sum()
-    >>> features_info(loss, {"w": jnp.ones(2)}, jnp.array([[3.0, 4.0], [0.0, 0.0]])).norm.tolist()
-    [70.0, 0.0]
-
-    Args:
-      loss_fn, params, examples, **options: of `gradient_features`.
-    """
-    return features_with_info(loss_fn, params, examples, **options)[1]
 
 
 def features_with_info(
@@ -154,54 +139,191 @@ def features_with_info(
     *,
     projector: Projector | None = None,
     adam_state: Any = None,
-    b1: float | int = 0.9,
-    b2: float | int = 0.999,
-    eps: float | int = 1e-8,
-    variant: adam.Variant = "paper",
     select: paths.Select = None,
     block_size: int | None = None,
     segments: Int[Array, "rows T"] | np.ndarray | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "N R"], FeaturesInfo]:
-    """`gradient_features`, and what they were made of.
+    """Return `gradient_features`, and losses, norms and which rows were skipped.
+
+    >>> loss = lambda params, x: jnp.square(x @ params["w"]).sum()
+    >>> x = jnp.array([[3.0, 4.0], [0.0, 0.0]])
+    >>> features_with_info(loss, {"w": jnp.ones(2)}, x)[1].norm.tolist()
+    [70.0, 0.0]
 
     Args:
-      loss_fn, params, examples, projector, adam_state, b1, b2, eps, variant, select, block_size,
-        segments, mesh: of `gradient_features`.
+      loss_fn, params, examples, projector, adam_state, select, block_size, segments, mesh: see
+        `gradient_features`.
 
     Returns:
-      The features, and a `FeaturesInfo` of as many rows.
+      The features, and a `FeaturesInfo` with as many rows.
     """
-    constants, moments = None, ()
     loss_fn, params = held(loss_fn, params)
+    constants, moments = None, ()
     if adam_state is not None:
-        constants = adam.Constants(float(b1), float(b2), float(eps), variant)
-        adam.check(constants)
-        moments = adam.moments(adam_state, params, select)  # type: ignore[assignment]
+        given = adam_state if isinstance(adam_state, adam.Adam) else adam.Adam(adam_state)
+        constants = given.constants
+        moments = adam.moments(given.state, params, select)  # type: ignore[assignment]
     per_example.count_examples(examples, "examples")
+    integer("block_size", block_size)
     if per_example.takes_tap(loss_fn) and has_values(params, examples):
         taps.check_ids(loss_fn, params, examples, "examples")
-    size, whole = size_of_block(loss_fn, params, examples, select)
-    size = size if block_size is None else block_size
-    if size < 1:
-        raise UserError(f"block_size={size} is no number of examples; give 1 or more")
+    default, whole = _block_size(loss_fn, params, examples, select)
     if mesh is None and projector is not None:
         mesh = projector.mesh
     if projector is not None:
+        # Each device projects its own groups of examples, so the projection sees one device.
         projector = dataclasses.replace(projector, mesh=None)
-    work = Work(loss_fn, select, constants, projector is not None and not whole)
-    batch = (examples, segments)
-    found = list(groups(work, params, batch, projector, moments, size, mesh))
-    rows, sums = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
+    task = _Task(loss_fn, select, constants, projector is not None and not whole)
+    arguments = (params, projector, moments)
+    size = default if block_size is None else block_size
+    parts = list(_groups(task, arguments, (examples, segments), size, mesh))
+    rows, sums = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
     return rows, _info(sums, params, select)
 
 
-def _info(total, params, select) -> FeaturesInfo:
+def _info(sums: dict[str, Array], params: Any, select: paths.Select) -> FeaturesInfo:
     count = sum(leaf.size for leaf in jax.tree.leaves(paths.split(params, select)[0]))
     return FeaturesInfo(
-        loss=total["loss"],
-        norm=jnp.sqrt(total["square"]),
-        skipped=total["skipped"],
-        zero=(total["nonzero"] == 0) & (total["bad"] == 0),
-        eps_share=total["eps"] / count,
+        loss=sums["loss"],
+        norm=jnp.sqrt(sums["square"]),
+        skipped=sums["skipped"],
+        zero=(sums["nonzero"] == 0) & (sums["bad"] == 0),
+        eps_share=sums["eps"] / count,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What is done with each example.
+
+    Attributes:
+      loss_fn: loss of one example, or with a keyword `tap` of a batch.
+      select: selects the parameters to differentiate by.
+      constants: constants of Adam, or None.
+      project: whether rows are projected layer by layer inside the backward pass.
+    """
+
+    loss_fn: Callable[..., Array]
+    select: paths.Select
+    constants: adam.Constants | None
+    project: bool
+
+
+def _block_size(
+    loss_fn: Callable[..., Array], params: Any, examples: Any, select: paths.Select
+) -> tuple[int, bool]:
+    """Return the examples in a block, and whether the gradients of a block are held at once."""
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), examples)
+    leaves = paths.flatten(paths.split(params, select)[0])[0]
+    whole = 4 * sum(leaf.value.size for leaf in leaves)
+    lean = per_example.untapped(loss_fn, params, one, select) is None
+    bytes_each = whole
+    if lean:
+        bytes_each = per_example.activation_bytes(taps.uses(loss_fn, params, one))
+        bytes_each += 4 * max(math.prod(leaf.value.shape[leaf.stacked :]) for leaf in leaves)
+    room = CPU_BLOCK_BYTES if jax.default_backend() == "cpu" else BLOCK_BYTES
+    most = min(TOGETHER, max(1, room // max(bytes_each, 1)))
+    size = 1 << (most.bit_length() - 1)
+    return size, not lean or size * whole <= HELD_BYTES
+
+
+def _groups(
+    task: _Task, arguments: tuple[Any, Any, Any], batch: Any, size: int, mesh: Mesh | None
+) -> Iterator[tuple[Any, dict[str, Array]]]:
+    """Yield the features and sums of `_rows` of one group of examples after another.
+
+    A group is projected at once, and consists of blocks of `size` examples. On a mesh, groups are
+    given to its devices in turn; each runs the program that a single device would run.
+
+    Args:
+      task: what is done with each example.
+      arguments: parameters, projector and moments.
+      batch: examples, and their segments or None.
+      size: examples in a block.
+      mesh: devices, or None for the default device.
+    """
+    count = len(jax.tree.leaves(batch)[0])
+    at_once = size * max(1, TOGETHER // size)
+    devices = [None] if mesh is None else list(mesh.local_devices)
+    program = Program(functools.partial(_rows, task))
+    placed = [arguments if d is None else jax.device_put(arguments, d) for d in devices]
+    for number, first in enumerate(range(0, count, at_once)):
+        at = number % len(devices)
+        params, projector, moments = placed[at]
+        blocks = []
+        for start in range(first, min(first + at_once, count), size):
+            # Copies of the last example fill the last block: all blocks run one program.
+            places = np.minimum(np.arange(start, start + size), count - 1)
+            part = jax.tree.map(lambda a, places=places: a[places], batch)
+            part = part if devices[at] is None else jax.device_put(part, devices[at])
+            blocks.append(program(params, part, projector, moments))
+        features, sums = jax.tree.map(lambda *parts: jnp.concatenate(parts), *blocks)
+        if not task.project:
+            features = _join_leaves(features, params, task.select, projector)
+        per_row = len(sums["loss"]) // (size * len(blocks))
+        real = per_row * min(at_once, count - first)
+        result = jax.tree.map(lambda a, real=real: a[:real], (features, sums))
+        yield result if len(devices) == 1 else jax.device_put(result, devices[0])
+
+
+def _join_leaves(leaves: Any, params: Any, select: paths.Select, projector: Any) -> Array:
+    """Make rows from the gradients of each leaf."""
+    if projector is None:
+        return jnp.concatenate([g.reshape(len(g), -1) for g in leaves], axis=1)
+    structure = jax.tree.structure(paths.split(params, select)[0])
+    return projector.project(jax.tree.unflatten(structure, leaves))
+
+
+def _rows(task: _Task, params: Any, batch: Any, projector: Projector | None, moments: Any) -> Any:
+    """Return projected rows, or the gradients of each leaf; and sums over leaves, with losses."""
+    examples, segments = batch
+    extras = steps = None
+    if task.constants is not None:
+        first, second, steps = moments
+        extras = list(zip(first, second, strict=True))
+
+    def rule(gradient, extra, shared):
+        seed, steps = shared
+        sums, g = _transform(gradient.formed(), extra, steps, task.constants)
+        if not task.project:
+            return sums, g
+        assert projector is not None
+        here = dataclasses.replace(projector, seed=seed)
+        return {**sums, "rows": here.leaf(gradient.path, gradient.layer, g)}, ()
+
+    seed = projector.seed if projector is not None and task.project else None
+    reduced = per_example.reduce(
+        task.loss_fn,
+        params,
+        examples,
+        rule,
+        select=task.select,
+        extras=extras,
+        shared=(seed, steps),
+        segments=segments,
+    )
+    sums = dict(reduced.total)
+    skipped = (sums["bad"] > 0) | (sums["nonzero"] == 0) | ~jnp.isfinite(reduced.losses)
+
+    def without_skipped(g):
+        return jnp.where(skipped.reshape(-1, *[1] * (g.ndim - 1)), 0, g)
+
+    rows = sums.pop("rows") if task.project else reduced.own
+    return jax.tree.map(without_skipped, rows), {**sums, "skipped": skipped, "loss": reduced.losses}
+
+
+def _transform(g: Array, extra: Any, steps: Any, constants: adam.Constants | None) -> Any:
+    """Return sums over one leaf for each example, and Adam's step on g, or g itself."""
+    over = tuple(range(1, g.ndim))
+    count = functools.partial(jnp.sum, axis=over, dtype=jnp.float32)
+    sums = {
+        "bad": count(~jnp.isfinite(g)),
+        "nonzero": count(g != 0),
+        "square": jnp.square(g).sum(over),
+        "eps": jnp.zeros(len(g), jnp.float32),
+    }
+    if constants is not None:
+        g, small = adam.step(g, extra[0][None], extra[1][None], steps, constants)
+        sums["eps"] = count(small)
+    return sums, g

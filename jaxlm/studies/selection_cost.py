@@ -14,7 +14,7 @@ from typing import NamedTuple
 from jaxlm.core.checks import whole
 from jaxlm.core.paths import path_predicate
 from jaxlm.cost.device import Device
-from jaxlm.influence.encodings import encoding
+from jaxlm.influence.store import row_bytes
 from jaxlm.models import ModelConfig, param_shapes
 from jaxlm.peft import Lora
 from jaxlm.studies.selection import SelectionConfig, read_sides
@@ -138,7 +138,7 @@ def costs(plan: Plan) -> list[Cost]:
     target_tokens = sizes.tokens if sizes.target_tokens is None else sizes.target_tokens
     target = row_flops(plan.model, recipe.peft, target_tokens)
     project = PROJECTION[features.family](adapters, features.dim)
-    width = encoding(features.dtype).width(features.dim)
+    width = row_bytes(features.dtype, features.dim)
     chosen = int(plan.fraction * sizes.examples)
     state = 12 * adapters  # float32: adapters and Adam's two moments
     run = 2 * state  # the latest checkpoint, and while it is written the one before

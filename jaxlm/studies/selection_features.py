@@ -15,6 +15,7 @@ from jaxlm.core.checks import seeds, whole
 from jaxlm.core.errors import UserError
 from jaxlm.data.rows import PaddedRows, digest
 from jaxlm.influence import (
+    Adam,
     GradientStore,
     StoreSpec,
     features_with_info,
@@ -117,8 +118,8 @@ def store_features(
         epoch = Epoch(params, opt_state, epoch.weight)
     options: dict[str, Any] = {}
     if adam:
-        options |= {"adam_state": epoch.opt_state, "variant": features.variant}
-        options |= {"b1": optimizer.b1, "b2": optimizer.b2, "eps": optimizer.eps}
+        constants = (optimizer.b1, optimizer.b2, optimizer.eps, features.variant)
+        options["adam_state"] = Adam(epoch.opt_state, *constants)
     each = {"writer": process, "writers": processes}
     with GradientStore.create(folder / "store", spec, **each) as writer:
         info = _Info(folder / _info_name(process), writer.ids)

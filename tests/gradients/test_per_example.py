@@ -10,8 +10,8 @@ import pytest
 
 import jaxlm
 from jaxlm.core import paths, taps
-from jaxlm.core.errors import UserError
 from jaxlm.gradients import per_example
+from tests.helpers.sentences import refused
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 IDS = np.array([[5, 6, 7, 1, 4], [8, 9, 10, 11, 3], [8, 8, 8, 8, 8]])
@@ -194,12 +194,12 @@ def test_mistakes_are_named():
         return taps.apply(tap, "w", "dense", x, x @ params["w"], None).sum()
 
     segments = jnp.ones((3, 2), int)
-    with pytest.raises(UserError, match="need a loss with a tap, but it has no keyword tap"):
+    with refused("segments", "but it has no keyword tap"):
         per_example.reduce(alone, params, x, forms, segments=segments)
-    with pytest.raises(UserError, match=r"returns losses \[N\], here 3 in front; it returned \(\)"):
+    with refused("loss_fn", "must return [3] (got ())"):
         per_example.reduce(summed, params, x, forms)
     batch = {"ids": np.ones((1, 5), int), "segments": np.ones((1, 5), int)}
-    with pytest.raises(UserError, match=r"segments have \(4,\) places a row.*used at \(5,\)"):
+    with refused("segments", "(5,) places", "(got (4,))"):
         per_example.reduce(
             two_layers,
             two_layer_params(),

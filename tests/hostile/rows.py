@@ -682,17 +682,17 @@ def stores() -> Iterator[Row]:
                 several(
                     gone("less/seed-0/select-*"),
                     gone("less/seed-0/tune-*"),
-                    flipped(f"{store}/*.rows"),
+                    flipped(f"{store}/*.safetensors"),
                 ),
                 ("store",),
             ),
-            "cut manifest": (
+            "cut record": (
                 several(
                     gone("less/seed-0/select-*"),
                     gone("less/seed-0/tune-*"),
-                    cut(f"{store}/manifest.json"),
+                    cut(f"{store}/000.json"),
                 ),
-                ("manifest",),
+                ("000.json",),
             ),
             "cut stage": (
                 several(

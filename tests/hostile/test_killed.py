@@ -46,7 +46,7 @@ def result(folder: Path) -> dict[str, object]:
             found[name] = without_clocks(json.loads(path.read_text()))
         elif path.suffix == ".jsonl":
             found[name] = [without_clocks(json.loads(x)) for x in path.read_text().splitlines()]
-        elif path.suffix in (".rows", ".safetensors", ".zo"):
+        elif path.suffix in (".safetensors", ".zo"):
             found[name] = path.read_bytes()
     return found
 

@@ -90,25 +90,25 @@ ROWS = [
     ),
     (
         {"kind": "adam", "adam_state": SGD},
-        "adam_state has no ScaleByAdamState; give the state of an optax chain with adam, adamw or "
-        "scale_by_adam",
+        "adam_state: has no ScaleByAdamState. Give the state of an optax chain with adam, adamw or "
+        "scale_by_adam.",
     ),
     (
         {"kind": "adam", "adam_state": BIAS},
-        "adam_state has 0 moments of w; leave it out by select",
+        "adam_state: has 0 moments of w, not one. Leave it out by select.",
     ),
     (
         {"kind": "adam", "adam_state": (ADAM, ADAM)},
-        "adam_state has 2 moments of b; give one state",
+        "adam_state: has 2 moments of b, not one. Give one state.",
     ),
     (
         {"kind": "adam", "adam_state": WIDER},
-        "adam_state has moments of shape (3, 2) for w, which is (2, 2); give the state of these "
-        "parameters",
+        "adam_state: the moments of w must have shape (2, 2) (got (3, 2)). Give the state of these "
+        "parameters.",
     ),
     (
         {"kind": "adam", "adam_state": ADAM, "b2": 1},
-        "b2=1 is impossible; give 0 <= b2 < 1",
+        "b2: must be at least 0 and below 1 (got 1). Correct it.",
     ),
     (
         {"select": "nothing"},

@@ -1,4 +1,4 @@
-"""Whether attributions can be trusted: models that were trained on parts of the data say so."""
+"""Whether to trust attributions: compare them with models retrained on parts of the data."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from jaxlm.core.checks import integer, real
 from jaxlm.core.errors import UserError
 
 
@@ -14,8 +15,8 @@ class LDS(NamedTuple):
 
     Attributes:
       value: mean over targets of Spearman's correlation, -1 to 1.
-      low, high: the interval that the bootstrap gives.
-      of_targets: the correlation of every target.
+      low, high: the bootstrap interval.
+      of_targets: the correlation for every target.
     """
 
     value: float
@@ -27,26 +28,28 @@ class LDS(NamedTuple):
 def subset_masks(
     count: int, subsets: int, fraction: float | int = 0.5, seed: int = 0
 ) -> Bool[np.ndarray, "K N"]:
-    """Random parts of the training data, each to train a model on.
+    """Draw random subsets of the training data, each to train a model on.
 
     Args:
-      count: N, training examples.
-      subsets: K. More of them do not change those that were there.
-      fraction: of the examples in each part, rounded down.
+      count: N, how many training examples there are.
+      subsets: K. A larger K adds subsets to those of a smaller one.
+      fraction: fraction of the examples in each subset, rounded down.
       seed: 0 or more.
 
     Raises:
-      UserError: if a part would have no example, or all.
+      UserError: a subset would have no example, or all.
 
     >>> subset_masks(count=6, subsets=4).sum(axis=1).tolist()
     [3, 3, 3, 3]
     """
-    check_seed(seed)
-    taken = int(np.clip(np.nan_to_num(fraction), 0, 1) * count * (1 + 1e-12))
-    if subsets < 1:
-        raise UserError(f"subsets: too few (got {subsets}). Give 1 or more.")
+    integer("seed", seed, least=0)
+    integer("subsets", subsets)
+    real("fraction", fraction, above=0, below=1)
+    taken = int(fraction * count * (1 + 1e-12))
     if not 0 < taken < count:
-        raise UserError(f"fraction={fraction} of {count} examples is {taken}; give some, not all")
+        raise UserError(
+            f"fraction: takes {taken} of {count} examples (got {fraction}). Take some, not all."
+        )
     masks = np.zeros((subsets, count), bool)
     for k, mask in enumerate(masks):
         mask[np.random.default_rng([seed, k]).permutation(count)[:taken]] = True
@@ -67,23 +70,23 @@ def lds(
     $$\mathrm{LDS} = \mathrm{mean}_m\ \mathrm{Spearman}_k\Big(f_m(S_k),\ \sum_{n \in S_k}
     \tau_{nm}\Big).$$
 
-    The interval is between quantiles of the score over replicates in which both the subsets k and
-    the targets m are drawn again with replacement: it says what other models and other targets
-    might have given. A subset that is drawn twice counts twice, with ties at their mean rank.
+    The interval lies between quantiles of the score over replicates, in which both the subsets k
+    and the targets m are drawn with replacement: it covers other models and other targets. A subset
+    that is drawn twice counts twice, and ties share their mean rank.
 
     Args:
       attributions: τ [N, M], such as `score` with subtasks 0 to M - 1; [N] for one target.
-      masks: bool [K, N], which examples each model was trained on, of `subset_masks`.
-      outputs: f [K, M], what each model makes of each target, averaged over seeds of training;
-        [K] for one target. It must grow where attributions say that an example helps: the margin or
-        the negative loss.
-      replicates: of the bootstrap.
-      level: of the interval, above 0 and below 1.
-      seed: of the bootstrap, 0 or more.
+      masks: bool [K, N], which examples each model was trained on, as `subset_masks` draws them.
+      outputs: f [K, M], an output of each model for each target, averaged over training seeds; [K]
+        for one target. It must grow where attributions say that an example helps, as the margin and
+        the negative loss do.
+      replicates: number of bootstrap replicates.
+      level: confidence level of the interval, above 0 and below 1.
+      seed: seed of the bootstrap, 0 or more.
 
     Raises:
-      UserError: for other shapes, numbers that are not finite, fewer than 3 subsets, or a target
-        whose outputs or attributions do not differ between subsets.
+      UserError: shapes do not fit, numbers are not finite, there are fewer than 3 subsets, or the
+        outputs or attributions of a target are the same for all subsets.
 
     >>> masks = subset_masks(count=8, subsets=20)
     >>> truth = np.arange(8.0)
@@ -99,43 +102,39 @@ def lds(
     )
     chosen = np.asarray(masks)
     _check(tau, chosen, f)
-    check_seed(seed)
-    if replicates < 1 or not 0 < level < 1:
-        raise UserError(
-            f"replicates={replicates} and level={level} are impossible; give 1 or more, and a "
-            "level between 0 and 1"
-        )
-    # Sums that are equal differ by the rounding of their order, and are to stay ties.
+    integer("seed", seed, least=0)
+    integer("replicates", replicates)
+    real("level", level, above=0, below=1)
+    # Equal sums differ by rounding, since they are added in another order; they must stay ties.
     rounding = len(tau) * np.finfo(np.float64).eps * np.abs(tau).sum(axis=0)
     sums = chosen.astype(np.float64) @ tau
-    sides = (_Ranked(f, "outputs"), _Ranked(sums, "attributions", rounding))
-    of_targets = _spearman(*sides, np.ones(len(f)))
+    columns = (_Ranked(f, "outputs"), _Ranked(sums, "attributions", rounding))
+    of_targets = _spearman(*columns, np.ones(len(f)))
     subsets, targets = f.shape
     rng = np.random.default_rng(seed)
-    drawn = [
-        _spearman(*sides, _draw(rng, subsets)) @ _draw(rng, targets) / targets
+    scores = [
+        _spearman(*columns, _draw(rng, subsets)) @ _draw(rng, targets) / targets
         for _ in range(replicates)
     ]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(scores, [(1 - level) / 2, (1 + level) / 2])
     return LDS(float(of_targets.mean()), float(low), float(high), of_targets)
 
 
 def leave_one_out(output: Callable[[np.ndarray], Any], count: int) -> Float[np.ndarray, "N M"]:
-    r"""What is lost without each example: $f(\text{all}) - f(\text{all but } n)$.
+    r"""Return what is lost without each example: $f(\text{all}) - f(\text{all but } n)$.
 
     Args:
-      output: from a bool mask [N] of training examples to the outputs [M] of a model that was
-        trained on them, as in `lds`. It is called N + 1 times.
-      count: N.
+      output: function from a bool mask [N] of training examples to the outputs [M] of a model that
+        was trained on them, as in `lds`. It is called N + 1 times.
+      count: N, 2 or more.
 
     Raises:
-      UserError: for fewer than 2 examples.
+      UserError: there are fewer than 2 examples.
 
     >>> leave_one_out(lambda mask: [np.array([1.0, 5.0, 2.0])[mask].sum()], count=3).tolist()
     [[1.0], [5.0], [2.0]]
     """
-    if count < 2:
-        raise UserError(f"count is {count}; give two or more examples to leave one out")
+    integer("count", count, least=2)
     everything = np.asarray(output(np.ones(count, bool)), np.float64).reshape(-1)
     rows = []
     for n in range(count):
@@ -144,17 +143,13 @@ def leave_one_out(output: Callable[[np.ndarray], Any], count: int) -> Float[np.n
     return np.stack(rows)
 
 
-def check_seed(seed: Any) -> None:
-    """Raises UserError for what is no seed of NumPy."""
-    if not isinstance(seed, int | np.integer) or seed < 0:
-        raise UserError(f"seed: no seed (got {seed!r}). Give a whole number, 0 or more.")
-
-
 class _Ranked:
-    """Columns in their order, so that ranks under any weights of the rows are two sums.
+    """Sorted columns, from which the mean ranks under any weights of the rows are two sums.
 
-    Neighbours in that order that are no further apart than `rounding` [M] are ties.
+    Neighbours that are not further apart than `rounding` [M] are ties.
     """
+
+    # `scipy.stats.rankdata` on every replicate gives the same ranks, but sorts again each time.
 
     def __init__(self, values: np.ndarray, name: str, rounding: Any = 0.0):
         self._order = np.argsort(values, axis=0, kind="stable")
@@ -165,7 +160,7 @@ class _Ranked:
         if (new.sum(axis=0) == 1).any():
             target = int((new.sum(axis=0) == 1).argmax())
             raise UserError(
-                f"the {name} of target {target} are the same for all subsets; leave it out"
+                f"{name}: are the same for all subsets at target {target}. Leave the target out."
             )
         rows = np.arange(len(values))[:, None]
         self._first = np.maximum.accumulate(np.where(new, rows, 0), axis=0)
@@ -175,7 +170,7 @@ class _Ranked:
         self._last = np.minimum.accumulate(ends[::-1], axis=0)[::-1]
 
     def ranks(self, weights: np.ndarray) -> np.ndarray:
-        """Mean ranks where row k is there weights[k] times."""
+        """Return mean ranks where row k counts weights[k] times."""
         ordered = weights[self._order]
         total = np.cumsum(ordered, axis=0)
         before = np.take_along_axis(total - ordered, self._first, 0)
@@ -184,8 +179,8 @@ class _Ranked:
 
 
 def _spearman(first: _Ranked, second: _Ranked, weights: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of every column; 0 where a column is constant."""
-    a, b = (each.ranks(weights) - (weights.sum() + 1) / 2 for each in (first, second))
+    """Return Spearman's correlation of every column; 0 where a column is constant."""
+    a, b = (x.ranks(weights) - (weights.sum() + 1) / 2 for x in (first, second))
     covariance = weights @ (a * b)
     size = np.sqrt((weights @ (a * a)) * (weights @ (b * b)))
     return np.divide(covariance, size, out=np.zeros_like(size), where=size > 0)
@@ -196,17 +191,23 @@ def _draw(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _check(tau: np.ndarray, masks: np.ndarray, f: np.ndarray) -> None:
-    shapes = f"attributions {tau.shape}, masks {masks.shape}, outputs {f.shape}"
+    shapes = f"(got {tau.shape}, {masks.shape} and {f.shape})"
     if masks.shape != (len(f), len(tau)) or tau.ndim != 2 or f.shape[1:] != tau.shape[1:]:
-        raise UserError(f"{shapes} do not fit; give [N, M], [K, N] and [K, M]")
+        raise UserError(
+            f"attributions: with masks and outputs must be [N, M], [K, N] and [K, M] {shapes}. "
+            "Correct them."
+        )
     if masks.dtype != bool:
-        raise UserError(f"masks are {masks.dtype}; give bool, true where an example is in")
+        raise UserError(
+            f"masks: must be bool, true where an example is in (got {masks.dtype}). Convert."
+        )
     if len(f) < 3 or not f.shape[1]:
-        raise UserError(f"{shapes} are too few; give 3 or more subsets and a target")
+        raise UserError(f"outputs: must have 3 or more subsets and a target {shapes}. Train more.")
     for name, row, values in (("attributions", "example", tau), ("outputs", "subset", f)):
         wrong = np.argwhere(~np.isfinite(values))
         if len(wrong):
+            at, target = wrong[0]
             raise UserError(
-                f"{name} are not finite; look at their examples (got {values[tuple(wrong[0])]} of "
-                f"{row} {wrong[0][0]} at target {wrong[0][1]})"
+                f"{name}: must be finite (got {values[at, target]} for {row} {at} at target "
+                f"{target}). Leave the {row} out."
             )
