@@ -41,7 +41,7 @@ class GenerateConfig:
         top_k: keep only the k most likely tokens.
         top_p: keep only the most likely tokens up to this probability.
         min_p: keep only tokens at least this many times as likely as the most likely one.
-        stop: text that ends a sample, or a list of such texts, as in --stop='["###", "\n"]'..
+        stop: text that ends a sample, or a list of such texts, as in --stop='["###", "\n"]'.
         num_samples: samples of each prompt.
         seed: seed of the draws.
         batch_size: prompts in a forward pass; the draws depend on it.

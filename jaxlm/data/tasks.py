@@ -4,12 +4,14 @@ A task is data. What comes with the package stands in `jaxlm/assets/tasks`: a fo
 `task.yaml` and its files, or a suite `SUITE.yaml` whose tasks are named `SUITE/NAME`.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import difflib
 import functools
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -384,6 +386,22 @@ def _yaml(name: str) -> dict[str, Any]:
     return content
 
 
+_code_allowed = contextvars.ContextVar("code_allowed", default=False)
+
+
+@contextlib.contextmanager
+def code_allowed() -> Iterator[None]:
+    """Let every `task.read` within the block name any function: `--allow-code` of a command.
+
+    A context, so that the consent comes from the caller alone and not through configurations.
+    """
+    token = _code_allowed.set(True)
+    try:
+        yield
+    finally:
+        _code_allowed.reset(token)
+
+
 def _reader(name: str, allow_code: bool) -> Callable[[Mapping[str, Any]], ParsedRow]:
     """The function that `task.read` names.
 
@@ -391,7 +409,7 @@ def _reader(name: str, allow_code: bool) -> Callable[[Mapping[str, Any]], Parsed
     only functions that were written to read rows can be named without the caller's consent.
     """
     module, _, function = name.partition(":")
-    if module != "jaxlm.data.readers" and not allow_code:
+    if module != "jaxlm.data.readers" and not (allow_code or _code_allowed.get()):
         raise UserError(
             f"task.read: names code outside jaxlm.data.readers (got {checks.show(name)}). Add "
             "--allow-code, or allow_code=True, if you trust it."

@@ -1,6 +1,5 @@
 """What is written to the screen arrives whole, and the last sentence is there whatever happens."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -12,8 +11,6 @@ import pytest
 from jaxlm.artifacts.folder import hold
 from jaxlm.cli import convert, finetune, screen
 from jaxlm.cli.main import PIPE, foreseen, main
-from jaxlm.data import TaskConfig
-from jaxlm.train.finetuning import FinetuneConfig
 
 COMMAND = [sys.executable, "-m", "jaxlm.cli.main"]
 
@@ -136,17 +133,6 @@ def test_a_text_that_the_locale_cannot_name_is_a_sentence():
     with pytest.raises(UnicodeEncodeError) as caught:
         "é".encode("ascii")
     assert "Set LC_ALL=C.UTF-8" in str(foreseen(caught.value))
-
-
-def test_the_help_has_every_key_with_its_default(capsys):
-    assert main(["finetune", "--help"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    for cls, prefix in ((FinetuneConfig, ""), (TaskConfig, "task.")):
-        for field in dataclasses.fields(cls):
-            assert any(line.startswith(f"  {prefix}{field.name}: ") for line in lines), field.name
-    assert "  eval_batch_size: int = 64" in lines
-    assert "  output: str = required" in lines
-    assert "  optimizer.horizon: int = 20 (mezo_momentum, mezo_adam)" in lines
 
 
 def test_a_start_says_nothing_of_libraries_that_are_not_needed(tiny_model):
