@@ -1,8 +1,8 @@
 """From text to batches: the data forms `task`, `messages` and `text`."""
 
 from jaxlm.data.batching import EncodedTask, collate, prepare, prepare_for
-from jaxlm.data.encoding import Encoded, encode, encode_all
-from jaxlm.data.messages import Conversation, Message, MessagesConfig, encode_messages
+from jaxlm.data.encoding import Encoded
+from jaxlm.data.messages import Conversation, Message, MessagesConfig
 from jaxlm.data.prompts import Prompted, prompted, with_demonstrations, without_examples
 from jaxlm.data.readers import ParsedRow
 from jaxlm.data.rows import EncodedData, EncodedRows, PaddedRows, TokenRow
@@ -18,18 +18,17 @@ from jaxlm.data.tasks import (
     task_names,
 )
 from jaxlm.data.templates import Template
-from jaxlm.data.text import Document, TextConfig, encode_documents
+from jaxlm.data.text import Document, TextConfig
 
 DataConfig = TaskConfig | MessagesConfig | TextConfig
-"""Configuration of a data form: `load(seed=..., base_dir=...)` reads it, `encode(lm)` of what that
-returns makes tokens, an `EncodedData`."""
+"""Configuration of a data form. `config.load(seed=0).encode(lm)` is its `EncodedData`."""
 
 DATA_FORMS: dict[str, type[DataConfig]] = {
     "task": TaskConfig,
     "messages": MessagesConfig,
     "text": TextConfig,
 }
-"""Data forms by the key that names them in a run's configuration."""
+"""The data forms by their keys in a configuration."""
 
 __all__ = [
     "DATA_FORMS",
@@ -53,10 +52,6 @@ __all__ = [
     "Texts",
     "TokenRow",
     "collate",
-    "encode",
-    "encode_all",
-    "encode_documents",
-    "encode_messages",
     "load_task",
     "prepare",
     "prepare_for",

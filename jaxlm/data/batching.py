@@ -1,4 +1,4 @@
-"""Batches of an encoded task: few shapes, and every training batch a function of seed and step."""
+"""Encode a task for a model, and make its batches: few shapes, pure functions of seed and step."""
 
 import functools
 import hashlib
@@ -27,10 +27,10 @@ from jaxlm.data.rows import (
     TokenRow,
     bucket_of,
     check_vocabulary,
-    epoch_places,
     eval_places,
     length_buckets,
     round_up,
+    stack_steps,
 )
 from jaxlm.data.tasks import Example, Task, TaskConfig
 
@@ -42,9 +42,10 @@ Objective = Literal["classification", "completion", "generation"]
 class EncodedTask:
     """The tokens of a task's splits, and their batches.
 
-    In the form "label_words" one row an example is read, and the label words are compared by their
-    logits at one position; "continuations" reads the prompt once and each option after it;
-    "options" reads a row for each option. The first that every example allows is used.
+    In the form "label_words" the model reads one row an example and compares the logits of the
+    label words at one position; in "continuations" it reads the prompt once and each option after
+    it; in "options" it reads a row for each option. The first form that every example allows is
+    used.
 
     A batch is a dict of arrays, padded on the right (B examples, C options, T one of `buckets`,
     K the most tokens scored in any option of the task). Labels and weights are in all of them:
@@ -68,17 +69,17 @@ class EncodedTask:
     prompt_ids     int32   [B, T]        tokens
     prompt_mask    int32   [B, T]        1 for tokens, 0 for padding
     option_ids     int32   [B, C, K]     tokens of the options, all of them scored
-    option_mask    float32 [B, C, K]     1 for tokens; an option without one is none
+    option_mask    float32 [B, C, K]     1 for tokens; all 0 for no option
     ============== ======= ============= ==========================================
 
-    Where examples differ in the number of options or its tokens, C and K are those of the batch,
-    rounded up to a multiple of 8. With the objective "completion" training batches hold the prompt
-    with the right option alone, as `jaxlm.train.objective.lm_objective` takes them; with
-    "generation" prompts alone and the places of their examples, for
+    If examples differ in the number of options or of their tokens, C and K are those of the batch,
+    rounded up to a multiple of 8. With the objective "completion" training batches hold each prompt
+    with its right option, as `jaxlm.train.objective.lm_objective` takes them; with "generation"
+    they hold prompts and the `index` of their examples, for
     `jaxlm.train.rewards.generation_objective`.
 
     Attributes:
-        labels: the label words; none where every example has its own options.
+        labels: the label words; none if every example has its own options.
         token_ids: int32 [C], the label words' tokens, or a classifier's outputs; None in the other
             forms.
         pad_id: token of the padding.
@@ -126,7 +127,7 @@ class EncodedTask:
         return {name: len(getattr(self, name)) for name in ("train", "validation", "test")}
 
     def rows(self, split: SplitName, ids: Sequence[str]) -> list[TokenRow]:
-        """The prompts of a split, each with its right option, whose tokens are in the loss.
+        """Return the prompts of a split, each with its right option, which is in the loss.
 
         Args:
             split: which examples.
@@ -150,43 +151,33 @@ class EncodedTask:
         }
 
     def batch(self, step: int, *, batch_size: int, seed: int) -> Batch:
-        """The training batch of a step, a pure function of (seed, step).
+        """Return the training batch of a step, a pure function of (seed, step)."""
+        stacked = self.batches(step, 1, batch_size=batch_size, seed=seed)
+        return {key: x[0] for key, x in stacked.items()}
 
-        The examples are `jaxlm.data.rows.epoch_places`: every epoch has each example once, a batch
-        may hold the end of one epoch and the start of the next, and one larger than the data
-        repeats examples.
+    def batches(self, step: int, count: int, *, batch_size: int, seed: int) -> Batch:
+        """Return the batches of `count` steps from `step` on, leaves [count, B, ...]."""
+        streams = self.streams(step, count, batch_size=batch_size, seeds=(seed,))
+        return {key: x[:, 0] for key, x in streams.items()}
+
+    def streams(self, step: int, count: int, *, batch_size: int, seeds: Sequence[int]) -> Batch:
+        """Return training batches, leaves [count, seeds, B, ...]; see `rows.stack_steps`.
 
         Raises:
             UserError: there are no training examples.
         """
-        return self._collate_train(self._stream(step * batch_size, batch_size, seed))
-
-    def batches(self, step: int, count: int, *, batch_size: int, seed: int) -> Batch:
-        """The batches of `count` steps from `step` on, stacked on a new first axis.
-
-        All have one length: the bucket of the longest row among them.
-        """
-        streams = self.streams(step, count, batch_size=batch_size, seeds=(seed,))
-        return {key: value[:, 0] for key, value in streams.items()}
-
-    def streams(self, step: int, count: int, *, batch_size: int, seeds: Sequence[int]) -> Batch:
-        """The batches of `count` steps under each of several seeds, leaves [count, seeds, B, ...].
-
-        All have one length, as in `batches`.
-        """
-        sizes = count, batch_size
-        each = [self._stream(step * batch_size, count * batch_size, seed) for seed in seeds]
-        places = np.stack([np.reshape(stream, sizes) for stream in each], axis=1)
-        collated = self._collate_train(places.reshape(-1).tolist())
-        return {
-            key: value.reshape(*places.shape, *value.shape[1:]) for key, value in collated.items()
-        }
+        size = len(self.train)
+        if not size:
+            raise UserError("task.train: there are no training examples (got none). Give some.")
+        return stack_steps(
+            self._collate_train, size, step, count, batch_size=batch_size, seeds=seeds
+        )
 
     def eval_batches(self, split: SplitName, *, batch_size: int) -> Iterator[Batch]:
-        """Batches of every example of a split once, longest first.
+        """Yield batches of every example of a split once, longest first.
 
-        Each has a key "index" more, int32 [B]: the place of the example in the split, -1 in the
-        rows of weight 0 that fill the last batch.
+        They have the key "index" too, int32 [B]: the place of the example in the split, or -1 for
+        the rows of weight 0 that fill the last batch.
         """
         examples: tuple[Encoded, ...] = getattr(self, split)
         lengths = [max(map(len, each.input_ids)) for each in examples]
@@ -194,12 +185,6 @@ class EncodedTask:
             batch = self._collate([examples[index[0] if i < 0 else i] for i in index])
             batch["weights"] = (index >= 0).astype(np.float32)
             yield {**batch, "index": index}
-
-    def _stream(self, start: int, count: int, seed: int) -> list[int]:
-        size = len(self.train)
-        if not size:
-            raise UserError("task.train: there are no training examples. Give some.")
-        return epoch_places(start, count, size, seed=seed)
 
     def _collate(self, examples: Sequence[Encoded]) -> Batch:
         return collate(
@@ -237,7 +222,7 @@ def collate(
     pad_id: int,
     num_options: int | None = None,
 ) -> Batch:
-    """Pads examples to the shortest bucket that holds them; `EncodedTask` describes the keys.
+    """Pad examples to the shortest bucket that holds them; `EncodedTask` describes the keys.
 
     Args:
         examples: the examples.
@@ -284,7 +269,7 @@ def collate(
 
 
 def _rounded(count: int, most: int) -> int:
-    """One of few sizes that hold a count: the most there is, or the next multiple of 8."""
+    # Few sizes mean few compilations; a batch never exceeds the largest size of the task.
     return min(most, round_up(count))
 
 
@@ -311,16 +296,15 @@ def prepare(
     vocab_size: int | None = None,
     buckets: Sequence[int] | None = None,
 ) -> EncodedTask:
-    """Encodes every split of a task.
+    """Encode every split of a task.
 
     Args:
         task: the task.
         tokenizer: one of transformers.
         kind: "decoder" or "encoder".
-        max_length: longest row that the model takes; the smaller of it and the task's own counts.
-        vocab_size: tokens of the model; a tokenizer that makes others is refused.
-        buckets: lengths that batches are padded to; without it, quantiles of the rows' lengths,
-            rounded up to a multiple of 8.
+        max_length: most tokens of a row for the model; the task's own limit applies too.
+        vocab_size: number of tokens of the model, to refuse another model's tokenizer.
+        buckets: lengths that batches are padded to; None for `length_buckets`.
 
     Raises:
         UserError: see `encode_all`; or there is no tokenizer, it is not the model's, or an answer
@@ -358,10 +342,10 @@ def prepare(
 
 
 def prepare_for(lm: Any, task: Task, *, max_length: int | None = None) -> EncodedTask:
-    """`prepare` for a `jaxlm.models.LanguageModel`; `max_length` is the model's where not given.
+    """`prepare` for a `jaxlm.models.LanguageModel`; the default of `max_length` is the model's.
 
-    A classifier has outputs in place of label words, in an order of its own: `token_ids` are then
-    the outputs of the task's classes, by their names.
+    For a classifier `token_ids` are the outputs that belong to the task's classes, by name, since a
+    classifier has an order of its own.
 
     Raises:
         UserError: see `prepare`; or the names of a classifier's classes are not those of the task.
@@ -384,7 +368,6 @@ def prepare_for(lm: Any, task: Task, *, max_length: int | None = None) -> Encode
 def _encode(
     task: Task, tokenizer: Any, examples: Sequence[Example], kind: Kind, limit: int | None
 ) -> list[Encoded]:
-    """Rows of tokens for the options of every example, cut as the configuration says."""
     config = task.config
     if kind == "encoder" and (config.own_options or any(each.context for each in examples)):
         wanted = "options of several tokens" if config.own_options else "demonstrations"
@@ -410,7 +393,6 @@ def _encode(
 
 
 def _room(limit: int, config: TaskConfig) -> int:
-    """Tokens that an answer leaves for a prompt."""
     if limit <= config.answer_length:
         raise UserError(
             f"task.max_new_tokens: leaves no room for a prompt, since task.max_length or the model "
@@ -420,7 +402,7 @@ def _room(limit: int, config: TaskConfig) -> int:
 
 
 def _label_words(examples: Sequence[Encoded]) -> Int32[np.ndarray, "C"] | None:
-    """The label words' tokens, if in every example the options differ in one last token alone."""
+    """Return the label words' tokens, if the options of all examples differ in one last token."""
     words = examples[0].targets
     for each in examples:
         shared = len(set(each.input_ids)) == len(set(each.positions)) == 1

@@ -1,8 +1,8 @@
-"""Running text for pretraining: tokenised once, memory-mapped, drawn by step and seed alone.
+"""Running text for pretraining: tokenized once, memory-mapped, drawn by seed and step.
 
-A corpus is a folder of `<domain>.jsonl` or `<domain>.jsonl.gz` files, one document a line in the
+A corpus is a folder of `<domain>.jsonl` or `<domain>.jsonl.gz` files with a document a line, in the
 field `text`; the lines of a document are its sentences. Shapes: B windows of a batch, T1 their
-length, N tokens, S sentences.
+length, N tokens, S sentences or steps, D domains.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from jaxlm.artifacts.files import (
     to_json,
     write_atomic,
 )
-from jaxlm.artifacts.folder import verify, write_folder
+from jaxlm.artifacts.folder import is_whole, write_folder
 from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core import checks
 from jaxlm.core.errors import UserError
@@ -38,10 +38,10 @@ CHARACTERS_AT_ONCE = 2**24
 
 @dataclasses.dataclass(frozen=True)
 class Domain:
-    """One domain's share of the windows, moving linearly from `weight` to `final_weight`.
+    """The share of a domain among the windows, linear from `weight` to `final_weight`.
 
     Attributes:
-      name: of the file `<name>.jsonl` or `<name>.jsonl.gz`.
+      name: name of the file `<name>.jsonl` or `<name>.jsonl.gz`.
       weight: share at the first step; the weights of all domains are divided by their sum.
       final_weight: share at the last step; None keeps `weight`.
     """
@@ -61,14 +61,14 @@ class Domain:
 
 
 def check_domains(domains: Sequence[Domain], held_out: str | None = None) -> None:
-    """Checks the domains of a run with each other.
+    """Check the domains of a run.
 
     Args:
-      domains: to train on.
-      held_out: the domain to measure on.
+      domains: domains to train on.
+      held_out: domain to measure on.
 
     Raises:
-      UserError: there is none, one is there twice or is held out too, or no share is above 0.
+      UserError: there is no domain, one is repeated or held out too, or no share is above 0.
     """
     names = [str(PurePosixPath(domain.name)) for domain in domains]
     checks.distinct("corpus.domains", names)
@@ -93,11 +93,11 @@ class Tokens:
     """The tokens of one domain.
 
     Attributes:
-      ids: token ids, each document after one `boundary`.
+      ids: token ids; a `boundary` stands before each document.
       starts: increasing indices into `ids` of the first token of each sentence.
       boundary: id of the token that starts a document.
-      size: bytes of the text as the tokenizer's normaliser leaves it (lower-cased, say).
-      digest: SHA-256 of the file and the tokenizer that they come from; empty if not from a file.
+      size: bytes of the text after the tokenizer's normaliser, which may lower-case it.
+      digest: SHA-256 of the file and the tokenizer; empty for tokens that are not from a file.
     """
 
     ids: Integer[np.ndarray, "N"]
@@ -107,16 +107,16 @@ class Tokens:
     digest: str = ""
 
     def window(self, start: int, length: int) -> Int[np.ndarray, "length"]:
-        """`boundary`, then `length - 1` tokens from `start`, going round at the end."""
+        """Return `boundary` and then `length - 1` tokens from `start`, wrapping at the end."""
         index = (start + np.arange(length - 1)) % len(self.ids)
         return np.concatenate([[self.boundary], self.ids[index]]).astype(np.int32)
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The transformers tokenizer in `folder`; see `jaxlm.models.hf_tokenizer`.
+    """Read the transformers tokenizer of a folder, see `jaxlm.models.hf_tokenizer`.
 
     Raises:
-      UserError: there is none with a tokenizer.json, or it cannot be read.
+      UserError: there is no tokenizer.json, or it cannot be read.
     """
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"tokenizer: {folder} has no tokenizer.json. Train one.")
@@ -124,14 +124,15 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def tokenize(path: Path, tokenizer: Any) -> Tokens:
-    """Tokenises one file of documents; within a document, line ends become spaces.
+    """Tokenize one file of documents; line ends inside a document become spaces.
 
     Args:
       path: a `.jsonl` or `.jsonl.gz` file.
-      tokenizer: a transformers tokenizer that reports offsets.
+      tokenizer: a transformers tokenizer with offsets.
 
     Raises:
-      UserError: the file or a line of it cannot be read, or the tokenizer does not serve.
+      UserError: the file or a line of it cannot be read, or the tokenizer has no eos_token or too
+        many tokens.
     """
     boundary = tokenizer.eos_token_id
     if boundary is None:
@@ -164,7 +165,7 @@ def tokenize(path: Path, tokenizer: Any) -> Tokens:
 
 
 def _batches(path: Path) -> Iterator[list[list[str]]]:
-    """Documents as `_documents` gives them, as many as are tokenised at once."""
+    """Yield documents, as many as are tokenized at once, within the limits on memory."""
     batch: list[list[str]] = []
     size = 0
     for document in _documents(path):
@@ -178,7 +179,7 @@ def _batches(path: Path) -> Iterator[list[list[str]]]:
 
 
 def _documents(path: Path) -> Iterator[list[str]]:
-    """The lines of each document that are not empty."""
+    """Yield the lines of each document, without empty ones."""
     for number, record in enumerate(files.lines(path, str(path)), start=1):
         if not record.strip():
             continue
@@ -193,10 +194,10 @@ def _documents(path: Path) -> Iterator[list[str]]:
 
 
 def find(folder: Path, name: str) -> Path:
-    """The file of domain `name` in `folder`.
+    """Return the file of a domain.
 
     Raises:
-      UserError: there is none, or its name leaves the folder.
+      UserError: there is no such file, or the name leaves the folder.
     """
     for suffix in (".jsonl", ".jsonl.gz"):
         if (path := inside(folder, name + suffix, "corpus.domains")).exists():
@@ -207,68 +208,48 @@ def find(folder: Path, name: str) -> Path:
 
 
 def source_digest(path: Path, tokenizer: Any) -> str:
-    """SHA-256 of a file of text and of the tokenizer that is to read it."""
+    """Return SHA-256 of a file of text and of the tokenizer that reads it."""
     source = f"{files.digest(path, str(path))} {_digest(tokenizer)}"
     return hashlib.sha256(source.encode()).hexdigest()
 
 
 def cached(path: Path, tokenizer: Any, cache: Path, digest: str | None = None) -> Tokens:
-    """`tokenize`, kept in folder `cache` and memory-mapped from there the next time.
+    """Tokenize a file once: keep its tokens in folder `cache`, and memory-map them from there.
 
-    What is kept belongs to the content of the file and the tokenizer, not to their names, and has
-    checksums: what is damaged is made again. Of several processes the first one does it.
+    The kept tokens are found by the content of the file and the tokenizer, not by their names, and
+    have checksums: damaged ones are made again. The main process does it for all.
 
     Args:
       path: a `<domain>.jsonl[.gz]`.
       tokenizer: of `read_tokenizer`.
       cache: folder.
-      digest: `source_digest`, where it is known.
+      digest: `source_digest`, if it is known.
     """
     digest = source_digest(path, tokenizer) if digest is None else digest
     name = path.name.removesuffix(".gz").removesuffix(".jsonl")
     folder = cache / f"{name}-{digest[:16]}"
-    tokens = None
-    if is_main_process():
-        tokens = _kept(folder, digest)
-        if tokens is None:
-            with report_write_errors(folder):
-                made = tokenize(path, tokenizer)
-                write_folder(folder, lambda place: _keep(place, made))
+    if is_main_process() and not is_whole(folder):
+        with report_write_errors(folder):
+            write_folder(folder, functools.partial(_write, tokenize(path, tokenizer)))
     barrier(str(folder))
-    tokens = tokens or _kept(folder, digest)
-    if tokens is None:
-        raise UserError(f"{folder}: cannot be read back. Remove it and run the command again.")
-    return tokens
+    record = read_json(folder / "tokens.json", boundary=int, size=int)
+    ids, starts = (np.load(folder / f"{field}.npy", mmap_mode="r") for field in ("ids", "starts"))
+    return Tokens(ids, starts, record["boundary"], record["size"], digest)
 
 
 def _digest(tokenizer: Any) -> str:
-    """SHA-256 of what a tokenizer makes of a text."""
+    """Return SHA-256 of all that decides which tokens a text becomes."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state |= {"truncation": None, "padding": None}  # of the last call; `tokenize` uses neither
     text = json.dumps([state, tokenizer.eos_token_id], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _keep(place: Path, tokens: Tokens) -> None:
-    """Writes tokens into a folder."""
+def _write(tokens: Tokens, folder: Path) -> None:
     for field in ("ids", "starts"):
-        np.save(place / f"{field}.npy", getattr(tokens, field))
-    write_atomic(place / "tokens.json", to_json({"boundary": tokens.boundary, "size": tokens.size}))
-
-
-def _kept(folder: Path, digest: str) -> Tokens | None:
-    """What `_keep` has written; None where it is not there or not whole."""
-    try:
-        verify(folder)
-        record = read_json(folder / "tokens.json", boundary=int, size=int)
-        ids, starts = (
-            np.load(folder / f"{field}.npy", mmap_mode="r") for field in ("ids", "starts")
-        )
-    except (UserError, OSError, ValueError, EOFError):
-        return None
-    if ids.dtype != np.uint16 or not np.issubdtype(starts.dtype, np.integer):
-        return None
-    return Tokens(ids, starts, record["boundary"], record["size"], digest)
+        np.save(folder / f"{field}.npy", getattr(tokens, field))
+    record = {"boundary": tokens.boundary, "size": tokens.size}
+    write_atomic(folder / "tokens.json", to_json(record))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -280,7 +261,7 @@ class Windows:
     each moved to the next start of a sentence, so that all text is seen about equally often.
 
     Attributes:
-      tokens: of each domain.
+      tokens: tokens of each domain.
       domains: the domains with their shares over the run, in the same order.
       steps: length of the run, over which those shares move.
       batch_size: windows in a batch.
@@ -301,7 +282,7 @@ class Windows:
 
     @functools.cached_property
     def plan(self) -> tuple[Int[np.ndarray, "steps B"], Int[np.ndarray, "steps B"]]:
-        """The domain of every window, and how many windows of that domain came before it."""
+        """The domain of every window, and the number of windows of that domain before it."""
         first = np.array([domain.weight for domain in self.domains])
         last = np.array([domain.last_weight for domain in self.domains])
         time = np.linspace(0, 1, self.steps)[:, None]
@@ -311,8 +292,8 @@ class Windows:
     def _plan(
         self, shares: Float[np.ndarray, "S D"]
     ) -> tuple[Int[np.ndarray, "S B"], Int[np.ndarray, "S B"]]:
-        # The numbers of a step are the same however many steps are drawn, since a generator gives
-        # its numbers in order. So shares that become known step by step draw the same windows.
+        # A generator gives its numbers in order, so a step has the same numbers however many steps
+        # are drawn: shares that become known step by step draw the windows of one long plan.
         draws = np.random.default_rng([self.seed, 0]).random((len(shares), self.batch_size, 1))
         domain = (draws >= np.cumsum(shares, axis=1)[:, None, :-1]).sum(-1)
         before = np.zeros_like(domain)
@@ -324,19 +305,19 @@ class Windows:
     def batch(
         self, step: int, shares: Float[np.ndarray, "S D"] | None = None
     ) -> dict[str, Int[np.ndarray, "B T1"]]:
-        """The windows of one step.
+        """Draw the windows of one step.
 
         Args:
-          step: from 0 on.
-          shares: of the domains at every step up to this one, so S = step + 1; each row has the
-            sum 1. A policy that chooses shares as it trains appends a row a step. None takes the
-            shares of `domains`, for steps below `steps`.
+          step: the step, from 0.
+          shares: shares of the domains at every step up to this one, S = step + 1, each row with
+            the sum 1. A policy that chooses shares while it trains appends one row a step. None
+            for the shares of `domains`, with step < `steps`.
 
         Returns:
           `input_ids` int32 [batch_size, seq_len + 1].
 
         Raises:
-          UserError: shares are of another shape, negative, or do not sum to 1.
+          UserError: shares have another shape, are negative, or do not sum to 1.
         """
         if shares is None:
             domain, before = self.plan
@@ -379,7 +360,7 @@ def _epoch(
 
 
 def all_windows(tokens: Tokens, seq_len: int) -> dict[str, np.ndarray]:
-    """Every token but the boundaries once as a target, in windows that do not overlap.
+    """Cut tokens into windows in which every token but the boundaries is a target once.
 
     Returns:
       `input_ids` int32 [W, seq_len + 1], and `weights` float32 [W, seq_len]: 1 where the target

@@ -1,15 +1,15 @@
-"""Tables as text, CSV and TSV: no row is lost to a stray quote.
+"""Read CSV and TSV without losing rows to a stray quote.
 
-Values are quoted as RFC 4180 says: one that begins with a quote ends at the next quote that is not
-doubled, which the delimiter or the end of the line must follow; any other quote is text. So a stray
-quote at the beginning of a value would swallow the rows up to the next one, as it does in csv,
-pandas and pyarrow.
+Values are quoted as in RFC 4180: one that begins with a quote ends at the next quote that is not
+doubled, which the delimiter or the end of the line must follow; any other quote is text. With the
+modules csv, pandas and pyarrow a stray quote at the beginning of a value swallows the rows up to
+the next quote. Here
 
-- In TSV, where files without any quoting are usual, such a quote is text wherever its line and a
-  later one inside the quotes are rows by themselves.
-- In CSV it is an error where text follows the closing quote, and where its line and a later one
-  both look like rows: they have as many values, and in one column what other rows have there, or
-  numbers where all have numbers.
+- in TSV, whose files often have no quoting at all, such a quote is text if its line and a later one
+  inside the quotes are rows by themselves;
+- in CSV it is an error if text follows the closing quote, or if its line and a later one both look
+  like rows: they have as many values as a row, and in one column a value that other rows have
+  there, or a number if all rows have numbers.
 """
 
 import re
@@ -22,19 +22,19 @@ _UNQUOTED = {delimiter: re.compile(rf"[^{delimiter}\r\n]*") for delimiter in ",\
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 Record = tuple[int, list[str]]
-"""The line, counted from 1, on which a record begins, and its values."""
+"""The line on which a record begins, from 1, and its values."""
 
 
 def read_table(text: str, delimiter: str, source: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of a table with a header, each with the line on which it begins.
+    """Yield the rows of a table with a header, each with the line on which it begins.
 
     Args:
-        text: of the table.
+        text: the table.
         delimiter: a comma or a tab.
-        source: how messages name the table.
+        source: name of the table in messages.
 
     Raises:
-        UserError: a column is named twice, a row has more or fewer values than there are columns,
+        UserError: two columns have one name, a row has more or fewer values than there are columns,
             or a quote is stray in one of the ways above.
     """
     records, suspects = _records(text, delimiter, source)
@@ -57,7 +57,7 @@ def read_table(text: str, delimiter: str, source: str) -> Iterator[tuple[int, di
 def _records(
     text: str, delimiter: str, source: str
 ) -> tuple[list[Record], dict[int, list[Record]]]:
-    """All records, and of those that a quote carries over lines the lines that may be rows."""
+    """Return all records, and for those whose quotes hold several lines the lines like rows."""
     records: list[Record] = []
     suspects: dict[int, list[Record]] = {}
     place, number = 0, 1
@@ -84,7 +84,7 @@ def _records(
                     "inside."
                 )
             end = stop
-        if line or end > place:  # an empty line is none
+        if line or end > place:  # an empty line is not a record
             if inner:
                 suspects[len(records)] = [(number, line.split(delimiter)), *inner]
             records.append((number, values or []))
@@ -100,7 +100,7 @@ def _end_of_line(text: str, place: int) -> int:
 
 
 def _quoted(text: str, place: int, delimiter: str) -> tuple[list[str] | None, int]:
-    """The values of the record at `place` and where it ends; None where a quote is stray."""
+    """Return the values of the record at `place` and its end; None for stray quotes."""
     values = []
     while True:
         if text.startswith('"', place):
@@ -122,7 +122,7 @@ def _quoted(text: str, place: int, delimiter: str) -> tuple[list[str] | None, in
 
 
 def _plain(value: str) -> str:
-    """A value without the quotes around it, if it is quoted as a whole."""
+    """Return a value without its quotes, if it is quoted as a whole."""
     inner = value[1:-1]
     whole = len(value) > 1 and value[0] == value[-1] == '"' and '"' not in inner.replace('""', "")
     return inner.replace('""', '"') if whole else value
@@ -131,7 +131,7 @@ def _plain(value: str) -> str:
 def _check_suspects(
     records: Sequence[Record], suspects: dict[int, list[Record]], source: str
 ) -> None:
-    """Refuses a quoted value of several lines one of which looks like a row."""
+    """Raise UserError for a quoted value of several lines one of which looks like a row."""
     if not suspects:
         return
     sound = [values for place, (_, values) in enumerate(records, start=1) if place not in suspects]
@@ -139,7 +139,7 @@ def _check_suspects(
     numbers = [all(map(_NUMBER.fullmatch, column)) for column in columns]
 
     def usual(values: Sequence[str]) -> set[int]:
-        """The columns in which a line has what other rows have there."""
+        """Return the columns in which a line has a value like those of other rows."""
         return {
             i
             for i, value in enumerate(values)

@@ -1,8 +1,8 @@
-"""Texts of examples as tokens, and which of them are scored.
+"""Tokenize the examples of a task, and find the tokens that are scored.
 
 A decoder reads a prompt with each of its options; an encoder reads a mask in place of the label
 word. `encode_all` renders a template with every label word, `encode_prompted` takes prompts and
-options as texts; both give `Encoded`.
+options as texts. Both return `Encoded`.
 """
 
 import functools
@@ -17,19 +17,22 @@ from jaxlm.data.templates import Rendered, Template
 
 Kind = Literal["decoder", "encoder"]
 Tokens = tuple[int, ...]
-_CHUNK = 4096  # strings a call of the tokenizer
-_EXAMPLES = 512  # examples a call of the tokenizer
+
+# A call of a fast tokenizer spreads its strings over threads, and holds the offsets of all of them.
+_CHUNK = 4096
 
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """Tokens of one string.
+    """The tokens of one string.
 
     Attributes:
         ids: tokens with special tokens.
         types: segment of each token.
-        scored: places of the label's tokens (encoder), or of all from the label on (decoder).
-        fields: gives the places of each field's tokens; only a row that is too long is asked.
+        scored: places of the label's tokens (encoder), or of all tokens from the label on
+            (decoder).
+        fields: returns the places of each field's tokens. It is called only for a row that is too
+            long, since without offsets it tokenizes again.
     """
 
     ids: list[int]
@@ -43,16 +46,16 @@ class Encoded:
     """One example as tokens, a row for each option.
 
     The score of option c is the mean over k of the log-probability of `targets[c][k]` in the logits
-    at `positions[c][k]` of `input_ids[c]`. Where the options share a prompt, `input_ids` holds that
-    alone, `positions` nothing, and the targets go on after it.
+    at `positions[c][k]` of `input_ids[c]`. If the options share a prompt, `input_ids` has one row,
+    the prompt, `positions` is empty, and the targets follow the prompt.
 
     Attributes:
-        label: the class of the example.
+        label: class of the example.
         input_ids: what the model reads. A decoder's row ends before its last target.
         positions: places in the row whose logits predict the targets.
         targets: the tokens that are scored.
-        token_type_ids: segments, where an encoder's tokenizer gives them.
-        gold: all right options, where there are several.
+        token_type_ids: segments, if an encoder's tokenizer has them.
+        gold: all right options, if there are several.
     """
 
     label: int
@@ -61,20 +64,6 @@ class Encoded:
     targets: tuple[Tokens, ...]
     token_type_ids: tuple[Tokens, ...] | None = None
     gold: tuple[int, ...] = ()
-
-
-def encode(
-    template: Template,
-    tokenizer: Any,
-    example: Example,
-    labels: Sequence[str],
-    *,
-    kind: Kind,
-    max_length: int | None = None,
-) -> Encoded:
-    """Tokens of one example with every label word; `encode_all` is the faster way for many."""
-    options = encode_all(template, tokenizer, [example], labels, kind=kind, max_length=max_length)
-    return next(options)
 
 
 def encode_all(
@@ -87,17 +76,17 @@ def encode_all(
     max_length: int | None = None,
     first_field_limit: int | None = None,
 ) -> Iterator[Encoded]:
-    """Tokens of examples with every label word.
+    """Tokenize examples with every label word.
 
-    Each string is tokenised once as a whole, with the special tokens that the tokenizer adds, but
-    without one after the end for a decoder. A decoder scores every token that ends after the first
-    character of the label word, so that a space in its first token counts with the word, and what
-    the template has after the label is scored too. An encoder reads its mask token in place of the
-    label word, which must be one token. Too many tokens: tokens are removed one by one from the end
-    of the field that has the most.
+    Each string is tokenized once, as a whole, with the special tokens that the tokenizer adds; a
+    decoder's row has none after its end. A decoder scores every token that ends after the first
+    character of the label word: so a space in its first token counts with the word, and text after
+    the label is scored too. An encoder reads its mask token in place of the label word, which must
+    be one token. A row that is too long loses tokens one by one, from the end of the field that has
+    the most.
 
-    With a tokenizer that gives no character offsets, a decoder scores what follows the tokens that
-    the string has in common with the prompt alone.
+    If a tokenizer has no character offsets, a decoder scores the tokens after those that the string
+    shares with the prompt alone.
 
     Args:
         template: the template.
@@ -109,8 +98,9 @@ def encode_all(
         first_field_limit: most tokens of the template's first field.
 
     Raises:
-        UserError: a label word that is no single token (encoder), has no token or the same tokens
-            as another, or has nothing before it (decoder); a template longer than `max_length`.
+        UserError: a label word is not a single token (encoder), has no token or the same tokens as
+            another, or has nothing before it (decoder); or the template is longer than
+            `max_length`.
     """
     if kind == "encoder" and tokenizer.mask_token_id is None:
         raise UserError("tokenizer: has no mask token. Give an encoder with one, or a decoder.")
@@ -131,7 +121,7 @@ def encode_all(
 def _truncate(
     options: Sequence[TokenizedText], room: int | None, first: int | None
 ) -> list[TokenizedText]:
-    """Removes tokens from the fields' ends, the same number from every option."""
+    """Remove tokens from the ends of the fields, the same number from every option."""
     longest = max(options, key=lambda row: len(row.ids))
     kept = [len(field) for field in longest.fields()]
     excess = 0 if room is None else len(longest.ids) - room
@@ -168,7 +158,7 @@ def _join(
     tokenizer: Any,
     kind: Kind,
 ) -> Encoded:
-    """Checks the options of one example and puts them together."""
+    """Check the options of one example, and put them together."""
     inputs: list[Tokens] = []
     positions: list[Tokens] = []
     targets: list[Tokens] = []
@@ -212,11 +202,11 @@ def _join(
 def encode_prompted(
     examples: Sequence[Prompted], tokenizer: Any, *, max_length: int | None = None
 ) -> Iterator[Encoded]:
-    """Tokens of prompts with each of their options, for a decoder.
+    """Tokenize prompts with each of their options, for a decoder.
 
-    Each string is tokenised once as a whole. The tokens of an option are those that end after the
-    prompt, so the space between both counts with the option. What is longer than `max_length` is
-    cut on the left, by as many tokens for every option of an example; the special tokens at the
+    Each string is tokenized once, as a whole. The tokens of an option are those that end after the
+    prompt, so the space between both counts with the option. A row that is too long is cut on the
+    left, by the same number of tokens for every option of an example; special tokens at the
     beginning stay.
 
     Args:
@@ -225,15 +215,14 @@ def encode_prompted(
         max_length: most tokens of a prompt with an option.
 
     Raises:
-        UserError: an option without a token, no token before the option, or options that leave no
-            room for a prompt.
+        UserError: an option has no token, or no token of the prompt is left before it.
     """
     for each in examples:
         if not each.options:
             raise UserError(f"{each.id}: has no options. Leave it out.")
     special = set(tokenizer.all_special_ids)
-    for start in range(0, len(examples), _EXAMPLES):
-        chunk = examples[start : start + _EXAMPLES]
+    for start in range(0, len(examples), _CHUNK // 8):
+        chunk = examples[start : start + _CHUNK // 8]
         rendered = [
             Rendered(each.prompt + option, (len(each.prompt), len(each.prompt + option)), ())
             for each in chunk
@@ -271,9 +260,9 @@ def _encoded(
 
 
 def share_prompts(examples: Sequence[Encoded]) -> list[Encoded] | None:
-    """The examples with their prompts once, or None where the options of one have no common prompt.
+    """Keep the prompt of each example once, or return None if the options of one share no prompt.
 
-    A tokenizer may join the end of a prompt with the beginning of an option.
+    A tokenizer may join the end of a prompt and the beginning of an option to one token.
     """
     shared = []
     for each in examples:
@@ -287,7 +276,7 @@ def share_prompts(examples: Sequence[Encoded]) -> list[Encoded] | None:
 
 
 def completion(each: Encoded, words: Sequence[int] | None) -> tuple[Tokens, int]:
-    """The tokens of an example with the option to train on, and how many of them are the option's.
+    """Return the tokens of an example with the right option, and how many of them are the option's.
 
     Args:
         each: the example, in any form.
@@ -301,11 +290,8 @@ def completion(each: Encoded, words: Sequence[int] | None) -> tuple[Tokens, int]
     return (*each.input_ids[each.label], option[-1]), len(option)
 
 
-# Strings as tokens, with the places of the label and of the fields among them.
-
-
 def read_tokens(tokenizer: Any, rendered: Sequence[Rendered], kind: Kind) -> list[TokenizedText]:
-    """Rows of strings, by the character offsets of a tokenizer where it gives them."""
+    """Tokenize strings, and find their labels by character offsets if the tokenizer has them."""
     read = _rows_by_offsets if getattr(tokenizer, "is_fast", False) else _rows_by_prefixes
     return read(tokenizer, rendered, kind)
 
@@ -313,13 +299,13 @@ def read_tokens(tokenizer: Any, rendered: Sequence[Rendered], kind: Kind) -> lis
 def _rows_by_offsets(
     tokenizer: Any, rendered: Sequence[Rendered], kind: Kind
 ) -> list[TokenizedText]:
-    """Rows by the character offsets of a fast tokenizer."""
     texts = [each.text for each in rendered]
     encodings = tokenizer(texts, return_attention_mask=False, verbose=False).encodings
     rows = []
     for each, encoding in zip(rendered, encodings, strict=True):
         ids, spans = encoding.ids, encoding.offsets
         special = encoding.special_tokens_mask
+        # Walk back from the end: over special tokens, over what follows the label, over the label.
         end = len(ids)
         while kind == "decoder" and end and special[end - 1]:
             end -= 1
@@ -336,7 +322,7 @@ def _rows_by_offsets(
 
 
 def _fields_by_offsets(each: Rendered, spans: Sequence[tuple[int, int]]) -> list[range]:
-    """Places of the tokens inside each field; a space before the first of them is allowed."""
+    """Places of the tokens inside each field; the first may begin with a space before it."""
     places = []
     for start, end in each.fields:
         inside = [
@@ -351,7 +337,7 @@ def _fields_by_offsets(each: Rendered, spans: Sequence[tuple[int, int]]) -> list
 def _rows_by_prefixes(
     tokenizer: Any, rendered: Sequence[Rendered], kind: Kind
 ) -> list[TokenizedText]:
-    """Rows by comparison with the tokens of the prompt alone, for a tokenizer without offsets."""
+    """Find labels by comparison with the tokens of the prompt alone."""
     tokens = functools.partial(_tokens, tokenizer)
     body = functools.partial(_tokens_before_end, tokenizer)
     rows = []
@@ -376,7 +362,6 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
 
 
 def _tokens_before_end(tokenizer: Any, text: str) -> list[int]:
-    """Tokens without the special ones after the end."""
     ids = _tokens(tokenizer, text)
     special = tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
     while ids and special[len(ids) - 1]:
@@ -390,7 +375,6 @@ def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _fields_by_prefixes(each: Rendered, body: Callable[[str], list[int]]) -> list[range]:
-    """Places of the tokens of each field, a space before it among them."""
     return [
         range(len(body(each.text[:start].rstrip(" "))), len(body(each.text[:end])))
         for start, end in each.fields

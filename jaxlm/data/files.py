@@ -1,8 +1,8 @@
-"""Data files from outside: regular files alone, unpacked a piece at a time while there is room.
+"""Read data files from outside: regular files only, unpacked piece by piece within limits.
 
-A link to a device or a named pipe would be read for ever, and a few megabytes of gzip can hold
-gigabytes of zeros. Files that lie whole in memory may take 1/16 of it, since rows of Python objects
-take up to ten times the room of their text.
+Reading a device or a named pipe might never end, and a few megabytes of gzip can hold gigabytes of
+zeros. A file that is read as a whole may take 1/16 of the memory, since rows of Python objects take
+up to ten times the room of their text.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from pathlib import Path
 from jaxlm.core.errors import UserError
 
 LONGEST_LINE = 2**26
-"""Bytes of a line of a file that is read line by line: far above any document."""
+"""Most bytes of a line in a file that is read line by line; no document is as long."""
 
 _PIECE = 2**20
 _SHARE = 16
-_FREE, _RATIO = 2**26, 200  # bytes that may come of anything, and of each packed byte beyond that
+_FREE, _RATIO = 2**26, 200  # unpacked bytes without a limit, and beyond that per packed byte
 _FILES = 10_000  # of a folder
 _ARCHIVES = (".zip", ".bz2", ".xz", ".zst", ".lz4", ".tar", ".tgz", ".7z", ".rar")
 _KINDS = (
@@ -34,24 +34,24 @@ _KINDS = (
 
 
 def room() -> int:
-    """Bytes that a file may have which is read whole: a share of the memory of this process."""
+    """Return the most bytes of a file that is read as a whole: a share of this process' memory."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     limits += [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
-    with contextlib.suppress(OSError, ValueError):  # a container's; "max" where there is none
+    with contextlib.suppress(OSError, ValueError):  # of a container; "max" if it has none
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
     return min(limit for limit in limits if limit > 0) // _SHARE
 
 
 def pieces(path: Path, where: str) -> Iterator[bytes]:
-    """The content of a regular file in pieces, unpacked where its name ends in `.gz`.
+    """Yield the content of a regular file in pieces, unpacked if its name ends in `.gz`.
 
     Args:
         path: the file.
-        where: how messages name it.
+        where: name of the file in messages.
 
     Raises:
-        UserError: it is no regular file, cannot be read, is no whole gzip file, or unpacks to far
-            more than a text does.
+        UserError: it is not a regular file, cannot be read, is not a whole gzip file, or unpacks to
+            far more than a text does.
     """
     with _refusing(where), _open(path, where) as packed:
         if path.suffix != ".gz":
@@ -70,10 +70,10 @@ def pieces(path: Path, where: str) -> Iterator[bytes]:
 
 
 def read_bytes(path: Path, where: str) -> bytes:
-    """The whole content of a file, as `pieces` gives it.
+    """Return the whole content of a file, see `pieces`.
 
     Raises:
-        UserError: see `pieces`; or it is larger than `room()`.
+        UserError: as `pieces`; or it is larger than `room()`.
     """
     limit, size, parts = room(), 0, []
     for piece in pieces(path, where):
@@ -85,18 +85,18 @@ def read_bytes(path: Path, where: str) -> bytes:
 
 
 def too_large(where: str) -> UserError:
-    """The refusal of data that take more than `room()`."""
+    """Return the error for data that take more than `room()`."""
     return UserError(
         f"{where}: has more than {room() >> 20} MiB, 1/{_SHARE} of the memory. Give fewer rows."
     )
 
 
 def check_folder(folder: Path, where: str) -> None:
-    """Checks the files of a folder before a library reads and unpacks what it finds there.
+    """Check the files of a folder before a library reads and unpacks them.
 
     Raises:
-        UserError: one is no regular file, is an archive other than `.gz`, or see `pieces`; or there
-            are too many of them.
+        UserError: one is not a regular file, is an archive other than `.gz`, or as `pieces`; or
+            there are too many of them.
     """
     for count, path in enumerate(folder.rglob("*")):
         if count == _FILES:
@@ -114,10 +114,10 @@ def check_folder(folder: Path, where: str) -> None:
 
 
 def lines(path: Path, where: str) -> Iterator[bytes]:
-    """The lines of a file of any size, without their ends.
+    """Yield the lines of a file of any size, without their ends.
 
     Raises:
-        UserError: see `pieces`; or a line is longer than `LONGEST_LINE`.
+        UserError: as `pieces`; or a line is longer than `LONGEST_LINE`.
     """
     rest, number = b"", 1
     for piece in pieces(path, where):
@@ -134,14 +134,14 @@ def lines(path: Path, where: str) -> Iterator[bytes]:
 
 
 def digest(path: Path, where: str) -> str:
-    """SHA-256 of a regular file as it lies on disk."""
+    """Return SHA-256 of a regular file as it is on disk."""
     with _refusing(where), _open(path, where) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def _refusing(where: str) -> Iterator[None]:
-    """Turns the errors of reading into sentences."""
+    """Re-raise errors of reading as UserError."""
     try:
         yield
     except (EOFError, gzip.BadGzipFile, zlib.error):
@@ -153,7 +153,8 @@ def _refusing(where: str) -> Iterator[None]:
 
 
 def _open(path: Path, where: str) -> io.BufferedReader:
-    """Opens a file without waiting for the writer of a pipe, and looks at what it has opened."""
+    # O_NONBLOCK: opening a named pipe would wait for its writer. The check looks at the open file,
+    # not at the path, which another process might replace in between.
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if what := _special(os.fstat(number).st_mode):
         os.close(number)
@@ -162,7 +163,7 @@ def _open(path: Path, where: str) -> io.BufferedReader:
 
 
 def _special(mode: int) -> str:
-    """What a path is in place of a regular file; empty for one."""
+    """Return what a path is if it is not a regular file, else an empty text."""
     if stat.S_ISREG(mode):
         return ""
     return next((name for is_kind, name in _KINDS if is_kind(mode)), "a device")

@@ -1,8 +1,8 @@
 r"""Conversations: supervised fine-tuning on the turns of the assistant.
 
-A conversation is a list of messages {"role", "content"} with the roles system, user and assistant.
-A template makes one text of it, and the tokens of the assistant's turns are in the loss, each turn
-with the token that ends it.
+A conversation is a list of messages {"role", "content"} of the roles system, user and assistant. A
+template makes one text of it. The tokens of the assistant's turns are in the loss, and of each turn
+the token that ends it.
 """
 
 import functools
@@ -45,24 +45,25 @@ class Conversation:
 
     @property
     def text(self) -> tuple[Message, ...]:
-        """What a model reads of it."""
+        """All that a model reads."""
         return self.messages
 
     @property
     def content(self) -> tuple[Any, ...]:
-        """Everything but where it came from."""
+        """Everything but the id."""
         return (self.messages, self.subtask)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MessagesConfig(TextsConfig):
-    """Conversations to fine-tune on, as the YAML key `messages` holds them.
+    """The section `messages` of a configuration: conversations to fine-tune on.
 
     A row of a source has `messages`, a list of {role, content}; or `prompt` and `completion`, each
-    a text or such a list. It may have `id`, and `subtask`, the group that it belongs to.
+    a text or such a list. It may have an `id`, and a `subtask`, the group that it belongs to.
 
     Attributes:
-        template: "chat" is the tokenizer's own chat template; see `encode_messages` for the others.
+        template: "chat" for the tokenizer's own chat template, "tulu" or "plain"; see the functions
+            of these names.
     """
 
     template: MessageTemplate = "chat"
@@ -74,7 +75,7 @@ class MessagesConfig(TextsConfig):
     }
 
     def parse(self, record: Record) -> Conversation:
-        """The conversation in a row.
+        """Return the conversation in a row.
 
         Raises:
             UserError: the row has no messages, or one of them has an unknown role or no text.
@@ -91,7 +92,7 @@ class MessagesConfig(TextsConfig):
     def tokenize(
         self, examples: Sequence[Conversation], tokenizer: Any, limit: int
     ) -> list[TokenRow]:
-        """`encode_messages` with this template."""
+        """Return `encode_messages` with this template."""
         return encode_messages(examples, tokenizer, template=self.template, max_length=limit)
 
 
@@ -137,12 +138,12 @@ class Transcript(NamedTuple):
 
 
 def tulu(messages: Sequence[Message], eos: str) -> Transcript:
-    r"""The text of a conversation in the format of Tulu (Wang et al., arXiv:2306.04751).
+    r"""Write a conversation in the format of Tulu (Wang et al., arXiv:2306.04751).
 
         <|system|>\n{content}\n<|user|>\n{content}\n<|assistant|>\n{content}{eos}\n
 
-    with white space at the ends of each content removed. The line break after `eos` is not in the
-    loss, though it is in the authors' code, from which LESS took its own.
+    White space at the ends of each content is removed. The line break after `eos` is not in the
+    loss; in the authors' code, from which LESS took its own, it is.
 
     >>> tulu([Message("user", " Hi "), Message("assistant", "Yes.")], "</s>").text
     '<|user|>\nHi\n<|assistant|>\nYes.</s>\n'
@@ -164,7 +165,7 @@ def tulu(messages: Sequence[Message], eos: str) -> Transcript:
 
 
 def plain(messages: Sequence[Message], eos: str) -> Transcript:
-    """The contents of a conversation one after the other, with `eos` after the assistant's.
+    """Write the contents of a conversation one after the other, `eos` after the assistant's.
 
     >>> plain([Message("user", "2 + 2 ="), Message("assistant", " 4")], "</s>").text
     '2 + 2 = 4</s>'
@@ -180,10 +181,10 @@ def plain(messages: Sequence[Message], eos: str) -> Transcript:
 
 
 def chat(messages: Sequence[Message], tokenizer: Any) -> Transcript:
-    """The text of a conversation in the format of the tokenizer's own chat template.
+    """Write a conversation by the tokenizer's own chat template.
 
-    A turn of the assistant is what the template writes between the prompt for it and the next turn,
-    without white space at the end.
+    A turn of the assistant is the text between the prompt for it and the next turn, without white
+    space at its end.
 
     Raises:
         UserError: the tokenizer cannot use its template, or the template writes a turn differently
@@ -219,20 +220,20 @@ def encode_messages(
     template: MessageTemplate = "tulu",
     max_length: int | None = None,
 ) -> list[TokenRow]:
-    """Tokens of conversations, each cut on the right; the assistant's turns are in the loss.
+    """Tokenize conversations, each cut on the right; the assistant's turns are in the loss.
 
-    A row has no token in the loss if all of them were cut, or if the assistant says nothing: skip
-    it, since its mean loss is undefined.
+    A row has no token in the loss if all of them were cut, or if the assistant says nothing. Skip
+    such a row, since its mean loss is undefined.
 
     Args:
         conversations: the conversations.
-        tokenizer: a fast one of transformers, which gives character offsets.
-        template: "chat" for the tokenizer's own; "tulu" or "plain", to which the special tokens are
-            added that the tokenizer puts before a text (a chat template writes its own).
+        tokenizer: a fast one of transformers, which has character offsets.
+        template: see `MessagesConfig`. To "tulu" and "plain" the special tokens are added that the
+            tokenizer puts before a text; a chat template writes its own.
         max_length: most tokens of a row.
 
     Raises:
-        UserError: the tokenizer gives no offsets or has no token that ends a turn, or see `chat`.
+        UserError: the tokenizer has no offsets or no token that ends a turn, or as `chat`.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
@@ -243,8 +244,8 @@ def encode_messages(
     for start in range(0, len(conversations), _CHUNK):
         chunk = conversations[start : start + _CHUNK]
         transcripts = [_rendered(render, conversation) for conversation in chunk]
-        # Each text is tokenised once, as a whole, and a token is in the loss if a character of it
-        # is: so no token depends on where turns end, as tokens of separate turns would.
+        # Tokenize each text as a whole: tokens of turns tokenized separately would differ from what
+        # the model reads when it generates. A token is in the loss if a character of it is.
         encodings = tokenizer(
             [transcript.text for transcript in transcripts],
             add_special_tokens=template != "chat",
@@ -281,7 +282,6 @@ def _rendered(render: Callable[..., Transcript], conversation: Conversation) -> 
 def _cut(
     transcript: Transcript, encoding: Any, max_length: int | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Tokens of at most `max_length`, and the places of those in the loss."""
     ids, added = encoding.ids, encoding.special_tokens_mask
     end = len(ids)
     while end and added[end - 1]:  # the text has an end of its own

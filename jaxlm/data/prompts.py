@@ -1,5 +1,6 @@
-"""Prompts as texts: what stands before an option, the options, and demonstrations before both."""
+"""Prompts as texts: the text before an option, the options, and demonstrations before both."""
 
+import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from jaxlm.data.tasks import Example, Task
 from jaxlm.data.templates import Template
 
 SEPARATOR = "\n\n"
-"""What stands between demonstrations."""
+"""Between two demonstrations."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,11 @@ class Prompted:
     """An example as texts.
 
     Attributes:
-        prompt: what is read, without spaces at its ends.
+        prompt: text before the option, without spaces at its ends.
         options: what may follow the prompt, with the space between both.
-        gold: the right options, the first of them the one to train on.
-        answers: right texts, where a text is to be generated.
-        id: where the example came from.
+        gold: the right options; the first of them is trained on.
+        answers: right texts, if a text is to be generated.
+        id: source and number of the example's row.
     """
 
     prompt: str
@@ -37,7 +38,7 @@ class Prompted:
 
 
 def prompted(task: Task, example: Example) -> Prompted:
-    """An example of a task as prompt and options.
+    """Return an example of a task as prompt and options.
 
     >>> from jaxlm.data import Template, task_config
     >>> config = task_config({"name": "mine", "template": "{text} It was {label}.",
@@ -61,22 +62,22 @@ def prompted(task: Task, example: Example) -> Prompted:
 
 
 def with_demonstrations(task: Task, k: int, *, seed: int | None = None) -> Task:
-    """Puts k solved training examples before every test example, for in-context learning.
+    """Put k solved training examples before every test example, for in-context learning.
 
     A demonstration is a prompt with its right option, without white space at its ends; blank lines
-    separate them. What does not fit the model is cut on the left.
+    separate them. Texts too long for the model are cut on the left.
 
     Args:
         task: the task, with all the training examples that may be drawn.
-        k: demonstrations of a test example.
-        seed: of one draw for all test examples; None draws for every one of them, with a seed that
-            `RandomState(0)` gives it, as MeZO's code does.
+        k: number of demonstrations before a test example.
+        seed: seed of one draw for all test examples. With None each has a draw of its own, whose
+            seed comes from `RandomState(0)`, as in MeZO's code.
 
     Returns:
-        The task with these test examples, and without training and validation examples.
+        The task with these test examples, and no others.
 
     Raises:
-        UserError: fewer than k training examples.
+        UserError: there are fewer than k training examples.
     """
     if not 1 <= k <= len(task.train):
         raise UserError(
@@ -84,44 +85,31 @@ def with_demonstrations(task: Task, k: int, *, seed: int | None = None) -> Task:
             f"{k}). Give a number from 1 to that."
         )
     count = len(task.test)
-    drawn = np.random.RandomState(0).randint(0, 10000, count)
-    seeds = drawn.tolist() if seed is None else [seed] * count
-    solved = _Solved(task, {})
+    each = np.random.RandomState(0).randint(0, 10000, count).tolist()
+    seeds = each if seed is None else [seed] * count
+
+    @functools.cache
+    def solved(place: int) -> str:
+        return prompted(task, task.train[place]).completed.strip()
+
+    def context(seed: int) -> str:
+        places = np.random.RandomState(seed).permutation(len(task.train))[:k]
+        return SEPARATOR.join([*map(solved, places.tolist()), ""])
+
     test = tuple(
-        replace(example, context=_joined([solved[i] for i in _places(each, len(task.train), k)]))
+        replace(example, context=context(each))
         for example, each in zip(task.test, seeds, strict=True)
     )
     config = replace(task.config, truncation="left")
     return replace(task, config=config, train=(), validation=(), test=test)
 
 
-def _places(seed: int, count: int, k: int) -> list[int]:
-    return np.random.RandomState(seed).permutation(count)[:k].tolist()
-
-
-def _joined(texts: list[str]) -> str:
-    return SEPARATOR.join([*texts, ""])
-
-
-@dataclass(frozen=True)
-class _Solved:
-    """Training examples with their right options, each rendered once."""
-
-    task: Task
-    known: dict[int, str]
-
-    def __getitem__(self, i: int) -> str:
-        if i not in self.known:
-            self.known[i] = prompted(self.task, self.task.train[i]).completed.strip()
-        return self.known[i]
-
-
 def without_examples(task: Task) -> Task:
-    r"""The task with the prompts that calibrate its options: the template without the example.
+    r"""Return the task with prompts for domain calibration: the template without the example.
 
-    An option's score less its score here is $\log p(o \mid x) - \log p(o \mid \text{domain})$,
+    An option's score minus its score here is $\log p(o \mid x) - \log p(o \mid \text{domain})$,
     summed over its tokens (arXiv:2104.08315). Demonstrations stay. The prompt is
-    `TaskConfig.calibration`, or else what stands between the label word and the nearest fields.
+    `TaskConfig.calibration`, or else the text between the label word and the nearest fields.
 
     Raises:
         UserError: the task generates a text.

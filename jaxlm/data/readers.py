@@ -1,8 +1,8 @@
-"""Readers of raw rows of data sets, for tasks whose template needs more than the fields of a row.
+"""Readers of rows, for tasks whose template needs more than the fields of a row.
 
-A task names one as `read: package.module:function`. The function takes a row, a mapping of its
-fields, and returns a `ParsedRow`. A `KeyError` names a field that the row lacks; other errors mean
-that it is not such a row.
+A task names its reader as `read: package.module:function`. The function takes a row, a mapping of
+its fields, and returns a `ParsedRow`. If it raises a `KeyError`, the row lacks that field; other
+errors mean that it is not a row of this kind.
 """
 
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ class ParsedRow:
 
     Attributes:
         fields: text of the template's fields.
-        gold: the right options, the first of them the one to train on; indices into `options`, or
-            into the task's label words where there are none.
+        gold: the right options, as indices into `options` or, without these, into the task's label
+            words; the first of them is trained on.
         options: the row's own options.
-        answers: right texts, where the task's output is text.
+        answers: right texts, if the task's output is text.
     """
 
     fields: Mapping[str, str]
@@ -31,21 +31,21 @@ class ParsedRow:
 
 
 def written(fields: Mapping[str, str], answers: Any) -> ParsedRow:
-    """A row whose output is text; the first answer and the end of its line are trained on."""
+    """Return a row whose output is text; its first answer and the line break are trained on."""
     if not isinstance(answers, list | tuple):
         raise TypeError
     return ParsedRow(fields, (0,), (f"{answers[0]}\n",), tuple(answers))
 
 
 def sst2(row: Values) -> ParsedRow:
-    """SST-2: the space at the end of a sentence goes."""
+    """SST-2: remove the space at the end of a sentence."""
     return ParsedRow({"sentence": row["sentence"].strip()}, (int(row["label"]),))
 
 
 def boolq(row: Values) -> ParsedRow:
-    """BoolQ: the question gets a capital letter and its question mark.
+    """BoolQ: give the question a capital letter and a question mark.
 
-    The answer is `answer` in BoolQ itself, and `label` in SuperGLUE's copy.
+    The label is `answer` in BoolQ itself, and `label` in SuperGLUE's copy.
     """
     question = row["question"]
     question = question if question.endswith("?") else f"{question}?"
@@ -54,13 +54,13 @@ def boolq(row: Values) -> ParsedRow:
 
 
 def wsc(row: Values) -> ParsedRow:
-    """WSC: the pronoun is in lower case."""
+    """WSC: write the pronoun in lower case."""
     fields = {"text": row["text"], "noun": row["span1_text"], "pronoun": row["span2_text"].lower()}
     return ParsedRow(fields, (int(row["label"]),))
 
 
 def copa(row: Values) -> ParsedRow:
-    """COPA: premise and choice become one sentence, joined by "so" or "because"."""
+    """COPA: join premise and choice to one sentence, by "so" or "because"."""
     connective = ("so", "because")[("effect", "cause").index(row["question"])]
     fields = {"premise": row["premise"].rstrip().removesuffix("."), "connective": connective}
     choices = tuple(_continued(row[name]) for name in ("choice1", "choice2"))
@@ -68,13 +68,13 @@ def copa(row: Values) -> ParsedRow:
 
 
 def _continued(sentence: str) -> str:
-    """A sentence within another: its first word is in lower case, unless it is I."""
+    """Write the first word of a sentence in lower case, unless it is I."""
     first, space, rest = sentence.rstrip(" ").partition(" ")
     return (first if first == "I" else first.lower()) + space + rest
 
 
 def record(row: Values) -> ParsedRow:
-    """ReCoRD: the options are the query with each entity in place of "@placeholder"."""
+    """ReCoRD: the options are the query with each entity instead of "@placeholder"."""
     query = row["query"].rstrip(" ")
     entities = list(row["entities"])
     return ParsedRow(

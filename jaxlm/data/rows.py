@@ -1,12 +1,12 @@
 """Token rows with a loss mask, and their padded batches in few shapes.
 
-A row is one text of which some tokens are in the loss: a prompt with its answer, a conversation, or
-a piece of a document. Shapes: B rows of a batch, T their length, K tokens in the loss.
+A row is a text with some of its tokens in the loss: a prompt with its answer, a conversation, or a
+piece of a document. Shapes: B rows of a batch, T their length, K tokens in the loss.
 """
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -27,15 +27,15 @@ _QUANTILES = (0.5, 0.8, 0.95, 1.0)
 
 
 def round_up(count: int) -> int:
-    """The next multiple of `MULTIPLE`."""
+    """Return the next multiple of `MULTIPLE`."""
     return -(-count // MULTIPLE) * MULTIPLE
 
 
 def length_buckets(lengths: Sequence[int], limit: int | None = None) -> tuple[int, ...]:
-    """Few lengths to pad rows to, increasing: quantiles of the rows' lengths, rounded up.
+    """Return few lengths to pad rows to, increasing: quantiles of their lengths, rounded up.
 
     Args:
-        lengths: of the rows, at least one.
+        lengths: lengths of the rows, at least one.
         limit: most tokens of a row, which no bucket exceeds.
 
     >>> length_buckets([3, 5, 9, 30], limit=29)
@@ -47,11 +47,7 @@ def length_buckets(lengths: Sequence[int], limit: int | None = None) -> tuple[in
 
 
 def bucket_of(longest: int, buckets: Sequence[int]) -> int:
-    """The shortest bucket that holds a row.
-
-    Raises:
-        ValueError: none does.
-    """
+    """Return the shortest bucket that holds a row; raise ValueError if none does."""
     bucket = next((bucket for bucket in buckets if bucket >= longest), None)
     if bucket is None:
         raise ValueError(f"a row has {longest} tokens, but the longest bucket is {buckets[-1]}")
@@ -59,11 +55,11 @@ def bucket_of(longest: int, buckets: Sequence[int]) -> int:
 
 
 def epoch_places(start: int, count: int, size: int, *, seed: int) -> list[int]:
-    """Places `start, ..., start + count - 1` of an endless stream of shuffled epochs.
+    """Return rows `start, ..., start + count - 1` of an endless stream of shuffled epochs.
 
-    Place p of the stream is place p mod `size` of a permutation keyed by (seed, p div `size`).
-    Every epoch has each example once; the stream is a pure function of the arguments, so a run
-    that resumes at a step sees what it would have seen.
+    Row p of the stream is entry p mod `size` of a permutation keyed by (seed, p div `size`), so
+    every epoch has each row once. The stream is a pure function of the arguments: a run that
+    resumes at any step sees the rows that it would have seen.
 
     >>> sorted(epoch_places(3, 3, 3, seed=0))
     [0, 1, 2]
@@ -76,10 +72,42 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(size)
 
 
-def eval_places(lengths: Sequence[int], batch_size: int) -> Iterator[np.ndarray]:
-    """Places of all examples once, longest first, in batches of one size; -1 fills the last.
+def stack_steps(
+    collate: Callable[[list[int]], Batch],
+    size: int,
+    first: int,
+    count: int,
+    *,
+    batch_size: int,
+    seeds: Sequence[int],
+) -> Batch:
+    """Return the training batches of `count` steps from `first` on, under each of several seeds.
 
-    Examples of a batch have similar lengths, so that little of it is padding.
+    A batch may hold the end of one epoch and the start of the next; one larger than the data
+    repeats rows. The rows of all steps are collated together, so that all batches have one length.
+
+    Args:
+        collate: makes one batch of the rows at some places.
+        size: number of rows.
+        first, count: which steps.
+        batch_size: rows in a batch.
+        seeds: of `epoch_places`.
+
+    Returns:
+        Leaves [count, seeds, B, ...].
+    """
+    drawn = [
+        epoch_places(first * batch_size, count * batch_size, size, seed=seed) for seed in seeds
+    ]
+    places = np.stack([np.reshape(each, (count, batch_size)) for each in drawn], axis=1)
+    batch = collate(places.reshape(-1).tolist())
+    return {key: x.reshape(*places.shape, *x.shape[1:]) for key, x in batch.items()}
+
+
+def eval_places(lengths: Sequence[int], batch_size: int) -> Iterator[np.ndarray]:
+    """Yield the places of all rows once, longest first, in batches of one size; -1 fills the last.
+
+    Rows of a batch then have similar lengths, and little of it is padding.
     """
     order = np.argsort(-np.asarray(lengths, int), kind="stable")
     for start in range(0, len(order), batch_size):
@@ -94,11 +122,11 @@ class TokenRow:
     """The tokens of one text, and which of them are in the loss.
 
     Attributes:
-        id: name of the row, unique among the rows of a data form.
+        id: name of the row, unique in its split.
         ids: tokens with special tokens.
-        loss_positions: increasing places of the tokens in the loss; place 0, which nothing
-            predicts, is never one. A row without any has no loss.
-        subtask: group that the row belongs to; empty for none.
+        loss_positions: increasing places of the tokens in the loss. Place 0 is never one of them,
+            since nothing predicts it. A row without any has no loss.
+        subtask: group of the row; empty for none.
     """
 
     id: str
@@ -108,7 +136,7 @@ class TokenRow:
 
 
 def digest(rows: Sequence[TokenRow]) -> str:
-    """SHA-256 of the ids of rows, their tokens, and which of those are in the loss."""
+    """Return SHA-256 of the ids of rows, their tokens, and which of those are in the loss."""
     found = hashlib.sha256()
     for row in rows:
         found.update(repr((row.id, row.ids, row.loss_positions)).encode())
@@ -119,17 +147,18 @@ def digest(rows: Sequence[TokenRow]) -> str:
 class PaddedRows:
     """Rows, each padded on the right to the shortest bucket that holds it.
 
-    A batch has `input_ids` and `attention_mask` int32 [B, T], and of the tokens in the loss
+    A batch has `input_ids` and `attention_mask` int32 [B, T], and
 
-    - in the form "weights", `weights` float32 [B, T]: 1 for a token in the loss. That is the batch
-      of `jaxlm.train.objective.lm_objective`.
-    - in the form "targets", `positions` of the states that predict them and `targets`, int32
-      [B, K], and `target_mask` float32 [B, K]. A model then needs logits at these positions alone.
+    - in the form "weights": `weights` float32 [B, T], 1 for a token in the loss. That is a batch of
+      `jaxlm.train.objective.lm_objective`.
+    - in the form "targets": `targets` int32 [B, K], the tokens in the loss, `positions` int32
+      [B, K] of the states that predict them, and `target_mask` float32 [B, K]. A model then needs
+      logits at these positions only.
 
     Attributes:
         rows: the rows.
         pad_id: token of the padding.
-        form: of a batch.
+        form: form of the batches.
         buckets: lengths to pad to, increasing; None for `length_buckets` of the rows.
     """
 
@@ -148,7 +177,7 @@ class PaddedRows:
 
     @functools.cached_property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(T, K) of each bucket, T increasing; K is a power of 2, so that there are few shapes."""
+        """(T, K) of each bucket, T increasing; K is a power of 2 and depends on the bucket only."""
         buckets = self.buckets or (length_buckets(self.lengths) if self.rows else ())
         counts = np.array([len(row.loss_positions) for row in self.rows], int)
         bucket = np.searchsorted(buckets, self.lengths)
@@ -161,7 +190,7 @@ class PaddedRows:
         return np.searchsorted([length for length, _ in self.shapes], self.lengths)
 
     def batch(self, places: Sequence[int]) -> Batch:
-        """The rows at some places, in the shape of the longest."""
+        """Return the batch of the rows at some places, in the shape of the longest."""
         length, width = self.shapes[int(self._bucket[list(places)].max())]
         rows = [self.rows[place] for place in places]
         batch = {
@@ -187,32 +216,21 @@ class PaddedRows:
         return batch
 
     def streams(self, first: int, count: int, *, batch_size: int, seeds: Sequence[int]) -> Batch:
-        """Training batches of `count` steps under each of several seeds; see `epoch_places`.
-
-        All have one length: the bucket of the longest row among them. A batch may hold the end of
-        one epoch and the start of the next.
-
-        Returns:
-            Leaves [count, seeds, B, ...].
-        """
-        drawn = [
-            epoch_places(first * batch_size, count * batch_size, len(self.rows), seed=seed)
-            for seed in seeds
-        ]
-        places = np.stack([np.reshape(each, (count, batch_size)) for each in drawn], axis=1)
-        batch = self.batch(places.reshape(-1).tolist())
-        return {key: x.reshape(*places.shape, *x.shape[1:]) for key, x in batch.items()}
+        """Return training batches, leaves [count, seeds, B, ...]; see `stack_steps`."""
+        return stack_steps(
+            self.batch, len(self.rows), first, count, batch_size=batch_size, seeds=seeds
+        )
 
     def batches(self, first: int, count: int, *, batch_size: int, seed: int) -> Batch:
-        """`streams` of one seed, leaves [count, B, ...]."""
+        """Return `streams` of one seed, leaves [count, B, ...]."""
         streams = self.streams(first, count, batch_size=batch_size, seeds=(seed,))
         return {key: x[:, 0] for key, x in streams.items()}
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Batches of every row once, see `eval_places`.
+        """Yield batches of every row once, see `eval_places`.
 
-        Each has a key "index" more, int32 [B]: the place of the row, -1 in the rows that fill the
-        last batch, none of whose tokens is in the loss.
+        They have the key "index" too, int32 [B]: the place of the row, or -1 for the rows that fill
+        the last batch, which have no token in the loss.
         """
         mask = "weights" if self.form == "weights" else "target_mask"
         for index in eval_places(self.lengths, batch_size):
@@ -221,19 +239,19 @@ class PaddedRows:
             yield {**batch, "index": index}
 
     def order(self) -> list[int]:
-        """All places, those of one shape after another."""
+        """Return all places, sorted by shape."""
         places: list[int] = np.argsort(self._bucket, kind="stable").tolist()
         return places
 
     def blocks(
         self, size: int, start: int = 0, part: tuple[int, int] = (0, 1)
     ) -> Iterator[list[int]]:
-        """Places from `start` on, at most `size` of one shape at a time.
+        """Yield blocks of at most `size` places of one shape, in `order`.
 
         Args:
             size: most places in a block.
-            start: number of places that are skipped.
-            part: (p, P) for every P-th place of `order` from the p-th on.
+            start: number of places to skip.
+            part: (p, P) for every P-th place of `order`, from the p-th on: the share of process p.
         """
         order = self.order()[part[0] :: part[1]]
         while start < len(order):
@@ -247,23 +265,23 @@ class PaddedRows:
 
 
 class EncodedData(Protocol):
-    """What the encoded splits of every data form have in common; the trainer needs no more."""
+    """What encoded splits of every data form offer; the trainer needs no more."""
 
     @property
     def sizes(self) -> dict[str, int]:
         """Number of rows of each split."""
 
     def streams(self, first: int, count: int, *, batch_size: int, seeds: Sequence[int]) -> Batch:
-        """Training batches of `count` steps from `first` on, leaves [count, seeds, B, ...].
+        """Return training batches of `count` steps from `first` on, leaves [count, seeds, B, ...].
 
-        A pure function of the arguments.
+        A pure function of its arguments.
         """
 
     def eval_batches(self, split: SplitName, *, batch_size: int) -> Iterator[Batch]:
-        """Batches of every row of a split once, with its place in `index`, or -1 for filling."""
+        """Yield batches of every row of a split once, with its place in `index`, -1 for filling."""
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the tokens of each split that is there, and of how they are scored."""
+        """Return SHA-256 of the tokens of each split that exists, and of how they are scored."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,10 +289,11 @@ class EncodedRows:
     """The token rows of a data form's splits, and their batches.
 
     Attributes:
-        train, validation, test: rows with a token in the loss; a split that is not there is empty.
+        train, validation, test: rows with a token in the loss; a split that does not exist is
+            empty.
         buckets: lengths that batches are padded to, increasing.
-        dropped: ids of the rows, by split, that truncation left without a token in the loss.
-        key: of the data form in a configuration, for messages.
+        dropped: by split, the ids of rows that truncation left without a token in the loss.
+        key: section of the data form, for messages.
     """
 
     train: PaddedRows
@@ -294,17 +313,17 @@ class EncodedRows:
         form: RowForm = "weights",
         key: str = "data",
     ) -> "EncodedRows":
-        """Drops rows without a loss, and gives all splits the same buckets.
+        """Drop rows without a loss, and give all splits the same buckets.
 
         Args:
             splits: rows of "train", "validation" and "test".
             pad_id: token of the padding.
             limit: most tokens of a row.
-            form: of the batches.
-            key: of the data form.
+            form: form of the batches.
+            key: section of the data form, for messages.
 
         Raises:
-            UserError: no row of a split that was given has a token in the loss.
+            UserError: a split has rows, but none with a token in the loss.
         """
         kept = {name: [row for row in rows if row.loss_positions] for name, rows in splits.items()}
         for name, rows in splits.items():
@@ -328,31 +347,29 @@ class EncodedRows:
         return {name: len(getattr(self, name)) for name in ("train", "validation", "test")}
 
     def digests(self) -> dict[str, str]:
-        """`digest` of each split that is there."""
+        """Return `digest` of each split that exists."""
         return {name: digest(getattr(self, name).rows) for name, size in self.sizes.items() if size}
 
     def streams(self, first: int, count: int, *, batch_size: int, seeds: Sequence[int]) -> Batch:
-        """Training batches of `count` steps from `first` on; see `PaddedRows.streams`.
+        """Return training batches of `count` steps from `first` on, see `stack_steps`.
 
         Raises:
             UserError: there are no training rows.
         """
         if not len(self.train):
-            raise UserError(f"{self.key}.train: there are no rows to train on. Give some.")
+            raise UserError(
+                f"{self.key}.train: there are no rows to train on (got none). Give some."
+            )
         return self.train.streams(first, count, batch_size=batch_size, seeds=seeds)
 
     def eval_batches(self, split: SplitName, *, batch_size: int) -> Iterator[Batch]:
-        """Batches of every row of a split once; see `PaddedRows.eval_batches`."""
+        """Yield batches of every row of a split once, see `PaddedRows.eval_batches`."""
         rows: PaddedRows = getattr(self, split)
         return rows.eval_batches(batch_size)
 
 
 def check_vocabulary(largest: int, vocab_size: int | None) -> None:
-    """Refuses tokens that the model does not have.
-
-    Raises:
-        UserError: the tokenizer is not the model's.
-    """
+    """Raise UserError if the largest token is none of the model's."""
     if vocab_size is not None and largest >= vocab_size:
         raise UserError(
             f"tokenizer: makes tokens beyond the {vocab_size} of the model (got {largest}). Take "
@@ -361,11 +378,7 @@ def check_vocabulary(largest: int, vocab_size: int | None) -> None:
 
 
 def tokenizer_of(lm: Any) -> Any:
-    """The tokenizer of a model.
-
-    Raises:
-        UserError: it has none.
-    """
+    """Return the tokenizer of a model; raise UserError if it has none."""
     if lm.tokenizer is None:
         raise UserError("model: has no tokenizer. Add tokenizer.json to its folder.")
     return lm.tokenizer

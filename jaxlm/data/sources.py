@@ -1,4 +1,4 @@
-"""Rows of a data source: JSON, CSV, TSV and Parquet files, or what `datasets` can load."""
+"""Read the rows of a data source: JSON, CSV, TSV and Parquet files, or data sets of `datasets`."""
 
 import dataclasses
 import json
@@ -21,14 +21,15 @@ _ROWS = 1024  # of a Parquet file that are unpacked at once
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One record of a source.
+    """One row of a source.
 
     Attributes:
-        values: the fields by name, as the source holds them.
+        values: the fields by name.
         source: the source as the user named it.
-        number: line of the file, or row of the table, counted from 1.
+        number: line of the file or row of the table, from 1.
         unit: "line" or "row".
-        class_names: of the fields that hold the index of a class, where the source names them.
+        class_names: names of the classes, for fields that hold the index of a class, if the source
+            has such names.
     """
 
     values: Mapping[str, Any]
@@ -45,23 +46,23 @@ class Record:
 def read_rows(
     source: str, *, key: str, section: str = "task", base_dir: Path | None = None
 ) -> list[Record]:
-    """Reads every row of a file or of a split of a data set.
+    """Read every row of a file, or of a split of a data set.
 
-    A file is looked for in `base_dir` first, then in the working directory; its ending says its
-    format: .jsonl, .json (an array or lines), .csv, .tsv or .parquet, the text formats also with
-    .gz. `jaxlm:` stands for the folder of the shipped tasks. Everything else is a data set: a
-    folder of files or of `Dataset.save_to_disk`, `name`, `name/config` or
-    `namespace/name/config`, and the split `key`, or the one after a colon:
-    `nyu-mll/glue/sst2:validation`. Code of a data set is never run.
+    A file is looked for in `base_dir`, then in the working directory. Its ending tells its format:
+    .jsonl, .json (an array or lines), .csv, .tsv or .parquet; text formats may be packed, as .gz.
+    `jaxlm:` stands for the folder of the shipped tasks. Every other name is a data set: a folder of
+    files or of `Dataset.save_to_disk`, or `name`, `name/config` or `namespace/name/config` of the
+    hub. The split is `key`, or the one after a colon: `nyu-mll/glue/sst2:validation`. Code of a
+    data set never runs.
 
     Args:
-        source: the file or data set as the user named it.
+        source: the file or data set.
         key: "train", "validation" or "test".
-        section: of the configuration, for messages.
-        base_dir: where relative paths start: the folder of the YAML file.
+        section: section of the configuration, for messages.
+        base_dir: folder where relative paths start, that of the YAML file.
 
     Raises:
-        UserError: the source is missing, empty, too large, or not what its name says.
+        UserError: the source is missing, empty, too large or damaged.
     """
     option = f"{section}.{key}"
     path = _find(source, option, base_dir)
@@ -173,7 +174,7 @@ def _read_parquet(source: str, data: bytes) -> Iterator[Record]:
 
 
 def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
-    """The names of classes that `datasets` writes into the files it makes."""
+    """Return the names of classes that `datasets` writes into its Parquet files."""
     try:
         features = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return {
@@ -205,7 +206,7 @@ def _read_dataset(source: str, key: str, base_dir: Path | None) -> list[Record]:
             return _rows(_hub().load_dataset(path, config, split=split), source, where)
         except UserError:
             raise
-        except Exception as error:  # whatever the library meets in files from outside
+        except Exception as error:  # anything: the library reads files from outside
             failure = failure or error
     reason = next(iter(str(failure).splitlines()), "") or type(failure).__name__
     raise UserError(
@@ -238,7 +239,7 @@ def _rows(loaded: Any, source: str, where: str) -> list[Record]:
 def _read_folder(
     path: Path, config: str | None, given: str, split: str, where: str
 ) -> list[Record]:
-    """A split of a folder; `given` is empty where the source names none."""
+    """Read a split of a folder; `given` is empty if the source names no split."""
     source = where.partition(": ")[2]
     check_folder(path, where)
     if (path / "dataset_dict.json").is_file():
@@ -262,7 +263,7 @@ def _read_folder(
     builder = _hub().load_dataset_builder(str(path), config)
     files: Mapping[str, list[str]] = builder.config.data_files or {}
     for file in (file for several in files.values() for file in several):
-        # A README may name files elsewhere, which are not the folder's to give.
+        # The README of a folder from outside may name files elsewhere on this machine.
         if not os.path.normpath(file).startswith(os.path.abspath(path) + os.sep):
             raise UserError(
                 f"{where}: names a file outside its folder (got {show(file)}). Use files that lie "
@@ -271,14 +272,14 @@ def _read_folder(
     read = {",": _read_csv, "\t": _read_tsv}.get(getattr(builder.config, "sep", ""))
     if read is None or split not in files:
         return _rows(_hub().load_dataset(str(path), config, split=split), source, where)
-    # pandas, which reads tables there, loses rows to stray quotes.
+    # Read tables ourselves: `datasets` uses pandas, which loses rows to stray quotes.
     return [row for file in files[split] for row in read(file, read_bytes(Path(file), file))]
 
 
 def _dataset_names(
     name: str, key: str, base_dir: Path | None
 ) -> Iterator[tuple[str | Path, str | None]]:
-    """The ways to read `a/b/c` as (path, config): a folder first, then names on the hub."""
+    """Yield the readings of `a/b/c` as (path, config): a folder first, then names of the hub."""
     head, _, tail = name.rpartition("/")
     if folder := _find(name, key, base_dir):
         yield folder, None

@@ -1,4 +1,4 @@
-"""Splits of a data form: what a run trains on, holds out and tests on, drawn by a seed."""
+"""The splits of a data form: where they are, and which examples are drawn by a seed."""
 
 import functools
 import hashlib
@@ -23,18 +23,18 @@ HOLD_OUT = "hold_out"
 def draw_per_class(
     labels: Sequence[int], k: int, *, seed: int, names: Sequence[str], skip: int = 0
 ) -> list[int]:
-    """Indices of k examples of every class.
+    """Draw k examples of every class.
 
     Each class is permuted by a PCG64 generator keyed by (seed, class), and the places
-    `skip, ..., skip + k - 1` of the permutation are taken. So a draw with `skip=k` holds k more of
-    each class, none of them in the draw with `skip=0`: a held-out set.
+    `skip, ..., skip + k - 1` of the permutation are drawn. So a draw with `skip=k` is a held-out
+    set: k more examples of each class, none of which is in the draw with `skip=0`.
 
     Args:
         labels: class of each example.
         k: examples per class.
-        seed: a whole number, 0 or more.
-        names: the label words, for the number of classes and for messages.
-        skip: places of the permutation to leave out.
+        seed: seed of the draw.
+        names: the label words, for messages; one for each class.
+        skip: how many places of the permutation to skip.
 
     Returns:
         Increasing indices into `labels`, k per class.
@@ -68,24 +68,24 @@ def draw_split(
     seed: int,
     section: str = "task",
 ) -> tuple[list[int], list[int]]:
-    """Indices of a training and a held-out set, drawn over all classes.
+    """Draw a training set and a held-out set over all classes.
 
-    Of a permutation of all places by NumPy's `RandomState(seed)`, the first `num_train +
-    num_validation` are taken; the last `num_validation` of these are held out. So where there are
-    too few examples, the training set is smaller. These are the draws of MeZO's code.
+    NumPy's `RandomState(seed)` permutes all places. The first `num_train + num_validation` are
+    taken, and the last `num_validation` of these are held out; if there are too few examples, the
+    training set is smaller. These are the draws of MeZO's code.
 
     Args:
-        count: examples that there are.
+        count: number of examples.
         num_train: examples to train on; None for all that are not held out.
         num_validation: examples to hold out.
-        seed: a whole number from 0 to 2**32 - 1.
-        section: of the configuration, for messages.
+        seed: seed of the draw.
+        section: section of the configuration, for messages.
 
     Returns:
-        (training, held-out), in the order of the permutation.
+        Indices of the training and of the held-out examples, in the order of the permutation.
 
     Raises:
-        UserError: nothing is left to train on.
+        UserError: no example is left to train on.
 
     >>> draw_split(8, 3, 2, seed=0)
     ([6, 2, 1], [7, 3])
@@ -102,20 +102,20 @@ def draw_split(
 
 
 class Splits:
-    """What the examples of every data form can say; each example has a `text` and a `content`."""
+    """Splits whose examples have a `text`, all that a model reads, and a `content`, everything."""
 
     train: tuple[Any, ...]
 
     def repeated(self, split: str = "test") -> int:
-        """How many examples of a split have the very text of a training example.
+        """Count the examples of a split that have the text of a training example.
 
-        Whatever their labels are, what is measured on them is not how well a model generalizes.
+        Whatever their labels, a result on them does not say how well a model generalizes.
         """
         trained = {example.text for example in self.train}
         return sum(example.text in trained for example in getattr(self, split))
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the examples of each split that is there: not of where they came from."""
+        """Return SHA-256 of the examples of each split that exists, not of where they came from."""
         digests = {}
         for split in SPLITS:
             if examples := getattr(self, split):
@@ -129,14 +129,14 @@ class SplitsConfig:
     """Where the examples of a data form are, and which of them are drawn.
 
     Attributes:
-        train: file or data set with the training examples (`read_rows` says which); None for none.
-        validation: the same, or "hold_out" for a part of what training leaves: `num_validation`
-            examples, or as many as `num_train` if there are so many.
+        train: file or data set with the training examples, see `read_rows`; None for none.
+        validation: the same; or "hold_out" for examples of `train` that are not trained on,
+            `num_validation` of them, or else up to `num_train`.
         test: the same as `train`.
         num_train: examples to train on, drawn; None for all.
-        num_validation: examples held out beside `num_train`.
+        num_validation: examples to hold out beside `num_train`.
         num_test: examples to test on, drawn; None for all.
-        test_seed: seed of the draw of `num_test` examples, which the run's own seed leaves alone.
+        test_seed: seed of the draw of `num_test` examples; the run's seed does not change it.
         max_length: tokens to which an example is cut; None for as many as the model takes.
     """
 
@@ -167,17 +167,13 @@ class SplitsConfig:
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> None:
-        """Checks the values of some keys.
-
-        Raises:
-            UserError: naming the first that has the wrong type or size.
-        """
+        """Check the values of some keys; raise UserError for a wrong type or size."""
         for name, check in cls.CHECKS.items():
             if name in values:
                 check(f"{cls.key}.{name}", values[name])
 
     def records(self, base_dir: str | Path | None = None) -> dict[str, list[Record]]:
-        """The rows of every split.
+        """Read the rows of every split.
 
         Raises:
             UserError: there is no source, or one cannot be read.
@@ -196,7 +192,7 @@ class SplitsConfig:
         }
 
     def draw(self, examples: Mapping[str, Sequence[Any]], *, seed: int) -> dict[str, Sequence[Any]]:
-        """The examples of every split that are drawn, with those that are held out."""
+        """Draw the examples of every split, and those that are held out."""
         checks.seeds(SimpleNamespace(seed=seed), "seed")
         drawn = dict(examples)
         train, test = examples["train"], examples["test"]
@@ -211,7 +207,7 @@ class SplitsConfig:
         return drawn
 
     def draw_train(self, train: Sequence[Any], *, seed: int) -> tuple[list[int], list[int]]:
-        """Places of the examples to train on, and of those to hold out."""
+        """Draw the places of the examples to train on, and of those to hold out."""
         held_out, count = self.validation == HOLD_OUT, 0
         if held_out and self.num_validation is not None:
             count = self.num_validation
@@ -228,14 +224,14 @@ class SplitsConfig:
 
 
 class TextsConfig(SplitsConfig):
-    """A data form whose examples become token rows; it says how in `parse` and `tokenize`."""
+    """A data form of token rows; a subclass defines `parse` and `tokenize`."""
 
     def load(self, *, seed: int, base_dir: str | Path | None = None) -> "Texts":
-        """Reads the examples of every split.
+        """Read and draw the examples of every split.
 
         Args:
-            seed: of the draw of `num_train` and `num_validation`.
-            base_dir: where relative paths start, before the working directory.
+            seed: seed of the draw of `num_train` and `num_validation`.
+            base_dir: folder where relative paths start, before the working directory.
 
         Raises:
             UserError: a source cannot be read, a row is not of this form, or there are too few.
@@ -248,17 +244,17 @@ class TextsConfig(SplitsConfig):
         return Texts(self, *(tuple(drawn[split]) for split in SPLITS))
 
     def parse(self, record: Record) -> Any:
-        """The example in a row of a source."""
+        """Return the example in a row of a source."""
         raise NotImplementedError
 
     def tokenize(self, examples: Sequence[Any], tokenizer: Any, limit: int) -> list[TokenRow]:
-        """The rows of examples, of at most `limit` tokens."""
+        """Return the token rows of examples, of at most `limit` tokens."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Texts(Splits):
-    """Conversations or documents; a split that is not there is empty."""
+    """The conversations or documents of each split; a split that does not exist is empty."""
 
     config: TextsConfig
     train: tuple[Any, ...]
@@ -266,15 +262,14 @@ class Texts(Splits):
     test: tuple[Any, ...]
 
     def encode(self, lm: Any, *, max_length: int | None = None) -> EncodedRows:
-        """The tokens of the examples, for a model.
+        """Tokenize the examples for a model.
 
         Args:
             lm: a `jaxlm.models.LanguageModel` with a tokenizer.
-            max_length: most tokens of a row; None for as many as the model takes. The smaller of
-                it and the configuration's counts.
+            max_length: most tokens of a row, beside the limits of the model and the configuration.
 
         Raises:
-            UserError: the model is no decoder, its tokenizer does not serve, or no row of a split
+            UserError: the model is not a decoder, its tokenizer does not fit, or no row of a split
                 has a token in the loss.
         """
         config, tokenizer = self.config, tokenizer_of(lm)

@@ -1,7 +1,7 @@
 """Tasks: a template, label words, and where the examples are.
 
-A task is data. What comes with the package stands in `jaxlm/assets/tasks`: a folder with a
-`task.yaml` and its files, or a suite `SUITE.yaml` whose tasks are named `SUITE/NAME`.
+A task is data: no behaviour depends on its name. Tasks of the package are in `jaxlm/assets/tasks`:
+folders with a `task.yaml` and their files, and suites `SUITE.yaml` of tasks named `SUITE/NAME`.
 """
 
 import contextlib
@@ -29,39 +29,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig(SplitsConfig):
-    """A task with one right answer or several, as the YAML key `task` holds it.
+    """The section `task` of a configuration.
 
     Attributes:
         name: name of the task.
         template: see `Template`.
         labels: the label words, in the order of the classes.
-        options: "shared" for the label words; "per_example" where every row has options of its own,
-            a list of texts in the field `options`.
-        output: "choice" among options; or "text", which is generated.
-        metric: "accuracy" of a choice, or "f1" of a text; None for that of the output.
-        objective: what training takes the loss of: "classification", the choice among the options;
-            or "completion", the tokens of the right one. None for the one of the output.
+        options: "shared" for the label words; "per_example" if every row has options of its own, a
+            list of texts in the field `options`.
+        output: "choice" of an option, or "text" to generate.
+        metric: "accuracy" of a choice, or "f1" of a text; None for the one of the output.
+        objective: loss to train on: "classification", the choice of an option, or "completion", the
+            tokens of the right option. None for the first, and for the second if the output is
+            text.
         label_field: field that holds the class: its index, its label word, or its name in
-            `classes`. With options per example, the index or the text of the right one; where the
-            output is text, the right text, or a list of them.
+            `classes`. With options per example, the index or the text of the right one; if the
+            output is text, the right text or a list of them.
         classes: names of the classes in the data, in the order of `labels`.
-        missing_label: label of rows that have none, which are left out; None for no such rows.
-        threshold: where the label is a score, the least score of the second class.
+        missing_label: label that marks rows without one, which are skipped; None for no such label.
+        threshold: smallest score of the second class, if labels are scores.
         fields: fields that *sent_0*, *sent_1*, ... of an LM-BFF template stand for.
-        read: `package.module:function` that reads a row in place of the keys above, see
+        read: `package.module:function` that reads a row instead of the keys above, see
             `jaxlm.data.readers`.
         calibration: template of the prompt without the example, for domain calibration; None for
-            what stands between the label word and the nearest fields.
+            the text between the label word and the nearest fields.
         k: examples of every class to train on, and to hold out; None for all.
-        max_new_tokens: most tokens of a text that is generated; None for 50.
+        max_new_tokens: most tokens of a generated text; None for 50.
         first_field_limit: tokens to which the template's first field is cut; None for no limit.
-        truncation: what is cut of a longer example: "fields", the ends of the longest, or "left",
-            the beginning of the text, which then starts without white space.
+        truncation: how a long example is cut: "fields", at the ends of the longest fields, or
+            "left", at the beginning of the text, which then starts without white space.
 
     Raises:
-        UserError: a value of the wrong type or size, an empty or repeated label word, fewer than
-            two of them, `classes` of another length, "hold_out" without k, `num_validation` or
-            `num_train`, or k beside `num_train`.
+        UserError: a value has the wrong type or size; there are fewer than two label words, or an
+            empty or repeated one; `classes` has another length; "hold_out" without k,
+            `num_validation` or `num_train`; or k beside `num_train`.
     """
 
     name: str
@@ -115,24 +116,24 @@ class TaskConfig(SplitsConfig):
             )
 
     def _fill(self, name: str, choices: tuple[str, ...]) -> None:
-        """Takes the first choice where none is given."""
+        """Take the first choice if none is given."""
         if getattr(self, name) is None:
             object.__setattr__(self, name, choices[0])
         checks.one_of(f"task.{name}", getattr(self, name), choices)
 
     @property
     def own_options(self) -> bool:
-        """Whether the options come with each example, in place of label words."""
+        """Whether each example has its own options, instead of label words."""
         return self.options == "per_example" or self.output == "text"
 
     @property
     def answered(self) -> bool:
-        """Whether a text is generated, in place of a choice among options."""
+        """Whether a text is generated, instead of a choice."""
         return self.output == "text"
 
     @property
     def answer_length(self) -> int:
-        """Most tokens of an answer; a prompt leaves room for them."""
+        """Most tokens of a generated text; a prompt leaves room for them."""
         return 50 if self.max_new_tokens is None else self.max_new_tokens
 
     @property
@@ -141,9 +142,9 @@ class TaskConfig(SplitsConfig):
         return tuple(map(str, self.classes or self.labels))
 
     def classes_of(self, names: Sequence[str]) -> list[int | None]:
-        """The class that each name stands for, whatever its case; None for an unknown name.
+        """Return the class of each name, whatever its case, or None for an unknown name.
 
-        Data and models name their classes in an order of their own.
+        Data and models have names for their classes, in an order of their own.
         """
         words = self.class_names
         folded = [word.casefold() for word in words]
@@ -155,7 +156,7 @@ class TaskConfig(SplitsConfig):
         return places
 
     def columns_of(self, names: Sequence[str]) -> list[int]:
-        """For each class, the column of a classifier's outputs, by the names of these.
+        """Return the output of a classifier for each class, by the names of the outputs.
 
         If no name is that of a class, the names say nothing, and the order stays as it is.
 
@@ -198,16 +199,16 @@ class TaskConfig(SplitsConfig):
     def load(
         self, *, seed: int, base_dir: str | Path | None = None, allow_code: bool = False
     ) -> "Task":
-        """Reads the examples of every split.
+        """Read and draw the examples of every split.
 
         Args:
-            seed: of the draw of k examples per class, or of `num_train` and `num_validation`.
+            seed: seed of the draw of k examples per class, or of `num_train` and `num_validation`.
             base_dir: folder where relative paths start, before the working directory.
             allow_code: whether `read` may name a function outside `jaxlm.data.readers`.
 
         Raises:
-            UserError: a source, field, or label is not as the configuration says, k is too large,
-                or `read` is not allowed.
+            UserError: a source, field or label does not agree with the configuration, k is too
+                large, or `read` is not allowed.
         """
         read = None if self.read is None else _reader(self.read, allow_code)
         records = {
@@ -228,7 +229,7 @@ class TaskConfig(SplitsConfig):
         return missing is None or record.values.get(self.label_field) != missing
 
     def draw_train(self, train: Sequence[Any], *, seed: int) -> tuple[list[int], list[int]]:
-        """Places of the examples to train on, and of those to hold out."""
+        """Draw the places of the examples to train on, and of those to hold out."""
         if self.k is None:
             return super().draw_train(train, seed=seed)
         labels = [example.label for example in train]
@@ -242,11 +243,11 @@ class Example:
 
     Attributes:
         fields: texts of the template's fields.
-        label: the class, or the right one among the example's own options.
-        id: source and number of its row.
-        options: the example's own options, in place of the task's label words.
-        gold: all right options, where there are several.
-        answers: right texts, where the output is text.
+        label: index of the class, or of the right option among the example's own.
+        id: source and number of the row.
+        options: the example's own options, instead of the task's label words.
+        gold: all right options, if there are several.
+        answers: right texts, if the output is text.
         context: text before the template: demonstrations.
     """
 
@@ -260,18 +261,18 @@ class Example:
 
     @property
     def text(self) -> tuple[Any, ...]:
-        """Everything but what is right."""
+        """All that a model reads, without what is right."""
         return (self.context, self.options, tuple(sorted(self.fields.items())))
 
     @property
     def content(self) -> tuple[Any, ...]:
-        """Everything but where it came from."""
+        """Everything but the id."""
         return (self.text, self.label, self.gold, self.answers)
 
 
 @dataclass(frozen=True)
 class Task(Splits):
-    """The examples of a task; a split that is not there is empty."""
+    """The examples of a task; a split that does not exist is empty."""
 
     config: TaskConfig
     template: Template
@@ -280,8 +281,8 @@ class Task(Splits):
     test: tuple[Example, ...]
 
     def encode(self, lm: Any, *, max_length: int | None = None) -> "EncodedTask":
-        """`jaxlm.data.prepare_for` of this task."""
-        from jaxlm.data.batching import prepare_for  # which needs this module
+        """Tokenize the examples for a model, see `jaxlm.data.prepare_for`."""
+        from jaxlm.data.batching import prepare_for  # imports this module
 
         return prepare_for(lm, self, max_length=max_length)
 
@@ -298,12 +299,12 @@ def load_task(
 
 
 def shipped_names() -> list[str]:
-    """Names of the tasks whose examples come with the package."""
+    """Return the names of the tasks whose examples come with the package."""
     return sorted(path.parent.name for path in SHIPPED.glob("*/task.yaml"))
 
 
 def task_names() -> list[str]:
-    """Names of all tasks that a configuration may give without their keys.
+    """Return the names of all tasks of the package; a name stands for all keys of a task.
 
     >>> [name for name in task_names() if name.endswith("rte")]
     ['opt/rte', 'roberta/rte']
@@ -313,7 +314,7 @@ def task_names() -> list[str]:
 
 
 def shipped_task(name: str) -> TaskConfig:
-    """The configuration of a task that comes with the package.
+    """Return the configuration of a task of the package.
 
     >>> shipped_task("subj").test
     'jaxlm:subj/test.jsonl.gz'
@@ -322,13 +323,13 @@ def shipped_task(name: str) -> TaskConfig:
 
 
 def task_config(values: Mapping[str, Any]) -> TaskConfig:
-    """Makes a task's configuration from a mapping, as YAML gives it.
+    """Make a task's configuration from a mapping, such as a section of YAML.
 
-    Where `name` is one of `task_names`, the keys that are not given are that task's; a key given as
-    None counts as given.
+    If `name` is one of `task_names`, keys that are not given are taken from that task; a key given
+    as None counts as given.
 
     Raises:
-        UserError: an unknown or missing key, or as `TaskConfig`.
+        UserError: a key is unknown or missing, or as `TaskConfig`.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"task: not a section of keys (got {checks.show(values)}). Give its keys.")
@@ -359,7 +360,7 @@ def task_config(values: Mapping[str, Any]) -> TaskConfig:
 
 
 def _known_values(name: str) -> Mapping[str, Any]:
-    """The keys of a task that is known by its name; none of any other."""
+    """Return the keys of a task of the package; none for any other name."""
     if name in shipped_names():
         splits = {split: f"jaxlm:{name}/{split}.jsonl.gz" for split in SPLITS}
         return {**splits, **_yaml(f"{name}/task.yaml")["task"]}
@@ -373,7 +374,7 @@ def _known_values(name: str) -> Mapping[str, Any]:
 
 
 def _suite(name: str) -> dict[str, dict[str, Any]]:
-    """The keys of every task of a suite."""
+    """Return the keys of every task of a suite."""
     content = _yaml(f"{name}.yaml")
     return {task: {**content["defaults"], **values} for task, values in content["tasks"].items()}
 
@@ -403,11 +404,9 @@ def code_allowed() -> Iterator[None]:
 
 
 def _reader(name: str, allow_code: bool) -> Callable[[Mapping[str, Any]], ParsedRow]:
-    """The function that `task.read` names.
-
-    A configuration may come from someone else, and this is the one key of it that names code. So
-    only functions that were written to read rows can be named without the caller's consent.
-    """
+    """Return the function that `task.read` names."""
+    # A configuration may come from someone else, and this is its only key that names code. Not even
+    # other functions of jaxlm are allowed: `jaxlm.cli.main:main` would run a row as a command line.
     module, _, function = name.partition(":")
     if module != "jaxlm.data.readers" and not (allow_code or _code_allowed.get()):
         raise UserError(
@@ -458,7 +457,7 @@ def _by_reader(row: Record, config: TaskConfig, read: Callable[..., ParsedRow]) 
 
 
 def _renumbered(row: Record, config: TaskConfig) -> Mapping[str, Any]:
-    """The values of a row, with the classes as the task numbers them if the data name them."""
+    """Return the values of a row, its class numbered as the task does if the data name classes."""
     field, classes = config.label_field, config.class_names
     names, label = row.class_names.get(field, ()), row.values.get(field, -1)
     if set(names) != set(classes) or label not in range(len(names)):
@@ -481,7 +480,7 @@ def _not_a_row(row: Record, config: TaskConfig) -> UserError:
 
 
 def _by_keys(row: Record, template: Template, config: TaskConfig) -> ParsedRow:
-    """What a row says by the keys of the task alone."""
+    """Read a row by the keys of the task."""
     texts = {name: _text(row, name) for name in template.field_names}
     if not config.own_options:
         return ParsedRow(texts, (_label(row, config),))
@@ -535,11 +534,11 @@ def _text(row: Record, name: str) -> str:
 
 
 def _label(row: Record, config: TaskConfig) -> int:
-    """The class of a row.
+    """Return the class of a row.
 
-    `classes` decide first; then, for an index, the names that the data give its classes, if any of
-    them is one of `classes` or a label word, whatever their case; then label words and indices,
-    where they agree.
+    `classes` decide first. Then, for an index, the names of classes in the data, if one of them is
+    one of `classes` or a label word, whatever its case. Then label words and indices, which must
+    agree.
     """
     value = _value(row, config.label_field, "label_field")
     shown = checks.show(value)

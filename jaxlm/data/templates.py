@@ -1,9 +1,9 @@
-"""Templates: how the fields of an example and a label word become one string.
+"""Templates, which make one string of an example's fields and a label word.
 
-Two syntaxes are read. In braces, `"{text} It was {label}"`: `{label}` (or `{mask}`) is the place of
-the label word, every other brace names a field, `{{` and `}}` are literal braces. In LM-BFF's,
-`*cls**sent_0*_It_was*mask*.*sep+*`: pieces between stars are keywords or literal text, `_` is a
-space.
+There are two syntaxes. In braces, `"{text} It was {label}"`: `{label}` (or `{mask}`) is the place
+of the label word, every other brace names a field, and `{{` and `}}` are literal braces. In
+LM-BFF's, `*cls**sent_0*_It_was*mask*.*sep+*`: the pieces between stars are keywords or literal
+text, and `_` is a space.
 """
 
 import itertools
@@ -29,7 +29,7 @@ _USUAL_NAMES: tuple[tuple[str, ...], ...] = (
 
 @dataclass(frozen=True)
 class Field:
-    """The place of an example's field, with LM-BFF's changes of its text.
+    """A field of the example, with LM-BFF's changes of its text.
 
     Attributes:
         name: the field's name in the data.
@@ -56,7 +56,7 @@ Part = str | Field
 
 @dataclass(frozen=True)
 class Rendered:
-    """A string made from a template, with the character spans of its parts.
+    """A filled-in template, with the character spans of its parts.
 
     Attributes:
         text: the whole string.
@@ -89,7 +89,7 @@ class Template:
 
     @property
     def bare(self) -> "Template":
-        """The template without fields: what stands between them and the label word.
+        """The template without fields: the text between them and the label word.
 
         >>> Template.parse("{text} Is it about {topic}? I say {label}.").bare
         Template(before=('? I say ',), after=('.',))
@@ -100,12 +100,12 @@ class Template:
 
     @classmethod
     def parse(cls, text: str) -> "Template":
-        """Reads a template in either syntax.
+        """Parse a template in either syntax.
 
         The fields of an LM-BFF template are named *sent_0*, *sent_1*, ... until `with_names`.
 
         Raises:
-            UserError: no place of the label or several, or a malformed template.
+            UserError: the template is malformed, or has no place of the label or several.
         """
         lm_bff = _KEYWORD.search(text) is not None
         parts = _parse_stars(text) if lm_bff else _parse_braces(text)
@@ -125,16 +125,16 @@ class Template:
         return cls(before, after)
 
     def with_names(self, names: Sequence[str] | None, columns: Sequence[str]) -> "Template":
-        """Gives the sentences of an LM-BFF template the names of the data's fields.
+        """Give the sentences of an LM-BFF template the names of the data's fields.
 
         Args:
-            names: the fields that *sent_0*, *sent_1*, ... stand for; without it, the usual names
-                that the data have: text or sentence; premise and hypothesis or sentence1 and
+            names: the fields that *sent_0*, *sent_1*, ... stand for; None for the usual names
+                among `columns`: text or sentence; premise and hypothesis, or sentence1 and
                 sentence2.
             columns: the fields of the data.
 
         Raises:
-            UserError: too few names, or no usual ones.
+            UserError: there are too few names, or no usual ones.
         """
         sentences = [match for name in self.field_names if (match := _STARRED.fullmatch(name))]
         if not sentences:
@@ -157,34 +157,28 @@ class Template:
         return Template(tuple(map(named, self.before)), tuple(map(named, self.after)))
 
     def render(self, fields: Mapping[str, str], label: str) -> Rendered:
-        """Fills in the fields and a label word."""
-        text = ""
+        """Fill in the fields and a label word."""
+        text, place = "", (0, 0)
         spans: list[tuple[int, int]] = []
-        for part in self.before:
-            text, spans = _append(text, spans, part, fields)
-        start = len(text)
-        text += label
-        end = len(text)
-        for part in self.after:
-            text, spans = _append(text, spans, part, fields)
-        return Rendered(text, (start, end), tuple(spans))
+        for part in (*self.before, None, *self.after):
+            start = len(text)
+            if part is None:
+                text += label
+                place = start, len(text)
+            elif isinstance(part, str):
+                text += part
+            else:
+                text += part.text(fields[part.name])
+                spans.append((start, len(text)))
+        return Rendered(text, place, tuple(spans))
 
 
 def _is_text(part: Part) -> bool:
     return isinstance(part, str)
 
 
-def _append(
-    text: str, spans: list[tuple[int, int]], part: Part, fields: Mapping[str, str]
-) -> tuple[str, list[tuple[int, int]]]:
-    if isinstance(part, str):
-        return text + part, spans
-    longer = text + part.text(fields[part.name])
-    return longer, [*spans, (len(text), len(longer))]
-
-
 def _parse_braces(text: str) -> list[Part | None]:
-    """Parts of a template in braces; None is the label's place."""
+    """Parse braces into parts; None is the place of the label."""
     parts: list[Part | None] = []
     try:
         pieces = list(string.Formatter().parse(text))
@@ -207,10 +201,7 @@ def _parse_braces(text: str) -> list[Part | None]:
 
 
 def _parse_stars(text: str) -> list[Part | None]:
-    """Parts of a template in LM-BFF's syntax; None is the label's place.
-
-    The label word is " " + word there, so exactly one space stands before the mask.
-    """
+    """Parse LM-BFF's syntax into parts; None is the place of the label."""
     parts: list[Part | None] = []
     ended = False
     for piece in text.split("*"):
@@ -224,6 +215,7 @@ def _parse_stars(text: str) -> list[Part | None]:
         if piece in ("sep", "sep+"):
             ended = True
         elif piece == "mask":
+            # LM-BFF's label word is " " + word, so exactly one space stands before the mask.
             last = parts[-1] if parts else None
             if not (isinstance(last, str) and last.endswith(" ")):
                 parts.append(" ")

@@ -23,15 +23,15 @@ class Document:
 
     @property
     def content(self) -> str:
-        """Everything but where it came from."""
+        """Everything but the id."""
         return self.text
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig(TextsConfig):
-    """Documents to fine-tune on, as the YAML key `text` holds them.
+    """The section `text` of a configuration: documents to fine-tune on.
 
-    A source has a document a row; a domain of a corpus is such a file.
+    Every row of a source is a document. The file of a corpus domain is such a source.
 
     Attributes:
         field: field of a row that holds the text.
@@ -49,10 +49,10 @@ class TextConfig(TextsConfig):
     }
 
     def parse(self, record: Record) -> Document:
-        """The document in a row.
+        """Return the document in a row.
 
         Raises:
-            UserError: the field is not there, or is not text.
+            UserError: the field is missing, or is not text.
         """
         text = record.values.get(self.field)
         if not isinstance(text, str):
@@ -63,18 +63,18 @@ class TextConfig(TextsConfig):
         return Document(text, f"{record.source}:{record.number}")
 
     def tokenize(self, examples: Sequence[Document], tokenizer: Any, limit: int) -> list[TokenRow]:
-        """`encode_documents` in pieces of `limit` tokens."""
+        """Return `encode_documents` in pieces of `limit` tokens."""
         return encode_documents(examples, tokenizer, length=limit)
 
 
 def encode_documents(
     documents: Sequence[Document], tokenizer: Any, *, length: int
 ) -> list[TokenRow]:
-    """Tokens of documents, each cut into pieces.
+    """Tokenize documents and cut them into pieces.
 
-    A document ends with the tokenizer's `eos_token`, if it has one, so that a model learns where to
-    stop. Every piece begins with the `bos_token`, or else the `eos_token`, which is not in the
-    loss; so every token of a document is predicted once.
+    A document ends with the tokenizer's `eos_token`, if there is one, so that a model learns where
+    to stop. Every piece begins with the `bos_token`, or else the `eos_token`, which is not in the
+    loss: so every token of a document is predicted exactly once.
 
     Args:
         documents: the documents.
@@ -82,7 +82,7 @@ def encode_documents(
         length: most tokens of a piece, at least 2.
 
     Raises:
-        UserError: the tokenizer has neither token.
+        UserError: the tokenizer has neither of the two tokens.
     """
     end = tokenizer.eos_token_id
     begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id

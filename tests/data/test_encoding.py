@@ -3,12 +3,17 @@ import copy
 import pytest
 
 from jaxlm.core.errors import UserError
-from jaxlm.data import Example, Template, encode, encode_all
+from jaxlm.data import Example, Template
+from jaxlm.data.encoding import encode_all
+
+
+def encoded(template, tokenizer, example, labels, **options):
+    return next(encode_all(template, tokenizer, [example], labels, **options))
 
 
 def run(tokenizer, template, labels, *, kind="decoder", max_length=None, **fields):
     example = Example(fields, 0, "train.jsonl:1")
-    return encode(
+    return encoded(
         Template.parse(template), tokenizer, example, labels, kind=kind, max_length=max_length
     )
 
@@ -168,10 +173,10 @@ def test_mask_of_byte_level_takes_the_space(roberta_like) -> None:
 def test_mask_first_in_lm_bff_syntax_has_the_word_with_a_space(roberta_like) -> None:
     template = Template.parse("*cls**mask*:*+sent_0**sep+*").with_names(None, ["text"])
     example = Example({"text": "fun"}, 1, "x:1")
-    encoded = encode(template, roberta_like, example, ["great", "bad"], kind="encoder")
-    assert words(roberta_like, encoded.input_ids)[0] == ["<s>", "<mask>", ":", "Ġfun", "</s>"]
-    assert words(roberta_like, encoded.targets) == [["Ġgreat"], ["Ġbad"]]
-    assert encoded.label == 1
+    row = encoded(template, roberta_like, example, ["great", "bad"], kind="encoder")
+    assert words(roberta_like, row.input_ids)[0] == ["<s>", "<mask>", ":", "Ġfun", "</s>"]
+    assert words(roberta_like, row.targets) == [["Ġgreat"], ["Ġbad"]]
+    assert row.label == 1
 
 
 def test_truncation_keeps_mask_and_end_of_an_encoder(wordpiece) -> None:
@@ -262,7 +267,7 @@ def test_many_examples_are_as_one_by_one(bpe_bos) -> None:
     examples = [Example({"text": "fun " * (i % 7)}, i % 2, f"x:{i}") for i in range(100)]
     options = {"kind": "decoder", "max_length": 12}
     together = list(encode_all(template, bpe_bos, examples, labels, **options))
-    assert together == [encode(template, bpe_bos, e, labels, **options) for e in examples]
+    assert together == [encoded(template, bpe_bos, e, labels, **options) for e in examples]
 
 
 def test_truncation_and_padding_stored_with_a_tokenizer_do_not_count(bpe_bos) -> None:
