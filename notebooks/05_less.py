@@ -18,7 +18,8 @@
 # LESS scores every training example so, and trains on the best few per cent. This notebook computes
 # such scores on real text, looks at what they choose, and checks the parts they are made of.
 #
-# [docs/selection.md](../docs/selection.md) has the formulas and the measured tables.
+# [docs/selection.md](../docs/selection.md) has the formulas,
+# [docs/results/selection.md](../docs/results/selection.md) the measured tables.
 
 # %%
 import os
