@@ -11,7 +11,7 @@ Run folders, stage folders, kernel stores, token caches and sweeps are all made 
     mark_failed, failure             the marker of work that failed and need not be tried again
     write_folder(folder, write)      write a sealed folder that is whole or absent
       seal, verify, is_whole           its `checksums.json`
-    replace_contents(source, target) replace the files of an earlier save, never mixing the two
+    replacing(folder)                replace the files of an earlier save, never mixing the two
 
 Checksums find damage, not malice: whoever can change a file can change its checksum.
 """
@@ -25,6 +25,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 import time
 import traceback
 import zlib
@@ -485,6 +486,27 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path, *, last: str, stale: Callable[[Path], bool]) -> Iterator[Path]:
+    """Yield an empty folder inside `folder`, whose files then go through `replace_contents`.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="saving-") as name:
+            yield Path(name)
+            replace_contents(Path(name), folder, last=last, stale=stale)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{folder}: cannot be written ({reason}). Choose another folder."
+        ) from error
 
 
 def replace_contents(

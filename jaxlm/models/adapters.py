@@ -1,4 +1,6 @@
-"""Adapters as leaves of the tree, which the model reads beside a weight (`jaxlm.peft` makes them).
+"""Adapters as leaves of the parameter tree, which the model reads beside a weight.
+
+`jaxlm.peft` adds them:
 
 layers.attention.q_proj.lora_a [L, in, r]      layers.attention.q_proj.lora_b [L, r, out]
 layers.attention.prefix_keys [L, m, G, K]      layers.attention.prefix_values [L, m, G, K]
@@ -19,16 +21,16 @@ LORA = r"\.lora_[ab]$"
 PREFIX = r"\.prefix_(keys|values)$"
 
 
-def found(params: Any, pattern: str) -> bool:
-    """Whether a tree has leaves of one of the patterns here."""
+def has(params: Any, pattern: str) -> bool:
+    """Return whether a pattern is found in a path of a tree."""
     return any(map(path_predicate(pattern), unnest(params)))
 
 
 def merge(config: ModelConfig, params: Any) -> Any:
-    """The tree with `W + s A B`, summed in float32, in place of every kernel with an adapter.
+    """Return the tree with `W + s A B`, summed in float32, for every kernel W with an adapter.
 
     Raises:
-      UserError: if such a kernel is packed.
+      UserError: such a kernel is packed.
     """
     flat = unnest(params)
     takes = path_predicate(LORA)

@@ -1,10 +1,10 @@
-"""Chat templates, rendered where they can do no harm.
+"""Render chat templates in a process of their own, under limits of time and memory.
 
-A template is a program of whoever made the model. Jinja's sandbox keeps it from files and Python,
-but not from loops without end or texts of gigabytes, and nothing within a process can stop those:
-one product of a text and a number fills the memory in a single instruction. So a process of its own
-renders, under limits of processor time and memory of the operating system, one request a line. It
-is this file, started as a program; it imports nothing heavy and stays for the next text.
+A template is a program by whoever made the model. Jinja's sandbox keeps it from files and Python,
+but not from endless loops or strings of gigabytes, and nothing inside a process can stop those: a
+single product of a string and a number fills the memory. So a separate process renders, one request
+a line, under limits of the operating system. It runs this file as a program, imports nothing heavy,
+and stays for the next request.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from typing import Any
 from jaxlm.core.errors import UserError
 
 SECONDS = 5
-"""Processor time of one text."""
+"""Limit of processor time for one text."""
 MEMORY = 2**30
-"""Address space of the process, in bytes."""
+"""Limit of the address space of the process, in bytes."""
 LENGTH = 2**24
-"""Characters of one text."""
+"""Limit of characters of one text."""
 
 _lock = threading.Lock()
 _worker: subprocess.Popen[str] | None = None
@@ -34,22 +34,22 @@ _worker: subprocess.Popen[str] | None = None
 def render_chat(
     tokenizer: Any, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
 ) -> str:
-    """The text of a conversation by the tokenizer's chat template, as transformers writes it.
+    """Return the text of a conversation by the tokenizer's chat template, as in transformers.
 
     Args:
-      tokenizer: of transformers.
+      tokenizer: a tokenizer of transformers.
       messages: each with `role` and `content`.
-      add_generation_prompt: ends the text with what precedes an answer.
+      add_generation_prompt: whether to end the text with what precedes an answer.
 
     Raises:
-      UserError: there is no template, it is wrong or does not take the messages, or it needs more
-        than `SECONDS`, `MEMORY` or `LENGTH`.
+      UserError: there is no template, it fails on these messages, or it exceeds `SECONDS`, `MEMORY`
+        or `LENGTH`.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("tokenizer: has no chat template (got none). Give a chat model.")
     try:
         template = tokenizer.get_chat_template()
-    except ValueError as error:  # several by name, and none of them the default
+    except ValueError as error:  # there are several, and none is the default
         raise UserError(
             f"tokenizer: no chat template to choose ({str(error).splitlines()[0]}). Name one of "
             "them `default`."
@@ -73,11 +73,11 @@ def render_chat(
 
 
 def _ask(line: str) -> dict[str, str]:
-    """The answer of the process, which is started where there is none."""
+    """Return the answer of the process, which is started if there is none."""
     global _worker
     if _worker is None or _worker.poll() is not None:
         stop()
-        # `-P`: nothing is imported from the folder of this file, or from where the user stands.
+        # `-P`: import nothing from the folder of this file or from the working directory.
         _worker = subprocess.Popen(
             [sys.executable, "-P", str(Path(__file__).resolve())],
             stdin=subprocess.PIPE,
@@ -91,7 +91,7 @@ def _ask(line: str) -> dict[str, str]:
             print(line, file=_worker.stdin, flush=True)
             answer = _worker.stdout.readline()  # type: ignore[union-attr]
     finally:
-        if not answer:  # after Ctrl-C too, since the next one would read this answer
+        if not answer:  # also after Ctrl-C, or the next request would read this answer
             stop()
     if answer:
         return json.loads(answer)
@@ -102,7 +102,7 @@ def _ask(line: str) -> dict[str, str]:
 
 
 def stop() -> None:
-    """Ends the process, if there is one; the next text starts another."""
+    """End the process, if there is one; the next text starts another."""
     global _worker
     if _worker is not None:
         _worker.kill()
@@ -111,17 +111,17 @@ def stop() -> None:
 
 
 def _serve() -> None:
-    """Answers requests, a line of JSON each, until there are no more."""
+    """Answer requests, one line of JSON each, until there are no more."""
     import resource
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the process that asks
     for kind, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CORE, 0)):
-        with contextlib.suppress(ValueError, OSError):  # not every system can
+        with contextlib.suppress(ValueError, OSError):  # not every system has both limits
             resource.setrlimit(kind, (most, most))
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        # The signal ends the process, whatever it does.
+        # The signal of the timer ends the process, whatever it is doing.
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])
         answer = json.dumps(_answer(request))
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -133,7 +133,7 @@ def _answer(request: dict[str, Any]) -> dict[str, str]:
         text = _compiled(request["template"]).render(**request["variables"])
     except MemoryError:
         text = None
-    except Exception as error:  # whatever the template, a program of its own, says
+    except Exception as error:  # a template is a program and may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         problem = f"does not take the conversation ({reason[:200]})"
         return {"problem": problem, "fix": "Correct the messages, or use another template."}
@@ -145,12 +145,12 @@ def _answer(request: dict[str, Any]) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=8)
 def _compiled(template: str) -> Any:
-    """A template with the functions, filters and tags that those of transformers rely on."""
+    """Compile a template, with the functions, filters and tags that transformers provides."""
     from jinja2 import TemplateError, ext, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(ext.Extension):
-        """`{% generation %}` marks what the assistant writes; here it is its content alone."""
+        """`{% generation %}` marks what the assistant writes; it is replaced by its content."""
 
         tags = {"generation"}  # noqa: RUF012
 

@@ -1,4 +1,4 @@
-"""Models in the Hugging Face layout: config.json, safetensors, tokenizer files; both ways.
+"""Load and save models in the Hugging Face layout: config.json, safetensors, tokenizer files.
 
 Only safetensors and JSON are read; never pickle, never remote code.
 """
@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.artifacts.files import file_path
-from jaxlm.artifacts.folder import replace_contents
+from jaxlm.artifacts.folder import replacing
 from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core.checks import one_of, show
 from jaxlm.core.errors import UserError
@@ -31,8 +30,7 @@ from jaxlm.models import adapters
 from jaxlm.models.attention import IMPLEMENTATIONS
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import family
-from jaxlm.models.hf_card import model_card
-from jaxlm.models.hf_folder import (
+from jaxlm.models.hf_config import (
     CONFIG,
     INDEX,
     WEIGHTS,
@@ -62,28 +60,28 @@ def from_pretrained(
     remat: str = "dots",
     bits: Literal[8, 4] | None = None,
 ) -> LanguageModel:
-    """Loads a model from a local folder or a hub id.
+    """Load a model from a local folder or the Hugging Face hub.
 
     Args:
-      name_or_path: folder with config.json, one or several safetensors files and, if there is
-        one, a tokenizer; or the id of such a repository on the Hugging Face hub; None for the
-        small model that comes with the package.
-      param_dtype: dtype of every parameter, whatever those of the files are.
-      mesh: of `jaxlm.sharding.make_mesh`: every device's part of a parameter is read from the files
-        straight to it, by the rules of `jaxlm.sharding`. None loads onto the default device, one
-        parameter at a time.
+      name_or_path: folder with config.json, one or several safetensors files and optionally a
+        tokenizer; or the id of such a repository on the hub; or None for the small model that comes
+        with the package.
+      param_dtype: dtype of every parameter, whatever the files have.
+      mesh: a mesh of `jaxlm.sharding.make_mesh`. The part of a parameter that a device holds, by
+        the rules of `jaxlm.sharding`, is read from the files straight to it. None loads onto the
+        default device, one parameter at a time.
       compute_dtype, attention, remat: see `ModelConfig`.
-      bits: 8 or 4 keeps matrices in that many bits, one layer at a time as they are read; see
+      bits: 8 or 4 packs matrices into that many bits, one layer at a time as they are read; see
         `jaxlm.core.precision.quantize`.
 
     Returns:
-      The model; `tokenizer` is None where the folder has none. `config.head` of an encoder is
-      "mlm", "classifier" or "none" by what the checkpoint holds.
+      The model. `tokenizer` is None if the folder has none. `config.head` of an encoder is "mlm",
+      "classifier" or "none", by the tensors of the checkpoint.
 
     Raises:
-      UserError: folder missing, unknown architecture, no safetensors, a file truncated or missing,
-        weights that contradict the configuration or are not finite, unknown attention, remat or
-        bits, more parameters than the memory holds.
+      UserError: the folder is missing, the architecture is unknown, a file is truncated or missing,
+        weights contradict the configuration or are not finite, an option is unknown, or the
+        parameters do not fit into memory.
     """
     one_of("attention", attention, tuple(IMPLEMENTATIONS))
     one_of("remat", remat, get_args(ModelConfig.__annotations__["remat"]))
@@ -126,7 +124,7 @@ def _float_dtype(param_dtype: Any) -> np.dtype:
 
 @contextlib.contextmanager
 def _enough_memory(folder: Path, config: ModelConfig, dtype: np.dtype) -> Iterator[None]:
-    """Says of parameters that the memory does not hold how much they need, and what needs less."""
+    """Raise UserError if memory runs out, with the sizes of the parameters in several dtypes."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -148,17 +146,16 @@ def shapes_from_pretrained(
     *,
     bits: Literal[8, 4] | None = None,
 ) -> LanguageModel:
-    """The model of `from_pretrained` with shapes as its parameters, for what only plans.
+    """Load a model with shapes in place of parameters, for plans.
 
-    No weights need be there: config.json suffices. Without them the head of an encoder is what
-    `architectures` in it says. With them, what is read is their shapes, and a tied table that is
-    stored twice.
+    The folder needs no weights. Without them, `architectures` in config.json tells the head of an
+    encoder. With them, only shapes are read, and a tied table that is stored twice.
 
     Args:
       name_or_path, param_dtype, bits: see `from_pretrained`.
 
     Returns:
-      The model; its parameters are `jax.ShapeDtypeStruct`s.
+      The model of `from_pretrained` whose parameters are `jax.ShapeDtypeStruct`s.
 
     Raises:
       UserError: see `from_pretrained`.
@@ -196,22 +193,22 @@ def _resolve(name_or_path, *, weights: bool = True) -> Path:
         return Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:
         raise UserError(
-            f"model: is no folder, and could not be had from the hub (got {text}: "
+            f"model: is not a folder, and cannot be downloaded from the hub (got {text}: "
             f"{type(error).__name__}). Check the name and the network."
         ) from error
 
 
 def _open(folder: Path, module: ModuleType) -> Checkpoint:
-    """Reads the headers of a model's files: what is where."""
+    """Read the headers of a model's files: which tensor is where."""
     from safetensors import SafetensorError, safe_open
 
     open_file = partial(safe_open, framework="numpy")
     tensors = {}
     for path in weight_files(folder):
         try:
-            path.open("rb").close()  # what the operating system refuses is not what a file holds
+            path.open("rb").close()  # so that errors of the system are told from those of the file
             with open_file(path) as file:
-                for name in file.keys():  # noqa: SIM118 - the file is no dict
+                for name in file.keys():  # noqa: SIM118 - the file is not a dict
                     part = file.get_slice(name)
                     shape = tuple(part.get_shape())
                     tensors[modern_name(name)] = Stored(path, name, shape, part.get_dtype())
@@ -228,7 +225,7 @@ def _open(folder: Path, module: ModuleType) -> Checkpoint:
 
 
 def _load(read: Read, path: str, shape: tuple[int, ...], mesh: Mesh | None) -> jax.Array:
-    """An array that `read(index)` gives in parts; on the host there is one part at a time."""
+    """Assemble an array from the parts that `read(index)` returns, one in host memory at a time."""
     if mesh is None:
         return jax.device_put(read((slice(None),) * len(shape)))
     sharding = param_shardings({path: shape}, mesh)[path]
@@ -245,7 +242,7 @@ def _load(read: Read, path: str, shape: tuple[int, ...], mesh: Mesh | None) -> j
 def _load_packed(
     read: Read, path: str, shape: tuple[int, ...], mesh: Mesh | None, bits: Literal[8, 4]
 ) -> Packed:
-    """A packed leaf; of a stack one layer at a time is there as floats."""
+    """Load a packed leaf; one layer of a stack is in memory as floats at a time."""
 
     def packed(read: Read, shape: tuple[int, ...]) -> Packed:
         return pack(path, _load(read, path, shape, mesh), bits=bits)
@@ -267,33 +264,30 @@ def save_pretrained(
     *,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Writes a model in the HF layout; transformers opens it and gives the same logits.
+    """Save a model in the HF layout; transformers opens it and computes the same logits.
 
-    Everything is written into a temporary folder within and then moved, config.json last and after
-    the old one is gone: a save that is cut short leaves the model before, or a folder without a
-    model, but never parts of two. Of sharded parameters the tensors of one file at a time are
-    gathered, and of several processes the first one writes. Weights in 8 or 4 bits are written as
-    the floats that the model sees, and low-rank adapters are merged into them.
+    Everything is written to a temporary folder inside `directory` and then moved, config.json last
+    and after the old one is removed. An interrupted save leaves the old model or no model, but
+    never parts of two. Sharded parameters are gathered for one file at a time, and the main process
+    writes. Weights in 8 or 4 bits are written as floats, and low-rank adapters are merged.
 
     Args:
       lm: the model; its tokenizer is written too.
-      directory: created if missing. Of a model that is there, all that would be read with the new
-        one is removed: safetensors, tokenizer, generation_config.json, adapter_config.json. Other
-        files stay: a model card, pickles such as pytorch_model.bin, weights of an adapter. Where
-        another program would take those, remove them.
-      params: in place of `lm.params`.
-      max_shard_size: bytes of a file, as a number or like "200MB"; a model that needs several gets
-        an index. A tensor is never divided.
+      directory: created if missing. If it has a model, all files are removed that would be read
+        with the new one: safetensors, tokenizer, generation_config.json, adapter_config.json. Other
+        files stay: a model card, pickles such as pytorch_model.bin, weights of an adapter. Remove
+        them if another program would read them.
+      params: parameters to write in place of `lm.params`.
+      max_shard_size: largest size of a file, in bytes or like "200MB"; several files get an index.
+        A tensor is never split.
 
     Raises:
-      UserError: if the directory cannot be written, `params` are not those of this model, or they
-        have a prefix.
+      UserError: the directory cannot be written, `params` do not fit the model, or they have a
+        prefix.
     """
-    from safetensors import SafetensorError
-
     folder = file_path(directory, "directory")
     params = dequantize(lm.params if params is None else params)
-    if adapters.found(params, adapters.PREFIX):
+    if adapters.has(params, adapters.PREFIX):
         raise UserError(
             "params: have a prefix, which a model folder cannot hold. Keep a checkpoint."
         )
@@ -310,29 +304,20 @@ def save_pretrained(
             _gathered(names, tensors, flat)
         barrier(str(folder))
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix="saving-") as name:
-            temporary = Path(name)
-            _write_weights(temporary, split, tensors, flat)
-            (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            if not (folder / "README.md").exists():
-                title = os.fsencode(folder.resolve().name).decode(errors="replace")
-                text = model_card(lm.config, title, dtype, count)
-                (temporary / "README.md").write_text(text, encoding="utf-8")
-            if lm.tokenizer is not None:
-                lm.tokenizer.save_pretrained(temporary)
-            replace_contents(temporary, folder, last=CONFIG, stale=is_of_a_model)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{folder}: the model cannot be written ({reason}). Choose another folder."
-        ) from error
+    with replacing(folder, last=CONFIG, stale=is_of_a_model) as place:
+        _write_weights(place, split, tensors, flat)
+        (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if not (folder / "README.md").exists():
+            title = os.fsencode(folder.resolve().name).decode(errors="replace")
+            text = _model_card(lm.config, title, dtype, count)
+            (place / "README.md").write_text(text, encoding="utf-8")
+        if lm.tokenizer is not None:
+            lm.tokenizer.save_pretrained(place)
     barrier(str(folder))
 
 
 def _split(tensors: dict[str, Target], max_shard_size: int | str) -> Any:
-    """Which tensor goes into which file."""
+    """Decide which tensor goes into which file."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
     try:
@@ -344,12 +329,12 @@ def _split(tensors: dict[str, Target], max_shard_size: int | str) -> Any:
         )
     except ValueError as error:
         raise UserError(
-            f"max_shard_size: is no size (got {max_shard_size!r}). Give bytes, or a text: '5GB'."
+            f"max_shard_size: not a size (got {max_shard_size!r}). Give bytes, or a string: '5GB'."
         ) from error
 
 
 def _gathered(names: Any, tensors: dict[str, Target], flat: Any) -> dict[str, np.ndarray]:
-    """The tensors of one file; of parameters on several processes all of them take part."""
+    """Gather the tensors of one file; all processes take part."""
     return {name: tensors[name].gather(flat) for name in names}
 
 
@@ -362,3 +347,41 @@ def _write_weights(folder: Path, split: Any, tensors: dict[str, Target], flat) -
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / INDEX).write_text(text, encoding="utf-8")
+
+
+_AUTO = {
+    "lm": "AutoModelForCausalLM",
+    "mlm": "AutoModelForMaskedLM",
+    "classifier": "AutoModelForSequenceClassification",
+    "none": "AutoModel",
+}
+
+
+def _model_card(config: ModelConfig, name: str, dtype: str, num_params: int) -> str:
+    """Return the README.md of a saved model: what it is and how to open it."""
+    auto = _AUTO[config.head]
+    return f"""---
+library_name: jaxlm
+---
+
+# {name}
+
+A {config.family} {config.kind} of {num_params:,} parameters in {dtype}: {config.num_layers} layers
+of width {config.hidden_size}, {config.num_heads} heads, a vocabulary of {config.vocab_size:,}.
+
+It opens in jaxlm:
+
+```python
+import jaxlm
+
+lm = jaxlm.from_pretrained("path/to/this/folder")
+```
+
+and in transformers:
+
+```python
+from transformers import {auto}
+
+model = {auto}.from_pretrained("path/to/this/folder")
+```
+"""

@@ -1,7 +1,7 @@
-"""Which parts of a HF checkpoint's tensors hold which parts of our leaves, both ways.
+"""The map between the tensors of a HF checkpoint and our leaves, in both directions.
 
 Our leaves stack layers, are transposed against torch's Linear, and split what some families fuse.
-Nothing here knows the file format: a file is something with `get_slice(name)[index]`.
+This module does not know the file format: a file is an object with `get_slice(name)[index]`.
 """
 
 import dataclasses
@@ -25,9 +25,10 @@ from jaxlm.models.families import Name
 from jaxlm.models.initialise import param_shapes
 
 PIECE = 2**23
+"""Elements that are read from a file at once."""
 _FLOATS = ("BF16", "F16", "F32", "F64")
-# What old checkpoints hold beside weights: tables that follow from the configuration, and the parts
-# of BERT's pretraining that its model of masked tokens has no use for.
+# Old checkpoints have more tensors than weights: tables that follow from the configuration, and
+# parts of BERT's pretraining that a masked language model does not use.
 _HARMLESS = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|masked_bias|position_ids|token_type_ids|(attn|attention)\.bias)"
     r"|(.*\.)?pooler\.dense\.(weight|bias)|cls\.seq_relationship\.(weight|bias)"
@@ -35,7 +36,7 @@ _HARMLESS = re.compile(
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: its name there, its shape, and its dtype in the words of safetensors."""
+    """A tensor in a file: its name there, its shape, and its dtype as safetensors names it."""
 
     file: Path
     name: str
@@ -48,15 +49,15 @@ def _stacked(path: str) -> bool:
 
 
 def runs(row: Name, length: int, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
-    """Where [start:stop] of our last axis lies in the HF tensor's, in contiguous runs.
+    """Yield where [start:stop] of our last axis lies in that of the HF tensor, run by run.
 
     Args:
       row: how our leaf lies in the tensor.
-      length: of our last axis.
+      length: length of our last axis.
       start, stop: the part of it.
 
     Yields:
-      (place in the part, place in the tensor).
+      The slice of the part, and the slice of the tensor, of each contiguous run.
     """
     index, count = row.part
     size = length // row.groups
@@ -67,7 +68,7 @@ def runs(row: Name, length: int, start: int, stop: int) -> Iterator[tuple[slice,
 
 
 def _shape(row: Name, ours: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the HF tensor that holds one layer of our leaf."""
+    """Return the shape of the HF tensor that holds one layer of our leaf."""
     whole = (*ours[:-1], row.part[1] * ours[-1])
     return whole[::-1] if row.transpose else whole
 
@@ -77,11 +78,11 @@ class Checkpoint:
     """The tensors of a model folder, read by our paths.
 
     Attributes:
-      folder: the model's.
+      folder: folder of the model.
       module: its family.
       tensors: HF name -> where it is stored.
-      open: gives the file at a path, while the context lasts. Files are opened anew for every
-        `PIECE` elements, since what was read of a mapped file stays in memory until it is closed.
+      open: context manager that opens the file at a path. A file is opened again for every `PIECE`
+        elements, since the pages of a mapped file stay in memory until it is closed.
     """
 
     folder: Path
@@ -90,10 +91,8 @@ class Checkpoint:
     open: Callable[[Path], AbstractContextManager[Any]]
 
     def find(self, config: ModelConfig, path: str, layer: int = 0) -> tuple[Name, str] | None:
-        """The first name of a leaf that the checkpoint holds, with or without the prefix.
-
-        Of a tied table some checkpoints keep only the head's name.
-        """
+        """Return the first name of a leaf that the checkpoint has, with or without the prefix."""
+        # Some checkpoints store a tied table under the name of the head alone.
         paths = [path]
         if path == "embed.tokens.embedding" and config.tie_embeddings:
             paths.append("lm_head.embedding")
@@ -106,7 +105,7 @@ class Checkpoint:
         return None
 
     def match(self, config: ModelConfig) -> ModelConfig:
-        """Settles what the tensors tell better than config.json: the head, and whether it is tied.
+        """Return the configuration with what the tensors decide: the head, and whether it is tied.
 
         Raises:
           UserError: config.json does not name each class of a classifier once.
@@ -137,16 +136,15 @@ class Checkpoint:
         return config.replace(pooled=self.find(config, "pooler.kernel") is not None)
 
     def _untied(self, config: ModelConfig) -> bool:
-        """Whether an output table is stored that differs from the input table.
-
-        So it is where the head of a tied model was trained alone and then merged. transformers
-        takes what is stored, too.
-        """
+        """Return whether an output table is stored that differs from the input table."""
+        # That happens if the head of a tied model was trained alone and then merged. transformers
+        # uses the stored table, too.
         apart = config.replace(tie_embeddings=False)
-        found = [self.find(apart, path) for path in ("embed.tokens.embedding", "lm_head.embedding")]
-        if None in found:
+        paths = ("embed.tokens.embedding", "lm_head.embedding")
+        tables = [self.find(apart, path) for path in paths]
+        if None in tables:
             return False
-        one, other = (self.tensors[name] for _, name in found)  # type: ignore[misc]
+        one, other = (self.tensors[name] for _, name in tables)  # type: ignore[misc]
         if one.shape != other.shape:
             return True
         size, rows = one.shape[0], max(1, PIECE // math.prod(one.shape[1:]))
@@ -158,12 +156,13 @@ class Checkpoint:
             return file.get_slice(stored.name)[index]
 
     def check(self, config: ModelConfig) -> None:
-        """Holds every leaf against what is stored, before anything is read.
+        """Compare every leaf with what is stored, before any tensor is read.
+
+        Tensors of another head are left out with a warning.
 
         Raises:
-          UserError: for a tensor that is missing, of another shape or no floating-point one, for
-            more layers than the configuration has, and for a tensor that belongs to a part of the
-            model and is not used there. One of another head is left out with a warning.
+          UserError: a tensor is missing, has another shape or is not of floats; there are more
+            layers than the configuration has; or a tensor of a known part is not used.
         """
         for path, shape in param_shapes(config).items():
             layers = config.num_layers if _stacked(path) else 1
@@ -229,10 +228,10 @@ class Checkpoint:
     def read(
         self, config: ModelConfig, path: str, dtype: Any, index: tuple[slice, ...]
     ) -> np.ndarray:
-        """The part `index` of a leaf of ours; of the files only that part is read.
+        """Read the part `index` of one of our leaves, and no more of the files.
 
         Raises:
-          UserError: a number is not finite, or not in this dtype.
+          UserError: a number is not finite, or overflows in this dtype.
         """
         shape = param_shapes(config)[path]
         bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
@@ -265,7 +264,7 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A HF tensor to be written: its shape and dtype, and the (row, layer)s that fill it."""
+    """A HF tensor to write: its shape and dtype, and the rows and layers that fill it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -276,7 +275,7 @@ class Target:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def gather(self, flat: Mapping[str, Any]) -> np.ndarray:
-        """The tensor on the host; of a stacked leaf only the layer in question gets there."""
+        """Return the tensor in host memory; only the layers in it are copied there."""
         tensor = np.empty(self.shape, self.dtype)
         for row, layer in self.parts:
             leaf = flat[row.path]
@@ -288,12 +287,12 @@ class Target:
 
 
 def targets(config: ModelConfig, module: ModuleType, flat: Mapping[str, Any]) -> dict[str, Target]:
-    """HF name -> what is to be written under it.
+    """Return what is to be written under each HF name.
 
     Raises:
-      UserError: if a leaf is missing or has another shape.
+      UserError: a leaf is missing or has another shape.
     """
-    found: dict[str, Target] = {}
+    result: dict[str, Target] = {}
     shapes = param_shapes(config)
     for row in module.names(config):
         if row.path not in shapes:
@@ -306,5 +305,5 @@ def targets(config: ModelConfig, module: ModuleType, flat: Mapping[str, Any]) ->
         layers, ours = (shape[0], shape[1:]) if _stacked(row.path) else (1, shape)
         for layer in range(layers):
             empty = Target(_shape(row, ours), leaf.dtype, [])
-            found.setdefault(name.format(layer=layer), empty).parts.append((row, layer))
-    return found
+            result.setdefault(name.format(layer=layer), empty).parts.append((row, layer))
+    return result

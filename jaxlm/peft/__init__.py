@@ -1,16 +1,26 @@
-"""Fine-tuning of few parameters, each kind with a regular expression that selects them.
+"""Parameter-efficient fine-tuning: each kind selects what is trained by a regular expression.
 
-An adapter is further leaves of the parameter tree, so that optimizers, checkpoints and views take
+An adapter consists of more leaves in the parameter tree, so optimizers, checkpoints and views treat
 it like any other parameter.
 """
 
 from jaxlm.models.adapters import LORA, PREFIX
-from jaxlm.peft._lora import lora, merge
-from jaxlm.peft._prefix import prefix
 from jaxlm.peft.adapters import load_adapter, save_adapter
-from jaxlm.peft.bitfit import BITFIT, bitfit_selection
-from jaxlm.peft.head import head_selection, untie
-from jaxlm.peft.tunings import TUNINGS, BitFit, Head, Lora, Prefix, Tuning
+from jaxlm.peft.methods import (
+    BITFIT,
+    TUNINGS,
+    BitFit,
+    Head,
+    Lora,
+    Prefix,
+    Tuning,
+    bitfit_selection,
+    head_selection,
+    lora,
+    merge,
+    prefix,
+    untie,
+)
 
 __all__ = [
     "BITFIT",

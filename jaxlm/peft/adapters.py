@@ -1,13 +1,14 @@
 """Low-rank adapters as folders of Hugging Face PEFT, both ways.
 
 A folder names HF modules, `base_model.model.<module>.lora_A.weight` [r, in] and `lora_B.weight`
-[out, r]. Where a family keeps queries, keys and values in one module, the adapters of our three
-kernels are blocks of that module's: A stacks theirs, and B has zeros between the blocks. What is
-read from such a module gives all three the same A.
+[out, r]. If a family fuses queries, keys and values in one module, the adapters of our three
+kernels
+are written as one: A stacks theirs, and B is block diagonal. An adapter that is read from such a
+module gives all three kernels the same A.
 """
 
+import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,52 @@ import numpy as np
 
 from jaxlm.artifacts.arrays import check_finite
 from jaxlm.artifacts.files import file_path
-from jaxlm.artifacts.folder import replace_contents
+from jaxlm.artifacts.folder import replacing
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import LAYERS
 from jaxlm.models import LanguageModel, ModelConfig, param_shapes
 from jaxlm.models.families import Name, family
+from jaxlm.models.hf_config import FLAG, WIDTH, Kind, check_fields, optional, read_json
 from jaxlm.models.hf_tensors import runs
 from jaxlm.models.initialise import nest, unnest
-from jaxlm.peft._lora import refuse_second
-from jaxlm.peft.settings import CONFIG, read_settings, write_settings
+from jaxlm.peft.methods import refuse_second
 
 WEIGHTS = "adapter_model.safetensors"
 ROOT = "base_model.model."
 KERNEL, LEFT, RIGHT = ".kernel", ".lora_a", ".lora_b"
+CONFIG = "adapter_config.json"
+# Settings of PEFT that change the result and are not supported; falsy values are harmless.
+_REFUSED = (
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "monteclora_config",
+    "rank_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+_FIELDS = {
+    "r": WIDTH,
+    "lora_alpha": Kind(
+        "a finite number",
+        lambda x: type(x) in (int, float) and -1e30 <= x <= 1e30,
+    ),
+    "use_rslora": optional(FLAG),
+}
+# Initialisations that leave the base model as it is; the others change its weights.
+_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def _modules(config: ModelConfig) -> dict[str, list[tuple[Name, int | None]]]:
-    """HF module -> the kernels of ours that lie in it, with their layers."""
+    """Return the kernels of ours that each HF module holds, with their layers."""
     module, shapes = family(config.family), param_shapes(config)
     found: dict[str, list[tuple[Name, int | None]]] = {}
     for row in module.names(config):
@@ -48,17 +78,16 @@ def _modules(config: ModelConfig) -> dict[str, list[tuple[Name, int | None]]]:
 def save_adapter(
     lm: LanguageModel, directory: str | os.PathLike, base_model: str | None = None
 ) -> None:
-    """Writes the low-rank adapters of a model as a folder that PEFT opens.
+    """Save the low-rank adapters of a model as a folder that PEFT opens.
 
     Args:
-      lm: a model with adapters; of its other parameters nothing is written.
+      lm: a model with adapters; nothing else of it is written.
       directory: created if missing.
-      base_model: folder or hub id of the model without adapters, which the folder then names.
+      base_model: folder or hub id of the model without adapters, to be named in the folder.
 
     Raises:
-      UserError: if the model has no adapters, or the directory cannot be written.
+      UserError: the model has no adapters, or the directory cannot be written.
     """
-    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     modules = _modules(lm.config)
@@ -73,7 +102,7 @@ def save_adapter(
         padded = np.pad(left, [more, (0, 0)]), np.pad(right, [(0, 0), more])
         for letter, matrix in zip("AB", padded, strict=True):
             tensors[f"{ROOT}{name}.lora_{letter}.weight"] = np.ascontiguousarray(matrix)
-    settings = write_settings(
+    settings = _write_settings(
         rank,
         lm.config.lora_scale,
         base_model=base_model,
@@ -82,24 +111,13 @@ def save_adapter(
         transposed=not any(row.transpose for name in pairs for row, _ in modules[name]),
     )
     folder = file_path(directory, "directory")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix="saving-") as name:
-            temporary = Path(name)
-            save_file(tensors, temporary / WEIGHTS, {"format": "pt"})
-            (temporary / CONFIG).write_text(settings, encoding="utf-8")
-            replace_contents(
-                temporary, folder, last=CONFIG, stale=lambda path: path.name in (CONFIG, WEIGHTS)
-            )
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{folder}: the adapter cannot be written ({reason}). Choose another folder."
-        ) from error
+    with replacing(folder, last=CONFIG, stale=lambda path: path.name in (CONFIG, WEIGHTS)) as place:
+        save_file(tensors, place / WEIGHTS, {"format": "pt"})
+        (place / CONFIG).write_text(settings, encoding="utf-8")
 
 
 def _pair(rows: list[tuple[Name, int | None]], flat: dict[str, Any]) -> Any:
-    """A [r, in] and B [out, r] of one HF module, or None where none of its kernels has any."""
+    """Return A [r, in] and B [out, r] of one HF module, or None without adapters."""
     parts = []
     for row, layer in rows:
         stem = row.path.removesuffix(KERNEL)
@@ -122,7 +140,7 @@ def _pair(rows: list[tuple[Name, int | None]], flat: dict[str, Any]) -> Any:
 
 
 def _targets(modules: list[str], chosen: list[str]) -> list[str]:
-    """The last parts of the chosen names, where these alone end so; else the whole names."""
+    """Return the last parts of the chosen names if no other name has them; else the whole names."""
     ends = sorted({name.rsplit(".", 1)[-1] for name in chosen})
     meant = [name for name in modules if name.rsplit(".", 1)[-1] in ends]
     return ends if len(meant) == len(chosen) else sorted(chosen)
@@ -131,23 +149,23 @@ def _targets(modules: list[str], chosen: list[str]) -> list[str]:
 def load_adapter(
     lm: LanguageModel, directory: str | os.PathLike, *, dtype="float32"
 ) -> LanguageModel:
-    """Reads a LoRA folder of PEFT, or of `save_adapter`, into a model.
+    """Load a LoRA folder of PEFT or of `save_adapter`.
 
     Args:
       lm: the base model; its kernels may be packed.
       directory: folder with adapter_config.json and adapter_model.safetensors.
-      dtype: of the adapters.
+      dtype: dtype of the adapters.
 
     Returns:
-      A model like that of `jaxlm.peft.lora`.
+      A model as `jaxlm.peft.lora` returns it.
 
     Raises:
-      UserError: if the folder is incomplete, holds another kind of adapter or one with settings
-        that are not supported, or is for another model; or if the model has an adapter.
+      UserError: the folder is incomplete, holds another kind of adapter or unsupported settings, or
+        is for another model; or the model has an adapter already.
     """
     refuse_second(lm)
     folder = file_path(directory, "adapter")
-    rank, scale = read_settings(folder)
+    rank, scale = _read_settings(folder)
     tensors = _read_tensors(folder)
     modules, shapes = _modules(lm.config), param_shapes(lm.config)
     new: dict[str, Any] = {}
@@ -155,8 +173,8 @@ def load_adapter(
         rows = _find(modules, name, family(lm.config.family).PREFIX)
         if rows is None:
             raise UserError(
-                f"{folder}: {name} is no module of this {lm.config.family} model. Give an adapter "
-                "of this model."
+                f"{folder}: {name} is not a module of this {lm.config.family} model. Give an "
+                "adapter of this model."
             )
         size_in = shapes[rows[0][0].path][-2]
         size_out = shapes[rows[0][0].path][-1] * rows[0][0].part[1]
@@ -183,7 +201,7 @@ def load_adapter(
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """The tensors by their names without the root."""
+    """Return the tensors by their names without the root."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -201,13 +219,13 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     for name in tensors:
         if not name.startswith(ROOT) or not name.endswith((".lora_A.weight", ".lora_B.weight")):
             raise UserError(
-                f"{path}: holds {name}, which is no matrix of plain LoRA. Give such an adapter."
+                f"{path}: holds {name}, which is not a matrix of plain LoRA. Give such an adapter."
             )
     return {name.removeprefix(ROOT): tensor for name, tensor in tensors.items()}
 
 
 def _find(modules: dict[str, Any], name: str, prefix: str) -> Any:
-    """The kernels of a module by its name with or without the family's prefix."""
+    """Return the kernels of a module, named with or without the family's prefix."""
     known = (name, name.removeprefix(prefix), prefix + name)
     return next((modules[option] for option in known if option in modules), None)
 
@@ -215,7 +233,7 @@ def _find(modules: dict[str, Any], name: str, prefix: str) -> Any:
 def _tensor(
     folder: Path, tensors: dict[str, np.ndarray], name: str, shape: tuple[int, int], dtype: Any
 ) -> np.ndarray:
-    """One matrix, in a dtype; UserError where it does not fit or holds what is no finite number."""
+    """Return one matrix in a dtype; raise UserError if its shape or its numbers are wrong."""
     if name not in tensors:
         raise UserError(f"{folder / WEIGHTS}: has no {name}. Download it again.")
     if tensors[name].shape != shape:
@@ -226,7 +244,7 @@ def _tensor(
     tensor = tensors[name]
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise UserError(
-            f"{folder / WEIGHTS}: {name} holds no floating-point numbers (got {tensor.dtype}). "
+            f"{folder / WEIGHTS}: {name} must have floating-point numbers (got {tensor.dtype}). "
             "Download it again."
         )
     check_finite(tensor, name, folder / WEIGHTS)
@@ -234,3 +252,55 @@ def _tensor(
         tensor = tensor.astype(dtype)
     check_finite(tensor, f"{name} as {tensor.dtype}", folder / WEIGHTS)
     return tensor
+
+
+def _read_settings(folder: Path) -> tuple[int, float]:
+    """Return rank and scale of the adapters in a folder.
+
+    Raises:
+      UserError: there is no configuration, or it has settings that are not supported.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder / CONFIG}: there is no such file. Give a folder of PEFT.")
+    config = read_json(folder / CONFIG)
+    refused = {name: config.get(name) for name in _REFUSED if config.get(name)}
+    if config.get("bias", "none") != "none":
+        refused["bias"] = config["bias"]
+    if config.get("init_lora_weights", True) not in _STARTS:
+        refused["init_lora_weights"] = config["init_lora_weights"]
+    if config.get("peft_type") != "LORA":
+        refused = {"peft_type": config.get("peft_type")}
+    for name, value in refused.items():
+        raise UserError(
+            f"{folder / CONFIG}: {name} is not supported (got {value!r}). Give plain LoRA."
+        )
+    if config.get("r") is None or config.get("lora_alpha") is None:
+        raise UserError(f"{folder / CONFIG}: has no r or no lora_alpha. Download it again.")
+    check_fields(config, _FIELDS, str(folder / CONFIG))
+    rank = config["r"]
+    return rank, config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _write_settings(
+    rank: int,
+    scale: float,
+    *,
+    base_model: str | None,
+    task: str | None,
+    targets: list[str],
+    transposed: bool,
+) -> str:
+    """Return the text of a configuration; with `transposed`, HF keeps weights as [in, out]."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "target_modules": targets,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+    }
+    return json.dumps(config, indent=2) + "\n"

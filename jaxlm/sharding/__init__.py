@@ -1,4 +1,4 @@
-"""One program from one device to a pod: a mesh, and rules that place parameters by their paths."""
+"""Run the same program on one device or a pod: meshes, and shardings by the paths of parameters."""
 
 from jaxlm.sharding.mesh import AXES, batch_sharding, make_mesh, mesh_from_text
 from jaxlm.sharding.multihost import initialize

@@ -1,4 +1,4 @@
-"""The mesh of devices: the same three axes wherever a program runs, unused ones of size 1."""
+"""The mesh of devices. It always has the same three axes; unused ones have size 1."""
 
 import math
 from collections.abc import Sequence
@@ -18,20 +18,21 @@ def make_mesh(
     model: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh of data * fsdp * model devices with Auto axis types.
+    """Return a mesh of data * fsdp * model devices, with Auto axis types.
 
     >>> dict(make_mesh(fsdp=-1, devices=jax.devices()[:1]).shape)
     {'data': 1, 'fsdp': 1, 'model': 1}
 
     Args:
-      data: copies of the model; each reads its own part of a batch.
-      fsdp: devices that share the parameters of a copy and read a part of its batch each.
-      model: devices that share each matrix product.
-      devices: those to use, all of the process group if None; the first ones where the sizes need
-        fewer. One of the sizes may be -1: as many as there are devices for.
+      data: number of copies of the model; each reads its own part of a batch.
+      fsdp: number of devices that share the parameters of a copy; each reads a part of its batch.
+      model: number of devices that share each matrix product. One of the three sizes may be -1, for
+        as many as there are devices.
+      devices: devices to use, or the first ones of them if fewer are needed; None for all of the
+        process group.
 
     Raises:
-      UserError: if a size is not positive, two are to be inferred, or the devices do not suffice.
+      UserError: a size is not positive, two are -1, or there are too few devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {"data": data, "fsdp": fsdp, "model": model}
@@ -56,27 +57,27 @@ def make_mesh(
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: its leading axis over data and fsdp, the others whole."""
+    """Return the sharding of a batch: its leading axis over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(AXES[:2]))
 
 
 def mesh_from_text(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh that `data=2,fsdp=2,model=2` means; an axis that is left out has size 1.
+    """Return the mesh of a text such as `data=2,fsdp=2,model=2`; a missing axis has size 1.
 
     >>> dict(mesh_from_text("fsdp=-1", devices=jax.devices()[:1]).shape)
     {'data': 1, 'fsdp': 1, 'model': 1}
 
     Raises:
-      UserError: the text means none; or as `make_mesh`.
+      UserError: the text cannot be parsed; or as `make_mesh`.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
         digits = size.strip().removeprefix("-")
-        whole = digits.isdecimal() and len(digits) < 10  # Python reads no thousands of digits
+        whole = digits.isdecimal() and len(digits) < 10  # Python refuses thousands of digits
         if name not in AXES or name in sizes or not whole:
             raise UserError(
-                f"mesh: is not one (got {show(text)}). Write data=2,fsdp=4,model=1, say."
+                f"mesh: not a mesh (got {show(text)}). Write, for example, data=2,fsdp=4,model=1."
             )
         sizes[name] = int(size)
     return make_mesh(**sizes, devices=devices)

@@ -1,7 +1,7 @@
-"""One program in several processes, by JAX's own distributed runtime.
+"""One program in several processes, by the distributed runtime of JAX.
 
-On a Cloud TPU pod, under Slurm or Open MPI, and in a Kubernetes job `initialize()` finds the other
-processes by itself; elsewhere the address of the first one is told.
+On a Cloud TPU pod, under Slurm or Open MPI, and in a Kubernetes job, `initialize()` finds the other
+processes by itself. Elsewhere it needs the address of the first one.
 """
 
 import os
@@ -13,17 +13,17 @@ from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
 
 HEARTBEAT = 20
-"""Seconds after which a process that says nothing is lost, and the others end."""
+"""Seconds without a message after which a process counts as lost, and the others end."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Which process of how many this is.
+    """The processes of a program, and which of them this one is.
 
     Attributes:
-      coordinator: "host:port" of process 0; None where the environment tells all.
-      processes: how many there are.
-      process: which one this is, from 0.
+      coordinator: "host:port" of process 0; None if the environment tells everything.
+      processes: number of processes.
+      process: index of this one, from 0.
     """
 
     coordinator: str | None = None
@@ -41,7 +41,7 @@ class Group:
         host, colon, port = self.coordinator.rpartition(":")
         if not host or not colon or not (port.isdecimal() and len(port) < 6 and int(port) < 2**16):
             raise UserError(
-                f"coordinator: is no address (got {show(self.coordinator)}). Give host:port of "
+                f"coordinator: not an address (got {show(self.coordinator)}). Give host:port of "
                 "process 0."
             )
         if self.processes < 1 or not 0 <= self.process < self.processes:
@@ -52,7 +52,7 @@ class Group:
 
 
 def group_from_text(text: str) -> Group:
-    """The group that `coordinator=host:port,processes=2,process=0` means, or `auto`.
+    """Parse `coordinator=host:port,processes=2,process=0`, or `auto`.
 
     >>> group_from_text("coordinator=10.0.0.1:1234,processes=2,process=0").process
     0
@@ -66,7 +66,7 @@ def group_from_text(text: str) -> Group:
     read = all(number.isdecimal() and len(number) < 10 for number in numbers)
     if set(values) - known or len(values) < len(parts) or not read:
         raise UserError(
-            f"distributed: is not known (got {show(text)}). Write auto, or "
+            f"distributed: not known (got {show(text)}). Write auto, or "
             "coordinator=host:port,processes=2,process=0."
         )
     return Group(
@@ -76,16 +76,16 @@ def group_from_text(text: str) -> Group:
 
 
 def initialize(group: Group = Group(), *, timeout: int = 300) -> None:
-    """Joins the other processes; once, before anything asks for a device.
+    """Join the other processes. Call it once, before anything uses a device.
 
-    A process that is lost is noticed within `HEARTBEAT` seconds, and ends the others.
+    If a process is lost, the others notice within `HEARTBEAT` seconds and end.
 
     Args:
-      group: where it is not told, the environment tells.
+      group: the processes; the default asks the environment.
       timeout: seconds to wait for the others.
 
     Raises:
-      UserError: the environment tells nothing, or the others do not come.
+      UserError: the environment does not tell, or the others do not join in time.
     """
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms.split(",")[0] in ("", "cpu"):

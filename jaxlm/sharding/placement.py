@@ -1,7 +1,7 @@
-"""What lies where: parameters know their mesh, and what is computed with them follows.
+"""Place parameters and batches on a mesh.
 
-A program never asks how many devices there are. It is given parameters, finds the mesh that they
-lie on, and puts its batches there.
+A program does not ask how many devices there are. It receives parameters, reads their mesh, and
+places its batches there.
 """
 
 from collections.abc import Callable
@@ -14,38 +14,39 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from jaxlm.artifacts.processes import to_host
+from jaxlm.core.errors import UserError
 from jaxlm.sharding.mesh import AXES
 from jaxlm.sharding.rules import DEFAULT, Rules, param_shardings
 
 
 def mesh_of(tree: PyTree) -> Mesh | None:
-    """The mesh that a tree lies on; None where it lies on one device without a mesh.
+    """Return the mesh of a tree; None if it is on one device without a mesh.
 
     >>> mesh_of({"w": jax.numpy.zeros(2)}) is None
     True
 
     Raises:
-      ValueError: leaves lie on several meshes.
+      UserError: the leaves are on several meshes.
     """
     shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
     meshes = {s.mesh for s in shardings if isinstance(s, NamedSharding) and not s.mesh.empty}
     concrete = {mesh for mesh in meshes if isinstance(mesh, Mesh)}
     if len(concrete) > 1:
-        raise ValueError(f"the leaves lie on {len(concrete)} meshes, and must lie on one")
+        raise UserError(f"mesh: all leaves must be on one (got {len(concrete)}). Move them.")
     return next(iter(concrete), None)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device has whole."""
+    """Return the sharding of an array that every device has whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def place_params(params: PyTree, mesh: Mesh, rules: Rules = DEFAULT) -> PyTree:
-    """Parameters on a mesh, by the rules; a leaf that lies on it already stays where it is.
+    """Place parameters on a mesh by the rules; leaves that are on it already stay.
 
     Args:
       params: arrays, the same in every process.
-      mesh: of `make_mesh`.
+      mesh: a mesh of `make_mesh`.
       rules: see `param_shardings`.
     """
 
@@ -56,13 +57,14 @@ def place_params(params: PyTree, mesh: Mesh, rules: Rules = DEFAULT) -> PyTree:
 
 
 def place_batch(batch: PyTree, mesh: Mesh, axis: int = 0) -> PyTree:
-    """A batch on a mesh, its rows divided over data and fsdp; each process puts its own rows there.
+    """Place a batch on a mesh, its rows sharded over data and fsdp.
 
     Args:
-      batch: arrays, the same in every process, so that the batch of a step is the same however many
-        processes there are.
-      mesh: of `make_mesh`.
-      axis: of the rows. A leaf without it, or whose rows the devices do not divide, is replicated.
+      batch: arrays, the same in every process, so that a step has the same batch with any number of
+        processes. Each process places its own rows.
+      mesh: a mesh of `make_mesh`.
+      axis: axis of the rows. A leaf without it, or with rows that the devices do not divide, is
+        replicated.
     """
 
     def place(leaf: Any, sharding: NamedSharding) -> Any:
@@ -72,7 +74,7 @@ def place_batch(batch: PyTree, mesh: Mesh, axis: int = 0) -> PyTree:
 
 
 def batch_places(batch: PyTree, mesh: Mesh, axis: int = 0) -> PyTree:
-    """Where `place_batch` puts the leaves of a batch, which need only have shapes."""
+    """Return the shardings that `place_batch` gives to arrays of these shapes."""
     count = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = NamedSharding(mesh, PartitionSpec(*[None] * axis, AXES[:2]))
 
@@ -85,18 +87,18 @@ def batch_places(batch: PyTree, mesh: Mesh, axis: int = 0) -> PyTree:
 
 
 def placed_like(value: Any, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-    """An array of a host where another one lies, in its dtype."""
+    """Place an array of the host like another one, in its dtype."""
     return _put(np.asarray(value, like.dtype), like.sharding)
 
 
 def on_mesh(init: Callable[..., PyTree], mesh: Mesh, *args: Any) -> PyTree:
-    """`init(*args)` with every leaf made where it belongs on a mesh; no device holds the whole."""
+    """Return `init(*args)`, each leaf computed in its sharding; no device holds all of it."""
     places = param_shardings(jax.eval_shape(init, *args), mesh)
     return jax.jit(init, out_shardings=places)(*args)
 
 
 def abstract(init: Callable[..., PyTree], mesh: Mesh | None, *args: Any) -> PyTree:
-    """Shapes, dtypes and shardings of `init(*args)` on a mesh, or (None) on one device."""
+    """Return shapes, dtypes and shardings of `init(*args)` on a mesh, or on one device (None)."""
     shapes = jax.eval_shape(init, *args)
     if mesh is None:
         return shapes

@@ -1,8 +1,8 @@
-"""Where each parameter lives on a mesh, by its path.
+"""The sharding of each parameter, by its path.
 
-Two tables: a path has logical axes, a logical axis has a mesh axis. They know names only, so they
-place any tree whose paths end alike: parameters, stacked over layers or not, and the moments of an
-optimizer.
+There are two tables: one gives the logical axes of a path, the other the mesh axis of a logical
+axis. They depend on names only, so they hold for every tree whose paths end alike: parameters,
+stacked over layers or not, and the moments of an optimizer.
 """
 
 import dataclasses
@@ -21,22 +21,23 @@ MeshAxes = str | tuple[str, ...] | None
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Which axes of a parameter are divided among which devices.
+    """Which axes of a parameter are sharded over which axes of the mesh.
 
     Attributes:
-      paths: (regular expression, logical names of the last axes of a leaf); the first that is
-        found in a path counts, and what none is found in is replicated. Axes before the last ones,
-        such as that of stacked layers, are left whole.
-      axes: (logical name, axis or axes of the mesh); a name that is not here is left whole.
+      paths: pairs of a regular expression and the logical names of the last axes of a leaf. The
+        first expression that is found in a path counts; a path without one is replicated. Axes
+        before the last ones, such as that of stacked layers, are not sharded.
+      axes: pairs of a logical name and one or several axes of the mesh. Other names are not
+        sharded.
     """
 
     paths: tuple[tuple[str, tuple[str | None, ...]], ...]
     axes: tuple[tuple[str, MeshAxes], ...]
 
     def sharding(self, path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-        """The sharding of one leaf; an axis that its devices do not divide is left whole."""
-        found = (logical for pattern, logical in self.paths if re.search(pattern, path))
-        logical = next(found, ())
+        """Return the sharding of a leaf; an axis that its devices do not divide is not sharded."""
+        matches = (logical for pattern, logical in self.paths if re.search(pattern, path))
+        logical = next(matches, ())
         if len(logical) > len(shape):
             return NamedSharding(mesh, PartitionSpec())
         names = (None,) * (len(shape) - len(logical)) + logical
@@ -44,8 +45,8 @@ class Rules:
         return NamedSharding(mesh, PartitionSpec(*(self._axis(*row, mesh) for row in rows)))
 
     def _axis(self, name: str | None, size: int, mesh: Mesh) -> MeshAxes:
-        found = dict(self.axes).get(name) if name is not None else None
-        axes = (found,) if isinstance(found, str) else found or ()
+        given = dict(self.axes).get(name) if name is not None else None
+        axes = (given,) if isinstance(given, str) else given or ()
         count = math.prod(mesh.shape.get(axis, 1) for axis in axes)
         if count == 1 or size % count:
             return None
@@ -70,21 +71,21 @@ DEFAULT = Rules(
 )
 
 WHOLE = Rules(paths=(), axes=())
-"""Every device has everything."""
+"""Rules that replicate every leaf."""
 
 
 def param_shardings(params: PyTree, mesh: Mesh, rules: Rules = DEFAULT) -> PyTree:
-    """The sharding of every leaf of a tree.
+    """Return the sharding of every leaf of a tree.
 
     Args:
       params: arrays or `jax.ShapeDtypeStruct`s, or the shapes of
         `jaxlm.models.param_shapes(config)`.
-      mesh: as of `make_mesh`; axes that it lacks divide nothing.
+      mesh: a mesh of `make_mesh`, or one that lacks some of its axes.
       rules: the two tables.
 
     Returns:
-      A tree like `params` of `NamedSharding`s, as `jax.device_put`, `in_shardings` and
-      `out_shardings` take it.
+      A tree of `NamedSharding`s like `params`, for `jax.device_put`, `in_shardings` and
+      `out_shardings`.
     """
     shaped = jax.tree.map(_shaped, params, is_leaf=_is_shape)
     return map_with_path(

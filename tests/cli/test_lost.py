@@ -17,7 +17,7 @@ import pytest
 from jaxlm.cli.launch import GRACE, TRY_AGAIN
 from jaxlm.cli.main import main
 from jaxlm.models import init_params
-from jaxlm.models.hf_folder import read_config
+from jaxlm.models.hf_config import read_config
 from jaxlm.sharding import make_mesh, place_params
 from jaxlm.train.checkpoint import Checkpoints
 from tests.cli.processes import free_port, start

@@ -14,7 +14,7 @@ import jaxlm
 from jaxlm.core.paths import flatten
 from jaxlm.models import LanguageModel, ModelConfig, hf, hf_tensors, init_params, param_shapes
 from jaxlm.models.families import family
-from jaxlm.models.hf_folder import read_config
+from jaxlm.models.hf_config import read_config
 from jaxlm.models.hf_tensors import Checkpoint
 from jaxlm.sharding import batch_sharding, make_mesh, param_shardings
 from tests.helpers import reference

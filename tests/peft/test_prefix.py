@@ -11,7 +11,7 @@ import jaxlm
 from jaxlm import peft
 from jaxlm.core.errors import UserError
 from jaxlm.models import save_pretrained
-from jaxlm.peft._prefix import activations
+from jaxlm.peft.methods import activations
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 KEY = jax.random.key(3)

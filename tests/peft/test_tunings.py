@@ -57,10 +57,10 @@ def test_null_is_all_parameters(run_yaml: Path):
     ("flags", "said"),
     [
         ({"peft": "lorra"}, r"peft.name: is not known \(got 'lorra'\)"),
-        ({"peft": "{name: lora, rank: 0}"}, r"peft.rank: must be at least 1 \(got 0\)"),
+        ({"peft": "{name: lora, rank: 0}"}, r"peft.rank: must be from 1 .*\(got 0\)"),
         ({"peft": "{name: lora, targets: (}"}, r"peft.targets: not a regular expression"),
-        ({"peft": "{name: prefix, length: 0}"}, r"peft.length: must be at least 1 \(got 0\)"),
-        ({"peft": "bitfit"}, "a llama model has no biases to train"),
+        ({"peft": "{name: prefix, length: 0}"}, r"peft.length: must be from 1 .*\(got 0\)"),
+        ({"peft": "bitfit"}, r"^peft: needs a model with biases"),
         ({"peft": "{name: lora, targets: query}"}, r"targets: takes no kernel \(got 'query'\)"),
     ],
 )

@@ -1,14 +1,14 @@
-"""One file a family: HF config to ours, HF names to our paths.
+"""Model families: one module each maps HF configurations and weight names to ours.
 
 A family module has `PREFIX`, the HF name of the model without its head, which some checkpoints
 leave out; `read_config(hf)` and `write_config(config)`; and `names(config)`, a list of `Name`. A
-path may stand there several times: the first name that a checkpoint holds is read, all of them are
-written.
+path may occur several times in it: the first name that a checkpoint holds is read, all are written.
 """
 
 import dataclasses
 import importlib
 import math
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -41,15 +41,15 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """Where one of our leaves lives in a HF checkpoint.
+    """Where a HF checkpoint has one of our leaves.
 
     Attributes:
       path: our path.
       hf: the HF name, with `{layer}` under `layers`.
-      transpose: torch keeps Linear weights as [out, in], we as [in, out].
-      part: (i, n): our leaf is the i-th of n equal parts of the HF tensor, on its last axis after
+      transpose: whether HF keeps the matrix as [out, in], like Linear of torch.
+      part: (i, n) if our leaf is the i-th of n equal parts of the HF tensor, on its last axis after
         the transpose.
-      groups: the parts stand side by side in each of so many equal groups of that axis.
+      groups: number of equal groups of that axis, each of which has all n parts side by side.
     """
 
     path: str
@@ -60,7 +60,7 @@ class Name:
 
 
 def linear(path: str, hf: str) -> list[Name]:
-    """The names of a torch Linear: `kernel` (transposed) and `bias`."""
+    """Return the names of a torch Linear: `kernel` (transposed) and `bias`."""
     return [
         Name(path + ".kernel", hf + ".weight", transpose=True),
         Name(path + ".bias", hf + ".bias"),
@@ -68,12 +68,47 @@ def linear(path: str, hf: str) -> list[Name]:
 
 
 def layer_norm(path: str, hf: str) -> list[Name]:
-    """The names of a torch LayerNorm or RMSNorm."""
+    """Return the names of a torch LayerNorm or RMSNorm."""
     return [Name(path + ".scale", hf + ".weight"), Name(path + ".bias", hf + ".bias")]
 
 
-def take(hf: dict[str, Any], key: str, accepted: Any) -> None:
-    """Raises ValueError if the HF config sets `key` to something that is not implemented here."""
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "tie_embeddings": "tie_word_embeddings",
+}
+"""Fields of `ModelConfig` and their usual HF keys."""
+
+
+def read_fields(hf: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    """Return fields of a decoder's `ModelConfig`: those of `keys`, special ids, and usual sizes.
+
+    Args:
+      hf: the HF config.
+      keys: field to HF key, for fields that both have with the same meaning.
+
+    Raises:
+      KeyError: a key is missing.
+    """
+    fields = {ours: hf[theirs] for ours, theirs in keys.items()}
+    width, heads = fields["hidden_size"], fields["num_heads"]
+    sizes = {"num_kv_heads": heads, "head_size": width // heads, "embedding_size": width}
+    return {"kind": "decoder", "head": "lm", **sizes, **fields, **read_special_ids(hf)}
+
+
+def write_fields(config: ModelConfig, keys: Mapping[str, str], architecture: str) -> dict[str, Any]:
+    """Return the HF keys of `read_fields`, with the HF class that opens them."""
+    fields = {theirs: getattr(config, ours) for ours, theirs in keys.items()}
+    names = {"model_type": config.family, "architectures": [architecture]}
+    return {**names, **fields, **write_special_ids(config)}
+
+
+def require(hf: dict[str, Any], key: str, accepted: Any) -> None:
+    """Raise ValueError if the HF config has a value of `key` that is not implemented here."""
     if hf.get(key, accepted) != accepted:
         raise ValueError(
             f"{key} is not supported (got {hf[key]!r}). Use a model with {accepted!r}."
@@ -81,7 +116,7 @@ def take(hf: dict[str, Any], key: str, accepted: Any) -> None:
 
 
 def read_activation(hf: dict[str, Any], key: str, default: str) -> Activation:
-    """Our name of the activation at `key`; ValueError for one that this library does not have."""
+    """Return our name of the activation at `key`; raise ValueError if there is none."""
     name = hf.get(key, default)
     if name not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
@@ -90,30 +125,30 @@ def read_activation(hf: dict[str, Any], key: str, default: str) -> Activation:
 
 
 def write_activation(activation: Activation) -> str:
-    """The HF name of one of our activations."""
+    """Return the HF name of one of our activations."""
     return next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == activation)
 
 
 def read_special_ids(hf: dict[str, Any]) -> dict[str, Any]:
-    """`bos_id`, `eos_id`, `pad_id` and `stop_ids` for `ModelConfig`."""
-    found: dict[str, Any] = {}
+    """Return `bos_id`, `eos_id`, `pad_id` and `stop_ids` for `ModelConfig`."""
+    fields: dict[str, Any] = {}
     for name in ("bos", "eos", "pad"):
         ids = hf.get(f"{name}_token_id")
         several = [i for i in (ids if isinstance(ids, list) else [ids]) if i not in (None, -1)]
-        found[name + "_id"] = several[0] if several else None
+        fields[name + "_id"] = several[0] if several else None
         if name == "eos":
-            found["stop_ids"] = tuple(several) if isinstance(ids, list) else ()
-    return found
+            fields["stop_ids"] = tuple(several) if isinstance(ids, list) else ()
+    return fields
 
 
 def write_special_ids(config: ModelConfig) -> dict[str, Any]:
-    """The HF keys of the special token ids."""
+    """Return the HF keys of the special token ids."""
     ids = {f"{name}_token_id": getattr(config, name + "_id") for name in ("bos", "eos", "pad")}
     return ids | ({"eos_token_id": list(config.stop_ids)} if config.stop_ids else {})
 
 
 def read_rope(hf: dict[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` for `ModelConfig`, from old and new HF configs."""
+    """Return `rope_theta` and `rope_scaling` for `ModelConfig`, from old and new HF configs."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     theta = rope.get("rope_theta") or hf.get("rope_theta", 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -142,7 +177,7 @@ def read_rope(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _yarn_attention(rope: dict[str, Any]) -> float:
-    """The factor of cosines and sines that YaRN derives where the config names none."""
+    """Return the factor of cosines and sines that YaRN derives if the config has none."""
 
     def scale(weight: float) -> float:
         return 0.1 * weight * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
@@ -152,7 +187,7 @@ def _yarn_attention(rope: dict[str, Any]) -> float:
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
-    """The HF `rope_parameters`."""
+    """Return the HF `rope_parameters`."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     scaling = config.rope_scaling
     if scaling is None:
@@ -172,7 +207,7 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_windows(hf: dict[str, Any], default: tuple[bool, ...]) -> dict[str, Any]:
-    """`window` and `windowed` for `ModelConfig`; `default` where the config has no layer types."""
+    """Return `window` and `windowed` for `ModelConfig`; `default` if there are no layer types."""
     window, kinds = hf.get("sliding_window"), hf.get("layer_types")
     windowed = default if kinds is None else tuple(x == "sliding_attention" for x in kinds)
     if len(windowed) not in (0, layers := hf["num_hidden_layers"]):
@@ -186,17 +221,13 @@ def read_windows(hf: dict[str, Any], default: tuple[bool, ...]) -> dict[str, Any
 
 
 def write_layer_types(config: ModelConfig) -> list[str]:
-    """The HF `layer_types`."""
+    """Return the HF `layer_types`."""
     windowed = config.windowed or (False,) * config.num_layers
     return ["sliding_attention" if local else "full_attention" for local in windowed]
 
 
 def family(model_type: str) -> ModuleType:
-    """The module of a HF `model_type`.
-
-    Raises:
-      KeyError: for an unknown one.
-    """
+    """Return the module of a HF `model_type`; raise KeyError if there is none."""
     if model_type not in MODULES:
         raise KeyError(model_type)
     return importlib.import_module(f"{__name__}.{model_type}")

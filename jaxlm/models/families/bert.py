@@ -7,18 +7,21 @@ from typing import Any
 
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import (
+    SIZES,
     Name,
     layer_norm,
     linear,
     read_activation,
-    read_special_ids,
-    take,
+    read_fields,
+    require,
     write_activation,
-    write_special_ids,
+    write_fields,
 )
 
 PREFIX = "bert."
-_ARCHITECTURES = {
+KEYS = SIZES | {"norm_eps": "layer_norm_eps", "token_types": "type_vocab_size"}
+DEFAULTS = {"layer_norm_eps": 1e-12, "type_vocab_size": 2, "tie_word_embeddings": True}
+_CLASSES = {
     "mlm": "BertForMaskedLM",
     "classifier": "BertForSequenceClassification",
     "none": "BertModel",
@@ -26,52 +29,25 @@ _ARCHITECTURES = {
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Our configuration from a HF BERT config; the checkpoint settles the head."""
-    take(hf, "position_embedding_type", "absolute")
-    take(hf, "is_decoder", False)
-    take(hf, "add_cross_attention", False)
-    width, heads = hf["hidden_size"], hf["num_attention_heads"]
+    """Return our configuration of a HF BERT config; the checkpoint decides about the head."""
+    require(hf, "position_embedding_type", "absolute")
+    require(hf, "is_decoder", False)
+    require(hf, "add_cross_attention", False)
+    fields = read_fields({**DEFAULTS, **hf}, KEYS)
     return ModelConfig(
+        **fields | {"kind": "encoder", "head": "none"},
         family="bert",
-        kind="encoder",
-        head="none",
-        vocab_size=hf["vocab_size"],
-        hidden_size=width,
-        num_layers=hf["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_size=width // heads,
-        intermediate_size=hf["intermediate_size"],
-        max_positions=hf["max_position_embeddings"],
-        embedding_size=width,
         activation=read_activation(hf, "hidden_act", "gelu"),
-        norm_eps=hf.get("layer_norm_eps", 1e-12),
         norm_position="post",
         embedding_norm=True,
         final_norm=False,
-        token_types=hf.get("type_vocab_size", 2),
-        tie_embeddings=hf.get("tie_word_embeddings", True),
-        **read_special_ids(hf),
     )
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The HF BERT config of ours."""
-    hf: dict[str, Any] = {
-        "model_type": "bert",
-        "architectures": [_ARCHITECTURES[config.head]],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_positions,
-        "type_vocab_size": config.token_types,
-        "hidden_act": write_activation(config.activation),
-        "layer_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        **write_special_ids(config),
-    }
+    """Return the HF BERT config of ours."""
+    hf = write_fields(config, KEYS, _CLASSES[config.head])
+    hf["hidden_act"] = write_activation(config.activation)
     if config.head == "classifier":
         names = config.label_names or [f"LABEL_{i}" for i in range(config.num_labels)]
         hf["id2label"] = dict(enumerate(names))
@@ -80,7 +56,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def encoder_names(prefix: str) -> list[Name]:
-    """The names of everything below the head, which RoBERTa shares."""
+    """Return the names of everything below the head, which RoBERTa shares."""
     embeddings, block = prefix + "embeddings.", prefix + "encoder.layer.{layer}."
     rows = [
         Name("embed.tokens.embedding", embeddings + "word_embeddings.weight"),
@@ -98,7 +74,7 @@ def encoder_names(prefix: str) -> list[Name]:
 
 
 def names(config: ModelConfig) -> list[Name]:
-    """Our paths and their HF names."""
+    """Return our paths with their HF names."""
     head = "cls.predictions."
     return [
         *encoder_names(PREFIX),

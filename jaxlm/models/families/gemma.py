@@ -6,21 +6,22 @@ References: Gemma, arXiv:2403.08295.
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.families import Name, llama, read_activation, take, write_activation
+from jaxlm.models.families import llama, read_activation, require, write_activation
 
 PREFIX = llama.PREFIX
+names = llama.names
 DEFAULTS = {"head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Our configuration from a HF Gemma config."""
-    take(
+    """Return our configuration of a HF Gemma config."""
+    require(
         {**hf, "use_bidirectional_attention": hf.get("use_bidirectional_attention") or False},
         "use_bidirectional_attention",
         False,
     )
     hf = {**DEFAULTS, **hf}
-    # The first release named the exact GELU and meant the approximation.
+    # The first release says the exact GELU where it means the approximation.
     named = hf.get("hidden_act") or "gelu"
     meant = "gelu_pytorch_tanh" if named == "gelu" else named
     config = llama.read_config({**hf, "hidden_act": "silu"})
@@ -32,20 +33,10 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     )
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The HF Gemma config of ours."""
-    return llama.write_config(config) | {
-        "model_type": "gemma",
-        "architectures": ["GemmaForCausalLM"],
-        "hidden_act": _activation(config),
-    }
-
-
-def _activation(config: ModelConfig) -> str:
+def write_config(
+    config: ModelConfig, architecture: str = "GemmaForCausalLM", **more: Any
+) -> dict[str, Any]:
+    """Return the HF Gemma config of ours, or with `more` keys that of Gemma 2."""
     named = write_activation(config.activation)
-    return "gelu_pytorch_tanh" if config.activation == "gelu_tanh" else named
-
-
-def names(config: ModelConfig) -> list[Name]:
-    """Our paths and their HF names."""
-    return llama.names(config)
+    meant = "gelu_pytorch_tanh" if config.activation == "gelu_tanh" else named
+    return llama.write_config(config, architecture, **{"hidden_act": meant, **more})

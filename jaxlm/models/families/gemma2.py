@@ -21,9 +21,9 @@ WINDOW = 4096
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Our configuration from a HF Gemma 2 config."""
+    """Return our configuration of a HF Gemma 2 config."""
     config = gemma.read_config(hf)
-    # Unlike Gemma's, it means what it says.
+    # Unlike Gemma's, this key means what it says.
     named = hf.get("hidden_activation") or "gelu_pytorch_tanh"
     alternate = tuple(layer % 2 == 0 for layer in range(config.num_layers))
     return config.replace(
@@ -38,23 +38,23 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The HF Gemma 2 config of ours."""
-    hf = gemma.write_config(config)
+    """Return the HF Gemma 2 config of ours."""
     assert config.attention_scale is not None
-    return hf | {
-        "model_type": "gemma2",
-        "architectures": ["Gemma2ForCausalLM"],
-        "hidden_activation": hf.pop("hidden_act"),
-        "query_pre_attn_scalar": round(config.attention_scale**-2),
-        "attn_logit_softcapping": config.attention_cap,
-        "final_logit_softcapping": config.logit_cap,
-        "sliding_window": config.window or WINDOW,  # transformers needs it, even for no layer
-        "layer_types": write_layer_types(config),
-    }
+    hf = gemma.write_config(
+        config,
+        "Gemma2ForCausalLM",
+        query_pre_attn_scalar=round(config.attention_scale**-2),
+        attn_logit_softcapping=config.attention_cap,
+        final_logit_softcapping=config.logit_cap,
+        sliding_window=config.window or WINDOW,  # transformers needs it even for no layer
+        layer_types=write_layer_types(config),
+    )
+    hf["hidden_activation"] = hf.pop("hidden_act")
+    return hf
 
 
 def names(config: ModelConfig) -> list[Name]:
-    """Our paths and their HF names."""
+    """Return our paths with their HF names."""
     block = PREFIX + "layers.{layer}."
     rows = [row for row in llama.names(config) if "_norm." not in row.path]
     rows += layer_norm("layers.attention_norm", block + "input_layernorm")

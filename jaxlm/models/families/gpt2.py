@@ -10,62 +10,48 @@ from jaxlm.models.families import (
     Name,
     layer_norm,
     read_activation,
-    read_special_ids,
-    take,
+    read_fields,
+    require,
     write_activation,
-    write_special_ids,
+    write_fields,
 )
 
 PREFIX = "transformer."
+KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "n_embd",
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "max_positions": "n_positions",
+    "norm_eps": "layer_norm_epsilon",
+    "tie_embeddings": "tie_word_embeddings",
+}
+DEFAULTS = {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Our configuration from a HF GPT-2 config."""
-    take(hf, "scale_attn_weights", True)
-    take(hf, "scale_attn_by_inverse_layer_idx", False)
-    take(hf, "reorder_and_upcast_attn", False)
-    take(hf, "add_cross_attention", False)
-    width, heads = hf["n_embd"], hf["n_head"]
+    """Return our configuration of a HF GPT-2 config."""
+    require(hf, "scale_attn_weights", True)
+    require(hf, "scale_attn_by_inverse_layer_idx", False)
+    require(hf, "reorder_and_upcast_attn", False)
+    require(hf, "add_cross_attention", False)
+    inner = hf.get("n_inner") or 4 * hf["n_embd"]
     return ModelConfig(
+        **read_fields({**DEFAULTS, **hf, "n_inner": inner}, KEYS),
         family="gpt2",
-        kind="decoder",
-        head="lm",
-        vocab_size=hf["vocab_size"],
-        hidden_size=width,
-        num_layers=hf["n_layer"],
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_size=width // heads,
-        intermediate_size=hf.get("n_inner") or 4 * width,
-        max_positions=hf["n_positions"],
-        embedding_size=width,
         activation=read_activation(hf, "activation_function", "gelu_new"),
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        tie_embeddings=hf.get("tie_word_embeddings", True),
-        **read_special_ids(hf),
     )
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The HF GPT-2 config of ours."""
-    return {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": config.vocab_size,
-        "n_embd": config.hidden_size,
-        "n_layer": config.num_layers,
-        "n_head": config.num_heads,
-        "n_inner": config.intermediate_size,
-        "n_positions": config.max_positions,
-        "activation_function": write_activation(config.activation),
-        "layer_norm_epsilon": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        **write_special_ids(config),
-    }
+    """Return the HF GPT-2 config of ours."""
+    hf = write_fields(config, KEYS, "GPT2LMHeadModel")
+    return hf | {"activation_function": write_activation(config.activation)}
 
 
 def names(config: ModelConfig) -> list[Name]:
-    """Our paths and their HF names."""
+    """Return our paths with their HF names."""
     block = PREFIX + "h.{layer}."
     rows = [
         Name("embed.tokens.embedding", PREFIX + "wte.weight"),

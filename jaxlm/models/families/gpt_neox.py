@@ -7,77 +7,61 @@ from typing import Any
 
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import (
+    SIZES,
     Name,
     layer_norm,
     linear,
     read_activation,
+    read_fields,
     read_rope,
-    read_special_ids,
     write_activation,
+    write_fields,
     write_rope,
-    write_special_ids,
 )
 
 PREFIX = "gpt_neox."
+KEYS = SIZES | {
+    "norm_eps": "layer_norm_eps",
+    "parallel": "use_parallel_residual",
+    "attention_bias": "attention_bias",
+}
+DEFAULTS = {
+    "max_position_embeddings": 2048,
+    "layer_norm_eps": 1e-5,
+    "use_parallel_residual": True,
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+}
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Our configuration from a HF GPT-NeoX config."""
-    heads, width = hf["num_attention_heads"], hf["hidden_size"]
+    """Return our configuration of a HF GPT-NeoX config."""
     rope = hf.get("rope_parameters") or {}
     share = rope.get("partial_rotary_factor", hf.get("rotary_pct", 0.25))
-    bias = hf.get("attention_bias", True)
+    fields = read_fields({**DEFAULTS, **hf}, KEYS)
     return ModelConfig(
+        **fields,
         family="gpt_neox",
-        kind="decoder",
-        head="lm",
-        vocab_size=hf["vocab_size"],
-        hidden_size=width,
-        num_layers=hf["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_size=width // heads,
-        intermediate_size=hf["intermediate_size"],
-        max_positions=hf.get("max_position_embeddings", 2048),
-        embedding_size=width,
         activation=read_activation(hf, "hidden_act", "gelu"),
-        norm_eps=hf.get("layer_norm_eps", 1e-5),
-        parallel=hf.get("use_parallel_residual", True),
         positions="rotary",
-        rotary_size=int(width // heads * share),
-        attention_bias=bias,
-        output_bias=bias,
-        tie_embeddings=hf.get("tie_word_embeddings", False),
+        rotary_size=int(fields["head_size"] * share),
+        output_bias=fields["attention_bias"],
         **read_rope({"rope_theta": hf.get("rotary_emb_base", 10000.0), **hf}),
-        **read_special_ids(hf),
     )
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The HF GPT-NeoX config of ours."""
+    """Return the HF GPT-NeoX config of ours."""
     assert config.rotary_size is not None
     share = config.rotary_size / config.head_size
-    return {
-        "model_type": "gpt_neox",
-        "architectures": ["GPTNeoXForCausalLM"],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_positions,
+    return write_fields(config, KEYS, "GPTNeoXForCausalLM") | {
         "hidden_act": write_activation(config.activation),
-        "layer_norm_eps": config.norm_eps,
-        "use_parallel_residual": config.parallel,
         "rope_parameters": write_rope(config) | {"partial_rotary_factor": share},
-        "attention_bias": config.attention_bias,
-        "tie_word_embeddings": config.tie_embeddings,
-        **write_special_ids(config),
     }
 
 
 def names(config: ModelConfig) -> list[Name]:
-    """Our paths and their HF names."""
+    """Return our paths with their HF names."""
     block = PREFIX + "layers.{layer}."
     rows = [
         Name("embed.tokens.embedding", PREFIX + "embed_in.weight"),

@@ -7,77 +7,67 @@ from typing import Any
 
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import (
+    SIZES,
     Name,
     layer_norm,
     linear,
     read_activation,
+    read_fields,
     read_rope,
-    read_special_ids,
-    take,
+    require,
     write_activation,
+    write_fields,
     write_rope,
-    write_special_ids,
 )
 
 PREFIX = "model."
+KEYS = SIZES | {
+    "norm_eps": "rms_norm_eps",
+    "attention_bias": "attention_bias",
+    "mlp_bias": "mlp_bias",
+}
+DEFAULTS = {
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Our configuration from a HF Llama config."""
-    take(hf, "pretraining_tp", 1)
-    heads, width = hf["num_attention_heads"], hf["hidden_size"]
+    """Return our configuration of a HF Llama config."""
+    require(hf, "pretraining_tp", 1)
+    fields = read_fields({**DEFAULTS, **hf}, KEYS)
+    fields["num_kv_heads"] = hf.get("num_key_value_heads") or fields["num_heads"]
+    fields["head_size"] = hf.get("head_dim") or fields["head_size"]
     return ModelConfig(
+        **fields,
         family="llama",
-        kind="decoder",
-        head="lm",
-        vocab_size=hf["vocab_size"],
-        hidden_size=width,
-        num_layers=hf["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_size=hf.get("head_dim") or width // heads,
-        intermediate_size=hf["intermediate_size"],
-        max_positions=hf.get("max_position_embeddings", 2048),
-        embedding_size=width,
         activation=read_activation(hf, "hidden_act", "silu"),
         gated_mlp=True,
         norm="rmsnorm",
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
         positions="rotary",
-        attention_bias=hf.get("attention_bias", False),
-        output_bias=hf.get("attention_bias", False),
-        mlp_bias=hf.get("mlp_bias", False),
-        tie_embeddings=hf.get("tie_word_embeddings", False),
+        output_bias=fields["attention_bias"],
         **read_rope(hf),
-        **read_special_ids(hf),
     )
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The HF Llama config of ours."""
-    return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
+def write_config(
+    config: ModelConfig, architecture: str = "LlamaForCausalLM", **more: Any
+) -> dict[str, Any]:
+    """Return the HF Llama config of ours, or with `more` keys that of a family like it."""
+    return write_fields(config, KEYS, architecture) | {
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_size,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_positions,
         "hidden_act": write_activation(config.activation),
-        "rms_norm_eps": config.norm_eps,
         "rope_parameters": write_rope(config),
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "tie_word_embeddings": config.tie_embeddings,
-        **write_special_ids(config),
+        **more,
     }
 
 
 def names(config: ModelConfig) -> list[Name]:
-    """Our paths and their HF names."""
+    """Return our paths with their HF names."""
     block = PREFIX + "layers.{layer}."
     rows = [
         Name("embed.tokens.embedding", PREFIX + "embed_tokens.weight"),

@@ -6,13 +6,14 @@ References: Mistral, arXiv:2310.06825.
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.families import Name, llama, read_windows
+from jaxlm.models.families import llama, read_windows
 
 PREFIX = llama.PREFIX
+names = llama.names
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Our configuration from a HF Mistral config."""
+    """Return our configuration of a HF Mistral config."""
     config = llama.read_config({"sliding_window": 4096, "num_key_value_heads": 8, **hf})
     windows = read_windows(
         {"sliding_window": 4096, **hf, "layer_types": None}, (True,) * config.num_layers
@@ -21,14 +22,5 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The HF Mistral config of ours."""
-    return llama.write_config(config) | {
-        "model_type": "mistral",
-        "architectures": ["MistralForCausalLM"],
-        "sliding_window": config.window,
-    }
-
-
-def names(config: ModelConfig) -> list[Name]:
-    """Our paths and their HF names."""
-    return llama.names(config)
+    """Return the HF Mistral config of ours."""
+    return llama.write_config(config, "MistralForCausalLM", sliding_window=config.window)

@@ -6,13 +6,14 @@ References: OLMo, arXiv:2402.00838.
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.families import Name, llama
+from jaxlm.models.families import llama
 
 PREFIX = llama.PREFIX
+names = llama.names
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Our configuration from a HF OLMo config."""
+    """Return our configuration of a HF OLMo config."""
     return llama.read_config(hf).replace(
         family="olmo",
         norm="layernorm",
@@ -23,14 +24,5 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The HF OLMo config of ours."""
-    return llama.write_config(config) | {
-        "model_type": "olmo",
-        "architectures": ["OlmoForCausalLM"],
-        "clip_qkv": config.clip_qkv,
-    }
-
-
-def names(config: ModelConfig) -> list[Name]:
-    """Our paths and their HF names."""
-    return llama.names(config)
+    """Return the HF OLMo config of ours."""
+    return llama.write_config(config, "OlmoForCausalLM", clip_qkv=config.clip_qkv)

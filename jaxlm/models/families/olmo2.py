@@ -12,21 +12,18 @@ PREFIX = llama.PREFIX
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Our configuration from a HF OLMo 2 config."""
+    """Return our configuration of a HF OLMo 2 config."""
     config = llama.read_config({"rms_norm_eps": 1e-5, **hf})
     return config.replace(family="olmo2", norm_position="after", query_key_norm="all")
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The HF OLMo 2 config of ours."""
-    return llama.write_config(config) | {
-        "model_type": "olmo2",
-        "architectures": ["Olmo2ForCausalLM"],
-    }
+    """Return the HF OLMo 2 config of ours."""
+    return llama.write_config(config, "Olmo2ForCausalLM")
 
 
 def names(config: ModelConfig) -> list[Name]:
-    """Our paths and their HF names."""
+    """Return our paths with their HF names."""
     block = PREFIX + "layers.{layer}."
     rows = [row for row in llama.names(config) if "_norm." not in row.path]
     for part in "qk":

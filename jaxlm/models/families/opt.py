@@ -7,74 +7,59 @@ from typing import Any
 
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import (
+    SIZES,
     Name,
     layer_norm,
     linear,
     read_activation,
-    read_special_ids,
+    read_fields,
     write_activation,
-    write_special_ids,
+    write_fields,
 )
 
 PREFIX = "model."
+KEYS = SIZES | {
+    "intermediate_size": "ffn_dim",
+    "norm_affine": "layer_norm_elementwise_affine",
+    "attention_bias": "enable_bias",
+}
+DEFAULTS = {
+    "layer_norm_elementwise_affine": True,
+    "enable_bias": True,
+    "tie_word_embeddings": True,
+}
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Our configuration from a HF OPT config."""
-    width, heads = hf["hidden_size"], hf["num_attention_heads"]
-    bias = hf.get("enable_bias", True)
+    """Return our configuration of a HF OPT config."""
     pre_norm = hf.get("do_layer_norm_before", True)
+    fields = read_fields({**DEFAULTS, **hf}, KEYS)
+    fields["embedding_size"] = hf.get("word_embed_proj_dim") or fields["hidden_size"]
     return ModelConfig(
+        **fields,
         family="opt",
-        kind="decoder",
-        head="lm",
-        vocab_size=hf["vocab_size"],
-        hidden_size=width,
-        num_layers=hf["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_size=width // heads,
-        intermediate_size=hf["ffn_dim"],
-        max_positions=hf["max_position_embeddings"],
-        embedding_size=hf.get("word_embed_proj_dim") or width,
         activation=read_activation(hf, "activation_function", "relu"),
-        norm_affine=hf.get("layer_norm_elementwise_affine", True),
         norm_position="pre" if pre_norm else "post",
         final_norm=pre_norm and not hf.get("_remove_final_layer_norm", False),
         position_offset=2,
-        attention_bias=bias,
-        output_bias=bias,
-        mlp_bias=bias,
-        tie_embeddings=hf.get("tie_word_embeddings", True),
-        **read_special_ids(hf),
+        output_bias=fields["attention_bias"],
+        mlp_bias=fields["attention_bias"],
     )
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The HF OPT config of ours."""
+    """Return the HF OPT config of ours."""
     pre_norm = config.norm_position == "pre"
-    return {
-        "model_type": "opt",
-        "architectures": ["OPTForCausalLM"],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "ffn_dim": config.intermediate_size,
-        "max_position_embeddings": config.max_positions,
+    return write_fields(config, KEYS, "OPTForCausalLM") | {
         "word_embed_proj_dim": config.embedding_size,
         "activation_function": write_activation(config.activation),
-        "layer_norm_elementwise_affine": config.norm_affine,
         "do_layer_norm_before": pre_norm,
         "_remove_final_layer_norm": pre_norm and not config.final_norm,
-        "enable_bias": config.attention_bias,
-        "tie_word_embeddings": config.tie_embeddings,
-        **write_special_ids(config),
     }
 
 
 def names(config: ModelConfig) -> list[Name]:
-    """Our paths and their HF names."""
+    """Return our paths with their HF names."""
     decoder = PREFIX + "decoder."
     block = decoder + "layers.{layer}."
     rows = [

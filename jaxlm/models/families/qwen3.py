@@ -12,7 +12,7 @@ PREFIX = llama.PREFIX
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Our configuration from a HF Qwen3 config."""
+    """Return our configuration of a HF Qwen3 config."""
     config = llama.read_config({"max_position_embeddings": 32768, "head_dim": 128, **hf})
     return config.replace(
         family="qwen3", query_key_norm="head", **qwen2.windows(hf, config.num_layers)
@@ -20,16 +20,12 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The HF Qwen3 config of ours."""
-    return (
-        llama.write_config(config)
-        | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
-        | qwen2.write_windows(config)
-    )
+    """Return the HF Qwen3 config of ours."""
+    return llama.write_config(config, "Qwen3ForCausalLM", **qwen2.write_windows(config))
 
 
 def names(config: ModelConfig) -> list[Name]:
-    """Our paths and their HF names."""
+    """Return our paths with their HF names."""
     attention = PREFIX + "layers.{layer}.self_attn."
     rows = llama.names(config)
     for part in "qk":

@@ -3,22 +3,20 @@
 References: RoBERTa, arXiv:1907.11692.
 """
 
-import dataclasses
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.families import Name, bert, layer_norm, linear, take
+from jaxlm.models.families import Name, bert, layer_norm, linear, require
 
 PREFIX = "roberta."
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Our configuration from a HF RoBERTa config; the checkpoint settles the head."""
-    take(hf, "hidden_act", "gelu")
+    """Return our configuration of a HF RoBERTa config; the checkpoint decides about the head."""
+    require(hf, "hidden_act", "gelu")
     config = bert.read_config(hf)
     pad = 1 if config.pad_id is None else config.pad_id
-    return dataclasses.replace(
-        config,
+    return config.replace(
         family="roberta",
         max_positions=config.max_positions - pad - 1,
         position_offset=pad + 1,
@@ -27,11 +25,10 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The HF RoBERTa config of ours."""
+    """Return the HF RoBERTa config of ours."""
     hf = bert.write_config(config)
     return {
         **hf,
-        "model_type": "roberta",
         "architectures": [name.replace("Bert", "Roberta") for name in hf["architectures"]],
         "max_position_embeddings": config.max_positions + config.position_offset,
         "pad_token_id": config.position_offset - 1,
@@ -39,7 +36,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def names(config: ModelConfig) -> list[Name]:
-    """Our paths and their HF names; the classifier has a pooler of its own."""
+    """Return our paths with their HF names; the classifier has its own pooler."""
     pooler = "classifier.dense" if config.head == "classifier" else PREFIX + "pooler.dense"
     return [
         *bert.encoder_names(PREFIX),
