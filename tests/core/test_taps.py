@@ -1,7 +1,6 @@
 """The factors of a tap are those of the per-example gradients that vmap(grad) gives."""
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,8 @@ import pytest
 
 import jaxlm
 from jaxlm.core import paths, taps
+from tests.helpers.models import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 FAMILIES = ("gpt2", "llama-biases", "opt-projected", "bert-untied", "roberta-classifier")
 HEAD = ("lm_head.embedding", "head")
 BATCH = {

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,10 +12,10 @@ import pytest
 import jaxlm
 from jaxlm.core import paths, views
 from jaxlm.models import layers
+from tests.helpers.models import GOLDEN
 
 pytestmark = pytest.mark.optimized
 
-GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 FAMILIES = ("gpt2", "llama", "opt-projected", "bert", "bert-untied", "roberta-classifier")
 IDS = jnp.array([[5, 6, 7, 1, 1], [8, 9, 10, 11, 12]])
 MASK = jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])

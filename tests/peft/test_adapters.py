@@ -14,8 +14,8 @@ from jaxlm import peft
 from jaxlm.core.errors import UserError
 from jaxlm.models import LanguageModel
 from tests.helpers import reference
+from tests.helpers.models import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ATTENTION = r"attention\.(q|v)_proj"
 

@@ -16,8 +16,8 @@ from jaxlm.core.precision import dequantize
 from jaxlm.models import LanguageModel, save_pretrained
 from jaxlm.models.linen import Transformer
 from jaxlm.sharding import make_mesh, param_shardings
+from tests.helpers.models import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 IDS = jnp.array([[20, 3, 30, 7, 1], [5, 6, 9, 9, 11]])
 KEY = jax.random.key(3)
 

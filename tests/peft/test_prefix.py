@@ -12,8 +12,8 @@ from jaxlm import peft
 from jaxlm.core.errors import UserError
 from jaxlm.models import save_pretrained
 from jaxlm.peft.methods import activations
+from tests.helpers.models import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 KEY = jax.random.key(3)
 PREFIX = jnp.array([[7, 22, 9]])
 IDS = jnp.array([[20, 3, 30, 7, 1], [1, 1, 9, 9, 11], [5, 6, 8, 1, 1]])

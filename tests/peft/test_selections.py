@@ -12,8 +12,7 @@ from jaxlm import peft
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import flatten, path_predicate
 from jaxlm.models import save_pretrained
-
-GOLDEN = Path(__file__).parents[1] / "models" / "golden"
+from tests.helpers.models import GOLDEN
 
 
 def chosen(lm, select: str) -> set[str]:
