@@ -146,10 +146,15 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
         write_shared(path, to_json(record, indent=2) + "\n")
 
 
+def to_jsonl(records: Iterable[Mapping[str, Any]]) -> str:
+    """Return one JSON object a line; see `to_json`."""
+    return "".join(to_json(record) + "\n" for record in records)
+
+
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line; see `write_shared` and `to_json`."""
     with report_write_errors(path):
-        write_shared(path, "".join(to_json(record) + "\n" for record in records))
+        write_shared(path, to_jsonl(records))
 
 
 def append_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -158,7 +163,7 @@ def append_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     It does not look which process calls it. A line that was cut short by a kill is ignored by
     `read_jsonl`.
     """
-    text = "".join(to_json(record) + "\n" for record in records)
+    text = to_jsonl(records)
     with report_write_errors(path), path.open("a", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxlm.artifacts.files import parse_json, read_text, report_write_errors, to_json, write_shared
+from jaxlm.artifacts.files import read_jsonl, report_write_errors, write_jsonl
 from jaxlm.artifacts.folder import seal, verify
 from jaxlm.artifacts.processes import is_main_process
 from jaxlm.core.errors import UserError
@@ -158,8 +158,8 @@ def write_choice(
         chosen.append({"id": row.id, "source": row.source, **number, **row.text})
     with report_write_errors(folder):
         if scores is not None:
-            write_shared(folder / SCORES, _lines(lines))
-        write_shared(folder / SELECTED, _lines(chosen))
+            write_jsonl(folder / SCORES, lines)
+        write_jsonl(folder / SELECTED, chosen)
         if is_main_process():
             seal(folder, "*.jsonl")
     taken = [rows[place] for place in places]
@@ -180,12 +180,8 @@ def read_choice(folder: Path, rows: Sequence[PoolRow]) -> list[PoolRow]:
     verify(folder)
     known = {row.id: row for row in rows}
     path = folder / SELECTED
-    records = [parse_json(line, str(path)) for line in read_text(path).split("\n")[:-1]]
+    records = read_jsonl(path)
     try:
         return [known[record["id"]] for record in records]
     except (KeyError, TypeError):
         raise UserError(f"{path}: is not the choice that was made. Remove {folder}.") from None
-
-
-def _lines(records: list[dict[str, Any]]) -> str:
-    return "".join(to_json(record) + "\n" for record in records)

@@ -8,11 +8,16 @@ import jax
 import numpy as np
 
 from jaxlm.artifacts.arrays import fingerprint
-from jaxlm.artifacts.files import parse_json, read_text, report_write_errors, to_json, write_atomic
+from jaxlm.artifacts.files import (
+    append_jsonl,
+    read_jsonl,
+    report_write_errors,
+    to_jsonl,
+    write_atomic,
+)
 from jaxlm.artifacts.processes import barrier, to_host
 from jaxlm.core import paths
 from jaxlm.core.checks import seeds, whole
-from jaxlm.core.errors import UserError
 from jaxlm.data.rows import PaddedRows, digest
 from jaxlm.influence import (
     Adam,
@@ -163,11 +168,7 @@ def _summary(folder: Path, processes: int) -> dict[str, Any]:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a file of the rows' numbers."""
-    records = [parse_json(line, str(path)) for line in read_text(path).split("\n")[:-1]]
-    for record in records:
-        if not isinstance(record, dict) or not {"id", "skipped", "eps_share"} <= record.keys():
-            raise UserError(f"{path}: damaged. Remove its folder, and the stage is done again.")
-    return records
+    return read_jsonl(path, id=str, skipped=(bool, int), eps_share=(float, type(None)))
 
 
 def stored_order(store: GradientStore, rows: Rows) -> np.ndarray:
@@ -184,7 +185,7 @@ class _Info:
         known = {record["id"]: record for record in _records(path)} if path.exists() else {}
         kept = [known[name] for name in ids if name in known]
         with report_write_errors(path):
-            write_atomic(path, "".join(to_json(record) + "\n" for record in kept))
+            write_atomic(path, to_jsonl(kept))
 
     def append(self, ids: list[str], about: Any) -> None:
         numbers = {
@@ -197,5 +198,4 @@ class _Info:
             {"id": name, **{key: values[i].item() for key, values in numbers.items()}}
             for i, name in enumerate(ids)
         ]
-        with report_write_errors(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(to_json(record) + "\n" for record in records))
+        append_jsonl(self._path, records)

@@ -1,16 +1,13 @@
 """What a run writes beside its checkpoints: metrics, a log, JSON records, progress."""
 
-import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from jaxlm.artifacts.files import parse_json, read_text, report_write_errors, to_json, write_shared
+from jaxlm.artifacts.files import append_jsonl, read_jsonl, report_write_errors, write_jsonl
 from jaxlm.artifacts.processes import is_main_process
-from jaxlm.core.checks import show
-from jaxlm.core.errors import UserError
 
 
 class Metrics:
@@ -24,41 +21,25 @@ class Metrics:
         self.path = path
 
     def append(self, *records: Mapping[str, Any]) -> None:
-        """Adds lines; they are on disk after the call."""
-        if not is_main_process():
-            return
-        with report_write_errors(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(to_json(record) + "\n" for record in records))
-            file.flush()
-            os.fsync(file.fileno())
+        """Add lines; they are on disk when this returns."""
+        if is_main_process():
+            append_jsonl(self.path, records)
 
     def cut(self, step: int | None) -> None:
-        """Keeps the lines up to `step` (None: no line); a line half written is dropped."""
-        found = self.read() if step is not None else []
-        kept = [record for record in found if record["step"] <= (step or 0)]
-        with report_write_errors(self.path):
-            write_shared(self.path, "".join(to_json(record) + "\n" for record in kept))
+        """Keep the lines up to `step` (None: no line), without one that is cut short."""
+        lines = self.read() if step is not None else []
+        write_jsonl(self.path, [line for line in lines if line["step"] <= (step or 0)])
 
     def read(self) -> list[dict[str, Any]]:
-        """The whole lines of the file; none where there is no file.
+        """Read the complete lines of the file; none if there is no file.
 
         Raises:
             UserError: a line is damaged.
         """
         try:
-            lines = read_text(self.path).split("\n")[:-1]
+            return read_jsonl(self.path, step=int)
         except FileNotFoundError:
             return []
-        records = []
-        for number, line in enumerate(lines, start=1):
-            record = parse_json(line, f"{self.path}, line {number}")
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise UserError(
-                    f"{self.path}, line {number}: not a line that jaxlm wrote (got {show(line)}). "
-                    "Remove it."
-                )
-            records.append(record)
-        return records
 
     def first(self) -> dict[str, Any] | None:
         """What was measured before the first step; None where that is not there."""
@@ -68,8 +49,7 @@ class Metrics:
     def put_first(self, record: Mapping[str, Any]) -> None:
         """Writes what was measured before the first step in front of the other lines."""
         lines = [record, *(line for line in self.read() if "loss" in line or line["step"])]
-        with report_write_errors(self.path):
-            write_shared(self.path, "".join(to_json(line) + "\n" for line in lines))
+        write_jsonl(self.path, lines)
 
 
 class Progress:

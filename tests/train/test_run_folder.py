@@ -104,7 +104,7 @@ def test_lost_metrics_do_not_stop_a_run_from_resuming(content, run, whole):
         ("config.yaml", "optimizer: {name: mezo}", "Put back what was there"),
         ("config.yaml", lambda text: re.sub("(?m)^steps: .*", "", text), "Put back what was there"),
         ("metrics.jsonl", '{"step": 0}\nthree\n', "not valid JSON"),
-        ("metrics.jsonl", '{"step": 0}\n[3]\n', "not a line that jaxlm wrote"),
+        ("metrics.jsonl", '{"step": 0}\n[3]\n', "line 2: not a JSON object"),
         ("data.json", '{"task.train"', "not valid JSON"),
     ],
 )
