@@ -1,6 +1,6 @@
 """Every `UserError` of the library has the form `KEY: what is wrong (got VALUE). What to do.`
 
-`python -m tests.test_sentences` prints all of them.
+`pytest -n 0 -s tests/test_sentences.py` prints all of them.
 """
 
 import ast
@@ -54,11 +54,10 @@ ALL = list(messages())
 
 @pytest.mark.parametrize("room", sorted({message.place.split("/")[1] for message in ALL}))
 def test_a_message_has_the_form(room):
-    other = [
-        f"{message.place}: {message.text}"
-        for message in ALL
-        if message.place.split("/")[1] == room and not has_form(message.text)
-    ]
+    here = [message for message in ALL if message.place.split("/")[1] == room]
+    for message in here:
+        print(f"{message.place}\n    {message.text}")
+    other = [f"{message.place}: {message.text}" for message in here if not has_form(message.text)]
     assert not other, "\n".join(other)
 
 
@@ -71,8 +70,3 @@ def test_the_messages_are_found_and_judged():
     assert len(ALL) > 300
     assert has_form("<>k: must be positive (got <>). Correct it.")
     assert not has_form("k=<> is impossible; give 1 or more")
-
-
-if __name__ == "__main__":
-    for message in ALL:
-        print(f"{message.place}\n    {message.text}")

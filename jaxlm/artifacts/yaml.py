@@ -46,8 +46,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             raise UserError(f"config: is larger than {most} (got {path}). Give a YAML file.")
         text = read_text(file)
     except OSError as error:
-        reason = (error.strerror or "cannot be read").lower()
-        raise UserError(f"config: {reason} (got {path}). Give the path of a YAML file.") from None
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        what = "there is no such file" if missing else f"cannot be read, {error.strerror}"
+        raise UserError(f"config: {what} (got {path}). Give the path of a YAML file.") from None
     try:
         data = parse_yaml(text) or {}
     except UserError as error:
