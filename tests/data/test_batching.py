@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from jaxlm.core.errors import UserError
-from jaxlm.data import Encoded, EncodedTask, Example, Task, TaskConfig, Template, collate, prepare
+from jaxlm.data import Encoded, Example, Task, TaskConfig, Template, collate, prepare
+from tests.helpers.sentences import refused
 
 LABELS = ("great", "bad")
 
@@ -13,23 +14,6 @@ def task(texts, test=(), template="{text} it was {label}", labels=LABELS, **chan
 
     config = TaskConfig(name="mine", template=template, labels=labels, **changes)
     return Task(config, Template.parse(template), examples(texts), (), examples(test))
-
-
-def numbered(count: int, *, lengths: tuple[int, ...] = (3,)) -> EncodedTask:
-    """An encoded task whose example i has i as its first token."""
-    rows = [
-        Encoded(i % 2, ((i, *[7] * (lengths[i % len(lengths)] - 1)),), ((1,),), ())
-        for i in range(count)
-    ]
-    return EncodedTask(
-        labels=LABELS,
-        token_ids=np.asarray([5, 6], np.int32),
-        pad_id=0,
-        buckets=(4, 8),
-        train=tuple(rows),
-        validation=(),
-        test=tuple(rows),
-    )
 
 
 def test_label_words(bpe) -> None:
@@ -147,40 +131,9 @@ def test_max_length_is_the_smaller_of_task_and_model(bpe) -> None:
         assert len(encoded.train[0].input_ids[0]) == length
 
 
-def test_few_buckets_that_hold_everything(bpe) -> None:
-    lengths = np.random.default_rng(0).geometric(0.05, 300)
-    encoded = prepare(task(["fun" + " fun" * n for n in lengths]), bpe, kind="decoder")
-    assert len(encoded.buckets) <= 4
-    assert encoded.buckets == tuple(sorted(set(encoded.buckets)))
-    assert encoded.buckets[-1] >= lengths.max() + 3 > encoded.buckets[-1] - 8
-    shapes = {batch["input_ids"].shape for batch in encoded.eval_batches("train", batch_size=16)}
-    shapes |= {encoded.batch(i, batch_size=16, seed=0)["input_ids"].shape for i in range(30)}
-    assert shapes <= {(16, bucket) for bucket in encoded.buckets}
-
-
-def test_a_batch_larger_than_the_data_repeats_it() -> None:
-    batch = numbered(3).batch(0, batch_size=7, seed=0)
-    first = batch["input_ids"][:, 0].tolist()
-    assert sorted(first[:3]) == sorted(first[3:6]) == [0, 1, 2]
-    np.testing.assert_array_equal(batch["weights"], np.ones(7))
-
-
-def test_stacked_batches_are_the_single_ones() -> None:
-    encoded = numbered(10, lengths=(2, 3, 4, 4, 4, 8))
-    stacked = encoded.batches(3, 4, batch_size=2, seed=5)
-    assert stacked["input_ids"].shape == (4, 2, 8)
-    assert stacked["labels"].shape == (4, 2)
-    for i in range(4):
-        single = encoded.batch(3 + i, batch_size=2, seed=5)
-        for key, value in single.items():
-            width = value.shape[-1]
-            np.testing.assert_array_equal(stacked[key][i][..., :width], value)
-
-
 def test_no_tokenizer() -> None:
-    with pytest.raises(UserError) as caught:
+    with refused("model", "has no tokenizer"):
         prepare(task(["fun"]), None, kind="decoder")
-    assert str(caught.value) == "model: has no tokenizer. Add tokenizer.json to its folder."
 
 
 def test_row_longer_than_the_buckets() -> None:

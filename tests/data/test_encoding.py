@@ -5,6 +5,7 @@ import pytest
 from jaxlm.core.errors import UserError
 from jaxlm.data import Example, Template
 from jaxlm.data.encoding import encode_all
+from tests.helpers.sentences import refused
 
 
 def encoded(template, tokenizer, example, labels, **options):
@@ -84,12 +85,8 @@ def test_label_first_needs_a_token_before_it(bpe, bpe_bos) -> None:
     encoded = run(bpe_bos, "{label}: {text}", ["great", "fun"], text="it")
     assert words(bpe_bos, encoded.targets)[1] == ["fun", ":", "Ġit"]
     assert encoded.positions[1] == (0, 1, 2)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"^train.jsonl:1: has no token before the label word"):
         run(bpe, "{label}: {text}", ["great", "fun"], text="it")
-    assert str(caught.value) == (
-        "train.jsonl:1: has no token before the label word 'great'. Put text before {label} in "
-        "task.template."
-    )
 
 
 def test_empty_text(bpe) -> None:
@@ -140,12 +137,8 @@ def test_truncated_rows_have_the_longest_length_allowed(bpe_bos, length: int) ->
 
 def test_no_room_for_the_template(bpe_bos) -> None:
     run(bpe_bos, "{text} it was {label}", ["great", "bad"], max_length=3, text="fun")
-    with pytest.raises(UserError) as caught:
+    with refused("task.template", "needs 2 tokens more than task.max_length or the model"):
         run(bpe_bos, "{text} it was {label}", ["great", "bad"], max_length=1, text="fun")
-    assert str(caught.value) == (
-        "task.template: with its label words needs 2 tokens more than task.max_length or the model "
-        "allow. Shorten it or raise task.max_length."
-    )
 
 
 def test_mask_of_wordpiece(wordpiece) -> None:
@@ -194,35 +187,21 @@ def test_truncation_keeps_mask_and_end_of_an_encoder(wordpiece) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"),
+    ("labels", "said"),
     [
-        (
-            ["great", "badly"],
-            "task.labels: 'badly' is 2 tokens of the tokenizer, and an encoder reads label "
-            "words of one token. Choose another label word.",
-        ),
-        (
-            ["great", "xyz"],
-            "task.labels: 'xyz' is unknown to the tokenizer. Choose another label word.",
-        ),
-        (
-            ["great", "Great"],
-            "task.labels: 'great' and 'Great' are the same tokens. Change one.",
-        ),
+        (["great", "badly"], "'badly' is 2 tokens of the tokenizer"),
+        (["great", "xyz"], "'xyz' is unknown to the tokenizer"),
+        (["great", "Great"], "'great' and 'Great' are the same tokens"),
     ],
 )
-def test_label_words_an_encoder_cannot_have(wordpiece, labels: list[str], message: str) -> None:
-    with pytest.raises(UserError) as caught:
+def test_label_words_an_encoder_cannot_have(wordpiece, labels: list[str], said: str) -> None:
+    with refused("task.labels", said):
         run(wordpiece, "{text} was {label}.", labels, kind="encoder", text="it")
-    assert str(caught.value) == message
 
 
 def test_an_encoder_needs_a_mask_token(bpe) -> None:
-    with pytest.raises(UserError) as caught:
+    with refused("tokenizer", "has no mask token"):
         run(bpe, "{text} was {label}.", ["great", "bad"], kind="encoder", text="it")
-    assert str(caught.value) == (
-        "tokenizer: has no mask token. Give an encoder with one, or a decoder."
-    )
 
 
 def test_text_that_holds_a_mask_token_is_not_the_label(wordpiece) -> None:

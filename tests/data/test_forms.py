@@ -151,6 +151,7 @@ def test_batches_are_a_pure_function_of_the_step(form) -> None:
         wide = [slice(0, n) for n in value.shape]
         np.testing.assert_array_equal(whole[key][2:5][tuple(wide)], value)
     same(part, again.streams(2, 3, batch_size=size, seeds=(3, 4)))
+    assert whole["attention_mask" if "attention_mask" in whole else "prompt_mask"].any(-1).all()
 
 
 def test_every_epoch_has_every_row_once(form) -> None:
@@ -305,6 +306,14 @@ def test_both_forms_of_a_batch_say_the_same() -> None:
         mask = targets["target_mask"][i] > 0
         np.testing.assert_array_equal(targets["positions"][i][mask] + 1, scored)
         np.testing.assert_array_equal(targets["targets"][i][mask], weights["input_ids"][i][scored])
+
+
+def test_few_buckets_that_hold_everything() -> None:
+    lengths = np.random.default_rng(0).geometric(0.05, 300).tolist()
+    buckets = length_buckets(lengths)
+    assert len(buckets) <= 4
+    assert list(buckets) == sorted(set(buckets))
+    assert buckets[-1] >= max(lengths) > buckets[-1] - 8
 
 
 def test_streams_and_buckets_of_small_sizes() -> None:

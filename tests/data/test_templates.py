@@ -1,7 +1,7 @@
 import pytest
 
-from jaxlm.core.errors import UserError
 from jaxlm.data import Template
+from tests.helpers.sentences import refused
 
 SST2 = "*cls**sent_0*_It_was*mask*.*sep+*"
 MNLI = "*cls**sent-_0*?*mask*,*+sentl_1**sep+*"
@@ -75,62 +75,24 @@ def test_usual_and_given_names_of_two_sentences() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "message"),
+    ("template", "said"),
     [
-        (
-            "It was good",
-            "task.template: has no {label} (got 'It was good'). Put it where the label word "
-            "stands.",
-        ),
-        (
-            "{{label}}",
-            "task.template: has no {label} (got '{{label}}'). Put it where the label word stands.",
-        ),
-        (
-            "*cls**sent_0*",
-            "task.template: has no *mask* (got '*cls**sent_0*'). Put it where the label word "
-            "stands.",
-        ),
-        (
-            "{label} {label}",
-            "task.template: has several places of the label (got '{label} {label}'). Keep one.",
-        ),
-        (
-            "{text {label}",
-            "task.template: has an unmatched brace (got '{text {label}'). Write {{ or }} for a "
-            "literal one.",
-        ),
-        (
-            "{} {label}",
-            "task.template: has a brace that is not a field's name alone (got '{} {label}'). Write "
-            "{name}, and {{ or }} for a literal brace.",
-        ),
-        (
-            "{text!r} {label}",
-            "task.template: has a brace that is not a field's name alone (got '{text!r} {label}'). "
-            "Write {name}, and {{ or }} for a literal brace.",
-        ),
-        (
-            "*cls**sent_0**sep+**sent_1**mask*",
-            "task.template: goes on after *sep+* (got '*cls**sent_0**sep+**sent_1**mask*'). Leave "
-            "out all but the last *sep+*.",
-        ),
-        (
-            f"*cls**sent_{'9' * 5000}**mask*",
-            f"task.template: numbers a sentence beyond 99 (got '*cls**sent_{'9' * 45}...). Number "
-            "them from 0 on.",
-        ),
+        ("It was good", "has no {label} (got 'It was good')"),
+        ("{{label}}", "has no {label}"),
+        ("*cls**sent_0*", "has no *mask*"),
+        ("{label} {label}", "has several places of the label"),
+        ("{text {label}", "has an unmatched brace"),
+        ("{} {label}", "has a brace that is not a field's name alone"),
+        ("{text!r} {label}", "has a brace that is not a field's name alone"),
+        ("*cls**sent_0**sep+**sent_1**mask*", "goes on after *sep+*"),
+        (f"*cls**sent_{'9' * 5000}**mask*", "numbers a sentence beyond 99"),
     ],
 )
-def test_malformed(template: str, message: str) -> None:
-    with pytest.raises(UserError) as caught:
+def test_malformed(template: str, said: str) -> None:
+    with refused("task.template", said):
         Template.parse(template)
-    assert str(caught.value) == message
 
 
 def test_too_few_names() -> None:
-    with pytest.raises(UserError) as caught:
+    with refused("task.fields", "has 2 sentences (got 1 fields)"):
         Template.parse(MNLI).with_names(("text",), ("text",))
-    assert str(caught.value) == (
-        "task.fields: task.template has 2 sentences (got 1 fields). Name the field of each."
-    )
