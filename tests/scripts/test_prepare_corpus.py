@@ -9,10 +9,6 @@ import pytest
 
 from scripts import prepare_corpus
 
-ROOT = Path(__file__).parents[2]
-PREPARED = ROOT / "build" / "corpus"
-
-
 LONG = "the film , though slow at first , rewards a patient viewer in the end ."
 MIDDLE = "a warm and honest little picture"
 SHORT = "psychologically savvy ."
@@ -111,18 +107,3 @@ def test_preparing_twice_gives_the_same_bytes(sources, tmp_path):
     assert len(files) == 11
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not PREPARED.exists(), reason="build/corpus is not prepared")
-def test_the_prepared_corpus_holds_no_held_out_sentence():
-    texts = [text for path in sorted(PREPARED.glob("*.jsonl.gz")) for text in read(path)]
-    tasks = ROOT / "jaxlm" / "assets" / "tasks"
-    sentences = [
-        text
-        for task in ("mr", "subj")
-        for split in ("validation", "test")
-        for text in read(tasks / task / f"{split}.jsonl.gz")
-    ]
-    assert len(sentences) == 4000
-    assert leaks(texts, sentences) == []
