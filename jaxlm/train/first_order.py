@@ -11,10 +11,10 @@ from jaxlm.train.settings import Optimizer, check
 
 @dataclass(frozen=True, kw_only=True)
 class FirstOrder(Optimizer):
-    """What every optimizer with gradients has.
+    """Options shared by all optimizers with gradients.
 
     Attributes:
-        clip: largest global norm of the gradient; null does not clip.
+        clip: largest global norm of the gradient; null for no clipping.
     """
 
     learning_rate: float = 1e-3
@@ -25,25 +25,25 @@ class FirstOrder(Optimizer):
         check(self, "clip", positive=True)
 
     def scale(self) -> Any:
-        """The optax transformation between clipping and weight decay."""
-        raise TypeError(f"{type(self).__name__} is not an optimizer by itself")
+        """Return the optax transformation between clipping and weight decay."""
+        raise NotImplementedError
 
     def hparams(self, steps: int) -> OptHParams:
-        """What a scaling rule reads of it, for a run of `steps` steps.
+        """Return the hyperparameters that a scaling rule changes, for a run of `steps` steps.
 
         Raises:
-            UserError: no rule is known for this optimizer.
+            UserError: if no scaling rule exists for this optimizer.
         """
         raise UserError(
             f"optimizer.name: no scaling rule is known of it (got {self.name}). Give sgd or adamw."
         )
 
     def with_hparams(self, hp: OptHParams) -> "FirstOrder":
-        """The optimizer with what a scaling rule changed, for a run of `hp.steps` steps."""
-        raise TypeError(f"{type(self).__name__} has no hparams")
+        """Return the optimizer with the hyperparameters that a scaling rule returned."""
+        raise NotImplementedError
 
     def transform(self, steps: int) -> Any:
-        """The whole optax transformation for a run of `steps` steps."""
+        """Return the whole optax transformation for a run of `steps` steps."""
         import optax
 
         clip = optax.identity() if self.clip is None else optax.clip_by_global_norm(self.clip)
@@ -58,7 +58,7 @@ class Sgd(FirstOrder):
     """Stochastic gradient descent.
 
     Attributes:
-        momentum: decay of the running sum of gradients.
+        momentum: decay rate of the running sum of gradients.
     """
 
     name: str = "sgd"
@@ -75,7 +75,8 @@ class Sgd(FirstOrder):
         return optax.trace(self.momentum) if self.momentum else optax.identity()
 
     def hparams(self, steps: int) -> OptHParams:
-        """See `FirstOrder`; the sum of gradients is 1 / (1 - momentum) times their average."""
+        """See `FirstOrder`."""
+        # Rules speak of averages; the sum of gradients is 1 / (1 - momentum) times their average.
         rest = 1 - self.momentum
         return OptHParams(
             self.learning_rate / rest,
@@ -99,11 +100,11 @@ class Sgd(FirstOrder):
 
 @dataclass(frozen=True, kw_only=True)
 class Adam(FirstOrder):
-    """Adam; with `weight_decay` it is AdamW, and both names are known.
+    """Adam, or AdamW with `weight_decay`; the names adam and adamw mean the same.
 
     Attributes:
-        b1: decay of the first moment.
-        b2: decay of the second moment.
+        b1: decay rate of the first moment.
+        b2: decay rate of the second moment.
         eps: added to the root of the second moment.
     """
 
@@ -153,8 +154,8 @@ class Muon(FirstOrder):
     """Muon for the matrices of the layers, Adam for everything else.
 
     Attributes:
-        momentum: of Muon.
-        adam_learning_rate: the highest learning rate of the parameters that Adam trains.
+        momentum: decay rate of Muon's running mean of gradients.
+        adam_learning_rate: highest learning rate of the parameters that Adam trains.
     """
 
     name: str = "muon"
@@ -168,11 +169,11 @@ class Muon(FirstOrder):
         check(self, "adam_learning_rate")
 
     def scale(self) -> Any:
-        """See `FirstOrder`; Adam's rate is given relative to `learning_rate`."""
+        """See `FirstOrder`."""
         from optax import contrib
 
-        # scale_by_learning_rate follows and brings the sign, so these rates are negative and
-        # relative.
+        # `transform` multiplies all updates by -learning_rate. So Muon's own rate is -1, and Adam's
+        # is relative to `learning_rate`.
         ratio = self.adam_learning_rate / self.learning_rate if self.learning_rate else 1.0
         return contrib.muon(
             -1.0,
@@ -183,7 +184,7 @@ class Muon(FirstOrder):
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the parameters that weight decay shrinks: all but biases and norm scales."""
+    """Return True for the parameters that weight decay shrinks: all but biases and norm scales."""
     from jaxlm.core.paths import map_with_path
 
     return map_with_path(lambda leaf: leaf.path.split(".")[-1] not in ("bias", "scale"), params)

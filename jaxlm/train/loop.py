@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm import __version__
 from jaxlm.artifacts.arrays import check_tree_finite
 from jaxlm.artifacts.stopping import Stopped, defer_signals, pending_signal
 from jaxlm.core.checks import whole
@@ -230,8 +231,14 @@ def _trajectory(
 ) -> Trajectory | None:
     """A new trajectory, or that so far, yet to be cut; None for a run that began without one."""
     if step is None:
-        n = settings["num_directions"]
-        return Trajectory.create(path, params, key=key, num_directions=n, settings=settings)
+        return Trajectory.create(
+            path,
+            params,
+            key=key,
+            num_directions=settings["num_directions"],
+            settings=settings,
+            version=__version__,
+        )
     if not path.exists():
         return None
     found = Trajectory.open(path)

@@ -1,4 +1,4 @@
-"""What the configuration of every optimizer has."""
+"""Options shared by all optimizers."""
 
 import math
 from dataclasses import dataclass
@@ -12,20 +12,16 @@ from jaxlm.core.checks import in_float32, number, one_of, whole
 SECTION = "optimizer."
 
 MOST_STEPS = 10**9
-"""Far above every run; what is laid out over the steps must fit into memory."""
+"""Largest number of steps: schedules and orders are arrays over the steps."""
 
 MOST_ROWS = 2**20
-"""Examples in a step or a forward pass, far above what fits into memory."""
+"""Largest number of examples in a step or a forward pass."""
 
 
 def check(
     config: Any, *names: str, least: float = 0.0, positive: bool = False, below: float = math.inf
 ) -> None:
-    """Requires numbers from `least`, or above 0, to below `below`, that float32 keeps apart.
-
-    Raises:
-        UserError: naming the first field that is none.
-    """
+    """Require fields to be numbers from `least`, or above 0, to below `below`, in float32 too."""
     above = 0.0 if positive else -math.inf
     number(config, *names, least=least, above=above, below=below, section=SECTION)
     in_float32(config, *names, below=below, section=SECTION)
@@ -33,16 +29,15 @@ def check(
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """What every optimizer has.
+    """Options shared by all optimizers.
 
     Attributes:
         name: key in `jaxlm.train.optimizers.OPTIMIZERS`.
-        learning_rate: the highest of the schedule.
+        learning_rate: highest learning rate of the schedule.
         schedule: constant, or linear down to 0 after the last step.
-        warmup: steps over which the learning rate rises from 0.
-        weight_decay: decoupled decay; biases and norms are not decayed.
-        select: regular expression searched in parameter paths; the other parameters stay as they
-            are.
+        warmup: number of steps in which the learning rate rises from 0.
+        weight_decay: decoupled weight decay, without biases and norms.
+        select: regular expression searched in parameter paths; other parameters stay fixed.
     """
 
     name: str
@@ -59,7 +54,7 @@ class Optimizer:
         checks.regex("optimizer.select", self.select)
 
     def rate(self, steps: int) -> Any:
-        """The learning rate as a number or an optax schedule over `steps` steps."""
+        """Return the learning rate as a number, or as an optax schedule over `steps` steps."""
         import optax
 
         if self.schedule == "constant" and not self.warmup:
@@ -75,7 +70,7 @@ class Optimizer:
         )
 
     def rates(self, steps: int) -> np.ndarray:
-        """The learning rate of every step in float64, [steps]; see `rate`."""
+        """Return the learning rate of every step in float64, [steps]; see `rate`."""
         end = self.learning_rate if self.schedule == "constant" else 0.0
         after = self.warmup + max(steps - self.warmup, 1)
         places = [0, self.warmup, after] if self.warmup else [0, after]

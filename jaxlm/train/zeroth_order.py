@@ -1,230 +1,121 @@
-"""Configurations of the optimizers without gradients; `jaxlm.zo` says what each of them does."""
+"""Configurations of the optimizers without gradients, derived from the functions of `jaxlm.zo`.
 
+A method's keyword arguments are the keys of its section, with the same defaults, bounds and
+meaning. To add a method, add it to `ZEROTH_ORDER` with the learning rate at which the model of the
+package learns; larger models need lower ones.
+"""
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jaxlm import zo
-from jaxlm.core.checks import one_of, whole
+from jaxlm.core.errors import UserError
 from jaxlm.train.settings import SECTION, Optimizer, check
 
-MOST_DIRECTIONS, MOST_RANK, MOST_STEPS_REPLAYED = 2**16, 2**16, 2**16
-"""Far above every use; arrays of that length are made at once."""
+SAMPLERS = Literal["gaussian", "rademacher", "sphere"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZerothOrder(Optimizer):
-    """What every optimizer without gradients has.
-
-    The learning rates are such that the model of the package learns; larger models want lower ones.
+    """Options shared by all optimizers without gradients.
 
     Attributes:
         eps: size of the perturbation.
-        num_directions: directions of a step.
-        rounding: of parameters below float32 after an update: to the nearest number, or at random
-            such that the mean is exact.
+        num_directions: number of directions in a step.
+        rounding: how parameters below float32 are rounded after an update: to the nearest number,
+            or at random such that the mean is exact.
+        sampler: distribution of the directions.
     """
 
     learning_rate: float = 1e-4
     eps: float = 1e-3
     num_directions: int = 1
     rounding: Literal["nearest", "stochastic"] = "nearest"
+    method: ClassVar[Callable[..., zo.ZerothOrderOptimizer]]
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, "eps", positive=True)
-        whole(self, "num_directions", most=MOST_DIRECTIONS, section=SECTION)
-        one_of("optimizer.rounding", self.rounding, ("nearest", "stochastic"))
+        check(self, *(f.name for f in dataclasses.fields(self) if f.type is float))
+        try:
+            self._build(self.learning_rate)
+        except UserError as error:
+            raise UserError(f"{SECTION}{error}") from None
 
     def build(self, steps: int) -> zo.ZerothOrderOptimizer:
-        """The optimizer for a run of `steps` steps."""
-        raise TypeError(f"{type(self).__name__} is not an optimizer by itself")
+        """Return the optimizer for a run of `steps` steps."""
+        return self._build(self.rate(steps))
 
-    def _common(self, steps: int) -> dict[str, Any]:
-        return {
-            "learning_rate": self.rate(steps),
-            "eps": self.eps,
-            "num_directions": self.num_directions,
-            "weight_decay": self.weight_decay,
-            "select": self.select,
-            "rounding": self.rounding,
-        }
+    def _build(self, rate: Any) -> zo.ZerothOrderOptimizer:
+        keys = inspect.signature(type(self).method).parameters.keys()
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        options |= {"learning_rate": rate}
+        if "sampler" in options:
+            options["sampler"] = getattr(zo, options["sampler"])()
+        return type(self).method(**{key: options[key] for key in keys & options.keys()})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dense(ZerothOrder):
-    """What those with dense perturbations have.
+def configuration(
+    method: Callable[..., zo.ZerothOrderOptimizer],
+    learning_rate: float,
+    without: Collection[str] = (),
+) -> type[Any]:
+    """Derive the configuration of a method from its signature and docstring.
 
-    Attributes:
-        sampler: distribution of the direction.
+    Keywords become keys of the same name and default. Objects that a file cannot hold (`decay`,
+    `mesh`) stay with the function, and a sampler is given by its name.
+
+    Args:
+        method: a function with a whole signature, such as `zo.mezo`.
+        learning_rate: its default, which the function lacks.
+        without: keywords that are not keys.
+
+    Returns:
+        A frozen dataclass, a subclass of `ZerothOrder`.
     """
-
-    sampler: Literal["gaussian", "rademacher", "sphere"] = "gaussian"
-
-    def __post_init__(self):
-        super().__post_init__()
-        one_of("optimizer.sampler", self.sampler, ("gaussian", "rademacher", "sphere"))
-
-    def _common(self, steps: int) -> dict[str, Any]:
-        return {**super()._common(steps), "sampler": getattr(zo, self.sampler)()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mezo(Dense):
-    """`jaxlm.zo.mezo`: two forward passes for each direction."""
-
-    name: str = "mezo"
-    learning_rate: float = 2e-4
-
-    def build(self, steps: int) -> zo.ZerothOrderOptimizer:
-        """See `ZerothOrder`."""
-        return zo.mezo(**self._common(steps))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Meazo(Dense):
-    """`jaxlm.zo.meazo`: slopes divided by their running size.
-
-    Attributes:
-        decay_rate: of the running mean of their squares.
-    """
-
-    name: str = "meazo"
-    learning_rate: float = 1e-4
-    decay_rate: float = 0.99
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, "decay_rate", below=1.0)
-
-    def build(self, steps: int) -> zo.ZerothOrderOptimizer:
-        """See `ZerothOrder`."""
-        return zo.meazo(decay_rate=self.decay_rate, **self._common(steps))
+    fields: list[tuple[str, Any, Any]] = [("name", str, method.__name__)]
+    fields.append(("learning_rate", float, learning_rate))
+    inherited = {f.name: f for f in dataclasses.fields(Optimizer)}
+    parameters = inspect.signature(method, eval_str=True).parameters
+    for key in sorted(parameters, key=lambda key: key != "sampler"):  # the order of saved files
+        default = parameters[key].default
+        if key in inherited or key in ("decay", "mesh", *without):
+            continue
+        if key == "sampler":
+            fields.append((key, SAMPLERS, type(default).__name__.lower()))
+        else:
+            kind = typing.get_type_hints(ZerothOrder).get(key, type(default))
+            fields.append((key, kind, default))
+    name = method.__name__.title().replace("_", "")
+    text = inspect.cleandoc(method.__doc__ or "")
+    section = re.search(r"^Args:\n((?: +.*\n?)+)", text, re.MULTILINE)
+    lines = re.split(r"\n(?=  \w)", section[1].rstrip()) if section else []
+    own = [line for line in lines if line.split(":")[0].strip() not in inherited]
+    return dataclasses.make_dataclass(
+        name,
+        [(key, kind, dataclasses.field(default=default)) for key, kind, default in fields],
+        bases=(ZerothOrder,),
+        namespace={
+            "__doc__": "\n".join([text.partition("\n")[0], "", "Attributes:", *own]),
+            "__module__": __name__,
+            "method": staticmethod(method),
+        },
+        frozen=True,
+        kw_only=True,
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class MezoMomentum(Dense):
-    """`jaxlm.zo.mezo_momentum`: momentum replayed from scalars.
-
-    Attributes:
-        momentum: decay of the running mean.
-        horizon: steps that are replayed.
-    """
-
-    name: str = "mezo_momentum"
-    momentum: float = 0.9
-    horizon: int = 20
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, "momentum", below=1.0)
-        whole(self, "horizon", most=MOST_STEPS_REPLAYED, section=SECTION)
-
-    def build(self, steps: int) -> zo.ZerothOrderOptimizer:
-        """See `ZerothOrder`."""
-        return zo.mezo_momentum(momentum=self.momentum, horizon=self.horizon, **self._common(steps))
-
-
-@dataclass(frozen=True, kw_only=True)
-class MezoAdam(Dense):
-    """`jaxlm.zo.mezo_adam`: Adam's moments replayed from scalars.
-
-    Attributes:
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        horizon: steps that are replayed.
-    """
-
-    name: str = "mezo_adam"
-    learning_rate: float = 3e-3
-    b1: float = 0.9
-    b2: float = 0.999
-    horizon: int = 20
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, "b1", "b2", below=1.0)
-        whole(self, "horizon", most=MOST_STEPS_REPLAYED, section=SECTION)
-
-    def build(self, steps: int) -> zo.ZerothOrderOptimizer:
-        """See `ZerothOrder`."""
-        return zo.mezo_adam(b1=self.b1, b2=self.b2, horizon=self.horizon, **self._common(steps))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fzoo(Dense):
-    """`jaxlm.zo.fzoo`: one-sided slopes divided by their standard deviation."""
-
-    name: str = "fzoo"
-    learning_rate: float = 1e-4
-    num_directions: int = 8
-    sampler: Literal["gaussian", "rademacher", "sphere"] = "rademacher"
-
-    def __post_init__(self):
-        super().__post_init__()
-        whole(self, "num_directions", least=2, most=MOST_DIRECTIONS, section=SECTION)
-
-    def build(self, steps: int) -> zo.ZerothOrderOptimizer:
-        """See `ZerothOrder`."""
-        return zo.fzoo(**self._common(steps))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lozo(ZerothOrder):
-    """`jaxlm.zo.lozo`: low-rank directions; with `momentum` LOZO-M, `jaxlm.zo.lozo_momentum`.
-
-    Attributes:
-        rank: of the directions.
-        interval: steps for which one factor stays.
-        momentum: decay of the running mean of the other factor; 0 for none.
-    """
-
-    name: str = "lozo"
-    rank: int = 2
-    interval: int = 50
-    momentum: float = 0.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, "momentum", below=1.0)
-        whole(self, "rank", most=MOST_RANK, section=SECTION)
-        whole(self, "interval", section=SECTION)
-
-    def build(self, steps: int) -> zo.ZerothOrderOptimizer:
-        """See `ZerothOrder`."""
-        common = {"rank": self.rank, "interval": self.interval, **self._common(steps)}
-        if self.momentum:
-            return zo.lozo_momentum(momentum=self.momentum, **common)
-        return zo.lozo(**common)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZoMuon(ZerothOrder):
-    """`jaxlm.zo.zo_muon`: an orthogonalized step in a subspace of each matrix.
-
-    Attributes:
-        rank: of the subspace.
-        interval: steps for which it stays.
-        vector_scale: learning rate of leaves that are no matrices, over that of matrices.
-    """
-
-    name: str = "zo_muon"
-    learning_rate: float = 1e-2
-    num_directions: int = 4
-    rank: int = 64
-    interval: int = 100
-    vector_scale: float = 1e-5
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, "vector_scale")
-        whole(self, "rank", most=MOST_RANK, section=SECTION)
-        whole(self, "interval", section=SECTION)
-
-    def build(self, steps: int) -> zo.ZerothOrderOptimizer:
-        """See `ZerothOrder`."""
-        return zo.zo_muon(
-            rank=self.rank,
-            interval=self.interval,
-            vector_scale=self.vector_scale,
-            **self._common(steps),
-        )
+ZEROTH_ORDER: dict[str, type[Any]] = {
+    "mezo": configuration(zo.mezo, 2e-4),
+    "mezo_momentum": configuration(zo.mezo_momentum, 1e-4),
+    "mezo_adam": configuration(zo.mezo_adam, 3e-3, without=("floor",)),
+    "meazo": configuration(zo.meazo, 3e-3),
+    "fzoo": configuration(zo.fzoo, 1e-2),
+    "lozo": configuration(zo.lozo, 1e-4),
+    "zo_muon": configuration(zo.zo_muon, 1e-1),
+}
+Mezo = ZEROTH_ORDER["mezo"]

@@ -1,11 +1,11 @@
 """Zeroth-order fine-tuning: gradients and updates from forward passes alone."""
 
 from jaxlm.zo import factored, rules
-from jaxlm.zo._replay import replay
 from jaxlm.zo.estimators import (
     Estimator,
     SPSAEstimate,
     central,
+    estimator,
     forward_gradient,
     materialize,
     one_sided,
@@ -25,7 +25,6 @@ from jaxlm.zo.methods import (
     mezo_momentum,
     zo_muon,
 )
-from jaxlm.zo.norms import probed_norms, tree_norms
 from jaxlm.zo.optimizers import (
     ZerothOrderInfo,
     ZerothOrderOptimizer,
@@ -51,10 +50,12 @@ from jaxlm.zo.structured import (
     layer_blocks,
     low_rank,
     magnitude,
+    probed_norms,
     subspace,
+    tree_norms,
     variance_modified,
 )
-from jaxlm.zo.trajectory import Trajectory
+from jaxlm.zo.trajectory import Trajectory, replay
 from jaxlm.zo.transformation import ScaleBySpsaState, scale_by_spsa
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "ZerothOrderState",
     "central",
     "descend",
+    "estimator",
     "expectation_modified",
     "factored",
     "float32_master",

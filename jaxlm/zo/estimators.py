@@ -1,15 +1,17 @@
-"""Gradients from forward passes alone.
+"""Gradient estimates from forward passes alone.
 
 Simultaneous perturbation measures the slope of a loss along random directions z_j:
 
     g_j = (L(θ + ε z_j) - L(θ - ε z_j)) / 2ε,        ∇L ≈ 1/n Σ_j g_j z_j.
 
-`spsa` draws the directions and hands them to an estimator, which measures g_j: `central` as above,
-or `one_sided`, `forward_gradient`, `residual_feedback`, `population`. The result is n scalars and a
-key; the directions are never stored.
+`spsa` draws the directions and passes them to an estimator, which measures the slopes g_j. An
+estimator is a function `(measurement, eps, previous) -> Slopes` under the decorator `estimator`,
+which states how many forward passes it takes. `central` is the formula above; `one_sided`,
+`forward_gradient`, `residual_feedback` and `population` are the others. An estimate is n scalars
+and a key; the directions are never stored.
 
-An objective with a keyword `view` sees `W + ε z` one layer at a time and needs the memory of
-inference; one without is called on a perturbed copy of the parameters, one copy alive at a time.
+A loss with a keyword `view` reads `W + ε z` one layer at a time and needs the memory of inference.
+A loss without it is called on a perturbed copy of the parameters, one copy at a time.
 
 References: Spall, "Multivariate stochastic approximation using a simultaneous perturbation gradient
 approximation", 1992; Malladi et al., "Fine-Tuning Language Models with Just Forward Passes",
@@ -17,31 +19,32 @@ arXiv:2305.17333.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from jaxlm.core import paths
-from jaxlm.zo.perturbation import Directions, Measurement, directions, is_traced, width
+from jaxlm.core.checks import integer
+from jaxlm.core.errors import UserError
+from jaxlm.zo.checks import real
+from jaxlm.zo.perturbation import Directions, Measurement, directions, width
 from jaxlm.zo.samplers import Gaussian, Sampler
 from jaxlm.zo.sites import over_blocks
 
 
 class Slopes(NamedTuple):
-    """What an estimator finds.
+    """The result of an estimator.
 
     Attributes:
-      loss: the loss, as this estimator knows it.
+      loss: the estimator's value of the loss.
       plus: [n], losses at θ + ε z_j.
-      minus: [n], losses that they are compared with.
+      minus: [n], losses that `plus` is compared with.
       projected_grad: [n], g_j.
-      aux: what the objective returned beside the loss, averaged; or None.
+      aux: the mean of the auxiliary outputs of the loss; None if it has none.
     """
 
     loss: Float[Array, ""]
@@ -52,11 +55,11 @@ class Slopes(NamedTuple):
 
 
 class Previous(NamedTuple):
-    """What an estimator knows of the step before.
+    """Losses of the previous step.
 
     Attributes:
-      plus: [n], its losses at θ + ε z_j.
-      known: [n], where there are such losses; elsewhere `plus` means nothing.
+      plus: [n], losses at θ + ε z_j.
+      known: [n], False where no such loss exists yet; `plus` is undefined there.
     """
 
     plus: Float[Array, "n"]
@@ -64,18 +67,50 @@ class Previous(NamedTuple):
 
     @classmethod
     def none(cls, num_directions: int, dtype: Any) -> "Previous":
-        """Before the first step."""
+        """The value before the first step."""
         return cls(jnp.zeros(num_directions, dtype), jnp.zeros(num_directions, bool))
 
     def after(self, plus: Float[Array, "n"], slope: Float[Array, "n"]) -> "Previous":
-        """With the losses of one more step, where they and their slopes are finite."""
+        """Replace the losses by those of a new step where they and their slopes are finite."""
         good = jnp.isfinite(plus) & jnp.isfinite(slope)
         kept = jnp.where(good, plus.astype(self.plus.dtype), self.plus)
         return Previous(kept, self.known | good)
 
 
 Estimator = Callable[[Measurement, Float[Array, ""], Previous], Slopes]
-"""`estimator(measurement, eps, previous) -> Slopes`."""
+"""`estimator(measurement, eps, previous) -> Slopes`, with an attribute `forwards`."""
+
+Function = TypeVar("Function", bound=Callable[..., Slopes])
+
+
+def estimator(forwards: Callable[[int], int]) -> Callable[[Function], Function]:
+    """Decorate an estimator with its cost.
+
+    Args:
+      forwards: number of directions -> number of forward passes; a forward-mode pass counts twice.
+    """
+
+    def decorate(function):
+        function.forwards = forwards
+        return function
+
+    return decorate
+
+
+def forward_passes(estimator: Estimator, num_directions: int) -> int:
+    """Return the number of forward passes of one estimate.
+
+    Raises:
+      UserError: if the estimator does not state it.
+    """
+    count = getattr(estimator, "forwards", None)
+    if count is None:
+        name = getattr(estimator, "__name__", type(estimator).__name__)
+        raise UserError(
+            f"estimator: has no attribute `forwards` (got {name}). Decorate it with "
+            "zo.estimator(lambda n: NUMBER_OF_FORWARD_PASSES)."
+        )
+    return count(num_directions)
 
 
 def _mean(aux, axes):
@@ -83,8 +118,9 @@ def _mean(aux, axes):
     return jax.tree.map(lambda x: x.mean(axes), wide)
 
 
+@estimator(lambda n: 2 * n)
 def central(measurement: Measurement, eps: Array, previous: Previous) -> Slopes:
-    """`g_j = (L(θ + ε z_j) - L(θ - ε z_j)) / 2ε`: two forward passes, error O(ε²)."""
+    """`g_j = (L(θ + ε z_j) - L(θ - ε z_j)) / 2ε`: 2n forward passes, error O(ε²)."""
     del previous
     scales = jnp.stack([eps, -eps])
     losses, aux = measurement.along(scales)
@@ -93,6 +129,7 @@ def central(measurement: Measurement, eps: Array, previous: Previous) -> Slopes:
     return Slopes(losses.mean(), plus, minus, slope, _mean(aux, (0, 1)))
 
 
+@estimator(lambda n: n + 1)
 def one_sided(measurement: Measurement, eps: Array, previous: Previous) -> Slopes:
     """`g_j = (L(θ + ε z_j) - L(θ)) / ε`: n + 1 forward passes, error O(ε); `minus` is L(θ)."""
     del previous
@@ -102,6 +139,7 @@ def one_sided(measurement: Measurement, eps: Array, previous: Previous) -> Slope
     return Slopes(loss, plus, jnp.full_like(plus, loss), (plus - loss) / eps, _mean(aux, ()))
 
 
+@estimator(lambda n: 2 * n)
 def forward_gradient(measurement: Measurement, eps: Array, previous: Previous) -> Slopes:
     """`g_j = z_j·∇L(θ)` exactly, by forward-mode differentiation; ε is not used.
 
@@ -114,12 +152,13 @@ def forward_gradient(measurement: Measurement, eps: Array, previous: Previous) -
     return Slopes(losses.mean(), losses, losses, slopes, _mean(aux, 0))
 
 
+@estimator(lambda n: n)
 def residual_feedback(measurement: Measurement, eps: Array, previous: Previous) -> Slopes:
-    """`g_j = (L_t(θ_t + ε z_t) - L_{t-1}(θ_{t-1} + ε z_{t-1})) / ε`: one forward pass.
+    """`g_j = (L_t(θ_t + ε z_t) - L_{t-1}(θ_{t-1} + ε z_{t-1})) / ε`: n forward passes.
 
-    The other loss is that of the step before, on its own batch; the first step moves nothing.
+    The second loss is that of the previous step, on its own batch; the first step moves nothing.
 
-    References: arXiv:2305.17333, definition 8 (where z is left out in print).
+    References: arXiv:2305.17333, definition 8 (the printed formula omits z).
     """
     losses, aux = measurement.along(eps[None])
     plus = losses[:, 0]
@@ -127,10 +166,11 @@ def residual_feedback(measurement: Measurement, eps: Array, previous: Previous) 
     return Slopes(plus.mean(), plus, before, (plus - before) / eps, _mean(aux, (0, 1)))
 
 
+@estimator(lambda n: n)
 def population(measurement: Measurement, eps: Array, previous: Previous) -> Slopes:
     """`g_j = (L(θ + ε z_j) - mean) / std` over the n members: evolution strategies.
 
-    The slopes have no unit, so a loss may be any negative reward; n is 2 or more.
+    The slopes have no unit, so the loss may be any negative reward; n must be at least 2.
 
     References: Qiu et al., "Evolution Strategies at Scale", arXiv:2509.24372.
     """
@@ -142,37 +182,26 @@ def population(measurement: Measurement, eps: Array, previous: Previous) -> Slop
 
 
 def standardized(x: Float[Array, "n"]) -> Float[Array, "n"]:
-    """`(x - mean) / std` of what is finite, NaN for the rest; 0 where all are equal."""
+    """`(x - mean) / std` of the finite values, NaN for the others; 0 if all are equal."""
     known = jnp.isfinite(x)
     mean, spread = x.mean(where=known), x.std(where=known)
     score = jnp.where(spread > 0, (x - mean) / jnp.where(spread > 0, spread, 1), 0)
     return jnp.where(known, score, jnp.nan)
 
 
-FORWARDS: dict[Estimator, Callable[[int], int]] = {
-    central: lambda n: 2 * n,
-    one_sided: lambda n: n + 1,
-    forward_gradient: lambda n: 2 * n,
-    residual_feedback: lambda n: n,
-    population: lambda n: n,
-}
-"""Forward passes of an estimate of n directions; a forward-mode pass is counted as two."""
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SPSAEstimate:
-    """A gradient estimate as n scalars and a key; `materialize` makes the gradient of it.
+    """A gradient estimate as n scalars and a key; `materialize` turns it into a gradient.
 
     Attributes:
-      loss: the loss; of `central`, the mean over all 2n evaluations.
-      loss_plus: [n], at θ + ε z_j.
-      loss_minus: [n], what they are compared with: the losses at θ - ε z_j, or as the estimator
-        says.
+      loss: the loss; for `central`, the mean of all 2n evaluations.
+      loss_plus: [n], losses at θ + ε z_j.
+      loss_minus: [n], losses that `loss_plus` is compared with: for `central`, at θ - ε z_j.
       projected_grad: [n], g_j.
       key: typed key of all n directions.
-      aux: what the objective returned beside the loss, averaged over the evaluations; or None.
-      sampler: of the directions.
+      aux: the mean of the auxiliary outputs over the evaluations; None if there are none.
+      sampler: distribution of the directions.
       eps: ε.
       select: parameters that were perturbed.
     """
@@ -188,23 +217,19 @@ class SPSAEstimate:
     select: paths.Select = dataclasses.field(default=None, metadata={"static": True})
 
     def directions(self, params: Any) -> Directions:
-        """The z_j, drawn where they are asked for."""
+        """The directions z_j, which are drawn where they are read."""
         count = self.projected_grad.shape[0]
         return directions(self.key, self.sampler, params, self.select, count)
 
 
 def check(eps: float | Array, num_directions: int, mesh: Mesh | None = None) -> None:
-    """Raises ValueError for an ε that is not positive, no direction, or too few for a mesh."""
-    if not is_traced(eps) and not 0 < eps < math.inf:
-        raise ValueError(f"eps must be positive, not {eps}")
-    if isinstance(num_directions, bool) or not isinstance(num_directions, int | np.integer):
-        raise ValueError(f"num_directions must be a whole number, not {num_directions}")
-    if num_directions < 1:
-        raise ValueError(f"num_directions must be at least 1, not {num_directions}")
+    """Raise UserError for an ε or a number of directions that `spsa` cannot use."""
+    real("eps", eps, above=0.0)
+    integer("num_directions", num_directions)
     if mesh is not None and num_directions % mesh.shape["data"]:
-        raise ValueError(
-            f"num_directions is {num_directions}: give a multiple of the {mesh.shape['data']} "
-            "devices on the axis data"
+        raise UserError(
+            f"num_directions: must be a multiple of the {mesh.shape['data']} devices on the mesh "
+            f"axis data (got {num_directions}). Give a multiple."
         )
 
 
@@ -222,36 +247,34 @@ def spsa(
     materialize_params: bool = False,
     mesh: Mesh | None = None,
 ) -> SPSAEstimate:
-    """Estimates the gradient of a loss by its slopes along random directions.
+    """Estimate the gradient of a loss from its slopes along random directions.
 
-    Memory, with P the parameters: P plus one layer and its noise if `loss_fn` has a keyword `view`;
-    2P if it has none, or with `materialize_params=True`.
+    Memory, with P the size of the parameters: P plus one layer and its noise if `loss_fn` has a
+    keyword `view`; 2P if it has none, or with `materialize_params=True`.
 
     Args:
-      loss_fn: `loss_fn(params, *args, [key], [view]) -> loss` or `(loss, aux)`, a scalar loss.
-        `key` is passed if it is among the parameters and not bound, the same for all evaluations
-        of the estimate.
-      params: any pytree. Arrays of real floats move; whatever else is in it is held fixed.
-      *args: what `loss_fn` takes besides, usually one batch.
+      loss_fn: `loss_fn(params, *args, [key], [view]) -> loss` or `(loss, aux)`, a scalar loss. If
+        it has a free parameter `key`, all evaluations of the estimate receive the same key.
+      params: any pytree. Arrays of real floats are perturbed; all other leaves stay fixed.
+      *args: further arguments of `loss_fn`, usually one batch.
       key: typed PRNG key of this estimate.
       eps: ε, in the units of the parameters.
       sampler: distribution of z.
-      num_directions: n. With a view, directions of factored samplers run in one pass; others run
-        one after another.
-      select: a regular expression or predicate on paths; other parameters stay where they are.
-      estimator: how the slopes are measured.
-      previous: `loss_plus` of the step before, for `residual_feedback`.
+      num_directions: n. With a view, directions of factored samplers share a pass; others run one
+        after another.
+      select: a regular expression or predicate on paths; other parameters stay fixed.
+      estimator: how slopes are measured.
+      previous: `loss_plus` of the previous step, for `residual_feedback`.
       materialize_params: perturb a copy of the parameters even if `loss_fn` has a keyword `view`.
-      mesh: spreads the directions over its axis `data`: each device measures its own on the whole
-        batch, and n losses are all that the devices exchange. n is a multiple of the axis.
+      mesh: spread the directions over its axis `data`, whose size must divide n. Each device
+        measures its own directions on the whole batch, and the devices exchange n losses.
 
     Returns:
       The estimate, as scalars.
 
     Raises:
-      ValueError: if eps is not positive, there is no direction, `mesh` does not divide them,
-        `select` takes nothing, two parameters have one path, the sampler does not fit the
-        parameters, or the loss is not one float.
+      UserError: if a number is out of range, `select` matches nothing, two parameters have the
+        same path, the sampler does not fit the parameters, or the loss is not one float.
 
     >>> loss = lambda params: (params["w"] ** 2).sum()
     >>> est = spsa(loss, {"w": jnp.ones(3)}, key=jax.random.key(0))
@@ -284,11 +307,11 @@ def spsa(
 
 
 def materialize(est: SPSAEstimate, params: Any) -> Any:
-    """Returns the gradient estimate `1/n Σ_j g_j z_j` as a pytree like `params`.
+    """Return the gradient estimate `1/n Σ_j g_j z_j` as a pytree like `params`.
 
-    Summed in at least float32 and rounded once to the dtype of each parameter. What the estimate
-    did not perturb gets zeros, None where it is no number. For optimizers that need a gradient in
-    memory; those of `jaxlm.zo` update in place without it.
+    The sum is computed in at least float32 and rounded once to the dtype of each parameter.
+    Parameters that were not perturbed get zeros, and leaves that are not numbers get None. This is
+    for optimizers that need a gradient in memory; those of `jaxlm.zo` update in place without it.
     """
     takes, drawn = paths.leaf_predicate(est.select), est.directions(params)
     dtype = width(params, est.select)
@@ -319,7 +342,7 @@ def value_and_grad(
     materialize_params: bool = False,
     mesh: Mesh | None = None,
 ) -> Callable[..., Any]:
-    """A drop-in for `jax.value_and_grad` that uses forward passes alone.
+    """A drop-in replacement for `jax.value_and_grad` that uses forward passes alone.
 
     Args:
       loss_fn: see `spsa`.
@@ -327,8 +350,8 @@ def value_and_grad(
       eps: ε.
       sampler: distribution of z.
       num_directions: n.
-      select: parameters that are perturbed.
-      estimator: how the slopes are measured.
+      select: parameters to perturb.
+      estimator: how slopes are measured.
       materialize_params: see `spsa`.
       mesh: see `spsa`.
 

@@ -1,4 +1,4 @@
-"""A float32 copy of the parameters, for updates that are smaller than half precision can hold."""
+"""A float32 copy of the parameters, for updates that half precision would round away."""
 
 from typing import Any, NamedTuple
 
@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core import paths
-from jaxlm.zo.optimizers import ZerothOrderOptimizer, as_they_are
+from jaxlm.core.errors import UserError
+from jaxlm.zo.optimizers import ZerothOrderOptimizer, unchanged
 
 
 class MasterMemory(NamedTuple):
-    """What `float32_master` puts in `ZerothOrderState.memory`.
+    """The `ZerothOrderState.memory` of `float32_master`.
 
     Attributes:
-      rule: the memory of the update rule.
+      rule: state of the update rule.
       params: the selected parameters in at least float32, None in place of the others.
     """
 
@@ -22,20 +23,20 @@ class MasterMemory(NamedTuple):
 
 
 def float32_master(opt: ZerothOrderOptimizer) -> ZerothOrderOptimizer:
-    r"""Moves a float32 copy of the parameters, of which the parameters are the rounding.
+    r"""Move a float32 copy m of the parameters, and round the parameters from it.
 
-    $m \leftarrow m - \eta (u + \lambda m)$, $\theta = \mathrm{round}(m)$: losses are measured at
-    θ, no part of an update is lost, and `moved_fraction` is that of m. The copy is of the selected
-    parameters and stands in the state: 4 bytes for each beside the 2 of θ.
+    $m \leftarrow m - \eta (u + \lambda m)$, $\theta = \mathrm{round}(m)$. Losses are measured at θ,
+    no part of an update is lost, and `moved_fraction` counts m. The state holds the copy of the
+    selected parameters: 4 bytes for each, beside the 2 of θ.
 
     Args:
       opt: the optimizer that moves the copy.
 
     Returns:
-      An optimizer of the same steps, updates and settings.
+      An optimizer with the same steps, updates and settings.
 
     Raises:
-      ValueError: if opt keeps what it adds beside the parameters, as `lozo_residual` does.
+      UserError: if `opt` keeps a residual beside the parameters, as `lozo_residual` does.
 
     >>> from jaxlm import zo
     >>> opt = float32_master(zo.mezo(1e-5, eps=0.1))
@@ -46,10 +47,10 @@ def float32_master(opt: ZerothOrderOptimizer) -> ZerothOrderOptimizer:
     >>> params["w"].dtype.name, state.memory.params["w"].dtype.name, float(info.moved_fraction)
     ('bfloat16', 'float32', 1.0)
     """
-    if opt.finalize is not as_they_are:
-        raise ValueError(
-            "float32_master takes no optimizer that has a residual: lozo_residual alone keeps "
-            "small steps"
+    if opt.finalize is not unchanged:
+        raise UserError(
+            "opt: must not keep a residual under float32_master (got the rule "
+            f"{opt.settings['rule']}). Use it as it is: it keeps small steps."
         )
 
     def unwrapped(state):
@@ -61,7 +62,7 @@ def float32_master(opt: ZerothOrderOptimizer) -> ZerothOrderOptimizer:
         return state._replace(memory=MasterMemory(state.memory, master))
 
     def step(loss_fn, params, state, batch):
-        # What this step makes of the rounded parameters is not used, and not compiled.
+        # Only the slopes are used. XLA removes the update of the rounded parameters as dead code.
         _, measured, info = opt.step(loss_fn, params, unwrapped(state), batch)
         params, state, moved = update(params, state, info.projected_grad, info.learning_rate)
         state = state._replace(loss_plus=measured.loss_plus, known=measured.known)
@@ -80,5 +81,5 @@ def float32_master(opt: ZerothOrderOptimizer) -> ZerothOrderOptimizer:
 
 
 def _wide(leaf):
-    """A copy, never the leaf itself: both are donated to one step."""
+    # Always a copy, since a step donates both the leaf and the copy.
     return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))

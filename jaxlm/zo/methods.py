@@ -1,13 +1,17 @@
-"""MeZO and its successors by name: choices of estimator, sampler and update rule.
+"""MeZO and its successors by name: combinations of estimator, sampler and update rule.
 
-What they have in common, from `eps` to `mesh`, is that of `zeroth_order`.
+To add a method, write a function with its whole signature here; a line in
+`jaxlm.train.zeroth_order` gives it a name in configurations. The arguments that all methods share,
+from `eps` to `mesh`, are documented at `mezo`.
 """
 
 from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxlm.core import paths
+from jaxlm.core.checks import integer
 from jaxlm.zo import factored, rules
+from jaxlm.zo.checks import MOST_COPIES
 from jaxlm.zo.estimators import one_sided
 from jaxlm.zo.optimizers import (
     Rounding,
@@ -37,16 +41,24 @@ def mezo(
 ) -> ZerothOrderOptimizer:
     """Memory-efficient zeroth-order SGD: central differences, `u = 1/n Σ_j g_j z_j`.
 
+    Two forward passes for each direction.
+
     Args:
       learning_rate: η, or an optax schedule of the step.
       eps: ε; 1e-3 suits all parameters, 1e-1 prefixes, 1e-2 LoRA.
-      num_directions: n; a larger n wants a larger η.
+      num_directions: n; a larger n allows a larger η.
       sampler: distribution of z.
-      weight_decay: λ, on the parameters that `decay` takes.
-      select: parameters that are trained, a regular expression or predicate on paths.
-      decay: parameters that are decayed; by default all but those named bias, scale or norm.
-      rounding: of parameters below float32 after an update, see `zeroth_order`.
-      mesh: spreads the directions over its axis `data`, see `spsa`.
+      weight_decay: λ, applied to the parameters that `decay` matches.
+      select: parameters to train, a regular expression or predicate on paths.
+      decay: parameters to decay; by default all but those named bias, scale or norm.
+      rounding: how parameters below float32 are rounded after an update, see `zeroth_order`.
+      mesh: spread the directions over its axis `data`, see `spsa`.
+
+    Returns:
+      The optimizer, see `zeroth_order`.
+
+    References: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes",
+    arXiv:2305.17333.
 
     >>> import jax, jax.numpy as jnp
     >>> opt = mezo(0.1)
@@ -84,7 +96,13 @@ def mezo_momentum(
     rounding: Rounding = "nearest",
     mesh: Mesh | None = None,
 ) -> ZerothOrderOptimizer:
-    """MeZO with momentum that is replayed from scalars; see `rules.replayed_momentum`."""
+    """MeZO with momentum that is replayed from scalars; see `rules.replayed_momentum`.
+
+    Args:
+      learning_rate: η; the other arguments that are not listed here are those of `mezo`.
+      momentum: decay rate of the mean over estimates.
+      horizon: number of estimates in the mean, which are drawn again in each step.
+    """
     return zeroth_order(
         learning_rate,
         rule=rules.replayed_momentum(momentum, horizon=horizon),
@@ -115,14 +133,20 @@ def mezo_adam(
     rounding: Rounding = "nearest",
     mesh: Mesh | None = None,
 ) -> ZerothOrderOptimizer:
-    """MeZO-Adam in constant memory, its moments replayed from scalars; see `rules.replayed_adam`.
+    """MeZO-Adam in constant memory: moments are replayed from scalars; see `rules.replayed_adam`.
 
-    `floor` is Adam's eps. With moments in memory it is
-    `optax.chain(scale_by_spsa(...), optax.adam(...))`.
+    For moments in memory use `optax.chain(scale_by_spsa(...), optax.adam(...))`.
+
+    Args:
+      learning_rate: η; the other arguments that are not listed here are those of `mezo`.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      floor: Adam's ε, added to the root of the second moment.
+      horizon: number of estimates in the moments, which are drawn again in each step.
     """
     return zeroth_order(
         learning_rate,
-        rule=rules.replayed_adam(b1, b2, eps=floor, horizon=horizon),
+        rule=rules.replayed_adam(b1, b2, floor=floor, horizon=horizon),
         eps=eps,
         num_directions=num_directions,
         sampler=sampler,
@@ -147,10 +171,15 @@ def meazo(
     rounding: Rounding = "nearest",
     mesh: Mesh | None = None,
 ) -> ZerothOrderOptimizer:
-    """MeZO with slopes divided by their running size, two scalars of state.
+    """MeZO with slopes divided by their running root mean square: two scalars of state.
 
-    See `rules.normalized_by_average`; `decay_rate` is its β. η is then the length of a step in
-    units of z, whatever the loss.
+    η is the length of a step in units of z, whatever the loss; see `rules.normalized_by_average`.
+
+    Args:
+      learning_rate: η; the other arguments that are not listed here are those of `mezo`.
+      decay_rate: decay rate of the mean of squared slopes.
+
+    References: MEAZO, arXiv:2605.03869.
     """
     return zeroth_order(
         learning_rate,
@@ -180,13 +209,16 @@ def fzoo(
 ) -> ZerothOrderOptimizer:
     """One-sided slopes along n random signs, divided by their standard deviation.
 
-    See `rules.normalized_by_spread`. n + 1 forward passes a step.
+    n + 1 forward passes a step; see `rules.normalized_by_spread`.
+
+    Args:
+      learning_rate: η; the other arguments that are not listed here are those of `mezo`.
+      num_directions: n, at least 2.
 
     References: Dang et al., "FZOO: Fast Zeroth-Order Optimizer for Fine-Tuning Large Language
     Models towards Adam-Scale Speed", arXiv:2506.09034.
     """
-    if num_directions < 2:
-        raise ValueError(f"fzoo needs num_directions of 2 or more, not {num_directions}")
+    integer("num_directions", num_directions, least=2, most=MOST_COPIES)
     return zeroth_order(
         learning_rate,
         estimator=one_sided,
@@ -207,6 +239,7 @@ def lozo(
     *,
     rank: int = 2,
     interval: int = 50,
+    momentum: float = 0.0,
     eps: float | Array = 1e-3,
     num_directions: int = 1,
     weight_decay: float | Array = 0.0,
@@ -215,13 +248,23 @@ def lozo(
     rounding: Rounding = "nearest",
     mesh: Mesh | None = None,
 ) -> ZerothOrderOptimizer:
-    """MeZO along low-rank directions whose right factor stays for `interval` steps.
+    """MeZO along low-rank directions with a factor that stays for `interval` steps.
 
-    See `low_rank`.
+    See `low_rank`, and `factored.factored_momentum` for the momentum.
+
+    Args:
+      learning_rate: η; the other arguments that are not listed here are those of `mezo`.
+      rank: rank of the directions.
+      interval: number of steps for which one factor stays.
+      momentum: decay rate of the mean of the other factor; 0 keeps no memory.
+
+    References: Chen et al., "Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank
+    Structures", arXiv:2410.07698.
     """
     return zeroth_order(
         learning_rate,
         sampler=low_rank(rank, interval=interval),
+        rule=factored.factored_momentum(momentum) if momentum else None,
         eps=eps,
         num_directions=num_directions,
         weight_decay=weight_decay,
@@ -246,11 +289,12 @@ def lozo_momentum(
     rounding: Rounding = "nearest",
     mesh: Mesh | None = None,
 ) -> ZerothOrderOptimizer:
-    """LOZO-M: `lozo` with momentum of the left factor; see `factored.factored_momentum`."""
-    return zeroth_order(
+    """LOZO-M: `lozo` with the paper's momentum of 0.9."""
+    return lozo(
         learning_rate,
-        sampler=low_rank(rank, interval=interval),
-        rule=factored.factored_momentum(momentum),
+        rank=rank,
+        interval=interval,
+        momentum=momentum,
         eps=eps,
         num_directions=num_directions,
         weight_decay=weight_decay,
@@ -277,7 +321,13 @@ def zo_muon(
 ) -> ZerothOrderOptimizer:
     """One-sided slopes in a subspace of each matrix, and an orthogonalized step in it.
 
-    See `subspace` and `factored.orthogonalized`. n + 1 forward passes a step.
+    n + 1 forward passes a step; see `subspace` and `factored.orthogonalized`.
+
+    Args:
+      learning_rate: η; the other arguments that are not listed here are those of `mezo`.
+      rank: dimension of the subspace.
+      interval: number of steps for which the subspace stays.
+      vector_scale: learning rate of leaves that are not matrices, relative to that of matrices.
 
     References: arXiv:2602.17155.
     """

@@ -1,16 +1,16 @@
 """Zeroth-order optimizers: an estimator, a sampler and an update rule, in the memory of inference.
 
-One step draws z_j, measures slopes g_j along them (`jaxlm.zo.estimators`), turns them into a
-direction u (`jaxlm.zo.rules`; for MeZO `1/n Σ_j g_j z_j`) and moves
+A step draws directions z_j, measures the slopes g_j along them (`jaxlm.zo.estimators`), turns them
+into a direction u (`jaxlm.zo.rules`; for MeZO `1/n Σ_j g_j z_j`) and moves
 
     θ ← θ - η (u + λ θ)
 
-in place, block by block, drawing z again. `zeroth_order` puts any three pieces together; `mezo` and
-its successors in `jaxlm.zo.methods` are choices of them.
+in place, block by block, with z drawn again. `zeroth_order` combines any estimator, sampler and
+rule; `mezo` and its successors in `jaxlm.zo.methods` are named combinations.
 
 References: Malladi et al., arXiv:2305.17333. Differences from the authors' code: parameters are
 never perturbed in place, the two losses are subtracted in float32, the reported loss is the mean of
-both signs, and weight decay spares biases and norms by their path.
+both signs, and weight decay excludes biases and norms by their path.
 """
 
 import dataclasses
@@ -22,22 +22,25 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlm.core import checks, paths, prng
+from jaxlm.core import paths, prng
+from jaxlm.core.checks import integer, one_of
 from jaxlm.core.errors import UserError
 from jaxlm.zo import rules
+from jaxlm.zo.checks import MOST_COPIES, is_traced, real
 from jaxlm.zo.estimators import (
-    FORWARDS,
     Estimator,
     Previous,
     SPSAEstimate,
     central,
     check,
+    forward_passes,
     spsa,
 )
-from jaxlm.zo.perturbation import directions, is_traced, width
+from jaxlm.zo.perturbation import directions, width
 from jaxlm.zo.rules import Drawn, Rule, Setup
 from jaxlm.zo.samplers import Gaussian, Sampler
 from jaxlm.zo.sites import Site, over_blocks
@@ -45,20 +48,22 @@ from jaxlm.zo.sites import Site, over_blocks
 NO_DECAY = r"(^|[._])(bias|scale)(\.value)?$|norm"
 ScalarOrSchedule = float | Array | Callable[[Array], Any]
 Rounding = Literal["nearest", "stochastic"]
-SAMPLE = 8
-"""Rows of a block on which `moved_fraction` is counted, evenly spaced: some in each shard."""
+PROBES: tuple[Any, ...] = (0, 1, 10, 100, 1000)
+"""Steps whose learning rates stand in the settings; those of all steps stand beside the slopes."""
+COUNTED_ROWS = 8
+"""Rows of a block on which `moved_fraction` is counted; evenly spaced, so that all shards count."""
 
 
 class ZerothOrderState(NamedTuple):
     """State of a zeroth-order optimizer.
 
     Attributes:
-      step: steps made so far.
+      step: number of steps made.
       key: typed PRNG key of the run; step t draws from `fold_in(key, t)`.
-      loss_plus: [n], the last ones with finite slopes.
-      memory: of the update rule.
-      known: [n], where there is such a loss.
-      last: number of the last step with a finite slope; -1 before there is one.
+      loss_plus: [n], the last losses at θ + ε z_j with finite slopes.
+      memory: state of the update rule.
+      known: [n], False where `loss_plus` has no such loss yet.
+      last: number of the last step with a finite slope; -1 before the first.
     """
 
     step: Int[Array, ""]
@@ -70,27 +75,27 @@ class ZerothOrderState(NamedTuple):
 
     @property
     def previous(self) -> Previous:
-        """What an estimator knows of the steps before."""
+        """The losses that an estimator may compare with."""
         return Previous(self.loss_plus, self.known)
 
     def after(self, est: SPSAEstimate) -> "ZerothOrderState":
-        """With the losses of an estimate."""
+        """Return the state with the losses of an estimate."""
         plus, known = self.previous.after(est.loss_plus, est.projected_grad)
         return self._replace(loss_plus=plus, known=known)
 
 
 class ZerothOrderInfo(NamedTuple):
-    """What one step saw; with the run's key, the projected gradients replay it.
+    """Diagnostics of a step; the projected gradients and the run's key suffice to replay it.
 
     Attributes:
-      loss: as the estimator knows it: of `central`, the mean over both signs and all directions.
+      loss: the estimator's value of the loss; for `central`, the mean over signs and directions.
       loss_plus, loss_minus: [n], see `SPSAEstimate`.
-      projected_grad: [n]; a direction along which it is not finite moves nothing, and a step
-        without a finite one leaves parameters and state as they were.
+      projected_grad: [n]; a slope that is not finite moves nothing along its direction, and a step
+        without a finite slope leaves parameters and state unchanged.
       learning_rate: η of this step.
-      moved_fraction: of the selected parameters, how many have another value after the step,
-        counted on some rows of each; below 1 where the update is lost to rounding.
-      aux: what the objective returned beside the loss, averaged; or None.
+      moved_fraction: fraction of the selected parameters that the step changed, counted on some
+        rows of each; below 1 if updates are lost to rounding.
+      aux: the mean of the auxiliary outputs of the loss; None if it has none.
     """
 
     loss: Float[Array, ""]
@@ -103,31 +108,31 @@ class ZerothOrderInfo(NamedTuple):
 
 
 def no_bias_or_norm(path: str) -> bool:
-    """Whether a path is decayed where nothing else is said: not if it is a bias, scale or norm."""
+    """Whether a path is decayed by default: if it is not a bias, scale or norm."""
     return not paths.path_predicate(NO_DECAY)(path)
 
 
-def as_they_are(params: Any, state: ZerothOrderState) -> Any:
-    """The parameters of `step` are those that a run has come to."""
+def unchanged(params: Any, state: ZerothOrderState) -> Any:
+    """The default `finalize`: the parameters of `step` are the result of a run."""
     del state
     return params
 
 
 class ZerothOrderOptimizer(NamedTuple):
-    """Pure functions.
+    """An optimizer as a tuple of pure functions.
 
     Attributes:
       init: `init(params, key) -> state`.
       step: `step(loss_fn, params, state, batch) -> params, state, info`.
       update: `update(params, state, projected_grad, learning_rate=None) -> params, state,
-        moved_fraction`: the part of a step that follows the forward passes; with the optimizer's
-        own η where none is given.
-      settings: what a trajectory of this optimizer must be replayed with: JSON values, and
-        functions that choose paths; None where a number is traced.
-      forwards: forward passes in a step; 0 for an estimator that is not in `estimators.FORWARDS`.
-      finalize: `finalize(params, state) -> params`: the parameters that a run has come to, where
-        those of `step` are not the whole of them.
-      select: parameters that move.
+        moved_fraction`, the part of a step that follows the forward passes; None for the
+        optimizer's own η.
+      settings: settings that a replay must share: JSON values, and functions that choose paths;
+        None for a traced number.
+      forwards: number of forward passes in a step.
+      finalize: `finalize(params, state) -> params`, the result of a run, if the parameters of
+        `step` are not all of it.
+      select: parameters to train.
       learning_rate: `learning_rate(step)`, η of a step.
     """
 
@@ -136,48 +141,41 @@ class ZerothOrderOptimizer(NamedTuple):
     update: Callable[..., Any]
     settings: dict[str, Any]
     forwards: int
-    finalize: Callable[..., Any] = as_they_are
+    finalize: Callable[..., Any] = unchanged
     select: paths.Select = None
     learning_rate: Callable[[Any], Array] | None = None
 
 
 def value_at(learning_rate: ScalarOrSchedule, step: Any, dtype: Any = jnp.float32) -> Array:
-    """η of a step."""
+    """Return η of a step."""
     return jnp.asarray(learning_rate(step) if callable(learning_rate) else learning_rate, dtype)
 
 
 def rates(learning_rate: ScalarOrSchedule) -> list[float] | None:
-    """η at some steps, by which a trajectory knows a schedule; None where it is traced.
-
-    A few, to refuse early and by name; the rates of all steps are beside the slopes.
-    """
-    values = [value_at(learning_rate, step) for step in (0, 1, 10, 100, 1000)]
-    return None if any(map(is_traced, values)) else [float(value) for value in values]
+    """Return η at a few steps, which identify a schedule in a trajectory; None if it is traced."""
+    # NumPy rather than JAX: a configuration builds its optimizer once to check itself, and may do
+    # so before the JAX backend is set up.
+    values = [learning_rate(t) if callable(learning_rate) else learning_rate for t in PROBES]
+    return None if any(map(is_traced, values)) else [float(np.float32(value)) for value in values]
 
 
 def concrete(value: Any) -> float | None:
-    """A number for a trajectory; None where it is traced."""
+    """Return a number for a trajectory; None if it is traced."""
     return None if is_traced(value) else float(value)
 
 
 def first_state(
     num_directions: int, key: Array, memory: Any, dtype: Any = jnp.float32
 ) -> ZerothOrderState:
-    """The state before the first step; it has a key of its own, since steps donate it.
-
-    Args:
-      num_directions: n.
-      key: of the run.
-      memory: of the rule.
-      dtype: of losses, see `perturbation.width`.
-    """
+    """Return the state before the first step, with losses of a dtype."""
     plus, known = Previous.none(num_directions, dtype)
     step = jnp.zeros((), jnp.int32)
+    # A copy of the key, since steps donate the state and the key may be the user's.
     return ZerothOrderState(step, jnp.copy(key), plus, memory, known, step - 1)
 
 
 def info_of(est: SPSAEstimate, learning_rate: Array, moved_fraction: Array) -> ZerothOrderInfo:
-    """What a step saw, from its estimate and its update."""
+    """Return the diagnostics of a step from its estimate and its update."""
     return ZerothOrderInfo(
         loss=est.loss,
         loss_plus=est.loss_plus,
@@ -189,16 +187,16 @@ def info_of(est: SPSAEstimate, learning_rate: Array, moved_fraction: Array) -> Z
     )
 
 
-def written(select: paths.Select) -> paths.Select:
-    """A selection as settings hold it: a trajectory writes down which paths a function takes."""
-    return select
+RECORDED = {"reuse_key": "lazy"}
+"""Names of fields in trajectories, where they differ: old files must stay readable."""
 
 
 def described(value: Any) -> str:
-    """A sampler as a trajectory knows it: its arrays, such as thresholds, by their checksums."""
+    """Return the text that identifies a sampler in a trajectory, with checksums of its arrays."""
     if dataclasses.is_dataclass(value):
         fields = (
-            f"{x.name}={described(getattr(value, x.name))}" for x in dataclasses.fields(value)
+            f"{RECORDED.get(x.name, x.name)}={described(getattr(value, x.name))}"
+            for x in dataclasses.fields(value)
         )
         return f"{type(value).__name__}({', '.join(fields)})"
     if isinstance(value, Mapping):
@@ -222,31 +220,31 @@ def zeroth_order(
     rounding: Rounding = "nearest",
     mesh: Mesh | None = None,
 ) -> ZerothOrderOptimizer:
-    """Any estimator with any sampler and any update rule.
+    """Combine an estimator, a sampler and an update rule into an optimizer.
 
     Args:
       learning_rate: η, or an optax schedule of the step.
       eps: ε; 1e-3 suits all parameters, 1e-1 prefixes, 1e-2 LoRA.
       estimator: how slopes are measured, see `jaxlm.zo.estimators`.
       sampler: distribution of z.
-      rule: what is made of them, see `jaxlm.zo.rules`; None for `rules.sgd()`.
-      num_directions: n; a larger n wants a larger η.
-      weight_decay: λ, on the parameters that `decay` takes.
-      select: parameters that are trained, a regular expression or predicate on paths. What is no
-        array of real floats is held fixed.
-      decay: parameters that are decayed; by default all but those named bias, scale or norm.
-      rounding: of parameters below float32 after the update: to nearest, or up or down at random
-        such that the mean is exact.
-      mesh: spreads the directions over its axis `data`, see `spsa`.
+      rule: how slopes become an update, see `jaxlm.zo.rules`; None for `rules.sgd()`.
+      num_directions: n; a larger n allows a larger η.
+      weight_decay: λ, applied to the parameters that `decay` matches.
+      select: parameters to train, a regular expression or predicate on paths. Leaves that are not
+        arrays of real floats stay fixed.
+      decay: parameters to decay; by default all but those named bias, scale or norm.
+      rounding: how parameters below float32 are rounded after the update: to the nearest number,
+        or up or down at random such that the mean is exact.
+      mesh: spread the directions over its axis `data`, see `spsa`.
 
     Returns:
-      `init`, `step` and what belongs to them. `step` is pure; `jit_step` compiles it with donated
-      buffers, so that its memory is that of the forward passes. The learning rate, eps and the
-      decay may be traced, such as by a `vmap` over learning rates.
+      The optimizer. Its `step` is pure; `jit_step` compiles it with donated buffers, so that it
+      needs the memory of the forward passes alone. The learning rate, ε and the decay may be
+      traced, for example by a `vmap` over learning rates.
 
     Raises:
-      ValueError: if a number is out of its range; from init if `select` takes nothing or sampler,
-        rule and parameters do not fit.
+      UserError: if a number is out of range or the estimator does not state its forward passes;
+        from `init`, if `select` matches nothing or sampler, rule and parameters do not fit.
 
     >>> from jaxlm import zo
     >>> opt = zeroth_order(
@@ -259,11 +257,13 @@ def zeroth_order(
     >>> opt.forwards
     5
     """
+    integer("num_directions", num_directions, most=MOST_COPIES)
     check(eps, num_directions, mesh)
-    rules.at_least_zero(weight_decay=weight_decay)
+    real("weight_decay", weight_decay, least=0.0)
     if not callable(learning_rate):
-        rules.at_least_zero(learning_rate=learning_rate)
-    checks.one_of("rounding", rounding, get_args(Rounding))
+        real("learning_rate", learning_rate, least=0.0)
+    one_of("rounding", rounding, get_args(Rounding))
+    forwards = forward_passes(estimator, num_directions)
     rule = rules.sgd() if rule is None else rule
     rate_at = functools.partial(value_at, learning_rate)
 
@@ -288,7 +288,9 @@ def zeroth_order(
             previous=state.previous,
             mesh=mesh,
         )
-        rate = rate_at(state.step, width(params, select))
+        # A schedule that is fused into several updates may round differently in each, and none
+        # might be the rate that is recorded. The barrier makes all of them read one number.
+        rate = lax.optimization_barrier(rate_at(state.step, width(params, select)))
         params, state, moved = update(params, state, est.projected_grad, rate)
         return params, state.after(est), info_of(est, rate, moved)
 
@@ -337,7 +339,6 @@ def zeroth_order(
         "decay": decay if is_traced(weight_decay) or weight_decay else None,
         "rounding": rounding,
     }
-    forwards = FORWARDS.get(estimator, lambda n: 0)(num_directions)
     return ZerothOrderOptimizer(
         init, step, update, settings, forwards, select=select, learning_rate=rate_at
     )
@@ -355,21 +356,21 @@ def descend(
     key: Array | None = None,
     moves: Bool[Array, ""] | bool = True,
 ) -> tuple[Any, Float[Array, ""]]:
-    """`θ - η (u + λ θ)` over layers and blocks of rows, and the fraction of θ that has moved.
+    """Return `θ - η (u + λ θ)`, and the fraction of θ that has moved.
 
-    Under `jit` with donated parameters this happens in place: beside the parameters only one block
-    and its noise are alive.
+    Under `jit` with donated parameters the update happens in place, block by block of rows: only
+    one block and its noise are alive beside the parameters.
 
     Args:
-      block: u at a site.
+      block: `block(site) -> u`.
       params: θ.
       learning_rate: η.
       weight_decay: λ.
-      select: parameters that move.
-      decay: parameters that are decayed.
+      select: parameters to move.
+      decay: parameters to decay.
       rounding: see `zeroth_order`.
-      key: of stochastic rounding.
-      moves: where this is False every bit stays, whatever u and η are.
+      key: key of stochastic rounding.
+      moves: False keeps every bit, whatever u and η are.
     """
     takes, decays = paths.leaf_predicate(select), paths.path_predicate(decay)
     counts, sizes = [], []
@@ -382,11 +383,13 @@ def descend(
         def moved(site):
             update = block(site)
             old = site.value.astype(jnp.promote_types(site.value.dtype, update.dtype))
-            # One product in each sum, so that no compiler has two ways to contract it.
+            # One product in each sum: with two, compilers differ in which one they contract to a
+            # fused multiply-add, and the last bits would depend on the program around it.
             new = old - learning_rate * update
             if is_traced(rate) or rate:
                 new = new - learning_rate * rate * old
             rounded = round_to(new, site, rounding, key)
+            # Equal numbers keep their bits: subtracting a zero can turn -0 into 0.
             value = jnp.where((new == old) | ~jnp.asarray(moves), site.value, rounded)
             changed = _some_rows(value) != _some_rows(site.value)
             return value, changed.mean(dtype=jnp.float32) * value.size
@@ -397,17 +400,17 @@ def descend(
         return value
 
     params = paths.map_with_path(leaf_update, params)
-    total = float(sum(sizes))  # which may not fit an int of 32 bits
+    total = float(sum(sizes))  # may not fit into int32
     return params, jnp.asarray(sum(counts) / total, jnp.float32)
 
 
 def _some_rows(value: Array) -> Array:
     rows = jnp.atleast_1d(value)
-    return rows[:: max(1, rows.shape[0] // SAMPLE)]
+    return rows[:: max(1, rows.shape[0] // COUNTED_ROWS)]
 
 
 def round_to(new: Array, site: Site, rounding: Rounding, key: Array | None) -> Array:
-    """`new` in the dtype of the site: the nearest number, or one of its neighbours at random."""
+    """Round `new` to the dtype of the site: to nearest, or at random to one of two neighbours."""
     near = new.astype(site.value.dtype)
     if key is None or rounding == "nearest" or near.dtype == new.dtype:
         return near
@@ -422,19 +425,19 @@ def round_to(new: Array, site: Site, rounding: Rounding, key: Array | None) -> A
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Held:
-    """A leaf that is no array, such as an activation function, in the structure of a tree."""
+    """A leaf that is not an array, such as an activation function, as static data of a tree."""
 
     value: Any
 
 
 def hold(tree: Any) -> Any:
-    """The tree as `jit` takes it, with what is no array out of the way; see `release`."""
+    """Wrap leaves that are not arrays, so that `jit` accepts the tree; inverse of `release`."""
     arrays = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
     return jax.tree.map(lambda x: x if isinstance(x, arrays) else _Held(x), tree)
 
 
 def release(tree: Any) -> Any:
-    """Inverse of `hold`."""
+    """Unwrap the leaves of `hold`."""
     return jax.tree.map(
         lambda x: x.value if isinstance(x, _Held) else x,
         tree,
@@ -443,7 +446,7 @@ def release(tree: Any) -> Any:
 
 
 class _JitStep:
-    """See `jit_step`; what else a function under `jit` can do, `lower` for one, it can too."""
+    """See `jit_step`; other attributes, such as `lower`, are those of a function under `jit`."""
 
     def __init__(self, opt: ZerothOrderOptimizer, loss_fn: Callable[..., Any]):
         def step(params, state, batch):
@@ -459,31 +462,31 @@ class _JitStep:
         return self._jitted.lower(hold(params), state, batch)
 
     def __call__(self, params: Any, state: Any, batch: Any) -> Any:
-        _refuse_twins({"params": params, "state": state})
+        _refuse_shared({"params": params, "state": state})
         params, state, info = self._jitted(hold(params), state, batch)
         return release(params), state, info
 
 
-def _refuse_twins(tree):
-    """Raises UserError where one array stands in two places: it cannot be donated twice."""
+def _refuse_shared(tree):
+    """Raise UserError if one array is in two places, since it cannot be donated twice."""
     seen: dict[int, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         other = seen.setdefault(id(leaf), path) if isinstance(leaf, jax.Array) else path
         if other is not path:
             names = [jax.tree_util.keystr(x, simple=True, separator=".") for x in (other, path)]
             raise UserError(
-                f"{names[0]}: is the same array as {names[1]}, and a step gives away both. Copy "
-                "one with jnp.copy; to train them as one, keep it in one place."
+                f"{names[0]}: must not be shared, since a step donates it (got the same array as "
+                f"{names[1]}). Copy one with jnp.copy, or keep it in one place to train it once."
             )
 
 
 def jit_step(opt: ZerothOrderOptimizer, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles `step(params, state, batch) -> params, state, info`, donating params and state.
+    """Compile `step(params, state, batch) -> params, state, info`, with params and state donated.
 
-    The arrays passed in are gone after the call; use what it returns. Leaves of `params` that are
-    no arrays, such as the activation function of a whole Equinox module, stay as they are.
+    Donated arrays are deleted by the call; use the returned ones. Leaves of `params` that are not
+    arrays, such as the activation function of an Equinox module, stay as they are.
 
     Raises:
-      UserError: from the step, if one array stands in two places of params and state.
+      UserError: from the step, if one array is in two places of params and state.
     """
     return _JitStep(opt, loss_fn)

@@ -1,7 +1,7 @@
-"""Directions, the view that moves along one, and the loss measured there.
+"""Directions, the view that perturbs along one of them, and the loss measured there.
 
-The directions of an estimate are never stored: each element of z_j is a function of (key, path,
-layer, index), made where a weight is read and made again where it is updated.
+The directions of an estimate are never stored. Each element of z_j is a function of (key, path,
+layer, index); it is computed where a weight is read and again where the weight is updated.
 """
 
 import dataclasses
@@ -22,25 +22,25 @@ from jaxlm.core.precision import Packed
 from jaxlm.zo.samplers import Sampler
 from jaxlm.zo.sites import Site
 
-TOGETHER = 4
-"""Directions of a factored sampler that run in one pass."""
+SHARED_PASS = 4
+"""Directions of a factored sampler that share one forward pass, each with its own activations."""
 
 
 def direction_key(key: Array, direction: Any) -> Array:
-    """The key of direction j of an estimate, from that of the estimate."""
+    """Derive the key of one direction from the key of an estimate."""
     return jax.random.fold_in(jax.random.fold_in(key, 0), direction)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Perturbation:
-    """The view `W + scale z`: what a model reads while its loss is measured along z.
+    """The view `W + scale z`, which a model reads while its loss is measured along z.
 
     Attributes:
-      key: of the direction z.
-      scale: ε, or -ε; a vmap over it runs both signs with z drawn once.
+      key: key of the direction z.
+      scale: ε or -ε; under a `vmap` over it both signs share one draw of z.
       sampler: distribution of z.
-      select: parameters that move.
+      select: parameters that are perturbed.
     """
 
     key: Array
@@ -57,22 +57,23 @@ class Perturbation:
         weight = seen.weight if isinstance(seen, views.LowRankSum) else seen
         if not paths.leaf_predicate(self.select)(path, weight):
             return seen
-        lost = isinstance(leaf, views.GatheredRows)
-        site = Site(path, views.shape_of(leaf, rows), layer, rows, leaf if lost else seen)
-        z = self.scale * settled(self.sampler.sample(self.key, site))
+        # Rows gathered by another view: the sampler must see that the rest of the leaf is unknown.
+        gathered = isinstance(leaf, views.GatheredRows)
+        site = Site(path, views.shape_of(leaf, rows), layer, rows, leaf if gathered else seen)
+        z = self.scale * drawn_once(self.sampler.sample(self.key, site))
         if isinstance(z, views.LowRank):
             return views.add_factors(path, seen, z, rows)
         return views.add(seen, z)
 
 
-def settled(z: Any) -> Any:
-    """z as it is, drawn once and with the same last bits wherever it is used.
-
-    The barrier keeps fusions from changing bits. What is broadcast, vectors and factors, is
-    `prng.prevent_recompute`, or it would be drawn again for each row.
-    """
+def drawn_once(z: Any) -> Any:
+    """Return z such that every use reads the same bits, of one draw."""
+    # Vectors and factors are broadcast over rows. XLA would fuse the draw into the broadcast and
+    # repeat it for each row.
     if isinstance(z, views.LowRank) or z.ndim <= 1:
         z = jax.tree.map(prng.prevent_recompute, z)
+    # In a fusion the compiler may contract products and sums of the draw into fused multiply-adds,
+    # and the forward pass and the update would see other last bits. The barrier prevents that.
     return lax.optimization_barrier(z)
 
 
@@ -82,7 +83,7 @@ class Directions:
     """The n directions of one estimate.
 
     Attributes:
-      key: of the estimate.
+      key: key of the estimate.
       samplers: the sampler of each direction, stacked.
       count: n.
     """
@@ -92,21 +93,22 @@ class Directions:
     count: int = dataclasses.field(metadata={"static": True})
 
     def at(self, j: Any) -> tuple[Array, Sampler]:
-        """Key and sampler of direction j."""
+        """Return the key and the sampler of direction j."""
         return direction_key(self.key, j), jax.tree.map(lambda x: x[j], self.samplers)
 
     def z(self, j: Any, site: Site) -> Any:
-        """Direction j at a site, as it enters the estimate; see `Sampler.direction`."""
+        """Return direction j at a site as it enters the estimate; see `Sampler.direction`."""
         key, sampler = self.at(j)
-        return settled(sampler.direction(key, site))
+        return drawn_once(sampler.direction(key, site))
 
     def combine(self, coefficients: Float[Array, "n"], site: Site) -> Float[Array, "..."]:
-        """`Σ_j c_j z_j` at a site, at least in float32."""
+        """Return `Σ_j c_j z_j` at a site, in at least float32."""
 
         def term(j):
             z = self.z(j, site)
             return coefficients[j] * (z.dense() if isinstance(z, views.LowRank) else z)
 
+        # A loop rather than an unrolled sum, so that one z is alive at a time.
         if self.count == 1:
             return term(0)
         return lax.fori_loop(1, self.count, lambda j, total: total + term(j), term(0))
@@ -115,12 +117,12 @@ class Directions:
 def directions(
     key: Array, sampler: Sampler, params: Any, select: paths.Select, count: int
 ) -> Directions:
-    """The directions of the estimate that `key` gives at `params`.
+    """Return the directions of the estimate with this key.
 
     Raises:
-      UserError: inside `shard_map`, where the parameters are, or may be, parts of larger ones.
+      UserError: inside `shard_map`, if the parameters are shards or cannot be told from shards.
     """
-    _refuse_parts(params, select)
+    _refuse_shards(params, select)
 
     def one(j):
         return sampler.along(direction_key(key, j), params, select)
@@ -128,66 +130,58 @@ def directions(
     return Directions(key, lax.map(one, jnp.arange(count)), count)
 
 
-def _refuse_parts(params, select):
-    """Raises UserError where the leaves may be one device's parts, which would share their noise.
-
-    `shard_map` shows each device an array of its own, and noise is a function of the index in that
-    array. What varies between devices is marked in the type, unless `check_vma=False`.
-    """
+def _refuse_shards(params, select):
+    """Raise UserError if the leaves may be shards inside `shard_map`."""
+    # `shard_map` shows each device its own array, and noise is a function of the index in that
+    # array, so all shards would draw the same noise. Arrays that vary between devices carry a mark
+    # in their type, unless `check_vma=False`: then even the axis index has none.
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.manual_axes:
         return
     if not _varying(lax.axis_index(mesh.manual_axes[0])):
         raise UserError(
-            f"params: inside shard_map with check_vma=False over {mesh.manual_axes}, sharded "
-            "parameters cannot be told from whole ones, and every shard would draw the same "
-            "noise. Leave check_vma=True, or call from outside with sharded arrays under jit."
+            "params: shards cannot be told from whole parameters inside shard_map with "
+            f"check_vma=False (got the axes {mesh.manual_axes}), and all shards would draw the "
+            "same noise. Leave check_vma=True, or pass sharded arrays under jit."
         )
     for leaf in trained(params, select):
         if varying := _varying(leaf.value):
             raise UserError(
-                f"params: {leaf.path} differs between the devices of shard_map (got "
-                f"{tuple(sorted(varying))}), and every shard would draw the same noise. Call from "
-                "outside of shard_map with sharded arrays under jit."
+                f"params: {leaf.path} differs between the devices of shard_map (got the axes "
+                f"{tuple(sorted(varying))}), and all shards would draw the same noise. Pass "
+                "sharded arrays under jit, outside of shard_map."
             )
 
 
 def _varying(x):
-    """The axes of a mesh along which an array inside `shard_map` differs; empty if unchecked."""
+    """Return the mesh axes along which an array in `shard_map` varies; empty if unchecked."""
     kind = jax.typeof(x)
     axes = getattr(kind, "manual_axis_type", None)  # before JAX 0.10.1, the attribute `vma`
     return getattr(kind, "vma", ()) if axes is None else axes.varying
 
 
 def trained(params: Any, select: paths.Select) -> list[paths.Leaf]:
-    """The leaves that move: those that `select` takes and that are real floats, at least one."""
+    """Return the leaves that move: non-empty arrays of real floats that `select` matches."""
     takes = paths.leaf_predicate(select)
     return [leaf for leaf in paths.flatten(params)[0] if takes(leaf.path, leaf.value)]
 
 
 def width(params: Any, select: paths.Select) -> np.dtype:
-    """The dtype of scalars about the parameters that move: of the widest leaf, at least float32.
+    """Return the dtype of slopes and their like: the widest of the trained leaves and float32.
 
-    Not JAX's default, which a setting of the whole process changes.
+    JAX's default dtype depends on a setting of the process; this does not.
     """
     return jnp.result_type(jnp.float32, *(leaf.value.dtype for leaf in trained(params, select)))
 
 
-def is_traced(value: Any) -> bool:
-    """Whether a number is not known yet: under `jit` or `vmap`."""
-    return isinstance(value, jax.core.Tracer)
-
-
 def accepts(function: Callable, keyword: str, *given: Any) -> bool:
-    """Whether a function called with `given` has a parameter of that name left to be filled.
-
-    A keyword that `functools.partial` has bound is the user's, though the signature still shows it.
-    """
+    """Whether a function called with `given` has a free parameter of that name."""
     try:
         signature = inspect.signature(function)
         taken = signature.bind_partial(*given).arguments
     except (TypeError, ValueError):
         return False
+    # A keyword bound by `functools.partial` belongs to the user, but stays in the signature.
     inner: Any = function
     while inner is not None:
         if keyword in getattr(inner, "keywords", ()):
@@ -198,16 +192,16 @@ def accepts(function: Callable, keyword: str, *given: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """A loss, and the directions along which it is measured.
+    """A loss and the directions along which it is measured.
 
     Attributes:
       loss_fn: `loss_fn(params, *args, [key], [view]) -> loss` or `(loss, aux)`.
-      params: where.
-      args: what it takes besides.
+      params: θ.
+      args: further arguments of `loss_fn`.
       directions: the z_j.
-      select: parameters that move.
+      select: parameters that are perturbed.
       materialize_params: perturb a copy of the parameters even if `loss_fn` has a keyword `view`.
-      mesh: over whose axis `data` the directions are spread; None for no axis.
+      mesh: mesh over whose axis `data` the directions are spread, or None.
     """
 
     loss_fn: Callable[..., Any]
@@ -220,14 +214,14 @@ class Measurement:
 
     @property
     def lean(self) -> bool:
-        """Whether the model reads its parameters through a view."""
+        """Whether the loss reads its parameters through a view."""
         return self._accepts("view") and not self.materialize_params
 
     def _accepts(self, keyword: str) -> bool:
         return accepts(self.loss_fn, keyword, self.params, *self.args)
 
     def loss(self, view: Perturbation | None = None) -> tuple[Array, Any]:
-        """The loss seen through a view, in at least float32, and the aux output or None."""
+        """Return the loss under a view, in at least float32, and its auxiliary output or None."""
         params = self.params
         options: dict[str, Any] = {}
         if self._accepts("key"):
@@ -239,16 +233,19 @@ class Measurement:
         out = self.loss_fn(params, *self.args, **options)
         loss, aux = out if isinstance(out, tuple) else (out, None)
         if jnp.shape(loss) != ():
-            raise ValueError(f"the loss must be a scalar, not an array of shape {jnp.shape(loss)}")
+            raise UserError(
+                f"loss_fn: must return a scalar (got an array of shape {jnp.shape(loss)}). "
+                "Return its mean."
+            )
         dtype = jnp.result_type(loss)
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"the loss must be a float, not {dtype}")
+            raise UserError(f"loss_fn: must return a float (got {dtype}). Convert it to float32.")
         return jnp.asarray(loss, jnp.promote_types(dtype, jnp.float32)), aux
 
     def along(self, scales: Float[Array, "s"]) -> tuple[Float[Array, "n s"], Any]:
-        """Losses at `θ + scale z_j`, and what else came out, stacked alike.
+        """Return the losses at `θ + scale z_j` and the auxiliary outputs, both stacked.
 
-        With a view all scales run in one pass, and so do a few directions of a factored sampler.
+        With a view all scales share one pass, and so do a few directions of a factored sampler.
         """
 
         def one(j):
@@ -256,7 +253,8 @@ class Measurement:
                 return self.loss(self._view(j, scale))
 
             def alone(scale):
-                # Else XLA draws z before the loop over signs, and keeps all of it: P more.
+                # Without the barrier XLA hoists the draw of z out of the loop over signs and keeps
+                # all of it: a third copy of the parameters.
                 return self.loss(self._view(*lax.optimization_barrier((j, scale))))
 
             return jax.vmap(at)(scales) if self.lean else lax.map(alone, scales)
@@ -264,7 +262,7 @@ class Measurement:
         return self._over_directions(one)
 
     def slopes(self) -> tuple[Float[Array, "n"], Float[Array, "n"], Any]:
-        """Losses at θ, their exact derivatives along z_j, and what else came out, all stacked."""
+        """Return losses at θ, their derivatives along z_j and the auxiliary outputs, stacked."""
 
         def one(j):
             def at(scale):
@@ -282,7 +280,9 @@ class Measurement:
         return Perturbation(key, scale, sampler, self.select)
 
     def _over_directions(self, one):
-        together = TOGETHER if self.lean and self.directions.samplers.factored else None
+        # Factored directions read each weight once for the whole batch of them. Dense ones would
+        # need a perturbed layer each, so they run one after another.
+        together = SHARED_PASS if self.lean and self.directions.samplers.factored else None
         indices = jnp.arange(self.directions.count)
 
         def some(indices):
@@ -306,7 +306,7 @@ class Measurement:
 
 
 def materialized(view: views.View, params: Any) -> Any:
-    """A copy of the parameters as a view shows them."""
+    """Return a copy of the parameters as a view shows them."""
 
     def dense(seen):
         return seen.dense() if isinstance(seen, views.LowRankSum) else seen

@@ -1,9 +1,9 @@
-r"""LOZO whose steps add up in float32 factors, for parameters in few bits.
+r"""LOZO with updates that accumulate in float32 factors, for low-precision parameters.
 
-While the factor V of `low_rank` stays, what a run has added to a matrix is $N V^\top$ [out, in],
-with N [out, r] in float32. The model reads the sum with W as a `LowRankSum`; W itself is rewritten
-once every `interval` steps. So no step is lost to rounding, and a step costs no pass over the
-parameters. Leaves that are no matrices have a float32 copy.
+While the factor V of `low_rank` stays, the sum of all updates of a matrix is $N V^\top$ [out, in],
+with N [out, r] in float32. The model reads W plus this residual as a `LowRankSum`; W itself is
+rewritten once every `interval` steps. So no update is lost to rounding, and a step makes no pass
+over the parameters. Leaves that are not matrices have a float32 copy.
 """
 
 import dataclasses
@@ -18,15 +18,16 @@ from jaxtyping import Array, Float
 from jaxlm.core import paths, prng, views
 from jaxlm.core.precision import Packed
 from jaxlm.core.views import LowRank
+from jaxlm.zo.checks import real
 from jaxlm.zo.estimators import Slopes, central, check, spsa
 from jaxlm.zo.factored import (
     leaf_name,
     mean_new_factor,
+    memory_at,
     new_factors,
     over_layers,
-    own_part,
     remembered,
-    with_lazy,
+    with_reused,
 )
 from jaxlm.zo.optimizers import (
     ScalarOrSchedule,
@@ -49,7 +50,6 @@ from jaxlm.zo.perturbation import (
     materialized,
     width,
 )
-from jaxlm.zo.rules import at_least_zero
 from jaxlm.zo.samplers import Gaussian, Sampler
 from jaxlm.zo.sites import Site, over_blocks
 from jaxlm.zo.structured import OUT_FIRST, Factored, LowRankSampler, is_matrix, low_rank
@@ -58,11 +58,11 @@ from jaxlm.zo.structured import OUT_FIRST, Factored, LowRankSampler, is_matrix, 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Residual:
-    r"""The view $W + N V^\top$, and the float32 copies of what is no matrix.
+    r"""The view $W + N V^\top$ of matrices, and the float32 copies of other leaves.
 
     Attributes:
       memory: N and copies, by the name of the leaf.
-      sampler: that V is drawn from.
+      sampler: sampler that draws V.
       key: any key; V does not depend on it.
     """
 
@@ -74,7 +74,7 @@ class Residual:
         seen = views.take(leaf, rows)
         if isinstance(leaf, Packed):
             return seen
-        own = own_part(self.memory, path, layer)
+        own = memory_at(self.memory, path, layer)
         if own is None:
             return seen
         site = Site(path, leaf.shape, layer, rows, seen)
@@ -83,8 +83,8 @@ class Residual:
         return views.add_factors(path, seen, self.factors(site, own), rows)
 
     def factors(self, site: Site, own: Array) -> LowRank:
-        """The factors of what was added, at a site."""
-        return with_lazy(self.sampler, self.key, site, own)
+        """Return the factors of the residual at a site."""
+        return with_reused(self.sampler, self.key, site, own)
 
 
 def lozo_residual(
@@ -100,22 +100,27 @@ def lozo_residual(
 ) -> ZerothOrderOptimizer:
     """`lozo` with a float32 residual in factors, for bfloat16 parameters and for speed.
 
-    `step` returns parameters without the residual; `finalize(params, state)` adds it, wherever they
-    are evaluated or saved. Every `interval` steps the residual is folded in with stochastic
-    rounding. Memory: as of `lozo` for a loss with a keyword `view`; for one without, one copy of
-    the parameters beside them.
+    `step` returns parameters without the residual; `finalize(params, state)` adds it, before they
+    are evaluated or saved. Every `interval` steps the residual is added to the parameters with
+    stochastic rounding. Memory: that of `lozo` for a loss with a keyword `view`; one copy of the
+    parameters more for a loss without it.
 
     Args:
       learning_rate: η, or an optax schedule of the step.
-      rank, interval, base: see `low_rank`.
+      rank: see `low_rank`, as for `interval`, `base` and `out_first`.
+      interval: number of steps between rewrites of the parameters.
+      base: distribution of the entries of the factors.
       eps: ε.
       num_directions: n.
-      select: parameters that are trained.
-      out_first: see `low_rank`.
+      select: parameters to train.
+      out_first: a regular expression that matches the paths of matrices stored [out, in].
+
+    Returns:
+      The optimizer, see `zeroth_order`.
     """
     check(eps, num_directions)
     if not callable(learning_rate):
-        at_least_zero(learning_rate=learning_rate)
+        real("learning_rate", learning_rate, least=0.0)
     sampler = low_rank(rank, interval=interval, base=base, out_first=out_first)
     rate_at = functools.partial(value_at, learning_rate)
 
@@ -132,6 +137,9 @@ def lozo_residual(
     def step(loss_fn, params, state, batch):
         base = residual(state)
         lean = accepts(loss_fn, "view", params, batch)
+
+        # The perturbation is a view on top of the residual's view, so the loss reads
+        # W + N V^T + ε z without a copy. A loss without a view gets the sum as an array.
 
         def seen(params, batch, *, key, view=None):
             options = {"key": key} if accepts(loss_fn, "key", params, batch) else {}
@@ -151,7 +159,7 @@ def lozo_residual(
             select=select,
             estimator=central if lean else one_by_one,
         )
-        rate = rate_at(state.step, width(params, select))
+        rate = lax.optimization_barrier(rate_at(state.step, width(params, select)))
         params, state, moved = update(params, state, est.projected_grad, rate)
         return params, state.after(est), info_of(est, rate, moved)
 
@@ -163,6 +171,7 @@ def lozo_residual(
         key = jax.random.fold_in(state.key, state.step)
         now = directions(key, residual(state).sampler, params, select, num_directions)
 
+        # The direction U V^T shares V with the residual, so a step adds to N alone.
         def moved(site, own):
             step = mean_new_factor(now, slopes, site).astype(own.dtype)
             return jnp.where(finite.any(), own - jnp.asarray(rate, own.dtype) * step, own)
@@ -171,10 +180,12 @@ def lozo_residual(
         fraction = moved_fraction(sampler, params, state.memory, memory)
         last = jnp.where(finite.any(), state.step, state.last)
         state = state._replace(memory=memory, last=last)
+        # V changes with the next step, so the residual has to be added to the parameters now. Both
+        # branches are one program: `cond` skips the pass over the parameters in all other steps.
         full = (state.step + 1) % interval == 0
 
         def fold(arrays, state):
-            return hold(folded(release(arrays), state))
+            return hold(folded(release(arrays), state))  # `cond` accepts arrays alone
 
         arrays = lax.cond(full, fold, lambda arrays, state: arrays, hold(params), state)
         memory = {
@@ -186,6 +197,8 @@ def lozo_residual(
 
     def folded(params, state):
         base, takes = residual(state), paths.leaf_predicate(select)
+        # The same stream as stochastic rounding in `zeroth_order`: 0 draws directions, 1 is the
+        # key of the loss, 2 rounds.
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)
 
         def whole(leaf):
@@ -193,7 +206,7 @@ def lozo_residual(
                 return leaf.value
 
             def block(site):
-                own = own_part(state.memory, site.path, site.layer)
+                own = memory_at(state.memory, site.path, site.layer)
                 if not is_matrix(site):
                     return views.take(own, site.rows).astype(site.value.dtype), jnp.zeros(())
                 new = site.value.astype(own.dtype) + base.factors(site, own).dense()
@@ -217,16 +230,19 @@ def lozo_residual(
 
 
 def one_by_one(measurement: Measurement, eps: Array, previous: Any) -> Slopes:
-    """`central` for a loss that is called on copies of the parameters: one is alive at a time."""
+    """`central` for a loss that is called on copies of the parameters, one of them at a time."""
     return central(_OneByOne(**vars(measurement)), eps, previous)
 
 
 class _OneByOne(Measurement):
-    """A measurement that runs no two passes together."""
+    """A measurement in which no two passes run together."""
+
+    # `seen` has a keyword `view`, so `Measurement` takes it for lean and would run both signs in
+    # one pass, with a copy of the parameters for each.
 
     def along(self, scales):
         def at(j, scale):
-            # Else XLA draws z before the loop over signs, and keeps all of it.
+            # Without the barrier XLA hoists the draw of z out of the loop and keeps all of it.
             j, scale = lax.optimization_barrier((j, scale))
             key, sampler = self.directions.at(j)
             return self.loss(Perturbation(key, scale, sampler, self.select))
@@ -238,7 +254,7 @@ class _OneByOne(Measurement):
 def moved_fraction(
     sampler: Factored, params: Any, old: dict[str, Array], new: dict[str, Array]
 ) -> Float[Array, ""]:
-    """Of the parameters that are trained, how many have another value: where a row of N has."""
+    """Return the fraction of trained parameters that changed: those in rows of N that did."""
     moved, total = jnp.zeros((), jnp.float32), 0.0
     for leaf, site in remembered(params, new):
         changed = old[leaf_name(leaf)] != new[leaf_name(leaf)]

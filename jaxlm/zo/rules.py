@@ -4,12 +4,11 @@ An optimizer of `jaxlm.zo.optimizers` moves by
 
     θ ← θ - η (u + λ θ),
 
-and a rule says what u is, for one block of parameters at a time. A rule is a pair of pure
-functions, and what it remembers is its own: nothing, some scalars, or small matrices.
+and a rule computes u, one block of parameters at a time. A rule is a pair of pure functions with
+its own state: nothing, some scalars, or small matrices.
 """
 
 import functools
-import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,40 +17,26 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlm.core import checks, paths
-from jaxlm.zo.perturbation import Directions, is_traced, width
+from jaxlm.core import paths
+from jaxlm.core.checks import integer
+from jaxlm.zo.checks import MOST_COPIES, decay_rates, real
+from jaxlm.zo.perturbation import Directions, width
 from jaxlm.zo.samplers import Sampler
 from jaxlm.zo.sites import Site
 
-
-def below_one(**values: Any) -> None:
-    """Raises UserError for a decay that is not from 0 to below 1; traced ones pass."""
-    _numbers(values, least=0.0, below=1.0)
-
-
-def at_least_zero(**values: Any) -> None:
-    """Raises UserError for a negative number or one that is not finite; traced ones pass."""
-    _numbers(values, least=0.0)
-
-
-def _numbers(values, **bounds):
-    given = {name: float(x) for name, x in values.items() if not is_traced(x)}
-    checks.number(types.SimpleNamespace(**given), *given, **bounds)
-
-
 Block = Callable[[Site], Float[Array, "..."]]
-"""u at a site, at least in float32."""
+"""`block(site) -> u` at a site, in at least float32."""
 
 
 class Drawn(NamedTuple):
-    """What a rule learns of a step.
+    """The slopes of a step, as a rule sees them.
 
     Attributes:
-      projected_grad: [n], 0 in place of what is not finite.
-      finite: [n], where it is.
+      projected_grad: [n], 0 where a slope is not finite.
+      finite: [n], whether a slope is finite.
       step: number of the step, from 0.
-      last: number of the last step that moved something; -1 before there is one.
-      directions: `directions(step)`, those of this or of an earlier step.
+      last: number of the last step that moved parameters; -1 before the first.
+      directions: `directions(step)`, the directions of this or an earlier step.
     """
 
     projected_grad: Float[Array, "n"]
@@ -62,16 +47,17 @@ class Drawn(NamedTuple):
 
     @property
     def now(self) -> Directions:
+        """The directions of this step."""
         return self.directions(self.step)
 
 
 class Setup(NamedTuple):
-    """What a rule is initialised with.
+    """The arguments of a rule's `init`.
 
     Attributes:
-      params: where training starts.
-      select: parameters that move.
-      sampler: of the directions.
+      params: initial parameters.
+      select: parameters to train.
+      sampler: distribution of the directions.
       num_directions: n.
     """
 
@@ -82,20 +68,20 @@ class Setup(NamedTuple):
 
     @property
     def width(self) -> Any:
-        """The dtype of scalars that a rule remembers."""
+        """The dtype of scalars in the state of a rule."""
         return width(self.params, self.select)
 
 
 class Rule(NamedTuple):
     """A pair of pure functions.
 
-    `update` is only of consequence in a step with a finite slope: in another one the state stays as
-    it was and nothing moves, whatever the rule returns.
+    The result of `update` is discarded in a step without a finite slope: the state is kept and
+    nothing moves.
 
     Attributes:
-      name: with the rule's settings.
+      name: name and settings of the rule, as a trajectory records them.
       init: `init(setup) -> state`.
-      update: `update(drawn, params, state) -> (state, block)`, with `block(site)` the u of a site.
+      update: `update(drawn, params, state) -> (state, block)`; `block(site)` returns u there.
     """
 
     name: str
@@ -119,12 +105,12 @@ def sgd() -> Rule:
 
 
 def normalized_by_spread() -> Rule:
-    r"""`u = 1/n Σ_j g_j z_j / std(g)`, std over the n slopes of a step, which are 2 or more: FZOO.
+    r"""`u = 1/n Σ_j g_j z_j / std(g)`, std over the n >= 2 slopes of a step: FZOO.
 
-    A slope that is not finite moves nothing and is left out of the standard deviation.
+    A slope that is not finite moves nothing and does not enter the standard deviation.
 
-    References: arXiv:2506.09034. There $(l_j - l_0) / \mathrm{std}(l)$, in which eps cancels: the
-    same. The standard deviation is that of a population, as in the authors' code.
+    References: arXiv:2506.09034. The paper writes $(l_j - l_0) / \mathrm{std}(l)$, in which eps
+    cancels. The standard deviation has n in the denominator, as in the authors' code.
     """
 
     def update(drawn, params, state):
@@ -137,40 +123,42 @@ def normalized_by_spread() -> Rule:
     return Rule("normalized_by_spread", lambda setup: (), update)
 
 
-def normalized_by_average(decay: float = 0.99, *, floor: float = 1e-8) -> Rule:
+def normalized_by_average(decay_rate: float = 0.99, *, floor: float = 1e-8) -> Rule:
     r"""`u = 1/n Σ_j g_j z_j / (sqrt(v) + floor)`: one scalar in place of Adam's second moment.
 
     $v_t = \beta v_{t-1} + (1 - \beta) \overline{g_j^2}$ over the finite slopes of a step, divided
-    by the sum of its weights, $1 - \beta^t$ after t steps that moved.
+    by the sum of its weights, $1 - \beta^t$ after t steps that moved parameters.
 
     Args:
-      decay: β.
+      decay_rate: β.
       floor: added to the root.
 
     References: MEAZO, arXiv:2605.03869.
     """
-    below_one(decay=decay)
-    at_least_zero(floor=floor)
+    decay_rates(decay_rate=decay_rate)
+    real("floor", floor, least=0.0)
 
     def update(drawn, params, state):
         del params
         slopes, (square, weight) = drawn.projected_grad, state
-        square = decay * square + (1 - decay) * jnp.square(slopes).mean(where=drawn.finite)
-        weight = decay * weight + (1 - decay)
+        new = jnp.square(slopes).mean(where=drawn.finite)
+        square = decay_rate * square + (1 - decay_rate) * new
+        # Summed rather than a power of the step number, since steps without a slope do not count.
+        weight = decay_rate * weight + (1 - decay_rate)
         return (square, weight), _along(drawn, slopes / (jnp.sqrt(square / weight) + floor))
 
     def init(setup):
         return (jnp.zeros((), setup.width), jnp.zeros((), setup.width))
 
-    return Rule(f"normalized_by_average(decay={decay}, floor={floor})", init, update)
+    return Rule(f"normalized_by_average(decay={decay_rate}, floor={floor})", init, update)
 
 
 class History(NamedTuple):
-    """Slopes of the last steps that moved something, newest first.
+    """Slopes of the last h steps that moved parameters, newest first.
 
     Attributes:
       slopes: [h, n].
-      steps: [h], their numbers; -1 where there was none yet.
+      steps: [h], the numbers of the steps; -1 where there is none yet.
     """
 
     slopes: Float[Array, "h n"]
@@ -179,11 +167,11 @@ class History(NamedTuple):
     def averages(
         self, drawn: Directions, site: Site, decays: tuple[float, ...], powers: tuple[int, ...]
     ) -> list:
-        """`Σ_s β^s G_s^p / Σ_s β^s` over the steps, for each decay β and power p.
+        """Return `Σ_s β^s G_s^p / Σ_s β^s` over the steps at a site, for each pair of β and p.
 
         Args:
           drawn: the directions of each step, stacked.
-          site: where.
+          site: the leaf, or some of its rows.
           decays: the β.
           powers: the p.
         """
@@ -208,8 +196,7 @@ class History(NamedTuple):
 
 
 def _replayed(name: str, horizon: int, block: Callable[[Callable[..., list], Site], Array]) -> Rule:
-    if horizon < 1:
-        raise ValueError(f"horizon is {horizon}: give at least 1")
+    integer("horizon", horizon, most=MOST_COPIES)
 
     def init(setup):
         slopes = jnp.zeros((horizon, setup.num_directions), setup.width)
@@ -229,39 +216,49 @@ def _replayed(name: str, horizon: int, block: Callable[[Callable[..., list], Sit
     return Rule(name, init, update)
 
 
-def replayed_momentum(decay: float = 0.9, *, horizon: int = 20) -> Rule:
+def replayed_momentum(momentum: float = 0.9, *, horizon: int = 20) -> Rule:
     r"""$u = \sum_s \beta^s G_{t-s} / \sum_s \beta^s$, $G = 1/n \sum_j g_j z_j$, without its memory.
 
-    The last estimates are drawn again from their keys and slopes: a state of `horizon` n scalars,
-    and as many draws of noise a step. What lies further back is left out.
+    The last estimates are drawn again from their keys and slopes: the state is `horizon` n scalars,
+    and a step draws `horizon` n directions. Older estimates are left out.
+
+    Args:
+      momentum: β.
+      horizon: number of estimates in the mean.
 
     References: arXiv:2305.17333, appendix B.
     """
-    below_one(decay=decay)
+    decay_rates(momentum=momentum)
 
     def block(averages, site):
-        return averages(site, (decay,), (1,))[0]
+        return averages(site, (momentum,), (1,))[0]
 
-    return _replayed(f"replayed_momentum(decay={decay}, horizon={horizon})", horizon, block)
+    return _replayed(f"replayed_momentum(decay={momentum}, horizon={horizon})", horizon, block)
 
 
 def replayed_adam(
-    b1: float = 0.9, b2: float = 0.999, *, eps: float = 1e-8, horizon: int = 20
+    b1: float = 0.9, b2: float = 0.999, *, floor: float = 1e-8, horizon: int = 20
 ) -> Rule:
     r"""Adam on the estimates G, without the memory of its moments.
 
     $u = \hat m / (\sqrt{\hat v} + \epsilon)$ with weighted means over the last `horizon` steps in
-    place of running ones: $\hat m = \sum_s \beta_1^s G_{t-s} / \sum_s \beta_1^s$, $\hat v$ likewise
-    of $G^2$. Adam itself, bias correction included, for as many steps as the horizon is long.
+    place of running ones: $\hat m = \sum_s \beta_1^s G_{t-s} / \sum_s \beta_1^s$, and $\hat v$
+    likewise of $G^2$. The first `horizon` steps equal Adam with bias correction.
+
+    Args:
+      b1: β1, decay rate of the first moment.
+      b2: β2, decay rate of the second moment.
+      floor: Adam's ε, added to the root.
+      horizon: number of estimates in the means.
 
     References: arXiv:2305.17333, appendix B; AdaMeZO, arXiv:2605.00650 (the horizon).
     """
-    below_one(b1=b1, b2=b2)
-    at_least_zero(eps=eps)
+    decay_rates(b1=b1, b2=b2)
+    real("floor", floor, least=0.0)
 
     def block(averages, site):
         mean, square = averages(site, (b1, b2), (1, 2))
-        return mean / (jnp.sqrt(square) + eps)
+        return mean / (jnp.sqrt(square) + floor)
 
-    name = f"replayed_adam(b1={b1}, b2={b2}, eps={eps}, horizon={horizon})"
+    name = f"replayed_adam(b1={b1}, b2={b2}, eps={floor}, horizon={horizon})"
     return _replayed(name, horizon, block)

@@ -1,7 +1,7 @@
-"""Where in the parameters something is drawn or moved, and loops over all such places.
+"""Sites, the places where noise is drawn or parameters move, and loops over all of them.
 
-Under `jit` with donated parameters the loops write in place: beside the parameters only one block
-and what is computed of it are alive.
+Under `jit` with donated parameters the loops write in place: only one block and its intermediate
+values are alive beside the parameters.
 """
 
 import math
@@ -17,18 +17,18 @@ from jaxlm.core import paths, prng
 from jaxlm.core.errors import UserError
 
 BLOCK = 2**22
-"""Elements in a block of rows."""
+"""Elements in a block of rows: large enough that the loop costs nothing, small beside a model."""
 
 
 class Site(NamedTuple):
-    """A leaf, or some of its rows, of one layer.
+    """One layer of a leaf, or some rows of it.
 
     Attributes:
-      path: of the leaf.
-      shape: of the whole leaf, of one layer where layers are stacked.
+      path: path of the leaf.
+      shape: shape of the whole leaf, or of one layer if layers are stacked.
       layer: index of the layer, or None.
       rows: which rows, see `jaxlm.core.prng`; None for all.
-      value: the parameters there.
+      value: the parameters at the site.
     """
 
     path: str
@@ -38,16 +38,16 @@ class Site(NamedTuple):
     value: Any = None
 
     def key(self, key: Array) -> Array:
-        """The key of this leaf, from one for all leaves.
+        """Derive the key of this leaf from the key of all leaves.
 
         Raises:
-          UserError: if a model reads a leaf layer by layer that is not declared: what is updated is
-            the whole of it, with other noise.
+          UserError: if a loss reads an undeclared leaf layer by layer.
         """
+        # The update would take the leaf as one array and draw other noise than the loss saw.
         if isinstance(self.layer, jax.core.Tracer) and not paths.is_declared(self.path):
             raise UserError(
-                f"{self.path}: the loss reads it in a loop over layers, but it is not declared to "
-                f"be stacked. Call jaxlm.core.paths.declare_stacked({{{self.path!r}: "
+                f"{self.path}: must be declared as stacked (got a loss that reads it in a loop "
+                f"over layers). Call jaxlm.core.paths.declare_stacked({{{self.path!r}: "
                 f"{len(self.shape)}}}) once, beside the model."
             )
         return prng.leaf_key(key, self.path, self.layer)
@@ -56,11 +56,7 @@ class Site(NamedTuple):
 def over_blocks(
     function: Callable[[Site], tuple[Array, Array]], leaf: paths.Leaf
 ) -> tuple[Array, Array]:
-    """Applies `function(site) -> (new value, number)` to a leaf.
-
-    Args:
-      function: of a site whose value is a block of rows of one layer.
-      leaf: the leaf; its layers and blocks come one after another.
+    """Apply `function(site) -> (new value, number)` to the layers and blocks of a leaf in turn.
 
     Returns:
       The leaf with its new values, and the sum of the numbers.
@@ -72,14 +68,14 @@ def over_blocks(
         stack, total = carry
         value = lax.dynamic_index_in_dim(stack, layer, keepdims=False)
         value, number = _over_rows(function, leaf.path, value, layer)
-        here = _after(number, layer)
+        here = _depend_on(number, layer)
         return lax.dynamic_update_index_in_dim(stack, value, here, 0), total + _narrow(number)
 
     return lax.fori_loop(0, leaf.value.shape[0], body, (leaf.value, _narrow(0)))
 
 
 def sum_over_blocks(function: Callable[[Site], Array], leaf: paths.Leaf) -> Array:
-    """The sum of `function(site)` over the same sites, none of which is written."""
+    """Return the sum of `function(site)` over the sites of a leaf."""
 
     def rows(value, layer):
         blocks = _Blocks.of(leaf.path, value, layer)
@@ -103,12 +99,15 @@ def sum_over_blocks(function: Callable[[Site], Array], leaf: paths.Leaf) -> Arra
 
 
 def _narrow(number: Any) -> Array:
-    """In float32, whatever the process takes for the width of a number."""
+    # Under 64 bits a Python number would make the carry of a loop float64.
     return jnp.asarray(number, jnp.float32)
 
 
-def _after(number, index):
-    """`index`, known only after `number`; else XLA copies the leaf for the two that read it."""
+def _depend_on(number, index):
+    """Return `index`, in such a way that XLA must compute `number` first."""
+    # `number` and the write both read the old leaf. If XLA is free to order them, it copies the
+    # leaf so that `number` can be computed after the write. The minimum is always `index`, but the
+    # compiler cannot know that, so the write has to wait for `number`.
     return jnp.minimum(index, index + (jnp.abs(number) > 0).astype(jnp.int32))
 
 
@@ -121,7 +120,7 @@ def _over_rows(function, path, value, layer):
         value, total = carry
         new, number = function(blocks.site(value, start, size))
         new = new.reshape(value.shape[0], size, *value.shape[2:])
-        start = _after(number, start)
+        start = _depend_on(number, start)
         value = lax.dynamic_update_slice_in_dim(value, new, start, axis=1)
         return value, total + _narrow(number)
 
@@ -130,10 +129,10 @@ def _over_rows(function, path, value, layer):
 
 
 class _Blocks(NamedTuple):
-    """Blocks of rows of one layer: of each of `parts` equal parts the same few rows.
+    """Blocks of rows of one layer: the same few rows of each of `parts` equal parts."""
 
-    So a block has rows from every shard, or each device would need those of the others.
-    """
+    # A block takes rows from every part, so that each device updates rows of its own shard. Blocks
+    # of consecutive rows would lie on one device, and the others would have to fetch them.
 
     path: str
     shape: tuple[int, ...]
@@ -143,7 +142,7 @@ class _Blocks(NamedTuple):
 
     @classmethod
     def of(cls, path, value, layer):
-        """None where one block is enough."""
+        """Return the blocks of a value, or None if it is small enough to be one block."""
         size = max(1, BLOCK // max(1, value[0].size)) if value.ndim else 0
         if value.ndim == 0 or value.shape[0] <= size:
             return None
@@ -166,7 +165,7 @@ class _Blocks(NamedTuple):
         return Site(self.path, self.shape, self.layer, rows, block)
 
     def fold(self, function, carry):
-        """`function(start, size, carry)` for one block after another."""
+        """Apply `function(start, size, carry)` to one block after another."""
         count, rest = divmod(self.length, self.size)
 
         def at(i, carry):

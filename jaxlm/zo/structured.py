@@ -1,95 +1,97 @@
-"""Perturbations of few factors, of a few layers, of small weights, or rescaled by group.
+"""Structured perturbations: low-rank, of some layers, of small weights, or rescaled by group.
 
-Each draws its numbers from a `base` sampler.
+Each sampler draws its numbers from a `base` sampler. Groups of parameters are each layer, "embed"
+and "head"; their norms for `variance_modified` are `tree_norms` or `probed_norms`.
 """
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxlm.core import paths, views
+from jaxlm.core.checks import integer, real, show
+from jaxlm.core.errors import UserError
 from jaxlm.core.views import LowRank
+from jaxlm.zo.checks import MOST_COPIES
+from jaxlm.zo.estimators import Estimator, central, spsa
+from jaxlm.zo.perturbation import trained
 from jaxlm.zo.samplers import Gaussian, Sampler, register
 from jaxlm.zo.sites import Site
 
 OUT_FIRST = r"(^|[._])(embeddings?|weight)(\.(value|values|scale))?$"
-"""Paths of matrices that are stored [out, in], as those of PyTorch are; others are [in, out]."""
+"""Paths of matrices that are stored [out, in], as in PyTorch; others are [in, out]."""
 
 
 def is_matrix(site: Site) -> bool:
-    """Whether the leaf of a site, of one layer, has two axes."""
+    """Whether one layer of the leaf has two axes."""
     return len(site.shape) == 2
-
-
-def _selected(params: Any, select: paths.Select) -> list[paths.Leaf]:
-    takes = paths.leaf_predicate(select)
-    return [leaf for leaf in paths.flatten(params)[0] if takes(leaf.path, leaf.value)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Factored(Sampler):
-    """What low-rank samplers share: two factors for a matrix, dense noise for everything else.
+    """Base of low-rank samplers: two factors for a matrix, dense noise for all other leaves.
 
-    One factor is new for each direction, the other one, the lazy one, stays for an interval.
+    One factor is new for each direction; the other one is reused for an interval of steps.
 
     Attributes:
-      rank: r; a matrix that is smaller gets less, see `rank_of`.
-      interval: steps for which the lazy factor stays.
-      base: of the entries.
-      out_first: a regular expression, the paths of matrices that are [out, in].
-      lazy: key of the lazy factor; None for that of the direction.
+      rank: r; smaller matrices get a smaller rank, see `rank_of`.
+      interval: number of steps for which the reused factor stays.
+      base: distribution of the entries.
+      out_first: a regular expression that matches the paths of matrices stored [out, in].
+      reuse_key: key of the reused factor; None for the key of the direction.
     """
 
     rank: int
     interval: int
     base: Sampler
     out_first: str | None = OUT_FIRST
-    lazy: Any = None
+    reuse_key: Any = None
     factored = True
 
     def at(self, key, step) -> Any:
-        return dataclasses.replace(self, lazy=jax.random.fold_in(key, step // self.interval))
+        return dataclasses.replace(self, reuse_key=jax.random.fold_in(key, step // self.interval))
 
     def sample(self, key, site):
         return self.factors(key, site) if is_matrix(site) else self.base.sample(key, site)
 
     def factors(self, key: Array, site: Site) -> LowRank:
-        """The two factors of z at a matrix."""
-        new, lazy = self.new_factor(key, site), self.lazy_factor(key, site)
-        return LowRank(new, lazy) if self.new_side(site.path) == "left" else LowRank(lazy, new)
+        """Return the two factors of z at a matrix."""
+        new, reused = self.new_factor(key, site), self.reused_factor(key, site)
+        return LowRank(new, reused) if self.new_side(site.path) == "left" else LowRank(reused, new)
 
     def new_side(self, path: str) -> Literal["left", "right"]:
-        """Which factor of a matrix is new for each direction."""
-        raise TypeError(f"{type(self).__name__} has no method new_side")
+        """Return the side of the factor that is new for each direction."""
+        raise NotImplementedError
 
     def new_factor(self, key: Array, site: Site) -> Array:
-        """The factor that is new for each direction."""
-        raise TypeError(f"{type(self).__name__} has no method new_factor")
+        """Draw the factor that is new for each direction."""
+        raise NotImplementedError
 
-    def lazy_factor(self, key: Array, site: Site) -> Array:
-        """The factor that stays for an interval."""
-        raise TypeError(f"{type(self).__name__} has no method lazy_factor")
+    def reused_factor(self, key: Array, site: Site) -> Array:
+        """Draw the factor that stays for an interval."""
+        raise NotImplementedError
 
     def rank_of(self, path: str, shape: tuple[int, ...]) -> int:
-        """The rank at a matrix."""
-        raise TypeError(f"{type(self).__name__} has no method rank_of")
+        """Return the rank at a matrix."""
+        raise NotImplementedError
 
     def _out_first(self, path: str) -> bool:
         return self.out_first is not None and re.search(self.out_first, path) is not None
 
-    def _lazy_key(self, key):
-        return key if self.lazy is None else self.lazy
+    def _reuse_key(self, key):
+        return key if self.reuse_key is None else self.reuse_key
 
     def _entries(self, key, site, side, rank=None):
-        """Numbers of a factor: [*rows, rank] or [rank, columns]."""
+        """Draw the entries of a factor: [*rows, rank] or [rank, columns]."""
         rank = self.rank_of(site.path, site.shape) if rank is None else rank
         left = side == "left"
         shape = (site.shape[0], rank) if left else (rank, site.shape[1])
@@ -101,7 +103,7 @@ def _other(side: str) -> str:
     return "right" if side == "left" else "left"
 
 
-@register("base", "lazy")
+@register("base", "reuse_key")
 @dataclasses.dataclass(frozen=True)
 class LowRankSampler(Factored):
     """U V^T; see `low_rank`."""
@@ -117,15 +119,15 @@ class LowRankSampler(Factored):
             scale = 1 / math.sqrt(self.rank_of(site.path, site.shape))
         return scale * self._entries(key, site, self.new_side(site.path))
 
-    def lazy_factor(self, key, site):
-        return self._entries(self._lazy_key(key), site, _other(self.new_side(site.path)))
+    def reused_factor(self, key, site):
+        return self._entries(self._reuse_key(key), site, _other(self.new_side(site.path)))
 
     def rank_of(self, path, shape):
-        # Of a table whose rows were taken behind another view, the number of rows is not known.
+        # By columns alone: the number of rows is unknown for rows gathered by another view.
         return min(self.rank, shape[1])
 
 
-@register("base", "lazy")
+@register("base", "reuse_key")
 @dataclasses.dataclass(frozen=True)
 class Subspace(Factored):
     """P u with orthonormal P; see `subspace`."""
@@ -136,7 +138,7 @@ class Subspace(Factored):
     def new_factor(self, key, site):
         return self._entries(key, site, self.new_side(site.path))
 
-    def lazy_factor(self, key, site):
+    def reused_factor(self, key, site):
         basis = self.basis(key, site)
         return views.take(basis, site.rows) if self._out_first(site.path) else basis.T
 
@@ -144,27 +146,30 @@ class Subspace(Factored):
         return min(self.rank, shape[0] if self._out_first(path) else shape[1])
 
     def basis(self, key: Array, site: Site) -> Float[Array, "out rank"]:
-        """P: orthonormal columns, uniform among all of them where `base` is Gaussian."""
+        """Return P, whose orthonormal columns are uniformly distributed if `base` is Gaussian."""
         if isinstance(site.value, views.GatheredRows):
-            raise ValueError(f"{site.path}: a subspace cannot be drawn behind another view")
+            raise UserError(
+                f"{site.path}: a subspace needs the whole matrix (got rows gathered by another "
+                "view). Use zo.low_rank, or leave the parameter out by `select`."
+            )
         side = _other(self.new_side(site.path))
-        drawn = self._entries(self._lazy_key(key), site._replace(rows=None), side)
+        drawn = self._entries(self._reuse_key(key), site._replace(rows=None), side)
         return orthonormal(drawn if side == "left" else drawn.T)
 
 
 def orthonormal(x: Float[Array, "n r"]) -> Float[Array, "n r"]:
-    r"""Orthonormal columns from any n r numbers, r <= n: the first r columns of $H_1 \cdots H_r$.
+    r"""Turn any [n, r] numbers, r <= n, into the first r orthonormal columns of $H_1 \cdots H_r$.
 
-    $H_j$ is the reflection that takes $x_{j:n,j}$ to a multiple of $e_j$, and column j has the sign
-    that makes the multiple positive. Where x is Gaussian this is the Q, with a positive diagonal of
-    R, of the QR decomposition of a Gaussian matrix, without its r steps one after another and
-    without its condition: $H_1 \cdots H_r = I - W T W^\top$ is orthogonal whatever W is. Products
-    alone, no solver of LAPACK: those can stop for ever in a program whose other threads wait for
-    them.
+    $H_j$ is the reflection that maps $x_{j:n,j}$ to a multiple of $e_j$, and column j has the sign
+    that makes the multiple positive. For Gaussian x the result is distributed as the Q, with a
+    positive diagonal of R, of the QR decomposition of a Gaussian matrix. It is computed without r
+    sequential steps and for any condition of x, since $H_1 \cdots H_r = I - W T W^\top$ is
+    orthogonal for every W.
 
     References: Stewart, "The efficient generation of random orthogonal matrices", 1980; Joffrain et
     al., "Accumulating Householder transformations, revisited", 2006.
     """
+    # Matrix products alone: a LAPACK call can hang in a program whose other threads wait for it.
     n, r = x.shape
     row, column = jnp.arange(n)[:, None], jnp.arange(r)[None]
     x = jnp.where(row >= column, x, 0)
@@ -173,13 +178,12 @@ def orthonormal(x: Float[Array, "n r"]) -> Float[Array, "n r"]:
     first = jnp.diagonal(x)[None]
     sign = jnp.where(first < 0, -1, 1).astype(x.dtype)
     length = jnp.sqrt(jnp.square(x).sum(0, keepdims=True))
-    # |v|^2 is 2 length (length + |first|), and |w|^2 is 2; a column of zeros is no reflection.
+    # |v|^2 = 2 length (length + |first|), and |w|^2 = 2; a column of zeros gives no reflection.
     square = length * (length + jnp.abs(first))
     v = x + jnp.where(row == column, sign * length, 0)
     w = v / jnp.sqrt(jnp.where(square > 0, square, 1))
     with jax.default_matmul_precision("highest"):
-        # T^-1 is upper triangular with a diagonal of ones: inverses of blocks, twice as large in
-        # each turn.
+        # T^-1 is upper triangular with unit diagonal. Invert it by blocks that double in size.
         above, t, block = w.T @ w, jnp.eye(r, dtype=x.dtype), 1
         while block < r:
             pair = (row[:r] // block % 2 == 0) & (row[:r] // block + 1 == column // block)
@@ -191,7 +195,7 @@ def orthonormal(x: Float[Array, "n r"]) -> Float[Array, "n r"]:
 @register("base", "active")
 @dataclasses.dataclass(frozen=True)
 class Blocks(Sampler):
-    """Some layers at a time; see `layer_blocks`."""
+    """z on some layers at a time; see `layer_blocks`."""
 
     num_layers: int
     size: int
@@ -200,22 +204,28 @@ class Blocks(Sampler):
 
     @property
     def count(self) -> int:
-        """Blocks of layers, and one of all other parameters."""
+        """Number of blocks: those of layers, and one of all other parameters."""
         return -(-self.num_layers // self.size) + 1
 
     def at(self, key, step):
         return dataclasses.replace(self, active=jnp.asarray(step) % self.count)
 
     def check(self, params, select):
-        for leaf in _selected(params, select):
+        for leaf in trained(params, select):
             layer = paths.identity(leaf.path, leaf.layer)[1]
             depth = leaf.value.shape[0] if leaf.stacked else (layer or 0) + 1
             if depth > self.num_layers or (leaf.stacked and depth < self.num_layers):
-                raise ValueError(f"num_layers is {self.num_layers}, but {leaf.path} has {depth}")
+                raise UserError(
+                    f"num_layers: must be the depth of {leaf.path}, {depth} (got "
+                    f"{self.num_layers}). Correct it."
+                )
 
     def sample(self, key, site):
         if self.active is None:
-            raise ValueError("blocks of layers take turns by step: use them in an optimizer")
+            raise UserError(
+                "sampler: layer_blocks chooses its block by the step (got none). Use it in an "
+                "optimizer, or call its method `at` first."
+            )
         layer = paths.identity(site.path, site.layer)[1]
         block = self.count - 1 if layer is None else layer // self.size
         drawn = functools.partial(self.base.sample, key, site)
@@ -229,17 +239,17 @@ class Blocks(Sampler):
 @register("base", "limits")
 @dataclasses.dataclass(frozen=True)
 class Magnitude(Sampler):
-    """Small weights alone; see `magnitude`."""
+    """z on small weights alone; see `magnitude`."""
 
     base: Sampler
     limits: Mapping[str, Array]
 
     def check(self, params, select):
-        for path in dict.fromkeys(leaf.path for leaf in _selected(params, select)):
+        for path in dict.fromkeys(leaf.path for leaf in trained(params, select)):
             if paths.identity(path)[0] not in self.limits:
-                raise ValueError(
-                    f"{path} has no threshold: give magnitude the parameters that are trained, or "
-                    f"leave {path} out by select"
+                raise UserError(
+                    f"{path}: has no threshold (got thresholds of {show(sorted(self.limits))}). "
+                    "Give zo.magnitude all trained parameters, or leave it out by `select`."
                 )
 
     def sample(self, key, site):
@@ -260,11 +270,11 @@ class Rescaled(Sampler):
     power: int
 
     def check(self, params, select):
-        for path in dict.fromkeys(leaf.path for leaf in _selected(params, select)):
+        for path in dict.fromkeys(leaf.path for leaf in trained(params, select)):
             if group(path) not in self.norms:
-                raise ValueError(
-                    f"{path} has no norm: give one for {group(path)!r} beside those for "
-                    f"{sorted(self.norms)}, or leave {path} out by select"
+                raise UserError(
+                    f"{path}: has no norm (got norms of {sorted(self.norms)}). Give one for "
+                    f"{group(path)!r}, or leave it out by `select`."
                 )
 
     def _norm(self, site):
@@ -280,7 +290,7 @@ class Rescaled(Sampler):
 
 
 def group(path: str, layer: Any = None) -> str:
-    """Group of a path: "layers", of which each is one, "embed", or "head" for everything else."""
+    """Return the group of a path: "layers", each of which is one, "embed", or "head" otherwise."""
     if paths.is_declared(path) or paths.identity(path, layer)[1] is not None:
         return paths.LAYERS
     return "embed" if path.split(".", 1)[0] == "embed" else "head"
@@ -296,27 +306,27 @@ def low_rank(
 ) -> LowRankSampler:
     r"""$Z = U V^\top / \sqrt r$ for matrices, `base` for the rest; the noise of LOZO.
 
-    Z is [out, in], its transpose where a matrix is [in, out]. U [out, r] is new for each direction,
-    V [in, r] stays for `interval` steps. Both are drawn from `base`, so Z has mean 0 and covariance
-    I, and the estimate is unbiased over draws of both; while V stays, its mean is the gradient
-    projected on the span of V. A dense layer computes $x W + \epsilon (x V) U^\top$ and reads W
-    once for both signs and all directions.
+    Z is [out, in], and transposed for a matrix that is stored [in, out]. U [out, r] is new for each
+    direction, V [in, r] stays for `interval` steps. Both are drawn from `base`, so Z has mean 0 and
+    covariance I, and the estimate is unbiased over draws of both. While V stays, the mean of the
+    estimate is the gradient projected on the span of V. A dense layer computes $x W + \epsilon (x
+    V) U^\top$ and reads W once for both signs and all directions.
 
     Args:
-      rank: r; of a matrix with fewer columns, their number.
-      interval: steps of an optimizer for which V stays; alone, `spsa` draws both from its key.
-      base: of the entries and of leaves that are no matrices.
-      out_first: a regular expression, the paths of matrices that are [out, in]; those of embedding
-        tables and of weights in the manner of PyTorch as it stands. None for no path; "" for all,
-        which keeps V on the output side of a kernel.
-      scale: s of $Z = s U V^\top$, None for $1 / \sqrt r$. The authors' code has 1, which makes the
+      rank: r; at most the number of columns of a matrix.
+      interval: number of steps for which V stays; `spsa` alone draws both factors from its key.
+      base: distribution of the entries, and of leaves that are not matrices.
+      out_first: a regular expression that matches the paths of matrices stored [out, in], by
+        default embedding tables and PyTorch's weights. None matches no path; "" matches all, which
+        keeps V on the output side of a kernel.
+      scale: s of $Z = s U V^\top$; None for $1 / \sqrt r$. The authors' code has 1, which makes the
         estimate of a matrix r times as long as that of a vector.
 
     References: Chen et al., "Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank
-    Structures", arXiv:2410.07698. The paper has s = 1 and divides the estimate by r: for matrices
-    the same as here at an eps that is sqrt(r) times smaller.
+    Structures", arXiv:2410.07698. The paper has s = 1 and divides the estimate by r, which equals
+    this at an eps that is sqrt(r) times smaller, for matrices.
     """
-    _check(rank, interval)
+    _check_factors(rank, interval)
     return LowRankSampler(rank, interval, base, out_first, scale=scale)
 
 
@@ -329,45 +339,48 @@ def subspace(
 ) -> Subspace:
     r"""$Z = P u$ for matrices: P [out, r] orthonormal for `interval` steps, u [r, in] from `base`.
 
-    Z is [out, in], its transpose where a matrix is [in, out]. The estimate is unbiased for the
-    gradient projected on the span of P. The perturbation of ZO-Muon (arXiv:2602.17155); arguments
-    as in `low_rank`, r at most the size of the output.
+    Z is [out, in], and transposed for a matrix that is stored [in, out]. The estimate is unbiased
+    for the gradient projected on the span of P. The perturbation of ZO-Muon (arXiv:2602.17155).
+
+    Args:
+      rank: r; at most the output size of a matrix.
+      interval: number of steps for which P stays.
+      base: distribution of u, and of leaves that are not matrices.
+      out_first: see `low_rank`.
     """
-    _check(rank, interval)
+    _check_factors(rank, interval)
     return Subspace(rank, interval, base, out_first)
 
 
-def _check(rank: int, interval: int) -> None:
-    if rank < 1 or interval < 1:
-        raise ValueError(f"rank and interval are at least 1, not {rank} and {interval}")
+def _check_factors(rank: int, interval: int) -> None:
+    integer("rank", rank, most=MOST_COPIES)
+    integer("interval", interval)
 
 
 def layer_blocks(num_layers: int, *, size: int = 1, base: Sampler = Gaussian()) -> Blocks:
-    """Perturbs `size` consecutive layers in a step, all parameters outside of layers in another.
+    """Perturb `size` consecutive layers in a step, and all other parameters in a step of their own.
 
     The blocks take turns. Over a cycle the estimates add up to one of the whole gradient.
 
     References: Park et al., "Elucidating Subspace Perturbation in Zeroth-Order Optimization",
     arXiv:2501.19099 (block coordinate descent).
     """
-    if not 1 <= size <= num_layers:
-        raise ValueError(f"size is {size}: give 1 to {num_layers} layers")
+    integer("size", size, most=num_layers)
     return Blocks(num_layers, size, base)
 
 
 def magnitude(params: Any, fraction: float = 0.25, *, base: Sampler = Gaussian()) -> Magnitude:
-    """Perturbs the weights that are small: z where |w| is at most a threshold, 0 elsewhere.
+    """Perturb small weights alone: z where |w| is at most a threshold, 0 elsewhere.
 
     Args:
-      params: whose quantiles set the thresholds, one for each leaf and layer; the mask itself
+      params: parameters whose quantiles are the thresholds, one for each leaf and layer. The mask
         follows the weights as they move.
-      fraction: of each leaf that is perturbed.
-      base: of z.
+      fraction: fraction of each leaf to perturb.
+      base: distribution of z.
 
     References: Liu et al., "Sparse MeZO", arXiv:2402.15751.
     """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction is {fraction}: give more than 0 and at most 1")
+    real("fraction", fraction, above=0, most=1)
 
     def limits(leaf: paths.Leaf) -> Array:
         wide = jnp.abs(leaf.value.astype(jnp.promote_types(leaf.value.dtype, jnp.float32)))
@@ -375,26 +388,26 @@ def magnitude(params: Any, fraction: float = 0.25, *, base: Sampler = Gaussian()
         kept = jnp.quantile(rows, fraction, axis=1, method="lower")
         return kept if leaf.stacked else kept[0]
 
-    found: dict[str, Any] = {}
+    thresholds: dict[str, Any] = {}
     listed: dict[str, dict[int, Array]] = {}
-    for leaf in _selected(params, None):
+    for leaf in trained(params, None):
         path, layer = paths.identity(leaf.path, leaf.layer)
         if layer is None:
-            found[path] = limits(leaf)
+            thresholds[path] = limits(leaf)
         else:
             listed.setdefault(path, {})[layer] = limits(leaf)
     for path, own in listed.items():
         nothing = jnp.zeros_like(next(iter(own.values())))
-        found[path] = jnp.stack([own.get(i, nothing) for i in range(max(own) + 1)])
-    return Magnitude(base, found)
+        thresholds[path] = jnp.stack([own.get(i, nothing) for i in range(max(own) + 1)])
+    return Magnitude(base, thresholds)
 
 
 def variance_modified(norms: Mapping[str, Array], base: Sampler = Gaussian()) -> Rescaled:
-    r"""Perturbs by $z / c$ and estimates by $c z$, c the norm of a group: unbiased still.
+    r"""Perturb by $z / c$ and estimate by $c z$, c the norm of a group; the estimate is unbiased.
 
     Args:
-      norms: c of the groups, see `jaxlm.zo.tree_norms` and `jaxlm.zo.probed_norms`.
-      base: of z.
+      norms: c of each group, see `jaxlm.zo.tree_norms` and `jaxlm.zo.probed_norms`.
+      base: distribution of z.
 
     References: arXiv:2305.17333, definition 6.
     """
@@ -402,8 +415,97 @@ def variance_modified(norms: Mapping[str, Array], base: Sampler = Gaussian()) ->
 
 
 def expectation_modified(norms: Mapping[str, Array], base: Sampler = Gaussian()) -> Rescaled:
-    r"""Perturbs by $z / c$ and estimates by $z$: each group's gradient divided by its c.
+    r"""Perturb by $z / c$ and estimate by $z$: the gradient of each group divided by its c.
 
     References: arXiv:2305.17333, definition 7; arguments as in `variance_modified`.
     """
     return Rescaled(base, norms, 0)
+
+
+def tree_norms(tree: Any, select: paths.Select = None) -> dict[str, Array]:
+    r"""Return $\|x_g\|_2$ of each group of a tree of parameters or gradients.
+
+    Returns:
+      A scalar for "embed" and "head", [L] for "layers".
+    """
+    leaves = trained(tree, select)
+    depth = _depth(leaves)
+    squares: dict[str, Array] = {}
+    for leaf in leaves:
+        wide = leaf.value.astype(jnp.promote_types(leaf.value.dtype, jnp.float32))
+        square = jnp.square(wide).sum(tuple(range(1 if leaf.stacked else 0, wide.ndim)))
+        name, layer = group(leaf.path), paths.identity(leaf.path, leaf.layer)[1]
+        if layer is not None:
+            square = jnp.zeros(depth, square.dtype).at[layer].set(square)
+        squares[name] = squares[name] + square if name in squares else square
+    return {name: jnp.sqrt(square) for name, square in squares.items()}
+
+
+def _depth(leaves: list[paths.Leaf]) -> int:
+    """Return the number of layers, stacked or listed; 0 if there are none."""
+    listed = (paths.identity(leaf.path, leaf.layer)[1] for leaf in leaves if not leaf.stacked)
+    depths = {layer + 1 for layer in listed if layer is not None}
+    return max(depths | {leaf.value.shape[0] for leaf in leaves if leaf.stacked}, default=0)
+
+
+def probed_norms(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    key: Array,
+    select: paths.Select = None,
+    base: Sampler = Gaussian(),
+    eps: float | Array = 1e-3,
+    num_directions: int = 1,
+    estimator: Estimator = central,
+    materialize_params: bool = False,
+    mesh: Mesh | None = None,
+) -> dict[str, Array]:
+    r"""Estimate the gradient norm of each group by forward passes, as $|g|$ of a z on that group.
+
+    It takes two forward passes for each group and direction. One draw of $|g| = |z\cdot\nabla_g L|$
+    has the size of $\|\nabla_g L\|$ and a standard deviation as large.
+
+    Args:
+      loss_fn: see `spsa`, as for all arguments that are not listed here.
+      select: parameters to probe.
+      base: distribution of z.
+
+    Returns:
+      A scalar for "embed" and "head", [L] for "layers".
+
+    References: arXiv:2305.17333, proposition 1.
+    """
+    matches = paths.path_predicate(select)
+    leaves = trained(params, select)
+    depth = _depth(leaves)
+
+    def norm(name, sampler):
+        def chosen(path):
+            return matches(path) and group(path) == name
+
+        est = spsa(
+            loss_fn,
+            params,
+            *args,
+            key=key,
+            eps=eps,
+            sampler=sampler,
+            num_directions=num_directions,
+            select=chosen,
+            estimator=estimator,
+            materialize_params=materialize_params,
+            mesh=mesh,
+        )
+        return jnp.abs(est.projected_grad).mean()
+
+    names = {group(leaf.path) for leaf in leaves} - ({paths.LAYERS} if depth else set())
+    norms = {name: norm(name, base) for name in sorted(names)}
+    if depth:
+        blocks = layer_blocks(depth, base=base)
+
+        def of_layer(layer):
+            return norm(paths.LAYERS, dataclasses.replace(blocks, active=layer))
+
+        norms[paths.LAYERS] = lax.map(of_layer, jnp.arange(depth))
+    return norms

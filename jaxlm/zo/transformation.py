@@ -1,4 +1,4 @@
-"""The SPSA estimate as an optax transformation, for chains with any rule; it holds a gradient."""
+"""The SPSA estimate as an optax transformation, for chains with any rule."""
 
 import dataclasses
 import operator
@@ -9,24 +9,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.core import paths
+from jaxlm.core.errors import UserError
+from jaxlm.zo.checks import is_traced
 from jaxlm.zo.estimators import Estimator, Previous, central, check, materialize, spsa
-from jaxlm.zo.perturbation import is_traced, width
+from jaxlm.zo.perturbation import width
 from jaxlm.zo.samplers import Gaussian, Sampler
 
 
 class ScaleBySpsaState(NamedTuple):
     """State of `scale_by_spsa`.
 
-    What is not finite does not enter it: where no slope is, all but `step` and `skipped` stays.
+    An estimate without a finite slope changes `step` and `skipped` alone.
 
     Attributes:
-      step: estimates made so far.
+      step: number of estimates made.
       key: typed PRNG key of the run; estimate t draws from `fold_in(key, t)`.
       loss: mean loss of the last estimate with a finite slope; 0 before the first.
-      projected_grad: [n], of that estimate, 0 in place of what is not finite.
-      loss_plus: [n], the last ones with finite slopes.
-      known: [n], where there is such a loss.
-      skipped: estimates without a finite slope so far.
+      projected_grad: [n], slopes of that estimate, 0 where a slope is not finite.
+      loss_plus: [n], the last losses at θ + ε z_j with finite slopes.
+      known: [n], False where `loss_plus` has no such loss yet.
+      skipped: number of estimates without a finite slope.
     """
 
     step: Int[Array, ""]
@@ -48,29 +50,29 @@ def scale_by_spsa(
     key: Array | None = None,
     then: Any = None,
 ):
-    """The SPSA estimate as the first link of an optax chain.
+    """The SPSA estimate as the first transformation of an optax chain.
 
     `update(None, state, params, *, value_fn)` ignores the incoming updates and returns
     `1/n Σ_j g_j z_j`, in the dtype of each parameter. `value_fn(params)`, or `value_fn(params, *,
     view)`, is the loss on the current batch. Memory: one gradient beside the parameters.
 
-    A slope that is not finite reaches no state: the update is 0 along its direction, which the rest
-    of a chain takes for a gradient. What is given as `then` is not run in a step without a finite
-    slope: its state stays, and the update is 0.
+    A slope that is not finite enters no state: the update is 0 along its direction, and the rest of
+    a chain treats that as a gradient. The transformation `then` does not run in a step without a
+    finite slope: its state stays, and the update is 0.
 
-    Around this link `optax.masked` and `optax.multi_transform` hand `value_fn` a part of the
-    parameters: use `select`, and mask what follows. `optax.MultiSteps` would see one loss in k: put
-    it behind this link, where it averages k estimates.
+    `optax.masked` and `optax.multi_transform` around this transformation pass `value_fn` a part of
+    the parameters: use `select`, and mask later transformations. `optax.MultiSteps` around it would
+    see one loss in k; put it after this transformation, where it averages k estimates.
 
     Args:
-      eps: ε; under `optax.inject_hyperparams` a number of the state.
+      eps: ε; under `optax.inject_hyperparams` it is kept in the state.
       sampler: distribution of z.
-      num_directions: n, None for 1; under `optax.inject_hyperparams` among its `static_args`.
-      select: parameters that are perturbed.
-      estimator: how the slopes are measured; None for `central`. Under `optax.inject_hyperparams`
-        among its `static_args`, and so is a `select` that is a function.
+      num_directions: n, None for 1; under `optax.inject_hyperparams` name it in `static_args`.
+      select: parameters to perturb.
+      estimator: how slopes are measured; None for `central`. Under `optax.inject_hyperparams` name
+        it in `static_args`, and a `select` that is a function too.
       key: typed PRNG key of the run, kept in the state; `jax.random.key(0)` if None.
-      then: what the estimate is handed to, an optax transformation; None for the chain alone.
+      then: an optax transformation that receives the estimate; None for the estimate alone.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -84,19 +86,19 @@ def scale_by_spsa(
     import optax
 
     measure = central if estimator is None else estimator
-    # An array, where `inject_hyperparams` has made one of the number.
+    # `inject_hyperparams` turns numbers into arrays; `operator.index` turns them back.
     n = 1 if num_directions is None else num_directions
     n = n if is_traced(n) else operator.index(n)
     check(eps, 1 if is_traced(n) else n)
 
     def init(params):
         if is_traced(n):
-            raise ValueError(
+            raise UserError(
                 "num_directions: must be known when a program is compiled (got a traced number). "
                 'Give inject_hyperparams static_args="num_directions".'
             )
         paths.check_unique_hashes(params)
-        if jax.tree.leaves(params):  # optax asks for the state of no parameters too
+        if jax.tree.leaves(params):  # optax also initialises with an empty tree
             paths.mask(params, select)
         dtype = width(params, select)
         plus, known = Previous.none(n, dtype)
@@ -108,7 +110,10 @@ def scale_by_spsa(
     def update(updates, state, params=None, *, value_fn, **extra):
         del updates
         if params is None:
-            raise ValueError("scale_by_spsa needs update(None, state, params, value_fn=...)")
+            raise UserError(
+                "params: needed to measure the loss (got None). Call update(None, state, params, "
+                "value_fn=...)."
+            )
         own, rest = (state, None) if then is None else state
         est = spsa(
             value_fn,

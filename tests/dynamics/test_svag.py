@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm import dynamics
 from jaxlm.dynamics import OptHParams
-from tests.zo.test_any_model import MODELS, regression, whole_equinox
+from tests.helpers.frameworks import MODELS, regression, whole_equinox
 
 POWERS = (1, 2, 4, 8, 16, 32, 64)
 # Errors of mean and variance at time 2 for L = x^2 / 2, noise of variance 1, η = 0.5, x0 = 2.

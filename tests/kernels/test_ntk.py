@@ -14,8 +14,8 @@ from jaxlm import kernels
 from jaxlm.core import paths, taps
 from jaxlm.gradients.projection import projector
 from jaxlm.sharding import make_mesh
+from tests.helpers.frameworks import MODELS
 from tests.kernels import oracle
-from tests.zo.test_any_model import MODELS
 
 METHODS = ("jacobian", "ntk_vector_products")
 B1, B2, EPS, COUNT = 0.9, 0.99, 1e-4, 5

@@ -48,7 +48,7 @@ def test_the_trajectory_holds_the_run(tmp_path):
     assert found.header.num_directions == 2
     assert jax.random.key_data(found.header.key).tolist() == [0, 3]
     found.check(start(), method(MEZO, loss_fn, 6).settings)
-    with pytest.raises(UserError, match=r"with eps = 0.001, not 0.1"):
+    with pytest.raises(UserError, match=r"with eps = 0.001 \(got 0.1\)"):
         found.check(start(), method(Mezo(learning_rate=0.1, eps=0.1), loss_fn, 6).settings)
 
 

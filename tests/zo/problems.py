@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +13,29 @@ from jaxlm.core import paths, views
 from jaxlm.models import LanguageModel, ModelConfig, init_params
 
 METHODS = {
-    "mezo": lambda: zo.mezo(1e-2, weight_decay=0.1),
-    "stochastic": lambda: zo.mezo(1e-2, num_directions=2, rounding="stochastic"),
-    "momentum": lambda: zo.mezo_momentum(1e-2, horizon=3, weight_decay=0.1),
-    "adam": lambda: zo.mezo_adam(1e-3, horizon=3),
-    "meazo": lambda: zo.meazo(1e-3, weight_decay=0.1),
-    "sphere": lambda: zo.meazo(1e-3, sampler=zo.sphere()),
-    "fzoo": lambda: zo.fzoo(1e-3, num_directions=3),
-    "lozo": lambda: zo.lozo(1e-2, interval=2, weight_decay=0.1),
-    "lozo_momentum": lambda: zo.lozo_momentum(1e-2, interval=2),
-    "lozo_residual": lambda: zo.lozo_residual(1e-2, interval=2),
-    "zo_muon": lambda: zo.zo_muon(1e-2, rank=4, interval=2, num_directions=2),
-    "residual_feedback": lambda: zo.zeroth_order(1e-3, estimator=zo.residual_feedback),
-    "population": lambda: zo.zeroth_order(1e-3, estimator=zo.population, num_directions=4),
-    "master": lambda: zo.float32_master(zo.mezo(1e-2, weight_decay=0.1)),
+    "mezo": (1e-2, partial(zo.mezo, weight_decay=0.1)),
+    "stochastic": (1e-2, partial(zo.mezo, num_directions=2, rounding="stochastic")),
+    "momentum": (1e-2, partial(zo.mezo_momentum, horizon=3, weight_decay=0.1)),
+    "adam": (1e-3, partial(zo.mezo_adam, horizon=3)),
+    "meazo": (1e-3, partial(zo.meazo, weight_decay=0.1)),
+    "sphere": (1e-3, partial(zo.meazo, sampler=zo.sphere())),
+    "fzoo": (1e-3, partial(zo.fzoo, num_directions=3)),
+    "lozo": (1e-2, partial(zo.lozo, interval=2, weight_decay=0.1)),
+    "lozo_momentum": (1e-2, partial(zo.lozo_momentum, interval=2)),
+    "lozo_residual": (1e-2, partial(zo.lozo_residual, interval=2)),
+    "zo_muon": (1e-2, partial(zo.zo_muon, rank=4, interval=2, num_directions=2, vector_scale=0.1)),
+    "residual_feedback": (3e-3, partial(zo.zeroth_order, estimator=zo.residual_feedback, eps=0.1)),
+    "population": (1e-3, partial(zo.zeroth_order, estimator=zo.population, num_directions=4)),
+    "master": (1e-2, lambda rate: zo.float32_master(zo.mezo(rate, weight_decay=0.1))),
 }
-"""An optimizer of each kind, for `network_params`."""
+"""Rows of the battery: a learning rate and `make(learning_rate) -> optimizer`."""
+
+
+def method(name, schedule=lambda rate: rate):
+    """The optimizer of a row, at its learning rate or a schedule made of it."""
+    rate, make = METHODS[name]
+    return make(schedule(rate))
+
 
 # Models of tests, whose layers are the first axis.
 paths.declare_stacked({"layers.w": 1, "layers.norm.scale": 1, "layers.kernel": 2})

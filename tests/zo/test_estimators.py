@@ -12,7 +12,6 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxlm import zo
-from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.zo.estimators import standardized
 from jaxlm.zo.samplers import register
@@ -52,25 +51,6 @@ def leaves_equal(a, b):
 
 
 @pytest.mark.parametrize(
-    ("loss_fn", "sampler", "n"),
-    [
-        (quadratic, zo.gaussian(), 1),
-        (quadratic, zo.rademacher(), 4),
-        (nonlinear, zo.gaussian(), 4),
-        (nonlinear, zo.rademacher(), 1),
-    ],
-)
-def test_the_estimate_is_unbiased(loss_fn, sampler, n):
-    params = small_params()
-
-    def estimate(key):
-        est = zo.spsa(loss_fn, params, BATCH, key=key, sampler=sampler, num_directions=n)
-        return flat(zo.materialize(est, params))
-
-    assert_mean(over_keys(estimate, 4096), flat(jax.grad(loss_fn)(params, BATCH)))
-
-
-@pytest.mark.parametrize(
     ("sampler", "extra"), [(zo.gaussian(), 1), (zo.rademacher(), -1), (zo.sphere(), -1)]
 )
 @pytest.mark.parametrize(("n", "d"), [(1, 2), (4, 16)])
@@ -86,27 +66,29 @@ def test_the_second_moment_is_that_of_the_theory(sampler, extra, n, d):
 
 
 MODIFIED = {"layers": jnp.array([0.5, 2.0]), "head": jnp.float32(3)}
-BATTERY = [
-    (zo.sphere(), zo.central),
-    (zo.low_rank(1), zo.central),
-    (zo.variance_modified(MODIFIED), zo.central),
-    (zo.rademacher(), zo.one_sided),
-    (zo.low_rank(1), zo.one_sided),
-    (zo.sphere(), zo.forward_gradient),
-    (zo.low_rank(1), zo.forward_gradient),
+PAIRS = [
+    (zo.gaussian(), zo.central, 4),
+    (zo.rademacher(), zo.central, 1),
+    (zo.sphere(), zo.central, 1),
+    (zo.low_rank(1), zo.central, 1),
+    (zo.variance_modified(MODIFIED), zo.central, 1),
+    (zo.rademacher(), zo.one_sided, 1),
+    (zo.low_rank(1), zo.one_sided, 1),
+    (zo.sphere(), zo.forward_gradient, 1),
+    (zo.low_rank(1), zo.forward_gradient, 1),
 ]
 
 
 @pytest.mark.parametrize(
-    ("sampler", "estimator"),
-    BATTERY,
-    ids=[f"{type(s).__name__}-{e.__name__}" for s, e in BATTERY],
+    ("sampler", "estimator", "n"),
+    PAIRS,
+    ids=[f"{type(s).__name__}-{e.__name__}" for s, e, _ in PAIRS],
 )
-def test_every_pair_of_sampler_and_estimator_is_unbiased(sampler, estimator):
-    params = small_params()
+def test_every_pair_of_sampler_and_estimator_is_unbiased(sampler, estimator, n):
+    params, options = small_params(), {"sampler": sampler, "estimator": estimator}
 
     def estimate(key):
-        est = zo.spsa(nonlinear, params, BATCH, key=key, sampler=sampler, estimator=estimator)
+        est = zo.spsa(nonlinear, params, BATCH, key=key, num_directions=n, **options)
         return flat(zo.materialize(est, params))
 
     assert_mean(over_keys(estimate, 4096), flat(jax.grad(nonlinear)(params, BATCH)))
@@ -192,8 +174,8 @@ def test_a_member_of_a_population_without_a_loss_is_left_out():
 
 
 @pytest.mark.parametrize(("estimator", "order"), [(zo.central, 2), (zo.one_sided, 1)])
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
-def test_differences_tend_to_the_derivative_by_a_power_of_eps(sampler, estimator, order):
+def test_differences_tend_to_the_derivative_by_a_power_of_eps(estimator, order):
+    sampler = zo.gaussian()
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(jnp.float64), small_params())
         key, batch = jax.random.key(8), jnp.float64(0.25)
@@ -234,7 +216,7 @@ def test_forward_gradients_through_a_view_are_those_of_jvp(sampler):
         np.testing.assert_allclose(found, exact, rtol=1e-6 if sampler.factored else 1e-12)
 
 
-@register("base", "lazy")
+@register("base", "reuse_key")
 @dataclasses.dataclass(frozen=True)
 class OneByOne(LowRankSampler):
     factored = False
@@ -252,29 +234,6 @@ def test_low_rank_directions_in_one_pass_are_those_one_after_another(estimator):
     np.testing.assert_allclose(together.loss_plus, apart.loss_plus, rtol=2e-6)
     np.testing.assert_allclose(together.projected_grad, apart.projected_grad, rtol=1e-4, atol=1e-4)
     assert len(np.unique(together.projected_grad)) == 3
-
-
-paths.declare_stacked({"layers.mlp.kernel": 2})
-
-
-def tree(stacked: bool):
-    kernel, norm = jnp.zeros((4, 8, 6)), jnp.zeros((4, 6))
-    layers = {"mlp": {"kernel": kernel}, "norm": {"scale": norm}}
-    if not stacked:
-        layers = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(4)]
-    return {"embed": jnp.zeros((16, 6)), "layers": layers, "temperature": jnp.zeros(())}
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
-@pytest.mark.parametrize("compiled", [False, True])
-def test_stacked_and_unstacked_layers_get_the_same_noise(sampler, compiled):
-    make = lambda params: directions(params, jax.random.key(1), sampler=sampler)  # noqa: E731
-    make = jax.jit(make) if compiled else make
-    stacked, unstacked = make(tree(True)), make(tree(False))
-    joined = jax.tree.map(lambda *x: jnp.stack(x), *unstacked["layers"])
-    leaves_equal(stacked, unstacked | {"layers": joined})
-    assert len(np.unique(flat(stacked))) > 100 or isinstance(sampler, zo.Rademacher)
-    assert not np.array_equal(joined["mlp"]["kernel"][0], joined["mlp"]["kernel"][1])
 
 
 def test_the_order_of_a_dict_changes_no_noise():
@@ -346,17 +305,6 @@ def test_the_losses_and_their_difference_are_what_they_say():
     np.testing.assert_allclose(est.loss, (est.loss_plus + est.loss_minus).mean() / 2, rtol=1e-6)
 
 
-def test_n_directions_are_averaged():
-    params = {"w": jnp.ones(5), "layers": {"k": jnp.ones((2, 3))}}
-    est = spsa(quadratic, params, BATCH, key=jax.random.key(4), num_directions=3)
-    total, materialize = jax.tree.map(jnp.zeros_like, params), jax.jit(zo.materialize)
-    for j in range(3):
-        only = dataclasses.replace(est, projected_grad=est.projected_grad * (jnp.arange(3) == j))
-        total = jax.tree.map(jnp.add, total, materialize(only, params))
-    found = materialize(est, params)
-    np.testing.assert_allclose(flat(found), flat(total), rtol=1e-5, atol=1e-7)
-
-
 def test_select_moves_only_what_it_takes():
     params = small_params()
 
@@ -425,28 +373,6 @@ def test_half_precision_parameters_are_read_and_measured_in_float32():
     assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("bfloat16")}
 
 
-def test_a_loss_that_is_not_a_number_gives_no_slope():
-    est = zo.spsa(lambda p: p["w"].sum() * jnp.nan, {"w": jnp.ones(3)}, key=jax.random.key(0))
-    assert np.isnan(est.projected_grad).all()
-    assert np.isnan(est.loss)
-
-
-@pytest.mark.parametrize(
-    ("loss_fn", "message"),
-    [
-        (lambda p: p["w"], r"the loss must be a scalar, not an array of shape \(2,\)"),
-        (lambda p: p["w"][:1], r"the loss must be a scalar, not an array of shape \(1,\)"),
-        (lambda p: jnp.int32(3), "the loss must be a float, not int32"),
-        (lambda p: p["w"].sum() > 0, "the loss must be a float, not bool"),
-        (lambda p: (jnp.int32(3), {}), "the loss must be a float, not int32"),
-    ],
-)
-@pytest.mark.parametrize("estimator", [zo.central, zo.one_sided, zo.forward_gradient])
-def test_losses_that_are_not_one_float_are_refused(loss_fn, message, estimator):
-    with pytest.raises(ValueError, match=rf"^{message}(\n|$|\.)"):
-        zo.spsa(loss_fn, {"w": jnp.ones(2)}, key=jax.random.key(0), estimator=estimator)
-
-
 @pytest.mark.parametrize("sampler", [*SAMPLERS, zo.gaussian("threefry"), zo.rademacher("threefry")])
 def test_samplers_are_static_and_cross_jit(sampler):
     assert jax.tree.leaves(sampler) == []
@@ -457,28 +383,6 @@ def test_samplers_are_static_and_cross_jit(sampler):
     assert z.dtype == jnp.float32
     assert abs(float(z.mean())) < 4.5 / 2000**0.5
     assert hash(sampler) == hash(dataclasses.replace(sampler))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"eps": 0.0}, "eps must be positive, not 0.0"),
-        ({"eps": -1e-3}, "eps must be positive, not -0.001"),
-        ({"eps": float("nan")}, "eps must be positive, not nan"),
-        (
-            {"sampler": zo.layer_blocks(2)},
-            "blocks of layers take turns by step: use them in an optimizer",
-        ),
-        ({"num_directions": 0}, "num_directions must be at least 1, not 0"),
-        ({"select": "nothing"}, r"select: takes no parameter \(got 'nothing'\)\. Choose among w"),
-    ],
-)
-def test_settings_that_estimate_nothing_are_refused(options, message):
-    def loss(params):
-        return params["w"].sum()
-
-    with pytest.raises(ValueError, match=rf"^{message}(\n|$|\.)"):
-        zo.spsa(loss, {"w": jnp.ones(2)}, key=jax.random.key(0), **options)
 
 
 def test_a_key_that_the_user_has_bound_is_the_users():

@@ -8,7 +8,7 @@ import pytest
 
 from jaxlm import zo
 from jaxlm.core.errors import UserError
-from tests.zo.problems import METHODS, network_batch, network_loss, network_params
+from tests.zo.problems import network_batch, network_loss, network_params
 
 pytestmark = pytest.mark.optimized
 
@@ -30,35 +30,10 @@ def run(opt, params, path, steps=5, loss_fn=network_loss, length=None):
     return end
 
 
-QUICK = [
-    ("mezo", "float32"),
-    ("stochastic", "bfloat16"),
-    ("adam", "float32"),
-    ("lozo_residual", "float32"),
-]
-SLOW = [(name, "float32") for name in METHODS if (name, "float32") not in QUICK]
-SLOW.append(("master", "bfloat16"))
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)],
-)
-def test_a_replay_ends_where_the_run_ended_bit_for_bit(tmp_path, name, dtype):
-    start = network_params(dtype)
-    end = run(METHODS[name](), start, tmp_path / "run.zo")
-    again = zo.replay(METHODS[name](), start, tmp_path / "run.zo")
-    for old, new in zip(*map(jax.tree.leaves, (end, again)), strict=True):
-        np.testing.assert_array_equal(np.asarray(old), np.asarray(new))
-        assert old.dtype == dtype
-    kernels = (tree["layers"]["kernel"] for tree in (end, start))
-    assert not np.array_equal(*kernels)
-
-
 def test_another_optimizer_or_start_is_refused(tmp_path):
     start = network_params()
     run(zo.mezo(1e-2), start, tmp_path / "run.zo", steps=1)
-    with pytest.raises(UserError, match=r"made with eps = 0\.001, not 0\.01"):
+    with pytest.raises(UserError, match=r"made with eps = 0\.001 \(got 0\.01\)"):
         zo.replay(zo.mezo(1e-2, eps=1e-2), start, tmp_path / "run.zo")
     with pytest.raises(UserError, match="made with rule"):
         zo.replay(zo.meazo(1e-2), start, tmp_path / "run.zo")
@@ -148,7 +123,7 @@ def test_a_replay_that_ends_elsewhere_is_refused(tmp_path):
 
         return zo.zeroth_order(1e-2, rule=rule._replace(update=update))
 
-    with pytest.raises(UserError, match="the replay ends at other parameters than the run did"):
+    with pytest.raises(UserError, match="must end at the parameters"):
         zo.replay(twice(), start, file)
     moved = zo.replay(twice(), start, file, verify=False)
     np.testing.assert_allclose(
@@ -161,7 +136,7 @@ def test_other_rounding_is_no_other_run(tmp_path):
     end = run(zo.mezo(1e-2), start, tmp_path / "run.zo")
     log = zo.Trajectory.open(tmp_path / "run.zo")
     log.check_end(start, jax.tree.map(lambda x: jnp.nextafter(x, jnp.inf), end))
-    with pytest.raises(UserError, match="other parameters"):
+    with pytest.raises(UserError, match="must end at the parameters"):
         log.check_end(start, jax.tree.map(lambda x, y: x + 0.1 * (x - y), end, start))
 
 

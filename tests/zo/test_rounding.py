@@ -151,11 +151,6 @@ def test_the_copy_holds_what_is_selected_alone():
     np.testing.assert_array_equal(params["b"]["c"], np.ones(6))
 
 
-def test_a_residual_takes_no_copy_beside_it():
-    with pytest.raises(ValueError, match="float32_master takes no optimizer that has"):
-        zo.float32_master(zo.lozo_residual(1e-3))
-
-
 def test_a_loss_that_is_no_number_is_left_out_of_the_spread():
     params = {"w": jnp.zeros(6)}
     opt = zo.fzoo(0.1, num_directions=4)

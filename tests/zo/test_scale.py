@@ -85,13 +85,6 @@ def test_directions_over_devices_are_those_of_one(sampler, estimator):
     assert_same_step(compiled(*placed), step(None)(params, batch))
 
 
-def test_directions_that_devices_cannot_share_are_refused():
-    mesh = make_mesh(data=2, devices=jax.devices()[:2])
-    message = "^num_directions is 3: give a multiple of the 2 devices on the axis data$"
-    with pytest.raises(ValueError, match=message):
-        zo.mezo(0.1, num_directions=3, mesh=mesh)
-
-
 @pytest.mark.multidevice
 @pytest.mark.parametrize(
     ("make", "block"),

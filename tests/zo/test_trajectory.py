@@ -23,7 +23,9 @@ RATES = np.linspace(1e-3, 1e-4, 9, dtype=np.float32)
 
 def begin(path, *, n=1, params=None):
     params = small_params() if params is None else params
-    return Trajectory.create(path, params, key=KEY, num_directions=n, settings=SETTINGS)
+    return Trajectory.create(
+        path, params, key=KEY, num_directions=n, settings=SETTINGS, version="1.2"
+    )
 
 
 def scalars(count, n=1):
@@ -74,7 +76,7 @@ def test_the_file_is_as_documented(three):
     assert end is None
     assert (header["num_directions"], header["dtype"]) == (2, "float32")
     assert header["key"]["data"] == jax.random.key_data(KEY).tolist()
-    assert header["settings"] == SETTINGS
+    assert (header["settings"], header["jaxlm"]) == (SETTINGS, "1.2")
     wanted = {
         "path": "layers.w",
         "shape": [2, 3],
@@ -152,10 +154,10 @@ def test_a_cut_keeps_the_first_steps_and_goes_on(three, path, step):
 
 def test_a_cut_beyond_the_end_and_a_gap_are_refused(three, path):
     log = Trajectory.open(path)
-    with pytest.raises(UserError, match="has 9 steps, and 10 are needed"):
+    with pytest.raises(UserError, match=r"at least 10 steps \(got 9\)"):
         log.cut(10)
     for first, values in ((8, scalars(1, 2)), (9, scalars(1, 3))):
-        with pytest.raises(ValueError, match="do not follow 9 steps of 2 directions"):
+        with pytest.raises(UserError, match=r"^values: must follow 9 steps of 2 directions"):
             log.append(first, values)
 
 
@@ -166,7 +168,7 @@ def test_a_full_disk_leaves_what_was_there(path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, hard))
     try:
-        with pytest.raises(UserError, match=r"cannot be written \(.*\), and its 10 steps are kept"):
+        with pytest.raises(UserError, match=r"cannot be written \(.*\); its 10 steps are kept"):
             log.append(10, values[10:])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -180,10 +182,10 @@ def test_a_full_disk_leaves_what_was_there(path):
 def test_a_foreign_file_is_refused_with_the_reason(three, path):
     data, ends, _ = three
     for content, reason in (
-        (b"", "no trajectory file"),
-        (data[:20], "no trajectory file"),
-        (b"PK" + data, "no trajectory file"),
-        (data[:16] + b"\x01" + data[17:], "has format 1, and this jaxlm reads 2"),
+        (b"", "not a trajectory file"),
+        (data[:20], "not a trajectory file"),
+        (b"PK" + data, "not a trajectory file"),
+        (data[:16] + b"\x01" + data[17:], r"\(got 1, not 2\)"),
         (data[: ends[0] - 4], "the header is damaged"),
         (data[:40] + b"?" + data[41:], "the header is damaged"),
     ):
@@ -201,20 +203,24 @@ def other(**changes):
 @pytest.mark.parametrize(
     ("params", "settings", "reason"),
     [
-        (other(), {**SETTINGS, "eps": 0.01}, r"was made with eps = 0.001, not 0.01\. Give"),
-        (other(), SETTINGS | {"n": 2}, r"was made with n = null, not 2\. Give"),
-        (other(), {"name": "mezo", "eps": 1e-3}, r"with decay = \[0.5, null\], not null"),
-        (other(head={"w": np.zeros((2, 2), "f")}), SETTINGS, "head.bias, which is missing here"),
-        (other(tail=np.zeros(2)), SETTINGS, "no tail, which is here"),
+        (other(), {**SETTINGS, "eps": 0.01}, r"was made with eps = 0.001 \(got 0.01\)\. Give"),
+        (other(), SETTINGS | {"n": 2}, r"was made with n = null \(got 2\)\. Give"),
+        (other(), {"name": "mezo", "eps": 1e-3}, r"with decay = \[0.5, null\] \(got null\)"),
+        (
+            other(head={"w": np.zeros((2, 2), "f")}),
+            SETTINGS,
+            r"head.bias of float32 \[2\] \(got none\)",
+        ),
+        (other(tail=np.zeros(2)), SETTINGS, r"tail of none \(got float64 \[2\]\)"),
         (
             jax.tree.map(lambda x: x.astype(jnp.bfloat16), small_params()),
             SETTINGS,
-            r"head.bias as float32 \[2\], which is bfloat16 \[2\] here",
+            r"head.bias of float32 \[2\] \(got bfloat16 \[2\]\)",
         ),
         (
             other(layers=jax.tree.map(lambda x: x[:1], small_params()["layers"])),
             SETTINGS,
-            r"layers.norm.scale as float32 \[2, 1\], which is float32 \[1, 1\] here",
+            r"layers.norm.scale of float32 \[2, 1\] \(got float32 \[1, 1\]\)",
         ),
         (
             jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-7), small_params()),
