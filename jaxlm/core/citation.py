@@ -45,6 +45,6 @@ def _entries() -> dict[str, list[str]]:
     entries: dict[str, list[str]] = {}
     for entry, names in re.findall(r"(@.*?),\n  functions +\= \{(.*?)\}\n\}", text, re.DOTALL):
         for name in names.split():
-            found = entries.setdefault(name.rstrip("*"), [])
-            found.insert(0 if name.endswith("*") else len(found), f"{entry}\n}}")
+            listed = entries.setdefault(name.rstrip("*"), [])
+            listed.insert(0 if name.endswith("*") else len(listed), f"{entry}\n}}")
     return entries

@@ -183,9 +183,9 @@ def check_ids(f: Callable[..., Any], params: Any, x: Any, name: str) -> None:
 
 def _reached(jaxpr) -> set[Any]:
     """Return the variables of a trace on which an output depends."""
-    found = {variable for variable in jaxpr.outvars if not isinstance(variable, core.Literal)}
+    reached = {variable for variable in jaxpr.outvars if not isinstance(variable, core.Literal)}
     for equation in reversed(jaxpr.eqns):
-        if found.isdisjoint(equation.outvars):
+        if reached.isdisjoint(equation.outvars):
             continue
         taken = equation.invars
         inner = list(_inner(equation))
@@ -193,8 +193,8 @@ def _reached(jaxpr) -> set[Any]:
             needed = _reached(inner[0])
             pairs = zip(taken, inner[0].invars, strict=True)
             taken = [outer for outer, variable in pairs if variable in needed]
-        found.update(v for v in taken if not isinstance(v, core.Literal))
-    return found
+        reached.update(v for v in taken if not isinstance(v, core.Literal))
+    return reached
 
 
 def _inner(equation) -> Iterator[Any]:
@@ -324,10 +324,10 @@ def _zeros(shapes, lead=()):
     return jax.tree.map(lambda s: jnp.zeros((*lead, *s.shape), s.dtype), shapes)
 
 
-def _probes(found: Mapping[Key, Use], stacked: bool) -> dict[Key, Factors]:
+def _probes(used: Mapping[Key, Use], stacked: bool) -> dict[Key, Factors]:
     return {
         key: _zeros(Factors(use.x, use.y, use.rows), (use.times,) if stacked else ())
-        for key, use in found.items()
+        for key, use in used.items()
         if use.stacked == stacked
     }
 
@@ -354,8 +354,8 @@ def factors(
       `{(path, op): Factors}`. With `cotangents`, each `b` has an axis K in front. `a` has none,
       since it is the same for all.
     """
-    found = uses(f, params, x) if keep is None else keep
-    probes = (_probes(found, True), _probes(found, False))
+    used = uses(f, params, x) if keep is None else keep
+    probes = (_probes(used, True), _probes(used, False))
     value, pull = jax.vjp(lambda probes: f(params, x, tap=_Sender(*probes)), probes)
     if cotangents is None:
         layers, rest = pull(jnp.ones_like(value))[0]
@@ -399,11 +399,11 @@ def reduce(
       The sum of all `total` (None if no use is in a layer); `own` of every key in layers, with the
       axis of layers in front; the factors of the uses outside layers.
     """
-    found = uses(f, params, x) if keep is None else keep
+    used = uses(f, params, x) if keep is None else keep
     extras = extras or {}
     count = cotangents.shape[0]
     total, own = None, {}
-    for key, use in found.items():
+    for key, use in used.items():
         if use.stacked:
             b = jax.ShapeDtypeStruct((count, *use.y.shape), use.y.dtype)
             extra = jax.tree.map(lambda e: e[0], extras.get(key))
@@ -416,7 +416,7 @@ def reduce(
         layers = {key: (extras.get(key), probe) for key, probe in own.items()}
         return f(params, x, tap=_Sender(layers, rest, total, rule))
 
-    probes = (_zeros(total), own, _probes(found, False))
+    probes = (_zeros(total), own, _probes(used, False))
     _, pull = jax.vjp(run, probes)
     out_axes = ((None, None, _axes(probes[2:])[0]),)
     return jax.vmap(pull, out_axes=out_axes)(cotangents)[0]

@@ -270,13 +270,13 @@ def weight_files(folder: Path) -> list[Path]:
         places = read_json(folder / INDEX).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise UserError(f"{folder / INDEX}: has no weight_map. Download it again.")
-        found = {inside(folder, name, str(folder / INDEX)) for name in places.values()}
-        for path in sorted(found):
+        paths = {inside(folder, name, str(folder / INDEX)) for name in places.values()}
+        for path in sorted(paths):
             if not path.is_file():
                 raise UserError(
                     f"{folder / INDEX}: names {path.name}, which is missing. Download it again."
                 )
-        return sorted(found)
+        return sorted(paths)
     for ending in ("bin", "pt", "pth"):
         for path in sorted(folder.glob(f"*.{ending}")):
             raise UserError(

@@ -205,14 +205,14 @@ class Checkpoint:
             )
 
     def _check(self, config: ModelConfig, path: str, layer: int, shape: tuple[int, ...]) -> None:
-        found = self.find(config, path, layer)
-        if found is None:
+        match = self.find(config, path, layer)
+        if match is None:
             names = (row.hf for row in self.module.names(config) if row.path == path)
             raise UserError(
                 f"{self.folder}: has no tensor {next(names).format(layer=layer)}, which a "
                 f"{config.family} model needs. Correct config.json, or download the folder again."
             )
-        row, name = found
+        row, name = match
         stored, wanted = self.tensors[name], _shape(row, shape)
         if stored.shape != wanted:
             raise UserError(
@@ -239,9 +239,9 @@ class Checkpoint:
         first = bounds.pop(0)[0] if _stacked(path) else 0
         *outer, (start, stop) = bounds
         for layer, block in enumerate(host if _stacked(path) else host[None], first):
-            found = self.find(config, path, layer)
-            assert found is not None
-            row, stored = found[0], self.tensors[found[1]]
+            match = self.find(config, path, layer)
+            assert match is not None
+            row, stored = match[0], self.tensors[match[1]]
             rows = max(1, PIECE // math.prod(stored.shape[1:]))
             for ours, theirs in runs(row, shape[-1], start, stop):
                 part, into = (*(slice(*pair) for pair in outer), theirs), block[..., ours]

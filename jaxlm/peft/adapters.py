@@ -64,15 +64,15 @@ _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 def _modules(config: ModelConfig) -> dict[str, list[tuple[Name, int | None]]]:
     """Return the kernels of ours that each HF module holds, with their layers."""
     module, shapes = family(config.family), param_shapes(config)
-    found: dict[str, list[tuple[Name, int | None]]] = {}
+    modules: dict[str, list[tuple[Name, int | None]]] = {}
     for row in module.names(config):
         if row.path in shapes and row.path.endswith(KERNEL):
             name = row.hf.removesuffix(".weight")
             name = name.removeprefix(module.PREFIX) if config.head == "none" else name
             stacked = row.path.startswith(LAYERS + ".")
             for layer in range(config.num_layers) if stacked else (None,):
-                found.setdefault(name.format(layer=layer), []).append((row, layer))
-    return found
+                modules.setdefault(name.format(layer=layer), []).append((row, layer))
+    return modules
 
 
 def save_adapter(

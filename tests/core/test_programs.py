@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.shapes import SHIPPED
 from jaxlm import kernels
 from jaxlm.core import programs
-from jaxlm.models import LanguageModel, init_params
+from tests.helpers.models import small_model
 
 X = jnp.array([1.0, 2.0, 3.0])
 
@@ -118,10 +117,7 @@ def test_what_is_no_array_is_held():
 
 @pytest.mark.parametrize("kind", ["sgd", "signgd"])
 def test_a_second_kernel_of_a_language_model_compiles_nothing(kind: str):
-    config = SHIPPED.replace(num_layers=2, hidden_size=16, intermediate_size=8, vocab_size=11)
-    config = config.replace(num_heads=2, num_kv_heads=2, head_size=8, embedding_size=16)
-    lm = LanguageModel(config, init_params(config, jax.random.key(0)))
-    ids = jnp.arange(24).reshape(4, 6) % 11
+    lm, ids = small_model(), jnp.arange(24).reshape(4, 6)
 
     def f(params, ids, *, tap=None):
         return lm.apply(params, ids, token_ids=np.array([1, 2]), tap=tap)[:, -1]
