@@ -120,7 +120,7 @@ def _run(args: list[str]) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(handle_signals())
         if ALLOW_CODE in everywhere:
-            from jaxlm.data.tasks import code_allowed
+            from jaxlm.data.readers import code_allowed
 
             stack.enter_context(code_allowed())
         if flags == launch.Launch():

@@ -5,9 +5,15 @@ its fields, and returns a `ParsedRow`. If it raises a `KeyError`, the row lacks 
 errors mean that it is not a row of this kind.
 """
 
-from collections.abc import Mapping
+import contextlib
+import contextvars
+import importlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from jaxlm.core import checks
+from jaxlm.core.errors import UserError
 
 Values = Mapping[str, Any]
 
@@ -28,6 +34,52 @@ class ParsedRow:
     gold: tuple[int, ...]
     options: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
+
+
+Reader = Callable[[Values], ParsedRow]
+
+_code_allowed = contextvars.ContextVar("code_allowed", default=False)
+
+
+@contextlib.contextmanager
+def code_allowed() -> Iterator[None]:
+    """Let every `task.read` within the block name any function: `--allow-code` of a command.
+
+    A context, so that the consent comes from the caller alone and not through configurations.
+    """
+    token = _code_allowed.set(True)
+    try:
+        yield
+    finally:
+        _code_allowed.reset(token)
+
+
+def find_reader(name: str, *, allow_code: bool = False) -> Reader:
+    """Return the function that `task.read` names.
+
+    Args:
+        name: `package.module:function`.
+        allow_code: whether it may be outside this module; `code_allowed` says so, too.
+
+    Raises:
+        UserError: there is no such function, or it is not allowed.
+    """
+    # A configuration may come from someone else, and this is its only key that names code. Not even
+    # other functions of jaxlm are allowed: `jaxlm.cli.main:main` would run a row as a command line.
+    module, _, function = name.partition(":")
+    if module != __name__ and not (allow_code or _code_allowed.get()):
+        raise UserError(
+            f"task.read: names code outside jaxlm.data.readers (got {checks.show(name)}). Add "
+            "--allow-code, or allow_code=True, if you trust it."
+        )
+    try:
+        found: Reader = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError):
+        raise UserError(
+            f"task.read: there is no such function (got {checks.show(name)}). Write "
+            "package.module:function."
+        ) from None
+    return found
 
 
 def written(fields: Mapping[str, str], answers: Any) -> ParsedRow:

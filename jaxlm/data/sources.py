@@ -1,6 +1,7 @@
 """Read the rows of a data source: JSON, CSV, TSV and Parquet files, or data sets of `datasets`."""
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -137,13 +138,8 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _read_csv(source: str, data: bytes) -> Iterator[Record]:
-    for number, values in read_table(_decode(source, data), ",", source):
-        yield Record(values, source, number, "line")
-
-
-def _read_tsv(source: str, data: bytes) -> Iterator[Record]:
-    for number, values in read_table(_decode(source, data), "\t", source):
+def _read_table(delimiter: str, source: str, data: bytes) -> Iterator[Record]:
+    for number, values in read_table(_decode(source, data), delimiter, source):
         yield Record(values, source, number, "line")
 
 
@@ -189,8 +185,8 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str,
 _READERS: dict[str, Callable[[str, bytes], Iterator[Record]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".csv": functools.partial(_read_table, ","),
+    ".tsv": functools.partial(_read_table, "\t"),
     ".parquet": _read_parquet,
 }
 
@@ -269,11 +265,15 @@ def _read_folder(
                 f"{where}: names a file outside its folder (got {show(file)}). Use files that lie "
                 "beside it."
             )
-    read = {",": _read_csv, "\t": _read_tsv}.get(getattr(builder.config, "sep", ""))
-    if read is None or split not in files:
+    delimiter = getattr(builder.config, "sep", "")
+    if delimiter not in (",", "\t") or split not in files:
         return _rows(_hub().load_dataset(str(path), config, split=split), source, where)
     # Read tables ourselves: `datasets` uses pandas, which loses rows to stray quotes.
-    return [row for file in files[split] for row in read(file, read_bytes(Path(file), file))]
+    return [
+        row
+        for file in files[split]
+        for row in _read_table(delimiter, file, read_bytes(Path(file), file))
+    ]
 
 
 def _dataset_names(

@@ -4,21 +4,18 @@ A task is data: no behaviour depends on its name. Tasks of the package are in `j
 folders with a `task.yaml` and their files, and suites `SUITE.yaml` of tasks named `SUITE/NAME`.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import difflib
 import functools
-import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxlm.core import checks
 from jaxlm.core.errors import UserError
-from jaxlm.data.readers import ParsedRow, written
+from jaxlm.data.readers import ParsedRow, Reader, find_reader, written
 from jaxlm.data.sources import SHIPPED, SPLITS, Record
 from jaxlm.data.splits import HOLD_OUT, Splits, SplitsConfig, draw_per_class
 from jaxlm.data.templates import Field, Template
@@ -210,7 +207,7 @@ class TaskConfig(SplitsConfig):
             UserError: a source, field or label does not agree with the configuration, k is too
                 large, or `read` is not allowed.
         """
-        read = None if self.read is None else _reader(self.read, allow_code)
+        read = None if self.read is None else find_reader(self.read, allow_code=allow_code)
         records = {
             split: [record for record in found if self._has_label(record)]
             for split, found in self.records(base_dir).items()
@@ -387,47 +384,7 @@ def _yaml(name: str) -> dict[str, Any]:
     return content
 
 
-_code_allowed = contextvars.ContextVar("code_allowed", default=False)
-
-
-@contextlib.contextmanager
-def code_allowed() -> Iterator[None]:
-    """Let every `task.read` within the block name any function: `--allow-code` of a command.
-
-    A context, so that the consent comes from the caller alone and not through configurations.
-    """
-    token = _code_allowed.set(True)
-    try:
-        yield
-    finally:
-        _code_allowed.reset(token)
-
-
-def _reader(name: str, allow_code: bool) -> Callable[[Mapping[str, Any]], ParsedRow]:
-    """Return the function that `task.read` names."""
-    # A configuration may come from someone else, and this is its only key that names code. Not even
-    # other functions of jaxlm are allowed: `jaxlm.cli.main:main` would run a row as a command line.
-    module, _, function = name.partition(":")
-    if module != "jaxlm.data.readers" and not (allow_code or _code_allowed.get()):
-        raise UserError(
-            f"task.read: names code outside jaxlm.data.readers (got {checks.show(name)}). Add "
-            "--allow-code, or allow_code=True, if you trust it."
-        )
-    try:
-        found: Callable[[Mapping[str, Any]], ParsedRow] = getattr(
-            importlib.import_module(module), function
-        )
-    except (ImportError, AttributeError, ValueError):
-        raise UserError(
-            f"task.read: there is no such function (got {checks.show(name)}). Write "
-            "package.module:function."
-        ) from None
-    return found
-
-
-def _example(
-    row: Record, template: Template, config: TaskConfig, read: Callable[..., ParsedRow] | None
-) -> Example:
+def _example(row: Record, template: Template, config: TaskConfig, read: Reader | None) -> Example:
     parsed = _by_keys(row, template, config) if read is None else _by_reader(row, config, read)
     try:
         texts = {name: parsed.fields[name] for name in template.field_names}
@@ -447,7 +404,7 @@ def _example(
     return Example(texts, parsed.gold[0], name, parsed.options, gold, parsed.answers)
 
 
-def _by_reader(row: Record, config: TaskConfig, read: Callable[..., ParsedRow]) -> ParsedRow:
+def _by_reader(row: Record, config: TaskConfig, read: Reader) -> ParsedRow:
     try:
         return read(_renumbered(row, config))
     except KeyError as error:
