@@ -2,28 +2,28 @@
 
 usage: python -m benchmarks.dynamics [--quick] [--paths 100000] [--steps 400] [--repeats 7]
 
-The chain is Adam in one dimension, at learning rate 0.05 on gradients x + 20 z with normal z, as it
-is held against its stochastic differential equation: a Monte Carlo run, whose every path has its
-own noise. It runs through `jaxlm.dynamics.run_optimizer` with `optax.adam`, the equation itself
-through `jaxlm.dynamics.simulate`, and the same chain vectorised over paths by PyTorch and NumPy,
-the peers, in float32 and in place. Beside them is NumPy as one would write it, in float64 with an
-array for each product. They take turns, PyTorch after the others. The columns:
+The chain is Adam in one dimension, at learning rate 0.05 on gradients x + 20 z with normal z, the
+chain that its stochastic differential equation describes. It is a Monte Carlo run: every path has
+its own noise. `jaxlm.dynamics.run_optimizer` runs it with `optax.adam`, and
+`jaxlm.dynamics.simulate` runs the equation. The peers run the same chain vectorised over paths, in
+float32 and in place: PyTorch and NumPy. A last row is NumPy as one would write it first, in float64
+with an array for each product. All are interleaved, except PyTorch, which runs last. The columns:
 
-  seconds      of a run, median over the repeats; those that are shorter than half a second are
-               made one after another until it is over
+  seconds      of a run, median over the repeats; runs shorter than half a second are repeated until
+               half a second has passed
   Msteps_per_s paths times steps in a second, in millions
-  over_jaxlm   seconds over the first row's
+  over_jaxlm   seconds divided by those of the first row
   mean, sd     of x after the last step
-  deviation    of mean and variance from the first row's, the larger, in standard errors
-  compile_s    seconds that compilation took
+  deviation    of mean and variance from the first row, the larger one, in standard errors
+  compile_s    seconds of compilation
   peak_MB      memory by the compiler
 
-The second table is of 64 steps of momentum SGD on a network of 256 by 256 by eight workers on this
-device, with a batch of 16 each: by themselves, without `jaxlm`, and with averages at every step or
-at every 16th; below them is one model on the joint batch of 128, and SVAG on its halves, with l = 1
-and l = 4 in as many updates. `over_alone` is time over that of the first row, `over_joint` over
-that of the joint batch, which is SVAG's peer. `difference` is the largest of parameters from those
-on the joint batch, which H = 1 reaches as well.
+The second table has 64 steps of momentum SGD on a network of 256 by 256, for eight workers on this
+device with a batch of 16 each: alone, without `jaxlm`, and with averages at every step or at every
+16th. Below them are one model on the joint batch of 128, and SVAG on its halves, with l = 1 and
+l = 4 in as many updates. `over_alone` is time divided by that of the first row, `over_joint` by
+that of the joint batch, SVAG's peer. `difference` is the largest difference of a parameter from
+the run on the joint batch, which H = 1 reproduces.
 
 The last line is one JSON object.
 """
@@ -47,7 +47,7 @@ RATE, SIGMA, EPS, B1, B2 = 0.05, CONSTANTS.sigma, CONSTANTS.eps, CONSTANTS.b1, C
 
 
 def chain(paths: int, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """Adam of optax through `run_optimizer`."""
+    """Return the chain: Adam of optax through `run_optimizer`."""
 
     def run(key):
         return dynamics.run_optimizer(
@@ -65,7 +65,7 @@ def chain(paths: int, steps: int) -> Callable[[jax.Array], jax.Array]:
 
 
 def equation(paths: int, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """Adam's equation by as many steps of Euler."""
+    """Return Adam's equation, solved by as many Euler steps."""
     sde = dynamics.sde.adam_sde(lambda x: x, lambda x: 1.0, lambda x: 1.0, CONSTANTS)
     width = sde.time_per_step
 
@@ -78,7 +78,7 @@ def equation(paths: int, steps: int) -> Callable[[jax.Array], jax.Array]:
 
 
 def numpy_chain(numbers: np.random.Generator, paths: int, steps: int) -> np.ndarray:
-    """The chain in float64, as one would write it."""
+    """Run the chain in float64, as one would write it first."""
     x, m, v = np.ones(paths), np.zeros(paths), np.zeros(paths)
     for k in range(1, steps + 1):
         g = x + SIGMA * numbers.standard_normal(paths)
@@ -89,7 +89,7 @@ def numpy_chain(numbers: np.random.Generator, paths: int, steps: int) -> np.ndar
 
 
 def numpy_in_place(numbers: np.random.Generator, paths: int, steps: int) -> np.ndarray:
-    """The chain in float32, in two arrays of its own beside the state."""
+    """Run the chain in float32, with two arrays of scratch beside the state."""
     x, m, v = (np.full(paths, value, np.float32) for value in (1, 0, 0))
     g, other = np.empty_like(x), np.empty_like(x)
     for k in range(1, steps + 1):
@@ -113,7 +113,7 @@ def numpy_in_place(numbers: np.random.Generator, paths: int, steps: int) -> np.n
 
 
 def torch_chain(paths: int, steps: int) -> Callable[[], Any] | None:
-    """The chain in PyTorch, in place; nothing where PyTorch is missing."""
+    """Return the chain in PyTorch, in place; None if PyTorch is not installed."""
     try:
         import torch
     except ImportError:
@@ -137,7 +137,7 @@ def torch_chain(paths: int, steps: int) -> Callable[[], Any] | None:
 
 
 def in_a_row(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of a call, where calls follow each other for half a second or longer."""
+    """Return median seconds of a call, repeated for at least half a second."""
     for call in calls.values():
         common.seconds(call)
     counts = {name: math.ceil(0.5 / common.seconds(call)) for name, call in calls.items()}
@@ -150,7 +150,7 @@ def in_a_row(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, flo
 
 
 def measure(paths: int, steps: int, repeats: int) -> list[dict[str, Any]]:
-    """One row for each implementation."""
+    """Measure one row for each implementation."""
     key, numbers = jax.random.key(0), np.random.default_rng(0)
     programs, calls = {}, {}
     for name, function in {"jaxlm": chain, "jaxlm, equation": equation}.items():
@@ -160,7 +160,7 @@ def measure(paths: int, steps: int, repeats: int) -> list[dict[str, Any]]:
     calls["numpy, in place"] = functools.partial(numpy_in_place, numbers, paths, steps)
     calls["numpy, float64"] = functools.partial(numpy_chain, numbers, paths, steps)
     times = in_a_row(calls, repeats)
-    # After the others, whose process its threads would share.
+    # After the others: the threads of its pool would share the process with them.
     peer = torch_chain(paths, steps)
     if peer is not None:
         calls["torch, in place"] = peer
@@ -194,13 +194,13 @@ def measure(paths: int, steps: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def loss(params: Any, batch: Any) -> jax.Array:
-    """Of a network with one hidden layer."""
+    """Return the loss of a network with one hidden layer."""
     x, y = batch
     return jnp.mean((jnp.tanh(x @ params["first"]) @ params["second"] - y) ** 2)
 
 
 def plain_steps(params: Any, batches: Any, value_and_grad: Callable[..., Any] | None = None) -> Any:
-    """Steps of one model, by optax."""
+    """Run steps of one model by optax."""
     value_and_grad = value_and_grad or jax.value_and_grad(loss)
     sgd = optax.sgd(0.05, 0.9)
 
@@ -214,13 +214,13 @@ def plain_steps(params: Any, batches: Any, value_and_grad: Callable[..., Any] | 
 
 
 def steps_alone(params: Any, batches: Any) -> Any:
-    """Steps of workers that never meet, their average after the last."""
+    """Run steps of workers that never average; return their average after the last step."""
     ends = jax.vmap(plain_steps, (None, 0))(params, batches)
     return jax.tree.map(lambda leaf: leaf.mean(0), ends)
 
 
 def joined(batches: Any) -> Any:
-    """The batches of all workers as one, [S, K B, ...]."""
+    """Join the batches of all workers, [S, K B, ...]."""
 
     def join(leaf):
         return jnp.swapaxes(leaf, 0, 1).reshape(leaf.shape[1], -1, leaf.shape[-1])
@@ -229,12 +229,12 @@ def joined(batches: Any) -> Any:
 
 
 def joint_steps(params: Any, batches: Any) -> Any:
-    """Steps on the batches of all workers as one."""
+    """Run steps on the joint batches."""
     return plain_steps(params, joined(batches))
 
 
 def svag_steps(l: int, params: Any, batches: Any) -> Any:
-    """Updates of SVAG, whose pairs are the halves of the joint batches."""
+    """Run updates of SVAG, whose pairs are the halves of the joint batches."""
     fn = dynamics.svag(l, "sgdm").value_and_grad(loss)
     return plain_steps(
         params, joined(batches), lambda params, batch: fn(params, *dynamics.split_halves(batch))
@@ -242,7 +242,7 @@ def svag_steps(l: int, params: Any, batches: Any) -> Any:
 
 
 def local_steps(h: int, params: Any, batches: Any) -> Any:
-    """Steps of as many workers, their average."""
+    """Run steps of as many workers; return their average."""
     workers, steps = jax.tree.leaves(batches)[0].shape[:2]
     optimizer = dynamics.local_update(
         optax.sgd(0.05, 0.9), dynamics.local.constant_h(h), lambda step: 0.05, total_steps=steps
@@ -253,7 +253,7 @@ def local_steps(h: int, params: Any, batches: Any) -> Any:
 
 
 def measure_local(width: int, repeats: int) -> list[dict[str, Any]]:
-    """One row for the plain steps, and for each H."""
+    """Measure one row for each way to step."""
     keys = jax.random.split(jax.random.key(0), 4)
     params = {
         name: jax.random.normal(key, (width, width)) / width**0.5
@@ -293,7 +293,7 @@ def measure_local(width: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="2,000 paths of 40 steps, 3 repeats")
     parser.add_argument("--paths", type=int, default=100_000)
