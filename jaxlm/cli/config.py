@@ -247,9 +247,9 @@ class _Reader:
             data = self._mapping(value, key)
             inner = arguments[1] if arguments else Any
             return {
-                self.convert(name, str, key): item
-                if inner is Any
-                else self.convert(item, inner, f"{key}.{name}")
+                self.convert(name, str, key): (
+                    item if inner is Any else self.convert(item, inner, f"{key}.{name}")
+                )
                 for name, item in data.items()
             }
         if origin is tuple:

@@ -1,4 +1,4 @@
-"""Versions, devices and memory for a bug report; with a model, its parameter table.
+"""Print versions, devices and memory for a bug report; with a model, its parameters.
 
 usage: jaxlm info [MODEL]
 

@@ -1,4 +1,4 @@
-"""What a command writes to its streams, and what becomes of it where they take no more."""
+"""Standard output and error: any character, a closed pipe, a full disk, tables."""
 
 import codecs
 import contextlib
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def prepare() -> None:
-    """Lets every text be written: no stream is missing, and none stops at a character."""
+    """Open missing streams, and let every character be written."""
     with contextlib.suppress(OSError):
-        # Or the next file to be opened would become standard output, and take what is printed.
+        # Otherwise the next file opened would become standard output, and take what is printed.
         while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass
         os.close(descriptor)
@@ -21,7 +21,7 @@ def prepare() -> None:
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:
-    r"""Writes `\u00e9` for what an encoding lacks, which within JSON is the same text."""
+    r"""Return `\u00e9` for a character that an encoding lacks, which is the same text in JSON."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
@@ -30,14 +30,14 @@ def _escaped(error: UnicodeError) -> tuple[str, int]:
 
 
 def flush() -> None:
-    """Writes what is still held, so that a full disk is noticed here and not at the exit."""
+    """Flush the streams, so that a full disk is noticed now and not at the exit."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
 
 
 def give_up() -> None:
-    """Sends what standard output and error could not take nowhere; the exit would try again."""
+    """Discard what a stream could not take, since Python would try again at the exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -48,11 +48,11 @@ def give_up() -> None:
 
 
 def show(table: Any) -> None:
-    """Prints a table of rich, whose texts are names and no markup."""
+    """Print a table of rich whose texts are names, not markup."""
     from rich.console import Console
 
     class Screen(Console):
         def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # which `main` ends on, and not an exit from within
+            raise BrokenPipeError  # for `main`; rich would exit here
 
     Screen(markup=False, emoji=False, highlight=False).print(table)
