@@ -10,7 +10,7 @@ from jaxlm.cli.keys import keys_of
 from jaxlm.cli.main import ALONE, COMMANDS, main
 from jaxlm.train.finetuning import FinetuneConfig
 from tests.helpers.sentences import check_sentence
-from tests.tiny import write_run
+from tests.helpers.tiny import write_run
 
 
 def test_help_lists_the_commands(capsys):
