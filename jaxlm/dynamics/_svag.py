@@ -89,6 +89,8 @@ def svag_value_and_grad(
                 value = loss_fn(params, batch, *rest, **given)
                 return value if has_aux else (value, None)
 
+            # Weights differ in sign, so the halves need their own losses, but not their own
+            # backward passes: the gradient of the weighted sum is what is wanted.
             losses, aux = jax.vmap(half_loss)(halves, keys)
             losses = wide(losses)
             total = jnp.sum(jnp.asarray(weights, losses.dtype) * losses)

@@ -366,6 +366,8 @@ def run_workers(
             in_specs=(own, own, every, own),
             out_specs=(own, own, every, own),
             axis_names={axis},
+            # The branches of `maybe_sync` differ in whether values vary over workers, which the
+            # check refuses.
             check_vma=False,
         )
     params, inner, step, values = run(workers.params, *workers.state, batches)

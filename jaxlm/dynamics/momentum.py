@@ -51,6 +51,7 @@ def sgdm(
     one_of("form", form, ("ema", "heavy_ball"))
     average: Any = _ema if form == "ema" else optax.trace
     if callable(beta):
+        # optax takes schedules for learning rates only.
         average = optax.inject_hyperparams(average)
     else:
         real("beta", beta, least=0, below=1)

@@ -102,6 +102,7 @@ def as_operator(noise: Any, x: Any) -> NoiseOperator:
         return NoiseOperator(lambda z: jax.tree.map(jnp.multiply, noise, z), like)
     if isinstance(x, jax.Array) and x.ndim == 1 and np.shape(noise)[:-1] == x.shape:
         white = jax.ShapeDtypeStruct(np.shape(noise)[1:], x.dtype)
+        # Accelerators multiply float32 in fewer bits by default, and the covariance would be off.
         return NoiseOperator(lambda z: jnp.matmul(noise, z, precision="highest"), white)
     shapes, expected = jax.tree.map(np.shape, noise), jax.tree.map(np.shape, x)
     raise UserError(
@@ -142,6 +143,7 @@ def example_noise(
         Wu et al. 2020, arXiv:1906.07405 (weights in place of a matrix root); Li, Malladi, Arora
         2021, arXiv:2102.12470 (noisy gradient descent).
     """
+    # A weighted sum of gradients is the gradient of the weighted sum: one pull through `losses`.
     values, pull = jax.vjp(losses, x)
     (n,) = values.shape
     scale = (n * batch_size) ** -0.5
@@ -385,6 +387,7 @@ def adam_sde(grad: Grad, diag_cov: Grad, sqrt_cov: SqrtCov, constants: AdaptiveC
         raise UserError("c1: Adam needs it (got None). Give b1 to AdaptiveConstants.of.")
 
     def correction(rate, t):
+        # 1 - exp(-x) would lose its digits in the first steps, where x is small.
         return -jnp.expm1(-rate * t)
 
     def drift(t, state):

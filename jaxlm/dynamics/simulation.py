@@ -264,6 +264,7 @@ def _white(
     def draw(path, index):
         def normal(leaf, keys):
             shape, dtype = leaf.value.shape, leaf.value.dtype
+            # The bits of a row depend on its index alone, whatever the number of rows is.
             z = prng.normal(keys[index], (n_paths, *shape), rows=(path, 1))[0]
             return prng.prevent_recompute(z).astype(dtype)
 
@@ -338,7 +339,9 @@ def _diffrax(key: Any, sde: SDE, x0: Any, intervals: Interval, n_paths: int, nam
     def path(key):
         structure = as_operator(sde.diffusion(sde.t0, x0), x0).structure
         noise = diffrax.ControlTerm(
-            linear, diffrax.UnsafeBrownianPath(structure, key, levy_area=kind)
+            # Unsafe means that no interval may be asked for twice: steps are never rejected here.
+            linear,
+            diffrax.UnsafeBrownianPath(structure, key, levy_area=kind),
         )
         drift = diffrax.ODETerm(lambda t, x, _: sde.drift(t, x))
         return diffrax.diffeqsolve(
@@ -347,7 +350,7 @@ def _diffrax(key: Any, sde: SDE, x0: Any, intervals: Interval, n_paths: int, nam
             *(grid[0], grid[-1], None, x0),
             saveat=diffrax.SaveAt(ts=intervals.end),
             stepsize_controller=diffrax.StepTo(jnp.asarray(grid)),
-            adjoint=diffrax.DirectAdjoint(),
+            adjoint=diffrax.DirectAdjoint(),  # allows forward mode
             max_steps=len(grid),
         ).ys
 

@@ -102,6 +102,7 @@ def evaluate_generation(
             f"max_new_tokens: leaves no room for a prompt in {longest} tokens (got "
             f"{max_new_tokens}). Lower it."
         )
+    # Prompts of similar length share a batch, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)
     for start in range(0, len(order), batch_size):

@@ -42,6 +42,7 @@ def calibration_offsets(unlabelled: Float[Any, "M C"]) -> Float[np.ndarray, " C"
     """
     unlabelled = np.asarray(unlabelled)
     check_finite(unlabelled)
+    # A median, since a few texts with extreme scores would move a mean.
     return np.median(unlabelled - unlabelled.mean(axis=1, keepdims=True), axis=0)
 
 
@@ -109,6 +110,7 @@ def domain_scores(
         UserError: see `jaxlm.data.without_examples` and `jaxlm.data.prepare`.
     """
     examples = getattr(task, split)
+    # Without the example the prompts are the same: one row is enough.
     if not task.config.own_options and len({example.context for example in examples}) == 1:
         examples = examples[:1]
     bare = dataclasses.replace(task, train=(), validation=(), test=examples)
@@ -143,6 +145,7 @@ def subtract_domain_scores(
     """
     width = min(scores.shape[1], domain.shape[1])
     scores, domain = scores[:, :width], domain[:, :width]
+    # Minus infinity minus itself is NaN.
     there = np.isfinite(scores)
     return np.subtract(scores, domain, out=np.full_like(scores, -np.inf), where=there)
 

@@ -175,6 +175,7 @@ def majority_accuracy(labels: Int[Any, " N"] | Bool[Any, "N C"]) -> float:
 
 def check_finite(scores: Float[Any, "N C"], key: str = "scores") -> None:
     """Raise for NaN, plus infinity, and examples whose every option has minus infinity."""
+    # A NaN is the argmax of its row, and would count as that option.
     highest = np.max(scores, axis=1, initial=-np.inf)  # NaN where one of the scores is
     bad = np.flatnonzero(~np.isfinite(highest))
     if len(bad):

@@ -236,6 +236,7 @@ def _start(
     """Read the prompts, padded on the left."""
     config = lm.config
     rows = [_Row(lm.tokenizer, ids, stop, config.stops) for ids in prompts]
+    # On the left, so that all samples start at one position.
     length = -(-max(len(row.prompt) for row in rows) // _MULTIPLE) * _MULTIPLE
     ids, mask = np.zeros((2, len(rows), length), np.int32)
     for i, row in enumerate(rows):

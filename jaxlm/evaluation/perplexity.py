@@ -34,6 +34,7 @@ def perplexity(
         UserError: the text has no token to predict.
     """
     spare = -len(windows["weights"]) % batch_size
+    # Filling windows have weights of 0. All batches have one shape, for one compilation.
     batches = {
         name: np.pad(value, ((0, spare), (0, 0))).reshape(-1, batch_size, value.shape[1])
         for name, value in windows.items()

@@ -89,7 +89,7 @@ def generation_objective(
             decoded = decoded.split(string, 1)[0]
         return decoded.strip()
 
-    @functools.wraps(reward)
+    @functools.wraps(reward)  # errors name the reward
     def scored(generated: Generated, batch: Any) -> Sequence[float]:
         rows = zip(generated.tokens.tolist(), generated.lengths.tolist(), strict=True)
         texts = [text(tokens[:length]) for tokens, length in rows]
