@@ -365,6 +365,7 @@ def stage(
     plain = _plain(inputs)
     folder = root / f"{name}-{inputs_digest(plain)}"
     manifest = read_manifest(folder, plain)
+    barrier(f"{folder} is read")  # by every process, before the first one writes a manifest
     if manifest is not None and manifest.result is not None:
         log(f"{name}: nothing has changed, {folder}")
         return folder, manifest.result
