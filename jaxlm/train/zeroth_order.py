@@ -76,11 +76,17 @@ def configuration(
 
     Returns:
         A frozen dataclass, a subclass of `ZerothOrder`.
+
+    Raises:
+        TypeError: if the method lacks an argument that all optimizers have.
     """
     fields: list[tuple[str, Any, Any]] = [("name", str, method.__name__)]
     fields.append(("learning_rate", float, learning_rate))
     inherited = {f.name: f for f in dataclasses.fields(Optimizer)}
     parameters = inspect.signature(method, eval_str=True).parameters
+    shared = {f.name for f in dataclasses.fields(ZerothOrder)} - {"name", "schedule", "warmup"}
+    if missing := sorted(shared - parameters.keys()):  # or such a key would do nothing
+        raise TypeError(f"{method.__name__} lacks the arguments {', '.join(missing)}")
     for key in sorted(parameters, key=lambda key: key != "sampler"):  # the order of saved files
         default = parameters[key].default
         if key in inherited or key in ("decay", "mesh", *without):

@@ -95,14 +95,14 @@ def as_json(settings: dict[str, Any], params: Any) -> dict[str, Any]:
     """Return settings as JSON values; a function on paths becomes a checksum of what it matches."""
     names = sorted({leaf.path for leaf in paths.flatten(params)[0]})
 
-    def written(value):
+    def recorded(value):
         if not callable(value):
             return value
         chosen = [name for name in names if value(name)]
         crc = zlib.crc32("\n".join(chosen).encode())
         return f"a function that takes {len(chosen)} of {len(names)} paths, CRC-32 {crc:08x}"
 
-    return json.loads(json.dumps({name: written(value) for name, value in settings.items()}))
+    return json.loads(json.dumps({name: recorded(value) for name, value in settings.items()}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,22 +360,19 @@ class Trajectory:
     def _put(self, record: bytes) -> None:
         try:
             if is_main_process():
-                self._write(record)
+                with self.path.open("r+b", buffering=0) as file:
+                    file.truncate(self._end)  # drop an incomplete chunk, or the end of a run
+                    file.seek(self._end)
+                    rest = memoryview(record)
+                    while rest:  # an unbuffered write may be partial
+                        rest = rest[file.write(rest) :]
+                    os.fsync(file.fileno())
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror or error}); its {self.steps} "
                 "steps are kept. Make room there."
             ) from error
         self.torn = 0
-
-    def _write(self, chunk: bytes) -> None:
-        with self.path.open("r+b", buffering=0) as file:
-            file.truncate(self._end)
-            file.seek(self._end)
-            rest = memoryview(chunk)
-            while rest:
-                rest = rest[file.write(rest) :]
-            os.fsync(file.fileno())
 
     def cut(self, step: int, length: int | None = None) -> None:
         """Keep the first `step` steps, for a run that resumes there.

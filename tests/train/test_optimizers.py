@@ -1,14 +1,18 @@
 """The optimizers that a configuration names, against optax's own."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from jaxlm import zo
 from jaxlm.core.errors import UserError
 from jaxlm.train.optimizers import OPTIMIZERS, Adam, Mezo, Muon, Sgd, decay_mask
 from jaxlm.train.state import Program, first_order
+from jaxlm.train.zeroth_order import ZEROTH_ORDER, configuration
 
 PARAMS = {
     "embed": {"tokens": {"embedding": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)}},
@@ -92,6 +96,11 @@ def test_weight_decay_spares_biases_and_norms():
         ("mezo", "eps", float("nan")),
         ("mezo", "num_directions", 0),
         ("mezo", "learning_rate", -1.0),
+        ("mezo_momentum", "momentum", 1.0),
+        ("mezo_adam", "horizon", 10**9),
+        ("fzoo", "num_directions", 1),
+        ("lozo", "rank", 0),
+        ("zo_muon", "vector_scale", -1.0),
         ("adam", "b1", 1.0),
         ("sgd", "momentum", -0.1),
         ("muon", "warmup", -1),
@@ -101,6 +110,22 @@ def test_weight_decay_spares_biases_and_norms():
 def test_a_bad_number_is_refused_by_name(name, field, value):
     with pytest.raises(UserError, match=rf"^optimizer\.{field}: must be "):
         OPTIMIZERS[name](name=name, **{field: value})
+
+
+def test_a_configuration_is_that_of_its_method():
+    assert {*ZEROTH_ORDER} <= {*zo.__all__}
+    for name, kind in ZEROTH_ORDER.items():
+        keys = inspect.signature(getattr(zo, name)).parameters
+        config = kind()
+        for key in keys.keys() - {"learning_rate", "sampler", "decay", "mesh", "floor"}:
+            assert getattr(config, key) == keys[key].default
+        assert config.build(10).settings == config.build(10).settings
+        assert config.build(10).settings["learning_rate"][0] == np.float32(config.learning_rate)
+
+    def lacking(learning_rate, *, eps=1e-3): ...
+
+    with pytest.raises(TypeError, match="lacking lacks the arguments num_directions, rounding"):
+        configuration(lacking, 1e-3)
 
 
 def test_first_order_gives_state_to_what_is_selected_only():

@@ -148,9 +148,8 @@ def test_jit_equals_eager_and_no_number_is_infinite_or_nan(name, run):
     np.testing.assert_allclose(change, expected, atol=2e-3 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
 @each_method
-def test_a_step_without_a_finite_slope_changes_nothing_but_its_number(name, bad):
+def test_a_step_without_a_finite_slope_changes_nothing_but_its_number(name):
     """A run that has such a step continues as one that never saw its batch."""
     params, opt = network_params(), method(name)
     step = jax.jit(
@@ -162,7 +161,7 @@ def test_a_step_without_a_finite_slope_changes_nothing_but_its_number(name, bad)
         )
     )
     state = opt.init(params, KEY)
-    for scale in (bad, 1.0, 1.0, bad, bad):
+    for scale in (np.inf, 1.0, 1.0, np.nan, np.inf):
         before = opt.finalize(params, state), state
         params, state, info = step(params, state, scale)
         if scale == 1:
@@ -189,6 +188,13 @@ SHORT = ("mezo", "adam", "momentum", "meazo", "lozo_momentum", "zo_muon", "resid
 WIDTHS = [(dtype, name) for dtype in ("float32", "float64") for name in METHODS]
 
 
+@functools.cache
+def narrow(name, dtype):
+    """What `scanned` returns where JAX has no 64 bits."""
+    params = jax.tree.map(lambda x: x.astype(dtype), network_params())
+    return scanned(name, params, network_batch())[0]
+
+
 def scanned(name, params, batch):
     """Three steps in a scan, which requires that the state keeps its types."""
     opt = method(name)
@@ -206,8 +212,7 @@ def scanned(name, params, batch):
 def test_the_width_of_numbers_is_that_of_the_leaves_and_not_of_the_process(dtype, name):
     """Under 64 bits, methods do what they do without; leaves of 64 bits have states of 64."""
     params, batch = network_params(), network_batch()
-    narrow = "float32" if dtype == "float64" else dtype
-    plain, _ = scanned(name, jax.tree.map(lambda x: x.astype(narrow), params), batch)
+    plain = narrow(name, "float32" if dtype == "float64" else dtype)
     with jax.enable_x64(True):
         measured = jnp.promote_types(dtype, jnp.float32)
         wide, state = scanned(
