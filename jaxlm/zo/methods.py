@@ -101,7 +101,7 @@ def mezo_momentum(
     Args:
       learning_rate: η; the other arguments that are not listed here are those of `mezo`.
       momentum: decay rate of the mean over estimates.
-      horizon: number of estimates in the mean, which are drawn again in each step.
+      horizon: number of past estimates, which are drawn again in each step.
     """
     return zeroth_order(
         learning_rate,
@@ -142,7 +142,7 @@ def mezo_adam(
       b1: decay rate of the first moment.
       b2: decay rate of the second moment.
       floor: Adam's ε, added to the root of the second moment.
-      horizon: number of estimates in the moments, which are drawn again in each step.
+      horizon: number of past estimates, which are drawn again in each step.
     """
     return zeroth_order(
         learning_rate,
