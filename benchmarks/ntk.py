@@ -6,9 +6,10 @@ A masked model of 4 layers of width 256 with 2000 tokens, float32, random weight
 of three label words at one position, or for C = 1 a difference of two; 32 examples against 64,
 without padding. One table for each length and C, the methods taking turns:
 
-  factorized                the backward pass makes the kernel layer by layer; ways by cost
+  factorized                the backward pass computes the kernel layer by layer; contractions by
+                            the cost model
   factorized, paired        the same, matrices always by products of factors, tables by matches
-  factorized, chunked       the same, always by pieces of gradients
+  factorized, chunked       the same, always by chunks of gradients
   jacobian contraction      all gradients in JAX, then contracted
   torch.func, jacrev        the same in PyTorch, as in its tutorial
   torch.func, vjp and jvp   the tutorial's other way, pair by pair; timed on one row of the kernel
@@ -22,9 +23,10 @@ without padding. One table for each length and C, the methods taking turns:
   difference                largest |K - K'| over largest |K'|, K' by torch.func (else the Jacobian)
 
 A table before these has how long a user waits for `kernels.ntk` of 32 examples against 64 of 16
-tokens, the first time, when everything is compiled, and the second. A further table has the ways to
-the kernel of one matrix or table, for each length and C: seconds, which one is chosen, and its time
-over that of the best. With --scaling, how time grows with N, T and P; with --roberta-base, 32
+tokens, the first time, when everything is compiled, and the second. A further table has both
+contractions for the kernel of one matrix or table, for each length and C: seconds, which one is
+chosen, and its time over that of the best; the constants of `jaxlm.kernels.cost` come from it. With
+--scaling, how time grows with N, T and P; with --roberta-base, 32
 examples of 32 tokens against 936 at that model's size. A last table has the error of kernels in
 bfloat16, parameters and activations, against float32: the largest, as `difference` above, and in
 the Frobenius norm. --quick has 2 layers, 8 examples of 16 tokens against 16, C = 1 alone, and in
@@ -46,8 +48,9 @@ import numpy as np
 from benchmarks import common
 from benchmarks.shapes import ROBERTA_BASE
 from jaxlm import kernels
-from jaxlm.kernels import factorized, gram, jacobian, rules, tables
-from jaxlm.kernels.sides import Sides
+from jaxlm.kernels import KernelOptions, cost, factorized, leaf_kernels
+from jaxlm.kernels.contraction import kernel_spec
+from jaxlm.kernels.leaf_kernels import Pairing
 from jaxlm.models import LanguageModel, ModelConfig, init_params
 
 SMALL = ROBERTA_BASE.replace(
@@ -61,7 +64,7 @@ SMALL = ROBERTA_BASE.replace(
 )
 WORDS = (11, 12, 13)
 COUNTS = (32, 64)
-SGD = gram.Features()
+UNCHECKED = KernelOptions(check=False)
 JVPS = 16
 KINDS = ("sgd", "signgd", "asymmetric_signgd")
 QUICK_COUNTS, QUICK_JVPS, QUICK_CONFIG = (8, 16), 2, SMALL.replace(num_layers=2)
@@ -89,28 +92,28 @@ def label_logits(lm: LanguageModel, classes: int) -> Callable[..., Any]:
     return f
 
 
-def ways(way: str, f: Callable[..., Any], params: Any, x1: Any, x2: Any) -> dict[Any, str]:
-    """One way for every use, where it has that way."""
-    plan = factorized.plan(f, params, x1, x2)
-    table = "matches" if way == "paired" else way
-    return {key: table if key[1] == "embed" else way for key in plan}
-
-
 def jax_methods(f: Callable[..., Any], params: Any, x1: Any, x2: Any) -> dict[str, Any]:
     """Functions of (params, x1, x2)."""
 
-    def by_way(way):
-        plan = ways(way, f, params, x1, x2)
-        return lambda params, x1, x2: factorized.factorized(f, params, x1, x2, plan=plan)
+    spec = kernel_spec(params)
+    keys = factorized.contractions(f, params, x1, x2, spec)
+
+    def always(matrix, table):
+        chosen: dict[Any, Any] = {key: table if key[1] == "embed" else matrix for key in keys}
+        return lambda params, x1, x2: factorized.block(f, params, x1, x2, spec, chosen)
 
     return {
-        "factorized": functools.partial(factorized.factorized, f),
-        "factorized, paired": by_way("paired"),
-        "factorized, chunked": by_way("chunked"),
-        "jacobian contraction": lambda params, x1, x2: jacobian.block(
-            f, params, x1, x2, SGD, "full", None
-        ),
+        "factorized": kernel(f, method="factorized"),
+        "factorized, paired": always("paired", "matches"),
+        "factorized, chunked": always("chunked", "chunked"),
+        "jacobian contraction": kernel(f, method="jacobian"),
     }
+
+
+def kernel(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """A function of (params, x1, x2) in one block, for `jax.jit`."""
+    block = KernelOptions(block_size=2**20, check=False)
+    return functools.partial(kernels.ntk, f, options=block, **options)
 
 
 def problem(classes: int, length: int, config: ModelConfig = SMALL, counts=COUNTS):
@@ -226,7 +229,7 @@ def parts(
     length: int, classes: int, repeats: int, counts: tuple[int, int] = COUNTS
 ) -> list[dict[str, Any]]:
     """Rows of the second table."""
-    sides = Sides(counts[0], "full", "sgd")
+    pairing = Pairing(kernels.SGD(), "full", counts[0])
     count = sum(counts)
     key = jax.random.key(0)
     rows = []
@@ -234,10 +237,10 @@ def parts(
         a = jax.random.normal(key, (count, length, inputs))
         b = jax.random.normal(key, (classes, count, length, width))
 
-        def matrix(way, a, b):
-            return rules.dense(sides, a, b, way).kernel
+        def matrix(contraction, a, b):
+            return leaf_kernels.dense(pairing, a, b, contraction).kernel
 
-        chosen = factorized.cost.dense(counts, (classes, classes**2), length, inputs, width)
+        chosen = cost.dense(counts, (classes, classes**2), length, inputs, width)
         rows.append(part_row(name, matrix, ("paired", "chunked"), chosen, (a, b), repeats))
     for name, shape in TABLES.items():
         ids = jax.random.randint(key, (count, length), 0, shape[0])
@@ -245,24 +248,25 @@ def parts(
             ids = jnp.broadcast_to(jnp.arange(length) + 2, (count, length))
         b = jax.random.normal(key, (classes, count, length, shape[1]))
 
-        def table(way, ids, b, shape=shape):
-            return tables.table(sides, shape, tables.looked_up(ids, b), None, way).kernel
+        def table(contraction, ids, b, shape=shape):
+            rows = leaf_kernels.lookup_rows(ids, b)
+            return leaf_kernels.table(pairing, shape, rows, None, contraction).kernel
 
-        chosen = factorized.cost.table(counts, (classes, classes**2), length, *shape)
+        chosen = cost.table(counts, (classes, classes**2), length, *shape)
         rows.append(part_row(name, table, ("matches", "chunked"), chosen, (ids, b), repeats))
     return [{"part": row.pop("part"), "T": length, "C": classes, **row} for row in rows]
 
 
-def part_row(name, function, names, chosen, arguments, repeats) -> dict[str, Any]:
-    """Times of the two ways to one part."""
+def part_row(part, function, names, chosen, arguments, repeats) -> dict[str, Any]:
+    """Times of the two contractions for one part."""
     calls = {}
-    for way in names:
-        program = jax.jit(functools.partial(function, way)).lower(*arguments).compile()
-        calls[way] = functools.partial(program, *arguments)
+    for name in names:
+        program = jax.jit(functools.partial(function, name)).lower(*arguments).compile()
+        calls[name] = functools.partial(program, *arguments)
     times = common.interleaved(calls, repeats)
     pairs = {"pairs_s": times[names[0]], "chunked_s": times["chunked"]}
     over = times[chosen] / min(times.values())
-    return {"part": name, **pairs, "chosen": chosen, "over_best": over}
+    return {"part": part, **pairs, "chosen": chosen, "over_best": over}
 
 
 def waits(kinds: Sequence[str], counts: tuple[int, int] = COUNTS) -> list[dict[str, Any]]:
@@ -271,8 +275,8 @@ def waits(kinds: Sequence[str], counts: tuple[int, int] = COUNTS) -> list[dict[s
     lm, f, x1, x2 = problem(1, 16, counts=counts)
     rows = []
     for kind in kinds:
-        kernel = functools.partial(kernels.ntk, f, lm.params, x1, x2, kind=kind)
-        first, second = (common.seconds(kernel) for _ in range(2))
+        call = functools.partial(kernels.ntk, f, lm.params, x1, x2, kind=kind)
+        first, second = (common.seconds(call) for _ in range(2))
         rows.append({"kind": kind, "first_s": first, "second_s": second})
     return rows
 
@@ -288,7 +292,7 @@ def scaling(repeats: int) -> list[dict[str, Any]]:
         calls, sizes = {}, {}
         for i, change in enumerate(changes):
             lm, f, x1, x2 = problem(1, **{"length": 32, **change})
-            program = jax.jit(functools.partial(factorized.factorized, f))
+            program = jax.jit(kernel(f, method="factorized"))
             calls[str(i)] = functools.partial(program, lm.params, x1, x2)
             count = sum(leaf.size for leaf in jax.tree.leaves(lm.params))
             sizes[str(i)] = {"N": len(x1["positions"]), "T": x1["input_ids"].shape[1], "P": count}
@@ -314,7 +318,7 @@ def roberta_base(columns: int = 936, block: int = 234) -> list[dict[str, Any]]:
     lm, f, x1, x2 = problem(1, 32, ROBERTA_BASE, (COUNTS[0], columns))
     arguments = jax.tree.map(jnp.asarray, (x1, {k: a[:block] for k, a in x2.items()}))
     program, compile_s = common.compiled(
-        jax.jit(functools.partial(factorized.factorized, f)), lm.params, *arguments
+        jax.jit(kernel(f, method="factorized")), lm.params, *arguments
     )
     start = time.perf_counter()
     found = []
@@ -326,9 +330,8 @@ def roberta_base(columns: int = 936, block: int = 234) -> list[dict[str, Any]]:
         )
     seconds = time.perf_counter() - start
     few = {k: jnp.asarray(a[:2]) for k, a in x1.items()}
-    exact = jacobian.block(
-        f, lm.params, few, {k: a[:2] for k, a in arguments[1].items()}, SGD, "full", None
-    )
+    others = {k: a[:2] for k, a in arguments[1].items()}
+    exact = kernels.ntk(f, lm.params, few, others, method="jacobian", options=UNCHECKED)
     difference = np.abs(found[0][:2, :, :2] - exact).max() / np.abs(exact).max()
     row = {"shape": "RoBERTa-base", "N": COUNTS[0], "N'": columns, "T": 32, "C": 1}
     row |= {"seconds": seconds, "peak_MB": common.peak_bytes(program) / 1e6}
@@ -341,8 +344,8 @@ def bfloat16(kinds: Sequence[str] = KINDS) -> list[dict[str, Any]]:
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lm.params)
     rows = []
     for kind in kinds:
-        kernel = functools.partial(factorized.factorized, f, kind=kind)
-        exact, found = (np.asarray(jax.jit(kernel)(params, x)) for params in (lm.params, rounded))
+        run = jax.jit(kernel(f, method="factorized", kind=kind))
+        exact, found = (np.asarray(run(params, x)) for params in (lm.params, rounded))
         row = {"kind": kind, "largest": float(np.abs(found - exact).max() / np.abs(exact).max())}
         error = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
         rows.append({**row, "frobenius": error})

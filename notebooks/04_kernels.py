@@ -29,7 +29,7 @@ import numpy as np
 
 from jaxlm import kernels
 from jaxlm.data import task_config
-from jaxlm.kernels import behaviour, ridge, solve, systems
+from jaxlm.kernels import behaviour, ridge, solve
 from jaxlm.studies.kernel_plots import heat_map, spectrum
 from jaxlm.studies.kernel_store import Kernels
 from jaxlm.studies.kernel_task import kernel_task
@@ -81,8 +81,8 @@ figure.tight_layout()
 
 # %%
 ridges = np.logspace(-5, 1, 13).tolist()
-path = ridge.ridge_path(found["sgd"], systems.targets(labels, 1), ridges=ridges)
-held_out = (systems.classes(path.leave_one_out[:, 0]) == labels).mean(axis=1)
+path = ridge.ridge_path(found["sgd"], solve.targets(labels, 1), ridges=ridges)
+held_out = (solve.classes(path.leave_one_out[:, 0]) == labels).mean(axis=1)
 
 known = Kernels(task)
 on_test = path.predict(known.of("sgd", "test"))[:, 0]
@@ -102,7 +102,7 @@ figure.tight_layout()
 
 # %%
 def split(kind, name):
-    return solve.Split(known.of(kind, name), task.labels(name), known.f0(name))
+    return solve.Examples(known.of(kind, name), task.labels(name), known.f0(name))
 
 
 solvers = {"sgd": solve.Ridge(), "signgd": solve.Logistic()}

@@ -1,34 +1,37 @@
-"""Empirical neural tangent kernels of any function, for SGD, SignGD and Adam."""
+"""Empirical neural tangent kernels of any function, and kernel methods that solve tasks with them.
 
-from jaxlm.artifacts.arrays import fingerprint
-from jaxlm.kernels._ntk import NTKInfo, dropped_fraction, ntk, ntk_with_info
-from jaxlm.kernels._projected import projected, projected_features
-from jaxlm.kernels.jacobian import jacobian_contraction
-from jaxlm.kernels.saved import (
-    Manifest,
-    describe,
-    load_kernel,
-    read_manifest,
-    save_kernel,
-    saved_ntk,
-)
-from jaxlm.kernels.vector_products import kernel_vector_product, ntk_vector_products
+`ntk` computes a kernel of the gradients of f: for SGD, SignGD or Adam, by several methods, in
+blocks and over a mesh; `saved_ntk` keeps it on disk. `solve` fits a task with a kernel (`ridge`,
+`logistic` and `lssvm` hold the solvers), `behaviour` says whether training is like a kernel method,
+and `subspaces` has the kernels of low-rank adapters and the error of projections.
+"""
+
+from jaxlm.kernels import behaviour, solve, subspaces
+from jaxlm.kernels.blocks import KernelOptions
+from jaxlm.kernels.empirical import NTKInfo, ntk, ntk_with_info
+from jaxlm.kernels.kinds import SGD, Adam, AsymmetricSignGD, SignGD
+from jaxlm.kernels.saved import describe, load_kernel, save_kernel, saved_ntk
+from jaxlm.kernels.solve import logistic, lssvm, ridge
+from jaxlm.kernels.vector_products import kernel_vector_product
 
 __all__ = [
-    "Manifest",
+    "SGD",
+    "Adam",
+    "AsymmetricSignGD",
+    "KernelOptions",
     "NTKInfo",
+    "SignGD",
+    "behaviour",
     "describe",
-    "dropped_fraction",
-    "fingerprint",
-    "jacobian_contraction",
     "kernel_vector_product",
     "load_kernel",
+    "logistic",
+    "lssvm",
     "ntk",
-    "ntk_vector_products",
     "ntk_with_info",
-    "projected",
-    "projected_features",
-    "read_manifest",
+    "ridge",
     "save_kernel",
     "saved_ntk",
+    "solve",
+    "subspaces",
 ]

@@ -1,4 +1,4 @@
-r"""Whether training behaves like a kernel: is the function linear on its way, do gradients stay?
+r"""Does training behave like a kernel method: is f linear on its way, do its features stay?
 
 Training from $\theta_0$ to $\theta_t$ shows kernel behaviour where $f(x; \theta_t)$ is close to its
 linearization at $\theta_0$ and the kernel at $\theta_t$ close to that at $\theta_0$ (Malladi et al.
@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from scipy import stats
 
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
@@ -21,20 +20,21 @@ from jaxlm.typing import Params, PRNGKey
 
 
 def linearize(f: Callable[..., Array], params: Params) -> Callable[..., Array]:
-    r"""The first-order Taylor expansion of a function in its parameters.
+    r"""Return the first-order Taylor expansion of a function in its parameters.
 
     $$f_{lin}(\theta', x) = f(\theta, x) + \langle \nabla_\theta f(\theta, x), \theta' - \theta
     \rangle$$
 
     Args:
-        f: `f(params, x) -> array`.
-        params: θ. Leaves that are no floats are the same in both.
+      f: `f(params, x) -> array`.
+      params: θ. Leaves that are not floats must be the same in θ'.
 
     Returns:
-        `f_lin(params, x)`, like f; one forward-mode pass beside f itself.
+      `f_lin(params, x)`, like f; it costs one forward-mode pass, which includes f. It raises
+      UserError if its parameters differ from θ in structure or shape.
 
     References:
-        Lee et al. 2019, arXiv:1902.06720.
+      Lee et al. 2019, arXiv:1902.06720.
 
     >>> f_lin = linearize(lambda params, x: params**2 * x, 3.0)
     >>> float(f_lin(4.0, 1.0))
@@ -42,39 +42,30 @@ def linearize(f: Callable[..., Array], params: Params) -> Callable[..., Array]:
     """
 
     def f_lin(other: Params, x: Any) -> Array:
-        value, tangent = value_and_tangent(f, params, other, x)
+        _check_same_shapes(params, other)
+        function, start = held(f, params)
+        moved, fixed = paths.split(start, None)
+        direction = jax.tree.map(
+            lambda new, old: (new - old).astype(old.dtype),
+            paths.split(held(f, other)[1], None)[0],
+            moved,
+        )
+        value, tangent = jax.jvp(
+            lambda part: function(paths.merge(part, fixed), x), (moved,), (direction,)
+        )
         return value + tangent
 
     return f_lin
 
 
-def value_and_tangent(
-    f: Callable[..., Array], params: Params, other: Params, x: Any
-) -> tuple[Array, Array]:
-    """f at `params` and its derivative along `other - params`, in one pass; see `linearize`.
-
-    Raises:
-        UserError: the parameter sets differ in structure or shape.
-    """
-    same_shapes(params, other)
-    f, params = held(f, params)
-    moved, fixed = paths.split(params, None)
-    direction = jax.tree.map(
-        lambda new, old: (new - old).astype(old.dtype),
-        paths.split(held(f, other)[1], None)[0],
-        moved,
-    )
-    return jax.jvp(lambda part: f(paths.merge(part, fixed), x), (moved,), (direction,))
-
-
 def linearization_score(initial: float, final: float, linearized: float) -> float | None:
-    r"""Share of the improvement by training that the linearized function recovers.
+    r"""Return the share of the improvement by training that the linearized function recovers.
 
     $(a_{lin} - a_0) / (a_{FT} - a_0)$ of accuracies at θ_0, at θ_FT and of $f_{lin}(θ_{FT})$. The
     paper asks for more than one half.
 
     Returns:
-        The share; None where training improved nothing, so that there is nothing to recover.
+      The share; None if training improved nothing, so that there is nothing to recover.
 
     >>> linearization_score(0.5, 0.9, 0.8)
     0.75
@@ -85,17 +76,19 @@ def linearization_score(initial: float, final: float, linearized: float) -> floa
 
 
 def gain_p_value(before: Any, after: Any) -> float:
-    """The exact McNemar test, one-sided: could `after` be better than `before` by chance?
+    """Return the one-sided p-value of the exact McNemar test that `after` is better than `before`.
 
-    Of the examples of which one is right and the other wrong, as many as there are or more would be
-    gained with this probability if gains and losses were equally likely.
+    It is the probability of at least as many gains, among the examples where only one of the two is
+    right, if gains and losses were equally likely.
 
     Args:
-        before, after: [N], whether each example is right.
+      before, after: [N], whether each example is right.
 
     >>> gain_p_value([0, 0, 0, 0, 1], [1, 1, 1, 1, 1])
     0.0625
     """
+    from scipy import stats
+
     first, second = np.asarray(before, bool), np.asarray(after, bool)
     gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
     if gained + lost == 0:
@@ -104,7 +97,7 @@ def gain_p_value(before: Any, after: Any) -> float:
 
 
 def random_move(params: Params, other: Params, key: PRNGKey) -> Params:
-    """`params` moved as far as `other` is, leaf by leaf, but in random directions."""
+    """Return `params` moved as far as `other` is, leaf by leaf, but in random directions."""
 
     def move(key, first, second):
         z = jax.random.normal(key, jnp.shape(first), jnp.float32)
@@ -115,16 +108,16 @@ def random_move(params: Params, other: Params, key: PRNGKey) -> Params:
 
 
 def shuffled(params: Params, key: PRNGKey) -> Params:
-    """The numbers of every leaf in another order: random features of the same scales."""
+    """Return the entries of every leaf in random order: random features of the same scales."""
 
-    def deal(key, leaf):
+    def permute(key, leaf):
         return jax.random.permutation(key, jnp.ravel(leaf)).reshape(jnp.shape(leaf))
 
-    return _leafwise(deal, key, params)
+    return _leafwise(permute, key, params)
 
 
 def _leafwise(function: Callable[..., Array], key: PRNGKey, *trees: Params) -> Params:
-    """A function of a key and leaves, over the leaves that are floats."""
+    """Map a function of a key and leaves over the leaves of floats."""
     moved, fixed = zip(*(paths.split(tree, None) for tree in trees), strict=True)
     leaves, structure = jax.tree.flatten(moved[0])
     keys = jax.tree.unflatten(structure, list(jax.random.split(key, len(leaves))))
@@ -135,12 +128,13 @@ class KernelChange(NamedTuple):
     r"""How far one kernel is from another.
 
     Attributes:
-        mean: of $|K' - K| / |K|$ over entries, without those that move away from zero. The paper
-            calls features fixed where this is below 2.
-        median: of the same.
-        frobenius: $\|K' - K\|_F / \|K\|_F$, which small entries do not blow up.
-        alignment: $\langle K, K' \rangle / (\|K\|_F \|K'\|_F)$, which ignores scale.
-        left_out: share of those that move away from zero: up to rounding, K is zero and K' not K.
+      mean: of $|K' - K| / |K|$ over entries, without those that move away from zero. The paper
+        calls features fixed where this is below 2.
+      median: of the same.
+      frobenius: $\|K' - K\|_F / \|K\|_F$, which small entries do not blow up.
+      alignment: $\langle K, K' \rangle / (\|K\|_F \|K'\|_F)$, which ignores scale.
+      left_out: share of the entries that move away from zero: K is zero up to rounding, and
+        K' differs.
     """
 
     mean: float
@@ -151,14 +145,14 @@ class KernelChange(NamedTuple):
 
 
 def kernel_change(before: Any, after: Any) -> KernelChange:
-    """The change from one kernel to another of the same examples.
+    """Return the change from one kernel to another of the same examples.
 
     Args:
-        before: K at the first parameters, any shape.
-        after: K' at others.
+      before: K at the first parameters, any shape.
+      after: K' at others.
 
     Raises:
-        UserError: the shapes differ, an entry is not finite, or `before` is zero.
+      UserError: if the shapes differ, an entry is not finite, or `before` is zero.
 
     >>> kernel_change(np.array([[1.0, 2.0]]), np.array([[2.0, 2.0]])).mean
     0.5
@@ -166,18 +160,18 @@ def kernel_change(before: Any, after: Any) -> KernelChange:
     first, second = np.asarray(before, np.float64), np.asarray(after, np.float64)
     if first.shape != second.shape:
         raise UserError(
-            f"the kernels have shapes {list(first.shape)} and {list(second.shape)}: compute both "
-            "of the same examples."
+            f"after: must have the shape of before, {list(first.shape)} (got "
+            f"{list(second.shape)}). Compute both of the same examples."
         )
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise UserError("a kernel has entries that are not finite: compute it in float32.")
+        raise UserError("kernel: not finite (got NaN or infinity). Compute it in float32.")
     norm = np.linalg.norm(first)
     if norm == 0:
-        raise UserError("the first kernel is zero: there is no relative change.")
+        raise UserError("before: has no relative change (got zeros). Give another kernel.")
     size, moved = np.abs(first), np.abs(second - first)
     given = np.asarray(before).dtype
     rounding = np.finfo(given if given == np.float64 else np.float32).eps
-    # A zero, or what rounding made of one, has no relative change, and would be all of the mean.
+    # An entry that is zero up to rounding has no relative change: it would dominate the mean.
     there = (size > rounding * size.max()) | (moved == 0)
     relative = moved[there] / np.where(size[there] > 0, size[there], 1)
     other = np.linalg.norm(second)
@@ -190,29 +184,12 @@ def kernel_change(before: Any, after: Any) -> KernelChange:
     )
 
 
-def fixed_features(
-    kernel_fn: Callable[[Params], Any], params: Params, other: Params
-) -> KernelChange:
-    """The change of the kernel between two parameter sets: the paper's test of fixed features.
-
-    Args:
-        kernel_fn: `params -> K`, for example `lambda p: ntk(f, p, x)`.
-        params: at the beginning of training.
-        other: at its end.
-
-    Raises:
-        UserError: see `kernel_change`; or the parameter sets differ in structure or shape.
-    """
-    same_shapes(params, other)
-    return kernel_change(kernel_fn(params), kernel_fn(other))
-
-
 class Drift(NamedTuple):
-    """The kernel along a trajectory of T parameter sets.
+    """How a kernel moves along a trajectory of T parameter sets.
 
     Attributes:
-        from_first: change of each kernel from the first, T entries.
-        from_previous: change of each from the one before it, T - 1 entries.
+      from_first: change of each kernel from the first, T entries.
+      from_previous: change of each from the one before it, T - 1 entries.
     """
 
     from_first: tuple[KernelChange, ...]
@@ -220,16 +197,16 @@ class Drift(NamedTuple):
 
 
 def kernel_drift(kernel_fn: Callable[[Params], Any], trajectory: Iterable[Params]) -> Drift:
-    """How the kernel moves along a trajectory.
+    """Return how the kernel moves along a trajectory.
 
     Three kernels and one parameter set are held at a time.
 
     Args:
-        kernel_fn: see `fixed_features`.
-        trajectory: parameter sets; may be a generator that reads checkpoints.
+      kernel_fn: `params -> K`, for example `lambda p: ntk(f, p, x)`.
+      trajectory: parameter sets; may be a generator that reads checkpoints.
 
     Raises:
-        UserError: the trajectory is empty; or as `kernel_change`.
+      UserError: if the trajectory is empty; or as `kernel_change`.
     """
     first: Any = None
     previous: Any = None
@@ -243,24 +220,23 @@ def kernel_drift(kernel_fn: Callable[[Params], Any], trajectory: Iterable[Params
         from_first.append(kernel_change(first, kernel))
         previous = kernel
     if not from_first:
-        raise UserError("the trajectory is empty: give at least one parameter set.")
+        raise UserError("trajectory: is empty (got nothing). Give at least one parameter set.")
     return Drift(tuple(from_first), tuple(from_previous))
 
 
-def _arrays(tree: Params) -> list[paths.Leaf]:
-    return [leaf for leaf in paths.flatten(tree)[0] if is_array(leaf.value)]
-
-
-def same_shapes(params: Params, other: Params) -> None:
-    """Raises UserError for parameter sets that differ in structure or shape, with a path."""
+def _check_same_shapes(params: Params, other: Params) -> None:
+    """Raise UserError if parameter sets differ in structure or shape, naming a path."""
     first, second = (
-        {(leaf.path, leaf.layer): jnp.shape(leaf.value) for leaf in _arrays(tree)}
+        {
+            (leaf.path, leaf.layer): jnp.shape(leaf.value)
+            for leaf in paths.flatten(tree)[0]
+            if is_array(leaf.value)
+        }
         for tree in (params, other)
     )
     for place in [*first, *second]:
-        shapes = [found.get(place) for found in (first, second)]
-        if shapes[0] != shapes[1]:
+        if first.get(place) != second.get(place):
             raise UserError(
-                f"the parameter sets differ at {place[0] or 'their root'} (shapes {shapes[0]} and "
-                f"{shapes[1]}): give two of the same model."
+                f"params: differ from the first ones at {place[0] or 'their root'} (got shape "
+                f"{second.get(place)} and {first.get(place)}). Give two of the same model."
             )

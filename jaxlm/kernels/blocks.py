@@ -1,11 +1,12 @@
-"""A kernel in blocks of examples: each pair of blocks once, and its mirror image for nothing.
+"""A kernel in blocks of examples, of which a symmetric kernel needs only the upper half.
 
-Blocks are of one size, the last filled up with copies of its last example, so that one compiled
-program computes them all.
+All blocks have the same size, the last filled up with copies of its last example, so that one
+compiled program computes them all.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxlm.core import paths
+from jaxlm.core.checks import whole
 from jaxlm.core.programs import Program
-from jaxlm.kernels import gram, jacobian, vector_products
-from jaxlm.kernels.factorized import block as factorized_block
+from jaxlm.gradients.projection import Projector
+from jaxlm.kernels import factorized, jacobian, vector_products
+from jaxlm.kernels.contraction import KernelSpec, column_axis, contract, contract_self, transpose
 from jaxlm.sharding import batch_sharding, replicated
 
 GRADIENT_BYTES = 2**30
@@ -26,25 +29,46 @@ GRADIENT_BYTES = 2**30
 
 METHODS: dict[str, Callable[..., Array]] = {
     "jacobian": jacobian.block,
-    "factorized": factorized_block,
+    "factorized": factorized.block,
     "ntk_vector_products": vector_products.block,
 }
-"""`method(f, params, x1, x2 or None, features, over, select)` of each name."""
+"""`block(f, params, x1, x2 or None, spec)` by name."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelOptions:
+    """How a kernel is computed. The kernel itself does not depend on it, but by rounding.
+
+    Attributes:
+      block_size: examples on each side of a block. By default as many as have gradients of at most
+        1 GiB for methods "jacobian" and "projected", and all of them for the others.
+      mesh: divides the examples of a block over its axes data and fsdp. The parameters stay where
+        they are on it, or are copied to each device. By default the mesh that they lie on.
+      check: whether to check that no example changes f at another, and that the kernel is finite.
+        Under `jax.jit` there are no values to check.
+    """
+
+    block_size: int | None = None
+    mesh: Mesh | None = None
+    check: bool = True
+
+    def __post_init__(self):
+        whole(self, "block_size")
 
 
 @jax.jit
-def _signs(gradients, features):
-    return features.left(gradients)
+def _left(gradients, kind):
+    return kind.left(gradients)
 
 
 @functools.partial(jax.jit, static_argnames="over")
-def _against(left, gradients, features, *, over):
-    return gram.contract(left, features.right(gradients), over)
+def _against(left, gradients, kind, *, over):
+    return contract(left, kind.right(gradients), over)
 
 
 @functools.partial(jax.jit, static_argnames=("over", "halves"))
 def _alone(left, *, over, halves):
-    return gram.contract_self(left, over) if halves else gram.contract(left, left, over)
+    return contract_self(left, over) if halves else contract(left, left, over)
 
 
 @dataclasses.dataclass
@@ -52,9 +76,9 @@ class Blocks:
     """The blocks of one kernel, each computed when asked for.
 
     Attributes:
-      f, params, features, over, select, method: as of the methods.
+      f, params, spec, method: of `ntk`, resolved.
       x1, x2: examples; x2 is None where it is x1.
-      sizes: examples in a block of x1, and of x2.
+      sizes: examples per block of x1, and of x2.
       mesh: over whose axes data and fsdp the examples of a block are divided; or None.
     """
 
@@ -62,125 +86,154 @@ class Blocks:
     params: Any
     x1: Any
     x2: Any
-    features: gram.Features
-    over: gram.Axes
-    select: paths.Select
+    spec: KernelSpec
     method: str
     sizes: tuple[int, int]
     mesh: Mesh | None = None
     _row: tuple[int, Any] | None = None
 
     def __post_init__(self):
-        f, over, select, method = self.f, self.over, self.select, METHODS[self.method]
-        self._block = Program(
-            lambda params, x1, x2, features: method(f, params, x1, x2, features, over, select)
-        )
-        # The part that takes long to compile, and is the same for all kinds and axes.
+        f, select = self.f, self.spec.select
+        if self.method in METHODS:
+            self._block = Program(functools.partial(METHODS[self.method], f))
+        # Apart from the contraction: it takes long to compile, and is the same for all kinds and
+        # axes.
         self._gradients = Program(lambda params, x: jacobian.gradients(f, params, x, select))
 
     @property
     def half(self) -> bool:
         """Whether the lower half of the blocks mirrors the upper."""
-        return self.x2 is None and self.features.symmetric
+        return self.x2 is None and self.spec.kind.symmetric
 
     def count(self, side: int) -> int:
-        """Blocks on a side."""
+        """Return the number of blocks on a side."""
         return -(-self._examples(side) // self.sizes[side])
 
     def pairs(self) -> list[tuple[int, int]]:
-        """Which blocks are to be computed, those of a row one after another."""
+        """Return which blocks are to be computed, row by row."""
         rows, columns = self.count(0), self.count(1)
         return [(i, j) for i in range(rows) for j in range(i if self.half else 0, columns)]
 
     def compute(self, i: int, j: int) -> Array:
-        """One block, without what its examples were filled up with."""
+        """Return one block, without the examples that it was filled up with."""
         if self.method == "jacobian":
-            found = self._from_gradients(i, j)
+            block = self._from_gradients(i, j)
         else:
             x2 = None if self.x2 is None and i == j else self._part(1, j)
-            found = self._block(self.params, self._part(0, i), x2, self.features)
+            block = self._block(self.params, self._part(0, i), x2, self.spec)
         rows, columns = (slice(0, self._length(side, at)) for side, at in ((0, i), (1, j)))
-        return found[rows, :, columns] if self.over == "full" else found[rows, columns]
+        return block[rows, :, columns] if self.spec.over == "full" else block[rows, columns]
 
     def join(self, blocks: Mapping[tuple[int, int], Any]) -> Array:
-        """The kernel from all its blocks."""
+        """Return the kernel from all its blocks."""
 
         def at(i, j):
             if self.half and j < i:
-                return gram.transpose(jnp.asarray(blocks[j, i]), self.over)
+                return transpose(jnp.asarray(blocks[j, i]), self.spec.over)
             return blocks[i, j]
 
-        where = gram.column_axis(self.over)
+        where = column_axis(self.spec.over)
         rows = [
             jnp.concatenate([at(i, j) for j in range(self.count(1))], axis=where)
             for i in range(self.count(0))
         ]
         return jnp.concatenate(rows, axis=0)
 
+    def project(self, projector: Projector) -> Array:
+        """Return the kernel of projected features, which are small enough to be kept at once."""
+        left = self.projected_features(0, projector)
+        right = left if self.half else self.projected_features(1, projector)
+        return contract([left[:, :, None]], [right[:, :, None]], self.spec.over)
+
+    def projected_features(self, side: int, projector: Projector) -> Float[Array, "N C dim"]:
+        """Return S φ1 of x1, or S φ2 of x2, for the random map S of a projector."""
+
+        def project(params, x, kind, projector):
+            gradients = jacobian.gradients(self.f, params, x, self.spec.select)
+            features = kind.right(gradients) if side else kind.left(gradients)
+            leaves, structure = jax.tree.flatten(paths.split(params, self.spec.select)[0])
+            lead = features[0].shape[:2]
+            rows = [
+                g.reshape(math.prod(lead), *leaf.shape)
+                for g, leaf in zip(features, leaves, strict=True)
+            ]
+            projected = projector.project(jax.tree.unflatten(structure, rows))
+            return projected.reshape(*lead, projector.dim)
+
+        program, kind = Program(project), self.spec.kind
+        blocks = [
+            program(self.params, self._part(side, i), kind, projector)[: self._length(side, i)]
+            for i in range(self.count(side))
+        ]
+        return jnp.concatenate(blocks)
+
     def _from_gradients(self, i, j):
-        left = self._left(i)
+        left, over = self._left(i), self.spec.over
         if self.x2 is None and i == j:
             if self.half:
-                return _alone(left, over=self.over, halves=self.mesh is None)
-            return _against(left, left, self.features, over=self.over)
-        found = self._gradients(self.params, self._part(1, j))
-        return _against(left, found, self.features, over=self.over)
+                # On a mesh the tiles of `contract_self` would cut across devices.
+                return _alone(left, over=over, halves=self.mesh is None)
+            return _against(left, left, self.spec.kind, over=over)
+        gradients = self._gradients(self.params, self._part(1, j))
+        return _against(left, gradients, self.spec.kind, over=over)
 
     def _left(self, i):
-        """φ1 of a block of rows, kept until the next."""
+        """Return φ1 of a block of rows, kept until the next row: `pairs` goes row by row."""
         if self._row is None or self._row[0] != i:
-            self._row = None
-            found = self._gradients(self.params, self._part(0, i))
-            if self.features.kind == "signgd":
-                found = _signs(found, self.features)
-            self._row = (i, found)
+            self._row = None  # Freed before the next is computed.
+            gradients = self._gradients(self.params, self._part(0, i))
+            if self.spec.kind.signed[0]:
+                gradients = _left(gradients, self.spec.kind)
+            self._row = (i, gradients)
         return self._row[1]
 
+    def _side(self, side):
+        return self.x1 if side == 0 or self.x2 is None else self.x2
+
     def _examples(self, side) -> int:
-        x = self.x1 if side == 0 or self.x2 is None else self.x2
-        return jax.tree.leaves(x)[0].shape[0]
+        return jax.tree.leaves(self._side(side))[0].shape[0]
 
     def _length(self, side, block) -> int:
         return min(self.sizes[side], self._examples(side) - block * self.sizes[side])
 
     def _part(self, side, block):
-        x = self.x1 if side == 0 or self.x2 is None else self.x2
         first, size = block * self.sizes[side], self.sizes[side]
         rows = np.minimum(np.arange(first, first + size), self._examples(side) - 1)
-        part = jax.tree.map(lambda a: a[rows], x)
+        part = jax.tree.map(lambda a: a[rows], self._side(side))
         if self.mesh is None:
             return part
-        columns_whole = side == 1 and self.method == "ntk_vector_products"
+        # Vector products take one example of x' at a time, which all devices need.
+        everywhere = side == 1 and self.method == "ntk_vector_products"
         return jax.device_put(
-            part, replicated(self.mesh) if columns_whole else batch_sharding(self.mesh)
+            part, replicated(self.mesh) if everywhere else batch_sharding(self.mesh)
         )
 
 
-def sizes(
-    counts: tuple[int, int], outputs: int, params: Any, select: paths.Select, options: Any
+def block_sizes(
+    counts: tuple[int, int],
+    outputs: int,
+    leaves: list[Any],
+    method: str,
+    options: KernelOptions,
 ) -> tuple[int, int]:
-    """Examples in a block of either side.
+    """Return the examples per block of each side.
 
     Args:
-      counts: examples.
+      counts: examples of each side.
       outputs: C.
-      params, select: what is differentiated by.
-      options: (block_size or None, method, mesh or None).
+      leaves: the selected parameters.
+      method, options: of `ntk`; the mesh as it is used.
     """
-    block_size, method, mesh = options
-    if block_size is None:
-        if method == "jacobian":
-            leaves = jax.tree.leaves(paths.split(params, select)[0])
-            one = outputs * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-            block_size = max(1, GRADIENT_BYTES // max(one, 1))
-        else:
-            block_size = max(counts)
+    most = options.block_size
+    if most is None and method in ("jacobian", "projected"):
+        one = outputs * sum(leaf.value.size * leaf.value.dtype.itemsize for leaf in leaves)
+        most = max(1, GRADIENT_BYTES // max(one, 1))
+    mesh = options.mesh
     shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    return tuple(_even(count, block_size, shards) for count in counts)  # type: ignore[return-value]
 
+    def size(count):
+        blocks = -(-count // (most or max(counts)))
+        even = -(-count // blocks)  # Equal blocks: fewer copies of the last example.
+        return -(-even // shards) * shards
 
-def _even(count: int, most: int, shards: int) -> int:
-    """The size of equal blocks of at most `most` examples, a multiple of `shards`."""
-    blocks = -(-count // most)
-    each = -(-count // blocks)
-    return -(-each // shards) * shards
+    return size(counts[0]), size(counts[1])

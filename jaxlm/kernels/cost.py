@@ -1,45 +1,59 @@
-"""Which way to the kernel of a parameter is the fastest, by its shape, and in blocks of which size.
+"""Cost model: which contraction is the fastest for a parameter's kernel, and in what chunk size.
 
-Seconds are estimated as operations over a rate plus numbers moved over a rate. Only their ratios
-count, and those are measured by `benchmarks.ntk`.
+Time is estimated as flops plus entries moved, with an entry priced in flops. Only ratios matter,
+and they are measured: `python -m benchmarks.ntk` prints, for matrices and tables of several
+lengths, the seconds of both contractions (`pairs_s`, `chunked_s`), the one that is chosen here, and
+its time over that of the faster one (`over_best`). The constants below are from 2 shared CPU cores
+in float32. To renew them on another machine, take its rate from `pairs_s` (flops of `paired` in
+`dense` below, divided by seconds), convert `chunked_s` to flops by this rate, subtract the flops of
+`chunked`, and divide by the entries moved; then check that `over_best` stays near 1.
 """
 
 from typing import Literal
 
-Method = Literal["paired", "chunked", "matches"]
+Contraction = Literal["paired", "chunked", "matches"]
 
-SLOWER = 1.7
-"""Time of an operation on pieces of gradients over that of one on products of factors."""
-MOVED = 170
-"""Operations on products of factors while a number of a gradient is written and read again."""
-SCATTERED = 300
-"""The same for a number of a table's gradients, which are gathered from the rows in use."""
-CHUNK = 2**22
-"""Numbers of a piece of gradients, few enough to stay near the processor."""
-PAIRS = 2**22
-"""Numbers of a block of products of factors."""
-TABLE = 2**24
-"""Numbers of a piece of a table's gradients."""
+CHUNK_SLOWDOWN = 1.7
+"""Time of a flop on chunks of gradients over that of one on products of factors.
 
+The products of factors are batched small matrices that stay in cache; chunks are long and thin.
+"""
 
-def chunk(each: int, count: int) -> int:
-    """Columns in a piece of gradients, each of `each` numbers; of `count` there are."""
-    return _even(count, max(1, CHUNK // max(each, 1)))
+FLOPS_PER_DENSE_ENTRY = 170
+"""Flops on products of factors that take as long as writing and reading one gradient entry."""
 
+FLOPS_PER_GATHERED_ENTRY = 300
+"""The same for an entry of a table's gradient, which is scattered from the rows in use."""
 
-def chunk_of_table(each: int, count: int) -> int:
-    """Rows of a table in a piece of gradients, each of `each` numbers."""
-    return _even(count, max(1, TABLE // max(each, 1)))
+MAX_CHUNK_ENTRIES = 2**22
+"""Entries of a chunk of gradients: 16 MiB in float32, few enough to stay near the processor."""
+
+MAX_PAIR_ENTRIES = 2**22
+"""Entries of a block of products of factors."""
+
+MAX_TABLE_ENTRIES = 2**24
+"""Entries of a chunk of a table's gradients. Larger, since each chunk scatters all ids again."""
 
 
-def rows(each: int, count: int) -> int:
-    """Examples of x in a block of products, each of `each` numbers."""
-    return _even(count, max(1, PAIRS // max(each, 1)))
+def chunk_size(each: int, count: int) -> int:
+    """Return the columns of a gradient per chunk, with `each` entries per column, of `count`."""
+    return _even(count, max(1, MAX_CHUNK_ENTRIES // max(each, 1)))
+
+
+def table_chunk_size(each: int, count: int) -> int:
+    """Return the rows of a table per chunk, with `each` entries per row, of `count`."""
+    return _even(count, max(1, MAX_TABLE_ENTRIES // max(each, 1)))
+
+
+def batch_size(each: int, count: int) -> int:
+    """Return the examples of x per block of products, with `each` entries per example."""
+    return _even(count, max(1, MAX_PAIR_ENTRIES // max(each, 1)))
 
 
 def _even(count: int, most: int) -> int:
-    """The size of equal parts of at most `most`: a divisor of `count` if one is near."""
+    """Return the size of equal parts of at most `most`: a divisor of `count` if one is near."""
     most = min(count, most)
+    # A divisor needs no padding. Below half of `most` there would be twice as many steps.
     for size in range(most, most // 2, -1):
         if count % size == 0:
             return size
@@ -52,39 +66,39 @@ def choose(
     outputs: tuple[int, int],
     length: int,
     shape: tuple[int, ...],
-) -> Method:
-    """The way to one use of a parameter.
+) -> Contraction:
+    """Return the fastest contraction for one use of a parameter.
 
     Args:
       op: "dense", "embed" or "head".
-      counts: examples on either side.
-      outputs: C, and how many of the pairs of outputs the kernel has.
-      length: places where an example uses the parameter.
+      counts: examples on each side.
+      outputs: C, and how many pairs of outputs the kernel has.
+      length: positions at which an example uses the parameter.
       shape: of the parameter, without the axis of layers.
     """
-    way = table if op == "embed" else dense
-    return way(counts, outputs, length, *shape)
+    rule = table if op == "embed" else dense
+    return rule(counts, outputs, length, *shape)
 
 
 def dense(
     counts: tuple[int, int], outputs: tuple[int, int], length: int, inputs: int, width: int
-) -> Method:
-    """For a matrix [inputs, width] used at `length` places."""
-    pairs, some = counts[0] * counts[1], sum(counts)
+) -> Contraction:
+    """Return the fastest contraction for a matrix [inputs, width] used at `length` positions."""
+    pairs, examples = counts[0] * counts[1], sum(counts)
     paired = pairs * length**2 * 2 * (inputs + outputs[1] * width)
-    formed = some * outputs[0] * length * 2 * inputs * width
-    products = pairs * outputs[1] * 2 * inputs * width
-    moved = some * outputs[0] * inputs * width
-    chunked = SLOWER * (formed + products) + MOVED * moved
+    form = examples * outputs[0] * length * 2 * inputs * width
+    multiply = pairs * outputs[1] * 2 * inputs * width
+    moved = examples * outputs[0] * inputs * width
+    chunked = CHUNK_SLOWDOWN * (form + multiply) + FLOPS_PER_DENSE_ENTRY * moved
     return "paired" if paired < chunked else "chunked"
 
 
 def table(
     counts: tuple[int, int], outputs: tuple[int, int], length: int, vocab: int, width: int
-) -> Method:
-    """For a table [vocab, width] of which an example uses `length` rows."""
-    pairs, some = counts[0] * counts[1], sum(counts)
+) -> Contraction:
+    """Return the fastest contraction for a table [vocab, width] with `length` rows per example."""
+    pairs, examples = counts[0] * counts[1], sum(counts)
     matches = pairs * outputs[1] * length**2 * 2 * width
-    products = pairs * outputs[1] * vocab * 2 * width
-    chunked = products + SCATTERED * some * outputs[0] * vocab * width
-    return "matches" if matches < chunked else "chunked"
+    multiply = pairs * outputs[1] * vocab * 2 * width
+    moved = examples * outputs[0] * vocab * width
+    return "matches" if matches < multiply + FLOPS_PER_GATHERED_ENTRY * moved else "chunked"

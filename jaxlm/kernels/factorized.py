@@ -1,93 +1,43 @@
-r"""Kernels from what passes each parameter, for models that take a tap.
+r"""Method "factorized": the kernel from what passes each parameter, for models that take a tap.
 
-One forward pass of all examples and one backward pass for each output; at every use of a parameter
-the backward pass stops for its part of the kernel, made from what went in and the cotangent of what
-came out (`jaxlm.kernels.rules`, `jaxlm.kernels.tables`). Only pieces of gradients that fit into a
-cache ever exist, of one layer at a time.
+With what went into a matrix at one example, A [T, I], and the cotangents of what came out, B
+[T, O], the gradient is $A^\top B$. So the kernel is a sum over matrices of
+
+    ⟨A_iᵀ B_i, A_jᵀ B_j⟩ = Σ_ts (A_i A_jᵀ)_ts (B_i B_jᵀ)_ts,
+
+of which the right side is cheaper for short sequences and the left one, column by column, for long
+ones. One forward pass of all examples and one backward pass per output suffice: at every use of a
+parameter the backward pass stops and computes its part of the kernel
+(`jaxlm.kernels.leaf_kernels`). Only chunks of gradients that fit into a cache ever exist, of one
+layer at a time, and no array of the shape of an embedding table for an example.
+
+Memory is that of the activations of N1 + N2 examples and of C backward passes in one layer. x1 and
+x2 may differ in length, but then the factors of all layers are kept.
+
+References: Novak et al., "Fast Finite Width Neural Tangent Kernel", arXiv:2206.08720 (structured
+derivatives); Goodfellow, "Efficient Per-Example Gradient Computations", arXiv:1510.01799 (the
+factors).
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from jaxlm.core import paths, taps
 from jaxlm.core.errors import UserError
-from jaxlm.core.programs import held
-from jaxlm.gradients import per_example
-from jaxlm.gradients.per_example import takes_tap
-from jaxlm.kernels import cost, gram
-from jaxlm.kernels.arguments import features_of
-from jaxlm.kernels.backward import Backward, Plan
-from jaxlm.kernels.sides import Sides
+from jaxlm.gradients.per_example import takes_tap, untapped
+from jaxlm.kernels import cost, leaf_kernels
+from jaxlm.kernels.contraction import KernelSpec
+from jaxlm.kernels.kinds import Adam, Moments
+from jaxlm.kernels.leaf_kernels import LeafKernel, Pairing
 
-
-def factorized(
-    f: Callable[..., Array],
-    params: Any,
-    x1: Any,
-    x2: Any = None,
-    *,
-    kind: str = "sgd",
-    trace_axes: Sequence[int] = (),
-    diagonal_axes: Sequence[int] = (),
-    select: paths.Select = None,
-    sign_threshold: float | int | None = None,
-    adam_state: Any = None,
-    b1: float | int = 0.9,
-    b2: float | int = 0.999,
-    eps: float | int = 1e-8,
-    plan: Plan | None = None,
-) -> Array:
-    r"""The kernel from the inputs and the cotangents of each parameter's uses.
-
-    With what went into a matrix at one example, A [T, I], and the cotangents of what came out, B
-    [T, O], the gradient is $A^\top B$. So the kernel is a sum over matrices of
-
-        ⟨A_iᵀ B_i, A_jᵀ B_j⟩ = Σ_ts (A_i A_jᵀ)_ts (B_i B_jᵀ)_ts,
-
-    of which the right side is cheaper for short sequences and the left one, column by column, for
-    long ones. Rows of embeddings meet where token ids are equal, and no array of the shape of a
-    table exists for an example; a table tied to the head has the products of both uses as well. In
-    the last layer, where a function of one position has one cotangent that is not zero, T is 1.
-
-    Memory is that of the activations of N1 + N2 examples and of C backward passes in one layer. x1
-    and x2 may be of different lengths, but then the factors of all layers are kept. Pure; `jax.jit`
-    is the caller's.
-
-    Args:
-      f: `f(params, x, *, tap=None) -> [N, C]`, row n depending on example n alone, that hands `tap`
-        to every use of a parameter (`jaxlm.core.taps`), as the models of jaxlm do.
-      params: a nested dict of arrays.
-      x1, x2: pytrees of arrays whose axis 0 is N1 and N2; `x2=None` stands for `x1`.
-      kind, trace_axes, diagonal_axes, select, sign_threshold, adam_state, b1, b2, eps: see `ntk`.
-      plan: the way to each use; by default `plan` chooses.
-
-    Returns:
-      [N1, C, N2, C]; traced [N1, N2]; diagonal [N1, N2, C]. float32, or float64 for gradients of
-      that dtype.
-
-    Raises:
-      UserError: if a selected parameter passes no tap, or more than one where that is not an
-        embedding tied to the head.
-
-    >>> from jaxlm.core import taps
-    >>> def f(params, x, *, tap=None):
-    ...     return taps.apply(tap, "w", "dense", x, x @ params["w"], None)
-    >>> factorized(f, {"w": jnp.ones((2, 1))}, jnp.eye(2), trace_axes=(-1,)).tolist()
-    [[1.0, 0.0], [0.0, 1.0]]
-
-    References: Novak et al., "Fast Finite Width Neural Tangent Kernel", arXiv:2206.08720
-    (structured derivatives); Goodfellow, "Efficient Per-Example Gradient Computations",
-    arXiv:1510.01799 (the factors).
-    """
-    over = gram.axes(trace_axes, diagonal_axes)
-    f, params = held(f, params)
-    features = features_of(kind, params, select, sign_threshold, adam_state, b1, b2, eps)
-    return block(f, params, x1, x2, features, over, select, plan)
+Contractions = Mapping[taps.Key, cost.Contraction]
 
 
 def block(
@@ -95,77 +45,245 @@ def block(
     params: Any,
     x1: Any,
     x2: Any,
-    features: gram.Features,
-    over: gram.Axes,
-    select: paths.Select,
-    plan: Plan | None = None,
+    spec: KernelSpec,
+    contractions: Contractions | None = None,
 ) -> Array:
-    """`factorized` of checked arguments."""
-    problem = obstacle(f, params, x1, select)
+    """Return the kernel of a block of examples; `x2=None` stands for `x1`.
+
+    Args:
+      f: `f(params, x, *, tap=None) -> [N, C]`, which hands `tap` to every use of a parameter.
+      params: a nested dict of arrays.
+      x1, x2: pytrees of arrays whose axis 0 is N1 and N2.
+      spec: which kernel.
+      contractions: overrides the cost model for some uses.
+
+    Raises:
+      UserError: if a selected parameter passes no tap, or more than one where that is not an
+        embedding tied to the head.
+    """
+    problem = obstacle(f, params, x1, spec.select)
     if problem is not None:
         raise UserError(problem)
     x1, x2 = jax.tree.map(jnp.asarray, (x1, x2))
-    moments = features.moments
-    constants = (0.0, 0.0, 0.0) if moments is None else (moments.b1, moments.b2, moments.eps)
-    threshold = features.sign_threshold
-    if threshold is None:
-        dtypes = [leaf.dtype for leaf in jax.tree.leaves(paths.split(params, select)[0])]
-        threshold = 1e-12 if jnp.float64 in dtypes else 1e-6
-    first = None if x2 is None else _count(x1)
-    sides = Sides(first, over, features.kind, threshold, constants)
+    pairing = Pairing(spec.kind, spec.over, None if x2 is None else _count(x1))
     with jax.default_matmul_precision("highest"):
-        work = Backward(f, params, sides, select, moments, plan or {})
-        return sides.join(work.slices(x1, x2))
+        work = _Backward(f, params, pairing, spec, contractions or {})
+        return pairing.join(work.leaf_kernels(x1, x2))
 
 
-def plan(
-    f: Callable[..., Array],
-    params: Any,
-    x1: Any,
-    x2: Any = None,
-    *,
-    trace_axes: Sequence[int] = (),
-    diagonal_axes: Sequence[int] = (),
-    select: paths.Select = None,
-) -> dict[taps.Key, cost.Method]:
-    """The way that `factorized` goes to each use of a matrix or a table, from shapes alone.
+def obstacle(f: Callable[..., Array], params: Any, x: Any, select: paths.Select) -> str | None:
+    """Return why `block` cannot compute the kernel of f, as a message; None if it can."""
+    reason = untapped(f, params, x, select)
+    if reason is None:
+        return None
+    cure = ", or leave it out by select" if takes_tap(f) else ""
+    return (
+        f"f: {reason}, so that there are no factors (got method 'factorized'). Give "
+        f"method='jacobian'{cure}."
+    )
+
+
+def contractions(
+    f: Callable[..., Array], params: Any, x1: Any, x2: Any, spec: KernelSpec
+) -> dict[taps.Key, cost.Contraction]:
+    """Return the contraction that `block` chooses for each use of a matrix or table.
 
     Args:
-      f, params, x1, x2, trace_axes, diagonal_axes, select: of `factorized`.
+      f, params, x1, x2, spec: of `block`; shapes suffice.
 
     Returns:
       `{(path, op): "paired" | "chunked" | "matches"}` for the ops dense, embed and head.
     """
-    f, params = held(f, params)
     outputs = jax.eval_shape(f, params, x1).shape[1]
-    pairs = outputs**2 if gram.axes(trace_axes, diagonal_axes) == "full" else outputs
+    pairs = outputs**2 if spec.over == "full" else outputs
     counts = (_count(x1), _count(x1 if x2 is None else x2))
-    taken = paths.flatten(paths.split(params, select)[0])[0]
-    shapes = {leaf.path: leaf.value.shape[-2:] for leaf in taken}
+    shapes = {leaf.path: leaf.value.shape[-2:] for leaf in spec.leaves(params)}
+
+    def length(key, use):
+        return math.prod(use.x.shape[1:] if key[1] == "embed" else use.x.shape[1:-1])
+
     return {
-        key: cost.choose(key[1], counts, (outputs, pairs), _places(key, use), shapes[key[0]])
+        key: cost.choose(key[1], counts, (outputs, pairs), length(key, use), shapes[key[0]])
         for key, use in taps.uses(f, params, x1).items()
         if key[0] in shapes and key[1] in ("dense", "embed", "head")
     }
 
 
-def obstacle(f: Callable[..., Array], params: Any, x: Any, select: paths.Select) -> str | None:
-    """Why `factorized` cannot make the kernel of f, in a sentence; None if it can."""
-    found = per_example.untapped(f, params, x, select)
-    if found is None:
-        return None
-    if not takes_tap(f):
-        return "f has no keyword tap, which method='factorized' needs; give method='jacobian'"
-    return (
-        f"{found} in f, so its gradient has no factors; give method='jacobian', or leave "
-        "it out by select"
-    )
-
-
-def _places(key, use) -> int:
-    """How many places of an example a use has."""
-    return math.prod(use.x.shape[1:] if key[1] == "embed" else use.x.shape[1:-1])
-
-
 def _count(x) -> int:
     return jax.tree.leaves(x)[0].shape[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Backward:
+    """The backward passes of f, which compute the kernel of one use after another."""
+
+    f: Callable[..., Array]
+    params: Any
+    pairing: Pairing
+    spec: KernelSpec
+    contractions: Contractions
+
+    def leaf_kernels(self, x1: Any, x2: Any) -> list[LeafKernel]:
+        """Return the contributions of the leaves, summed unless `Pairing.join` needs each."""
+        shapes = [[a.shape[1:] for a in jax.tree.leaves(x)] for x in (x1, x2)]
+        if x2 is None or shapes[0] == shapes[1]:
+            total, by_use, rest = self._together(x1, x2)
+        else:
+            total, by_use, rest = self._apart(x1, x2)
+        if self.pairing.signed:
+            layers = [
+                jax.tree.map(lambda a, layer=layer: a[layer], part)
+                for part in by_use.values()
+                for layer in range(part.kernel.shape[0])
+            ]
+        else:
+            layers = [] if total is None else [LeafKernel(total)]
+        return layers + self._outside_layers(rest)
+
+    def _together(self, x1, x2):
+        """All examples in one batch: only one layer's factors are alive at a time."""
+        x = x1 if x2 is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), x1, x2)
+        uses = self._uses(x)
+        return taps.reduce(
+            self.f,
+            self.params,
+            x,
+            lambda key, a, b, layer, extra: self._in_layer(key, a, b, layer, extra, uses[key]),
+            cotangents=self._cotangents(x),
+            extras=self._moments({key: use.stacked for key, use in uses.items()}),
+            keep=uses,
+        )
+
+    def _apart(self, x1, x2):
+        """Batches of different lengths, which cannot pass f together.
+
+        The factors of each are kept, padded with zeros, which add nothing, and concatenated.
+        """
+        uses = [self._uses(x) for x in (x1, x2)]
+        factors = [
+            taps.factors(self.f, self.params, x, cotangents=self._cotangents(x), keep=keep)
+            for x, keep in zip((x1, x2), uses, strict=True)
+        ]
+        moments = self._moments({key: use.stacked for key, use in uses[0].items()})
+        total: Any = None
+        by_use, rest = {}, {}
+        for key, use in uses[0].items():
+            joined = _concatenate(key, use.stacked, *(side[key] for side in factors))
+            if not use.stacked:
+                rest[key] = joined
+                continue
+            layers = jnp.arange(use.times, dtype=jnp.int32)
+            xs = (joined.a, jnp.moveaxis(joined.b, 1, 0), layers, moments.get(key))
+
+            def in_layer(xs, key=key, use=use):
+                a, b, layer, moments = xs
+                return self._in_layer(key, a, b, layer, moments, use)
+
+            totals, by_use[key] = lax.map(in_layer, xs)
+            total = totals.sum(0) if total is None else total + totals.sum(0)
+        return total, by_use, rest
+
+    def _in_layer(self, key, a, b, layer, moments, use):
+        """Return what `taps.reduce` sums over layers, and what it keeps of each."""
+        part = self._of_use(key, a, b, None, moments, layer == use.times - 1)
+        if self.pairing.signed:
+            return jnp.zeros((), part.kernel.dtype), part
+        return part.kernel, ()
+
+    def _of_use(self, key, a, b, rows, moments, last) -> LeafKernel:
+        a, b = _flat(key, a, b)
+        if key[1] in ("bias", "scale"):
+            return leaf_kernels.summed(self.pairing, key[1], a, b, rows, moments)
+        contraction = self._contraction(key, a, b, (a.shape[2], b.shape[3]))
+        return leaf_kernels.dense(self.pairing, a, b, contraction, moments, last)
+
+    def _contraction(self, key, a, b, shape) -> cost.Contraction:
+        if key in self.contractions:
+            return self.contractions[key]
+        outputs = b.shape[0]
+        pairs = outputs**2 if self.pairing.inner == "full" else outputs
+        counts = self.pairing.counts(a)
+        return cost.choose(key[1], counts, (outputs, pairs), a.shape[1], shape)
+
+    def _outside_layers(self, rest) -> list[LeafKernel]:
+        moments = self._moments(dict.fromkeys(rest, False))
+        result = []
+        tables: dict[str, dict[str, taps.Factors]] = {}
+        for key, (a, b, rows) in rest.items():
+            if key[1] in ("embed", "head"):
+                a, b = _flat(key, a, b)
+                tables.setdefault(key[0], {})[key[1]] = taps.Factors(a, b, rows)
+            else:
+                result.append(self._of_use(key, a, b, rows, moments.get(key), None))
+        for path, by_op in tables.items():
+            result.append(self._of_table(path, by_op, moments.get((path, next(iter(by_op))))))
+        return result
+
+    def _of_table(self, path, by_op, moments) -> LeafKernel:
+        leaf = next(leaf for leaf in self.spec.leaves(self.params) if leaf.path == path)
+        shape = leaf.value.shape
+        rows, head, contraction = [], None, "matches"
+        for op, (a, b, ids) in by_op.items():
+            if op == "embed":
+                # As indexing does: negative ids count from the end, others are clipped.
+                a = jnp.clip(jnp.where(a < 0, a + shape[0], a), 0, shape[0] - 1)
+                rows.append(leaf_kernels.lookup_rows(a, b))
+                contraction = self._contraction((path, op), a, b, shape)
+            elif ids is None:
+                head = leaf_kernels.Head(a, b.swapaxes(0, 1))
+            else:
+                rows.append(leaf_kernels.head_rows(a, b, ids))
+        joined = leaf_kernels.concatenate_rows(rows)
+        return leaf_kernels.table(self.pairing, shape, joined, head, contraction, moments)
+
+    def _uses(self, x):
+        chosen = {leaf.path for leaf in self.spec.leaves(self.params)}
+        uses = taps.uses(self.f, self.params, x)
+        return {key: use for key, use in uses.items() if key[0] in chosen}
+
+    def _cotangents(self, x):
+        """One backward pass per output, for all examples at once: row n depends on n alone."""
+        value = jax.eval_shape(self.f, self.params, x)
+        eye = jnp.eye(value.shape[1], dtype=value.dtype)
+        return jnp.broadcast_to(eye[:, None], (value.shape[1], *value.shape))
+
+    def _moments(self, stacked: Mapping[taps.Key, bool]) -> dict[taps.Key, Moments]:
+        """Return Adam's moments for each use, of stacked uses behind an axis of layers."""
+        if not isinstance(self.spec.kind, Adam):
+            return {}
+        first, second, count = self.spec.kind.state
+        rows: dict[str, list[Any]] = {}
+        # A model that keeps a list of layers has a leaf per layer.
+        for leaf, *pair in zip(self.spec.leaves(self.params), first, second, strict=True):
+            rows.setdefault(leaf.path, []).append((leaf.layer or 0, pair))
+        result = {}
+        for key, in_layers in stacked.items():
+            ordered = [pair for _, pair in sorted(rows[key[0]], key=lambda row: row[0])]
+            first, second = (jnp.concatenate(side) for side in zip(*ordered, strict=True))
+            counts = jnp.broadcast_to(count[None], (first.shape[0],))
+            whole = Moments(first, second, counts)
+            result[key] = whole if in_layers else jax.tree.map(lambda a: a[0], whole)
+        return result
+
+
+def _flat(key, a, b):
+    """Return factors with one axis of positions: a [N, T, ...], b [C, N, T, ...]."""
+    count = a.shape[0]
+    a = a.reshape(count, -1) if key[1] == "embed" else a.reshape(count, -1, a.shape[-1])
+    return a, b.reshape(b.shape[0], count, -1, b.shape[-1])
+
+
+def _concatenate(key, stacked, *sides) -> taps.Factors:
+    """Return the factors of all examples, padded with zeros to the same number of positions."""
+    flat = lambda a, b: _flat(key, a, b)  # noqa: E731
+    flat = jax.vmap(flat, (0, 1), (0, 1)) if stacked else flat
+    flattened = [flat(side.a, side.b) for side in sides]
+    length = max(b.shape[-2] for _, b in flattened)
+
+    def pad(x, axis):
+        return jnp.pad(x, [(0, length - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
+
+    lead = int(stacked)
+    a = jnp.concatenate([pad(a, lead + 1) for a, _ in flattened], lead)
+    b = jnp.concatenate([pad(b, lead + 2) for _, b in flattened], lead + 1)
+    return taps.Factors(a, b, sides[0].rows)

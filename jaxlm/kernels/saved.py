@@ -1,18 +1,16 @@
-"""Kernels on disk: computed once, block by block, and used again only for what they are of.
+"""Kernels on disk: computed once, block by block, and reused only for the same inputs.
 
 A folder has
 
-    manifest.json         what the kernel is of
-    kernel.safetensors    the kernel, once it is complete
-    checksums.json        of both
-    blocks/I-J.safetensors    the blocks that are finished, until then
+    manifest.json             what the kernel was computed from, see `describe`
+    kernel.safetensors        the kernel, once it is complete
+    checksums.json            of both
+    blocks/I-J.safetensors    until then, the finished blocks
 
-Every file is written under another name and renamed, so a computation that was killed goes on after
-the last finished block. A block has a checksum of itself, since one that is damaged is computed
-again.
+Every file is written under another name and renamed, so a computation that was killed resumes after
+the last finished block. A block carries its own checksum: one that is damaged is computed again.
 """
 
-import dataclasses
 import hashlib
 import shutil
 import zlib
@@ -26,41 +24,24 @@ from jaxtyping import Array
 
 from jaxlm.artifacts.arrays import fingerprint
 from jaxlm.artifacts.files import read_json, report_write_errors, write_json, write_shared
-from jaxlm.artifacts.folder import CHECKSUMS, seal, short, verify
+from jaxlm.artifacts.folder import CHECKSUMS, check_inputs, seal, verify
 from jaxlm.artifacts.processes import barrier, is_main_process, to_host
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.core.programs import held
-from jaxlm.kernels import _ntk, gram
-from jaxlm.kernels.arguments import features_of
+from jaxlm.kernels.blocks import KernelOptions
+from jaxlm.kernels.contraction import KernelSpec, kernel_spec, wide
+from jaxlm.kernels.empirical import DEFAULT, check_kernel, prepare
+from jaxlm.kernels.kinds import Adam, Kind
 
 KERNEL, MANIFEST, BLOCKS = "kernel.safetensors", "manifest.json", "blocks"
 
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What a kernel is of. Two kernels with the same manifest are equal up to rounding.
-
-    Attributes:
-      model: fingerprint of the parameters.
-      template: what the caller says of f: the prompt, the label words. f itself has no fingerprint.
-      examples1, examples2: fingerprints of x1 and x2.
-      dtype: of the kernel.
-      kind, axes, sign_threshold: see `ntk`; the threshold as it was used.
-      select: fingerprint of the selected paths.
-      adam: fingerprint of Adam's moments and constants, or None.
-    """
-
-    model: str
-    template: str
-    examples1: str
-    examples2: str
-    dtype: str
-    kind: str
-    axes: str
-    sign_threshold: float | None
-    select: str
-    adam: str | None
+_TEXTS = ("model", "template", "examples1", "examples2", "dtype", "kind", "axes", "select")
+_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(_TEXTS, str),
+    "sign_threshold": (float, type(None)),
+    "adam": (str, type(None)),
+}
 
 
 def describe(
@@ -69,57 +50,60 @@ def describe(
     x2: Any = None,
     *,
     template: str = "",
-    kind: str = "sgd",
+    kind: str | Kind = "sgd",
     trace_axes: Sequence[int] = (),
     diagonal_axes: Sequence[int] = (),
     select: paths.Select = None,
-    sign_threshold: float | int | None = None,
-    adam_state: Any = None,
-    b1: float | int = 0.9,
-    b2: float | int = 0.999,
-    eps: float | int = 1e-8,
-) -> Manifest:
-    """The manifest of the kernel that `ntk` computes from these arguments.
+) -> dict[str, Any]:
+    """Return the manifest of the kernel that `ntk` computes from these arguments.
+
+    Two kernels with the same manifest are equal up to rounding.
 
     Args:
-      template: a text that stands for f: a kernel under another text is refused.
-      params, x1, x2, kind, trace_axes, diagonal_axes, select, sign_threshold, adam_state, b1, b2,
-        eps: of `ntk`.
+      template: a text that stands for f, such as its prompt and label words, since a function has
+        no fingerprint.
+      params, x1, x2, kind, trace_axes, diagonal_axes, select: see `ntk`.
+
+    Returns:
+      `model`, `examples1`, `examples2`, `select` and `adam`: fingerprints of the parameters, the
+      examples, the selected paths, and Adam's moments and constants (or None); `template`, `dtype`,
+      `kind` and `axes`; and `sign_threshold`, as it is used.
     """
     params = held(describe, params)[1]
-    features = features_of(kind, params, select, sign_threshold, adam_state, b1, b2, eps)
-    chosen = paths.flatten(paths.split(params, select)[0])[0]
-    dtype = gram.wide(jnp.result_type(*(leaf.value for leaf in chosen)))
-    signed = kind in ("signgd", "asymmetric_signgd")
-    threshold = gram.threshold_of(dtype) if sign_threshold is None else float(sign_threshold)
-    names = [f"{leaf.path}[{leaf.layer}]" for leaf in chosen]
-    moments = features.moments
-    return Manifest(
-        model=fingerprint(params),
-        template=template,
-        examples1=fingerprint(x1),
-        examples2=fingerprint(x1 if x2 is None else x2),
-        dtype=str(np.dtype(dtype)),
-        kind=kind,
-        axes=gram.axes(trace_axes, diagonal_axes),
-        sign_threshold=threshold if signed else None,
-        select=hashlib.sha256("\n".join(names).encode()).hexdigest(),
-        adam=None
-        if moments is None
-        else fingerprint((moments, moments.b1, moments.b2, moments.eps)),
-    )
+    spec = kernel_spec(params, kind, trace_axes, diagonal_axes, select)
+    return _describe(params, x1, x2, spec, template)
 
 
-def save_kernel(directory: str | Path, kernel: Any, manifest: Manifest) -> None:
-    """Writes a kernel and what it is of.
+def _describe(params, x1, x2, spec: KernelSpec, template: str) -> dict[str, Any]:
+    leaves, kind = spec.leaves(params), spec.kind
+    names = "\n".join(f"{leaf.path}[{leaf.layer}]" for leaf in leaves)
+    adam = None
+    if isinstance(kind, Adam):
+        adam = fingerprint((kind.state, kind.b1, kind.b2, kind.eps))
+    return {
+        "model": fingerprint(params),
+        "template": template,
+        "examples1": fingerprint(x1),
+        "examples2": fingerprint(x1 if x2 is None else x2),
+        "dtype": str(np.dtype(wide(jnp.result_type(*(leaf.value for leaf in leaves))))),
+        "kind": kind.name,
+        "axes": spec.over,
+        "sign_threshold": kind.threshold,
+        "select": hashlib.sha256(names.encode()).hexdigest(),
+        "adam": adam,
+    }
+
+
+def save_kernel(directory: str | Path, kernel: Any, manifest: dict[str, Any]) -> None:
+    """Write a kernel that was computed elsewhere, and what it was computed from.
 
     Args:
-      directory: made if missing.
+      directory: created if missing.
       kernel: any shape.
       manifest: of `describe`.
 
     Raises:
-      UserError: if the directory has the kernel of something else, or the kernel is not finite.
+      UserError: if the directory holds the kernel of other inputs, or the kernel is not finite.
     """
     folder = Path(directory)
     value = to_host(kernel)
@@ -134,19 +118,19 @@ def save_kernel(directory: str | Path, kernel: Any, manifest: Manifest) -> None:
     _complete(folder, value)
 
 
-def load_kernel(directory: str | Path, manifest: Manifest | None = None) -> Array:
-    """Reads a kernel.
+def load_kernel(directory: str | Path, manifest: dict[str, Any] | None = None) -> Array:
+    """Read a kernel.
 
     Args:
       directory: of `save_kernel` or `saved_ntk`.
-      manifest: what the kernel must be of, from `describe`; None for whatever is there.
+      manifest: what the kernel must have been computed from, of `describe`; None for anything.
 
     Returns:
       The kernel, in the dtype of its manifest (float64 only where JAX allows it).
 
     Raises:
-      UserError: if there is no complete kernel, a file is damaged, or it is the kernel of something
-        else; the message says what differs.
+      UserError: if there is no complete kernel, a file is damaged, or the inputs were others; the
+        message says which.
     """
     folder = Path(directory)
     if not (folder / KERNEL).exists():
@@ -155,31 +139,28 @@ def load_kernel(directory: str | Path, manifest: Manifest | None = None) -> Arra
     verify(folder)
     if manifest is not None:
         _check(folder, manifest)
-    found = _read(folder / KERNEL)
-    if found is None:
+    kernel = _read(folder / KERNEL)
+    if kernel is None:
         raise UserError(f"{folder / KERNEL}: is damaged. Remove the folder and compute it again.")
-    return jnp.asarray(found)
+    return jnp.asarray(kernel)
 
 
-def read_manifest(directory: str | Path) -> Manifest:
-    """What the kernel in a directory is of.
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return what the kernel in a folder was computed from, and how.
 
     Raises:
-      UserError: if the file is missing or is no manifest.
+      UserError: if the file is missing or damaged.
     """
-    content = _read_manifest(Path(directory) / MANIFEST)
-    return Manifest(**{field.name: content[field.name] for field in dataclasses.fields(Manifest)})
-
-
-def _read_manifest(path: Path, **more: type) -> dict[str, Any]:
-    kinds = {field.name: str for field in dataclasses.fields(Manifest)}
-    optional: dict[str, Any] = {"sign_threshold": (float, type(None)), "adam": (str, type(None))}
+    path = folder / MANIFEST
     try:
-        return read_json(path, **{**kinds, **optional, **more})
+        return read_json(path, **_FIELDS)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; a kernel is not used without it") from None
+        raise UserError(
+            f"{path}: is missing, so nothing says what the kernel is of. Remove the folder and "
+            "compute it again."
+        ) from None
     except UserError as error:
-        if isinstance(error.__context__, OSError):  # not allowed to read it, for example
+        if isinstance(error.__context__, OSError):  # It may not be read, for example.
             raise
         raise UserError(
             f"{path}: is not the manifest of a kernel. Remove the folder and compute it again."
@@ -194,39 +175,38 @@ def saved_ntk(
     x2: Any = None,
     *,
     template: str,
+    kind: str | Kind = "sgd",
     method: str = "auto",
-    block_size: int | None = None,
-    mesh: Any = None,
-    check: bool = True,
-    **options: Any,
+    trace_axes: Sequence[int] = (),
+    diagonal_axes: Sequence[int] = (),
+    select: paths.Select = None,
+    options: KernelOptions = DEFAULT,
 ) -> Array:
-    """`ntk` of what lies in a directory, or computed and written there block by block.
+    """Return `ntk` from a directory, or compute it and write it there block by block.
 
-    A computation that was killed goes on after its last finished block and gives the same numbers.
+    A computation that was killed resumes after its last finished block and gives the same numbers.
 
     Args:
-      directory: made if missing.
-      f, params, x1, x2: of `ntk`.
+      directory: created if missing.
+      f, params, x1, x2, kind, method, trace_axes, diagonal_axes, select: see `ntk`.
       template: a text that stands for f, see `describe`.
-      method, block_size, mesh, check, **options: of `ntk`. Blocks are those of `block_size`, so the
-        work between two files is that of one block.
-
-    Returns:
-      The kernel.
+      options: see `ntk`. Its `block_size` sets how much work lies between two files.
 
     Raises:
-      UserError: as `ntk` and `load_kernel`; if the blocks there are of another size.
+      UserError: as `ntk` and `load_kernel`; if the blocks in the directory have another size.
     """
     folder = Path(directory)
-    manifest = describe(params, x1, x2, template=template, **options)
+    f, params = held(f, params)
+    spec = kernel_spec(params, kind, trace_axes, diagonal_axes, select)
+    manifest = _describe(params, x1, x2, spec, template)
     _check(folder, manifest)
     if (folder / KERNEL).exists() and (folder / CHECKSUMS).exists():
         return load_kernel(folder)
     if method == "projected":
-        raise UserError("method='projected' has no blocks to save; give its kernel to save_kernel")
-    work = _ntk.prepare(
-        f, params, x1, x2, method=method, block_size=block_size, mesh=mesh, check=check, **options
-    )
+        raise UserError(
+            "method: has no blocks to save (got 'projected'). Give the kernel to save_kernel."
+        )
+    work = prepare(f, params, x1, x2, spec, method, options)
     _write_manifest(folder, manifest, sizes=list(work.sizes), method=work.method)
     (folder / BLOCKS).mkdir(exist_ok=True)
     finished = {}
@@ -235,8 +215,8 @@ def saved_ntk(
         block = _read(path) if path.exists() else None
         if block is None:
             block = to_host(work.compute(i, j))
-            if check:
-                _ntk.check_kernel(work, block)
+            if options.check:
+                check_kernel(work, block)
             _write(path, block)
         finished[i, j] = block
     kernel = work.join(finished)
@@ -245,7 +225,7 @@ def saved_ntk(
 
 
 def _complete(folder: Path, kernel: np.ndarray) -> None:
-    """Writes the kernel, and what says that it is whole."""
+    """Write the kernel, and then the checksums, which say that it is complete."""
     _write(folder / KERNEL, kernel)
     if is_main_process():
         shutil.rmtree(folder / BLOCKS, ignore_errors=True)
@@ -254,48 +234,26 @@ def _complete(folder: Path, kernel: np.ndarray) -> None:
     barrier(str(folder / CHECKSUMS))
 
 
-def _check(folder: Path, manifest: Manifest) -> None:
-    """Raises UserError if the folder has a manifest of something else."""
-    if not (folder / MANIFEST).exists() and not (folder / KERNEL).exists():
-        return
-    there = dataclasses.asdict(read_manifest(folder))
-    for name, here in dataclasses.asdict(manifest).items():
-        if there[name] != here:
-            both = f"{short(there[name])} there, {short(here)} here"
-            raise UserError(
-                f"{folder}: has the kernel of another {WORDS.get(name, name)} ({both}). Give the "
-                "same, or another folder."
-            )
+def _check(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise UserError if the folder holds the kernel of other inputs."""
+    if (folder / MANIFEST).exists() or (folder / KERNEL).exists():
+        there = read_manifest(folder)
+        check_inputs(folder, {name: there[name] for name in _FIELDS}, manifest)
 
 
-WORDS = {
-    "examples1": "x1",
-    "examples2": "x2",
-    "sign_threshold": "sign threshold",
-    "select": "selection of parameters",
-    "adam": "state of Adam",
-}
-
-
-def _write_manifest(folder: Path, manifest: Manifest, **more: Any) -> None:
-    try:
+def _write_manifest(folder: Path, manifest: dict[str, Any], **computed: Any) -> None:
+    with report_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}). Choose another folder."
-        ) from error
-    path = folder / MANIFEST
-    if more and path.exists():
-        sizes = _read_manifest(path).get("sizes", more["sizes"])
-        if sizes != more["sizes"]:
-            there, here = (" by ".join(map(str, each)) for each in (sizes, more["sizes"]))
+    if computed and (folder / MANIFEST).exists():
+        sizes = read_manifest(folder).get("sizes", computed["sizes"])
+        if sizes != computed["sizes"]:
             raise UserError(
-                f"{folder}: has blocks of {there} examples (got {here}). Give the same block_size "
-                "and mesh."
+                f"options: {folder} has blocks of {sizes} examples (got {computed['sizes']}). Give "
+                "the same block_size and mesh."
             )
-    if is_main_process():  # what is being written is not complete
+    if is_main_process():  # What is about to be written is not complete.
         (folder / CHECKSUMS).unlink(missing_ok=True)
-    write_json(path, {**dataclasses.asdict(manifest), **more})
+    write_json(folder / MANIFEST, {**manifest, **computed})
 
 
 def _write(path: Path, value: np.ndarray) -> None:
@@ -307,7 +265,7 @@ def _write(path: Path, value: np.ndarray) -> None:
 
 
 def _read(path: Path) -> np.ndarray | None:
-    """The array of a file, or None where it cannot be read or differs from its checksum."""
+    """Return the array of a file, or None if it cannot be read or differs from its checksum."""
     from safetensors import SafetensorError, safe_open
 
     try:

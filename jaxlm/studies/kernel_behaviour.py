@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.data import TaskConfig
-from jaxlm.kernels import solve, systems
+from jaxlm.kernels import solve
 from jaxlm.kernels.behaviour import (
     KernelChange,
     gain_p_value,
@@ -28,32 +28,14 @@ from jaxlm.kernels.behaviour import (
     shuffled,
 )
 from jaxlm.studies.kernel_store import Kernels
+from jaxlm.studies.kernel_table import Nulls, Verdict, markdown, verdict
 from jaxlm.studies.kernel_task import KernelTask, kernel_task
 from jaxlm.studies.kernel_training import KINDS, Training, Tuned, fine_tune
 from jaxlm.train.optimizers import Optimizer
 from jaxlm.train.state import Program
 
-WITHIN = 0.10
-"""A kernel solves a task whose accuracy is at most this far below that of fine-tuning."""
-
-RECOVERED = 0.5
-"""Fine-tuning is linear where its linearization recovers more than this share of improvement."""
-
-OVERSHOT = 1.5
-"""A linearization that improves by more than this share has gone another way than training."""
-
-SIGNIFICANT = 0.05
-"""There is something to judge where a gain as large is less probable than this by chance."""
-
-FLOOR = 0.5
-"""Kernel and linearization are better than their nulls by more than this share of the gain, and the
-kernel moved less than this share of the way to random features."""
-
 NULLS = 5
 """Solutions with labels dealt anew, whose mean is the null of a kernel."""
-
-CHANGE = 2.0
-"""Features are fixed where the mean relative change of the kernel is below this."""
 
 
 class KernelResult(NamedTuple):
@@ -87,45 +69,6 @@ class KernelResult(NamedTuple):
     null: float
     control: KernelChange
     seconds: float
-
-
-class Verdict(NamedTuple):
-    """The criteria for one kernel; None where fine-tuning's gain on zero-shot may be chance.
-
-    Attributes:
-        solves: its accuracy is at most `WITHIN` below fine-tuning's, and above its null's.
-        linear: the linearization recovers more than `RECOVERED` of the improvement and no more than
-            `OVERSHOT`, and more than a random move of the parameters does.
-        fixed: the kernel's mean relative change is below `CHANGE`, and below that to random
-            features.
-    """
-
-    solves: bool | None
-    linear: bool | None
-    fixed: bool
-
-    @property
-    def kernel_behaviour(self) -> bool | None:
-        """All three; None where there is nothing to judge."""
-        if self.solves is None or self.linear is None:
-            return None
-        return self.solves and self.linear and self.fixed
-
-
-class Nulls(NamedTuple):
-    """What the criteria are compared with.
-
-    Attributes:
-        gain_p: see `Report`.
-        kernel: test accuracy of the null of a kernel, see `KernelResult`.
-        linearized: test accuracy after a random move, see `Report`.
-        change: mean relative change to random features.
-    """
-
-    gain_p: float
-    kernel: float
-    linearized: float
-    change: float
 
 
 class Report(NamedTuple):
@@ -183,8 +126,6 @@ class Report(NamedTuple):
         )
 
     def __str__(self) -> str:
-        from jaxlm.studies.kernel_table import markdown
-
         return markdown([record(self)])
 
 
@@ -273,7 +214,7 @@ def measure(
         subject.values(f_lin, "test", subject.lm.params, params) for params in (tuned.params, moved)
     )
     accuracies = [subject.accuracy(scores, "test") for scores in (first, final, linear)]
-    right = [systems.classes(scores) == subject.labels("test") for scores in (first, final)]
+    right = [solve.classes(scores) == subject.labels("test") for scores in (first, final)]
     results = []
     for kind in kinds:
         say(f"kernel {kind}")
@@ -315,7 +256,7 @@ def solve_with(
     """
     begin = time.perf_counter()
     train, validation, test = (
-        solve.Split(
+        solve.Examples(
             kernels.of(kind, split),
             subject.labels(split),
             kernels.f0(split),
@@ -354,40 +295,6 @@ def _as_large(kernel: np.ndarray, like: np.ndarray) -> np.ndarray:
     """A kernel at the Frobenius norm of another; random features have no scale of their own."""
     size = float(np.linalg.norm(kernel))
     return kernel * (np.linalg.norm(like) / size) if size else kernel
-
-
-def verdict(
-    zero_shot: float,
-    fine_tuned: float,
-    linearized: float,
-    kernel: float,
-    change: float,
-    nulls: Nulls | None = None,
-) -> Verdict:
-    """The three criteria from test accuracies and the kernel's mean relative change.
-
-    Args:
-        zero_shot, fine_tuned, linearized, kernel, change: of a report and a kernel.
-        nulls: what they are compared with; None for the paper's own definition, which has none.
-
-    >>> verdict(0.5, 0.9, 0.75, 0.82, 0.3)
-    Verdict(solves=True, linear=True, fixed=True)
-    >>> verdict(0.9, 0.9, 0.9, 0.9, 3.0)
-    Verdict(solves=None, linear=None, fixed=False)
-    """
-    recovered = linearization_score(zero_shot, fine_tuned, linearized)
-    fixed = change < CHANGE
-    if nulls is not None:
-        fixed = fixed and change < FLOOR * nulls.change
-    if recovered is None or (nulls is not None and nulls.gain_p >= SIGNIFICANT):
-        return Verdict(None, None, fixed)
-    solves = fine_tuned - kernel <= WITHIN + 1e-9
-    linear = recovered > RECOVERED
-    if nulls is not None:
-        floor = FLOOR * (fine_tuned - zero_shot)
-        solves = solves and kernel - nulls.kernel > floor
-        linear = linear and recovered <= OVERSHOT and linearized - nulls.linearized > floor
-    return Verdict(solves, linear, fixed)
 
 
 def record(report: Report) -> dict[str, Any]:

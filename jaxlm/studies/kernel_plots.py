@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.kernels import systems
+from jaxlm.kernels import load_kernel
+from jaxlm.kernels.solve.linear_systems import training_matrix
 from jaxlm.studies.figures import new_axes, save_figure
-from jaxlm.studies.kernel_behaviour import WITHIN
 from jaxlm.studies.kernel_store import draw_name
-from jaxlm.studies.kernel_table import NAMES, rows
+from jaxlm.studies.kernel_table import NAMES, WITHIN, rows
 
 
 def heat_map(kernel: Any, labels: Any, *, names: Sequence[str] = (), axes: Any = None) -> Any:
@@ -60,7 +60,7 @@ def spectrum(kernels: Mapping[str, Any], *, axes: Any = None) -> Any:
     """
     axes = axes or new_axes((4.2, 3.2))
     for name, kernel in kernels.items():
-        values = np.linalg.svd(systems.training_matrix(kernel), compute_uv=False)
+        values = np.linalg.svd(training_matrix(kernel), compute_uv=False)
         axes.semilogy(np.arange(1, len(values) + 1), values / values[0], ".-", label=name)
     axes.set(xlabel="singular value", ylabel="relative to the largest")
     axes.legend()
@@ -115,8 +115,6 @@ def draw(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     Raises:
         UserError: matplotlib is not there.
     """
-    from jaxlm.kernels.saved import load_kernel
-
     made = [save_figure(accuracies(records), folder / "plots" / "accuracy.png")]
     kinds: dict[str, dict[str, Any]] = {}
     for each in records:

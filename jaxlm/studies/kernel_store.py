@@ -1,6 +1,6 @@
 """Kernels of a task: computed once, stored where there is a folder, found there again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,10 @@ import numpy as np
 
 from jaxlm.artifacts.files import report_write_errors
 from jaxlm.artifacts.processes import to_host
+from jaxlm.core import paths
+from jaxlm.kernels import KernelOptions, ntk, saved_ntk
+from jaxlm.kernels.empirical import DEFAULT
+from jaxlm.kernels.kinds import Kind
 from jaxlm.studies.kernel_task import KernelTask, Split
 from jaxlm.train.state import Program
 
@@ -28,11 +32,21 @@ class Kernels:
         task: model and examples.
         folder: where they are stored, each with the manifest of what it is of; None keeps them in
             memory alone.
-        options: of `jaxlm.kernels.ntk`: method, select, block_size, mesh.
+        kinds: name to a `kind` of `jaxlm.kernels.ntk`, for kinds with settings of their own.
+        select, options: of `jaxlm.kernels.ntk`.
     """
 
-    def __init__(self, task: KernelTask, folder: Path | None = None, **options: Any):
-        self.task, self.folder, self.options = task, folder, options
+    def __init__(
+        self,
+        task: KernelTask,
+        folder: Path | None = None,
+        *,
+        kinds: Mapping[str, Kind] | None = None,
+        select: paths.Select = None,
+        options: KernelOptions = DEFAULT,
+    ):
+        self.task, self.folder, self.kinds = task, folder, kinds or {}
+        self.settings: dict[str, Any] = {"select": select, "options": options}
         self._known: dict[tuple[str, ...], np.ndarray] = {}
 
     def of(self, kind: str, split: Split) -> np.ndarray:
@@ -83,15 +97,12 @@ class Kernels:
         return self.folder and self.folder / f"{kind}-{split}{number}{end}"
 
     def _ntk(self, params: Any, kind: str, x1: Any, x2: Any, place: Path | None) -> np.ndarray:
-        from jaxlm.kernels import ntk
-
+        settings = {"kind": self.kinds.get(kind, kind), **self.settings}
         if place is None:
-            return to_host(ntk(self.task.f, params, x1, x2, kind=kind, **self.options))
-        from jaxlm.kernels.saved import saved_ntk
-
-        words = {"template": self.task.description, "kind": kind, **self.options}
+            return to_host(ntk(self.task.f, params, x1, x2, **settings))
+        settings["template"] = self.task.description
         with report_write_errors(place):
-            return to_host(saved_ntk(place, self.task.f, params, x1, x2, **words))
+            return to_host(saved_ntk(place, self.task.f, params, x1, x2, **settings))
 
     def _remember(self, key: tuple[str, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
         if key not in self._known:

@@ -1,21 +1,30 @@
-"""Reports of kernel behaviour as Markdown that is also aligned for a terminal."""
+"""The criteria of kernel behaviour, and tables of reports in Markdown."""
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlm.kernels.behaviour import linearization_score
-from jaxlm.studies.kernel_behaviour import (
-    CHANGE,
-    FLOOR,
-    OVERSHOT,
-    RECOVERED,
-    SIGNIFICANT,
-    WITHIN,
-    Nulls,
-    verdict,
-)
 from jaxlm.studies.sweep_table import aligned, percent
+
+WITHIN = 0.10
+"""A kernel solves a task whose accuracy is at most this far below that of fine-tuning."""
+
+RECOVERED = 0.5
+"""Fine-tuning is linear where its linearization recovers more than this share of improvement."""
+
+OVERSHOT = 1.5
+"""A linearization that improves by more than this share has gone another way than training."""
+
+SIGNIFICANT = 0.05
+"""There is something to judge where a gain as large is less probable than this by chance."""
+
+FLOOR = 0.5
+"""Kernel and linearization are better than their nulls by more than this share of the gain, and the
+kernel moved less than this share of the way to random features."""
+
+CHANGE = 2.0
+"""Features are fixed where the mean relative change of the kernel is below this."""
 
 NAMES = {"sgd": "K-SGD", "signgd": "K-SignGD", "asymmetric_signgd": "K-A-SignGD"}
 
@@ -27,6 +36,79 @@ VERDICTS = (
     "over its null", "recovered", "by chance", "relative change", "to random", "solves", "linear",
     "fixed", "kernel behaviour", "by the paper",
 )  # fmt: skip
+
+
+class Verdict(NamedTuple):
+    """The criteria for one kernel; None where fine-tuning's gain on zero-shot may be chance.
+
+    Attributes:
+        solves: its accuracy is at most `WITHIN` below fine-tuning's, and above its null's.
+        linear: the linearization recovers more than `RECOVERED` of the improvement and no more than
+            `OVERSHOT`, and more than a random move of the parameters does.
+        fixed: the kernel's mean relative change is below `CHANGE`, and below that to random
+            features.
+    """
+
+    solves: bool | None
+    linear: bool | None
+    fixed: bool
+
+    @property
+    def kernel_behaviour(self) -> bool | None:
+        """All three; None where there is nothing to judge."""
+        if self.solves is None or self.linear is None:
+            return None
+        return self.solves and self.linear and self.fixed
+
+
+class Nulls(NamedTuple):
+    """What the criteria are compared with.
+
+    Attributes:
+        gain_p: see `Report`.
+        kernel: test accuracy of the null of a kernel, see `KernelResult`.
+        linearized: test accuracy after a random move, see `Report`.
+        change: mean relative change to random features.
+    """
+
+    gain_p: float
+    kernel: float
+    linearized: float
+    change: float
+
+
+def verdict(
+    zero_shot: float,
+    fine_tuned: float,
+    linearized: float,
+    kernel: float,
+    change: float,
+    nulls: Nulls | None = None,
+) -> Verdict:
+    """The three criteria from test accuracies and the kernel's mean relative change.
+
+    Args:
+        zero_shot, fine_tuned, linearized, kernel, change: of a report and a kernel.
+        nulls: what they are compared with; None for the paper's own definition, which has none.
+
+    >>> verdict(0.5, 0.9, 0.75, 0.82, 0.3)
+    Verdict(solves=True, linear=True, fixed=True)
+    >>> verdict(0.9, 0.9, 0.9, 0.9, 3.0)
+    Verdict(solves=None, linear=None, fixed=False)
+    """
+    recovered = linearization_score(zero_shot, fine_tuned, linearized)
+    fixed = change < CHANGE
+    if nulls is not None:
+        fixed = fixed and change < FLOOR * nulls.change
+    if recovered is None or (nulls is not None and nulls.gain_p >= SIGNIFICANT):
+        return Verdict(None, None, fixed)
+    solves = fine_tuned - kernel <= WITHIN + 1e-9
+    linear = recovered > RECOVERED
+    if nulls is not None:
+        floor = FLOOR * (fine_tuned - zero_shot)
+        solves = solves and kernel - nulls.kernel > floor
+        linear = linear and recovered <= OVERSHOT and linearized - nulls.linearized > floor
+    return Verdict(solves, linear, fixed)
 
 
 def rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

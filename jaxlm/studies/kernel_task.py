@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from jaxlm.core.errors import UserError
 from jaxlm.data import TaskConfig, Template, collate, load_task, prepare_for
 from jaxlm.evaluation import calibration_offsets
-from jaxlm.kernels import systems
+from jaxlm.kernels.solve import classes
 from jaxlm.sharding import place_params, placed_like
 from jaxlm.studies.probe import fit_rows, linear_probe, with_rows
 from jaxlm.train.load import load_model, with_head
@@ -104,7 +104,7 @@ class KernelTask:
 
     def accuracy(self, scores: Float[np.ndarray, "N C"], split: Split) -> float:
         """Share of a split whose class is right."""
-        return float(np.mean(systems.classes(scores) == self.labels(split)))
+        return float(np.mean(classes(scores) == self.labels(split)))
 
 
 def label_logits(

@@ -39,8 +39,8 @@ def test_every_entry_is_whole():
 
 
 ROOMS = (
-    *("zo", "zo.rules", "zo.factored", "kernels", "kernels.behaviour", "kernels.lssvm"),
-    *("kernels.ridge", "influence", "dynamics", "peft"),
+    *("zo", "zo.rules", "zo.factored", "kernels", "kernels.behaviour", "kernels.solve.lssvm"),
+    *("kernels.solve.ridge", "influence", "dynamics", "peft"),
 )
 
 

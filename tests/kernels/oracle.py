@@ -10,10 +10,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from jaxlm.core import paths
+from jaxlm import kernels
+from jaxlm.core import paths, taps
 from jaxlm.models import LanguageModel, ModelConfig, init_params
 
+ADAM = (3, 0.9, 0.99, 1e-3)
+"""Steps made, b1, b2, eps."""
 KINDS = ("sgd", "signgd", "asymmetric_signgd", "adam")
 LABELS = (3, 7, 11)
 PAD = 0
@@ -216,6 +220,20 @@ def by_place(first, second):
     return result
 
 
+def kind_of(name: str, params, dtype):
+    """A kind as `ntk` takes it; of Adam with its moments somewhere in the state of a chain."""
+    if name != "adam":
+        return name
+    moments = of_dtype(moments_like(params), dtype)
+    adam = optax.ScaleByAdamState(jnp.int32(ADAM[0]), *moments)
+    return kernels.Adam((optax.EmptyState(), (adam, optax.EmptyState())), *ADAM[1:])
+
+
+def adam_state(params):
+    """The same state as `kernel` takes it."""
+    return (by_place(*moments_like(params)), *ADAM)
+
+
 paths.declare_stacked(
     {
         f"layers.{name}.{part}": 1 + (part == "kernel")
@@ -228,7 +246,7 @@ paths.declare_stacked(
 def toy(classes: int):
     """Parameters and f of a network with a stack, a shared table, and keys whose bias is useless.
 
-    Compiles in a second; x is {"ids": [N, T], "mask": [N, T]}.
+    Compiles in a second; x is {"ids": [N, T], "mask": [N, T]}. Every parameter passes a tap.
     """
     rng = np.random.default_rng(3)
     draw = lambda *shape: 0.7 * rng.standard_normal(shape)  # noqa: E731
@@ -238,21 +256,38 @@ def toy(classes: int):
             "key": {"kernel": draw(2, 4, 4), "bias": draw(2, 4)},
             "up": {"kernel": draw(2, 4, 4), "bias": draw(2, 4)},
         },
-        "head": {"scale": draw()},
+        "head": {"scale": draw(4), "bias": draw(7)},
     }
+    words = np.arange(classes, dtype=np.int32)
 
-    def f(params, x):
+    def f(params, x, *, tap=None):
         table, mask = params["embed"]["table"], x["mask"][..., None]
+        ids = jnp.asarray(x["ids"])
 
-        def layer(h, w):
-            keys = h @ w["key"]["kernel"] + w["key"]["bias"][None, None]
-            scores = jnp.einsum("ntk,nsk->nts", h, keys) / 4
-            seen = jax.nn.softmax(jnp.where(mask.swapaxes(1, 2) > 0, scores, -1e9), -1)
-            h = h + jnp.einsum("nts,nsk->ntk", seen, h)
-            return jnp.tanh(h @ w["up"]["kernel"] + w["up"]["bias"][None, None]), None
+        def body(h, scanned):
+            weights, layer, slices = scanned
+            seen = tap if slices is None else dataclasses.replace(tap, layers=slices)
 
-        h = jax.lax.scan(layer, table[x["ids"]], params["layers"])[0]
-        return params["head"]["scale"] * ((h * mask).sum(1) @ table[:classes].T)
+            def dense(name, h):
+                path = f"layers.{name}"
+                y = h @ weights[name]["kernel"]
+                y = taps.apply(seen, f"{path}.kernel", "dense", h, y, layer)
+                z = y + weights[name]["bias"][None, None]
+                return taps.apply(seen, f"{path}.bias", "bias", y, z, layer)
+
+            scores = jnp.einsum("ntk,nsk->nts", h, dense("key", h)) / 4
+            attention = jax.nn.softmax(jnp.where(mask.swapaxes(1, 2) > 0, scores, -1e9), -1)
+            return jnp.tanh(dense("up", h + jnp.einsum("nts,nsk->ntk", attention, h))), None
+
+        h = taps.apply(tap, "embed.table", "embed", ids, table[ids], None)
+        rest = (jnp.arange(2), None if tap is None else tap.layers)
+        h = (jax.lax.scan(body, h, (params["layers"], *rest))[0] * mask).sum(1)
+        y = taps.apply(tap, "head.scale", "scale", h, h * params["head"]["scale"][None], None)
+        z = taps.apply(
+            tap, "embed.table", "head", y, y @ table[words].T, None, rows=jnp.asarray(words)
+        )
+        logits = z + params["head"]["bias"][words][None]
+        return taps.apply(tap, "head.bias", "bias", z, logits, None, rows=jnp.asarray(words))
 
     return f, params
 

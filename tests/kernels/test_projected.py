@@ -1,5 +1,6 @@
 """Kernels of projected gradients: unbiased, with the error of theory, whatever the blocks."""
 
+import functools
 import math
 
 import jax
@@ -8,12 +9,12 @@ import numpy as np
 import pytest
 
 from jaxlm.core import paths
-from jaxlm.core.errors import UserError
 from jaxlm.gradients.projection import Projector, projector
-from jaxlm.kernels import subspaces
-from jaxlm.kernels._projected import projected, projected_features
+from jaxlm.kernels import KernelOptions, contraction, empirical, ntk, subspaces
 from jaxlm.sharding import make_mesh
 from tests.kernels import oracle
+
+projected = functools.partial(ntk, method="projected")
 
 
 def network(params, x):
@@ -45,31 +46,20 @@ def rows_of(drawn: Projector, gradients):
 def test_every_kind_projects_the_features_of_the_definition(kind):
     params, x = problem()
     gradients, drawn = explicit(params, x), projector("countsketch", 32, 3)
-    options, state = {}, None
-    if kind == "adam":
-        optax = pytest.importorskip("optax")
-        moments = oracle.moments_like(params)
-        count = 4
-        tree = [jax.tree.map(jnp.float32, each) for each in moments]
-        state = (optax.ScaleByAdamState(jnp.int32(count), *tree), optax.EmptyState())
-        options = {"adam_state": state}
+    value = oracle.kind_of(kind, params, jnp.float32)
     signed = oracle.signs(gradients, 1e-6)
     left = signed if kind == "signgd" else gradients
     right = {"sgd": gradients, "signgd": signed, "asymmetric_signgd": signed}.get(kind)
     if right is None:
-        places = oracle.by_place(*moments)
-        right = oracle.adam(gradients, places, count, 0.9, 0.999, 1e-8)
+        right = oracle.adam(gradients, *oracle.adam_state(params))
     expected = np.einsum("ncr,mdr->ncmd", rows_of(drawn, left), rows_of(drawn, right))
-    found = projected(network, params, x, projector=drawn, kind=kind, **options)
+    at = functools.partial(projected, network, params, x, projector=drawn, kind=value)
+    found = at()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
-    trace = projected(
-        network, params, x, x[:3], projector=drawn, kind=kind, trace_axes=(-1,), **options
-    )
+    trace = at(x[:3], trace_axes=(-1,))
     wanted = np.einsum("ncmc->nm", expected[:, :, :3]) / 2
     np.testing.assert_allclose(trace, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
-    diagonal = projected(
-        network, params, x, projector=drawn, kind=kind, diagonal_axes=(-1,), **options
-    )
+    diagonal = at(diagonal_axes=(-1,))
     wanted = np.einsum("ncmc->nmc", expected)
     np.testing.assert_allclose(diagonal, wanted, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
@@ -137,7 +127,9 @@ def test_blocks_and_order_change_nothing(family):
     drawn = projector(family, 64, 1)
 
     def rows(x, **options):
-        return np.asarray(projected_features(network, params, x, projector=drawn, **options))
+        spec, options = contraction.kernel_spec(params), KernelOptions(**options)
+        work = empirical.prepare(network, params, x, None, spec, "projected", options)
+        return np.asarray(work.projected_features(0, drawn))
 
     whole = rows(x, block_size=4)
     np.testing.assert_array_equal(rows(x[::-1], block_size=4), whole[::-1])
@@ -156,7 +148,9 @@ def test_language_models_layers_padding_and_selection():
     assert {layer for _, layer in gradients} == {0, 1, None}
     rows = rows_of(drawn, gradients)
     expected = np.einsum("ncr,mdr->ncmd", rows, rows)
-    found = projected(f, params, x, projector=drawn, select=select, block_size=2)
+    found = projected(
+        f, params, x, projector=drawn, select=select, options=KernelOptions(block_size=2)
+    )
     scale = np.abs(expected).max()
     np.testing.assert_allclose(found, expected, atol=1e-4 * scale)
 
@@ -164,7 +158,7 @@ def test_language_models_layers_padding_and_selection():
         name: np.pad(value, [(0, 0), (0, 2)]) if value.ndim == 2 else value
         for name, value in x.items()
     }
-    padded = projected(f, params, longer, projector=drawn, select=select, block_size=2)
+    padded = projected(f, params, longer, projector=drawn, select=select)
     np.testing.assert_allclose(padded, found, atol=1e-5 * scale)
 
 
@@ -176,41 +170,3 @@ def test_eight_devices_give_the_same_kernel():
     divided = projected(network, params, x, projector=projector("srht", 64, 1, mesh=mesh))
     assert len(divided.sharding.device_set) == 8
     np.testing.assert_allclose(divided, kernel, atol=1e-5 * np.abs(kernel).max())
-
-
-def constant(value):
-    return lambda params, x: jnp.broadcast_to(value * params["a"].sum(), (len(x), 1))
-
-
-def test_mistakes_are_said_in_one_sentence():
-    params, x = problem()
-    drawn = projector("countsketch", 16)
-
-    def message(*arguments, **options):
-        with pytest.raises(UserError) as error:
-            projected(*arguments, projector=drawn, **options)
-        return str(error.value)
-
-    assert message(network, params, x, block_size=0) == (
-        "block_size=0 is no number of examples; give 1 or more"
-    )
-    assert "without a class axis" in message(lambda p, x: network(p, x)[:, 0], params, x)
-    assert "kind='sign' is not known" in message(network, params, x, kind="sign")
-    bad = x.at[7].set(jnp.nan)
-    assert "example 7 of x1 is not finite" in message(network, params, bad)
-    assert "example 2 of x2 is not finite" in message(network, params, x, bad[5:])
-    narrow = jax.tree.map(lambda a: a.astype(jnp.float16), params)
-    steep = lambda p, x: 1e4 * (x @ p["a"]) ** 3  # noqa: E731
-    assert "float16" in message(steep, narrow, 10 * x.astype(jnp.float16))
-    with pytest.raises(ValueError, match="takes no parameter"):
-        projected(network, params, x, projector=drawn, select="nothing")
-
-
-def test_classes_that_differ_are_refused():
-    params, x = problem()
-
-    def odd(params, x):
-        return x @ params["a"][: x.shape[1], : x.shape[1]]
-
-    with pytest.raises(UserError, match="6 outputs at x1 and 4 at x2"):
-        projected(odd, params, x, x[:, :4], projector=projector("countsketch", 16))

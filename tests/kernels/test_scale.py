@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import kernels
-from jaxlm.kernels import blocks, gram, jacobian, vector_products
+from jaxlm.kernels import KernelOptions, blocks, contraction, empirical, jacobian, vector_products
 from jaxlm.sharding import WHOLE, batch_sharding, make_mesh, place_params
 
 N, P = 16, 4096
@@ -24,10 +23,10 @@ X = np.random.default_rng(0).standard_normal((N, P)).astype(np.float32) / P
 
 def temporaries(method, count):
     x = jax.ShapeDtypeStruct((count, P), jnp.float32)
-    options = {"features": gram.Features(), "over": "full", "select": None}
+    spec = contraction.kernel_spec(PARAMS)
 
     def function(params, x):
-        return method(f, params, x, None, **options)
+        return method(f, params, x, None, spec)
 
     memory = jax.jit(function).lower(PARAMS, x).compile().memory_analysis()
     return memory.temp_size_in_bytes / (4 * P)
@@ -47,8 +46,8 @@ def test_a_symmetric_kernel_multiplies_little_more_than_half():
     at = [
         jax.jit(functools.partial(function, over="full")).lower(*arguments).compile()
         for function, arguments in (
-            (gram.contract, (features, features)),
-            (gram.contract_self, (features,)),
+            (contraction.contract, (features, features)),
+            (contraction.contract_self, (features,)),
         )
     ]
     whole, half = (each.cost_analysis()["flops"] for each in at)
@@ -56,8 +55,9 @@ def test_a_symmetric_kernel_multiplies_little_more_than_half():
     assert half == pytest.approx(0.625 * whole, rel=0.01)  # tiles: (1 + 1/4) / 2
 
 
-def prepared(**options):
-    return kernels._ntk.prepare(f, PARAMS, X, options.pop("x2", None), check=False, **options)
+def prepared(method="jacobian", kind="sgd", select=None, x2=None, **options):
+    spec = contraction.kernel_spec(PARAMS, kind, select=select)
+    return empirical.prepare(f, PARAMS, X, x2, spec, method, KernelOptions(check=False, **options))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def prepared(**options):
     ],
 )
 def test_how_many_blocks_are_computed(options, pairs):
-    work = prepared(method="jacobian", **options)
+    work = prepared(**options)
     assert len(work.pairs()) == len(set(work.pairs())) == pairs
 
 
@@ -80,15 +80,15 @@ def test_blocks_are_as_large_as_the_budget(monkeypatch):
     size = 4 * (P + 1)
     for budget, wanted in ((16 * size, 16), (16 * size - 1, 8), (5 * size, 4), (1, 1)):
         monkeypatch.setattr(blocks, "GRADIENT_BYTES", budget)
-        assert prepared(method="jacobian").sizes == (wanted, wanted)
+        assert prepared().sizes == (wanted, wanted)
     assert prepared(method="ntk_vector_products").sizes == (16, 16)
-    assert prepared(method="jacobian", select="s").sizes == (1, 1)  # a budget of one byte
+    assert prepared(select="s").sizes == (1, 1)  # a budget of one byte
     monkeypatch.setattr(blocks, "GRADIENT_BYTES", 16)
-    assert prepared(method="jacobian", select="s").sizes == (4, 4)
+    assert prepared(select="s").sizes == (4, 4)
 
 
 def test_each_row_of_blocks_forms_its_gradients_once():
-    formed, work = [], prepared(block_size=4, method="jacobian")
+    formed, work = [], prepared(block_size=4)
     gradients = work._gradients
 
     def counted(params, x):
@@ -107,6 +107,6 @@ def test_every_device_forms_the_gradients_of_its_examples():
     mesh = make_mesh(data=8)
     params = place_params(PARAMS, mesh, WHOLE)
     x = jax.device_put(X, batch_sharding(mesh))
-    for rows in prepared(method="jacobian", mesh=mesh)._gradients(params, x):
+    for rows in prepared(mesh=mesh)._gradients(params, x):
         assert {shard.data.shape[0] for shard in rows.addressable_shards} == {N // 8}
-    assert prepared(method="jacobian", block_size=5, mesh=mesh).sizes == (8, 8)
+    assert prepared(block_size=5, mesh=mesh).sizes == (8, 8)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import peft
+from jaxlm import kernels, peft
 from jaxlm.core import paths
-from jaxlm.core.errors import UserError
+from jaxlm.gradients.projection import projector
 from jaxlm.kernels import subspaces
+from tests.helpers.sentences import refused
 from tests.kernels import oracle
 
 
@@ -51,7 +52,7 @@ def test_lora_at_zero_is_the_kernel_of_projected_activations(name, targets):
     with_adapters = adapted(lm, targets)
     f = oracle.label_logits(with_adapters, 3)
     expected = of_selected(f, with_adapters.params, x, peft.LORA)
-    close(subspaces.lora(f, with_adapters.params, x), expected)
+    close(kernels.ntk(f, with_adapters.params, x, select=peft.LORA), expected)
 
     leaves = {leaf.path: leaf.value for leaf in paths.flatten(with_adapters.params)[0]}
     drawn = {
@@ -117,11 +118,13 @@ def test_the_error_of_lora_falls_as_one_over_the_root_of_its_rank():
 def test_the_kernel_of_biases_and_its_closed_form():
     lm, x = single("encoder"), oracle.examples(4)
     f = oracle.label_logits(lm, 3)
-    close(subspaces.bitfit(f, lm.params, x), of_selected(f, lm.params, x, r"\.bias$"))
+    close(
+        kernels.ntk(f, lm.params, x, select=peft.BITFIT), of_selected(f, lm.params, x, r"\.bias$")
+    )
     # f = x W + b: the kernel of b is 1 where the outputs are the same.
     line = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
     g = lambda params, x: x @ params["line"]["kernel"] + params["line"]["bias"][None]  # noqa: E731
-    found = subspaces.bitfit(g, {"line": line}, jnp.eye(2))
+    found = kernels.ntk(g, {"line": line}, jnp.eye(2), select=peft.BITFIT)
     np.testing.assert_array_equal(found, np.ones((2, 1, 2, 1)) * np.eye(3)[None, :, None])
 
 
@@ -130,7 +133,9 @@ def test_the_kernel_of_prefixes(name):
     lm, x = single(name), oracle.examples(4)
     lm = peft.prefix(lm, jax.random.key(0), length=2, init="normal")
     f = oracle.label_logits(lm, 1)
-    close(subspaces.prefix(f, lm.params, x), of_selected(f, lm.params, x, peft.PREFIX))
+    close(
+        kernels.ntk(f, lm.params, x, select=peft.PREFIX), of_selected(f, lm.params, x, peft.PREFIX)
+    )
 
 
 def test_intrinsic_dimension_is_the_kernel_of_the_subspace():
@@ -138,17 +143,16 @@ def test_intrinsic_dimension_is_the_kernel_of_the_subspace():
     params = {"a": jnp.float32(np.random.default_rng(0).standard_normal((3, 4)))}
     x = jnp.float32(np.random.default_rng(1).standard_normal((5, 3)))
     f = lambda params, x: jnp.tanh(x @ params["a"])  # noqa: E731
-    from jaxlm.gradients.projection import projector
-
     units = {"a": jnp.eye(12, dtype=jnp.float32).reshape(12, 3, 4)}
-    basis = projector("gaussian", 7, 3).project(units)
+    drawn = projector("gaussian", 7, 3)
+    basis = drawn.project(units)
 
     def moved(v, x):
         return f({"a": params["a"] + (basis @ v).reshape(3, 4)}, x)
 
     gradients = oracle.jacobian(lambda p, x: moved(p["v"], x), {"v": jnp.zeros(7)}, x)
     expected = oracle.kernel(gradients, gradients, "sgd")
-    close(subspaces.intrinsic_dimension(f, params, x, dim=7, seed=3), expected)
+    close(kernels.ntk(f, params, x, method="projected", projector=drawn), expected)
 
 
 def test_expected_error_of_unit_kernels():
@@ -157,45 +161,22 @@ def test_expected_error_of_unit_kernels():
     assert subspaces.expected_error(np.ones((3, 2, 3, 2)), 50) == pytest.approx(math.sqrt(2 / 50))
 
 
-def test_mistakes_are_said_in_one_sentence():
+def test_mistakes_name_the_argument():
     lm, x = single("rotary decoder"), oracle.examples(2)
     f = oracle.label_logits(lm, 1)
     plain = lambda params, x: f(params, x)  # noqa: E731
-    for act, message in (
-        (
-            lambda: subspaces.lora(f, lm.params, x),
-            "the parameters have no LoRA adapters; take the model that jaxlm.peft.lora returns",
-        ),
-        (
-            lambda: subspaces.bitfit(f, lm.params, x),
-            "the parameters have no biases; take another kind of fine-tuning",
-        ),
-        (
-            lambda: subspaces.prefix(f, lm.params, x),
-            "the parameters have no prefix; take the model that jaxlm.peft.prefix returns",
-        ),
-        (lambda: subspaces.draw_adapters(lm.params, 0), "rank is 0: give 1 or more"),
-        (
-            lambda: subspaces.draw_adapters(lm.params, 2, targets="nothing"),
-            "targets='nothing' takes no kernel; kernels have paths like a.kernel",
-        ),
-        (
-            lambda: subspaces.activation_projected(plain, lm.params, x, adapters={}),
-            "f takes no keyword tap; give f(params, x, *, tap=None)",
-        ),
-        (
-            lambda: subspaces.activation_projected(f, lm.params, x, adapters={"a.kernel": 1}),
-            "adapters has a.kernel, which passes no tap; take paths of kernels",
-        ),
-        (
-            lambda: subspaces.relative_error(np.ones((2, 2)), np.ones((2, 3))),
-            "kernels of shapes (2, 2) and (2, 3) cannot be compared",
-        ),
-        (
-            lambda: subspaces.expected_error(np.ones((2, 3)), 4),
-            "a kernel of shape (2, 3) is not one of examples with themselves",
-        ),
-    ):
-        with pytest.raises(UserError) as error:
-            act()
-        assert str(error.value) == message
+    run = functools.partial(subspaces.activation_projected, params=lm.params, x1=x)
+    with refused("select", "lora"):
+        kernels.ntk(f, lm.params, x, select=peft.LORA)
+    with refused("rank", "got 0"):
+        subspaces.draw_adapters(lm.params, 0)
+    with refused("targets", "'nothing'"):
+        subspaces.draw_adapters(lm.params, 2, targets="nothing")
+    with refused("f", "keyword tap"):
+        run(plain, adapters={})
+    with refused("adapters", "a.kernel"):
+        run(f, adapters={"a.kernel": 1})
+    with refused("kernel", "(2, 3)"):
+        subspaces.relative_error(np.ones((2, 2)), np.ones((2, 3)))
+    with refused("full", "(2, 3)"):
+        subspaces.expected_error(np.ones((2, 3)), 4)

@@ -11,6 +11,7 @@ import pytest
 from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.data import shipped_task
+from jaxlm.kernels import AsymmetricSignGD, SignGD, empirical, saved
 from jaxlm.studies import kernel_study, kernel_training
 from jaxlm.studies.kernel_behaviour import (
     Nulls,
@@ -63,7 +64,7 @@ def gradients(task):
 
 @pytest.mark.parametrize("kind", ["sgd", "signgd", "asymmetric_signgd"])
 def test_kernels_are_products_of_gradients(task, gradients, kind):
-    kernels = Kernels(task, sign_threshold=0.0)
+    kernels = Kernels(task, kinds={"signgd": SignGD(0), "asymmetric_signgd": AsymmetricSignGD(0)})
     train, test = gradients["train"], gradients["test"]
     signed = {"sgd": (train, test), "signgd": (np.sign(train), np.sign(test))}
     right, left = signed.get(kind, (np.sign(train), test))
@@ -340,8 +341,6 @@ def test_a_study_is_one_table_and_is_not_made_twice(tmp_path, tiny_model, capsys
 
 
 def test_a_stopped_study_takes_its_kernels_from_disk(tmp_path, tiny_model, monkeypatch):
-    from jaxlm.kernels import _ntk
-
     path = study(tmp_path, tiny_model)
     adam = "{optimizer: {name: adam, learning_rate: 0.01}, steps: 6, eval_every: 3, batch_size: 4}"
     words = ["--prompts=[true]", f"--training=[{adam}]"]
@@ -350,7 +349,8 @@ def test_a_stopped_study_takes_its_kernels_from_disk(tmp_path, tiny_model, monke
     before = json.loads(report.read_text())
     report.unlink()
     # Every computation of a kernel begins here.
-    monkeypatch.setattr(_ntk, "prepare", None)
+    monkeypatch.setattr(saved, "prepare", None)
+    monkeypatch.setattr(empirical, "prepare", None)
     monkeypatch.setattr(Kernels, "at", lambda self, params, kind, split: self.of(kind, split))
     assert main(["kernel", str(path), *words]) == 0
     after = json.loads(report.read_text())

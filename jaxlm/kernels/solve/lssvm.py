@@ -1,4 +1,4 @@
-"""Least-squares support vector machines whose kernel need not be symmetric."""
+"""Least-squares support vector machines (LS-SVM) whose kernel need not be symmetric."""
 
 import math
 from typing import Any, NamedTuple
@@ -6,28 +6,30 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from jaxlm.core.checks import real
 from jaxlm.core.errors import UserError
-from jaxlm.kernels import systems
+from jaxlm.kernels.solve import linear_systems as systems
 
 GAMMAS = (0.01, 0.1, 1.0, 10.0)
-"""The paper's grid."""
+"""The grid of Malladi et al."""
 
 WORST_CONDITION = 1e12
+"""Above it, four of the sixteen digits of float64 are left at most."""
 
 
 class SingularSystem(UserError):
-    """The equations of an asymmetric machine have no single solution."""
+    """The equations of an asymmetric machine have no unique solution."""
 
 
 class AsymmetricFit(NamedTuple):
     """Two functions that an asymmetric kernel fits together.
 
     Attributes:
-        coefficients: β of the training examples as second argument of the kernel.
-        flipped_coefficients: α of the training examples as first argument.
-        bias: b of the first function; zeros where none was fitted.
-        flipped_bias: b' of the second.
-        f0_scale: what f0 was divided by; infinite where it was left out.
+      coefficients: β of the training examples as second argument of the kernel.
+      flipped_coefficients: α of the training examples as first argument.
+      bias: b of the first function; zeros where none was fitted.
+      flipped_bias: b' of the second.
+      f0_scale: what f0 was divided by; infinite where it was left out.
     """
 
     coefficients: Float[np.ndarray, "N C"]
@@ -39,24 +41,25 @@ class AsymmetricFit(NamedTuple):
     def predict(
         self, kernel: Any, flipped: Any = None, *, weight: float = 1.0, f0: Any = None
     ) -> Float[np.ndarray, "M C"]:
-        r"""Values $w\,(K(x, X)\,\beta + b) + (1 - w)\,(\alpha^\top K(X, x) + b') + f_0(x)/s$.
+        r"""Return $w\,(K(x, X)\,\beta + b) + (1 - w)\,(\alpha^\top K(X, x) + b') + f_0(x)/s$.
 
         Args:
-            kernel: K(x, X), of other examples with the training examples: [M, C, N, C] or [M, N].
-            flipped: K(X, x), of the training examples with these, [N, C, M, C] or [N, M]; not
-                needed where `weight` is 1.
-            weight: w, of the first function.
-            f0: the function at its first parameters, [M, C].
+          kernel: K(x, X), of other examples with the training examples: [M, C, N, C] or [M, N].
+          flipped: K(X, x), of the training examples with these, [N, C, M, C] or [N, M]; not
+            needed if `weight` is 1.
+          weight: w, of the first function.
+          f0: the function at its first parameters, [M, C].
 
         Raises:
-            UserError: `weight` is below 1 and `flipped` is not given, or f0 is missing.
+          UserError: if `weight` is below 1 and `flipped` is not given, or f0 is missing.
         """
-        if not 0 <= weight <= 1:
-            raise UserError(f"weight is {weight:g}: give the share of the first function, 0 to 1.")
+        real("weight", weight, least=0, most=1)
         values = weight * (systems.evaluate(kernel, self.coefficients) + self.bias[None])
         if weight != 1.0:
             if flipped is None:
-                raise UserError(f"weight is {weight:g} without flipped: give K(X, x) as well.")
+                raise UserError(
+                    f"flipped: needed for a weight below 1 (got None for {weight:g}). Give K(X, x)."
+                )
             turned = np.asarray(flipped)
             turned = turned.T if turned.ndim == 2 else turned.transpose(2, 3, 0, 1)
             second = systems.evaluate(turned, self.flipped_coefficients) + self.flipped_bias[None]
@@ -65,13 +68,13 @@ class AsymmetricFit(NamedTuple):
 
 
 class Factored(NamedTuple):
-    r"""A kernel of the training examples as $K = P\,\mathrm{diag}(s)\,Q^\top$.
+    r"""A kernel of the training examples, decomposed as $K = P\,\mathrm{diag}(s)\,Q^\top$.
 
     Attributes:
-        left: P.
-        values: s, the largest first.
-        right: Q^T.
-        shape: of the kernel.
+      left: P.
+      values: s, the largest first.
+      right: Q^T.
+      shape: of the kernel.
     """
 
     left: Float[np.ndarray, "NC NC"]
@@ -81,13 +84,13 @@ class Factored(NamedTuple):
 
 
 def factor(kernel: Any) -> Factored:
-    """The singular value decomposition from which every γ is solved.
+    """Return the singular value decomposition, from which every γ is solved.
 
     Args:
-        kernel: of the training examples, [N, C, N, C] or [N, N] of traced outputs.
+      kernel: of the training examples, [N, C, N, C] or [N, N] of traced outputs.
 
     Raises:
-        UserError: see `jaxlm.kernels.systems.training_matrix`.
+      UserError: if it is not square, not finite, zero, or of one example.
     """
     return Factored(*np.linalg.svd(systems.training_matrix(kernel)), np.shape(kernel))
 
@@ -95,9 +98,9 @@ def factor(kernel: Any) -> Factored:
 def asymmetric_svm(
     kernel: Any, targets: Any, *, gamma: float, f0: Any = None, f0_scale: float = 1.0
 ) -> AsymmetricFit:
-    r"""The asymmetric least-squares SVM without bias.
+    r"""Fit the asymmetric least-squares SVM without bias.
 
-    With $K(u, v) = \langle\phi(u), \psi(v)\rangle$ it looks for the stationary point of $w^\top v +
+    With $K(u, v) = \langle\phi(u), \psi(v)\rangle$ it is the stationary point of $w^\top v +
     \frac\gamma2 \sum_i (e_i^2 + h_i^2)$ where $e_i = y_i - w^\top\phi(x_i)$ and $h_i = y_i -
     v^\top\psi(x_i)$. That is $w = \sum_i \beta_i \psi(x_i)$, $v = \sum_i \alpha_i \phi(x_i)$ with
 
@@ -105,26 +108,26 @@ def asymmetric_svm(
     \begin{pmatrix} \alpha \\ \beta \end{pmatrix} = \begin{pmatrix} y \\ y \end{pmatrix}.$$
 
     For labels of -1 and 1 these are the usual equations, with α and β multiplied by the labels.
-    Here targets are any numbers, so that f0 is taken off as in ridge regression, and several
+    Here targets are any numbers, so that f0 is subtracted as in ridge regression, and several
     outputs are solved together. A symmetric kernel gives $\alpha = \beta = (K + I/\gamma)^{-1} y$.
 
     Args:
-        kernel: K of the training examples, [N, C, N, C] or [N, N] of traced outputs; or its
-            `factor`, which spares the decomposition where many γ are tried. With
-            `kind="asymmetric_signgd"` φ is the gradient and ψ its sign: the first function is what
-            signed steps on the training examples do to other examples.
-        targets: [N, C]; `jaxlm.kernels.systems.targets(labels, C)`, or any numbers.
-        gamma: γ, above 0, in the units of 1/K.
-        f0: the function at its first parameters, [N, C].
-        f0_scale: s, what f0 is divided by; `inf` leaves it out.
+      kernel: K of the training examples, [N, C, N, C] or [N, N] of traced outputs; or its
+        `factor`, which spares the decomposition where many γ are tried. For the kind
+        "asymmetric_signgd" φ is the gradient and ψ its sign: the first function is what signed
+        steps on the training examples do to other examples.
+      targets: [N, C]; `jaxlm.kernels.solve.targets(labels, C)`, or any numbers.
+      gamma: γ, above 0, in the units of 1/K.
+      f0: the function at its first parameters, [N, C].
+      f0_scale: s, what f0 is divided by; `inf` leaves it out.
 
     Raises:
-        SingularSystem: 1/γ is a singular value of K.
-        UserError: γ is not positive, or as in `jaxlm.kernels.ridge.ridge_path`.
+      SingularSystem: if 1/γ is a singular value of K.
+      UserError: if γ is not positive, or as in `jaxlm.kernels.ridge.ridge_path`.
 
     References:
-        He, He, Shi, Huang, Suykens 2022, arXiv:2202.01397; Malladi et al. 2022, arXiv:2210.05643,
-        whose code solves this for C = 1.
+      He, He, Shi, Huang, Suykens 2022, arXiv:2202.01397; Malladi et al. 2022, arXiv:2210.05643,
+      whose code solves this for C = 1.
     """
     system = _System(kernel, targets, gamma, f0, f0_scale)
     none = np.zeros((2, system.outputs))
@@ -134,7 +137,7 @@ def asymmetric_svm(
 def asymmetric_svm_with_bias(
     kernel: Any, targets: Any, *, gamma: float, f0: Any = None, f0_scale: float = 1.0
 ) -> AsymmetricFit:
-    r"""`asymmetric_svm` with a constant in each function, for each output.
+    r"""Fit `asymmetric_svm` with a constant in each function, for each output.
 
     The errors are $e_i = y_i - w^\top\phi(x_i) - b$ and $h_i = y_i - v^\top\psi(x_i) - b'$; the
     equations gain b and b', and the conditions that α and β each sum to 0 over the examples.
@@ -143,7 +146,7 @@ def asymmetric_svm_with_bias(
     system = _System(kernel, targets, gamma, f0, f0_scale)
     ones = system.ones()
     nothing = np.zeros_like(ones)
-    # Columns of the first and of the second constant, and what they take of the right-hand side.
+    # Eliminate both constants: solve for their columns once, then for the constants themselves.
     moved = np.concatenate([system.solve(ones, nothing), system.solve(nothing, ones)], axis=1)
     both = np.block([[ones, nothing], [nothing, ones]])
     plain = system.solve(system.y, system.y)
@@ -156,10 +159,9 @@ class _System:
     """The equations for one γ, solved through the singular vectors of K."""
 
     def __init__(self, kernel: Any, targets: Any, gamma: float, f0: Any, f0_scale: float):
-        if not (gamma > 0 and np.isfinite(gamma)):
-            raise UserError(f"gamma is {gamma:g}: give a positive number.")
+        real("gamma", gamma, above=0)
         self.K = kernel if isinstance(kernel, Factored) else factor(kernel)
-        y = systems.checked_targets(targets, self.K.shape)
+        y = systems.check_targets(targets, self.K.shape)
         self.outputs = y.shape[1]
         self.f0_scale = math.inf if f0 is None else f0_scale
         self.y = systems.columns(y - systems.offset(f0, self.f0_scale, y.shape), self.K.shape)
@@ -168,19 +170,19 @@ class _System:
         condition = size.max() / size.min() if size.min() else np.inf
         if condition > WORST_CONDITION:
             raise SingularSystem(
-                f"the system is singular for gamma {gamma:g} (condition {condition:.1e}): 1/gamma "
-                "meets a singular value of the kernel, so take another gamma."
+                f"gamma: 1/gamma is a singular value of the kernel (got {gamma:g}, condition "
+                f"{condition:.1e}). Give another gamma."
             )
 
     def ones(self) -> np.ndarray:
-        """What constants add: a column for each output, or one where all share the kernel."""
+        """Return a column of ones per output, or a single one where all share the kernel."""
         rows = len(self.K.values)
         if len(self.K.shape) == 2:
             return np.ones((rows, 1))
         return np.tile(np.eye(self.outputs), (rows // self.outputs, 1))
 
     def solve(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """(α, β), one above the other, for right-hand sides like y."""
+        """Return (α, β), one above the other, for right-hand sides like y."""
         s, ridge = self.K.values[:, None], self.ridge
         u, v = self.K.left.T @ first, self.K.right @ second
         product = (ridge - s) * (ridge + s)

@@ -7,27 +7,28 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from jaxlm.core.checks import real
 from jaxlm.core.errors import UserError
-from jaxlm.kernels import systems
+from jaxlm.kernels.solve import linear_systems as systems
 
 RIDGES = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 """The paper's grid, relative to the largest eigenvalue."""
 
 F0_SCALES = (10.0, 100.0, 1000.0, 10000.0, math.inf)
-"""The paper's grid; what f0 is divided by."""
+"""The paper's grid of what f0 is divided by."""
 
 
 class RidgePath(NamedTuple):
     """Solutions for R ridges and S scales of f0.
 
     Attributes:
-        coefficients: of the training examples.
-        leave_one_out: value of each training example by the fit to all others.
-        ridges: as they were used, see `ridge_path`.
-        f0_scales: what f0 was divided by.
-        eigenvalues: of the kernel, the largest first.
-        rank: how many of them are larger than what rounding of the kernel leaves.
-        duplicates: pairs of examples that the kernel does not tell apart.
+      coefficients: of the training examples.
+      leave_one_out: value of each training example by the fit to all others.
+      ridges: as they were used, see `ridge_path`.
+      f0_scales: what f0 was divided by.
+      eigenvalues: of the kernel, the largest first.
+      rank: how many of them are larger than the rounding errors of the kernel.
+      duplicates: pairs of examples that the kernel does not tell apart.
     """
 
     coefficients: Float[np.ndarray, "R S N C"]
@@ -44,19 +45,18 @@ class RidgePath(NamedTuple):
         return self.rank < len(self.eigenvalues)
 
     def predict(self, kernel: Any, f0: Any = None) -> Float[np.ndarray, "R S M C"]:
-        """Values of other examples, for every ridge and scale.
+        """Return the values of other examples, for every ridge and scale.
 
         Args:
-            kernel: of these examples with the training examples, [M, C, N, C] or [M, N].
-            f0: the function at its first parameters, [M, C]; needed if it was given for training.
+          kernel: of these examples with the training examples, [M, C, N, C] or [M, N].
+          f0: the function at its first parameters, [M, C]; needed if it was given for training.
 
         Raises:
-            UserError: f0 is missing or of another shape, or as `jaxlm.kernels.systems.evaluate`.
+          UserError: if f0 is missing, or a shape is wrong.
         """
         values = systems.evaluate(kernel, self.coefficients)
-        shape = values.shape[2:]
-        added = [systems.offset(f0, scale, shape) for scale in self.f0_scales]
-        return values + np.stack(added)[None]
+        offsets = [systems.offset(f0, scale, values.shape[2:]) for scale in self.f0_scales]
+        return values + np.stack(offsets)[None]
 
 
 def ridge_path(
@@ -67,7 +67,7 @@ def ridge_path(
     f0: Any = None,
     f0_scales: Sequence[float] | None = None,
 ) -> RidgePath:
-    r"""Fits $f(x) = f_0(x)/s + K(x, X)\,\alpha$ for every ridge and every scale of f0.
+    r"""Fit $f(x) = f_0(x)/s + K(x, X)\,\alpha$ for every ridge and every scale of f0.
 
     $$\alpha = (K + \lambda \|K\| I)^{-1} (Y - f_0/s)$$
 
@@ -75,41 +75,43 @@ def ridge_path(
     out, with its C outputs, moves its value to $y_i - [G_{ii}]^{-1} \alpha_i$, where $G = (K +
     \lambda\|K\|I)^{-1}$ and $G_{ii}$ is the block of the example.
 
-    A kernel is singular, for example, where an example occurs twice. It is solved by ridge: smaller
-    ridges are raised to the root of the machine epsilon of the kernel's dtype, where the ridge and
-    the rounding of the kernel disturb values alike. The result is `singular`, names `duplicates`,
-    and `ridges` has what was used.
+    A kernel is singular, for example, where an example occurs twice. Then smaller ridges are raised
+    to the root of the machine epsilon of the kernel's dtype, where the ridge and the rounding of
+    the kernel disturb values alike. The result is `singular`, names `duplicates`, and `ridges` has
+    what was used.
 
     Args:
-        kernel: of the training examples, symmetric; [N, C, N, C], or [N, N] where outputs were
-            traced: then all C outputs share it.
-        targets: `jaxlm.kernels.systems.targets(labels, C)`, or any numbers.
-        ridges: λ, relative to the largest eigenvalue $\|K\|$.
-        f0: the function at its first parameters.
-        f0_scales: s; `F0_SCALES` if None. `inf` leaves f0 out; without f0 it is the only one.
+      kernel: of the training examples, symmetric; [N, C, N, C], or [N, N] where outputs were
+        traced: then all C outputs share it.
+      targets: `jaxlm.kernels.solve.targets(labels, C)`, or any numbers.
+      ridges: λ, relative to the largest eigenvalue $\|K\|$.
+      f0: the function at its first parameters.
+      f0_scales: s; by default `F0_SCALES`. `inf` leaves f0 out; without f0 it is the only one.
 
     Raises:
-        UserError: the kernel is not symmetric, not positive, not finite, or of one example; or the
-            targets do not fit it.
+      UserError: if the kernel is not symmetric, not positive, not finite, or of one example; or the
+        targets do not fit it.
 
     References:
-        Malladi et al. 2022, arXiv:2210.05643: grids and f0. Their code solves by least squares for
-        one ridge and one scale.
+      Malladi et al. 2022, arXiv:2210.05643: grids and f0. Their code solves by least squares for
+      one ridge and one scale.
 
     >>> path = ridge_path(np.eye(3), [[-1.0], [1.0], [1.0]], ridges=[1.0])
     >>> path.coefficients[0, 0, :, 0].tolist()
     [-0.5, 0.5, 0.5]
     """
     K = systems.symmetric_matrix(kernel)
-    y = systems.checked_targets(targets, np.shape(kernel))
-    if not ridges or min(ridges) < 0 or not np.isfinite(ridges).all():
-        raise UserError(f"ridges are {list(ridges)}: give numbers from 0.")
+    y = systems.check_targets(targets, np.shape(kernel))
+    for ridge in ridges:
+        real("ridges", ridge, least=0)
+    if not ridges:
+        raise UserError("ridges: is empty (got nothing). Give at least one.")
     values, U = np.linalg.eigh(K)
     top, epsilon = values[-1], resolution(kernel)
     if values[0] < -max(epsilon, systems.ASYMMETRY) * abs(top):
         raise UserError(
-            f"the training kernel has the eigenvalue {values[0]:.3g} beside {top:.3g}: give one of "
-            "kind sgd or signgd, which has none below 0."
+            f"kernel: has a negative eigenvalue (got {values[0]:.3g} beside {top:.3g}). Give one "
+            "of kind sgd or signgd, which has none."
         )
     rank = int(np.sum(values > epsilon * top))
     values = np.maximum(values, 0.0)
@@ -119,15 +121,15 @@ def ridge_path(
     offsets = np.stack([systems.offset(f0, scale, y.shape) for scale in scales])
     left = np.swapaxes(U, 0, 1) @ systems.columns(y - offsets, np.shape(kernel))  # [S, P, Q]
     block = y.shape[1] if np.ndim(kernel) == 4 else 1
-    found, held_out = [], []
+    coefficients, leave_one_out = [], []
     for ridge in used:
         inverse = 1 / (values + ridge * top)
         alpha = systems.rows(U @ (inverse[:, None] * left), y.shape[1])
-        found.append(alpha)
-        held_out.append(y - _residuals(U, inverse, alpha, block))
+        coefficients.append(alpha)
+        leave_one_out.append(y - _residuals(U, inverse, alpha, block))
     return RidgePath(
-        coefficients=np.stack(found),
-        leave_one_out=np.stack(held_out),
+        coefficients=np.stack(coefficients),
+        leave_one_out=np.stack(leave_one_out),
         ridges=used,
         f0_scales=scales,
         eigenvalues=values[::-1],
@@ -137,13 +139,13 @@ def ridge_path(
 
 
 def resolution(kernel: Any) -> float:
-    """Size of an eigenvalue, relative to the largest, that rounding of a kernel leaves."""
+    """Return the size of an eigenvalue, relative to the largest, that is a rounding error."""
     size = np.shape(kernel)
     return size[0] * (size[1] if len(size) == 4 else 1) * _epsilon(kernel)
 
 
 def duplicates(kernel: Any) -> tuple[tuple[int, int], ...]:
-    r"""Pairs of examples whose distance $K_{ii} + K_{jj} - 2 K_{ij}$, over all outputs, is zero.
+    r"""Return the pairs of examples with distance $K_{ii} + K_{jj} - 2 K_{ij} = 0$ in all outputs.
 
     >>> duplicates(np.array([[1.0, 0.0, 1.0], [0.0, 2.0, 0.0], [1.0, 0.0, 1.0]]))
     ((0, 2),)
@@ -164,7 +166,7 @@ def _epsilon(kernel: Any) -> float:
 def _residuals(
     U: np.ndarray, inverse: np.ndarray, alpha: np.ndarray, block: int
 ) -> Float[np.ndarray, "S N C"]:
-    """What a held-out example is off by: its coefficients through its block of G, inverted."""
+    """Return what a held-out example is off by: its coefficients times its inverse block of G."""
     parts = U.reshape(-1, block, U.shape[1])
     G = np.einsum("ncp,ndp->ncd", parts * inverse, parts)
     if block == 1:

@@ -1,19 +1,23 @@
-"""The gradients of each example are those that the whole batch's Jacobian has; PyTorch agrees."""
+"""What the kinds make of gradients, against closed forms, optax and PyTorch."""
 
+import functools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxlm
 from jaxlm import kernels
 from jaxlm.core import paths
-from jaxlm.kernels import gram
+from jaxlm.kernels import kinds
 from jaxlm.kernels.jacobian import gradients
 from tests.kernels import oracle
+from tests.kernels.test_common import UNCHECKED, assert_close, toy_problem
 
+B2, EPS = 0.99, 1e-4
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 
 
@@ -34,18 +38,18 @@ def test_signs_by_hand():
     # Two leaves of two slices: entries below 0.1 of their slice, and a slice below 0.1 of all.
     a = jnp.array([[[[10.0, -2.0, 0.5], [0.0, -1.5, 1.4]]]])
     b = jnp.array([[[[1.0, 0.2], [0.9, -0.9]]]])
-    found_a, found_b = gram.signs([a, b], 0.1)
+    found_a, found_b = kinds.signs([a, b], 0.1)
     np.testing.assert_array_equal(found_a[0, 0], [[1, -1, 0], [0, -1, 1]])
     np.testing.assert_array_equal(found_b[0, 0], [[0, 0], [0, 0]])
     # 0.5 of a, and the four of b: five of nine that are not zero
-    assert gram.dropped([a, b], 0.1).shape == (1,)
-    np.testing.assert_allclose(gram.dropped([a, b], 0.1), 5 / 9, rtol=1e-6)
-    np.testing.assert_array_equal(gram.signs([b], 0.0)[0], jnp.sign(b))
+    assert kinds.dropped([a, b], 0.1).shape == (1,)
+    np.testing.assert_allclose(kinds.dropped([a, b], 0.1), 5 / 9, rtol=1e-6)
+    np.testing.assert_array_equal(kinds.signs([b], 0.0)[0], jnp.sign(b))
 
 
 def test_a_sign_does_not_hide_nan():
     bad = jnp.array([[[[1.0, jnp.nan]]], [[[1.0, -2.0]]], [[[jnp.inf, 1.0]]]])
-    (found,) = gram.signs([bad])
+    (found,) = kinds.signs([bad], 1e-6)
     assert np.isnan(found[0]).all()
     assert np.isnan(found[2]).all()
     np.testing.assert_array_equal(found[1], [[[1.0, -1.0]]])
@@ -55,9 +59,69 @@ def test_half_precision_is_summed_in_float32():
     # 4096 ones and a half: bfloat16 has 8 bits and would end at 256 in a running sum
     params = jnp.ones((4096, 1), jnp.bfloat16)
     x = jnp.ones((2, 4096), jnp.bfloat16).at[0, 0].set(1.5)
-    found = kernels.ntk(lambda params, x: x @ params, params, x, check=False)
+    found = kernels.ntk(lambda params, x: x @ params, params, x, options=UNCHECKED)
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(found[:, 0, :, 0], [[4097.25, 4096.5], [4096.5, 4096.0]])
+
+
+def test_the_adam_kernel_is_one_step_of_optax():
+    f, params, x1, x2, first, _ = toy_problem(1)
+    with jax.enable_x64(True):
+        params = oracle.of_dtype(params, jnp.float64)
+        tx = optax.chain(optax.clip_by_global_norm(1e9), optax.adamw(1e-3, b2=B2, eps=EPS))
+        state = tx.init(params)
+        rng = np.random.default_rng(1)
+        for _ in range(3):
+            noise = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape)), params)
+            state = tx.update(noise, state, params)[1]
+        found = kernels.ntk(f, params, x1, x2, kind=kernels.Adam(state, b2=B2, eps=EPS))
+        adam = optax.scale_by_adam(b2=B2, eps=EPS)
+        for m in range(2):
+            row = jax.tree.map(lambda a, m=m: a[m : m + 1], x2)
+            gradient = jax.grad(lambda params, row=row: f(params, row)[0, 0])(params)
+            step = adam.update(gradient, state[1][0])[0]
+            moved = oracle.by_place(step, step)
+            wanted = sum(first[place][:, 0] @ np.ravel(moved[place][0]) for place in first)
+            assert_close(found[:, 0, m, 0], wanted, 1e-10)
+
+
+def test_a_fresh_adam_is_signgd():
+    f, params, x1, x2, *_ = toy_problem(1)
+    with jax.enable_x64(True):
+        params = oracle.of_dtype(params, jnp.float64)
+        fresh = optax.adam(1.0).init(params)
+        options = {"options": UNCHECKED, "select": "up|head|embed"}
+        adam = kernels.ntk(f, params, x1, x2, kind=kernels.Adam(fresh, eps=0), **options)
+        signs = kernels.ntk(f, params, x1, x2, kind=kernels.AsymmetricSignGD(0), **options)
+        assert_close(adam, np.asarray(signs), 1e-12)
+
+
+def test_the_useless_bias_has_no_sign():
+    f, params, x1, *_ = toy_problem(1)
+    params = oracle.of_dtype(params, jnp.float32)
+    options = {"select": "key.bias|up.bias", "options": UNCHECKED}
+    found, info = kernels.ntk_with_info(f, params, x1, kind="signgd", **options)
+    # Two layers of four entries in up.bias; key.bias is noise.
+    np.testing.assert_array_equal(np.diagonal(found[:, 0, :, 0]), 8)
+    noisy = kernels.ntk(f, params, x1, kind=kernels.SignGD(0), **options)
+    assert (np.diagonal(noisy[:, 0, :, 0]) > 8).any()
+    np.testing.assert_array_equal(info.dropped1, info.dropped2)
+    # at most those of key.bias, half of all; in an example of one token even that is exactly 0
+    assert info.dropped1.max() > 0.2
+    assert np.all(info.dropped1 <= 0.5)
+
+
+def test_the_dropped_fraction_in_closed_form():
+    x1, x2 = np.array([[1.0, 1e-3, 0, 0]], np.float32), np.array([[1.0, 1, 1e-3, 1e-4]], np.float32)
+    f = lambda params, x: x @ params  # noqa: E731
+    at = functools.partial(kernels.ntk_with_info, f, jnp.ones((4, 1)), x1, x2, options=UNCHECKED)
+    signed = kernels.AsymmetricSignGD(0.01), kernels.SignGD(0.01)
+    for kind, lost in zip((kernels.SGD(), *signed), ((0, 0), (0, 0.5), (0.5, 0.5)), strict=True):
+        found, info = at(kind=kind)
+        assert (info.dropped1[0], info.dropped2[0]) == lost
+        assert info.method == "jacobian"
+        wanted = 1 if kind == signed[1] else 1 + 1e-3
+        np.testing.assert_allclose(found[0, 0, 0, 0], wanted, rtol=1e-6)
 
 
 @pytest.mark.torch
@@ -83,15 +147,15 @@ def test_kernels_of_torch_func():
 
     first, second = rows(x1), rows(x2)
     pairs = {
-        "sgd": (first, second),
-        "signgd": (first.sign(), second.sign()),
-        "asymmetric_signgd": (first, second.sign()),
+        kernels.SGD(): (first, second),
+        kernels.SignGD(0): (first.sign(), second.sign()),
+        kernels.AsymmetricSignGD(0): (first, second.sign()),
     }
     params, x1, x2 = oracle.of_dtype((weights, x1, x2), jnp.float32)
     for kind, (left, right) in pairs.items():
         wanted = torch.einsum("ncp,mdp->ncmd", left, right).numpy()
         for method in ("jacobian", "ntk_vector_products"):
-            found = kernels.ntk(f, params, x1, x2, kind=kind, method=method, sign_threshold=0)
+            found = kernels.ntk(f, params, x1, x2, kind=kind, method=method)
             np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 

@@ -1,0 +1,231 @@
+r"""The kinds of kernels: what a gradient becomes on either side of the inner product.
+
+    K[n, c, m, d] = ⟨φ1(∇f_c(x_n)), φ2(∇f_d(x'_m))⟩
+
+| kind             | φ1(g)  | φ2(g)                      | is to first order the change of   |
+|------------------|--------|----------------------------|-----------------------------------|
+| SGD              | g      | g                          | f(x) by a step of SGD on x'       |
+| AsymmetricSignGD | g      | sign g                     | f(x) by a step of SignGD on x'    |
+| SignGD           | sign g | sign g                     | nothing: a symmetric surrogate    |
+| Adam             | g      | m̂ / (√v̂ + ε) of state + g  | f(x) by a step of Adam on x'      |
+
+Gradients are lists with one array [N, C, S, p] per leaf: N examples, C outputs, and S slices of p
+entries. A slice is one layer of a stacked leaf, or the whole leaf.
+
+References: Malladi et al., "A Kernel-Based View of Language Model Fine-Tuning", arXiv:2210.05643.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxlm.core import paths
+from jaxlm.core.checks import number, one_of
+from jaxlm.core.errors import UserError
+from jaxlm.gradients import adam
+
+
+class Moments(NamedTuple):
+    """Adam's moments of the selected leaves, in the order of the tree.
+
+    Attributes:
+      first, second: one array [S, p] per leaf.
+      count: steps that the moments have seen.
+    """
+
+    first: Any
+    second: Any
+    count: Any
+
+
+class Kind:
+    """Base class of the kinds.
+
+    Attributes:
+      name: as `ntk` accepts it in place of an instance.
+      signed: whether φ1 and φ2 take signs.
+      symmetric: whether φ1 is φ2.
+    """
+
+    name: ClassVar[str]
+    signed: ClassVar[tuple[bool, bool]] = (False, False)
+    symmetric: ClassVar[bool] = False
+    threshold: Any = None
+
+    def bind(self, params: Any, select: paths.Select) -> "Kind":
+        """Return this kind with everything that depends on the parameters filled in."""
+        del params, select
+        return self
+
+    def left(self, gradients: list[Array]) -> list[Array]:
+        """Return φ1, the features of x."""
+        return signs(gradients, self.threshold) if self.signed[0] else gradients
+
+    def right(self, gradients: list[Array]) -> list[Array]:
+        """Return φ2, the features of x', the examples that a step is made on."""
+        return signs(gradients, self.threshold) if self.signed[1] else gradients
+
+
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SGD(Kind):
+    """The kernel of SGD, and on average of MeZO: inner products of gradients."""
+
+    name: ClassVar[str] = "sgd"
+    symmetric: ClassVar[bool] = True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Signed(Kind):
+    threshold: float | int | None = dataclasses.field(default=None, metadata=_STATIC)
+
+    def __post_init__(self):
+        number(self, "threshold", least=0, below=1)
+
+    def bind(self, params: Any, select: paths.Select) -> Kind:
+        threshold = self.threshold
+        if threshold is None:
+            dtype = jnp.result_type(*jax.tree.leaves(paths.split(params, select)[0]))
+            threshold = 1e-12 if dtype == jnp.float64 else 1e-6
+        return dataclasses.replace(self, threshold=float(threshold))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SignGD(_Signed):
+    """The symmetric sign kernel: inner products of the signs of gradients.
+
+    Attributes:
+      threshold: τ of `signs`. By default 1e-6, and 1e-12 in float64; 0 is the authors' code.
+    """
+
+    name: ClassVar[str] = "signgd"
+    signed: ClassVar[tuple[bool, bool]] = (True, True)
+    symmetric: ClassVar[bool] = True
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AsymmetricSignGD(_Signed):
+    """The kernel of SignGD, and of Adam in its first steps: a gradient with the sign of another.
+
+    Attributes:
+      threshold: see `SignGD`.
+    """
+
+    name: ClassVar[str] = "asymmetric_signgd"
+    signed: ClassVar[tuple[bool, bool]] = (False, True)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adam(Kind):
+    """The kernel of Adam from a state of training: a gradient with Adam's step on another.
+
+    From a fresh state and with ε → 0 the step is a sign: early Adam is SignGD. From a trained state
+    it is no longer odd in g, and contains the part of the momentum that all examples share.
+
+    Attributes:
+      state: the state of an optax chain that contains a `ScaleByAdamState`.
+      b1, b2, eps: as that optimizer was made with.
+    """
+
+    name: ClassVar[str] = "adam"
+    state: Any
+    b1: float | int = dataclasses.field(default=0.9, metadata=_STATIC)
+    b2: float | int = dataclasses.field(default=0.999, metadata=_STATIC)
+    eps: float | int = dataclasses.field(default=1e-8, metadata=_STATIC)
+
+    def __post_init__(self):
+        number(self, "b1", "b2", least=0, below=1)
+        number(self, "eps", least=0)
+
+    def bind(self, params: Any, select: paths.Select) -> "Adam":
+        first, second, count = adam.moments(self.state, params, select)
+        leaves = paths.flatten(paths.split(params, select)[0])[0]
+        slices = [leaf.value.shape[0] if leaf.stacked else 1 for leaf in leaves]
+        first, second = (
+            [jnp.reshape(a, (n, -1)) for a, n in zip(moments, slices, strict=True)]
+            for moments in (first, second)
+        )
+        state = Moments(first, second, jnp.asarray(count, jnp.result_type(float)))
+        return Adam(state, float(self.b1), float(self.b2), float(self.eps))
+
+    def right(self, gradients: list[Array]) -> list[Array]:
+        first, second, count = self.state
+        return [
+            self.step(g, Moments(m[None, None], v[None, None], count))
+            for g, m, v in zip(gradients, first, second, strict=True)
+        ]
+
+    def step(self, g: Array, moments: Moments) -> Array:
+        """Return Adam's step on g, without learning rate and minus sign."""
+        constants = adam.Constants(self.b1, self.b2, self.eps)
+        return adam.step(g, moments.first, moments.second, moments.count, constants)[0]
+
+
+_NAMED: dict[str, Any] = {kind.name: kind for kind in (SGD, SignGD, AsymmetricSignGD)}
+
+
+def kind_of(kind: str | Kind) -> Kind:
+    """Return a kind, given one or its name.
+
+    Raises:
+      UserError: if the name is unknown, or is that of Adam, which has a state.
+    """
+    if isinstance(kind, Kind):
+        return kind
+    if kind == Adam.name:
+        raise UserError(
+            "kind: Adam's kernel depends on the state of the optimizer (got 'adam'). Give "
+            "kernels.Adam(state)."
+        )
+    one_of("kind", kind, _NAMED)
+    return _NAMED[kind]()
+
+
+def signs(gradients: list[Array], threshold: float | int | None) -> list[Array]:
+    """Return sign(g), with zero for entries that are rounding errors of zero.
+
+    An entry has a sign if |g| > τ max|g| of its slice, and if the max|g| of its slice is above τ
+    max|g| of all leaves, both for the same example and output. The second condition is for slices
+    that consist of noise: the bias of keys moves all scores of a query alike, so its gradient is
+    zero and comes out as rounding errors with random signs.
+
+    Args:
+      gradients: [N, C, S, p] per leaf.
+      threshold: τ; with 0 all entries other than zero have a sign, as in the authors' code.
+
+    Returns:
+      Arrays like `gradients` of -1, 0, 1; NaN throughout a slice with an entry that is not finite.
+    """
+    return [
+        jnp.where(kept, jnp.sign(g), 0) + (0 * largest)[..., None].astype(g.dtype)
+        for g, (kept, largest) in zip(gradients, _kept(gradients, threshold), strict=True)
+    ]
+
+
+def dropped(gradients: list[Array], threshold: float | int | None) -> Float[Array, "N"]:
+    """Return the fraction of each example's nonzero entries that `signs` takes for zero."""
+    lost = jnp.zeros((), jnp.float32)
+    nonzero = jnp.zeros((), jnp.float32)
+    for g, (kept, _) in zip(gradients, _kept(gradients, threshold), strict=True):
+        lost += ((g != 0) & ~kept).sum((1, 2, 3), dtype=jnp.float32)
+        nonzero += (g != 0).sum((1, 2, 3), dtype=jnp.float32)
+    return lost / jnp.maximum(nonzero, 1)
+
+
+def _kept(gradients, threshold):
+    """Yield for each leaf which entries have a sign, and the largest |g| of each slice."""
+    sizes = [jnp.abs(g).astype(jnp.promote_types(g.dtype, jnp.float32)) for g in gradients]
+    largest = [size.max(-1, initial=0) for size in sizes]
+    of_all = jnp.stack([top.max(-1, initial=0) for top in largest]).max(0)
+    for size, top in zip(sizes, largest, strict=True):
+        noise = top <= threshold * of_all[..., None]
+        yield (size > threshold * top[..., None]) & ~noise[..., None], top

@@ -1,0 +1,38 @@
+"""Solve a task with a kernel: fit every point of a grid, and keep the one validation chooses.
+
+    fit = solve.fit(train, validation, solve.Ridge())
+    fit.accuracy(test)
+
+`Examples` holds what is known of some examples: their kernel with the training examples, their
+labels, and the function at its first parameters. The solvers behind the grids are in `ridge`,
+`logistic` and `lssvm`; `targets` and `classes` turn labels into numbers and scores into labels.
+"""
+
+from jaxlm.kernels.solve import logistic, lssvm, ridge
+from jaxlm.kernels.solve.linear_systems import classes, targets
+from jaxlm.kernels.solve.model_selection import (
+    SOLVERS,
+    AsymmetricSvm,
+    Examples,
+    Fit,
+    Logistic,
+    Ridge,
+    fit,
+    spectrum,
+)
+
+__all__ = [
+    "SOLVERS",
+    "AsymmetricSvm",
+    "Examples",
+    "Fit",
+    "Logistic",
+    "Ridge",
+    "classes",
+    "fit",
+    "logistic",
+    "lssvm",
+    "ridge",
+    "spectrum",
+    "targets",
+]
