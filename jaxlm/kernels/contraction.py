@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxlm.core import paths
+from jaxlm.core.dtypes import wide_dtype
 from jaxlm.core.errors import UserError
 from jaxlm.kernels.kinds import Kind, kind_of
 
@@ -80,11 +81,6 @@ def class_axis(trace_axes: Sequence[int], diagonal_axes: Sequence[int]) -> Axes:
     return "trace" if trace_axes else "diagonal" if diagonal_axes else "full"
 
 
-def wide(dtype: Any) -> Any:
-    """Return the dtype of a kernel of gradients of a dtype: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def contract(left: list[Array], right: list[Array], over: Axes) -> Array:
     """Return ⟨left, right⟩ summed over leaves, at the highest precision and in at least float32.
 
@@ -96,7 +92,7 @@ def contract(left: list[Array], right: list[Array], over: Axes) -> Array:
     Returns:
       [N, C, M, C], for "trace" [N, M] (the mean over C), for "diagonal" [N, M, C].
     """
-    dtype = wide(jnp.result_type(*left, *right))
+    dtype = wide_dtype(jnp.result_type(*left, *right))
     return sum(_contract(a, b, over, dtype) for a, b in zip(left, right, strict=True))
 
 

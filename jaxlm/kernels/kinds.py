@@ -16,6 +16,7 @@ References: Malladi et al., "A Kernel-Based View of Language Model Fine-Tuning",
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from jaxtyping import Array, Float
 
 from jaxlm.core import paths
 from jaxlm.core.checks import number, one_of
+from jaxlm.core.dtypes import wide
 from jaxlm.core.errors import UserError
 from jaxlm.gradients import adam
 
@@ -69,9 +71,6 @@ class Kind:
         return signs(gradients, self.threshold) if self.signed[1] else gradients
 
 
-_STATIC = {"static": True}
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SGD(Kind):
@@ -83,7 +82,7 @@ class SGD(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class _Signed(Kind):
-    threshold: float | int | None = dataclasses.field(default=None, metadata=_STATIC)
+    threshold: float | int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self):
         number(self, "threshold", least=0, below=1)
@@ -123,9 +122,13 @@ class AsymmetricSignGD(_Signed):
     signed: ClassVar[tuple[bool, bool]] = (False, True)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Adam(Kind):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["state"],
+    meta_fields=["b1", "b2", "eps", "variant"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adam(adam.Adam, Kind):
     """The kernel of Adam from a state of training: a gradient with Adam's step on another.
 
     From a fresh state and with ε → 0 the step is a sign: early Adam is SignGD. From a trained state
@@ -133,18 +136,10 @@ class Adam(Kind):
 
     Attributes:
       state: the state of an optax chain that contains a `ScaleByAdamState`.
-      b1, b2, eps: as that optimizer was made with.
+      b1, b2, eps, variant: see `jaxlm.gradients.adam.Adam`.
     """
 
     name: ClassVar[str] = "adam"
-    state: Any
-    b1: float | int = dataclasses.field(default=0.9, metadata=_STATIC)
-    b2: float | int = dataclasses.field(default=0.999, metadata=_STATIC)
-    eps: float | int = dataclasses.field(default=1e-8, metadata=_STATIC)
-
-    def __post_init__(self):
-        number(self, "b1", "b2", least=0, below=1)
-        number(self, "eps", least=0)
 
     def bind(self, params: Any, select: paths.Select) -> "Adam":
         first, second, count = adam.moments(self.state, params, select)
@@ -155,7 +150,7 @@ class Adam(Kind):
             for moments in (first, second)
         )
         state = Moments(first, second, jnp.asarray(count, jnp.result_type(float)))
-        return Adam(state, float(self.b1), float(self.b2), float(self.eps))
+        return Adam(state, *self.constants)
 
     def right(self, gradients: list[Array]) -> list[Array]:
         first, second, count = self.state
@@ -166,8 +161,7 @@ class Adam(Kind):
 
     def step(self, g: Array, moments: Moments) -> Array:
         """Return Adam's step on g, without learning rate and minus sign."""
-        constants = adam.Constants(self.b1, self.b2, self.eps)
-        return adam.step(g, moments.first, moments.second, moments.count, constants)[0]
+        return adam.step(g, moments.first, moments.second, moments.count, self.constants)[0]
 
 
 _NAMED: dict[str, Any] = {kind.name: kind for kind in (SGD, SignGD, AsymmetricSignGD)}
@@ -223,7 +217,7 @@ def dropped(gradients: list[Array], threshold: float | int | None) -> Float[Arra
 
 def _kept(gradients, threshold):
     """Yield for each leaf which entries have a sign, and the largest |g| of each slice."""
-    sizes = [jnp.abs(g).astype(jnp.promote_types(g.dtype, jnp.float32)) for g in gradients]
+    sizes = [wide(jnp.abs(g)) for g in gradients]
     largest = [size.max(-1, initial=0) for size in sizes]
     of_all = jnp.stack([top.max(-1, initial=0) for top in largest]).max(0)
     for size, top in zip(sizes, largest, strict=True):

@@ -28,8 +28,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxlm.core.dtypes import wide, wide_dtype
 from jaxlm.kernels import cost
-from jaxlm.kernels.contraction import Axes, contract, transpose, wide
+from jaxlm.kernels.contraction import Axes, contract, transpose
 from jaxlm.kernels.kinds import SGD, Kind, Moments
 
 HIGHEST = lax.Precision.HIGHEST
@@ -200,7 +201,7 @@ def _tops(make, parts):
     """Return max|g| over all chunks, of each side."""
 
     def largest(part):
-        return [jnp.abs(p).astype(wide(p.dtype)).max(-1, initial=0) for p in make(part)]
+        return [wide(jnp.abs(p)).max(-1, initial=0) for p in make(part)]
 
     shapes = jax.eval_shape(lambda parts: largest(jax.tree.map(lambda a: a[0], parts)), parts)
     start = [jnp.zeros(s.shape, s.dtype) for s in shapes]
@@ -213,7 +214,7 @@ def _tops(make, parts):
 
 def product(subscripts: str, *operands: Array) -> Array:
     """Return `einsum` at the highest precision and in at least float32."""
-    dtype = wide(jnp.result_type(*operands))
+    dtype = wide_dtype(jnp.result_type(*operands))
     return jnp.einsum(subscripts, *operands, precision=HIGHEST, preferred_element_type=dtype)
 
 
@@ -378,7 +379,7 @@ def summed(
     if op == "scale":
         gradients = product("nto,cnto->nco", a, b)
     else:
-        gradients = b.sum(2, dtype=wide(b.dtype)).swapaxes(0, 1)
+        gradients = b.sum(2, dtype=wide_dtype(b)).swapaxes(0, 1)
     if rows is not None:
         # Rows may repeat: their gradients are added in the column of the first occurrence.
         same = rows[:, None] == rows[None, :]
@@ -550,14 +551,14 @@ def _scatter(rows, start, size):
     # are sent past the end, where `mode="drop"` forgets them.
     index = jnp.where(here, at + size * jnp.arange(n)[:, None], n * size)
     values = rows.values.swapaxes(1, 2).reshape(n * length, outputs * width)
-    zeros = jnp.zeros((n * size, outputs * width), wide(values.dtype))
+    zeros = jnp.zeros((n * size, outputs * width), wide_dtype(values))
     chunk = zeros.at[index.reshape(-1)].add(values.astype(zeros.dtype), mode="drop")
     return chunk.reshape(n, size, outputs, width).swapaxes(1, 2)
 
 
 def _sign_matches(pairing, rows):
     values = rows.values
-    top = jnp.abs(values).astype(wide(values.dtype)).max((2, 3), initial=0)
+    top = wide(jnp.abs(values)).max((2, 3), initial=0)
     signs = pairing.sign(values.reshape(*top.shape, -1), top).reshape(values.shape)
     b = signs if pairing.kind.signed[0] else values
     right = pairing.each(lambda a: a, signs)[1]

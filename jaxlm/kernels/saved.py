@@ -27,10 +27,11 @@ from jaxlm.artifacts.files import read_json, report_write_errors, write_json, wr
 from jaxlm.artifacts.folder import CHECKSUMS, check_inputs, seal, verify
 from jaxlm.artifacts.processes import barrier, is_main_process, to_host
 from jaxlm.core import paths
+from jaxlm.core.dtypes import wide_dtype
 from jaxlm.core.errors import UserError
 from jaxlm.core.programs import held
 from jaxlm.kernels.blocks import KernelOptions
-from jaxlm.kernels.contraction import KernelSpec, kernel_spec, wide
+from jaxlm.kernels.contraction import KernelSpec, kernel_spec
 from jaxlm.kernels.empirical import DEFAULT, check_kernel, prepare
 from jaxlm.kernels.kinds import Adam, Kind
 
@@ -85,7 +86,7 @@ def _describe(params, x1, x2, spec: KernelSpec, template: str) -> dict[str, Any]
         "template": template,
         "examples1": fingerprint(x1),
         "examples2": fingerprint(x1 if x2 is None else x2),
-        "dtype": str(np.dtype(wide(jnp.result_type(*(leaf.value for leaf in leaves))))),
+        "dtype": str(wide_dtype(jnp.result_type(*(leaf.value for leaf in leaves)))),
         "kind": kind.name,
         "axes": spec.over,
         "sign_threshold": kind.threshold,

@@ -28,11 +28,12 @@ from jaxtyping import Array
 
 from jaxlm.core import paths, prng, taps
 from jaxlm.core.checks import integer
+from jaxlm.core.dtypes import wide
 from jaxlm.core.errors import UserError
 from jaxlm.core.programs import held
 from jaxlm.gradients.per_example import takes_tap
 from jaxlm.kernels.checks import count_outputs
-from jaxlm.kernels.contraction import class_axis, contract, wide
+from jaxlm.kernels.contraction import class_axis, contract
 
 
 def draw_adapters(
@@ -130,7 +131,7 @@ def _features(f, params, x, *, adapters, scale, name):
         result = []
         for path, adapter in adapters.items():
             a, b, _ = factors[path, "dense"]
-            a, b = a.astype(wide(a.dtype)), b.astype(wide(b.dtype))
+            a, b = wide(a), wide(b)
             if jnp.ndim(adapter) == 2:
                 a, b, adapter = a[None], b[:, None], adapter[None]
             a = a.reshape(*a.shape[:2], -1, a.shape[-1])

@@ -23,9 +23,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jaxlm.core import paths
+from jaxlm.core.dtypes import wide, wide_dtype
 from jaxlm.core.errors import UserError
 from jaxlm.core.programs import held
-from jaxlm.kernels.contraction import KernelSpec, contract, kernel_spec, wide
+from jaxlm.kernels.contraction import KernelSpec, contract, kernel_spec
 from jaxlm.kernels.jacobian import as_slices, gradients
 from jaxlm.kernels.kinds import SGD, Kind
 
@@ -77,8 +78,7 @@ class _Restricted:
         _, push = jax.linearize(self.value(x1), self.taken)
 
         def push_forward(u):
-            out = push(self.tangent(u))
-            return out.astype(wide(out.dtype))
+            return wide(push(self.tangent(u)))
 
         return push_forward
 
@@ -166,5 +166,5 @@ def _combination(restricted: _Restricted, x2, v) -> list[Array]:
         return [a + term.astype(a.dtype) for a, term in zip(total, terms, strict=True)], None
 
     shapes = jax.eval_shape(restricted.right, jax.tree.map(lambda a: a[0], x2))
-    start = [jnp.zeros(s.shape[1:], wide(s.dtype)) for s in shapes]
+    start = [jnp.zeros(s.shape[1:], wide_dtype(s)) for s in shapes]
     return lax.scan(add, start, (x2, v))[0]
