@@ -120,17 +120,9 @@ class State:
     key: Array | None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    config: ModelConfig
-    sampling: Sampling
-    stop_ids: tuple[int, ...]
-    pad_id: int
-
-
-def _record(state: State, scores: Float[Array, "B V"], static: _Static) -> State:
+def _record(state: State, scores: Float[Array, "B V"], generator: "Generator") -> State:
     key = None if state.key is None else jax.random.fold_in(state.key, state.step)
-    token = jnp.where(state.done, static.pad_id, draw(scores, static.sampling, key))
+    token = jnp.where(state.done, generator.pad_id, draw(scores, generator.sampling, key))
     log_probs = jnp.where(state.done, 0, log_probs_of(scores, token))
     tokens, scored, lengths = state.found
 
@@ -140,14 +132,14 @@ def _record(state: State, scores: Float[Array, "B V"], static: _Static) -> State
         )
 
     found = Generated(write(tokens, token), write(scored, log_probs), lengths + ~state.done)
-    stops = jnp.asarray(static.stop_ids, jnp.int32)
+    stops = jnp.asarray(generator.stop_ids, jnp.int32)
     done = state.done | jnp.any(token[:, None] == stops[None], axis=1)
     return dataclasses.replace(state, token=token, done=done, step=state.step + 1, found=found)
 
 
-@functools.partial(jax.jit, static_argnames=("static", "max_new_tokens", "num_samples"))
-def _start(static, params, input_ids, mask, key, view, *, max_new_tokens, num_samples):
-    config = static.config
+@functools.partial(jax.jit, static_argnames=("generator", "max_new_tokens", "num_samples"))
+def _start(generator, params, input_ids, mask, key, view, *, max_new_tokens, num_samples):
+    config = generator.config
     batch, length = input_ids.shape
     dtype = config.compute_dtype or params["embed"]["tokens"]["embedding"].dtype
     cache = empty_cache(config, batch, length + max_new_tokens - 1, dtype)
@@ -155,7 +147,7 @@ def _start(static, params, input_ids, mask, key, view, *, max_new_tokens, num_sa
     scores = logits(config, params, last_token(x, mask), view=view)
     rows = batch * num_samples
     found = Generated(
-        jnp.full((rows, max_new_tokens), static.pad_id, jnp.int32),
+        jnp.full((rows, max_new_tokens), generator.pad_id, jnp.int32),
         jnp.zeros((rows, max_new_tokens), jnp.promote_types(scores.dtype, jnp.float32)),
         jnp.zeros(rows, jnp.int32),
     )
@@ -163,7 +155,7 @@ def _start(static, params, input_ids, mask, key, view, *, max_new_tokens, num_sa
     state = State(
         repeat(cache, num_samples), zeros, zeros > 0, jnp.zeros((), jnp.int32), found, key
     )
-    return _record(state, jnp.repeat(scores, num_samples, axis=0), static)
+    return _record(state, jnp.repeat(scores, num_samples, axis=0), generator)
 
 
 @jax.custom_batching.custom_vmap
@@ -178,17 +170,17 @@ def _(size, batched, done):
     return _all_done(done), False
 
 
-@functools.partial(jax.jit, static_argnames="static", donate_argnames="state")
-def _advance(static, params, state, until, view):
+@functools.partial(jax.jit, static_argnames="generator", donate_argnames="state")
+def _advance(generator, params, state, until, view):
     def more(state):
         return (state.step < until) & ~_all_done(state.done)
 
     def one(state):
         alive = (~state.done).astype(jnp.int32)[:, None]
         token = state.token[:, None]
-        x, cache = extend(static.config, params, token, alive, state.cache, view=view)
-        scores = logits(static.config, params, x[:, 0], view=view)
-        return _record(dataclasses.replace(state, cache=cache), scores, static)
+        x, cache = extend(generator.config, params, token, alive, state.cache, view=view)
+        scores = logits(generator.config, params, x[:, 0], view=view)
+        return _record(dataclasses.replace(state, cache=cache), scores, generator)
 
     return lax.while_loop(more, one, state)
 
@@ -230,7 +222,7 @@ class Generator:
             longest = np.shape(input_ids)[1]
         self._check_choices(longest + max_new_tokens - 1, max_new_tokens, num_samples, key)
         return _start(
-            self._static(),
+            self,
             params,
             jnp.asarray(input_ids),
             jnp.asarray(mask),
@@ -250,7 +242,7 @@ class Generator:
             cache = dataclasses.replace(state.cache, keys=keys, values=values)
             state = dataclasses.replace(state, cache=cache)
         until = jnp.minimum(state.step + count, state.found.tokens.shape[1])
-        return _advance(self._static(), params, state, until, view)
+        return _advance(self, params, state, until, view)
 
     def sample(
         self,
@@ -268,12 +260,11 @@ class Generator:
         state = self.start(params, input_ids, attention_mask, key=key, view=view, **sizes)
         return self.advance(params, state, max_new_tokens, view=view).found
 
-    def _static(self) -> _Static:
-        pad_id = self.config.pad_id
+    @property
+    def pad_id(self) -> int:
+        """Id after the end of a row."""
         stop = self.stop_ids[0] if self.stop_ids else 0
-        return _Static(
-            self.config, self.sampling, self.stop_ids, stop if pad_id is None else pad_id
-        )
+        return stop if self.config.pad_id is None else self.config.pad_id
 
     def _check_prompts(self, ids, mask) -> int:
         """Check the values of the prompts; return the length of the longest."""
