@@ -180,7 +180,7 @@ def foreseen(error: Exception) -> str | None:
         platforms = os.environ.get("JAX_PLATFORMS", "")
         return (
             f"JAX_PLATFORMS: there is no such device here (got {platforms!r}: {reason}). Unset it, "
-            "or install jax for that device: pip install 'jaxlm[cuda12]', say."
+            "or install jax for that device, such as pip install 'jaxlm[cuda12]'."
         )
     if isinstance(error, OSError):
         given = (error.filename, error.filename2)

@@ -33,7 +33,9 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
         return dry_run.run(PretrainConfig, args, mesh)
     path, overrides = configs.parse_args(args)
     if path is None and not overrides:
-        raise UserError("config: is missing. Give configs/pretrain/tiny.yaml, say.")
+        raise UserError(
+            "config: is missing (got nothing). Give one such as configs/pretrain/tiny.yaml."
+        )
     summary = pretrain(configs.load(PretrainConfig, path, overrides), mesh=mesh)
     shown = {key: value for key, value in summary.items() if key != "config"}
     print(to_json(shown, indent=2))

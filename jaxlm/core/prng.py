@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, UInt32
 
+from jaxlm.core.errors import UserError
 from jaxlm.core.paths import identity, path_hash
 
 Rows = Array | tuple[int | Array, int] | None
@@ -80,7 +81,7 @@ def counter_bits(key: Array, shape: tuple[int, ...], rows: Rows = None) -> UInt3
       uint32 of shape `[*rows.shape, *shape[1:]]`.
     """
     if math.prod(shape) >= 2**32:
-        raise ValueError(f"a leaf of shape {shape} has 2**32 elements or more")
+        raise UserError(f"shape: has 2**32 elements or more (got {shape}). Split the leaf.")
     words = jax.random.key_data(key).reshape(-1)[-2:].astype(jnp.uint32)
     counter = _counters(words[0], shape, rows)
     return _finalise((_finalise(counter) ^ words[1]) + counter)

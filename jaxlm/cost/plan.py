@@ -197,7 +197,7 @@ def plan(run: ByShapes, device: Device) -> Plan:
         UserError: it has no steps.
     """
     if not run.count:
-        raise UserError("steps: a dry run is of steps (got 0). Give 1 or more.")
+        raise UserError("steps: must be at least 1 for a dry run (got 0). Correct it.")
     step = run.dispatch()
     (state, batches), compiled = step.args, step.compile(cpu=device.cpu)
     memory = [_memory("training", compiled)]

@@ -63,7 +63,7 @@ class Dynamics:
         """The optimizer, which is refused where it has no gradients."""
         if not isinstance(optimizer, FirstOrder):
             raise UserError(
-                f"dynamics: {self.name} is of gradients, which the optimizer does without (got "
+                f"dynamics: {self.name} needs gradients, which the optimizer does not compute (got "
                 f"{optimizer.name}). Give sgd or adamw."
             )
         return optimizer

@@ -223,7 +223,7 @@ def test_workers_train_what_is_selected():
 @pytest.mark.parametrize(
     ("optimizer", "dynamics", "message"),
     [
-        (Mezo(), Svag(l=2), "dynamics: svag is of gradients, .* .got mezo.. Give sgd or"),
+        (Mezo(), Svag(l=2), "dynamics: svag needs gradients, .* .got mezo.. Give sgd or"),
         (Muon(), Svag(l=2), "optimizer.name: no scaling rule is known of it .got muon.. Give sgd"),
         (
             Adam(clip=1.0),
