@@ -150,9 +150,9 @@ def sync_steps(
     def ends() -> Iterator[int]:
         step = 0
         while step < total_steps:
-            h = int(h_schedule(step, float(lr_schedule(step))))
+            h = min(int(h_schedule(step, float(lr_schedule(step)))), total_steps - step)
             integer("h_schedule", h)
-            step = min(step + h, total_steps)
+            step += h
             yield step
 
     return np.fromiter(ends(), np.int64)
