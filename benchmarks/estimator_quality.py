@@ -34,7 +34,7 @@ from jaxlm import data, zo
 from jaxlm.core import paths
 from jaxlm.models import LanguageModel
 from jaxlm.train.load import load_model
-from jaxlm.train.objective import classification_objective
+from jaxlm.train.losses import classification_objective
 
 Tree = Any
 

@@ -25,7 +25,7 @@ from benchmarks import common
 from benchmarks.shapes import LABEL_WORDS, OPT_1_3B, OPT_125M, make_batch
 from jaxlm import zo
 from jaxlm.models import LanguageModel, ModelConfig, init_params
-from jaxlm.train.objective import classification_objective
+from jaxlm.train.losses import classification_objective
 
 Tree = Any
 METHODS: dict[str, zo.ZerothOrderOptimizer | optax.GradientTransformation | None] = {

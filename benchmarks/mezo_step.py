@@ -32,7 +32,7 @@ from benchmarks import common
 from benchmarks.shapes import LABEL_WORDS, OPT_125M, SHIPPED, make_batch
 from jaxlm import zo
 from jaxlm.models import LanguageModel, ModelConfig, init_params
-from jaxlm.train.objective import classification_objective
+from jaxlm.train.losses import classification_objective
 
 EPS, LEARNING_RATE = 1e-3, 1e-6
 METHODS = {

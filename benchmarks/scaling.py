@@ -36,7 +36,7 @@ from benchmarks.shapes import LABEL_WORDS, OPT_125M, make_batch
 from jaxlm.cost.hlo import Collective, collectives
 from jaxlm.models import LanguageModel, ModelConfig, init_params
 from jaxlm.sharding import AXES, mesh_from_text, param_shardings, place_batch, place_params
-from jaxlm.train.objective import classification_objective
+from jaxlm.train.losses import classification_objective
 from jaxlm.train.optimizers import Adam, Mezo
 from jaxlm.train.state import Method, Program, TrainState, method
 

@@ -33,7 +33,7 @@ import jaxlm
 from jaxlm import zo
 from jaxlm.data import load_task, prepare_for, shipped_task
 from jaxlm.evaluation import accuracy, calibrate, option_scores, score_split
-from jaxlm.train.objective import classification_objective
+from jaxlm.train.losses import classification_objective
 
 QUICK = os.environ.get("JAXLM_QUICK") == "1"
 STEPS = 12 if QUICK else 600

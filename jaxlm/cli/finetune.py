@@ -105,31 +105,37 @@ def _quickstart(overrides: dict[str, str]) -> None:
 
 
 def show(summary: dict[str, Any], output: str) -> None:
-    """Prints the table of a finished run."""
+    """Print the table of a finished run."""
     from rich.table import Table
 
-    def percent(value: float | None) -> str:
-        return "none" if value is None else f"{100 * value:.1f} %"
+    metric = summary["metric"]
+    name, scale = {"accuracy": ("accuracy", 100), "f1": ("F1", 100)}.get(metric, (metric, 1))
 
-    table = Table(title=f"{summary['task']}: {summary['model']}", show_header=False)
-    metric = summary.get("metric", "accuracy")
+    def shown(section: str, key: str = metric) -> str:
+        value = (summary[section] or {}).get(key)
+        if value is None:
+            return "none"
+        return f"{100 * value:.1f} %" if scale == 100 else f"{value:.4f}"
+
+    rows = {f"zero-shot test {name}": shown("zero_shot")}
+    if metric == "accuracy":
+        rows["zero-shot, calibrated"] = shown("zero_shot", "calibrated_accuracy")
     if metric == "f1":
-        name, more, further = "F1", "exact match", "exact_match"
-    else:
-        name, more, further = "accuracy", "calibrated", "calibrated_accuracy"
-    rows = {
-        f"zero-shot test {name}": percent(summary["zero_shot"][metric]),
-        f"zero-shot, {more}": percent(summary["zero_shot"].get(further)),
-        f"validation {name}": percent(summary["validation"][metric]),
-        f"test {name}": percent(summary["test"][metric]),
-        **({"test exact match": percent(summary["test"][further])} if metric == "f1" else {}),
-        "test, always the most frequent class": percent(summary.get("majority_accuracy")),
+        rows["zero-shot, exact match"] = shown("zero_shot", "exact_match")
+    rows |= {f"validation {name}": shown("validation"), f"test {name}": shown("test")}
+    if metric == "f1":
+        rows["test exact match"] = shown("test", "exact_match")
+    if (majority := summary.get("majority_accuracy")) is not None:
+        rows["test, always the most frequent class"] = f"{100 * majority:.1f} %"
+    rows |= {
         "steps (tested)": f"{summary['steps']} ({summary['tested_step']})",
         "forwards, backwards": f"{summary['forwards']}, {summary['backwards']}",
         "peak memory": f"{summary['peak_memory_bytes'] / 2**20:.0f} MiB",
+        "checkpoint": f"{summary['checkpoint_bytes'] / 2**20:.1f} MiB",
         "seconds": f"{summary['seconds']:.1f}",
         "folder": output,
     }
+    table = Table(title=f"{summary['task']}: {summary['model']}", show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
     screen.show(table)

@@ -15,17 +15,18 @@ from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.data import EncodedTask
 from jaxlm.data.corpus import read_tokenizer
-from jaxlm.data.encoding import Encoded
-from jaxlm.evaluation.classification import Reduction
+from jaxlm.data.encoding import Encoded as EncodedExample
+from jaxlm.data.rows import EncodedRows, TokenRow
 from jaxlm.evaluation.perplexity import total_nats
 from jaxlm.models import LanguageModel, ModelConfig, init_params
 from jaxlm.sharding import WHOLE, abstract, mesh_of, param_shardings
 from jaxlm.sharding.placement import batch_places
 from jaxlm.train.dynamics import Batches, Source, method_and_batches
-from jaxlm.train.finetuning import FinetuneConfig, encoded_for, loss_of, prepared, read_task
-from jaxlm.train.load import changed, load_model
-from jaxlm.train.measure import MultipleChoiceMetric
-from jaxlm.train.objective import lm_objective
+from jaxlm.train.finetuning import FinetuneConfig, build, read_data
+from jaxlm.train.load import load_model
+from jaxlm.train.losses import lm_objective
+from jaxlm.train.measure import GenerationMetric
+from jaxlm.train.objectives.base import Encoded
 from jaxlm.train.pretraining import PretrainConfig
 from jaxlm.train.run import RunConfig
 from jaxlm.train.state import Method, Program, TrainState, many_steps
@@ -129,25 +130,22 @@ def finetuning(
     """A run of `jaxlm.train.finetuning.finetune`.
 
     Its batches are the longest that it reads. Where the model has no tokenizer the data are not
-    read: rows then have `task.max_length` tokens, or as many as the model takes.
+    read: rows then have `max_length` tokens, or as many as the model takes.
     """
     lm = load_model(
         config.model, param_dtype=config.param_dtype, bits=config.bits, shapes_only=True
     )
     if lm.tokenizer is None:
-        task, encoded = None, _unread(config, lm.config)
+        setting = build(config, lm, None, encoded=_unread(config, lm.config), mesh=mesh)
     else:
-        task = read_task(config, base_dir=base_dir)
-        encoded = encoded_for(config, lm, task)
-    config, lm = changed(lm, lambda lm: prepared(config, lm, len(encoded.labels)), mesh)
-    reduction: Reduction = "sum" if config.calibrate == "sfc" else "mean"
-    offsets = np.zeros(encoded.num_options, np.float32) if config.calibrate else None
-    loss_fn = loss_of(config, lm, task, encoded, {"offsets": offsets, "reduction": reduction})
-    evaluation = None
-    if not config.task.answered:
-        size, batch = config.eval_batch_size, _longest_scored(config, encoded)
-        metric = MultipleChoiceMetric(lm, encoded, batch_size=size, reduction=reduction)
-        evaluation = Call(metric.scorer, (lm.params, shapes_of(batch, mesh)))
+        setting = build(config, lm, read_data(config, base_dir=base_dir), mesh=mesh)
+    config, lm, encoded = setting.config, setting.lm, setting.encoded
+    options = encoded.num_options if isinstance(encoded, EncodedTask) else 0
+    loss_fn = setting.loss_fn(np.zeros(options, np.float32) if config.calibrate else None)
+    metric, evaluation = setting.metric(), None
+    if not isinstance(metric, GenerationMetric):
+        batch = _longest_scored(config, encoded)
+        evaluation = Call(metric.scorer, (lm.params, shapes_of(batch, mesh))) if batch else None
     return ByShapes(
         params=lm.params,
         select=config.optimizer.select,
@@ -230,9 +228,9 @@ def _source(tail: Tail) -> Source:
     return source
 
 
-def _longest(config: FinetuneConfig, encoded: EncodedTask) -> Tail:
+def _longest(config: FinetuneConfig, encoded: Encoded) -> Tail:
     """Of the batches of the first epoch the largest, which holds the longest example."""
-    epoch = -(-len(encoded.train) // config.batch_size)
+    epoch = -(-encoded.sizes["train"] // config.batch_size)
     best: dict[str, Any] = {}
     for first, count in config.dispatches(0):
         if first < epoch:
@@ -248,7 +246,7 @@ def _bytes(tails: Tail) -> int:
     return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in tails.values())
 
 
-def _longest_scored(config: FinetuneConfig, encoded: EncodedTask) -> Batch:
+def _longest_scored(config: FinetuneConfig, encoded: Encoded) -> Batch:
     """Of the batches that are scored the largest."""
     best: Batch = {}
     for split in ("test", "validation", *(("train",) if config.calibrate else ())):
@@ -258,24 +256,29 @@ def _longest_scored(config: FinetuneConfig, encoded: EncodedTask) -> Batch:
     return best
 
 
-def _unread(config: FinetuneConfig, model: ModelConfig) -> EncodedTask:
-    """A task of one example, as long as they may be, whose options are a token each."""
-    if config.objective == "f1":
+def _unread(config: FinetuneConfig, model: ModelConfig) -> Encoded:
+    """Data of one example, as long as they may be, whose options are a token each."""
+    given = config.data.max_length
+    if config.objective is not None and config.objective.batches == "generation":
         raise UserError(
-            f"objective: f1 is of written answers, and {config.model} has no tokenizer (got f1). "
-            "Add it."
+            f"objective: {config.objective.name} is of written answers, and {config.model} has no "
+            f"tokenizer (got {config.objective.name}). Add it."
         )
-    if config.task.max_length is None and model.max_positions > LONG:
+    if given is None and model.max_positions > LONG:
         raise UserError(
-            f"task.max_length: is needed, since {config.model} has no tokenizer to tell how long "
-            f"texts are, and takes up to {model.max_positions:,} tokens (got null). Give the "
-            "tokens of a long text."
+            f"{config.form}.max_length: is needed, since {config.model} has no tokenizer to tell "
+            f"how long texts are, and takes up to {model.max_positions:,} tokens (got null). Give "
+            "the tokens of a long text."
         )
-    length = min(config.task.max_length or model.max_positions, model.max_positions)
+    length = min(given or model.max_positions, model.max_positions)
+    if config.task is None:
+        row = TokenRow("", (0,) * length, tuple(range(1, length)))
+        splits = {"train": [row], "validation": [], "test": [row]}
+        return EncodedRows.pad(splits, pad_id=0, key=config.form)
     targets = config.task.answer_length if config.task.answered else 1
     length -= targets if config.task.answered else 0
     labels = config.task.labels or ("first", "second")
-    example = Encoded(0, ((0,) * length,), ((length - 1,) * targets,), ())
+    example = EncodedExample(0, ((0,) * length,), ((length - 1,) * targets,), ())
     return EncodedTask(
         labels=labels,
         token_ids=np.arange(len(labels), dtype=np.int32),

@@ -74,7 +74,7 @@ class EncodedTask:
 
     If examples differ in the number of options or of their tokens, C and K are those of the batch,
     rounded up to a multiple of 8. With the objective "completion" training batches hold each prompt
-    with its right option, as `jaxlm.train.objective.lm_objective` takes them; with "generation"
+    with its right option, as `jaxlm.train.losses.lm_objective` takes them; with "generation"
     they hold prompts and the `index` of their examples, for
     `jaxlm.train.rewards.generation_objective`.
 

@@ -150,7 +150,7 @@ class PaddedRows:
     A batch has `input_ids` and `attention_mask` int32 [B, T], and
 
     - in the form "weights": `weights` float32 [B, T], 1 for a token in the loss. That is a batch of
-      `jaxlm.train.objective.lm_objective`.
+      `jaxlm.train.losses.lm_objective`.
     - in the form "targets": `targets` int32 [B, K], the tokens in the loss, `positions` int32
       [B, K] of the states that predict them, and `target_mask` float32 [B, K]. A model then needs
       logits at these positions only.

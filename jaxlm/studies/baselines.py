@@ -96,6 +96,8 @@ def _run(
     if summary is not None:
         return summary
     begin = time.perf_counter()
+    if config.task is None:
+        raise UserError(f"task: a baseline needs one (got {config.form}). Give a task.")
     task = load_task(config.task, seed=config.seed, base_dir=base_dir)
     for split in ("train", "test"):
         if not getattr(task, split):

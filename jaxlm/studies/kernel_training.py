@@ -14,7 +14,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.kernels.solve import Logistic
 from jaxlm.studies.kernel_task import KernelTask
 from jaxlm.train.loop import Diverged, LoopConfig, fit
-from jaxlm.train.objective import classification_objective
+from jaxlm.train.losses import classification_objective
 from jaxlm.train.optimizers import OPTIMIZERS, Optimizer
 from jaxlm.train.settings import MOST_ROWS, MOST_STEPS
 from jaxlm.train.state import Program, method

@@ -182,7 +182,7 @@ def train(
     from jaxlm.evaluation import accuracy
     from jaxlm.train.logging import Progress
     from jaxlm.train.loop import fit
-    from jaxlm.train.objective import classification_objective
+    from jaxlm.train.losses import classification_objective
     from jaxlm.train.state import method
 
     begin = time.perf_counter()

@@ -103,10 +103,10 @@ def sweep(
     """
     runs = [(each, config) for each in candidates for config in each.runs]
     for each, config in runs:
-        if config.task.validation is None:
+        if config.data.validation is None:
             raise UserError(
-                f"task.validation: {each.method} has no examples by which a sweep chooses (got "
-                "none). Name a file of them, or hold_out."
+                f"{config.form}.validation: {each.method} has no examples by which a sweep chooses "
+                "(got none). Name a file of them, or hold_out."
             )
         RunFolder(config.output).check(config)
     results: dict[str, Result] = {}

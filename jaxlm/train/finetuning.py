@@ -2,49 +2,60 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.artifacts.folder import hold
 from jaxlm.core import paths
 from jaxlm.core.checks import dtype_name, one_of, whole
 from jaxlm.core.errors import UserError
-from jaxlm.data import EncodedTask, Task, TaskConfig, load_task, prepare_for, task_config
-from jaxlm.data.batching import Objective
+from jaxlm.data import (
+    DATA_FORMS,
+    DataConfig,
+    EncodedTask,
+    MessagesConfig,
+    Task,
+    TaskConfig,
+    TextConfig,
+    task_config,
+)
 from jaxlm.evaluation.calibration import CALIBRATION_TEXTS, domain_offsets, option_offsets
+from jaxlm.evaluation.classification import Reduction
 from jaxlm.models import LanguageModel
 from jaxlm.peft import TUNINGS, Tuning
 from jaxlm.train.load import base_digest, changed, load_model, with_head
 from jaxlm.train.logging import Progress
-from jaxlm.train.measure import GenerationMetric, MultipleChoiceMetric
-from jaxlm.train.objective import accuracy_objective, classification_objective, lm_objective
-from jaxlm.train.optimizers import OPTIMIZERS, Mezo, Optimizer, ZerothOrder
-from jaxlm.train.rewards import f1_objective
+from jaxlm.train.measure import GenerationMetric, MultipleChoiceMetric, TokenLossMetric
+from jaxlm.train.objectives import OBJECTIVES, Objective
+from jaxlm.train.objectives.base import Data, Encoded
+from jaxlm.train.optimizers import OPTIMIZERS, Mezo, Optimizer
 from jaxlm.train.run import RunConfig, train
 from jaxlm.train.run_folder import RunFolder
 from jaxlm.train.settings import MOST_ROWS
-from jaxlm.typing import LossFn, Params
+from jaxlm.typing import Params
 
-_FORMS: dict[str, Objective] = {"accuracy": "classification", "f1": "generation"}
+Metric = MultipleChoiceMetric | GenerationMetric | TokenLossMetric
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
-    """A fine-tuning run. It adds to the keys of `RunConfig`.
+    """A fine-tuning run. It adds to the keys of `RunConfig`, and has one of the three data forms.
 
     Attributes:
         model: folder or hub id; null means the shipped model.
-        task: the task, or the name of a shipped one.
+        task: a task with prompts and right answers, or the name of a shipped one.
+        messages: conversations, of which the assistant's turns are learned.
+        text: documents, of which every token is learned.
+        objective: one of `jaxlm.train.objectives.OBJECTIVES` by its name; null for the likelihood
+            of what is right.
         peft: what is trained in place of all parameters, one of `jaxlm.peft.TUNINGS` by its name;
             `optimizer.select` chooses among the parameters that it leaves.
-        objective: "accuracy" of choices or "f1" of written answers, in place of the likelihood of
-            the right one; for optimizers without gradients.
         calibrate: subtract the first model's `option_offsets` from scores, in training and
             evaluation, so that training starts from calibrated zero-shot; "sfc" subtracts its
             scores without the examples, `jaxlm.evaluation.domain_offsets`.
@@ -54,10 +65,12 @@ class FinetuneConfig(RunConfig):
     """
 
     model: str | None = None
-    task: TaskConfig = field(metadata={"make": task_config})
+    task: TaskConfig | None = field(default=None, metadata={"make": task_config})
+    messages: MessagesConfig | None = None
+    text: TextConfig | None = None
+    objective: Objective | None = field(default=None, metadata={"registry": OBJECTIVES})
     optimizer: Optimizer = field(default=Mezo(), metadata={"registry": OPTIMIZERS})
     peft: Tuning | None = field(default=None, metadata={"registry": TUNINGS})
-    objective: Literal["accuracy", "f1"] | None = None
     calibrate: Literal[False, True, "sfc"] = False
     steps: int = 500
     batch_size: int = 16
@@ -70,7 +83,6 @@ class FinetuneConfig(RunConfig):
         whole(self, "eval_batch_size", most=MOST_ROWS)
         one_of("calibrate", self.calibrate, (False, True, "sfc"))
         one_of("bits", self.bits, (None, 8, 4))
-        one_of("objective", self.objective, (None, "accuracy", "f1"))
         object.__setattr__(self, "param_dtype", dtype_name(self.param_dtype))
         coarse = self.bits or (self.param_dtype if self.param_dtype != "float32" else None)
         if self.dynamics is not None and self.dynamics.name == "svag" and coarse:
@@ -78,33 +90,82 @@ class FinetuneConfig(RunConfig):
                 f"dynamics: svag makes updates that rounding would lose (got {coarse}). Use "
                 "param_dtype float32 and no bits."
             )
+        given = [form for form in DATA_FORMS if getattr(self, form) is not None]
+        if len(given) != 1:
+            raise UserError(
+                f"task: a run has one of {', '.join(DATA_FORMS)} (got "
+                f"{' and '.join(given) or 'none'}). Give one of them."
+            )
         if self.objective is not None:
-            self._check_objective(self.objective)
+            self.objective.check(self.form, self.data, self.optimizer)
+        if self.calibrate and (self.task is None or self.task.own_options):
+            raise UserError(
+                "calibrate: needs the same options in every example, and these have their own or "
+                f"none (got {self.calibrate}). Leave it out."
+            )
 
-    def _check_objective(self, objective: str) -> None:
-        right = "f1" if self.task.answered else "accuracy"
-        if objective != right:
-            raise UserError(
-                f"objective: {self.task.name} is measured by {right} (got {objective}). Give that."
-            )
-        if not isinstance(self.optimizer, ZerothOrder):
-            raise UserError(
-                f"objective: has no gradient, which {self.optimizer.name} follows (got "
-                f"{objective}). Give mezo or another optimizer without gradients."
-            )
+    @property
+    def form(self) -> str:
+        """Name of the data form: the key that is given."""
+        return next(form for form in DATA_FORMS if getattr(self, form) is not None)
+
+    @property
+    def data(self) -> DataConfig:
+        """Where the data come from."""
+        config: DataConfig = getattr(self, self.form)
+        return config
+
+
+class Setting(NamedTuple):
+    """What a run is made of, or, with shapes as parameters, what a dry run plans.
+
+    Attributes:
+        config: with what the optimizer selects.
+        lm: the model with what is trained.
+        objective: what is minimized.
+        data: the examples; None in a dry run without a tokenizer.
+        encoded: their tokens.
+    """
+
+    config: FinetuneConfig
+    lm: LanguageModel
+    objective: Objective
+    data: Data | None
+    encoded: Encoded
+
+    @property
+    def reduction(self) -> Reduction:
+        """How the tokens of an option make its score."""
+        return "sum" if self.config.calibrate == "sfc" else "mean"
+
+    def metric(self) -> Metric:
+        """What the run is measured by."""
+        size = self.config.eval_batch_size
+        if not isinstance(self.encoded, EncodedTask):
+            return TokenLossMetric(self.lm, self.encoded, batch_size=size)
+        if isinstance(self.data, Task) and self.data.config.answered:
+            return GenerationMetric(self.lm, self.data, batch_size=size)
+        return MultipleChoiceMetric(
+            self.lm, self.encoded, batch_size=size, reduction=self.reduction
+        )
+
+    def loss_fn(self, offsets: Any) -> Any:
+        """The loss of a batch; `offsets` are subtracted from the scores of options."""
+        scoring = {"offsets": offsets, "reduction": self.reduction}
+        return self.objective.loss_fn(self.lm, self.data, self.encoded, scoring)
 
 
 def finetune(
     config: FinetuneConfig, *, base_dir: Path | None = None, mesh: Mesh | None = None
 ) -> dict[str, Any]:
-    """Runs `config` in its folder, goes on with it, or returns the summary of the finished run.
+    """Run `config` in its folder, resume it, or return the summary of the finished run.
 
     The folder is made only when the configuration, the data and the model are known to be good. A
-    run goes on wherever it is called again, on another mesh too.
+    run resumes on another mesh, too.
 
     Args:
         config: the run.
-        base_dir: where the relative paths of the task start, before the working directory.
+        base_dir: where relative paths of the data start, before the working directory.
         mesh: of `jaxlm.sharding.make_mesh`; None for one device.
 
     Returns:
@@ -120,19 +181,17 @@ def finetune(
     if folder.path.is_dir():
         with hold(folder.path):  # what would fail after minutes of loading fails now
             pass
-    task = read_task(config, base_dir=base_dir)
+    data = read_data(config, base_dir=base_dir)
     lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
-    encoded = encoded_for(config, lm, task)
-    given = config
-    config, lm = changed(lm, lambda lm: prepared(given, lm, len(encoded.labels)), mesh)
-    read = digests(task, encoded)
+    setting = build(config, lm, data, mesh=mesh)
+    digests = _digests(config, data, setting.encoded)
     if config.peft is not None:
-        read |= base_digest(lm, config.optimizer.select, config.model)
-    with folder.held(given):
-        if (summary := _finished(folder, given)) is not None:
+        digests |= base_digest(setting.lm, setting.config.optimizer.select, config.model)
+    with folder.held(config):
+        if (summary := _finished(folder, config)) is not None:
             return summary
-        folder.check_data(read)
-        summary = _run(config, folder, lm, task, encoded)
+        folder.check_data(digests)
+        summary = _run(setting, folder)
         folder.finish(summary)
     return summary
 
@@ -147,51 +206,75 @@ def _finished(folder: RunFolder, config: FinetuneConfig) -> dict[str, Any] | Non
     return found if found is not None and found["steps"] >= config.steps else None
 
 
-def digests(task: Task, encoded: EncodedTask) -> dict[str, str]:
-    """What tells whether a run reads what it began with, by the names of its files."""
-    found, config = {}, task.config
-    for split, digest in task.digests().items():
-        source = getattr(config, split)
-        source = config.train if source == "hold_out" else source
-        found[f"task.{split} {source or config.name}"] = digest
-    return found | {f"the tokens of task.{k}": digest for k, digest in encoded.digests().items()}
+def _digests(config: FinetuneConfig, data: Data, encoded: Encoded) -> dict[str, str]:
+    """Digests of the examples and of their tokens, by what they are digests of."""
+    digests = {}
+    for split, digest in data.digests().items():
+        source = getattr(data.config, split)
+        source = data.config.train if source == "hold_out" else source
+        name = source or getattr(data.config, "name", config.form)
+        digests[f"{config.form}.{split} {name}"] = digest
+    tokens = encoded.digests().items()
+    return digests | {f"the tokens of {config.form}.{split}": digest for split, digest in tokens}
 
 
-def read_task(config: FinetuneConfig, *, base_dir: Path | None = None) -> Task:
-    """The examples of a run.
+def read_data(config: FinetuneConfig, *, base_dir: Path | None = None) -> Data:
+    """Read the examples of a run.
 
     Raises:
-        UserError: see `load_task`; or there are none to train on or to test on.
+        UserError: see `load` of the data form; or there are none to train on, or of a
+            task to test on.
     """
-    task = load_task(config.task, seed=config.seed, base_dir=base_dir)
-    for split in ("train", "test"):
-        if not getattr(task, split):
-            raise UserError(f"task.{split}: the task has no such examples (got none). Give some.")
-    if config.calibrate and config.task.own_options:
-        raise UserError(
-            "calibrate: needs the same options in every example, and these have their own (got "
-            f"{config.calibrate}). Leave it out."
-        )
-    return task
+    data: Data = config.data.load(seed=config.seed, base_dir=base_dir)
+    for split in ("train", "test") if config.task is not None else ("train",):
+        if not getattr(data, split):
+            raise UserError(
+                f"{config.form}.{split}: there are no such examples (got none). Give some."
+            )
+    return data
 
 
-def encoded_for(config: FinetuneConfig, lm: LanguageModel, task: Task) -> EncodedTask:
-    """The tokens of a run."""
-    encoded = prepare_for(lm, task)
-    if config.objective is None:
-        return encoded
-    return dataclasses.replace(encoded, objective=_FORMS[config.objective])
+def build(
+    config: FinetuneConfig,
+    lm: LanguageModel,
+    data: Data | None,
+    *,
+    encoded: Encoded | None = None,
+    mesh: Mesh | None = None,
+) -> Setting:
+    """Put a run together, or its shapes if the parameters of `lm` are shapes.
+
+    Args:
+        config: the run.
+        lm: the model that it starts from.
+        data: the examples.
+        encoded: in place of their tokens.
+        mesh: where the parameters go; None leaves them where they are.
+
+    Raises:
+        UserError: `optimizer.select` selects nothing.
+    """
+    if encoded is None:
+        assert data is not None
+        encoded = data.encode(lm)
+    name = encoded.objective if isinstance(encoded, EncodedTask) else "completion"
+    objective = config.objective or OBJECTIVES[name](name=name)
+    labels = 0
+    if isinstance(encoded, EncodedTask):
+        encoded = dataclasses.replace(encoded, objective=objective.batches)
+        labels = len(encoded.labels)
+    select, lm = changed(lm, lambda lm: _prepared(config, lm, labels), mesh)
+    optimizer = dataclasses.replace(config.optimizer, select=select)
+    config = dataclasses.replace(config, optimizer=optimizer)
+    return Setting(config, lm, objective, data, encoded)
 
 
-def prepared(
+def _prepared(
     config: FinetuneConfig, lm: LanguageModel, num_labels: int
-) -> tuple[FinetuneConfig, LanguageModel]:
-    """The model with what is trained, and the configuration with what its optimizer selects.
-
-    Raises:
-        UserError: nothing is selected.
-    """
-    lm = with_head(lm, num_labels, seed=config.seed, names=config.task.class_names)
+) -> tuple[str | None, LanguageModel]:
+    """What is trained, and the model with it."""
+    if config.task is not None:
+        lm = with_head(lm, num_labels, seed=config.seed, names=config.task.class_names)
     select = config.optimizer.select
     if config.peft is not None:
         lm = config.peft.prepare(lm, jax.random.key(config.seed))
@@ -200,118 +283,91 @@ def prepared(
         paths.mask(lm.params, select)
     except ValueError as error:
         raise UserError(f"optimizer.{error}") from None
-    optimizer = dataclasses.replace(config.optimizer, select=select)
-    return dataclasses.replace(config, optimizer=optimizer), lm
+    return select, lm
 
 
-def loss_of(
-    config: FinetuneConfig,
-    lm: LanguageModel,
-    task: Task | None,
-    encoded: EncodedTask,
-    options: Mapping[str, Any],
-) -> LossFn:
-    """The loss of a batch; `task` is read for written answers alone, `options` are of scores."""
-    if encoded.objective == "generation":
-        answers = [example.answers for example in task.train] if task is not None else []
-        return f1_objective(lm, answers, max_new_tokens=config.task.answer_length)
-    if encoded.objective == "completion":
-        return lm_objective(lm.log_probs)
-    make = accuracy_objective if config.objective == "accuracy" else classification_objective
-    return make(lm.apply, encoded.token_ids, log_probs=lm.continuation_log_probs, **options)
+def _run(setting: Setting, folder: RunFolder) -> dict[str, Any]:
+    config, lm, objective, data, encoded = setting
+    assert data is not None
+    metric, sizes = setting.metric(), encoded.sizes
+    tested: Literal["test", "validation"] = "test" if sizes["test"] else "validation"
 
-
-def _calibration(
-    config: FinetuneConfig, lm: LanguageModel, task: Task, encoded: EncodedTask, scorer: Any
-) -> Any:
-    """What is taken from the score of each option, [C]."""
-    if config.calibrate == "sfc":
-        return domain_offsets(lm, task)
-    return option_offsets(scorer, lm.params, encoded, batch_size=config.eval_batch_size)
-
-
-def _chance(encoded: EncodedTask) -> float | None:
-    """The loss of guessing among the options, where the loss is of them."""
-    count = encoded.num_options if encoded.objective == "classification" else 0
-    return math.log(count) if count > 1 else None
-
-
-def _calibration_passes(config: FinetuneConfig, encoded: EncodedTask) -> int:
-    """Forward passes over a batch that calibration took."""
-    texts = {False: 0, True: min(len(encoded.train), CALIBRATION_TEXTS), "sfc": 1}
-    return -(-texts[config.calibrate] // config.eval_batch_size)
-
-
-def _run(
-    config: FinetuneConfig, folder: RunFolder, lm: LanguageModel, task: Task, encoded: EncodedTask
-) -> dict[str, Any]:
-    size = config.eval_batch_size
-    reduction: Literal["mean", "sum"] = "sum" if config.calibrate == "sfc" else "mean"
-    measure: GenerationMetric | MultipleChoiceMetric
-    if config.task.answered:
-        measure = GenerationMetric(lm, task, batch_size=size)
-    else:
-        measure = MultipleChoiceMetric(lm, encoded, batch_size=size, reduction=reduction)
-
-    def validate(params: Params) -> dict[str, float]:
-        return _named("validation", measure("validation", params))
+    def measure(name: str, split: Any, params: Params) -> dict[str, float]:
+        values = metric(split, params) if sizes[split] else {}
+        return {f"{name}_{key}": value for key, value in values.items()}
 
     start = folder.resume()
     with Progress(config.steps, start=start or 0, log=folder.log) as progress:
-        measure.tell = progress.waiting
+        metric.tell = progress.waiting
         progress.say(f"start from step {start}" if start is not None else f"start {folder.path}")
-        if repeated := task.repeated("test"):
-            progress.say(f"{repeated} of {len(task.test)} test rows are training rows, too")
+        if repeated := data.repeated("test"):
+            progress.say(f"{repeated} of {sizes['test']} test rows are training rows, too")
         first = folder.metrics.first() if start is not None else None
         if first is None or ("option_offsets" not in first and config.calibrate):
-            zero_shot = measure("test", lm.params)
-            first = {"step": 0, **_named("zero_shot", zero_shot)}
-            if isinstance(measure, MultipleChoiceMetric) and config.calibrate:
-                measure.offsets = _calibration(config, lm, task, encoded, measure.scorer)
-                first |= _named("calibrated", measure("test", lm.params))
-                first["option_offsets"] = measure.offsets.tolist()
+            zero_shot = measure("zero_shot", tested, lm.params)
+            first = {"step": 0, **zero_shot}
+            if isinstance(metric, MultipleChoiceMetric) and config.calibrate:
+                metric.offsets = _calibration(setting, metric)
+                first |= measure("calibrated", "test", lm.params)
+                first["option_offsets"] = metric.offsets.tolist()
             folder.metrics.put_first(first)
-            progress.say(f"zero-shot test {_shown(zero_shot)}")
-        elif isinstance(measure, MultipleChoiceMetric):
-            measure.offsets = folder.option_offsets()
-        options = {"offsets": measure.offsets, "reduction": reduction}
+            progress.say(_shown(zero_shot))
+        elif isinstance(metric, MultipleChoiceMetric):
+            metric.offsets = folder.option_offsets()
         trained = train(
             config,
             lm,
-            loss_of(config, lm, task, encoded, options),
+            setting.loss_fn(metric.offsets),
             lambda batch_size, seeds: functools.partial(
                 encoded.streams, batch_size=batch_size, seeds=seeds
             ),
             folder,
             progress,
             saved=config.optimizer.select if config.peft else None,
-            evaluate=validate if encoded.validation else None,
-            maximize=f"validation_{measure.main}" if encoded.validation else None,
-            chance=_chance(encoded),
+            evaluate=functools.partial(measure, "validation", "validation")
+            if sizes["validation"]
+            else None,
+            monitor=f"validation_{metric.main}" if sizes["validation"] else None,
+            mode=metric.mode,
+            chance=objective.chance(lm, encoded),
         )
-        test = measure("test", trained.params)
-        progress.say(f"test {_shown(test)}")
-    before = {name: first[f"zero_shot_{name}"] for name in test}
-    if isinstance(measure, MultipleChoiceMetric):
+        test = measure("test", tested, trained.params)
+        progress.say(_shown(test))
+    test = {name.removeprefix("test_"): value for name, value in test.items()}
+    before = {name: first.get(f"zero_shot_{name}") for name in test}
+    if isinstance(metric, MultipleChoiceMetric):
         before["calibrated_accuracy"] = first.get("calibrated_accuracy")
     common = trained.summary
     return {
         "model": config.model or "shipped",
-        "task": config.task.name,
-        "metric": measure.main,
+        "task": getattr(data.config, "name", config.form),
+        "metric": metric.main,
         "zero_shot": before,
-        "validation": {measure.main: trained.best_value},
+        "validation": {metric.main: trained.best_value},
         "test": test,
-        "majority_accuracy": measure.majority.get("test"),
+        "majority_accuracy": metric.majority.get("test"),
         "test_rows_in_training": repeated,
         **common,
-        "forwards": common["forwards"] + _calibration_passes(config, encoded),
-        "peak_memory_bytes": max(common["peak_memory_bytes"], measure.peak_bytes),
+        "forwards": common["forwards"] + _calibration_passes(setting),
+        "peak_memory_bytes": max(common["peak_memory_bytes"], metric.peak_bytes),
     }
 
 
-def _named(what: str, values: Mapping[str, float]) -> dict[str, Any]:
-    return {f"{what}_{name}": value for name, value in values.items()}
+def _calibration(setting: Setting, metric: MultipleChoiceMetric) -> np.ndarray:
+    """What is subtracted from the score of each option, [C]."""
+    config, lm, _, data, encoded = setting
+    assert isinstance(data, Task)
+    assert isinstance(encoded, EncodedTask)
+    if config.calibrate == "sfc":
+        return domain_offsets(lm, data)
+    return option_offsets(metric.scorer, lm.params, encoded, batch_size=config.eval_batch_size)
+
+
+def _calibration_passes(setting: Setting) -> int:
+    """Forward passes over a batch that calibration took."""
+    config = setting.config
+    texts = {False: 0, True: min(setting.encoded.sizes["train"], CALIBRATION_TEXTS), "sfc": 1}
+    return -(-texts[config.calibrate] // config.eval_batch_size)
 
 
 def _shown(values: Mapping[str, float]) -> str:

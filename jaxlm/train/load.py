@@ -184,14 +184,15 @@ def _tuning(folder: RunFolder, stored: Mapping[str, Any]) -> Tuning:
 def check_run(folder: RunFolder, stored: Mapping[str, Any]) -> None:
     """Refuse a `config.yaml` that is not of a fine-tuning run, or whose model leads back to it."""
     task = stored.get("task")
+    texts = any(isinstance(stored.get(form), dict) for form in ("messages", "text"))
     kinds: dict[str, Any] = {"steps": int, "seed": int}
     kinds |= {"model": str | None, "bits": int | None}
     kinds |= {"param_dtype": str, "peft": dict | None}
     if (
         not all(isinstance(stored.get(name), kind) for name, kind in kinds.items())
         or not {"model", "bits"} <= stored.keys()
-        or not isinstance(task, dict)
-        or not isinstance(task.get("labels"), list)
+        or not (texts if task is None else isinstance(task, dict))
+        or not isinstance((task or {"labels": []}).get("labels"), list)
         or (stored.get("peft") or {"name": "lora"}).get("name") not in TUNINGS
     ):
         raise folder.foreign()
@@ -210,10 +211,11 @@ def check_run(folder: RunFolder, stored: Mapping[str, Any]) -> None:
 
 def _with_run(lm: LanguageModel, folder: RunFolder, stored: Mapping[str, Any]) -> LanguageModel:
     """Add the head and the tuning of a run to the model that it began with."""
-    labels, classes = (stored["task"].get(key) for key in ("labels", "classes"))
-    named = isinstance(classes, list) and len(classes) == len(labels)
-    names = tuple(map(str, classes if named else labels))
-    lm = with_head(lm, len(labels), seed=stored["seed"], names=names)
+    if (task := stored.get("task")) is not None:
+        labels, classes = (task.get(key) for key in ("labels", "classes"))
+        named = isinstance(classes, list) and len(classes) == len(labels)
+        names = tuple(map(str, classes if named else labels))
+        lm = with_head(lm, len(labels), seed=stored["seed"], names=names)
     if stored.get("peft") is None:
         return lm
     return _tuning(folder, stored).prepare(lm, jax.random.key(stored["seed"]))

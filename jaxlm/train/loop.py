@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ class Record(NamedTuple):
         seconds: wall time of the run so far, of all that it took to get here.
         stepping: the part of it that went into steps, and not into starting, compiling, evaluating
             or saving.
-        best_step: step of the highest value of what is maximized, so far.
+        best_step: step of the best value of what is monitored, so far.
         best_value: that value.
         first_loss: the mean of the first dispatch that this run made, against which later ones are
             held.
@@ -137,7 +137,8 @@ def fit(
     *,
     key: PRNGKey,
     evaluate: Callable[[Params], dict[str, float]] | None = None,
-    maximize: str | None = None,
+    monitor: str | None = None,
+    mode: Literal["max", "min"] = "max",
     checkpoints: Checkpoints | None = None,
     trajectory: Path | None = None,
     metrics: Metrics | None = None,
@@ -157,7 +158,8 @@ def fit(
         config: length and schedule.
         key: of the optimizer's randomness.
         evaluate: named numbers of parameters, for the metrics.
-        maximize: the number of `evaluate` whose best parameters are kept in the checkpoints.
+        monitor: the number of `evaluate` whose best parameters are kept in the checkpoints.
+        mode: whether its best value is the highest or the lowest.
         checkpoints: where states are saved; None keeps nothing.
         trajectory: where the scalars of a zeroth-order method go, see `jaxlm.zo.Trajectory`.
         metrics: where the scalars of each step go.
@@ -171,7 +173,7 @@ def fit(
         UserError: the trajectory is not that of these parameters and this method.
     """
     with defer_signals():
-        loop = _Loop(config, evaluate, maximize, checkpoints, metrics, progress, chance)
+        loop = _Loop(config, evaluate, monitor, mode, checkpoints, metrics, progress, chance)
         return _fit(loop, method, params, batches, key, trajectory)
 
 
@@ -254,7 +256,8 @@ class _Loop:
         self,
         config: LoopConfig,
         evaluate: Callable[[Params], dict[str, float]] | None,
-        maximize: str | None,
+        monitor: str | None,
+        mode: str,
         checkpoints: Checkpoints | None,
         metrics: Metrics | None,
         progress: Progress | None,
@@ -263,7 +266,8 @@ class _Loop:
         self.chance = chance
         self.config = config
         self.evaluate = evaluate
-        self.maximize = maximize
+        self.monitor = monitor
+        self.sign = 1 if mode == "max" else -1
         self.checkpoints = checkpoints
         self.metrics = metrics
         self.progress = progress
@@ -323,7 +327,7 @@ class _Loop:
             place = first_diverged(losses, record.first_loss, self.chance)
             if place is not None:
                 record = record._replace(diverged=first + place + 1)
-                if self.maximize is None and self.saved is not None:
+                if self.monitor is None and self.saved is not None:
                     # Nothing else says which parameters are the best: those from before are.
                     record = record._replace(best_step=self.saved)
                 if self.progress:
@@ -376,8 +380,8 @@ class _Loop:
             if self.progress:
                 shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
                 self.progress.say(f"step {step}/{config.steps}  {shown}")
-            best, value = self.record.best_value, values.get(self.maximize or "")
-            if value is not None and (best is None or value > best):
+            best, value = self.record.best_value, values.get(self.monitor or "")
+            if value is not None and (best is None or self.sign * (value - best) > 0):
                 self.record = self.record._replace(best_step=step, best_value=value)
                 save = True
         if self.checkpoints and save:

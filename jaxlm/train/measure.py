@@ -1,20 +1,22 @@
-"""Metrics of a run: the accuracy of its choices, or the F1 of the answers that it writes.
+"""Metrics of a run: accuracy of its choices, F1 of its answers, or the loss of its tokens.
 
-Both are `metric(split, params) -> {name: value}`; `metric.main` names the value by which the best
-checkpoint is chosen.
+All are `metric(split, params) -> {name: value}`; `metric.main` names the value by which the best
+checkpoint is chosen, and `metric.mode` says whether that is the highest or the lowest.
 """
 
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from jaxlm.core.errors import UserError
 from jaxlm.data import EncodedTask, Task, prompted
-from jaxlm.data.rows import SplitName
+from jaxlm.data.rows import EncodedRows, SplitName
 from jaxlm.evaluation import (
     accuracy,
     evaluate_generation,
@@ -27,12 +29,14 @@ from jaxlm.models import LanguageModel
 from jaxlm.train.state import Program
 from jaxlm.typing import Batch, Params
 
+Mode = Literal["max", "min"]
+
 
 class MultipleChoiceMetric:
     """Accuracy of choosing the option with the highest score.
 
     Attributes:
-        main: "accuracy".
+        main, mode: "accuracy", "max".
         offsets: [C], subtracted from the scores; None subtracts nothing.
         scorer: compiled `(params, batch) -> [B, C]`, without offsets.
         majority: for each split measured so far, the accuracy of its most frequent class; None
@@ -41,6 +45,7 @@ class MultipleChoiceMetric:
     """
 
     main = "accuracy"
+    mode: Mode = "max"
     tell: Callable[[str], None] | None = None
 
     def __init__(
@@ -99,7 +104,7 @@ class GenerationMetric:
     """F1 and exact match of greedily written answers.
 
     Attributes:
-        main: "f1".
+        main, mode: "f1", "max".
         offsets: None, since there are no scores of options.
         majority: empty, since there are no classes.
         peak_bytes: 0, since the memory of generation is not measured.
@@ -107,6 +112,7 @@ class GenerationMetric:
     """
 
     main = "f1"
+    mode: Mode = "max"
     tell: Callable[[str], None] | None = None
     offsets = None
     majority: Mapping[str, float | None] = MappingProxyType({})
@@ -130,3 +136,47 @@ class GenerationMetric:
             max_length=min(longest, config.max_length or longest),
         )
         return {"f1": result.f1, "exact_match": result.exact_match}
+
+
+class TokenLossMetric:
+    """Mean cross-entropy of the tokens in the loss, in nats a token.
+
+    Attributes:
+        main, mode: "loss", "min".
+        offsets, majority, tell: see `GenerationMetric`.
+        scorer: compiled `(params, batch) -> (nats, tokens)`.
+    """
+
+    main = "loss"
+    mode: Mode = "min"
+    tell: Callable[[str], None] | None = None
+    offsets = None
+    majority: Mapping[str, float | None] = MappingProxyType({})
+
+    def __init__(self, lm: LanguageModel, encoded: EncodedRows, *, batch_size: int):
+        def total(params: Params, batch: Batch) -> tuple[Array, Array]:
+            log_probs = lm.log_probs(params, batch["input_ids"], batch["attention_mask"])
+            weights = batch["weights"][:, 1:]
+            return -jnp.sum(log_probs * weights), jnp.sum(weights)
+
+        self.scorer = Program(total)
+        self._encoded, self._batch_size = encoded, batch_size
+
+    def __call__(self, split: SplitName, params: Params) -> dict[str, float]:
+        totals = np.zeros(2)
+        for batch in self._encoded.eval_batches(split, batch_size=self._batch_size):
+            if self.tell is not None:
+                self.tell(f"evaluating {split}")
+            del batch["index"]
+            totals += np.asarray(jax.device_get(self.scorer(params, batch)), np.float64)
+        if not np.isfinite(totals[0]):
+            raise UserError(
+                f"{split}: the loss is not finite (got {totals[0]}). Check that the model's "
+                "weights are finite, and lower optimizer.learning_rate."
+            )
+        return {"loss": float(totals[0] / totals[1])}
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of the largest compiled program."""
+        return self.scorer.peak_bytes

@@ -19,7 +19,7 @@ from jaxlm.models import LanguageModel, ModelConfig, init_params, save_pretraine
 from jaxlm.sharding import on_mesh
 from jaxlm.train.dynamics import Batches, Source
 from jaxlm.train.logging import Progress
-from jaxlm.train.objective import lm_objective
+from jaxlm.train.losses import lm_objective
 from jaxlm.train.run import RunConfig, train
 from jaxlm.train.run_folder import RunFolder
 from jaxlm.train.settings import MOST_STEPS

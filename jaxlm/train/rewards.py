@@ -22,7 +22,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.evaluation.answers import token_f1
 from jaxlm.models import LanguageModel
 from jaxlm.models.generation import Generated, Generator, Sampling
-from jaxlm.train.objective import example_weights
+from jaxlm.train.losses import example_weights
 from jaxlm.typing import Batch, LossFn, Params
 
 

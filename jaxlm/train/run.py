@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -54,8 +54,8 @@ class Trained(NamedTuple):
     """Result of `train`.
 
     Attributes:
-        params: the best parameters, or the last ones where nothing is maximized.
-        best_value: the highest value of what is maximized.
+        params: the best parameters, or the last ones if nothing is monitored.
+        best_value: the best value of what is monitored.
         summary: what the summary of every run says.
     """
 
@@ -74,7 +74,8 @@ def train(
     *,
     saved: Select = None,
     evaluate: Callable[[Params], dict[str, float]] | None = None,
-    maximize: str | None = None,
+    monitor: str | None = None,
+    mode: Literal["max", "min"] = "max",
     chance: float | None = None,
 ) -> Trained:
     """Train a model in a run's folder, or resume there. The parameters of `lm` are donated.
@@ -87,7 +88,7 @@ def train(
         folder: held by the caller.
         progress: shows the steps.
         saved: parameters that checkpoints hold, see `Checkpoints`.
-        evaluate, maximize, chance: see `jaxlm.train.loop.fit`.
+        evaluate, monitor, mode, chance: see `jaxlm.train.loop.fit`.
 
     Raises:
         UserError: see `fit`.
@@ -110,7 +111,8 @@ def train(
         config,
         key=jax.random.key(config.seed),
         evaluate=evaluate,
-        maximize=maximize,
+        monitor=monitor,
+        mode=mode,
         checkpoints=checkpoints,
         trajectory=folder.trajectory,
         metrics=folder.metrics,

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.cost.flops import Flops, count_flops
 from jaxlm.models import LanguageModel, ModelConfig, init_params, param_shapes
 from jaxlm.sharding import make_mesh
-from jaxlm.train.objective import lm_objective
+from jaxlm.train.losses import lm_objective
 
 
 def shaped(*shape, dtype=jnp.float32):

@@ -16,9 +16,9 @@ from jaxlm.cost.by_shapes import finetuning
 from jaxlm.cost.device import Device, this_device
 from jaxlm.cost.plan import dry_run, largest_batch
 from jaxlm.models import param_shapes
-from jaxlm.sharding import make_mesh, place_params
+from jaxlm.sharding import make_mesh
 from jaxlm.train.dynamics import method_and_batches
-from jaxlm.train.finetuning import FinetuneConfig, encoded_for, finetune, prepared, read_task
+from jaxlm.train.finetuning import FinetuneConfig, build, finetune, read_data
 from jaxlm.train.load import load_model
 from jaxlm.train.pretraining import PretrainConfig, pretrain
 from tests.helpers.tiny import write_corpus
@@ -130,11 +130,9 @@ def test_the_state_and_the_batches_are_as_they_will_be(case, run_yaml):
     run = finetuning(config, base_dir=run_yaml.parent, mesh=mesh)
     state, batches = run.dispatch().args
 
-    task = read_task(config, base_dir=run_yaml.parent)
     lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
-    encoded = encoded_for(config, lm, task)
-    config, lm = prepared(config, lm, len(encoded.labels))
-    params = lm.params if mesh is None else place_params(lm.params, mesh)
+    setting = build(config, lm, read_data(config, base_dir=run_yaml.parent), mesh=mesh)
+    config, params, encoded = setting.config, setting.lm.params, setting.encoded
     method, read = method_and_batches(
         config.optimizer,
         config.dynamics,

@@ -9,7 +9,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.data import Encoded, EncodedTask
 from jaxlm.evaluation import accuracy, calibrate, majority_accuracy, option_scores, score_split
 from jaxlm.models.scoring import log_probs_of
-from jaxlm.train.objective import classification_objective, lm_objective
+from jaxlm.train.losses import classification_objective, lm_objective
 
 VOCABULARY = 7
 

@@ -10,7 +10,7 @@ import pytest
 import jaxlm
 from jaxlm.data import Encoded, EncodedTask
 from jaxlm.evaluation import accuracy, option_scores, score_split
-from jaxlm.train.objective import classification_objective, lm_objective
+from jaxlm.train.losses import classification_objective, lm_objective
 from tests.helpers import reference
 from tests.helpers.models import GOLDEN
 

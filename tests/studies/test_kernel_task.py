@@ -14,7 +14,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.data import task_config
 from jaxlm.models import from_pretrained
 from jaxlm.studies.kernel_task import kernel_task
-from jaxlm.train.objective import classification_objective
+from jaxlm.train.losses import classification_objective
 from tests.helpers.tiny import BAD, GOOD, make_masked, sentences, write_jsonl
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"

@@ -7,7 +7,7 @@ import pytest
 from jaxlm.cost.hlo import collectives
 from jaxlm.models import from_pretrained
 from jaxlm.sharding import make_mesh, mesh_of, place_batch, place_params
-from jaxlm.train.objective import lm_objective
+from jaxlm.train.losses import lm_objective
 from jaxlm.train.optimizers import Adam, Mezo
 from jaxlm.train.state import Program, many_steps, method
 

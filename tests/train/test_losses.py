@@ -13,7 +13,7 @@ from jaxlm.core import views
 from jaxlm.core.errors import UserError
 from jaxlm.evaluation import option_scores
 from jaxlm.models.scoring import log_probs_of
-from jaxlm.train.objective import (
+from jaxlm.train.losses import (
     accumulate,
     accuracy_objective,
     classification_objective,

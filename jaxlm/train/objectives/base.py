@@ -1,0 +1,70 @@
+"""What every objective is made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jaxlm.core.errors import UserError
+from jaxlm.data import DataConfig, EncodedTask, Task, Texts
+from jaxlm.data.batching import Objective as Batches
+from jaxlm.data.rows import EncodedRows
+from jaxlm.models import LanguageModel
+from jaxlm.train.settings import Optimizer
+from jaxlm.train.zeroth_order import ZerothOrder
+from jaxlm.typing import LossFn
+
+Data = Task | Texts
+Encoded = EncodedTask | EncodedRows
+Scoring = Mapping[str, Any]
+"""`offsets` and `reduction` of the scores of options, see `option_scores`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What a run minimizes.
+
+    Attributes:
+        name: key in `OBJECTIVES`.
+    """
+
+    name: str
+
+    forms: ClassVar[tuple[str, ...]] = ("task",)
+    """Data forms that it reads: keys of a run's configuration."""
+    batches: ClassVar[Batches] = "classification"
+    """Training batches of a task, see `jaxlm.data.EncodedTask`."""
+    differentiable: ClassVar[bool] = True
+
+    def check(self, form: str, data: DataConfig, optimizer: Optimizer) -> None:
+        """Refuse a run that this objective cannot be part of.
+
+        Raises:
+            UserError: it reads other data, or has no gradient for the optimizer to follow.
+        """
+        if form not in self.forms:
+            raise UserError(
+                f"objective: {self.name} reads {' or '.join(self.forms)} (got {form}). Choose "
+                "another objective."
+            )
+        if not self.differentiable and not isinstance(optimizer, ZerothOrder):
+            raise UserError(
+                f"objective: {self.name} has no gradient for {optimizer.name} to follow (got "
+                f"{self.name}). Use mezo or another zeroth-order optimizer."
+            )
+
+    def loss_fn(
+        self, lm: LanguageModel, data: Data | None, encoded: Encoded, scoring: Scoring
+    ) -> LossFn:
+        """Build the loss of a batch, `(params, batch, *, key=None, view=None) -> (loss, aux)`.
+
+        Args:
+            lm: the model; its parameters are not read.
+            data: the examples; None in a dry run without a tokenizer.
+            encoded: their tokens.
+            scoring: how options are scored.
+        """
+        raise NotImplementedError
+
+    def chance(self, lm: LanguageModel, encoded: Encoded) -> float | None:
+        """The loss of guessing, by which a run is seen to diverge; None if there is none."""
+        return None

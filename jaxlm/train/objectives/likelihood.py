@@ -1,0 +1,52 @@
+"""Objectives that raise the likelihood of what is right."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxlm.data import EncodedTask
+from jaxlm.data.batching import Objective as Batches
+from jaxlm.models import LanguageModel
+from jaxlm.train.losses import classification_objective, lm_objective
+from jaxlm.train.objectives.base import Data, Encoded, Objective, Scoring
+from jaxlm.typing import LossFn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification(Objective):
+    """Cross-entropy of the right option among all options."""
+
+    name: str = "classification"
+
+    def loss_fn(
+        self, lm: LanguageModel, data: Data | None, encoded: Encoded, scoring: Scoring
+    ) -> LossFn:
+        """See `Objective` and `classification_objective`."""
+        assert isinstance(encoded, EncodedTask)
+        log_probs = lm.continuation_log_probs
+        return classification_objective(lm.apply, encoded.token_ids, log_probs=log_probs, **scoring)
+
+    def chance(self, lm: LanguageModel, encoded: Encoded) -> float | None:
+        """Log of the number of options."""
+        assert isinstance(encoded, EncodedTask)
+        return math.log(encoded.num_options) if encoded.num_options > 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion(Objective):
+    """Cross-entropy of the tokens in the loss: right answers, the assistant's turns, documents."""
+
+    name: str = "completion"
+
+    forms: ClassVar[tuple[str, ...]] = ("task", "messages", "text")
+    batches: ClassVar[Batches] = "completion"
+
+    def loss_fn(
+        self, lm: LanguageModel, data: Data | None, encoded: Encoded, scoring: Scoring
+    ) -> LossFn:
+        """See `Objective` and `lm_objective`."""
+        return lm_objective(lm.log_probs)
+
+    def chance(self, lm: LanguageModel, encoded: Encoded) -> float | None:
+        """Log of the number of tokens, for rows whose every token is guessed."""
+        return None if isinstance(encoded, EncodedTask) else math.log(lm.config.vocab_size)

@@ -1,0 +1,169 @@
+"""Every data form with every kind of optimizer and tuning: one YAML file, one battery."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxlm.cli import config as configs
+from jaxlm.cli.main import main
+from jaxlm.core.errors import UserError
+from jaxlm.cost.device import Device
+from jaxlm.cost.plan import dry_run
+from jaxlm.models import save_pretrained
+from jaxlm.peft import load_adapter
+from jaxlm.train.checkpoint import Checkpoints
+from jaxlm.train.finetuning import FinetuneConfig, finetune
+from jaxlm.train.load import load_model
+
+DEVICE = Device(name="toy", peak_flops=1e9)
+ANSWERS = {"great": "It is good.", "terrible": "It is bad."}
+
+
+def conversations(folder: Path, count: int = 48) -> None:
+    numbers = np.random.default_rng(0)
+    words = ["the film", "this story", "that play", "a book"]
+    rows, texts = [], []
+    for number in range(count):
+        word = ("great", "terrible")[number % 2]
+        text = f"{numbers.choice(words)} was {word} {number}"
+        turns = [("user", text), ("assistant", ANSWERS[word])]
+        rows.append({"messages": [{"role": role, "content": said} for role, said in turns]})
+        texts.append({"text": f"{text}. {ANSWERS[word]}"})
+    for name, lines in (("talk", rows), ("text", texts)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+
+
+FORMS = {
+    "messages": "messages: {train: talk.jsonl, template: plain, validation: hold_out,"
+    " num_validation: 8, max_length: 32}",
+    "text": "text: {train: text.jsonl, validation: hold_out, num_validation: 8, max_length: 24}",
+}
+REST = """
+peft: {peft}
+optimizer: {optimizer}
+steps: 6
+batch_size: 4
+eval_batch_size: 8
+eval_every: 3
+checkpoint_every: 3
+log_every: 3
+output: {folder}/run
+"""
+ADAM = "{name: adam, learning_rate: 3.0e-3}"
+MEZO = "{name: mezo, learning_rate: 1.0e-3}"
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    """Write a configuration and return its path."""
+    conversations(tmp_path)
+
+    def write(form: str = "messages", optimizer: str = ADAM, peft: str = "lora") -> Path:
+        text = FORMS[form] + REST.format(optimizer=optimizer, peft=peft, folder=tmp_path)
+        (tmp_path / "run.yaml").write_text(text)
+        return tmp_path / "run.yaml"
+
+    return write
+
+
+def load(path: Path, **overrides: str) -> FinetuneConfig:
+    return configs.load(FinetuneConfig, str(path), overrides)
+
+
+@pytest.mark.parametrize("peft", ["lora", "null"])
+@pytest.mark.parametrize("optimizer", [ADAM, MEZO], ids=["adam", "mezo"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_measures_its_loss_and_is_planned(form, optimizer, peft, write):
+    path = write(form, optimizer, peft)
+    config = load(path)
+    plan = dry_run(config, base_dir=path.parent, device=DEVICE)
+    summary = finetune(config, base_dir=path.parent)
+    assert (summary["task"], summary["metric"]) == (form, "loss")
+    losses = [summary[name]["loss"] for name in ("zero_shot", "test")]
+    assert losses[1] == summary["validation"]["loss"] <= losses[0]
+    if "adam" in optimizer:
+        assert losses[1] < losses[0] - 0.01
+    assert plan.memory[0].peak == summary["peak_memory_bytes"] or plan.memory[1].peak
+    # What a checkpoint holds is what is trained, and the moments of Adam.
+    stored = Checkpoints(config.output + "/checkpoints", read_only=True)
+    held = stored.read(6, "params")["params"]
+    assert set(held) == ({"layers"} if peft == "lora" else {"embed", "final_norm", "layers"})
+    assert (summary["checkpoint_bytes"] < 1_000_000) == (peft == "lora")
+    lm = load_model(config.output)
+    assert finetune(config, base_dir=path.parent) == summary
+    adapter = "lora_a" in lm.params["layers"]["attention"]["q_proj"]
+    assert adapter == (peft == "lora")
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, MEZO], ids=["adam", "mezo"])
+def test_a_killed_run_resumes_bitwise(optimizer, write):
+    path = write("messages", optimizer)
+    whole = load(path, output=str(path.parent / "whole"))
+    finetune(whole, base_dir=path.parent)
+    code = (
+        "import os, sys\nfrom jaxlm.train.checkpoint import Checkpoints\nsave = Checkpoints.save\n"
+        "def die(self, step, *rest):\n    save(self, step, *rest)\n"
+        "    step == 3 and os.kill(os.getpid(), 9)\nCheckpoints.save = die\n"
+        "from jaxlm.cli.main import main\nmain(sys.argv[1:])\n"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", code, "finetune", str(path)], env=os.environ, capture_output=True
+    )
+    assert killed.returncode == -9
+    assert main(["finetune", str(path)]) == 0
+    one, other = (
+        Checkpoints(path.parent / run / "checkpoints", read_only=True).read(6)
+        for run in ("run", "whole")
+    )
+    assert json.dumps(one, default=lambda x: x.tolist()) == json.dumps(
+        other, default=lambda x: x.tolist()
+    )
+
+
+def test_the_adapter_of_a_run_is_a_peft_folder(write, tmp_path):
+    path = write()
+    finetune(load(path), base_dir=path.parent)
+    target = tmp_path / "adapter"
+    assert main(["convert", str(tmp_path / "run"), str(target), "--adapter"]) == 0
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {
+        p.name for p in target.iterdir()
+    }
+    trained, base = load_model(tmp_path / "run"), load_model(None)
+    again = load_adapter(base, target)
+    ids = np.arange(24, dtype=np.int32).reshape(2, 12) + 5
+    logits = [lm.apply(lm.params, ids) for lm in (trained, again, base)]
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)
+    assert np.abs(logits[0] - logits[2]).max() > 1e-3
+
+
+def test_other_weights_below_the_adapters_are_refused(write, tmp_path):
+    path = write()
+    save_pretrained(load_model(None), tmp_path / "model")
+    config = load(path, model=str(tmp_path / "model"))
+    finetune(config, base_dir=path.parent)
+    weights = tmp_path / "model" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1  # the lowest bits of a number
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match=r"^the weights of .* has changed since the run"):
+        load_model(config.output)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "subj"}, r"^.*task: a run has one of task, messages, text .got task and mess"),
+        ({"objective": "classification"}, r"objective: classification reads task .got messages"),
+        ({"calibrate": "true"}, r"calibrate: needs the same options in every example"),
+        ({"messages.train": "null"}, r"messages: has no data|messages.num_validation"),
+    ],
+)
+def test_what_does_not_go_together(changes, message, write):
+    path = write()
+    with pytest.raises(UserError, match=message):
+        finetune(load(path, **changes), base_dir=path.parent)
