@@ -29,8 +29,8 @@ from typing import Any
 
 from benchmarks.common import print_report, print_table
 from jaxlm.artifacts.yaml import read_yaml
-from jaxlm.cli.sweep import SweepConfig, plan, write
-from jaxlm.studies.sweep import Candidate, sweep
+from jaxlm.studies.sweep import Candidate, SweepConfig, markdown, plan, sweep
+from jaxlm.studies.tables import write_tables
 from jaxlm.train.run_folder import RunFolder
 
 FOLDER = Path(__file__).parent.parent / "configs" / "accuracy"
@@ -188,7 +188,7 @@ def print_tables(options: argparse.Namespace, output: str) -> None:
         )
         runs = [small(each) for each in runs] if options.quick else runs
         table = sweep(runs, base_dir=options.data, say=lambda line: print(line, file=sys.stderr))
-        write(table, str(Path(output, task)))
+        write_tables(Path(output, task), table, markdown(table))
         found += rows(task, table)
         curves += [curve(each["runs"]) for each in table["methods"]]
     print_table(found)

@@ -170,8 +170,8 @@ for t, change in zip(times, drift.from_first, strict=True):
     )
 
 # %% [markdown]
-# `kernel_behaviour_report` does all of this and judges it; `jaxlm kernel` does so over optimizers,
-# numbers of examples and seeds, and writes the table.
+# `kernel_behaviour_report` does all of this and judges it; the study `kernel` does so over
+# optimizers, numbers of examples and seeds, and writes the table.
 #
 # ## A function of your own
 #

@@ -194,7 +194,7 @@ for place in [*ranked[:3], *ranked[-3:]]:
     print(f"{scores[place]:+.2e} {'WRONG ' if row.noise else ''}{row.text}")
 
 # %% [markdown]
-# `jaxlm select study.yaml` does all of this with stores on disk, over several seeds, then trains on
+# `jaxlm study study.yaml` does all of this with stores on disk, over several seeds, then trains on
 # each choice and measures the target; it goes on where it was stopped.
 #
 # ## A store

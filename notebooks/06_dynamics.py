@@ -190,7 +190,7 @@ summary["dynamics"]
 # jaxlm finetune --task.name=mr --optimizer.name=adam --dynamics.name=noise --output=runs/noise
 # jaxlm finetune --task.name=mr --optimizer.name=adam --dynamics.name=svag --dynamics.l=4 \
 #     --output=runs/svag
-# jaxlm compare configs/dynamics/svag.yaml
+# jaxlm study configs/studies/svag.yaml
 # ```
 #
 # In a training loop of your own, `dynamics.svag_value_and_grad(loss_fn, amplification)` takes the

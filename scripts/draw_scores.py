@@ -1,6 +1,6 @@
-"""Draws the scores that `jaxlm select` gives the rows of each source, by answer and label.
+"""Draws the scores that `jaxlm study` (less) gives the rows of each source, by answer and label.
 
-    python scripts/draw_scores.py configs/select/mixture.yaml FOLDER docs/figures/scores.png
+    python scripts/draw_scores.py configs/studies/less.yaml FOLDER docs/figures/scores.png
 
 FOLDER is the output of that study; the scores are those of LESS with its first seed.
 """

@@ -86,7 +86,7 @@ def stop_with_folder(config: Any, **kwargs: Any) -> None:
     raise Stopped
 
 
-DRY = ("sweep", "kernel", "compare", "select")
+DRY = ("sweep", "study")
 WORK = {
     "finetune": [
         ("jaxlm.train.finetuning.finetune", stop_with_folder),
@@ -95,7 +95,7 @@ WORK = {
     ],
     "pretrain": [("jaxlm.cli.pretrain.pretrain", stop)],
     "evaluate": [("jaxlm.cli.evaluate.evaluate", stop)],
-    "select": [("jaxlm.studies.selection_cost.plan_of", stop)],
+    "study": [("jaxlm.studies.less.plan_of", stop)],
     **{name: [("jaxlm.train.load.load_model", stop)] for name in ("generate", "convert", "info")},
 }
 """Where the work of a command begins, and what is done in its place."""
@@ -107,8 +107,8 @@ def run_jaxlm(args: list[str], run: bool) -> None:
     name = args[0]
     assert name in COMMANDS or name == "help" or name.startswith("--"), f"no command {name}"
     args = [name, *on_one_device(name, args[1:])]
-    if name in DRY and "--help" not in args:
-        args = [*args, *(() if "--dry-run" in args else ("--dry-run",))]
+    if name in DRY and len(args) > 1 and not {"--help", "--dry-run"} & set(args):
+        args = [*args, "--dry-run"]
     run = (run and len(args) > 1 and not any(map(AWAY.search, args))) or name not in WORK
     if run and name == "finetune":
         named = any(word.startswith("--task.name=") for word in args)

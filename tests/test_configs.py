@@ -6,12 +6,12 @@ import pytest
 
 from benchmarks import mezo_accuracy
 from jaxlm.artifacts.yaml import read_yaml
-from jaxlm.cli import compare
 from jaxlm.cli import config as configs
-from jaxlm.cli.sweep import SweepConfig, plan
-from jaxlm.studies.kernel_study import KernelConfig, cases
+from jaxlm.studies import STUDIES, curves
+from jaxlm.studies.kernel_study import cases
 from jaxlm.studies.quickstart import QuickstartConfig
-from jaxlm.studies.selection import SelectionConfig
+from jaxlm.studies.study import module_of
+from jaxlm.studies.sweep import SweepConfig, plan
 from jaxlm.train.finetuning import FinetuneConfig
 from jaxlm.train.pretraining import PretrainConfig
 
@@ -28,19 +28,28 @@ def test_every_folder_is_tested():
     assert folders == {
         "accuracy",
         "accuracy/tasks",
-        "dynamics",
         "effect",
-        "kernel",
         "mezo",
         "pretrain",
         "prompts",
-        "select",
+        "studies",
     }
 
 
-@pytest.mark.parametrize("path", files("dynamics/*.yaml"))
-def test_a_comparison(path):
-    variants = compare.plan(configs.load(compare.CompareConfig, path), str(path))
+def load_study(path, flags=None):
+    """The configuration of a study's file, and the name of the study."""
+    data = read_yaml(path)
+    name = data.pop("study")
+    return name, configs.load(module_of(name).Config, path, flags, only=data)
+
+
+@pytest.mark.parametrize("path", files("studies/*.yaml"))
+def test_a_study(path):
+    name, config = load_study(path)
+    assert name in STUDIES
+    if name != "curves":
+        return
+    variants = curves.plan(config, str(path))
     outputs = [run.output for each in variants for run in each.runs]
     assert len(set(outputs)) == len(outputs) == 3 * len(variants)
     tokens = {run.steps * run.batch_size * run.seq_len for each in variants for run in each.runs}
@@ -83,9 +92,9 @@ def test_configurations(folder, cls):
         configs.load(cls, path)
 
 
-@pytest.mark.parametrize("path", files("kernel/*.yaml"))
+@pytest.mark.parametrize("path", files("studies/kernel_*.yaml"))
 def test_a_study_of_kernels(path):
-    config = configs.load(KernelConfig, path)
+    config = load_study(path)[1]
     expected = len(config.ks) * len(config.prompts) * len(config.seeds) * len(config.training)
     assert len({case.name for case in cases(config)}) == expected
 
@@ -105,12 +114,12 @@ def test_a_method_has_its_forwards_on_every_task(path):
 
 
 def test_a_mixture_has_four_sources_without_files_and_one_more_with():
-    path = FOLDER / "select" / "mixture.yaml"
-    config = configs.load(SelectionConfig, path)
+    path = FOLDER / "studies" / "less.yaml"
+    config = load_study(path)[1]
     given = [source for source in config.sources.values() if source.given]
     assert len(given) >= 4
     assert len({(source.task.train, source.skip) for source in given}) == len(given)
-    more = configs.load(SelectionConfig, path, {"sources.rte.task.train": "rte/train.jsonl"})
+    more = load_study(path, {"sources.rte.task.train": "rte/train.jsonl"})[1]
     assert sum(source.given for source in more.sources.values()) == len(given) + 1
 
 

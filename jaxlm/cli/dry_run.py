@@ -70,7 +70,7 @@ def _head(plan: Any) -> str:
 
 
 def _parameters(plan: Any) -> str:
-    from jaxlm.studies.sweep_table import aligned
+    from jaxlm.studies.tables import aligned
 
     rows = [
         (
@@ -89,7 +89,7 @@ def _parameters(plan: Any) -> str:
 
 
 def _memory(plan: Any) -> str:
-    from jaxlm.studies.sweep_table import aligned
+    from jaxlm.studies.tables import aligned
 
     header = ("memory of a device", "arguments", "outputs", "temporaries", "aliased", "beside")
     rows = [
@@ -112,7 +112,7 @@ def _memory(plan: Any) -> str:
 
 
 def _step(plan: Any) -> str:
-    from jaxlm.studies.sweep_table import aligned
+    from jaxlm.studies.tables import aligned
 
     seconds = plan.seconds
     rows = [

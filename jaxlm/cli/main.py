@@ -20,12 +20,10 @@ from jaxlm.core.errors import UserError
 COMMANDS = {
     "finetune": "fine-tune a model on a task; without arguments, the quickstart",
     "sweep": "fine-tune over a grid and several seeds, and write one table",
-    "kernel": "say whether fine-tuning behaves like a kernel, in one table",
-    "select": "choose training data that helps a target task, and train on it",
+    "study": "answer a question that takes many runs by a table and a picture",
     "evaluate": "measure the accuracy of a model on a task",
     "generate": "generate text that continues a prompt",
     "pretrain": "train a causal language model from scratch on text",
-    "compare": "pretrain under several settings, and compare the curves",
     "convert": "load a model or a run folder and save it in the Hugging Face layout",
     "info": "print versions, devices and memory; with a model, its parameters",
 }

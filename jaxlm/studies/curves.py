@@ -4,22 +4,32 @@ What changes is how a model is trained, and the question whether it shows: each 
 for every seed, and their curves of the loss lie as far apart as a table says.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.artifacts.files import report_write_errors, write_shared
-from jaxlm.core.checks import whole
+from jaxlm.artifacts.config import build
+from jaxlm.core.checks import distinct, number, whole
 from jaxlm.core.errors import UserError
-from jaxlm.dynamics.scaling import scale_rule
+from jaxlm.dynamics import scale_rule
 from jaxlm.studies.figures import new_axes, save_figure
-from jaxlm.studies.sweep_table import cell
-from jaxlm.train.loop import Diverged
+from jaxlm.studies.grid import (
+    GridConfig,
+    Result,
+    Say,
+    folder_name,
+    no_seed_or_output,
+    outcome,
+    section_of,
+    with_keys,
+)
+from jaxlm.studies.tables import cell
 from jaxlm.train.optimizers import FirstOrder
 from jaxlm.train.pretraining import PretrainConfig, pretrain
 from jaxlm.train.run_folder import RunFolder
@@ -103,14 +113,91 @@ class Curve:
         return self.values.mean(0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CurvesConfig(GridConfig):
+    """A comparison as its file has it. It adds to the keys of `GridConfig`.
+
+    Attributes:
+        variants: name to the keys that differ from `run`, and `scale`.
+        y: what is compared.
+        start: part of the run from which on curves are compared, from 0 to below 1.
+        figure: whether to draw the curves.
+    """
+
+    variants: dict[str, Any]
+    y: Y = "held_out_loss"
+    start: float = 0.0
+    figure: bool = True
+
+    study: ClassVar[str] = "curves"
+
+    def __post_init__(self):
+        super().__post_init__()
+        distinct("variants", self.variants)
+        number(self, "start", least=0, below=1)
+        corpus = self.run.get("corpus")
+        if self.y == "held_out_loss" and not (isinstance(corpus, dict) and corpus.get("held_out")):
+            raise UserError(
+                "y: there is no held-out text (got held_out_loss). Give run.corpus.held_out, or "
+                "y: loss."
+            )
+
+
+def plan(config: CurvesConfig, where: str) -> list[Variant]:
+    """Every variant, with a run for each seed; `where` is the file, for messages."""
+    return [_variant(config, name, section, where) for name, section in config.variants.items()]
+
+
+def _variant(config: CurvesConfig, name: str, section: Any, where: str) -> Variant:
+    place = f"{where}: variant {name}"
+    section = section_of(section, place)
+    no_seed_or_output(section, f"variants.{name}")
+    scale = section.pop("scale", None)
+    data = {**with_keys(config.run, section, place), "output": config.output}
+    first = _scaled(data, scale, place) if scale else build(PretrainConfig, data, place)
+    folder = Path(config.output, folder_name(name, "variants"))
+    runs = tuple(
+        dataclasses.replace(first, seed=seed, output=str(folder / f"seed-{seed}"))
+        for seed in config.seeds
+    )
+    return Variant(name=name, runs=runs)
+
+
+def _scaled(data: dict[str, Any], scale: Any, place: str) -> PretrainConfig:
+    """The run under a scaling rule; its `dynamics` are those of the new batch."""
+    plain = build(PretrainConfig, {**data, "dynamics": "null"}, place)
+    rule = build(Scale, scale, place, "scale")
+    try:
+        changed = rule(plain)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    data = {**data, "batch_size": str(changed["batch_size"])}
+    dynamics = build(PretrainConfig, data, place).dynamics
+    return dataclasses.replace(plain, **changed, dynamics=dynamics)
+
+
+def outline(config: CurvesConfig, where: str, plan_flags: Mapping[str, str]) -> str:
+    """Return the folder of every run, a line each."""
+    del plan_flags
+    return "\n".join(run.output for each in plan(config, where) for run in each.runs)
+
+
+def run(
+    config: CurvesConfig, folder: Path, where: str, *, mesh: Mesh | None = None, say: Say = print
+) -> Result:
+    """Do the runs of a file and compare them; see `jaxlm.studies.study`."""
+    curves = compare(plan(config, where), y=config.y, mesh=mesh, say=say)
+    table = {"y": config.y, "rows": rows(curves, start=config.start)}
+    figures: tuple[Path, ...] = ()
+    if config.figure:
+        figures = (draw(curves, folder / "curves.png", y=config.y, start=config.start),)
+    return Result(table, markdown(curves, y=config.y, start=config.start), figures)
+
+
 def compare(
-    variants: Sequence[Variant],
-    *,
-    y: Y,
-    mesh: Mesh | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    variants: Sequence[Variant], *, y: Y, mesh: Mesh | None = None, say: Say = lambda line: None
 ) -> list[Curve]:
-    """Makes every run that is not finished, and returns the curves of all.
+    """Do every run that is not finished, and return the curves of all.
 
     Args:
         variants: with different outputs in all their runs.
@@ -121,12 +208,12 @@ def compare(
     Raises:
         UserError: what a run raises, except that it diverged.
     """
-    total, number, curves = sum(len(each.runs) for each in variants), 0, []
+    total, count, curves = sum(len(each.runs) for each in variants), 0, []
     for variant in variants:
         found = []
         for config in variant.runs:
-            number += 1
-            say(f"run {number}/{total}: {config.output}")
+            count += 1
+            say(f"run {count}/{total}: {config.output}")
             found.append(_trained(config, y, mesh))
         tokens = sorted({token for run_tokens, _, _ in found for token in run_tokens})
         at = [dict(zip(run_tokens, values, strict=True)) for run_tokens, values, _ in found]
@@ -147,15 +234,7 @@ def _trained(
 ) -> tuple[list[int], list[float], dict[str, Any] | None]:
     """Tokens, values and report of one run; the points before it diverged, if it did."""
     folder = RunFolder(config.output)
-    folder.check(config)
-    failed = folder.path / "failed.txt"
-    report, ended = None, False
-    if not failed.exists():
-        try:
-            report, ended = pretrain(config, mesh=mesh)["dynamics"], True
-        except Diverged as error:
-            with report_write_errors(failed):
-                write_shared(failed, f"{error}\n")
+    summary, _ = outcome(config, lambda: pretrain(config, mesh=mesh))
     try:
         steps, values = _points(config, folder.metrics.read(), y)
     except (TypeError, ValueError):
@@ -164,15 +243,14 @@ def _trained(
         ) from None
     tokens = [step * config.batch_size * config.seq_len for step in steps]
     last = config.steps * config.batch_size * config.seq_len
-    if not ended:  # its last point is no number
-        tokens.append(last)
-        values.append(math.nan)
-    elif tokens[-1:] != [last]:
+    if summary is None:  # its last point is no number
+        return [*tokens, last], [*values, math.nan], None
+    if tokens[-1:] != [last]:
         raise UserError(
             f"{folder.metrics.path}: has no {y} of the last step. Remove its folder, and the run "
             "is made again."
         )
-    return tokens, values, report
+    return tokens, values, summary["dynamics"]
 
 
 def _points(
@@ -270,3 +348,6 @@ def _last(curve: Curve) -> float:
 
 def _finite(value: float | np.floating) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+Config = CurvesConfig

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -56,6 +56,8 @@ class KernelConfig:
     solver: Literal["ridge", "logistic"] = "ridge"
     plots: bool = False
     output: str
+
+    study: ClassVar[str] = "kernel"
 
     def __post_init__(self):
         for name in ("ks", "prompts", "seeds"):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxlm.kernels.behaviour import linearization_score
-from jaxlm.studies.sweep_table import aligned, percent
+from jaxlm.studies.tables import aligned, percent, spread
 
 WITHIN = 0.10
 """A kernel solves a task whose accuracy is at most this far below that of fine-tuning."""
@@ -207,16 +207,6 @@ def _kernel(row: dict[str, Any], kind: str, records: list[dict[str, Any]]) -> di
         "verdict": {**judged._asdict(), "kernel_behaviour": judged.kernel_behaviour},
         "paper": verdict(*numbers).kernel_behaviour,
     }
-
-
-def spread(values: list[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation (None for one value), and the values.
-
-    >>> spread([0.5, 0.75])["mean"]
-    0.625
-    """
-    std = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "std": std, "by_seed": values}
 
 
 def _place(row: dict[str, Any]) -> list[str]:

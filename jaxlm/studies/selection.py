@@ -16,7 +16,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jax.sharding import Mesh
@@ -99,6 +99,8 @@ class SelectionConfig:
     eval_batch_size: int = 64
     param_dtype: str = "float32"
     output: str
+
+    study: ClassVar[str] = "less"
 
     def __post_init__(self):
         number(self, "warmup_fraction", "fraction", above=0, most=1)

@@ -20,7 +20,7 @@ from jaxlm.peft import Lora
 from jaxlm.studies.selection import SelectionConfig, read_sides
 from jaxlm.studies.selection_features import Features
 from jaxlm.studies.selection_training import Recipe
-from jaxlm.studies.sweep_table import aligned
+from jaxlm.studies.tables import aligned
 from jaxlm.train.load import load_model
 
 LLAMA_7B = ModelConfig(

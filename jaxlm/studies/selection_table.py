@@ -3,7 +3,7 @@
 import statistics
 from typing import Any
 
-from jaxlm.studies.sweep_table import aligned
+from jaxlm.studies.tables import aligned, percent, shown, spread
 
 
 def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -24,9 +24,7 @@ def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
             "rows": pool["rows"],
             "sources": {name: n / pool["rows"] for name, n in pool["sources"].items()},
             "noise": pool["noise"] / pool["rows"],
-            "mean": pool["before"],
-            "std": None,
-            "by_seed": [pool["before"]],
+            **spread([pool["before"]]),
         }
     ]
     for method in dict.fromkeys(run["method"] for run in found["runs"]):
@@ -41,9 +39,7 @@ def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
                     for name in pool["sources"]
                 },
                 "noise": statistics.fmean(run["noise"] / run["rows"] for run in runs),
-                "mean": statistics.fmean(values),
-                "std": statistics.stdev(values) if len(values) > 1 else None,
-                "by_seed": values,
+                **spread(values),
             }
         )
     return table
@@ -67,14 +63,8 @@ def markdown(found: dict[str, Any]) -> str:
             str(each["rows"]),
             *(f"{100 * share:.1f}" for share in each["sources"].values()),
             f"{100 * each['noise']:.1f}",
-            _spread(each, 100 if accuracy else 1),
+            percent(each) if accuracy else shown(each),
         )
         for each in table
     ]
     return f"{said}\n\n{aligned(header, cells)}\n"
-
-
-def _spread(row: dict[str, Any], scale: int) -> str:
-    digits = 1 if scale == 100 else 3
-    spread = "" if row["std"] is None else f" ({scale * row['std']:.{digits}f})"
-    return f"{scale * row['mean']:.{digits}f}{spread}"

@@ -1,22 +1,36 @@
 """A sweep: every method over its grid and every seed, chosen on validation, in one table.
 
 A method is a list of candidates, the points of its grid; a candidate is one run for each seed. For
-each seed the candidate with the best validation accuracy is kept, and its test accuracy counts.
-Every run has a folder of its own, so a sweep that was stopped goes on where it was.
+each seed the candidate with the best validation result is kept, and its test result counts. Every
+run has a folder of its own, so a sweep that was stopped resumes.
 """
 
+import functools
+import itertools
 import json
-import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from jax.sharding import Mesh
 
-from jaxlm.artifacts.files import read_json, write_json
+from jaxlm.artifacts.config import build
+from jaxlm.core.checks import distinct, show
 from jaxlm.core.errors import UserError
 from jaxlm.studies.baselines import icl_run, probe_run
+from jaxlm.studies.grid import (
+    GridConfig,
+    Outcome,
+    Result,
+    Say,
+    folder_name,
+    no_seed_or_output,
+    outcome,
+    section_of,
+    with_keys,
+)
+from jaxlm.studies.tables import aligned, mean, shown, spread
 from jaxlm.train.finetuning import FinetuneConfig, finetune
 from jaxlm.train.run_folder import RunFolder
 
@@ -25,10 +39,50 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "probe": probe_run,
     "icl": icl_run,
 }
-"""What a method may be: `(config, *, base_dir) -> summary`, which writes its folder."""
+"""What a method may be: `(config, *, base_dir, mesh) -> summary`, which writes its folder."""
 
-FAILED = "failed.json"
-"""The file in the folder of a run that diverged, with the reason."""
+
+class Unit(NamedTuple):
+    """How a metric is shown: `scale` times its value, with so many digits; `sign` -1 for a loss."""
+
+    title: str
+    scale: float
+    digits: int
+    sign: int
+
+    def shown(self, spread: Mapping[str, Any] | None) -> str:
+        """Return mean and standard deviation as text."""
+        return shown(spread, scale=self.scale, digits=self.digits)
+
+
+UNITS = {
+    "accuracy": Unit("Accuracy in per cent", 100, 1, 1),
+    "f1": Unit("F1 in per cent", 100, 1, 1),
+    "loss": Unit("Loss in nats a token, lower is better", 1, 3, -1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(GridConfig):
+    """A sweep as its file has it. It adds to the keys of `GridConfig`.
+
+    Attributes:
+        methods: name of a method to its keys: those that differ from `run`, `grid` and `kind`.
+        grid: dotted key to the list of its values, where there are no methods.
+    """
+
+    methods: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, Any] = field(default_factory=dict)
+
+    study: ClassVar[str] = "sweep"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.grid and self.methods:
+            raise UserError(
+                f"grid: stands beside methods (got {show(list(self.grid))}). Put it into the "
+                "methods that it belongs to."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,22 +107,6 @@ class Candidate:
         return setting_title(self.settings)
 
 
-class Result(NamedTuple):
-    """What became of a run: its summary, or the reason why there is none."""
-
-    summary: dict[str, Any] | None
-    failed: str | None = None
-
-    @property
-    def metric(self) -> str:
-        """The name of the value: "accuracy", or "f1" of written answers."""
-        return "accuracy" if self.summary is None else self.summary.get("metric", "accuracy")
-
-    def value(self, split: Literal["zero_shot", "validation", "test"]) -> float | None:
-        """Accuracy or F1 of a split; None where the run failed or did not measure it."""
-        return None if self.summary is None else self.summary[split][self.metric]
-
-
 def setting_title(settings: dict[str, Any]) -> str:
     """Dotted keys and values in one line.
 
@@ -79,14 +117,88 @@ def setting_title(settings: dict[str, Any]) -> str:
     return ", ".join(f"{key}={text}" for key, text in zip(settings, texts, strict=True))
 
 
+def plan(config: SweepConfig, where: str) -> list[Candidate]:
+    """Every point of every grid, with a run for each seed.
+
+    Args:
+        config: the sweep.
+        where: its file, for messages.
+
+    Raises:
+        UserError: a key is unknown, a value does not fit, or a list of a grid is empty.
+    """
+    methods = config.methods or {"": {"grid": config.grid}}
+    return [
+        candidate
+        for name, section in methods.items()
+        for candidate in _candidates(config, name, section, where)
+    ]
+
+
+def _candidates(config: SweepConfig, name: str, section: Any, where: str) -> Iterator[Candidate]:
+    place = f"{where}: method {name}" if name else where
+    section = section_of(section, place)
+    kind, grid = section.pop("kind", "finetune"), section.pop("grid", {})
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UserError(
+            f"{place}: kind: is not known (got {show(kind)}). Choose one of {', '.join(KINDS)}."
+        )
+    keys, lists = _lists(grid, place)
+    no_seed_or_output(section, f"methods.{name}")
+    no_seed_or_output(grid, f"methods.{name}.grid" if name else "grid")
+    for values in itertools.product(*lists):
+        settings = dict(zip(keys, values, strict=True))
+        data = with_keys(config.run, section | settings, place)
+        first = build(FinetuneConfig, {**data, "output": config.output}, place)
+        method = name or first.optimizer.name
+        folder = Path(config.output, folder_name(method, "methods"))
+        if settings:
+            folder /= folder_name(setting_title(settings), "grid")
+        runs = tuple(
+            replace(first, seed=seed, output=str(folder / f"seed-{seed}")) for seed in config.seeds
+        )
+        yield Candidate(method=method, settings=settings, kind=kind, runs=runs)
+
+
+def _lists(grid: Any, place: str) -> tuple[list[str], list[list[Any]]]:
+    if not isinstance(grid, Mapping):
+        raise UserError(
+            f"{place}: grid: must be a section (got {show(grid)}). Write `key: [value, value]`."
+        )
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(
+                f"{place}: grid.{key}: must be a list (got {show(values)}). Write [a, b]."
+            )
+        try:
+            distinct(f"grid.{key}", values)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+    return list(grid), list(grid.values())
+
+
+def outline(config: SweepConfig, where: str, plan_flags: Mapping[str, str]) -> str:
+    """Return the folder of every run, a line each."""
+    del plan_flags
+    return "\n".join(run.output for each in plan(config, where) for run in each.runs)
+
+
+def run(
+    config: SweepConfig, folder: Path, where: str, *, mesh: Mesh | None = None, say: Say = print
+) -> Result:
+    """Do the sweep of a file; see `jaxlm.studies.study`."""
+    found = sweep(plan(config, where), base_dir=Path(where).parent, mesh=mesh, say=say)
+    return Result(found, markdown(found))
+
+
 def sweep(
     candidates: Sequence[Candidate],
     *,
     base_dir: Path | None = None,
     mesh: Mesh | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Makes every run that is not finished, and the table of all.
+    """Do every run that is not finished, and return the table of all.
 
     Args:
         candidates: see `Candidate`; those of one method follow each other.
@@ -109,46 +221,25 @@ def sweep(
                 "(got none). Name a file of them, or hold_out."
             )
         RunFolder(config.output).check(config)
-    results: dict[str, Result] = {}
+    results: dict[str, Outcome] = {}
     for number, (each, config) in enumerate(runs, start=1):
         say(f"run {number}/{len(runs)}: {config.output}")
-        results[config.output] = run_one(each.kind, config, base_dir=base_dir, mesh=mesh)
-    made = [[results[config.output] for config in each.runs] for each in candidates]
-    return table(candidates, made)
+        work = functools.partial(KINDS[each.kind], config, base_dir=base_dir, mesh=mesh)
+        results[config.output] = outcome(config, work)
+    ended = [[results[config.output] for config in each.runs] for each in candidates]
+    return table(candidates, ended)
 
 
-def run_one(
-    kind: str, config: FinetuneConfig, *, base_dir: Path | None = None, mesh: Mesh | None = None
-) -> Result:
-    """One run, or what is on disk of one that ended; a run that diverges is not tried again.
-
-    Raises:
-        UserError: what the run raises, except that it diverged.
-    """
-    from jaxlm.train.loop import Diverged
-
-    folder = RunFolder(config.output)
-    folder.check(config)
-    failed = folder.path / FAILED
-    if failed.exists():
-        return Result(None, read_json(failed, failed=str)["failed"])
-    try:
-        return Result(KINDS[kind](config, base_dir=base_dir, mesh=mesh))
-    except Diverged as error:
-        write_json(failed, {"failed": str(error)})
-        return Result(None, str(error))
-
-
-def table(candidates: Sequence[Candidate], results: Sequence[Sequence[Result]]) -> dict[str, Any]:
-    """Chooses on validation, and gathers the numbers.
+def table(candidates: Sequence[Candidate], results: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
+    """Choose on validation, and gather the numbers.
 
     Args:
         candidates: see `sweep`.
         results: of each candidate, one for each seed.
 
     Returns:
-        `{"metric", "seeds", "methods", "points"}`. A method has its test accuracy, or F1, with the
-        setting chosen for each seed (`test`) and with the one of the best mean validation
+        `{"metric", "seeds", "methods", "points"}`. A method has its test result with the setting
+        chosen for each seed (`test`) and with the one of the best mean validation
         (`one_setting`), each {mean, std, by_seed}; std is that of a sample, None for one seed.
         Passes and seconds are means over the chosen runs, memory is the largest. A point has what
         its runs were and why they failed.
@@ -162,22 +253,31 @@ def table(candidates: Sequence[Candidate], results: Sequence[Sequence[Result]]) 
         raise UserError(
             f"runs: all of them failed (got, from the first: {reason}). Correct that one."
         )
+    metric = str((ended[0].summary or {})["metric"])
     pairs = list(zip(candidates, results, strict=True))
     names = dict.fromkeys(each.method for each in candidates)
     return {
-        "metric": ended[0].metric,
+        "metric": metric,
         "seeds": [config.seed for config in candidates[0].runs],
-        "methods": [_method(name, [p for p in pairs if p[0].method == name]) for name in names],
+        "methods": [
+            _method(name, [p for p in pairs if p[0].method == name], metric) for name in names
+        ],
         "points": [_point(*pair) for pair in pairs],
     }
 
 
-def _method(name: str, pairs: list[tuple[Candidate, Sequence[Result]]]) -> dict[str, Any]:
-    chosen = [_best(pairs, seed) for seed in range(len(pairs[0][1]))]
+def _method(
+    name: str, pairs: list[tuple[Candidate, Sequence[Outcome]]], metric: str
+) -> dict[str, Any]:
+    chosen = [_best(pairs, seed, metric) for seed in range(len(pairs[0][1]))]
     found = [pairs[place][1][seed] for seed, place in enumerate(chosen) if place is not None]
     summaries = [result.summary for result in found if result.summary is not None]
     whole = [pair for pair in pairs if all(result.summary for result in pair[1])]
-    one = max(whole, key=lambda pair: _mean(_values(pair[1], "validation")) or 0.0, default=None)
+    one = max(
+        whole,
+        key=lambda pair: _score(mean(_values(pair[1], "validation")), metric),
+        default=None,
+    )
     runs = [
         None if place is None else pairs[place][0].runs[seed].output
         for seed, place in enumerate(chosen)
@@ -186,53 +286,116 @@ def _method(name: str, pairs: list[tuple[Candidate, Sequence[Result]]]) -> dict[
         "method": name,
         "settings": [None if place is None else pairs[place][0].settings for place in chosen],
         "runs": runs,
-        "zero_shot": _spread(_values(found, "zero_shot")),
-        "validation": _spread(_values(found, "validation")),
-        "test": _spread(_values(found, "test")),
+        "zero_shot": spread(_values(found, "zero_shot")),
+        "validation": spread(_values(found, "validation")),
+        "test": spread(_values(found, "test")),
         "one_setting": one
         and {
             "settings": one[0].settings,
-            "validation": _spread(_values(one[1], "validation")),
-            "test": _spread(_values(one[1], "test")),
+            "validation": spread(_values(one[1], "validation")),
+            "test": spread(_values(one[1], "test")),
         },
         "failed": sum(result.failed is not None for _, made in pairs for result in made),
-        "forwards": _mean([each["forwards"] for each in summaries]),
-        "backwards": _mean([each["backwards"] for each in summaries]),
-        "seconds": _mean([each["seconds"] for each in summaries]),
+        "forwards": mean([each["forwards"] for each in summaries]),
+        "backwards": mean([each["backwards"] for each in summaries]),
+        "seconds": mean([each["seconds"] for each in summaries]),
         "peak_memory_bytes": max((each["peak_memory_bytes"] for each in summaries), default=None),
     }
 
 
-def _best(pairs: list[tuple[Candidate, Sequence[Result]]], seed: int) -> int | None:
+def _best(pairs: list[tuple[Candidate, Sequence[Outcome]]], seed: int, metric: str) -> int | None:
     """The place of the candidate that is best on validation, the first of equals.
 
-    Without any validation accuracy (baselines that choose nothing) it is the first that has ended.
+    Baselines choose nothing on validation; then it is the first that has ended.
     """
     ended = [place for place, (_, made) in enumerate(pairs) if made[seed].summary is not None]
-    return max(ended, key=lambda i: pairs[i][1][seed].value("validation") or 0.0, default=None)
+    return max(
+        ended, key=lambda i: _score(value(pairs[i][1][seed], "validation"), metric), default=None
+    )
 
 
-def _point(candidate: Candidate, results: Sequence[Result]) -> dict[str, Any]:
+def _point(candidate: Candidate, results: Sequence[Outcome]) -> dict[str, Any]:
     return {
         "method": candidate.method,
         "settings": candidate.settings,
         "runs": [config.output for config in candidate.runs],
-        "validation": _spread(_values(results, "validation")),
-        "test": _spread(_values(results, "test")),
+        "validation": spread(_values(results, "validation")),
+        "test": spread(_values(results, "test")),
         "failed": [result.failed for result in results],
     }
 
 
-def _values(results: Iterable[Result], split: Any) -> list[float | None]:
-    return [result.value(split) for result in results]
+def value(outcome: Outcome, split: Literal["zero_shot", "validation", "test"]) -> float | None:
+    """Return the result of a split; None if the run failed or did not measure it."""
+    if outcome.summary is None:
+        return None
+    result: float | None = outcome.summary[split].get(outcome.summary["metric"])
+    return result
 
 
-def _mean(values: Iterable[float | int | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
+def _values(results: Iterable[Outcome], split: Any) -> list[float | None]:
+    return [value(result, split) for result in results]
 
 
-def _spread(values: list[float | None]) -> dict[str, Any]:
-    known = [value for value in values if value is not None]
-    std = statistics.stdev(known) if len(known) > 1 else None
-    return {"mean": _mean(values), "std": std, "by_seed": values}
+def _score(result: float | None, metric: str) -> float:
+    """What is highest for the best result; a result that is missing is the worst."""
+    return float("-inf") if result is None else UNITS[metric].sign * result
+
+
+METHODS = (
+    "method", "setting", "validation", "test", "test, one setting", "zero-shot", "forwards",
+    "backwards", "seconds", "MiB",
+)  # fmt: skip
+POINTS = ("method", "setting", "validation", "failed")
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """Two tables: one row for each method, and one for each point of its grid.
+
+    Args:
+        table: as `jaxlm.studies.sweep.table` returns it.
+    """
+    unit, seeds = UNITS[table["metric"]], ", ".join(map(str, table["seeds"]))
+    reasons = {
+        reason: None
+        for point in table["points"]
+        for reason in point["failed"]
+        if reason is not None
+    }
+    parts = [
+        f"{unit.title}, mean (standard deviation) over the seeds {seeds}. The setting is chosen on "
+        "validation for each seed, in brackets for how many of them; beside it, the one setting "
+        "that is best on validation in the mean.",
+        aligned(METHODS, [_method_row(each, unit) for each in table["methods"]]),
+        "Every point of the grids:",
+        aligned(POINTS, [_point_row(each, unit) for each in table["points"]]),
+    ]
+    if reasons:
+        parts.append("Failed:\n\n" + "\n".join(f"- {reason}" for reason in reasons))
+    return "\n\n".join(parts) + "\n"
+
+
+def _method_row(method: dict[str, Any], unit: Unit) -> list[str]:
+    one, memory = method["one_setting"], method["peak_memory_bytes"]
+    results = method["validation"], method["test"], one and one["test"], method["zero_shot"]
+    cells = [method["method"], _chosen(method["settings"]), *map(unit.shown, results)]
+    for name, form in (("forwards", ".0f"), ("backwards", ".0f"), ("seconds", ".1f")):
+        cells.append("" if method[name] is None else format(method[name], form))
+    return [*cells, "" if memory is None else f"{memory / 2**20:.0f}"]
+
+
+def _chosen(settings: list[dict[str, Any] | None]) -> str:
+    titles = ["failed" if each is None else setting_title(each) for each in settings]
+    counts = {title: titles.count(title) for title in titles if title}
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "; ".join(f"{title} ({count})" for title, count in counts.items())
+
+
+def _point_row(point: dict[str, Any], unit: Unit) -> list[str]:
+    failed = sum(reason is not None for reason in point["failed"])
+    of = f"{failed} of {len(point['failed'])}" if failed else ""
+    return [point["method"], setting_title(point["settings"]), unit.shown(point["validation"]), of]
+
+
+Config = SweepConfig

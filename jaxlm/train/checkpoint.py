@@ -352,9 +352,8 @@ class Checkpoints:
         return state._replace(params=held), rest
 
     def size(self, step: int) -> int:
-        """Bytes of the checkpoint of `step`."""
-        files = (self.folder / str(step)).rglob("*")
-        return sum(path.stat().st_size for path in files if path.is_file())
+        """Bytes of the arrays in the checkpoint of `step`."""
+        return sum(path.stat().st_size for path in (self.folder / str(step)).glob(f"*/{_ARRAYS}"))
 
     def _remove(self, step: int) -> None:
         """Removes a checkpoint, which is there whole or not at all."""

@@ -156,8 +156,9 @@ def _placed(
     The checkpoint of a run with `peft` holds what is trained alone.
     """
     values = {leaf.path: leaf.value for leaf in paths.flatten(trained)[0]}
-    selected = _selected(lm, folder, stored) if stored.get("peft") else None
-    like, rest = paths.split(lm.params, selected)
+    like, rest = lm.params, None
+    if stored.get("peft"):
+        like, rest = paths.split(lm.params, _selected(lm, folder, stored))
     shapes = {leaf.path: leaf.value.shape for leaf in paths.flatten(like)[0]}
     if {path: value.shape for path, value in values.items()} != shapes:
         raise UserError(
@@ -165,7 +166,7 @@ def _placed(
             f"names (got {stored['model']}). Put back the model that the run began with."
         )
     params = paths.map_with_path(lambda leaf: placed_like(values[leaf.path], leaf.value), like)
-    return paths.merge(params, rest)
+    return params if rest is None else paths.merge(params, rest)
 
 
 def _selected(lm: LanguageModel, folder: RunFolder, stored: Mapping[str, Any]) -> paths.Select:

@@ -19,6 +19,7 @@ from tests.train.test_pretraining import YAML
 
 pytestmark = pytest.mark.multidevice
 KERNEL = """\
+study: kernel
 model: MODEL
 task: {name: tiny, train: train.jsonl, test: test.jsonl, template: "{text} it was {label}",
        labels: [good, bad]}
@@ -39,8 +40,8 @@ def commands(folder: Path, which: str) -> list[list[str]]:
         return [
             ["finetune", run, f"--output={folder / 'mezo'}", "--optimizer.learning_rate=1e-3"],
             ["finetune", run, f"--output={folder / 'adam'}", *ADAM],
-            ["kernel", str(folder / "kernel.yaml")],
-            ["select", str(folder / "study.yaml")],
+            ["study", str(folder / "kernel.yaml")],
+            ["study", str(folder / "study.yaml")],
         ]
     return [
         ["finetune", run, f"--output={folder / 'local'}", *LOCAL],

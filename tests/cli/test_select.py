@@ -1,4 +1,4 @@
-"""The command `jaxlm select`: a study from a file, what it will cost, and its mistakes."""
+"""The command `jaxlm study` (less): a study from a file, what it will cost, and its mistakes."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from jaxlm.cli.main import main
 from tests.helpers.tiny import read_lines, sentences, write_jsonl
 
 STUDY = """\
+study: less
 model: MODEL
 sources:
   right: {task: {name: tiny, train: train.jsonl, template: "{text} it was {label}",
@@ -37,7 +38,7 @@ def study(tmp_path: Path, tiny_model: Path) -> Path:
 
 
 def test_a_study_makes_a_table_and_a_file_of_what_is_chosen(study, capsys) -> None:
-    assert main(["select", str(study)]) == 0
+    assert main(["study", str(study)]) == 0
     printed = capsys.readouterr()
     out = study.parent / "out"
     assert printed.out.strip() == (out / "table.md").read_text().strip()
@@ -49,13 +50,13 @@ def test_a_study_makes_a_table_and_a_file_of_what_is_chosen(study, capsys) -> No
     assert all(line["completion"] in (" good", " bad") for line in lines)
     table = json.loads((out / "table.json").read_text())
     assert [row["method"] for row in table["rows"]] == ["no training", "less"]
-    assert main(["select", str(study)]) == 0
+    assert main(["study", str(study)]) == 0
     assert "begins" not in capsys.readouterr().err
 
 
 def test_a_warm_up_of_one_step_is_refused(study, capsys) -> None:
     """The first step of a rising learning rate is 0."""
-    assert main(["select", str(study), "--recipe.batch_size=4"]) == 2
+    assert main(["study", str(study), "--recipe.batch_size=4"]) == 2
     assert capsys.readouterr().err.endswith(
         "error: recipe.warmup_share: all steps have the learning rate 0 (got 1 steps on 4 rows). "
         "Give more rows or epochs, a smaller recipe.batch_size, or 0.\n"
@@ -70,9 +71,9 @@ def hours(text: str) -> dict[str, float]:
 
 def test_a_dry_run_without_a_file_is_of_the_paper(capsys) -> None:
     flags = ["--sizes.examples=270000", "--device.peak_flops=1e15"]
-    assert main(["select", "--dry-run", *flags, "--device.utilisation=0.5"]) == 0
+    assert main(["study", "less", "--dry-run", *flags, "--device.utilisation=0.5"]) == 0
     fast = capsys.readouterr().out
-    assert main(["select", "--dry-run", *flags, "--device.utilisation=0.05"]) == 0
+    assert main(["study", "less", "--dry-run", *flags, "--device.utilisation=0.05"]) == 0
     slow = capsys.readouterr().out
     assert "270,000 rows of 300 tokens" in fast
     assert "LoRA of rank 128 with 134,217,728; A100 of 1000 TFLOP/s at 50 %" in fast
@@ -85,7 +86,7 @@ def test_a_dry_run_without_a_file_is_of_the_paper(capsys) -> None:
 
 
 def test_a_dry_run_of_a_study_reads_its_rows_and_does_nothing(study, capsys) -> None:
-    assert main(["select", str(study), "--dry-run", "--sizes.tokens=100"]) == 0
+    assert main(["study", str(study), "--dry-run", "--sizes.tokens=100"]) == 0
     assert "8 rows of 100 tokens and 4 target examples" in capsys.readouterr().out
     assert not (study.parent / "out").exists()
 
@@ -114,6 +115,6 @@ def test_a_dry_run_of_a_study_reads_its_rows_and_does_nothing(study, capsys) -> 
     ],
 )
 def test_mistakes_end_in_a_sentence_and_leave_nothing(study, flag, sentence, capsys) -> None:
-    assert main(["select", str(study), flag]) == 2
+    assert main(["study", str(study), flag]) == 2
     assert sentence in capsys.readouterr().err
     assert not (study.parent / "out").exists()

@@ -70,6 +70,7 @@ FILES: dict[str, dict] = {
         "output": "sweep",
     },
     "less.yaml": {
+        "study": "less",
         "model": "model",
         "sources": {"right": {"task": TASK | {"train": "train.jsonl"}, "rows": 8}},
         "target": {"task": TASK | {"validation": "test.jsonl", "test": "test.jsonl"}, "rows": 4},
@@ -86,6 +87,7 @@ FILES: dict[str, dict] = {
         "output": "less",
     },
     "kernel.yaml": {
+        "study": "kernel",
         "model": "model",
         "task": TASK | {"train": "train.jsonl", "test": "test.jsonl"},
         "ks": [4],
@@ -103,6 +105,7 @@ FILES: dict[str, dict] = {
     },
     "evaluate.yaml": {"model": "model", "task": TASK | DATA},
     "compare.yaml": {
+        "study": "curves",
         "run": {k: v for k, v in PRETRAIN.items() if k != "output"},
         "variants": {"plain": {}, "slow": {"optimizer.learning_rate": 1e-3}},
         "seeds": [0],
@@ -115,9 +118,9 @@ COMMANDS: dict[str, list[str]] = {
     "adam": ["finetune", "adam.yaml"],
     "pretrain": ["pretrain", "pretrain.yaml"],
     "sweep": ["sweep", "sweep.yaml"],
-    "less": ["select", "less.yaml"],
-    "kernel": ["kernel", "kernel.yaml"],
-    "compare": ["compare", "compare.yaml"],
+    "less": ["study", "less.yaml"],
+    "kernel": ["study", "kernel.yaml"],
+    "compare": ["study", "compare.yaml"],
     "evaluate": ["evaluate", "evaluate.yaml"],
     "evaluate run": ["evaluate", "run"],
     "generate": ["generate", "model", "--prompt=the film", "--max_new_tokens=2"],

@@ -1,4 +1,4 @@
-"""`jaxlm compare`: runs that differ in a few keys, their curves, and how far these lie apart."""
+"""The study `curves`: runs that differ in a few keys, and how far their curves lie apart."""
 
 import json
 
@@ -37,7 +37,13 @@ def study(tmp_path):
             "domains": domains,
             "held_out": held_out,
         }
-        data = {"run": run, "variants": variants, "seeds": [0, 1], "figure": False}
+        data = {
+            "study": "curves",
+            "run": run,
+            "variants": variants,
+            "seeds": [0, 1],
+            "figure": False,
+        }
         path = tmp_path / "study.yaml"
         path.write_text(
             yaml.safe_dump({**data, "output": str(tmp_path / "out"), **keys}, sort_keys=False)
@@ -57,7 +63,7 @@ def test_variants_are_trained_and_compared(study, tmp_path, capsys):
             "too fast": {"optimizer": {"name": "sgd", "learning_rate": 1e30}},
         }
     )
-    assert main(["compare", path]) == 0, capsys.readouterr().err
+    assert main(["study", path]) == 0, capsys.readouterr().err
     shown = capsys.readouterr().out
     assert (tmp_path / "out" / "table.md").read_text() in shown
     table = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
@@ -81,12 +87,12 @@ def test_variants_are_trained_and_compared(study, tmp_path, capsys):
     # What has ended is not trained again.
     for tokens in (tmp_path / "corpus").glob("*.jsonl"):
         tokens.unlink()
-    assert main(["compare", path]) == 0
+    assert main(["study", path]) == 0
     assert capsys.readouterr().out == shown
 
 
 def test_the_runs_are_listed(study, tmp_path, capsys):
-    assert main(["compare", study({"a": {}, "b": {"batch_size": 4}}), "--dry-run"]) == 0
+    assert main(["study", study({"a": {}, "b": {"batch_size": 4}}), "--dry-run"]) == 0
     out = tmp_path / "out"
     expected = [f"{out}/{name}/seed-{seed}" for name in "ab" for seed in (0, 1)]
     assert capsys.readouterr().out.splitlines() == expected
@@ -117,7 +123,7 @@ def test_the_runs_are_listed(study, tmp_path, capsys):
     ],
 )
 def test_mistakes_are_told_in_one_sentence(study, capsys, variants, keys, message):
-    assert main(["compare", study(variants, **keys)]) == 2
+    assert main(["study", study(variants, **keys)]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("variant a") <= 1

@@ -8,13 +8,10 @@ from dataclasses import dataclass
 import pytest
 
 from jaxlm.artifacts.folder import hold
-from jaxlm.cli import config as configs
-from jaxlm.cli import sweep
-from jaxlm.cli.compare import CompareConfig
 from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
-from jaxlm.studies.folder import STUDY, study_folder, write_tables
-from jaxlm.studies.sweep_table import aligned
+from jaxlm.studies.grid import STUDY, folder_name, study_folder
+from jaxlm.studies.tables import aligned, write_tables
 
 
 @dataclass(frozen=True)
@@ -24,9 +21,13 @@ class Config:
 
 FILES = {
     "sweep": "run: {task: {name: subj}, steps: 1}\noutput: OUT\n",
-    "kernel": "task: {name: subj}\noutput: OUT\n",
-    "select": "sources: {a: {task: {name: subj}}}\ntarget: {task: {name: subj}}\noutput: OUT\n",
-    "compare": (
+    "kernel": "study: kernel\ntask: {name: subj}\noutput: OUT\n",
+    "less": (
+        "study: less\nsources: {a: {task: {name: subj}}}\n"
+        "target: {task: {name: subj}}\noutput: OUT\n"
+    ),
+    "curves": (
+        "study: curves\n"
         "run: {model: {hidden_size: 16, num_layers: 1, num_heads: 2, intermediate_size: 16},\n"
         "  tokenizer: t, corpus: {path: c, domains: [{name: a, weight: 1}]},\n"
         "  optimizer: adamw, steps: 2, seq_len: 8,\n"
@@ -47,7 +48,7 @@ def study(tmp_path):
 
     def write(kind):
         path.write_text(FILES[kind].replace("OUT", str(tmp_path / "out")))
-        return [kind, str(path)]
+        return ["sweep" if kind == "sweep" else "study", str(path)]
 
     return write
 
@@ -134,7 +135,7 @@ def test_a_place_that_is_no_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "table.md", STUDY, ".lock"])
-@pytest.mark.parametrize("kind", ["sweep", "compare"])
+@pytest.mark.parametrize("kind", ["sweep", "curves"])
 def test_no_name_leaves_the_folder_or_takes_that_of_a_file(name, kind, study, tmp_path, capsys):
     command = study(kind)
     text = (tmp_path / "study.yaml").read_text()
@@ -150,7 +151,7 @@ def test_no_name_leaves_the_folder_or_takes_that_of_a_file(name, kind, study, tm
 
 @pytest.mark.parametrize("name", ["a/b", "/etc", "../a", "a\\b", "é" * 200, "a\nb", "a b"])
 def test_every_other_name_becomes_one_folder(name):
-    found = sweep.folder_name(name, "methods")
+    found = folder_name(name, "methods")
     assert len(found.encode()) < 120
     assert not set(found) & set("/\\\n ")
     assert found not in ("", ".", "..")
@@ -174,7 +175,7 @@ def test_seeds_are_seeds(kind, study, capsys):
 
 def test_the_size_of_an_evaluation_is_checked(study, capsys):
     for size in ("0", "-1", "1e12"):
-        assert main([*study("select"), f"--eval_batch_size={size}"]) == 2
+        assert main([*study("less"), f"--eval_batch_size={size}"]) == 2
         assert "command line: eval_batch_size: must be from 1 to" in capsys.readouterr().err
 
 
@@ -183,7 +184,7 @@ def test_a_name_ends_no_cell_of_a_table():
     assert [row.replace("\\|", "").count("|") for row in rows] == [3, 3, 3]
 
 
-def test_a_held_out_loss_needs_held_out_text(study):
-    command = study("compare")
-    with pytest.raises(UserError, match="y: there is no held-out text"):
-        configs.load(CompareConfig, command[1], {"y": "held_out_loss", "run.corpus": "c"})
+def test_a_held_out_loss_needs_held_out_text(study, capsys):
+    command = study("curves")
+    assert main([*command, "--y=held_out_loss"]) == 2
+    assert "y: there is no held-out text" in capsys.readouterr().err

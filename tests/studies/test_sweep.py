@@ -10,7 +10,7 @@ from jaxlm.cli import sweep as command
 from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.studies import sweep as sweeps
-from jaxlm.studies.sweep_table import markdown
+from jaxlm.studies.sweep import markdown
 from jaxlm.train.loop import Diverged
 from jaxlm.train.run_folder import RunFolder
 from tests.helpers.tiny import write_run

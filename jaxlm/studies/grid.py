@@ -1,0 +1,158 @@
+"""Many runs in one folder: their configuration, their places, and what became of each."""
+
+import contextlib
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm.artifacts import files
+from jaxlm.artifacts.config import put
+from jaxlm.artifacts.files import read_json, write_json
+from jaxlm.artifacts.folder import LOCK, LOG, claim, failure, mark_failed
+from jaxlm.core.checks import distinct, seeds, show
+from jaxlm.core.errors import UserError
+from jaxlm.studies.tables import TABLES
+from jaxlm.train.loop import Diverged
+from jaxlm.train.run_folder import RunFolder, to_dict
+
+STUDY = "study.json"
+"""Says which study has a folder, and what it was last asked for."""
+FILES = (STUDY, LOCK, LOG, *TABLES, "curves.png")
+"""What a study writes beside the folders of its runs."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig:
+    """What every file of many runs has.
+
+    Attributes:
+        run: keys of a run's configuration, without seed and output.
+        seeds: of the runs.
+        output: folder of the study.
+    """
+
+    run: dict[str, Any]
+    seeds: tuple[int, ...] = (0,)
+    output: str
+
+    def __post_init__(self):
+        seeds(self, "seeds")
+        distinct("seeds", self.seeds)
+        object.__setattr__(self, "output", str(files.file_path(self.output, "output")))
+        no_seed_or_output(self.run, "run")
+
+
+def no_seed_or_output(run: Mapping[str, Any], place: str) -> None:
+    """Refuse the keys that differ from run to run."""
+    for key in ("seed", "output"):
+        if key in run:
+            plural = "seeds" if key == "seed" else key
+            raise UserError(
+                f"{place}.{key}: differs from run to run (got {show(run[key])}). Give {plural} "
+                "beside run."
+            )
+
+
+def section_of(value: Any, place: str) -> dict[str, Any]:
+    """Return the keys of a method or a variant; nothing stands for no keys."""
+    if not isinstance(value or {}, Mapping):
+        raise UserError(f"{place}: must be a section (got {show(value)}). Give keys with values.")
+    return dict(value or {})
+
+
+def with_keys(run: Mapping[str, Any], keys: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return a run's keys with others in place; a dotted key changes one value within a section."""
+    data = copy.deepcopy(dict(run))
+    for key, value in keys.items():
+        put(data, key, copy.deepcopy(value), place)
+    return data
+
+
+def folder_name(text: str, key: str) -> str:
+    """Return a name for a folder; characters that a name cannot hold become a hash.
+
+    Args:
+        text: the name of a method, a variant or a point of a grid.
+        key: where it comes from, for the message.
+
+    Raises:
+        UserError: the name is that of a folder above, or of a file of the study.
+    """
+    if text in FILES:
+        raise UserError(f"{key}: is the name of a file of the study (got {text}). Give another.")
+    plain = re.sub(r"[^\w.=,+-]+", "_", text.replace(", ", ","))
+    if plain != text.replace(", ", ",") or len(plain.encode()) > 100:
+        short = plain.encode()[:80].decode(errors="ignore")
+        plain = f"{short}-{sha256(text.encode()).hexdigest()[:8]}"
+    return files.folder_name(plain, key)
+
+
+@contextlib.contextmanager
+def study_folder(name: str, config: Any) -> Iterator[Path]:
+    """Make the folder of a study, and keep other processes from writing there.
+
+    A study that ends with an error before it has written anything leaves no folder behind.
+
+    Args:
+        name: of the study, such as "sweep".
+        config: a dataclass with the folder's path as `output`.
+
+    Yields:
+        The folder.
+
+    Raises:
+        UserError: it holds other files or another study, cannot be written, or another process
+            writes there.
+    """
+    folder = Path(config.output)
+    with claim(folder, STUDY, "study"):
+        there = read_json(folder / STUDY, study=str)["study"] if (folder / STUDY).exists() else name
+        if there != name:
+            raise UserError(
+                f"output: the folder has the study {there}, not {name} (got {folder}). Choose "
+                "another output."
+            )
+        write_json(folder / STUDY, {"study": name, "config": to_dict(config)})
+        yield folder
+
+
+class Result(NamedTuple):
+    """What a study writes: its table as JSON values and as Markdown, and its figures."""
+
+    table: dict[str, Any]
+    text: str
+    figures: tuple[Path, ...] = ()
+
+
+class Outcome(NamedTuple):
+    """What became of a run: its summary, or the reason why there is none."""
+
+    summary: dict[str, Any] | None
+    failed: str | None = None
+
+
+def outcome(config: Any, work: Callable[[], dict[str, Any]]) -> Outcome:
+    """Do a run, or return what is on disk of one that ended; one that diverged is not repeated.
+
+    Args:
+        config: of the run, with its folder as `output`.
+        work: does the run in that folder, or resumes it, and returns its summary.
+
+    Raises:
+        UserError: what the run raises, except that it diverged.
+    """
+    folder = RunFolder(config.output)
+    folder.check(config)
+    if (reason := failure(folder.path)) is not None:
+        return Outcome(None, reason)
+    try:
+        return Outcome(work())
+    except Diverged as error:
+        mark_failed(folder.path, str(error))
+        return Outcome(None, str(error))

@@ -1,0 +1,37 @@
+"""Running a study from its configuration."""
+
+import importlib
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxlm.studies.grid import Result, Say, study_folder
+from jaxlm.studies.tables import write_tables
+
+
+def module_of(name: str) -> Any:
+    """Return the module of a study, or of the sweep."""
+    return importlib.import_module(f"jaxlm.studies.{name}")
+
+
+def study(
+    config: Any, *, where: str = ".", mesh: Mesh | None = None, say: Say = lambda line: None
+) -> Result:
+    """Run a study in its folder, or resume it, and write its tables and figures.
+
+    Args:
+        config: `Config` of a study's module.
+        where: the file that it comes from, for messages and relative paths of data.
+        mesh: of `jaxlm.sharding.make_mesh`; None for one device.
+        say: is told what is done.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: see `study_folder` and the study.
+    """
+    with study_folder(config.study, config) as folder:
+        result: Result = module_of(config.study).run(config, folder, where, mesh=mesh, say=say)
+        write_tables(folder, result.table, result.text)
+    return result

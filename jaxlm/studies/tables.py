@@ -1,0 +1,90 @@
+"""Tables of studies: means over seeds, Markdown that is also aligned for a terminal, files."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlm.artifacts.files import report_write_errors, write_json, write_shared
+
+TABLES = ("table.json", "table.md")
+
+
+def write_tables(folder: Path, table: Mapping[str, Any], text: str) -> str:
+    """Write a table as JSON and as Markdown, and return the latter."""
+    write_json(folder / TABLES[0], table)
+    with report_write_errors(folder / TABLES[1]):
+        write_shared(folder / TABLES[1], text)
+    return text
+
+
+def mean(values: Iterable[float | int | None]) -> float | None:
+    """Return the mean of the values that are known; None if none is.
+
+    >>> mean([0.25, None, 0.75])
+    0.5
+    """
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def spread(values: Sequence[float | None]) -> dict[str, Any]:
+    """Return mean and sample standard deviation of the known values, and all values.
+
+    >>> spread([0.5, None])
+    {'mean': 0.5, 'std': None, 'by_seed': [0.5, None]}
+    """
+    known = [value for value in values if value is not None]
+    std = statistics.stdev(known) if len(known) > 1 else None
+    return {"mean": mean(known), "std": std, "by_seed": list(values)}
+
+
+def shown(
+    spread: Mapping[str, Any] | None, *, scale: float = 1, digits: int = 3, missing: str = ""
+) -> str:
+    """Return mean and standard deviation as text.
+
+    >>> shown({"mean": 0.5, "std": 0.25})
+    '0.500 (0.250)'
+    """
+    if spread is None or spread["mean"] is None:
+        return missing
+    std = "" if spread["std"] is None else f" ({scale * spread['std']:.{digits}f})"
+    return f"{scale * spread['mean']:.{digits}f}{std}"
+
+
+def percent(spread: Mapping[str, Any] | None) -> str:
+    """Return mean and standard deviation in per cent.
+
+    >>> percent({"mean": 0.9, "std": 0.0125})
+    '90.0 (1.2)'
+    """
+    return shown(spread, scale=100, digits=1)
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table in columns of equal width.
+
+    >>> print(aligned(("a", "bc"), [("x", "1")]))
+    | a | bc |
+    |---|----|
+    | x | 1  |
+    """
+    rows = [[cell(text) for text in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (text.ljust(width) for text, width in zip(cells, widths, strict=True))
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def cell(text: str) -> str:
+    r"""Return a text that ends neither the cell nor the row that it stands in.
+
+    >>> cell("a|b")
+    'a\\|b'
+    """
+    return " ".join(text.replace("|", "\\|").splitlines())
