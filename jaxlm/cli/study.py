@@ -28,8 +28,8 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
     """Run the command `jaxlm study`."""
     path, flags = parse_args([word for word in args if word != DRY])
     if path is None and not flags and DRY not in args:
-        for name, line in STUDIES.items():
-            print(f"{name:<10}{line}")
+        for name, study in STUDIES.items():
+            print(f"{name:<10}{study.question}")
         return
     given, path = (path, None) if path in STUDIES else (None, path)
     if given is None and path is not None:

@@ -5,13 +5,15 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from jaxlm.studies import STUDIES
 from jaxlm.studies.grid import Result, Say, study_folder
 from jaxlm.studies.tables import write_tables
 
 
 def module_of(name: str) -> Any:
     """Return the module of a study, or of the sweep."""
-    return importlib.import_module(f"jaxlm.studies.{name}")
+    module = "jaxlm.studies.sweep" if name == "sweep" else STUDIES[name].module
+    return importlib.import_module(module) if isinstance(module, str) else module
 
 
 def study(

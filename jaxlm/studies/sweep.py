@@ -46,7 +46,7 @@ class Unit(NamedTuple):
     """How a metric is shown: `scale` times its value, with so many digits; `sign` -1 for a loss."""
 
     title: str
-    scale: float
+    scale: int
     digits: int
     sign: int
 

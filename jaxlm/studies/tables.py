@@ -40,7 +40,7 @@ def spread(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def shown(
-    spread: Mapping[str, Any] | None, *, scale: float = 1, digits: int = 3, missing: str = ""
+    spread: Mapping[str, Any] | None, *, scale: float | int = 1, digits: int = 3, missing: str = ""
 ) -> str:
     """Return mean and standard deviation as text.
 

@@ -69,7 +69,7 @@ def test_a_study_of_another_kind_is_left_alone(kind, study, tmp_path, capsys):
     there = {"study": "other"}
     (tmp_path / "out" / STUDY).write_text(json.dumps(there))
     assert main(study(kind)) == 2
-    assert f"has a study of the kind other, not {kind} (got" in capsys.readouterr().err
+    assert f"has the study other, not {kind} (got" in capsys.readouterr().err
     assert contents(tmp_path / "out") == {STUDY: json.dumps(there)}
 
 

@@ -6,7 +6,6 @@ import statistics
 import pytest
 
 from jaxlm.cli import config as configs
-from jaxlm.cli import sweep as command
 from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.studies import sweep as sweeps
@@ -52,6 +51,7 @@ class Trainer:
             raise Diverged(f"the loss of {place} is nan")
         validation, test = FOUND[place]
         summary = {
+            "metric": "accuracy",
             "zero_shot": {"accuracy": 0.5},
             "validation": {"accuracy": validation},
             "test": {"accuracy": test},
@@ -71,7 +71,7 @@ def path(tmp_path):
 
 
 def planned(path, **flags):
-    return command.plan(configs.load(command.SweepConfig, path, flags), str(path))
+    return sweeps.plan(configs.load(sweeps.SweepConfig, path, flags), str(path))
 
 
 def run_with(monkeypatch, path, trainer):
@@ -212,7 +212,7 @@ def test_the_command_trains_probes_and_writes_the_table(tmp_path, tiny_model, ca
         (["--seeds=[1, 1]"], "command line: seeds: has a value twice (got 1). Give each once."),
         (
             ["--run.seed=1"],
-            "command line: run.seed: differs from run to run. Give seeds beside run.",
+            "command line: run.seed: differs from run to run (got '1'). Give seeds beside run.",
         ),
         (
             ["--methods.MeZO.kind=prob"],
@@ -263,5 +263,5 @@ def test_a_grid_is_checked_before_anything_runs(path, grid, sentence):
 def test_a_sweep_needs_a_file(capsys):
     assert main(["sweep"]) == 2
     assert capsys.readouterr().err == (
-        "error: config: is missing. Give the file of a sweep: jaxlm sweep sweep.yaml.\n"
+        "error: config: is missing (got nothing). Give the file of a sweep: jaxlm sweep sweep.yaml.\n"
     )
