@@ -105,7 +105,7 @@ def _run(args: list[str]) -> int:
         )
     module = importlib.import_module(f"jaxlm.cli.{command}")
     if "--help" in rest or "-h" in rest:
-        print(_help(module))
+        print(_help(module, [word for word in rest if word not in ("-h", "--help")]))
         return 0
     if PRINT_CONFIG in rest:
         print(_resolved(module, [word for word in rest if word != PRINT_CONFIG]), end="")
@@ -134,12 +134,14 @@ def _run(args: list[str]) -> int:
     return 0
 
 
-def _help(module: Any) -> str:
+def _help(module: Any, args: list[str]) -> str:
     """Return what a command does, and every key of its configuration."""
     text = (module.__doc__ or "").strip()
+    if hasattr(module, "described"):
+        return f"{text}\n\n{module.described(args)}"
     if not hasattr(module, "config_class"):
         return text
-    from jaxlm.cli.keys import listing
+    from jaxlm.artifacts.keys import listing
 
     return f"{text}\n\n{listing(module.config_class())}"
 

@@ -24,22 +24,58 @@ from jaxlm.studies import STUDIES
 DRY = "--dry-run"
 
 
+def described(args: Sequence[str]) -> str:
+    """Return the keys of a study, or the list of all."""
+    from jaxlm.artifacts.keys import listing
+    from jaxlm.studies.study import module_of
+
+    name, _, _ = _named(args)
+    if name is None:
+        return _list()
+    return listing(module_of(name).Config)
+
+
+def read_config(args: Sequence[str]) -> Any:
+    """Return the configuration that the command would run."""
+    return _load(*_required(args))
+
+
 def run(args: Sequence[str], mesh: Any = None) -> None:
     """Run the command `jaxlm study`."""
-    path, flags = parse_args([word for word in args if word != DRY])
-    if path is None and not flags and DRY not in args:
-        for name, study in STUDIES.items():
-            print(f"{name:<10}{study.question}")
+    words = [word for word in args if word != DRY]
+    if not args:
+        print(_list())
         return
-    given, path = (path, None) if path in STUDIES else (None, path)
-    if given is None and path is not None:
-        given = read_yaml(path).get("study")
-    if given is None:
+    execute(*_required(words), dry=DRY in args, mesh=mesh)
+
+
+def _list() -> str:
+    return "\n".join(f"{name:<10}{study.question}" for name, study in STUDIES.items())
+
+
+def _named(args: Sequence[str]) -> tuple[str | None, str | None, dict[str, str]]:
+    """The name of a study (None: not given), its file, and the other flags."""
+    path, flags = parse_args(args)
+    if path in STUDIES:
+        return path, None, flags
+    return (None if path is None else read_yaml(path).get("study")), path, flags
+
+
+def _required(args: Sequence[str]) -> tuple[str, str | None, dict[str, str]]:
+    name, path, flags = _named(args)
+    if name is None:
         raise UserError(
             f"study: is missing (got nothing). Name one of {', '.join(STUDIES)} in the file."
         )
-    one_of("study", given, tuple(STUDIES))
-    execute(given, path, flags, dry=DRY in args, mesh=mesh)
+    one_of("study", name, tuple(STUDIES))
+    return name, path, flags
+
+
+def _load(name: str, path: str | None, flags: dict[str, str]) -> Any:
+    from jaxlm.studies.study import module_of
+
+    keys = None if path is None else [key for key in read_yaml(path) if key != "study"]
+    return load(module_of(name).Config, path, flags, only=keys)
 
 
 def execute(
@@ -49,13 +85,10 @@ def execute(
     from jaxlm.studies.study import module_of, study
 
     module, where = module_of(name), path or "command line"
-    keys = None if path is None else [key for key in read_yaml(path) if key != "study"]
     # Flags of a plan, such as --device.memory=80e9, are no keys of the study.
     plan = tuple(f"{section}." for section in getattr(module, "PLAN", ()) if dry)
-    extra = {key: flags.pop(key) for key in list(flags) if key.startswith(plan)} if plan else {}
-    config = None
-    if path is not None or flags or not plan:
-        config = load(module.Config, path, flags, only=keys)
+    extra = {key: flags.pop(key) for key in list(flags) if plan and key.startswith(plan)}
+    config = _load(name, path, flags) if path is not None or flags or not plan else None
     if dry:
         print(module.outline(config, where, extra))
         return

@@ -5,8 +5,8 @@ import importlib
 import pytest
 import yaml
 
+from jaxlm.artifacts.keys import keys_of
 from jaxlm.cli.config import load
-from jaxlm.cli.keys import keys_of
 from jaxlm.cli.main import ALONE, COMMANDS, main
 from jaxlm.train.finetuning import FinetuneConfig
 from tests.helpers.sentences import check_sentence

@@ -263,5 +263,6 @@ def test_a_grid_is_checked_before_anything_runs(path, grid, sentence):
 def test_a_sweep_needs_a_file(capsys):
     assert main(["sweep"]) == 2
     assert capsys.readouterr().err == (
-        "error: config: is missing (got nothing). Give the file of a sweep: jaxlm sweep sweep.yaml.\n"
+        "error: config: is missing (got nothing). Give the file of a sweep: jaxlm sweep "
+        "sweep.yaml.\n"
     )
