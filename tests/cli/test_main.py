@@ -8,6 +8,8 @@ import yaml
 from jaxlm.artifacts.keys import keys_of
 from jaxlm.cli.config import load
 from jaxlm.cli.main import ALONE, COMMANDS, main
+from jaxlm.studies import STUDIES
+from jaxlm.studies.study import module_of
 from jaxlm.train.finetuning import FinetuneConfig
 from tests.helpers.sentences import check_sentence
 from tests.helpers.tiny import write_run
@@ -19,12 +21,18 @@ def test_help_lists_the_commands(capsys):
     assert all(f"  {command}" in shown for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_help_of_a_command_gives_type_default_and_meaning_of_every_key(command, capsys):
-    assert main([command, "--help"]) == 0
+@pytest.mark.parametrize("words", [*COMMANDS, *(f"study {name}" for name in STUDIES)])
+def test_the_help_of_a_command_gives_type_default_and_meaning_of_every_key(words, capsys):
+    command, *study = words.split()
+    assert main([command, *study, "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    module = importlib.import_module(f"jaxlm.cli.{command}")
-    keys = list(keys_of(module.config_class())) if command not in ALONE else []
+    if study:
+        keys = list(keys_of(module_of(*study).Config))
+    elif command in (*ALONE, "study"):
+        keys = []
+    else:
+        module = importlib.import_module(f"jaxlm.cli.{command}")
+        keys = list(keys_of(module.config_class()))
     for key in keys:
         assert key.meaning, key.dotted
         assert f"{key.dotted}: {key.kind} = " in shown

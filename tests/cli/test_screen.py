@@ -78,6 +78,7 @@ def test_names_are_no_markup(tiny_model, tmp_path, capsys):
     summary = dict.fromkeys(("zero_shot", "validation", "test"), values)
     numbers = dict.fromkeys(("steps", "tested_step", "forwards", "backwards", "seconds"), 1)
     summary |= {**numbers, "peak_memory_bytes": 1, "task": ":smile:", "model": "[red]"}
+    summary |= {"metric": "accuracy", "checkpoint_bytes": 1}
     finetune.show(summary, "o[/b]")
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("o[/b]", "[red]", ":smile:"))

@@ -105,7 +105,11 @@ def test_the_runs_are_listed(study, tmp_path, capsys):
         ({}, {}, "variants: is empty (got nothing). Give at least one."),
         ({"a": 3}, {}, "variant a: must be a section (got '3'). Give keys with values."),
         ({"a": {"stepz": 3}}, {}, "variant a: stepz: is not a key"),
-        ({"a": {"seed": 3}}, {}, "variants.a.seed: differs from run to run. Give seeds beside run"),
+        (
+            {"a": {"seed": 3}},
+            {},
+            "variants.a.seed: differs from run to run (got '3'). Give seeds beside run",
+        ),
         ({"a": {"scale": {"rule": "sqrt", "k": 3}}}, {}, "be a multiple of scale.k = 3 (got 8)"),
         ({"a": {"scale": {"rule": "sqrt", "k": 16}}}, {}, "steps: must be a multiple of scale.k"),
         (
@@ -116,7 +120,7 @@ def test_the_runs_are_listed(study, tmp_path, capsys):
         (
             {"a": {"optimizer.b1": 0.5, "scale": {"rule": "sqrt", "k": 4}}},
             {},
-            "variant a: k=4 sends b1=0.5 to -1, and the square-root rule ends at 0; give k below 2",
+            "variant a: k: makes b1=0.5 fall to -1, where",
         ),
         ({"a": {}}, {"start": 1.0}, "start: must be at least 0 and below 1 (got 1.0)."),
         ({"a": {}}, {"seeds": [0, 0]}, "seeds: has a value twice (got 0). Give each once."),
