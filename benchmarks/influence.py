@@ -1,24 +1,24 @@
-"""How fast are gradient features next to the loop of the authors of LESS, on the same numbers?
+"""How fast are gradient features, beside the loop of the authors of LESS on the same numbers?
 
 usage: python -m benchmarks.influence [--quick] [--repeats 5] [--no-torch]
 
-A Llama of 4 layers of width 256 with random weights, float32; adapters of rank 8 at the queries,
-keys, values and outputs, 65,536 numbers; 64 examples of 128 tokens. Features are Adam's step on the
-gradient of each example, whole or projected to 8192 numbers. The peer is `torch_influence`:
-PyTorch and peft, one example at a time, projected by parts of a matrix of signs, all 64 rows at a
-time as ours are; and 16 at a time, as the authors' script does by default.
+The model is a Llama of 4 layers of width 256 with random weights in float32. Adapters of rank 8 at
+the queries, keys, values and outputs have 65,536 numbers; there are 64 examples of 128 tokens.
+Features are Adam's step on the gradient of each example, whole or projected to 8192 numbers. The
+peer is `torch_influence`: PyTorch and peft, one example at a time, projected with parts of a matrix
+of signs, all 64 rows at a time, as ours, or 16 at a time, the default of the authors' script.
 
-  examples_s   examples a second, median over repeats that take turns
-  times        examples a second over those of the peer for the same features, 64 rows at a time
-  times_16     the same where the peer projects 16 rows at a time
-  gradient_s   of the seconds for all examples, those of gradients and Adam's steps
-  project_s    and those of the projection
-  resident_MB  what a fresh process had resident at most, over what it had before
-  difference   of whole features: largest |ours - theirs| over the largest |theirs|; of projected
-               ones: largest difference of the cosines of two examples, against whole features
+  examples_s   examples a second, median over interleaved repeats
+  times        examples_s over that of the peer for the same features, 64 rows at a time
+  times_16     the same for a peer that projects 16 rows at a time
+  gradient_s   seconds for the gradients and Adam's steps of all examples
+  project_s    seconds for their projection
+  resident_MB  increase of the peak memory of a fresh process
+  difference   whole features: largest |ours - theirs| over the largest |theirs|; projected
+               features: largest difference between cosines of two examples and those of whole ones
 
-The row "batch gradient" is `jax.grad` of the sum of all losses: one gradient for all examples, what
-a step of training takes.
+The row "batch gradient" is `jax.grad` of the sum of all losses: one gradient for all examples, as a
+training step computes it.
 
 --quick has 8 examples of 16 tokens and 512 numbers. The last line is one JSON object.
 """
@@ -55,7 +55,7 @@ WHOLE, BATCH = "gradient, Adam", "batch gradient"
 
 
 def model() -> LanguageModel:
-    """The model, with adapters none of which is zero."""
+    """Return the model with adapters, none of which is zero."""
     lm = LanguageModel(SMALL, init_params(SMALL, jax.random.key(0)))
     lm = peft.lora(lm, jax.random.key(1), rank=8, targets=r"attention\.")
 
@@ -68,7 +68,7 @@ def model() -> LanguageModel:
 
 
 def loss_of(lm: LanguageModel) -> Any:
-    """Mean negative log-probability [N] of all tokens but the first."""
+    """Return a loss: the mean negative log-probability [N] of all tokens but the first."""
 
     def loss(params, ids, *, tap=None):
         x = lm.hidden(params, ids, tap=tap)
@@ -79,7 +79,7 @@ def loss_of(lm: LanguageModel) -> Any:
 
 
 def moments(lm: LanguageModel) -> Any:
-    """Adam's state after training: moments of the size of gradients."""
+    """Return a state of Adam whose moments have the size of gradients."""
     chosen = paths.split(lm.params, peft.LORA)[0]
 
     def like(seed, scale):
@@ -91,47 +91,47 @@ def moments(lm: LanguageModel) -> Any:
 
 
 def tokens(count: int, length: int) -> np.ndarray:
-    """Random token ids."""
+    """Draw token ids."""
     return np.random.default_rng(0).integers(3, SMALL.vocab_size, (count, length), np.int32)
 
 
 def features_of(lm: LanguageModel, state: Any, ids: Any, family: str | None, dim: int) -> Any:
-    """A function without arguments."""
+    """Return a function without arguments that computes features."""
     drawn = None if family is None else influence.projector(family, dim)
     options = {"adam_state": state, "select": peft.LORA, "projector": drawn}
     return functools.partial(influence.gradient_features, loss_of(lm), lm.params, ids, **options)
 
 
 def batch_gradient(lm: LanguageModel, ids: Any) -> Any:
-    """A function without arguments: the gradient of all examples together."""
+    """Return a function without arguments that computes the gradient of the sum of all losses."""
     chosen, frozen = paths.split(lm.params, peft.LORA)
     grad = jax.grad(lambda part: loss_of(lm)(paths.merge(part, frozen), ids).sum())
     return functools.partial(jax.jit(grad), chosen)
 
 
 def torch_loop(lm: LanguageModel, state: Any) -> Any:
-    """The peer, or None where it is missing."""
+    """Return the peer, or None if PyTorch is not installed."""
     try:
         from benchmarks.torch_influence import Loop
     except ImportError as missing:
-        print(f"no PyTorch rows, since {missing.name} is not installed (extra: parity)")
+        print(f"no rows for PyTorch: {missing.name} is not installed (extra: parity)")
         return None
     return Loop(lm, *(by_path(tree) for tree in (state.mu, state.nu)), int(state.count))
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """Leaves by their paths, in the order of the tree."""
+    """Return the leaves by their paths, in the order of the tree."""
     return {leaf.path: leaf.value for leaf in paths.flatten(tree)[0]}
 
 
 def cosines(rows: np.ndarray) -> np.ndarray:
-    """Of all pairs."""
+    """Return the cosines of all pairs of rows."""
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return unit @ unit.T
 
 
 def resident(name: str, count: int, length: int, dim: int) -> float:
-    """MB that features, compiled before, add to what this process has."""
+    """Return the MB that computing features, already compiled, adds to the peak of this process."""
     lm = model()
     state, ids = moments(lm), tokens(count, length)
     family = None if name.endswith(WHOLE) else name.split()[-1]
@@ -155,14 +155,14 @@ def resident(name: str, count: int, length: int, dim: int) -> float:
 
 
 def fresh_process(name: str, *sizes: int) -> float:
-    """`resident` in a process of its own."""
+    """Return `resident`, measured in a process of its own."""
     code = f"from benchmarks import influence as i; print(i.resident({name!r}, *{sizes}))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(run.stdout.splitlines()[-1])
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the table."""
+    """Return the rows of the table."""
     count, length, dim = (8, 16, 512) if options.quick else (64, 128, 8192)
     lm = model()
     state, ids = moments(lm), tokens(count, length)
@@ -235,7 +235,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few short examples, two repeats")
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,14 +1,13 @@
-"""Which attributions foresee what training on a part of the data makes of a target?
+"""Which attributions predict the losses of targets after training on parts of the data?
 
 usage: python -m benchmarks.lds [--quick] [--subsets 48] [--seeds 3]
 
-The shipped model with adapters of rank 8; 192 rows, half of them sentiment (mr) and half
-subjectivity (subj); targets are 32 more rows of mr. Models are trained on halves of the rows, each
-with several seeds of adapters and order; what is foreseen is the negative loss of every target,
-averaged over the seeds. Halves are of two kinds: random ones, in which how often each answer word
-occurs differs; and balanced ones, which have half of the rows of every answer word, so that no
-counting of answers tells them apart. Attributions come from models trained on all rows, with as
-many other seeds, each from the ends of all epochs:
+The shipped model has adapters of rank 8. There are 192 rows, half of them sentiment (mr) and half
+subjectivity (subj); 32 more rows of mr are the targets. Models are trained on halves of the rows,
+each with several seeds of adapters and order, and the negative loss of every target, averaged over
+seeds, is to be predicted. Random halves differ in how often each answer word occurs. Balanced
+halves have half of the rows of every answer word, so that counting answers cannot tell them apart.
+Attributions come from models trained on all rows with other seeds, at the end of every epoch:
 
   LESS             cosine of Adam's step on a training row with the gradient of a target, weighted
                    by learning rates
@@ -18,15 +17,15 @@ many other seeds, each from the ends of all epochs:
   representation   cosine of mean hidden states before training
   BM25             words in common
   answer words     1 where a training row has the target's answer, else 0: the trivial explanation
-  random           numbers that know nothing
+  random           random numbers
 
   score            linear datamodelling score on random halves: Spearman's correlation over the
                    halves, mean over targets
   partial          the same with the counts of all answer words regressed out of the ranks
   balanced         the score on balanced halves
-  ..._low, _high   their 95 % intervals, over other halves and other targets
-  noise            the same of one seed of the trained models against the others: as much as a
-                   perfect attribution could reach of one seed
+  ..._low, _high   95 % intervals over halves and targets
+  noise            row: scores between the outputs of one training seed and the mean of the others,
+                   which bound what a perfect attribution could reach for one seed
 
 --quick has 5 subsets of 32 rows. The last line is one JSON object.
 """
@@ -54,9 +53,9 @@ EPOCHS, BATCH = 4, 16
 LENGTH = 48
 RATE = 1e-3
 DIM = 128
-"""Numbers in a row of features, fewer than the training rows that TRAK has."""
+"""Length of a row of features; TRAK needs more training rows than that."""
 REPLICATES = 300
-"""Of the bootstrap of partial correlations."""
+"""Replicates of the bootstrap of partial correlations."""
 
 
 class Problem:
@@ -76,7 +75,7 @@ class Problem:
         self.answers, self.target_answers = answer_words(self.rows, self.targets)
 
     def adapted(self, seed: int) -> Any:
-        """The model with new adapters."""
+        """Return the model with new adapters."""
         return peft.lora(self.lm, jax.random.key(seed), rank=8, targets=r"attention\.")
 
     def _whole(self, rows: list[PoolRow]) -> Any:
@@ -84,7 +83,7 @@ class Problem:
         return jax.tree.map(jnp.asarray, padded.batch(range(len(rows))))
 
     def trained(self, mask: np.ndarray, seed: int) -> tuple[list[Any], list[Any], list[float]]:
-        """Parameters, Adam's states and mean learning rates at the end of every epoch."""
+        """Return parameters, Adam's states and mean learning rates at the end of every epoch."""
         places = np.flatnonzero(mask)
         steps = len(places) // BATCH
         rng = np.random.default_rng([seed, len(places)])
@@ -121,12 +120,12 @@ class Problem:
 
     @functools.partial(jax.jit, static_argnames="self")
     def outputs(self, params: Any) -> Any:
-        """The negative loss of every target [M]."""
+        """Return the negative loss of every target [M]."""
         return -self.losses(params, self.target)
 
 
 def answer_words(*sides: Sequence[PoolRow]) -> list[np.ndarray]:
-    """Number of the answer of every row; equal answers have one number on all sides."""
+    """Number the answers of rows; equal answers have the same number in all lists."""
     words = [
         [tuple(row.ids[place] for place in row.loss_positions) for row in rows] for rows in sides
     ]
@@ -135,15 +134,15 @@ def answer_words(*sides: Sequence[PoolRow]) -> list[np.ndarray]:
 
 
 def answer_counts(masks: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """How often each answer is in each part, [K, C]."""
+    """Count each answer in each subset, [K, C]."""
     return masks.astype(int) @ (answers[:, None] == np.unique(answers))
 
 
 def balanced_masks(answers: np.ndarray, subsets: int) -> np.ndarray:
-    """Halves of the rows with half of those of every answer, [K, N]."""
+    """Draw halves that have half of the rows of every answer, [K, N]."""
     masks = np.zeros((subsets, len(answers)), bool)
     groups = [np.flatnonzero(answers == answer) for answer in np.unique(answers)]
-    # Odd groups are rounded down and up by turns, so that all halves have as many rows.
+    # Odd groups are rounded down and up in turn, so that all halves have the same size.
     taken = np.diff(np.cumsum([0, *map(len, groups)]) // 2)
     for seed, (places, count) in enumerate(zip(groups, taken, strict=True)):
         share = count / len(places)
@@ -152,7 +151,7 @@ def balanced_masks(answers: np.ndarray, subsets: int) -> np.ndarray:
 
 
 def partial(sums: np.ndarray, outputs: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Spearman's correlation [M] of columns, `counts` [K, C] regressed out of the ranks."""
+    """Return Spearman's correlation [M] of columns, with `counts` regressed out of the ranks."""
     known = np.column_stack([np.ones(len(counts)), rankdata(counts, axis=0)])
 
     def rest(values):
@@ -160,41 +159,41 @@ def partial(sums: np.ndarray, outputs: np.ndarray, counts: np.ndarray) -> np.nda
         return ranks - known @ np.linalg.lstsq(known, ranks, rcond=None)[0]
 
     a, b = rest(sums), rest(outputs)
-    # What the counts explain altogether leaves rounding, which correlates with anything.
+    # Where the counts explain everything, only rounding is left, which correlates with anything.
     a[:, np.abs(a).max(0) < 1e-6 * len(a)] = 0
     size = np.sqrt((a * a).sum(0) * (b * b).sum(0))
     return np.divide((a * b).sum(0), size, out=np.zeros_like(size), where=size > 0)
 
 
 def interval(sums: np.ndarray, outputs: np.ndarray, counts: np.ndarray) -> tuple[float, ...]:
-    """Mean of `partial` over targets and its 95 % interval, as `influence.lds` draws it."""
+    """Return the mean of `partial` over targets and its 95 % interval, as `influence.lds` does."""
     rng = np.random.default_rng(0)
     subsets, targets = outputs.shape
-    found = []
+    scores = []
     for _ in range(REPLICATES):
         k, m = rng.integers(subsets, size=subsets), rng.integers(targets, size=targets)
-        found.append(partial(sums[k][:, m], outputs[k][:, m], counts[k]).mean())
-    low, high = np.quantile(found, [0.025, 0.975])
+        scores.append(partial(sums[k][:, m], outputs[k][:, m], counts[k]).mean())
+    low, high = np.quantile(scores, [0.025, 0.975])
     return float(partial(sums, outputs, counts).mean()), float(low), float(high)
 
 
 def schedule(steps: int) -> optax.Schedule:
-    """A learning rate that falls to zero."""
+    """Return a learning rate that falls to zero."""
     return optax.linear_schedule(RATE, 0.0, steps)
 
 
 def retrained(problem: Problem, masks: np.ndarray, seeds: int) -> np.ndarray:
-    """What the targets say of models trained on each subset, [seeds, K, M]."""
-    found = np.zeros((seeds, len(masks), len(problem.targets)))
+    """Return the outputs on the targets of models trained on each subset, [seeds, K, M]."""
+    outputs = np.zeros((seeds, len(masks), len(problem.targets)))
     for seed in range(seeds):
         for k, mask in enumerate(masks):
-            found[seed, k] = problem.outputs(problem.trained(mask, seed)[0][-1])
+            outputs[seed, k] = problem.outputs(problem.trained(mask, seed)[0][-1])
         print(f"seed {seed}: {len(masks)} models trained", flush=True)
-    return found
+    return outputs
 
 
 def attributions(problem: Problem, seeds: int) -> dict[str, np.ndarray]:
-    """[N, M] of every method."""
+    """Return the scores [N, M] of every method."""
     project = influence.projector("rademacher", DIM)
 
     def margins(params, batch, *, tap=None):
@@ -240,22 +239,22 @@ def attributions(problem: Problem, seeds: int) -> dict[str, np.ndarray]:
 
 
 def ridge(rows: np.ndarray) -> float:
-    """A thousandth of the mean eigenvalue of the second moment."""
+    """Return a thousandth of the mean eigenvalue of the second moment."""
     return float(1e-3 * np.square(rows).sum() / len(rows) / rows.shape[-1])
 
 
 def hidden(lm: Any, batch: Any) -> np.ndarray:
-    """Mean hidden states, later tokens counting more."""
+    """Return mean hidden states, in which later tokens count more."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     return np.asarray(influence.pool(jax.jit(lm.hidden)(lm.params, ids, mask), mask))
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the table."""
+    """Return the rows of the table."""
     problem = Problem(32 if options.quick else 192, 4 if options.quick else 32)
     halves = influence.subset_masks(len(problem.rows), options.subsets)
     even = balanced_masks(problem.answers, options.subsets)
-    found, balanced = (retrained(problem, masks, options.seeds) for masks in (halves, even))
+    outputs, balanced = (retrained(problem, masks, options.seeds) for masks in (halves, even))
     counts = answer_counts(halves, problem.answers)
     values = attributions(problem, options.seeds)
     table = []
@@ -263,31 +262,31 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"attribution": name}
         sums = halves.astype(float) @ tau
         columns: dict[str, Any] = {
-            "score": influence.lds(tau, halves, found.mean(0))[:3],
-            "partial": interval(sums, found.mean(0), counts),
+            "score": influence.lds(tau, halves, outputs.mean(0))[:3],
+            "partial": interval(sums, outputs.mean(0), counts),
             "balanced": (None, None, None),
         }
-        # Every balanced half has as many of an answer, so that their counts foresee nothing.
+        # Balanced halves have equal counts of answers, which therefore predict nothing.
         if name != "answer words":
             columns["balanced"] = influence.lds(tau, even, balanced.mean(0))[:3]
         for column, (value, low, high) in columns.items():
             row |= {column: value, f"{column}_low": low, f"{column}_high": high}
         table.append(row)
     if options.seeds > 1:
-        table.append(dict.fromkeys(table[0]) | {"attribution": "noise", "score": noise(found)})
-        table[-1]["partial"] = float(partial(found[0], found[1:].mean(0), counts).mean())
+        table.append(dict.fromkeys(table[0]) | {"attribution": "noise", "score": noise(outputs)})
+        table[-1]["partial"] = float(partial(outputs[0], outputs[1:].mean(0), counts).mean())
         table[-1]["balanced"] = noise(balanced)
     return table
 
 
-def noise(found: np.ndarray) -> float:
-    """Spearman's correlation of the first seed with the mean of the others, mean over targets."""
-    first, others = found[0], found[1:].mean(0)
+def noise(outputs: np.ndarray) -> float:
+    """Return Spearman's correlation of one seed with the mean of the others, mean over targets."""
+    first, others = outputs[0], outputs[1:].mean(0)
     return float(np.mean([spearmanr(a, b)[0] for a, b in zip(first.T, others.T, strict=True)]))
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="5 subsets of 32 rows")
     parser.add_argument("--subsets", type=int, default=48)

@@ -1,18 +1,18 @@
-"""How fast are random projections next to trak's BasicProjector, on the same rows?
+"""How fast are random projections, beside trak's BasicProjector on the same rows?
 
 usage: python -m benchmarks.projection [--quick] [--repeats 3] [--sizes 1000000 10000000]
                                        [--no-torch]
 
-16 rows of P normal numbers to 2048, float32. The peer draws a matrix of signs, a part of its
-columns at a time, and multiplies with it, as `benchmarks.torch_influence` does and trak's
-BasicProjector with parts of 100 columns; its seconds follow from two of the parts. Where the
-package `trak` is installed, its own class is a row as well, up to 2,000,000 numbers.
+16 rows of P normal numbers are projected to 2048 numbers in float32. The peer draws a matrix of
+signs, 100 columns at a time, and multiplies by it, as trak's BasicProjector does; its seconds are
+extrapolated from two such parts. If the package `trak` is installed, its own class has a row too,
+up to 2,000,000 numbers.
 
-  seconds      median over repeats that take turns
-  times        the peer's seconds over these
-  resident_MB  what a fresh process had resident at most, over what it had before
-  error        root mean square error of the inner products of rows of length 1, over what theory
-               says of Rademacher's, sqrt((1 + c^2) / 2048) with c the inner product
+  seconds      median over interleaved repeats
+  times        seconds of the peer over these
+  resident_MB  increase of the peak memory of a fresh process
+  error        root mean square error of the inner products of rows of length 1, over the error in
+               theory for Rademacher, sqrt((1 + c^2) / 2048) with c the inner product
 
 --quick has 20,000 numbers and two repeats. The last line is one JSON object.
 """
@@ -34,27 +34,27 @@ from jaxlm.influence import projector
 FAMILIES = ("rademacher", "countsketch", "srht", "kronecker", "gaussian")
 ROWS, DIM = 16, 2048
 COLUMNS = 100
-"""Of the peer's parts."""
+"""Columns in a part of the peer's matrix."""
 TIMED = 2
 PEER, TRAK = "BasicProjector, two parts", "trak.BasicProjector"
 
 
 def rows_of(numbers: int) -> np.ndarray:
-    """[16, P], with something in common, so that cosines are not zero."""
+    """Draw rows [16, P] with a common part, so that their cosines are not zero."""
     rng = np.random.default_rng(0)
     common_part = rng.standard_normal(numbers, np.float32)
     return rng.standard_normal((ROWS, numbers), np.float32) + common_part
 
 
 def ours(family: str, numbers: int) -> Callable[[], Any]:
-    """A function without arguments."""
+    """Return a function without arguments that projects the rows."""
     rows = {"w": jnp.asarray(rows_of(numbers)).reshape(ROWS, -1, 1000)}
     drawn = projector(family, DIM)
     return functools.partial(jax.jit(lambda rows: drawn.project(rows)), rows)
 
 
 def peer(numbers: int) -> Callable[[], Any]:
-    """Two parts of the columns."""
+    """Return a function that projects to two parts of the columns."""
     import torch
 
     from benchmarks.torch_influence import Projector
@@ -65,7 +65,7 @@ def peer(numbers: int) -> Callable[[], Any]:
 
 
 def trak(numbers: int) -> Callable[[], Any]:
-    """trak's own class on all columns."""
+    """Return a function that calls trak's own class."""
     import torch
     from trak.projectors import BasicProjector, ProjectionType
 
@@ -76,14 +76,14 @@ def trak(numbers: int) -> Callable[[], Any]:
 
 
 def call(name: str, numbers: int) -> Callable[[], Any]:
-    """What is timed."""
+    """Return the function that is timed."""
     if name in FAMILIES:
         return ours(name, numbers)
     return peer(numbers) if name == PEER else trak(numbers)
 
 
 def resident(name: str, numbers: int) -> float:
-    """MB that a call, compiled before, adds to what this process has."""
+    """Return the MB that a call, already compiled, adds to the peak of this process."""
     function = call(name, numbers)
     if name in FAMILIES:
         jax.block_until_ready(function())
@@ -93,14 +93,14 @@ def resident(name: str, numbers: int) -> float:
 
 
 def fresh_process(name: str, numbers: int) -> float:
-    """`resident` in a process of its own."""
+    """Return `resident`, measured in a process of its own."""
     code = f"from benchmarks import projection as p; print(p.resident({name!r}, {numbers}))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(run.stdout.splitlines()[-1])
 
 
 def error(projected: np.ndarray, whole: np.ndarray) -> float:
-    """Of inner products of rows of length 1, over that of Rademacher's in theory."""
+    """Return the error of inner products of unit rows, over that of Rademacher in theory."""
     size = np.linalg.norm(whole, axis=1, keepdims=True)
     some, exact = (np.asarray(rows, np.float64) / size for rows in (projected, whole))
     pairs = np.triu_indices(len(whole), 1)
@@ -109,20 +109,20 @@ def error(projected: np.ndarray, whole: np.ndarray) -> float:
 
 
 def peers(options: argparse.Namespace) -> list[str]:
-    """Names of the peers that are installed."""
-    found = []
+    """Return the names of the peers that are installed."""
+    names = []
     for name, module in ((PEER, "benchmarks.torch_influence"), (TRAK, "trak")):
         try:
             __import__(module)
         except ImportError as missing:
-            print(f"no row of {name}, since {missing.name} is not installed")
+            print(f"no row for {name}: {missing.name} is not installed")
         else:
-            found.append(name)
-    return [] if options.no_torch else found
+            names.append(name)
+    return [] if options.no_torch else names
 
 
 def measure(numbers: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the table for one P."""
+    """Return the rows of the table for one P."""
     names = [*FAMILIES, *peers(options)]
     if TRAK in names and numbers > 2_000_000:
         names.remove(TRAK)
@@ -149,7 +149,7 @@ def measure(numbers: int, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="20,000 numbers, two repeats")
     parser.add_argument("--repeats", type=int, default=3)
@@ -160,9 +160,9 @@ def main() -> None:
         options.sizes, options.repeats = [20_000], 2
     table = []
     for numbers in options.sizes:
-        found = measure(numbers, options)
-        common.print_table(found)
-        table += found
+        rows = measure(numbers, options)
+        common.print_table(rows)
+        table += rows
     common.print_report("projection", table)
 
 

@@ -1,10 +1,10 @@
 """Gradient features as the authors of LESS compute them, with PyTorch and peft.
 
-Example by example: a backward pass with a batch of one, the gradients of all adapters joined into
-one vector, Adam's step on it from moments of the same length. Some of these vectors at a time (the
-authors' default is 16) are projected as trak's BasicProjector does it: columns of a matrix of signs
-are drawn, some at a time, multiplied with, and dropped; the generator's state is kept for each
-part, so that every call has the same matrix.
+For each example, a backward pass with a batch of one yields the gradients of all adapters, joined
+into one vector; Adam's step on it uses moments of the same length. Several vectors at a time (16 in
+the authors' code) are projected as trak's BasicProjector does: some columns of a matrix of signs
+are drawn, multiplied and dropped. The state of the generator is kept for each part, so that every
+call has the same matrix.
 """
 
 import tempfile
@@ -24,12 +24,12 @@ AUTHORS_INTERVAL = 16
 
 
 class Projector:
-    """Signs [P, dim] in parts of some columns, drawn again at each call.
+    """A matrix of signs [P, dim] in parts, drawn again at each call.
 
     Args:
       numbers: P.
-      dim: columns.
-      columns: in a part.
+      dim: number of columns.
+      columns: number of columns in a part.
     """
 
     def __init__(self, numbers: int, dim: int, columns: int = 128):
@@ -42,13 +42,13 @@ class Projector:
             self.generator.manual_seed(len(self.states))
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """[N, dim], without a scale."""
-        found = torch.empty(len(rows), self.dim)
+        """Project rows to [N, dim], without a scale."""
+        projected = torch.empty(len(rows), self.dim)
         for i, state in enumerate(self.states):
             self.generator.set_state(state)
             self.part.bernoulli_(0.5, generator=self.generator).mul_(2).sub_(1)
-            found[:, i * self.columns : (i + 1) * self.columns] = rows @ self.part
-        return found
+            projected[:, i * self.columns : (i + 1) * self.columns] = rows @ self.part
+        return projected
 
 
 class Loop:
@@ -56,8 +56,8 @@ class Loop:
 
     Args:
       lm: a Llama with adapters.
-      first, second: Adam's moments, a dictionary of arrays by our paths.
-      count: steps they have seen.
+      first, second: Adam's moments, dictionaries of arrays by our paths.
+      count: number of steps they have seen.
     """
 
     def __init__(self, lm: LanguageModel, first: Any, second: Any, count: int):
@@ -71,7 +71,7 @@ class Loop:
             save_adapter(lm, adapter)
             loaded: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
             self.model: Any = PeftModel.from_pretrained(loaded, adapter, is_trainable=True)
-        self.model.train()  # without dropout, of which these adapters have none
+        self.model.train()  # these adapters have no dropout
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.places = [self._place(n) for n, p in self.model.named_parameters() if p.requires_grad]
         self.first, self.second = (self._joined(moments) for moments in (first, second))
@@ -79,7 +79,7 @@ class Loop:
 
     @staticmethod
     def _place(name: str) -> tuple[str, int]:
-        """Our path and layer of a parameter of peft."""
+        """Return our path and layer of a parameter of peft."""
         parts = name.split(".")
         layer = int(parts[parts.index("layers") + 1])
         projection = next(part for part in parts if part.endswith("_proj"))
@@ -91,18 +91,18 @@ class Loop:
         return torch.tensor(np.concatenate(parts))
 
     def ours(self, row: torch.Tensor, shapes: dict[str, tuple[int, ...]]) -> np.ndarray:
-        """A vector in the order of our tree."""
-        found = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
+        """Reorder a vector as our tree."""
+        leaves = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
         start = 0
         for path, layer in self.places:
-            one = found[path][layer]
+            one = leaves[path][layer]
             part = row[start : start + one.size].numpy()
-            found[path][layer] = part.reshape(one.T.shape).T
+            leaves[path][layer] = part.reshape(one.T.shape).T
             start += one.size
-        return np.concatenate([found[path].ravel() for path in shapes])
+        return np.concatenate([leaves[path].ravel() for path in shapes])
 
     def gradient(self, ids: torch.Tensor) -> torch.Tensor:
-        """[P] of one example [T]."""
+        """Return the gradient [P] of one example [T]."""
         loss = self.model(input_ids=ids[None], labels=ids[None]).loss
         loss.backward()
         row = torch.cat([p.grad.view(-1) for p in self.parameters])
@@ -110,24 +110,24 @@ class Loop:
         return row
 
     def step(self, gradient: torch.Tensor, b1=0.9, b2=0.999, eps=1e-8) -> torch.Tensor:
-        """Adam's step, with bias correction and eps outside of the root, as in the paper."""
+        """Return Adam's step, with bias correction and eps outside the root, as in the paper."""
         t = self.count + 1
         first = b1 * self.first + (1 - b1) * gradient
         second = b2 * self.second + (1 - b2) * gradient**2
         return first / (1 - b1**t) / (torch.sqrt(second / (1 - b2**t)) + eps)
 
     def directions(self, ids: torch.Tensor) -> torch.Tensor:
-        """[N, P]."""
+        """Return Adam's steps [N, P]."""
         return torch.stack([self.step(self.gradient(row)) for row in ids])
 
     def features(self, ids: torch.Tensor, projector: Projector, interval: int) -> torch.Tensor:
-        """[N, dim], projected `interval` rows at a time."""
+        """Return features [N, dim], projected `interval` rows at a time."""
         parts = [ids[i : i + interval] for i in range(0, len(ids), interval)]
         return torch.cat([projector(self.directions(part)) for part in parts])
 
 
 def without_none(tree: Any) -> Any:
-    """Nested dictionaries without the entries that are None."""
+    """Remove the entries of nested dictionaries that are None."""
     if not isinstance(tree, dict):
         return tree
     return {name: without_none(below) for name, below in tree.items() if below is not None}
