@@ -5,7 +5,7 @@ from jaxlm.data.encoding import Encoded
 from jaxlm.data.messages import Conversation, Message, MessagesConfig
 from jaxlm.data.prompts import Prompted, prompted, with_demonstrations, without_examples
 from jaxlm.data.readers import ParsedRow
-from jaxlm.data.rows import EncodedData, EncodedRows, PaddedRows, TokenRow
+from jaxlm.data.rows import EncodedRows, PaddedRows, TokenRow
 from jaxlm.data.splits import Texts
 from jaxlm.data.tasks import (
     Example,
@@ -21,7 +21,7 @@ from jaxlm.data.templates import Template
 from jaxlm.data.text import Document, TextConfig
 
 DataConfig = TaskConfig | MessagesConfig | TextConfig
-"""Configuration of a data form. `config.load(seed=0).encode(lm)` is its `EncodedData`."""
+"""Configuration of a data form. `config.load(seed=0).encode(lm)` has its batches."""
 
 DATA_FORMS: dict[str, type[DataConfig]] = {
     "task": TaskConfig,
@@ -36,7 +36,6 @@ __all__ = [
     "DataConfig",
     "Document",
     "Encoded",
-    "EncodedData",
     "EncodedRows",
     "EncodedTask",
     "Example",

@@ -320,11 +320,13 @@ def prepare(
     encoded = _encode(task, tokenizer, examples, kind, limit)
     largest = max(max(map(max, (*x.input_ids, *x.targets))) for x in encoded)
     check_vocabulary(largest, vocab_size)
+    # Cheapest form first: one row an example, then the prompt once, then a row for each option.
     token_ids = _label_words(encoded)
     if token_ids is not None:
         _check_words(task.config.labels, token_ids.tolist(), tokenizer)
         encoded = [_first_option(each) for each in encoded]
     elif kind == "decoder" and not task.template.after:
+        # With fields after the label, most of a row may be scored, and sharing saves little.
         encoded = share_prompts(encoded) or encoded
     ends = np.cumsum([len(task.train), len(task.validation)])
     pad_id = tokenizer.pad_token_id

@@ -137,7 +137,7 @@ def tokenize(path: Path, tokenizer: Any) -> Tokens:
     boundary = tokenizer.eos_token_id
     if boundary is None:
         raise UserError("tokenizer: has no eos_token, which sets documents apart. Add one.")
-    if len(tokenizer) > 2**16:
+    if len(tokenizer) > 2**16:  # tokens are kept as uint16
         raise UserError(f"tokenizer: has more than 65536 tokens (got {len(tokenizer)}). Train one.")
     normalizer = tokenizer.backend_tokenizer.normalizer
     ids: list[np.ndarray] = []
@@ -344,6 +344,7 @@ class Windows:
     def _row(self, domain: int, number: int) -> Int[np.ndarray, "T1"]:
         tokens = self.tokens[domain]
         count = max(len(tokens.ids) // self.seq_len, 1)
+        # Without replacement within an epoch, and another shift in each, so that windows differ.
         epoch, place = divmod(number, count)
         shift, order = _epoch(self.seed, domain, epoch, count, self.seq_len)
         nominal = (order[place] * self.seq_len + shift) % len(tokens.ids)

@@ -104,6 +104,7 @@ def encode_all(
     """
     if kind == "encoder" and tokenizer.mask_token_id is None:
         raise UserError("tokenizer: has no mask token. Give an encoder with one, or a decoder.")
+    # A decoder does not read its last target, so its string may have one token more.
     room = None if max_length is None else max_length + (kind == "decoder")
     size = max(1, _CHUNK // len(labels))
     for start in range(0, len(examples), size):
@@ -238,6 +239,7 @@ def _encoded(
 ) -> Encoded:
     ids = rows[0].ids
     kept = next((i for i, token in enumerate(ids) if token not in special), 0)
+    # The same cut for all options: they must be compared after the same prompt.
     excess = 0 if limit is None else max(0, max(len(row.ids) for row in rows) - limit)
     inputs: list[Tokens] = []
     positions: list[Tokens] = []

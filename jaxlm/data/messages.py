@@ -196,6 +196,8 @@ def chat(messages: Sequence[Message], tokenizer: Any) -> Transcript:
     for place, (role, _) in enumerate(messages):
         if role != "assistant":
             continue
+        # A template is a program: where it writes a turn can only be found by writing the texts
+        # that end before and after it.
         before = render_chat(tokenizer, turns[:place], add_generation_prompt=True)
         after = render_chat(tokenizer, turns[: place + 1]).rstrip()
         if not (whole.startswith(after) and after.startswith(before)):

@@ -88,6 +88,7 @@ def with_demonstrations(task: Task, k: int, *, seed: int | None = None) -> Task:
     each = np.random.RandomState(0).randint(0, 10000, count).tolist()
     seeds = each if seed is None else [seed] * count
 
+    # Rendered at most once: with 1,000 test examples the same demonstrations return many times.
     @functools.cache
     def solved(place: int) -> str:
         return prompted(task, task.train[place]).completed.strip()

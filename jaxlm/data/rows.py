@@ -8,7 +8,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -96,6 +96,7 @@ def stack_steps(
     Returns:
         Leaves [count, seeds, B, ...].
     """
+    # Drawn on the host as places, a few bytes a row, and collated once for all steps and seeds.
     drawn = [
         epoch_places(first * batch_size, count * batch_size, size, seed=seed) for seed in seeds
     ]
@@ -137,6 +138,7 @@ class TokenRow:
 
 def digest(rows: Sequence[TokenRow]) -> str:
     """Return SHA-256 of the ids of rows, their tokens, and which of those are in the loss."""
+    # The text of tuples, not of this class: digests on disk outlive the names of its fields.
     found = hashlib.sha256()
     for row in rows:
         found.update(repr((row.id, row.ids, row.loss_positions)).encode())
@@ -182,6 +184,8 @@ class PaddedRows:
         counts = np.array([len(row.loss_positions) for row in self.rows], int)
         bucket = np.searchsorted(buckets, self.lengths)
         most = [counts[bucket == i].max(initial=1) for i in range(len(buckets))]
+        # K never shrinks as T grows, so that a batch in the shape of its longest row has room for
+        # the tokens in the loss of all its rows.
         widths = [1 << max(0, int(k) - 1).bit_length() for k in np.maximum.accumulate(most)]
         return tuple(zip(map(int, buckets), widths, strict=True))
 
@@ -234,26 +238,23 @@ class PaddedRows:
         """
         mask = "weights" if self.form == "weights" else "target_mask"
         for index in eval_places(self.lengths, batch_size):
+            # Filling rows repeat a real one: a row of padding has nothing to attend to.
             batch = self.batch([int(index[0]) if place < 0 else int(place) for place in index])
             batch[mask][index < 0] = 0
             yield {**batch, "index": index}
 
-    def order(self) -> list[int]:
-        """Return all places, sorted by shape."""
-        places: list[int] = np.argsort(self._bucket, kind="stable").tolist()
-        return places
-
     def blocks(
         self, size: int, start: int = 0, part: tuple[int, int] = (0, 1)
     ) -> Iterator[list[int]]:
-        """Yield blocks of at most `size` places of one shape, in `order`.
+        """Yield blocks of at most `size` places of one shape; the places are sorted by shape.
 
         Args:
             size: most places in a block.
             start: number of places to skip.
-            part: (p, P) for every P-th place of `order`, from the p-th on: the share of process p.
+            part: (p, P) for every P-th place, from the p-th on: the share of process p.
         """
-        order = self.order()[part[0] :: part[1]]
+        # A stable sort: a store that resumes after `start` rows relies on their order.
+        order = np.argsort(self._bucket, kind="stable")[part[0] :: part[1]].tolist()
         while start < len(order):
             stop = start + 1
             while stop < min(len(order), start + size) and (
@@ -264,29 +265,12 @@ class PaddedRows:
             start = stop
 
 
-class EncodedData(Protocol):
-    """What encoded splits of every data form offer; the trainer needs no more."""
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Number of rows of each split."""
-
-    def streams(self, first: int, count: int, *, batch_size: int, seeds: Sequence[int]) -> Batch:
-        """Return training batches of `count` steps from `first` on, leaves [count, seeds, B, ...].
-
-        A pure function of its arguments.
-        """
-
-    def eval_batches(self, split: SplitName, *, batch_size: int) -> Iterator[Batch]:
-        """Yield batches of every row of a split once, with its place in `index`, -1 for filling."""
-
-    def digests(self) -> dict[str, str]:
-        """Return SHA-256 of the tokens of each split that exists, and of how they are scored."""
-
-
 @dataclass(frozen=True, eq=False)
 class EncodedRows:
     """The token rows of a data form's splits, and their batches.
+
+    `sizes`, `digests`, `streams` and `eval_batches` are those of `EncodedTask`, too: a trainer that
+    uses no more runs on every data form.
 
     Attributes:
         train, validation, test: rows with a token in the loss; a split that does not exist is
@@ -325,6 +309,7 @@ class EncodedRows:
         Raises:
             UserError: a split has rows, but none with a token in the loss.
         """
+        # The mean loss of a batch of such rows alone would be 0 / 0.
         kept = {name: [row for row in rows if row.loss_positions] for name, rows in splits.items()}
         for name, rows in splits.items():
             if rows and not kept[name]:

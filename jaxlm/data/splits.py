@@ -55,6 +55,7 @@ def draw_per_class(
                 f"task.k: asks for {asked} of every class, but task.train has {len(members)} of "
                 f"{name!r}. Lower it or give more examples."
             )
+        # Keyed by the class, so that the draw of one class does not depend on the others.
         generator = np.random.Generator(np.random.PCG64([seed, label]))
         chosen += generator.permutation(members)[skip : skip + k].tolist()
     return sorted(chosen)
@@ -90,6 +91,7 @@ def draw_split(
     >>> draw_split(8, 3, 2, seed=0)
     ([6, 2, 1], [7, 3])
     """
+    # The legacy generator, because it is the one of MeZO's code.
     places = np.random.RandomState(seed).permutation(count).tolist()
     taken = places[: None if num_train is None else num_train + num_validation]
     if num_validation >= len(taken):

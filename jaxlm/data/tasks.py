@@ -397,6 +397,7 @@ def _example(row: Record, template: Template, config: TaskConfig, read: Reader |
     if not right:
         raise _not_a_row(row, config)
     first = next(iter(template.before), "")
+    # MeZO's code strips its prompts, and a text that is cut on the left has no white space there.
     if config.truncation == "left" and isinstance(first, Field):
         texts[first.name] = texts[first.name].lstrip()
     gold = parsed.gold if len(parsed.gold) > 1 else ()

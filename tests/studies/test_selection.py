@@ -241,7 +241,7 @@ def test_training_is_adam_on_the_mean_of_the_rows(lm, warmup) -> None:
 
 def test_training_that_was_stopped_goes_on(lm, warmup, tmp_path, monkeypatch) -> None:
     _, rows, whole = warmup
-    save = selection_training._Adapters.save
+    save = selection_training.Checkpoints.save
 
     def stop(self, step, state, record):
         save(self, step, state, record)
@@ -249,10 +249,10 @@ def test_training_that_was_stopped_goes_on(lm, warmup, tmp_path, monkeypatch) ->
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(selection_training._Adapters, "save", stop)
+        patched.setattr(selection_training.Checkpoints, "save", stop)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, lm, rows, RECIPE, seed=5, keep=True)
-    assert not (tmp_path / "epoch-2").exists()
+    assert not (tmp_path / "checkpoints" / "4").exists()
     params = train(tmp_path, lm, rows, RECIPE, seed=5, keep=True)
     jax.tree.map(np.testing.assert_array_equal, params, whole)
     assert [each["step"] for each in read_lines(tmp_path / "metrics.jsonl")] == [
