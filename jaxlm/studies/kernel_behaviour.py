@@ -1,10 +1,10 @@
-"""Does fine-tuning behave like a kernel? Fine-tuned, solved by kernels, linearized, and a verdict.
+"""Does fine-tuning behave like a kernel method? Fine-tune, solve by kernels, linearize, and judge.
 
 The three criteria of Malladi et al. 2022 (arXiv:2210.05643): the kernel at the pretrained
 parameters solves the task about as well as fine-tuning; the function linearized there recovers most
-of what fine-tuning improved; and the kernel moves little. Where fine-tuning gains little a kernel
-that knows nothing meets them, so here each has a floor as well: a gain that is no chance, and
-something that is null to compare with.
+of what fine-tuning improved; and the kernel moves little. Where fine-tuning gains little, a kernel
+that knows nothing meets them, so here each also has a floor: a gain that is more than chance, and a
+null to compare with.
 """
 
 import time
@@ -30,12 +30,12 @@ from jaxlm.kernels.behaviour import (
 from jaxlm.studies.kernel_store import Kernels
 from jaxlm.studies.kernel_table import Nulls, Verdict, markdown, verdict
 from jaxlm.studies.kernel_task import KernelTask, kernel_task
-from jaxlm.studies.kernel_training import KINDS, Training, Tuned, fine_tune
+from jaxlm.studies.kernel_training import KERNELS, Training, Tuned, fine_tune
 from jaxlm.train.optimizers import Optimizer
 from jaxlm.train.state import Program
 
 NULLS = 5
-"""Solutions with labels dealt anew, whose mean is the null of a kernel."""
+"""Solutions with permuted labels, whose mean is the null of a kernel."""
 
 
 class KernelResult(NamedTuple):
@@ -46,16 +46,16 @@ class KernelResult(NamedTuple):
         test: accuracy on the test split.
         validation: accuracy by which the settings were chosen.
         settings: of the solver.
-        rank: number of eigenvalues, or singular values, that rounding leaves above zero.
+        rank: number of eigenvalues, or singular values, above rounding errors.
         size: how many there are.
         duplicates: pairs of training examples that the kernel does not tell apart.
         change: from the pretrained to the fine-tuned kernel, on the training and validation
             examples with the training examples.
-        null: mean test accuracy where the training labels are dealt anew: what the solver makes of
-            the function at the pretrained parameters.
+        null: mean test accuracy with permuted training labels, which is what the solver gets out of
+            f0 alone.
         control: change from the pretrained kernel to that of random features, the parameters of
-            each leaf in another order, at the same Frobenius norm.
-        seconds: to compute and solve, without the change.
+            each leaf in random order, at the same Frobenius norm.
+        seconds: to compute the kernel and to solve, without the change.
     """
 
     kind: str
@@ -78,21 +78,20 @@ class Report(NamedTuple):
         task: name of the task.
         prompt: whether the pretrained head answered a prompt.
         seed: of the examples drawn and of training.
-        k: training examples of a class; None where the task has all.
+        k: training examples per class; None for all.
         train_labels: classes of the training examples.
         optimizer: its name.
-        learning_rate: chosen on validation.
-        step: at which validation was best.
+        learning_rate: the one that validation chose.
+        step: after which validation was best.
         majority: test accuracy of the most frequent class of the test set.
-        zero_shot: test accuracy of the model as training finds it: without a prompt, with the
-            linear head that was fitted.
+        zero_shot: test accuracy before training; without a prompt, that of the fitted linear head.
         fine_tuned: test accuracy of the fine-tuned model.
-        linearized: test accuracy of the function that is linearized at the first parameters.
+        linearized: test accuracy of the function linearized at the pretrained parameters.
         recovered: share of the improvement that the linearization recovers.
-        gain_p: probability of a gain of fine-tuning over zero-shot as large by chance.
-        null_linearized: test accuracy of the linearized function where the parameters moved as far
-            in random directions.
-        kernels: one for each kind.
+        gain_p: probability of so large a gain over zero-shot by chance.
+        null_linearized: test accuracy of the linearized function after a move of the same length in
+            random directions.
+        kernels: one per kind.
         seconds: of everything.
     """
 
@@ -115,7 +114,7 @@ class Report(NamedTuple):
     seconds: float
 
     def verdict(self, kernel: KernelResult) -> Verdict:
-        """The criteria for one of the kernels."""
+        """Return the criteria for one of the kernels."""
         return verdict(
             self.zero_shot,
             self.fine_tuned,
@@ -143,29 +142,29 @@ def kernel_behaviour_report(
     base_dir: Path | None = None,
     mesh: Mesh | None = None,
 ) -> Report:
-    """Fine-tunes, computes the kernels at the pretrained parameters, solves, and compares.
+    """Fine-tune, compute the kernels at the pretrained parameters, solve, and compare.
 
     Args:
         model: a `LanguageModel`, a folder, a hub id, or None for the shipped model.
-        task: the task, with `k` examples of a class to train on and `validation="hold_out"` for as
+        task: the task, with `k` examples per class to train on, and `validation="hold_out"` for as
             many to choose by.
         optimizer: how to fine-tune; a `Training` has a grid of learning rates.
-        seed: of the examples drawn, the order of batches and the optimizer's randomness.
-        prompt: whether the pretrained head answers the task's prompt; without, a linear head is
-            fitted to the text alone.
+        seed: of the examples drawn, the order of batches and the optimizer.
+        prompt: whether the pretrained head answers the task's prompt; if not, a linear head is
+            fitted to the bare text.
         calibrate: see `kernel_task`.
-        kinds: kernels; those of the optimizer where not given, see `KINDS`.
-        solvers: kind to a solver of `jaxlm.kernels.solve`; ridge for symmetric kinds and the
-            asymmetric machine for "asymmetric_signgd" where not given.
-        folder: where kernels are stored and found again; None keeps none.
-        base_dir: where the relative paths of the task start, before the working directory.
-        mesh: of `jaxlm.sharding.make_mesh`; None for where the parameters lie, or one device.
+        kinds: of kernels; by default those of the optimizer, see `KERNELS`.
+        solvers: kind to a solver of `jaxlm.kernels.solve`; by default ridge for symmetric kinds and
+            the asymmetric SVM for "asymmetric_signgd".
+        folder: where kernels are stored and found again; None stores none.
+        base_dir: folder in which relative paths of the task are looked up first.
+        mesh: of `jaxlm.sharding.make_mesh`; by default parameters stay where they are.
 
     Returns:
         The report; `print(report)` shows it as a table.
 
     Raises:
-        UserError: no kernel is known of the optimizer, or as `kernel_task`, `fine_tune` and the
+        UserError: if no kernel of the optimizer is known, or as `kernel_task`, `fine_tune` and the
             solvers.
     """
     training = optimizer if isinstance(optimizer, Training) else Training(optimizer=optimizer)
@@ -187,21 +186,21 @@ def measure(
     solvers: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """`kernel_behaviour_report` of a model and a task that are loaded.
+    """Return the report of a model and a task that are loaded.
 
     Args:
         subject: model and task.
         training: how to fine-tune.
-        kernels: at the pretrained parameters; keeps what it computes for other optimizers.
+        kernels: at the pretrained parameters, shared with other optimizers.
         task: for its name and k.
         seed: of training.
         kinds, solvers: see `kernel_behaviour_report`.
-        say: is told what is done.
+        say: called with a line about each step.
     """
     begin = time.perf_counter()
     from jaxlm.evaluation import majority_accuracy
 
-    kinds = KINDS[training.optimizer.name] if kinds is None else kinds
+    kinds = KERNELS[training.optimizer.name] if kinds is None else kinds
     f = Program(subject.f)
     first = subject.values(f, "test", subject.lm.params)
     say(f"fine-tune with {training.optimizer.name}")
@@ -243,16 +242,16 @@ def measure(
 
 
 def default_solver(kind: str) -> Any:
-    """Ridge for a symmetric kernel, the asymmetric machine for the other."""
+    """Return ridge for a symmetric kind, the asymmetric SVM for the other."""
     return solve.AsymmetricSvm() if kind == "asymmetric_signgd" else solve.Ridge()
 
 
 def solve_with(
     subject: KernelTask, kernels: Kernels, kind: str, solver: Any, tuned: Tuned, seed: int = 0
 ) -> KernelResult:
-    """Solves the task with one kind of kernel, and measures how far fine-tuning moved it.
+    """Solve the task with one kind of kernel, and measure how far fine-tuning moved it.
 
-    `seed` is of the nulls beside them.
+    `seed` is that of the nulls.
     """
     begin = time.perf_counter()
     train, validation, test = (
@@ -292,13 +291,13 @@ def solve_with(
 
 
 def _as_large(kernel: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """A kernel at the Frobenius norm of another; random features have no scale of their own."""
+    """Return a kernel at the Frobenius norm of another: random features have an arbitrary scale."""
     size = float(np.linalg.norm(kernel))
     return kernel * (np.linalg.norm(like) / size) if size else kernel
 
 
 def record(report: Report) -> dict[str, Any]:
-    """A report as JSON values."""
+    """Return a report as JSON values."""
     kernels = [
         {
             **each._asdict(),

@@ -1,6 +1,6 @@
-"""Pictures of kernels: a heat map ordered by class, the spectrum, accuracy beside fine-tuning.
+"""Plots of kernels: a heat map ordered by class, the spectrum, accuracy beside fine-tuning.
 
-Each function draws on axes of matplotlib that are given, or on a figure of its own.
+Each function draws on the given matplotlib axes, or on a new figure.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,13 @@ from jaxlm.studies.kernel_table import NAMES, WITHIN, rows
 
 
 def heat_map(kernel: Any, labels: Any, *, names: Sequence[str] = (), axes: Any = None) -> Any:
-    r"""Cosines $K_{ij} / \sqrt{K_{ii} K_{jj}}$ of the examples' gradients, ordered by class.
+    r"""Plot the cosines $K_{ij} / \sqrt{K_{ii} K_{jj}}$ of gradients, ordered by class.
 
     Args:
         kernel: between the same examples, [N, C, N, C] or [N, N]; outputs are averaged.
         labels: classes, [N].
         names: of the classes.
-        axes: where to draw; a new figure if None.
+        axes: where to draw; by default a new figure.
 
     Returns:
         The axes.
@@ -49,11 +49,11 @@ def heat_map(kernel: Any, labels: Any, *, names: Sequence[str] = (), axes: Any =
 
 
 def spectrum(kernels: Mapping[str, Any], *, axes: Any = None) -> Any:
-    """Singular values of kernels, each relative to its largest.
+    """Plot the singular values of kernels, each relative to its largest.
 
     Args:
         kernels: name to a kernel of training examples, [N, C, N, C] or [N, N].
-        axes: where to draw; a new figure if None.
+        axes: where to draw; by default a new figure.
 
     Returns:
         The axes.
@@ -68,13 +68,13 @@ def spectrum(kernels: Mapping[str, Any], *, axes: Any = None) -> Any:
 
 
 def accuracies(records: Sequence[dict[str, Any]], *, axes: Any = None) -> Any:
-    """Test accuracy of kernels against that of fine-tuning, a point for each row of the table.
+    """Plot the test accuracy of kernels against that of fine-tuning, a point per row of the table.
 
-    On the line both are equal; above the dashed one a kernel solves the task.
+    On the solid line both are equal; above the dashed one a kernel solves the task.
 
     Args:
         records: as `jaxlm.studies.kernel_behaviour.record` returns them.
-        axes: where to draw; a new figure if None.
+        axes: where to draw; by default a new figure.
 
     Returns:
         The axes.
@@ -103,17 +103,17 @@ def accuracies(records: Sequence[dict[str, Any]], *, axes: Any = None) -> Any:
 
 
 def draw(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Draws the accuracies of a study, and each draw's stored kernels of training examples.
+    """Plot the accuracies of a study, and the stored training kernels of each draw.
 
     Args:
-        records: its reports.
-        folder: of the study; pictures go to its `plots`.
+        records: the reports.
+        folder: of the study; the plots go to its folder `plots`.
 
     Returns:
-        The files.
+        The files that were written.
 
     Raises:
-        UserError: matplotlib is not there.
+        UserError: if matplotlib is not installed.
     """
     made = [save_figure(accuracies(records), folder / "plots" / "accuracy.png")]
     kinds: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""Kernels of a task: computed once, stored where there is a folder, found there again."""
+"""Kernels of a task, computed once and stored in a folder if there is one."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from jaxlm.train.state import Program
 
 
 def draw_name(prompt: bool, k: int | None, seed: int) -> str:
-    """Name of a prompt and of the examples that a seed draws.
+    """Return the name of a prompt and of the examples that a seed draws.
 
     >>> draw_name(True, 16, 0)
     'prompt-k16-seed0'
@@ -26,12 +26,11 @@ def draw_name(prompt: bool, k: int | None, seed: int) -> str:
 
 
 class Kernels:
-    """Kernels at the first parameters of a task's model.
+    """Kernels at the pretrained parameters of a task's model.
 
     Attributes:
         task: model and examples.
-        folder: where they are stored, each with the manifest of what it is of; None keeps them in
-            memory alone.
+        folder: where they are stored, each with a manifest; None keeps them in memory.
         kinds: name to a `kind` of `jaxlm.kernels.ntk`, for kinds with settings of their own.
         select, options: of `jaxlm.kernels.ntk`.
     """
@@ -50,14 +49,14 @@ class Kernels:
         self._known: dict[tuple[str, ...], np.ndarray] = {}
 
     def of(self, kind: str, split: Split) -> np.ndarray:
-        """Of the examples of a split with the training examples, [M, C, N, C]."""
+        """Return the kernel of a split with the training examples, [M, C, N, C]."""
         params = self.task.lm.params
         return self._remember(
             (kind, split), lambda: self._compute(params, kind, split, self.folder)
         )
 
     def flipped(self, kind: str, split: Split) -> np.ndarray:
-        """Of the training examples with those of a split, [N, C, M, C]."""
+        """Return the kernel of the training examples with a split, [N, C, M, C]."""
 
         def compute() -> np.ndarray:
             train, params = self.task.whole("train"), self.task.lm.params
@@ -70,7 +69,7 @@ class Kernels:
         return self._remember((kind, split, "flipped"), compute)
 
     def f0(self, split: Split) -> np.ndarray:
-        """The function of a split, [M, C]."""
+        """Return the function at a split, [M, C]."""
 
         def compute() -> np.ndarray:
             return self.task.values(Program(self.task.f), split, self.task.lm.params)
@@ -78,7 +77,7 @@ class Kernels:
         return self._remember(("f0", split), compute)
 
     def at(self, params: Any, kind: str, split: Split) -> np.ndarray:
-        """The kernel at other parameters, computed and not kept; as `of`."""
+        """Return the kernel at other parameters, which is not kept; as `of`."""
         return self._compute(params, kind, split, None)
 
     def _compute(self, params: Any, kind: str, split: Split, folder: Path | None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Kernel behaviour over optimizers, few-shot sizes, prompts and seeds, in one folder."""
+"""A study of kernel behaviour over optimizers, few-shot sizes, prompts and seeds."""
 
 import dataclasses
 import itertools
@@ -34,16 +34,16 @@ class KernelConfig:
     """A study of kernel behaviour.
 
     Attributes:
-        model: folder or hub id; null means the model that comes with the package.
-        task: the task; `ks` says how many examples it has.
-        ks: examples of a class to train on, each a row of the table; as many more choose.
-        prompts: whether the task's prompt is put around the text, each a row.
-        calibrate: whether a prompted model starts from its calibrated scores, see `kernel_task`.
+        model: folder or hub id; null means the shipped model.
+        task: the task; `ks` sets its number of examples.
+        ks: training examples per class, each a row of the table; as many more are for validation.
+        prompts: whether the text stands in the task's prompt, each a row.
+        calibrate: whether a prompted model starts from calibrated scores, see `kernel_task`.
         seeds: of the examples drawn and of training; the table has their means.
         training: the optimizers, each with its kernels and rows.
-        solver: for symmetric kernels; the asymmetric one is solved by its own.
-        plots: whether to draw the kernels and their accuracy, which needs matplotlib.
-        output: folder of reports, kernels and tables.
+        solver: for symmetric kernels; asymmetric ones have their own.
+        plots: whether to plot the kernels and their accuracy; needs matplotlib.
+        output: folder for reports, kernels and tables.
     """
 
     model: str | None = None
@@ -66,7 +66,7 @@ class KernelConfig:
         for k in self.ks:
             if not 2 <= k <= MOST:
                 raise UserError(f"ks: must be 2 or more examples of a class (got {k}). Correct it.")
-        # Of one optimizer, learning rates stand in a list.
+        # Several learning rates of one optimizer belong into one `training`.
         distinct("training", [each.optimizer.name for each in self.training])
         object.__setattr__(self, "output", str(file_path(self.output, "output")))
 
@@ -75,7 +75,7 @@ class Case(NamedTuple):
     """One model, one draw of examples and one optimizer.
 
     Attributes:
-        task: with its k.
+        task: the task with its k.
         prompt: see `KernelConfig`.
         seed: see `KernelConfig`.
         training: the optimizer.
@@ -88,17 +88,17 @@ class Case(NamedTuple):
 
     @property
     def draw(self) -> str:
-        """Name of the examples and the prompt, which optimizers share."""
+        """Name of the draw of examples and the prompt, which optimizers share."""
         return draw_name(self.prompt, self.task.k, self.seed)
 
     @property
     def name(self) -> str:
-        """Name of the case's file."""
+        """Name of the file of the report."""
         return f"{self.draw}-{self.training.optimizer.name}.json"
 
 
 def cases(config: KernelConfig) -> Iterator[Case]:
-    """Every case of a study, those with the same examples one after another."""
+    """Yield every case of a study, those with the same examples one after another."""
     for k, prompt, seed, training in itertools.product(
         config.ks, config.prompts, config.seeds, config.training
     ):
@@ -113,19 +113,19 @@ def kernel_study(
     mesh: Mesh | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """Makes the report of every case that has none, and returns all.
+    """Write the report of every case that has none, and return all.
 
     Args:
         config: the study.
-        base_dir: where the relative paths of the task start, before the working directory.
+        base_dir: folder in which relative paths of the task are looked up first.
         mesh: of `jaxlm.sharding.make_mesh`; None for one device.
-        say: is told of each case before it starts.
+        say: called with a line before each case.
 
     Returns:
-        Reports as `jaxlm.studies.kernel_behaviour.record` has them.
+        Reports as `jaxlm.studies.kernel_behaviour.record` returns them.
 
     Raises:
-        UserError: the folder holds a report of other settings, or as `kernel_behaviour_report`.
+        UserError: if the folder holds a report of other settings, or as `kernel_behaviour_report`.
     """
     folder, todo = Path(config.output), list(cases(config))
     found = {case.name: _stored(folder, config, case) for case in todo}
@@ -138,7 +138,7 @@ def kernel_study(
         say(f"case {number}/{len(todo)}: {folder / 'reports' / case.name}")
         if case.draw != draw:
             draw = case.draw
-            # Every draw has shapes of its own, and programs of all of them would not fit.
+            # Every draw has shapes of its own: the programs of all would not fit into memory.
             jax.clear_caches()
             subject = kernel_task(
                 config.model,
@@ -168,7 +168,7 @@ def kernel_study(
 
 
 def _settings(config: KernelConfig, case: Case) -> dict[str, Any]:
-    """What a report depends on."""
+    """Return what a report depends on."""
     return {
         "model": config.model,
         "task": to_dict(case.task),
@@ -191,7 +191,7 @@ _FIELDS: dict[str, Any] = {
     **dict.fromkeys(("majority", "zero_shot", "fine_tuned", "linearized"), float),
     **dict.fromkeys(("gain_p", "null_linearized"), float),
 }
-"""What the table reads of a report."""
+"""The fields of a report that the table reads."""
 
 
 def _stored(folder: Path, config: KernelConfig, case: Case) -> dict[str, Any] | None:

@@ -8,23 +8,23 @@ from jaxlm.kernels.behaviour import linearization_score
 from jaxlm.studies.tables import aligned, percent, spread
 
 WITHIN = 0.10
-"""A kernel solves a task whose accuracy is at most this far below that of fine-tuning."""
+"""A kernel solves a task if its accuracy is at most this far below that of fine-tuning."""
 
 RECOVERED = 0.5
-"""Fine-tuning is linear where its linearization recovers more than this share of improvement."""
+"""Fine-tuning is linear if its linearization recovers more than this share of the improvement."""
 
 OVERSHOT = 1.5
-"""A linearization that improves by more than this share has gone another way than training."""
+"""Above this share of the improvement, a linearization has gone another way than training."""
 
 SIGNIFICANT = 0.05
-"""There is something to judge where a gain as large is less probable than this by chance."""
+"""There is something to judge if so large a gain is less probable than this by chance."""
 
 FLOOR = 0.5
-"""Kernel and linearization are better than their nulls by more than this share of the gain, and the
-kernel moved less than this share of the way to random features."""
+"""Kernel and linearization must beat their nulls by more than this share of the gain, and the
+kernel must move less than this share of the way to random features."""
 
 CHANGE = 2.0
-"""Features are fixed where the mean relative change of the kernel is below this."""
+"""Features are fixed if the mean relative change of the kernel is below this."""
 
 NAMES = {"sgd": "K-SGD", "signgd": "K-SignGD", "asymmetric_signgd": "K-A-SignGD"}
 
@@ -39,7 +39,7 @@ VERDICTS = (
 
 
 class Verdict(NamedTuple):
-    """The criteria for one kernel; None where fine-tuning's gain on zero-shot may be chance.
+    """The criteria for one kernel; None if the gain of fine-tuning over zero-shot may be chance.
 
     Attributes:
         solves: its accuracy is at most `WITHIN` below fine-tuning's, and above its null's.
@@ -55,7 +55,7 @@ class Verdict(NamedTuple):
 
     @property
     def kernel_behaviour(self) -> bool | None:
-        """All three; None where there is nothing to judge."""
+        """All three; None if there is nothing to judge."""
         if self.solves is None or self.linear is None:
             return None
         return self.solves and self.linear and self.fixed
@@ -85,11 +85,11 @@ def verdict(
     change: float,
     nulls: Nulls | None = None,
 ) -> Verdict:
-    """The three criteria from test accuracies and the kernel's mean relative change.
+    """Judge the three criteria by test accuracies and the kernel's mean relative change.
 
     Args:
         zero_shot, fine_tuned, linearized, kernel, change: of a report and a kernel.
-        nulls: what they are compared with; None for the paper's own definition, which has none.
+        nulls: what they are compared with; None for the paper's own definition.
 
     >>> verdict(0.5, 0.9, 0.75, 0.82, 0.3)
     Verdict(solves=True, linear=True, fixed=True)
@@ -112,7 +112,7 @@ def verdict(
 
 
 def rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each task, k, prompt and optimizer, over the seeds.
+    """Return one row per task, k, prompt and optimizer, over the seeds.
 
     Args:
         records: as `jaxlm.studies.kernel_behaviour.record` returns them.
@@ -126,7 +126,7 @@ def rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
-    """Two tables: accuracies as in the paper, and the criteria.
+    """Return two tables: accuracies as in the paper, and the criteria.
 
     Args:
         records: see `rows`.

@@ -1,8 +1,8 @@
-"""A task as kernels and their solvers take it: a function of parameters and arrays, and labels.
+"""A task as kernels and their solvers need it: a function of parameters and arrays, and labels.
 
-With a prompt the function is what the pretrained head says of the label words. Without one the text
-stands alone, and a linear head is fitted to what the model makes of it before anything else, since
-the kernel of a random head says nothing of the model (Malladi et al. 2022, arXiv:2210.05643).
+With a prompt the function is what the pretrained head says of the label words. Without one the
+model reads the bare text, and a linear head is fitted first, since the kernel of a random head says
+nothing of the model (Malladi et al. 2022, arXiv:2210.05643).
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from jaxlm.data import TaskConfig, Template, collate, load_task, prepare_for
 from jaxlm.evaluation import calibration_offsets
 from jaxlm.kernels.solve import classes
 from jaxlm.sharding import place_params, placed_like
-from jaxlm.studies.probe import fit_rows, linear_probe, with_rows
+from jaxlm.studies.probe import InputOf, fit_rows, linear_probe, with_rows
 from jaxlm.train.load import load_model, with_head
 from jaxlm.train.state import Program
 
@@ -35,8 +35,8 @@ class Group(NamedTuple):
     """Examples of a split that are padded to one length.
 
     Attributes:
-        places: of the examples in the split.
-        x: what the function takes, arrays with the examples on axis 0.
+        places: positions of the examples in the split.
+        x: the input of the function, arrays with the examples on axis 0.
     """
 
     places: Int[np.ndarray, " N"]
@@ -48,11 +48,11 @@ class KernelTask:
     """A model and a few-shot task.
 
     Attributes:
-        lm: the model; its parameters are where kernels are taken.
+        lm: the model, with the parameters at which kernels are computed.
         encoded: a `jaxlm.data.EncodedTask`.
         f: `f(params, x, *, tap=None) -> [N, C]`, see `label_logits` and `label_difference`.
-        prompt: whether the task's template is around the text.
-        offsets: taken from the label words' logits, [C]; None for none.
+        prompt: whether the text stands in the task's template.
+        offsets: subtracted from the label words' logits, [C]; None for none.
         description: the template and the label words, which say what f is.
     """
 
@@ -64,15 +64,15 @@ class KernelTask:
     description: str = ""
 
     def labels(self, split: Split) -> Int[np.ndarray, " N"]:
-        """Classes of a split."""
+        """Return the classes of a split."""
         return np.array([each.label for each in getattr(self.encoded, split)], np.int32)
 
     def whole(self, split: Split) -> dict[str, Any]:
-        """A split in one group, padded to its longest example."""
+        """Return a split in one group, padded to its longest example."""
         return self._inputs(np.arange(len(getattr(self.encoded, split))), split)
 
     def groups(self, split: Split) -> list[Group]:
-        """A split in groups of like length, so that little is computed for padding."""
+        """Return a split in groups of similar length, to waste little on padding."""
         examples = getattr(self.encoded, split)
         lengths = np.array([max(map(len, each.input_ids)) for each in examples])
         bucket = np.searchsorted(self.encoded.buckets, lengths)
@@ -92,7 +92,7 @@ class KernelTask:
         return {name: batch[name] for name in batch if name not in ("labels", "weights")}
 
     def values(self, function: Callable[..., Any], split: Split, *params: Any) -> np.ndarray:
-        """`function(*params, x)` of a split, a compiled function of C values an example."""
+        """Return `function(*params, x)` of a split, for a compiled function that returns [N, C]."""
         found: np.ndarray | None = None
         for places, x in self.groups(split):
             rows = np.asarray(function(*params, x))
@@ -103,19 +103,19 @@ class KernelTask:
         return found
 
     def accuracy(self, scores: Float[np.ndarray, "N C"], split: Split) -> float:
-        """Share of a split whose class is right."""
+        """Return the share of a split whose class is right."""
         return float(np.mean(classes(scores) == self.labels(split)))
 
 
 def label_logits(
     lm: Any, token_ids: Int[Any, " C"], offsets: Float[Any, " C"] | None = None
 ) -> Function:
-    """`f(params, x, *, tap=None)`: the label words' logits [N, C], or a classifier's.
+    """Return `f(params, x, *, tap=None)`: the label words' logits [N, C], or a classifier's.
 
     Args:
         lm: the model.
         token_ids: the label words' tokens.
-        offsets: taken from the logits; the kernel is that without them.
+        offsets: subtracted from the logits, which leaves the kernel as it is.
     """
     words = np.asarray(token_ids)
 
@@ -138,7 +138,7 @@ def label_logits(
 def label_difference(
     lm: Any, token_ids: Int[Any, " 2"], offsets: Float[Any, " 2"] | None = None
 ) -> Function:
-    """`f(params, x, *, tap=None)`: the second label word's logit less the first's, [N, 1].
+    """Return `f(params, x, *, tap=None)`: the second label word's logit minus the first's, [N, 1].
 
     Arguments are those of `label_logits`.
     """
@@ -161,24 +161,24 @@ def kernel_task(
     base_dir: Path | None = None,
     mesh: Mesh | None = None,
 ) -> KernelTask:
-    """Loads a model and a task; f is the difference of two label words, or the logits of more.
+    """Load a model and a task; f is the difference of two label words, or the logits of more.
 
-    Without a prompt a decoder's linear head is a row for each label word in an output embedding of
-    its own, read at the last token; an encoder's is a classifier on the pooled first token. An
-    encoder without a masked-token head has such a classifier with a prompt too.
+    Without a prompt, the linear head of a decoder is a row for each label word in an untied output
+    embedding, read at the last token; that of an encoder is a classifier on the pooled first token.
+    An encoder without a masked-token head gets such a classifier with a prompt too.
 
     Args:
         model: a `LanguageModel`, a folder, a hub id, or None for the shipped model.
-        task: the task, with few examples of a class: `k`, and `validation="hold_out"`.
+        task: a few-shot task: with `k`, and `validation="hold_out"`.
         seed: of the examples drawn.
-        prompt: whether the task's template is put around the text.
-        calibrate: whether scores are taken less `jaxlm.evaluation.calibration_offsets` of the
-            training and validation texts, whose labels are not used; not where a head is fitted.
-        base_dir: where the relative paths of the task start, before the working directory.
-        mesh: of the parameters; None for where they lie, or one device.
+        prompt: whether to put the text into the task's template.
+        calibrate: whether to subtract `jaxlm.evaluation.calibration_offsets` of the training and
+            validation texts, without their labels, from scores; ignored where a head is fitted.
+        base_dir: folder in which relative paths of the task are looked up first.
+        mesh: of the parameters; by default they stay where they are.
 
     Raises:
-        UserError: a split is missing, label words are several tokens each, or see `load_task`,
+        UserError: if a split is missing, label words are several tokens each, or see `load_task`,
             `load_model` and `prepare_for`.
     """
     lm = load_model(model, mesh=mesh) if model is None or isinstance(model, str | Path) else model
@@ -196,7 +196,7 @@ def kernel_task(
     if fitted and lm.config.kind == "encoder":
         lm = _classifier(lm, encoded.labels, seed)
         encoded = encoded if prompt else _without_label(encoded)
-        # Whatever order its classes had: they are fitted in that of the task.
+        # The classifier is fitted from scratch, with its classes in the order of the task.
         order = np.arange(len(encoded.labels), dtype=np.int32)
         encoded = dataclasses.replace(encoded, token_ids=order)
         lm = fit_classifier(lm, encoded)
@@ -219,7 +219,7 @@ def _offsets(lm: Any, encoded: Any) -> Float[np.ndarray, " C"]:
 
 
 def bare_template(template: str) -> str:
-    """The fields of a template alone, and the place of the label after them.
+    """Return the fields of a template alone, followed by the place of the label.
 
     >>> bare_template("{text} this is {label}"), bare_template("*cls**sent_0*_It_was*mask*.*sep+*")
     ('{text} {label}', '*cls**sent_0**mask**sep+*')
@@ -232,7 +232,7 @@ def bare_template(template: str) -> str:
 
 
 def fit_classifier(lm: Any, encoded: Any) -> Any:
-    """An encoder whose classifier is scikit-learn's cross-validated logistic regression.
+    """Return an encoder with scikit-learn's cross-validated logistic regression as its classifier.
 
     Args:
         lm: the model, with the head "classifier".
@@ -248,20 +248,8 @@ def fit_classifier(lm: Any, encoded: Any) -> Any:
     return lm.replace(params={**lm.params, "classifier": new})
 
 
-class _Keep:
-    """A tap that keeps what the classifier reads; that stands outside the scan over layers."""
-
-    layers = None
-
-    def __call__(self, path: str, op: str, x: Any, y: Any, layer: Any, *, rows: Any = None) -> Any:
-        del op, layer, rows
-        if path == "classifier.kernel":
-            self.x = x
-        return y
-
-
 def _classifier_input(lm: Any, params: Any, x: dict[str, Any]) -> Array:
-    tap = _Keep()
+    tap = InputOf(lambda path, op: path == "classifier.kernel")
     lm.apply(
         params,
         x["input_ids"],
@@ -281,7 +269,7 @@ def _classifier(lm: Any, labels: tuple[str, ...], seed: int) -> Any:
 
 
 def _without_label(encoded: Any) -> Any:
-    """The task without the mask token where the label word would stand."""
+    """Return the task without the mask token of the label word."""
 
     def cut(each: Any) -> Any:
         place = each.positions[0][0]

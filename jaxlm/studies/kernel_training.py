@@ -1,4 +1,4 @@
-"""Fine-tuning beside a kernel: every learning rate, the parameters that are best on validation."""
+"""Fine-tuning beside a kernel: a grid of learning rates, of which validation chooses one."""
 
 import dataclasses
 import functools
@@ -19,13 +19,13 @@ from jaxlm.train.optimizers import OPTIMIZERS, Optimizer
 from jaxlm.train.settings import MOST_ROWS, MOST_STEPS
 from jaxlm.train.state import Program, method
 
-KINDS = {
+KERNELS = {
     "sgd": ("sgd",),
     "mezo": ("sgd",),
     "adam": ("signgd", "asymmetric_signgd"),
     "adamw": ("signgd", "asymmetric_signgd"),
 }
-"""The kernels of an optimizer, by its name: Adam's first steps are steps along signs."""
+"""The kernels of an optimizer, by its name. Adam's first steps go along signs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,10 @@ class Training:
 
     Attributes:
         optimizer: see `jaxlm.train.optimizers`.
-        learning_rates: tried in place of the optimizer's own; none for that alone.
-        steps: updates.
-        batch_size: examples in a step.
-        eval_every: steps between looks at validation, of which the best is kept.
+        learning_rates: tried in place of the optimizer's own; empty for that alone.
+        steps: number of updates.
+        batch_size: examples per step.
+        eval_every: steps between evaluations on validation, of which the best is kept.
     """
 
     optimizer: Optimizer = field(metadata={"registry": OPTIMIZERS})
@@ -52,10 +52,10 @@ class Training:
         for rate in self.learning_rates:
             if not 0 <= rate < math.inf:
                 raise UserError(f"learning_rates: must be 0 or more (got {rate:g}). Correct it.")
-        if self.optimizer.name not in KINDS:
+        if self.optimizer.name not in KERNELS:
             raise UserError(
                 f"optimizer.name: no kernel is known of it (got {self.optimizer.name}). Choose one "
-                f"of {', '.join(KINDS)}."
+                f"of {', '.join(KERNELS)}."
             )
 
 
@@ -63,10 +63,10 @@ class Tuned(NamedTuple):
     """Fine-tuned parameters.
 
     Attributes:
-        params: those that are best on validation.
-        learning_rate: that led to them.
-        step: at which they were.
-        validation: their accuracy there.
+        params: the best ones on validation.
+        learning_rate: the one that led to them.
+        step: after which they were reached.
+        validation: their accuracy on it.
     """
 
     params: Any
@@ -76,7 +76,7 @@ class Tuned(NamedTuple):
 
 
 class _Best:
-    """Looks at validation, and keeps a copy of the best parameters."""
+    """Evaluates on validation, and keeps a copy of the best parameters."""
 
     def __init__(self, task: KernelTask, eval_every: int, scorer: Any):
         self.task, self.scorer = task, scorer
@@ -88,7 +88,7 @@ class _Best:
         scores = self.task.values(self.scorer, "validation", params)
         accuracy = self.task.accuracy(scores, "validation")
         rank = (accuracy, -Logistic().loss(scores, self.task.labels("validation")))
-        # The first look is before training.
+        # The first evaluation is before training.
         if self.looks and (self.rank is None or rank > self.rank):
             step = self.looks * self.eval_every
             self.rank, self.found = rank, (jax.tree.map(jnp.copy, params), step, accuracy)
@@ -97,15 +97,15 @@ class _Best:
 
 
 def fine_tune(task: KernelTask, training: Training, *, seed: int) -> Tuned:
-    """Fine-tunes with every learning rate; of equal accuracies the lower validation loss is taken.
+    """Fine-tune with every learning rate; among equal accuracies the lower validation loss counts.
 
     Args:
-        task: the model and its few examples; the model's parameters stay as they are.
+        task: the model and its examples; the model's own parameters are not changed.
         training: the optimizer and its grid.
-        seed: of the order of the batches, and of the optimizer's randomness.
+        seed: of the order of batches, and of the optimizer.
 
     Raises:
-        UserError: every learning rate diverged.
+        UserError: if every learning rate diverged.
     """
     loss_fn = classification_objective(task.lm.apply, task.encoded.token_ids, offsets=task.offsets)
     batches = functools.partial(task.encoded.batches, batch_size=training.batch_size, seed=seed)

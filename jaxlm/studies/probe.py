@@ -7,6 +7,7 @@ a probe is also a model.
 import dataclasses
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -36,14 +37,21 @@ class LinearProbe(NamedTuple):
     peak_bytes: int
 
 
-class _HeadInput:
-    """A tap that keeps what the head reads; the head stands outside the scan over layers."""
+class InputOf:
+    """A tap that keeps the input of one parameter, which is used outside the scan over layers.
+
+    Attributes:
+        x: the input.
+    """
 
     layers = None
 
+    def __init__(self, wanted: Callable[[str, str], bool]):
+        self.wanted = wanted
+
     def __call__(self, path: str, op: str, x: Any, y: Any, layer: Any, *, rows: Any = None) -> Any:
-        del path, layer, rows
-        if op == "head":
+        del layer, rows
+        if self.wanted(path, op):
             self.x = x
         return y
 
@@ -57,7 +65,7 @@ def head_input(apply: Any, token_ids: Any, params: Params, batch: Batch) -> Any:
         params: the model's parameters.
         batch: as collated by `jaxlm.data` in the form "label_words".
     """
-    tap = _HeadInput()
+    tap = InputOf(lambda path, op: op == "head")
     apply(
         params,
         jnp.asarray(batch["input_ids"]),

@@ -98,12 +98,14 @@ class Ridge:
             f0=train.f0,
             f0_scales=self.f0_scales if train.f0 is not None else None,
         )
-        predict = _Last(lambda examples: path.predict(examples.kernel, examples.f0))
         for r, value in enumerate(path.ridges):
             for s, scale in enumerate(path.f0_scales):
+                one = path._replace(
+                    coefficients=path.coefficients[r : r + 1, s : s + 1], f0_scales=(scale,)
+                )
                 yield GridPoint(
                     {"ridge": value, "f0_scale": scale},
-                    lambda examples, r=r, s=s: predict(examples)[r, s],  # type: ignore[misc]
+                    lambda examples, one=one: one.predict(examples.kernel, examples.f0)[0, 0],  # type: ignore[misc]
                     path.leave_one_out[r, s],
                 )
 
@@ -265,19 +267,6 @@ def spectrum(kernel: Any) -> tuple[int, int, tuple[tuple[int, int], ...]]:
     values = np.linalg.svd(systems.training_matrix(kernel), compute_uv=False)
     rank = int(np.sum(values > ridge.resolution(kernel) * values[0]))
     return rank, len(values), ridge.duplicates(kernel)
-
-
-class _Last:
-    """A function that remembers its last value: all points of a path ask for the same."""
-
-    def __init__(self, function: Callable[[Examples], Any]):
-        self.function = function
-        self.examples: Examples | None = None
-
-    def __call__(self, examples: Examples) -> Any:
-        if self.examples is not examples:
-            self.examples, self.value = examples, self.function(examples)
-        return self.value
 
 
 def _accuracy(scores: Any, labels: Any) -> float:
