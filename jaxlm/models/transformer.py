@@ -256,7 +256,7 @@ def _layers(params, x, ctx: Context, position_ids, mask: Mask, cached, count=Non
 
     layers = jnp.arange(config.num_layers, dtype=jnp.int32)
     rest = (layers, windows, tap.layers if tap is not None else None)
-    if count is not None:
+    if count is not None:  # a scan is as long as its arrays, so slice them (XLA copies the slice)
         rest = jax.tree.map(lambda leaf: leaf[:count], rest)
         stack = stack[:count] if unstacked else jax.tree.map(lambda leaf: leaf[:count], stack)
     body = _remat(config, body)
