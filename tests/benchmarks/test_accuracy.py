@@ -22,3 +22,10 @@ def test_quick_runs_are_short(task):
 
 def test_quick_methods_are_among_all():
     assert set(mezo_accuracy.QUICK.split(",")) < set(METHODS)
+
+
+def test_the_last_quarter_of_a_curve():
+    looks = [(step, float(step)) for step in range(8)]
+    assert mezo_accuracy.last_quarter(looks) == 2.0  # 6.5 - 4.5
+    assert mezo_accuracy.last_quarter([(step, 70.0) for step in range(9)]) == 0.0
+    assert mezo_accuracy.last_quarter(looks[:7]) is None
