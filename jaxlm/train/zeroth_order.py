@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from jaxlm import zo
+from jaxlm.core.checks import one_of
 from jaxlm.core.errors import UserError
 from jaxlm.train.settings import SECTION, Optimizer, check
 
@@ -55,6 +56,7 @@ class ZerothOrder(Optimizer):
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         options |= {"learning_rate": rate}
         if "sampler" in options:
+            one_of("sampler", options["sampler"], typing.get_args(SAMPLERS))
             options["sampler"] = getattr(zo, options["sampler"])()
         return type(self).method(**{key: options[key] for key in keys & options.keys()})
 

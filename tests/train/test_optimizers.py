@@ -89,6 +89,11 @@ def test_weight_decay_spares_biases_and_norms():
     assert not mask["final_norm"]["scale"]
 
 
+def test_a_sampler_is_refused_by_name():
+    with pytest.raises(UserError, match=r"^optimizer\.sampler: not known"):
+        OPTIMIZERS["mezo"](sampler="normal")
+
+
 @pytest.mark.parametrize(
     ("name", "field", "value"),
     [

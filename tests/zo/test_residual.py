@@ -88,6 +88,7 @@ def test_a_list_of_layers_trains_as_a_stack_does(lean):
     np.testing.assert_allclose(kernels, stacked["layers"]["kernel"], atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_model_of_jaxlm_with_a_list_of_layers_trains_as_with_a_stack():
     lm, batch = small_decoder(), token_batch(4, 6, 50)
     loss_fn = label_word_loss(lm, [5, 9])

@@ -226,9 +226,8 @@ def ill_conditioned(n: int, rank: int) -> dict[str, np.ndarray]:
 def test_a_basis_is_orthonormal_at_every_rank_whatever_is_drawn(n):
     for rank in range(1, n + 1) if n <= 8 else sorted({1, 2, n // 2, n - 1, n}):
         drawn = jnp.asarray(np.stack([*ill_conditioned(n, rank).values()]), jnp.float32)
-        for basis in (jax.jit(jax.vmap(orthonormal))(drawn), [orthonormal(x) for x in drawn]):
-            for p in np.asarray(basis, np.float64):
-                np.testing.assert_allclose(p.T @ p, np.eye(rank), atol=1e-5)
+        for p in np.asarray(jax.jit(jax.vmap(orthonormal))(drawn), np.float64):
+            np.testing.assert_allclose(p.T @ p, np.eye(rank), atol=1e-5)
 
 
 @pytest.mark.parametrize(("rank", "size"), [(32, 32), (64, 64), (64, 3)])
