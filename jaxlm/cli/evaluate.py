@@ -65,7 +65,7 @@ class EvaluateConfig:
             raise UserError(
                 f"split: must be test with icl (got {self.split}). Leave one of them out."
             )
-        if self.calibrate == "sfc" and self.task.answered:
+        if self.calibrate == "sfc" and self.task.is_generative:
             raise UserError(f"calibrate: {self.task.name} has no options (got sfc). Leave it out.")
 
 
@@ -134,7 +134,7 @@ def evaluate(
         "examples": len(getattr(task, config.split)),
     }
     size, split = config.eval_batch_size, config.split
-    if task.config.answered:
+    if task.config.is_generative:
         return result | GenerationMetric(lm, task, batch_size=size)(split, lm.params)
     encoded = prepare_for(lm, task)
     sfc = config.calibrate == "sfc"

@@ -275,8 +275,8 @@ def _unread(config: FinetuneConfig, model: ModelConfig) -> Encoded:
         row = TokenRow("", (0,) * length, tuple(range(1, length)))
         splits = {"train": [row], "validation": [], "test": [row]}
         return EncodedRows.pad(splits, pad_id=0, key=config.form)
-    targets = config.task.answer_length if config.task.answered else 1
-    length -= targets if config.task.answered else 0
+    targets = config.task.answer_length if config.task.is_generative else 1
+    length -= targets if config.task.is_generative else 0
     labels = config.task.labels or ("first", "second")
     example = EncodedExample(0, ((0,) * length,), ((length - 1,) * targets,), ())
     return EncodedTask(

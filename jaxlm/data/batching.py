@@ -315,7 +315,7 @@ def prepare(
     limits = [limit for limit in (max_length, task.config.max_length) if limit is not None]
     examples = [*task.train, *task.validation, *task.test]
     limit = min(limits, default=None)
-    if limit is not None and task.config.answered:
+    if limit is not None and task.config.is_generative:
         limit = _room(limit, task.config)
     encoded = _encode(task, tokenizer, examples, kind, limit)
     largest = max(max(map(max, (*x.input_ids, *x.targets))) for x in encoded)
@@ -371,13 +371,15 @@ def _encode(
     task: Task, tokenizer: Any, examples: Sequence[Example], kind: Kind, limit: int | None
 ) -> list[Encoded]:
     config = task.config
-    if kind == "encoder" and (config.own_options or any(each.context for each in examples)):
-        wanted = "options of several tokens" if config.own_options else "demonstrations"
+    if kind == "encoder" and (
+        config.has_per_example_options or any(each.context for each in examples)
+    ):
+        wanted = "options of several tokens" if config.has_per_example_options else "demonstrations"
         raise UserError(
             f"model: an encoder cannot read {wanted}, which the task has (got {config.name}). Give "
             "a decoder."
         )
-    if kind == "encoder" or (config.truncation == "fields" and not config.own_options):
+    if kind == "encoder" or (config.truncation == "fields" and not config.has_per_example_options):
         return list(
             encode_all(
                 task.template,

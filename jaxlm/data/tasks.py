@@ -105,7 +105,7 @@ class TaskConfig(SplitsConfig):
         self._fill("metric", ("f1",) if text else ("accuracy",))
         self._fill("objective", ("completion",) if text else ("classification", "completion"))
         Template.parse(self.template)
-        if self.labels or not self.own_options:
+        if self.labels or not self.has_per_example_options:
             self._check_labels()
         if self.k is not None and self.num_train is not None:
             raise UserError(
@@ -119,12 +119,12 @@ class TaskConfig(SplitsConfig):
         checks.one_of(f"task.{name}", getattr(self, name), choices)
 
     @property
-    def own_options(self) -> bool:
+    def has_per_example_options(self) -> bool:
         """Whether each example has its own options, instead of label words."""
         return self.options == "per_example" or self.output == "text"
 
     @property
-    def answered(self) -> bool:
+    def is_generative(self) -> bool:
         """Whether a text is generated, instead of a choice."""
         return self.output == "text"
 
@@ -440,7 +440,7 @@ def _not_a_row(row: Record, config: TaskConfig) -> UserError:
 def _by_keys(row: Record, template: Template, config: TaskConfig) -> ParsedRow:
     """Read a row by the keys of the task."""
     texts = {name: _text(row, name) for name in template.field_names}
-    if not config.own_options:
+    if not config.has_per_example_options:
         return ParsedRow(texts, (_label(row, config),))
     value = _value(row, config.label_field, "label_field")
     if config.output == "text":

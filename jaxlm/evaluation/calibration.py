@@ -111,7 +111,10 @@ def domain_scores(
     """
     examples = getattr(task, split)
     # Without the example the prompts are the same: one row is enough.
-    if not task.config.own_options and len({example.context for example in examples}) == 1:
+    if (
+        not task.config.has_per_example_options
+        and len({example.context for example in examples}) == 1
+    ):
         examples = examples[:1]
     bare = dataclasses.replace(task, train=(), validation=(), test=examples)
     encoded = prepare_for(lm, without_examples(bare))

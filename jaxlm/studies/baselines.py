@@ -72,7 +72,7 @@ def icl_run(
         task = dataclasses.replace(task, config=dataclasses.replace(task.config, max_length=None))
         task = with_demonstrations(task, DEMONSTRATIONS, seed=config.seed)
         found: GenerationMetric | MultipleChoiceMetric
-        if task.config.answered:
+        if task.config.is_generative:
             found = GenerationMetric(lm, task, batch_size=config.eval_batch_size)
         else:
             size = config.eval_batch_size

@@ -1,4 +1,4 @@
-"""Rows to choose from: prompts and answers of several sources as tokens, with what is learnt."""
+"""Rows to choose from: prompts with answers, or conversations, of several sources."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -28,12 +28,12 @@ class Source:
     """Where rows of one kind come from: a task's training examples, or conversations.
 
     Attributes:
-        task: prompts with their right options; one whose `train` is null gives no rows.
-        messages: a file of conversations, see `jaxlm.data.MessagesConfig`.
-        rows: how many, drawn; None for all.
-        skip: how many of the draw are left to a source of the same file.
-        labels: "own", or "shuffled" over the rows of this source: those that get another label than
-            their own are noise.
+        task: prompts with their right options; a task whose `train` is null has no rows.
+        messages: file of conversations, see `jaxlm.data.MessagesConfig`.
+        rows: number of rows to draw; None for all.
+        skip: rows of the draw to skip, for another source of the same file.
+        labels: "own", or "shuffled" over the rows of this source; a row that gets another label
+            than its own is noise.
     """
 
     task: TaskConfig | None = field(default=None, metadata={"make": task_config})
@@ -47,25 +47,25 @@ class Source:
             raise UserError("task: a source has a task or messages. Give one of them.")
         whole(self, "rows")
         whole(self, "skip", least=0)
-        if self.labels == "shuffled" and (self.task is None or self.task.own_options):
+        if self.labels == "shuffled" and (self.task is None or self.task.has_per_example_options):
             raise UserError("labels: there are no label words (got shuffled). Give own.")
 
     @property
     def given(self) -> bool:
-        """Whether there is anything to read."""
+        """Whether the source has rows."""
         return self.task is None or self.task.train is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What the chosen rows are to help with: a task, or conversations.
+    """What the chosen rows should improve: a task, or conversations.
 
     Attributes:
-        task: its validation examples are the target, its test examples measure the accuracy.
-        messages: a file of conversations that are the target; `subtask` groups them.
-        test: with `messages`, a file of conversations whose mean loss is measured; None for those
-            of the target.
-        rows: how many examples are the target, drawn; None for all.
+        task: its validation examples are the target, and accuracy is measured on its test examples.
+        messages: file of conversations that are the target; `subtask` groups them.
+        test: with `messages`, file of conversations whose mean loss is measured; None for those of
+            the target.
+        rows: number of target examples to draw; None for all.
     """
 
     task: TaskConfig | None = field(default=None, metadata={"make": task_config})
@@ -85,7 +85,7 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class PoolRow(TokenRow):
-    """A prompt with its answer, and what the study writes of it.
+    """A token row, and what the study writes about it.
 
     Attributes:
         source: name of the source.
@@ -100,11 +100,11 @@ class PoolRow(TokenRow):
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows, and those that are none since nothing of the answer is left.
+    """Rows with a token in the loss, and the ids of rows that were cut to none.
 
     Attributes:
-        rows: with something to learn.
-        cut: ids of those of whose answer all is cut.
+        rows: the rows.
+        cut: ids of rows whose whole answer was cut.
     """
 
     rows: tuple[PoolRow, ...]
@@ -112,7 +112,7 @@ class Rows:
 
     @property
     def subtasks(self) -> Int[np.ndarray, " M"] | None:
-        """The group of each row, numbered in the order of their names; None where there is one."""
+        """The group of each row, numbered in the order of names; None if there is one group."""
         names = sorted({row.subtask for row in self.rows})
         if len(names) < 2:
             return None
@@ -129,26 +129,23 @@ def read_source(
     seed: int,
     base_dir: Path | None = None,
 ) -> Rows:
-    """The rows of a source.
+    """Read the rows of a source.
 
     Args:
-        name: of the source.
-        source: where they are.
-        lm: the model whose tokens they become.
-        template: of conversations.
+        name: name of the source.
+        source: where its rows are.
+        lm: the model that reads the rows.
+        template: template of conversations.
         max_length: most tokens of a row.
-        seed: of the draw and of shuffled labels.
-        base_dir: where relative paths start, before the working directory.
+        seed: seed of the draw and of shuffled labels.
+        base_dir: folder where relative paths start, before the working directory.
 
     Raises:
-        UserError: see `load_task`, `MessagesConfig` and the encoding of both; or there are fewer
-            rows than are asked for.
+        UserError: as `load_task` and `MessagesConfig`; or there are too few rows.
     """
     try:
         if source.messages is not None:
-            return _conversations(
-                name, source.messages, lm, template, max_length, source, seed, base_dir
-            )
+            return _conversations(name, source, lm, template, max_length, seed, base_dir)
         assert source.task is not None
         alone = dataclasses.replace(source.task, validation=None, test=None)
         task = load_task(alone, seed=seed, base_dir=base_dir)
@@ -169,7 +166,7 @@ def read_source(
 
 
 def _placed(place: str, error: UserError) -> UserError:
-    """A mistake in one of the sides, with the whole key."""
+    """Put the whole key before a mistake in a source or the target."""
     message = str(error).removeprefix("messages.train: ")
     return UserError(f"{place}{'.' if message.startswith('rows:') else ': '}{message}")
 
@@ -183,13 +180,11 @@ def read_target(
     seed: int,
     base_dir: Path | None = None,
 ) -> Rows:
-    """The examples that are the target; arguments as of `read_source`."""
+    """Read the examples that are the target; arguments as of `read_source`."""
     if target.messages is not None:
         source = Source(messages=target.messages, rows=target.rows)
         try:
-            return _conversations(
-                "target", target.messages, lm, template, max_length, source, seed, base_dir
-            )
+            return _conversations("target", source, lm, template, max_length, seed, base_dir)
         except UserError as error:
             raise _placed("target", error) from None
     assert target.task is not None
@@ -208,7 +203,7 @@ def read_target(
 
 
 def draw(count: int, rows: int | None, skip: int, seed: int) -> list[int]:
-    """Places `skip, ..., skip + rows - 1` of a permutation by the seed, in increasing order.
+    """Return places `skip, ..., skip + rows - 1` of a permutation by the seed, sorted.
 
     >>> sorted(draw(5, 2, 0, 7) + draw(5, 3, 2, 7))
     [0, 1, 2, 3, 4]
@@ -225,15 +220,14 @@ def draw(count: int, rows: int | None, skip: int, seed: int) -> list[int]:
 
 def _conversations(
     name: str,
-    path: str,
+    source: Source,
     lm: Any,
     template: MessageTemplate,
     max_length: int,
-    source: Source,
     seed: int,
     base_dir: Path | None,
 ) -> Rows:
-    config = MessagesConfig(train=path, template=template)
+    config = MessagesConfig(train=source.messages, template=template)
     found = config.load(seed=seed, base_dir=base_dir).train
     chosen = [found[place] for place in draw(len(found), source.rows, source.skip, seed)]
     rows, cut = [], []

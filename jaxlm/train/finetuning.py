@@ -98,7 +98,7 @@ class FinetuneConfig(RunConfig):
             )
         if self.objective is not None:
             self.objective.check(self.form, self.data, self.optimizer)
-        if self.calibrate and (self.task is None or self.task.own_options):
+        if self.calibrate and (self.task is None or self.task.has_per_example_options):
             raise UserError(
                 "calibrate: needs the same options in every example, and these have their own or "
                 f"none (got {self.calibrate}). Leave it out."
@@ -143,7 +143,7 @@ class Setting(NamedTuple):
         size = self.config.eval_batch_size
         if not isinstance(self.encoded, EncodedTask):
             return TokenLossMetric(self.lm, self.encoded, batch_size=size)
-        if isinstance(self.data, Task) and self.data.config.answered:
+        if isinstance(self.data, Task) and self.data.config.is_generative:
             return GenerationMetric(self.lm, self.data, batch_size=size)
         return MultipleChoiceMetric(
             self.lm, self.encoded, batch_size=size, reduction=self.reduction

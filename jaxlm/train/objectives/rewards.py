@@ -26,7 +26,7 @@ class Accuracy(Objective):
     def check(self, form: str, data: DataConfig, optimizer: Optimizer) -> None:
         """See `Objective`; the task must be measured so."""
         if isinstance(data, TaskConfig):
-            metric = "f1" if data.answered else "accuracy"
+            metric = data.metric
             if metric != self.metric:
                 raise UserError(
                     f"objective: {data.name} is measured by {metric} (got {self.name}). Give that."
