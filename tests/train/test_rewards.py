@@ -13,7 +13,7 @@ from jaxlm.evaluation import option_scores
 from jaxlm.models import LanguageModel, ModelConfig, init_params
 from jaxlm.train.losses import accuracy_objective
 from jaxlm.train.rewards import callback_objective, generation_objective
-from tests.train.test_objective import single_words
+from tests.train.test_losses import single_words
 from tests.zo.problems import token_batch
 
 WORDS = np.array([3, 4])
