@@ -167,8 +167,8 @@ axis.legend()
 # %%
 from jaxlm.data import task_config
 from jaxlm.train.dynamics import Noise
+from jaxlm.train.finetuning import FinetuneConfig, finetune
 from jaxlm.train.optimizers import Adam
-from jaxlm.train.run import FinetuneConfig, finetune
 
 with tempfile.TemporaryDirectory() as folder:
     summary = finetune(
