@@ -72,7 +72,8 @@ def _attributes(cls: type) -> dict[str, str]:
             found = re.match(r"(\w+): (.*)", line)
             name, text = found.groups() if found else (name, line.strip())
             meanings[name] = text if found else f"{meanings.get(name, '')} {text}"
-    return meanings
+    # A docstring speaks Python, while its reader here writes YAML.
+    return {name: re.sub(r"\bNone\b", "null", text) for name, text in meanings.items()}
 
 
 def listing(cls: Any) -> str:

@@ -37,6 +37,7 @@ def check(world: World, folder: Path, row: Row) -> None:
     assert "Traceback" not in said, said[-3000:]
     assert "Exception ignored" not in said, said[-3000:]
     if done.returncode:
+        print(f"{row.id}\n    {said.splitlines()[-1]}")  # the table, with `pytest -n 0 -s`
         check_sentence(said, row)
         if not row.changes:
             assert contents(folder) == before
