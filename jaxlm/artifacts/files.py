@@ -27,7 +27,7 @@ def file_path(given: str | os.PathLike, key: str) -> Path:
     """
     text = os.fspath(given)
     if not text.strip():
-        raise UserError(f"{key}: is empty. Give a path.")
+        raise UserError(f"{key}: is empty (got nothing). Give a path.")
     if "\0" in text:
         raise UserError(f"{key}: has a NUL character (got {text!r}). Give a path without it.")
     parts = [part.encode(errors="replace") for part in text.split("/")]

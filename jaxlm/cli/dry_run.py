@@ -25,7 +25,9 @@ def run(cls: type[Any], args: Sequence[str], mesh: Any = None) -> None:
 
     path, flags = configs.parse_args([word for word in args if word != FLAG])
     if path == "quickstart" or (path is None and not flags):
-        raise UserError("--dry-run: is of a configuration. Give a file, or its keys as flags.")
+        raise UserError(
+            "--dry-run: needs a configuration (got none). Give a file, or its keys as flags."
+        )
     flags.pop("resume", None)
     rates = {key: flags.pop(key) for key in list(flags) if key.startswith("device.")}
     config = configs.load(cls, path, flags)

@@ -67,7 +67,9 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
     path, overrides = configs.parse_args(args)
     if path == "quickstart" or not args:
         if mesh is not None:
-            raise UserError("--mesh: the quickstart runs on one device. Give a configuration.")
+            raise UserError(
+                "mesh: the quickstart runs on one device (got a mesh). Give a configuration."
+            )
         return _quickstart(overrides)
     from jaxlm.train.finetuning import FinetuneConfig, finetune
 

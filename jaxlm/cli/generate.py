@@ -19,7 +19,7 @@ from typing import Any, Literal
 from jaxlm.artifacts.files import file_path, parse_json, read_text, report_write_errors, to_json
 from jaxlm.artifacts.processes import is_main_process
 from jaxlm.cli import config as configs
-from jaxlm.core.checks import dtype_name, seeds, whole
+from jaxlm.core.checks import dtype_name, seeds, show, whole
 from jaxlm.core.errors import UserError
 from jaxlm.train.settings import MOST_ROWS, MOST_STEPS
 
@@ -163,7 +163,9 @@ def read_prompts(path: Path) -> list[str]:
     for i, line in numbered:
         row = parse_json(line, where := f"{path}, line {i}")
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise UserError(f'{where}: has no text "prompt". Write {{"prompt": "..."}}.')
+            raise UserError(
+                f'{where}: has no text "prompt" (got {show(line)}). Write {{"prompt": "..."}}.'
+            )
         prompts.append(row["prompt"])
     return prompts
 

@@ -421,12 +421,12 @@ def _check_words(labels: Sequence[str], tokens: Sequence[int], tokenizer: Any) -
     for i, (label, token) in enumerate(zip(labels, tokens, strict=True)):
         if token == tokenizer.unk_token_id:
             raise UserError(
-                f"task.labels: {label!r} is unknown to the tokenizer. Choose another label word."
+                f"task.labels: a word is unknown to the tokenizer (got {label!r}). Choose another."
             )
         if token in tokens[:i]:
             raise UserError(
-                f"task.labels: {labels[tokens.index(token)]!r} and {label!r} are the same tokens. "
-                "Change one."
+                "task.labels: two words are the same tokens (got "
+                f"{labels[tokens.index(token)]!r} and {label!r}). Change one."
             )
 
 

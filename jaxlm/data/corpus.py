@@ -119,7 +119,7 @@ def read_tokenizer(folder: Path) -> Any:
       UserError: there is no tokenizer.json, or it cannot be read.
     """
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"tokenizer: {folder} has no tokenizer.json. Train one.")
+        raise UserError(f"tokenizer: has no tokenizer.json (got {folder}). Train one.")
     return hf_tokenizer.read_tokenizer(folder)
 
 
@@ -203,7 +203,7 @@ def find(folder: Path, name: str) -> Path:
         if (path := inside(folder, name + suffix, "corpus.domains")).exists():
             return path
     raise UserError(
-        f"corpus.domains: {folder} has no {name}.jsonl or {name}.jsonl.gz. Write it there."
+        f"corpus.domains: there is no {name}.jsonl or {name}.jsonl.gz (got {folder}). Write it."
     )
 
 

@@ -46,7 +46,7 @@ def read_table(text: str, delimiter: str, source: str) -> Iterator[tuple[int, di
     for number, values in records[1:]:
         if len(values) != len(header):
             raise UserError(
-                f"{source}, line {number}: has {len(values)} values for {len(header)} columns. "
+                f"{source}, line {number}: must have {len(header)} values (got {len(values)}). "
                 "Quote a value that holds the delimiter."
             )
     _check_suspects(records[1:], suspects, source)

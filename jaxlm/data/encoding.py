@@ -131,8 +131,8 @@ def _truncate(
         kept[0] = first
     if sum(kept) < excess:
         raise UserError(
-            f"task.template: with its label words needs {excess - sum(kept)} tokens more than "
-            "task.max_length or the model allow. Shorten it or raise task.max_length."
+            "task.template: with its label words is longer than task.max_length or the model "
+            f"allow (got {excess - sum(kept)} tokens too many). Shorten it, or raise the limit."
         )
     for _ in range(excess):
         kept[kept.index(max(kept))] -= 1
@@ -167,14 +167,14 @@ def _join(
         scored = tuple(row.ids[i] for i in row.scored)
         if kind == "encoder" and len(scored) != 1:
             raise UserError(
-                f"task.labels: {label!r} is {len(scored)} tokens of the tokenizer, and an "
-                "encoder reads label words of one token. Choose another label word."
+                "task.labels: an encoder needs words of one token (got "
+                f"{label!r}, of {len(scored)}). Choose another."
             )
         if not scored:
-            raise UserError(f"task.labels: {label!r} has no token. Choose another label word.")
+            raise UserError(f"task.labels: a word has no token (got {label!r}). Choose another.")
         if tokenizer.unk_token_id in scored:
             raise UserError(
-                f"task.labels: {label!r} is unknown to the tokenizer. Choose another label word."
+                f"task.labels: a word is unknown to the tokenizer (got {label!r}). Choose another."
             )
         if kind == "encoder":
             place = row.scored.start
@@ -183,8 +183,8 @@ def _join(
         else:
             if row.scored.start == 0:
                 raise UserError(
-                    f"{example.id}: has no token before the label word {label!r}. Put text before "
-                    "{label} in task.template."
+                    f"{example.id}: has no token before the label word (got {label!r}). Put text "
+                    "before {label} in task.template."
                 )
             inputs.append(tuple(row.ids[:-1]))
             positions.append(tuple(i - 1 for i in row.scored))
@@ -193,7 +193,10 @@ def _join(
     for label, option in zip(labels, zip(inputs, targets, strict=True), strict=True):
         twin = seen.setdefault(option, label)
         if twin != label:
-            raise UserError(f"task.labels: {twin!r} and {label!r} are the same tokens. Change one.")
+            raise UserError(
+                f"task.labels: two words are the same tokens (got {twin!r} and {label!r}). Change "
+                "one."
+            )
     types = None
     if kind == "encoder" and "token_type_ids" in tokenizer.model_input_names:
         types = tuple(tuple(row.types) for row in options)
@@ -220,7 +223,7 @@ def encode_prompted(
     """
     for each in examples:
         if not each.options:
-            raise UserError(f"{each.id}: has no options. Leave it out.")
+            raise UserError(f"{each.id}: has no options (got none). Leave it out.")
     special = set(tokenizer.all_special_ids)
     for start in range(0, len(examples), _CHUNK // 8):
         chunk = examples[start : start + _CHUNK // 8]
@@ -247,11 +250,11 @@ def _encoded(
     for option, row in zip(each.options, rows, strict=True):
         first = row.scored.start - excess
         if not row.scored:
-            raise UserError(f"{each.id}: the option {option!r} has no token. Give it text.")
+            raise UserError(f"{each.id}: an option has no token (got {option!r}). Give it text.")
         if first < max(kept, 1):
             raise UserError(
-                f"{each.id}: has no token before the option {option!r}. Give it a prompt, or a "
-                "model that reads longer texts."
+                f"{each.id}: has no token before an option (got {option!r}). Give it a prompt, or "
+                "a model that reads longer texts."
             )
         cut = (*row.ids[:kept], *row.ids[kept + excess :])
         inputs.append(cut[:-1])

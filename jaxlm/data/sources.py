@@ -72,17 +72,19 @@ def read_rows(
         rows = _read_dataset(source, option, base_dir)
     elif path is None:
         raise UserError(
-            f"{option}: there is no file {source!r}. Give a path relative to the YAML file or "
-            "to the working directory, or the name of a data set."
+            f"{option}: there is no such file (got {source!r}). Give a path relative to the YAML "
+            "file or to the working directory, or the name of a data set."
         )
     elif format_ is None:
         raise UserError(
-            f"{option}: the ending of {source!r} is not known. Use one of {', '.join(_READERS)}."
+            f"{option}: its ending is not known (got {source!r}). Use one of {', '.join(_READERS)}."
         )
     else:
         rows = list(_READERS[format_](source, read_bytes(path, f"{option}: {source}")))
     if not rows:
-        raise UserError(f"{option}: {source} is empty. Give a file with at least one example.")
+        raise UserError(
+            f"{option}: is empty (got {source}). Give a file with at least one example."
+        )
     return rows
 
 
@@ -154,7 +156,7 @@ def _read_parquet(source: str, data: bytes) -> Iterator[Record]:
         schema = file.schema_arrow
         for name in schema.names:
             if schema.names.count(name) > 1:
-                raise UserError(f"{source}: names the column {name!r} twice. Rename one.")
+                raise UserError(f"{source}: names a column twice (got {name!r}). Rename one.")
         names, number, size = _class_names(schema.metadata), 0, 0
         for batch in file.iter_batches(_ROWS):
             size += batch.nbytes
@@ -206,9 +208,9 @@ def _read_dataset(source: str, key: str, base_dir: Path | None) -> list[Record]:
             failure = failure or error
     reason = next(iter(str(failure).splitlines()), "") or type(failure).__name__
     raise UserError(
-        f"{key}: {name!r} is neither a file nor a data set with a split {split!r} that "
-        f"can be loaded ({reason[:160]}). Check the name and the network, or name another split "
-        "after a colon."
+        f"{key}: is neither a file nor a data set with a split {split!r} that can be loaded (got "
+        f"{name!r}: {reason[:160]}). Check the name and the network, or name another split after "
+        "a colon."
     ) from failure
 
 
@@ -242,8 +244,8 @@ def _read_folder(
         splits = read_json(path / "dataset_dict.json", splits=list)["splits"]
         if split not in splits:
             raise UserError(
-                f"{where}: has no split {split!r}. Name one of {', '.join(map(str, splits))} after "
-                "a colon."
+                f"{where}: has no such split (got {split!r}). Name one of "
+                f"{', '.join(map(str, splits))} after a colon."
             )
         path, given = inside(path, split, where), ""
     if (path / "state.json").is_file():

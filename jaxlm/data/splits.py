@@ -52,8 +52,8 @@ def draw_per_class(
         if len(members) < skip + k:
             asked = f"{skip} training and {k} held-out examples" if skip else f"{k} examples"
             raise UserError(
-                f"task.k: asks for {asked} of every class, but task.train has {len(members)} of "
-                f"{name!r}. Lower it or give more examples."
+                f"task.k: asks for {asked} of every class (got {len(members)} of {name!r} in "
+                "task.train). Lower it or give more examples."
             )
         # Keyed by the class, so that the draw of one class does not depend on the others.
         generator = np.random.Generator(np.random.PCG64([seed, label]))

@@ -176,7 +176,7 @@ class TaskConfig(SplitsConfig):
         for number, label in enumerate(self.labels, start=1):
             if not label.strip():
                 raise UserError(
-                    f"task.labels: word {number} is empty. Give a word for every class."
+                    f"task.labels: word {number} is empty (got {label!r}). Give one to each class."
                 )
         if len(self.labels) < 2:
             raise UserError(

@@ -35,8 +35,8 @@ class Group:
             return
         if self.coordinator is None or self.processes is None or self.process is None:
             raise UserError(
-                "distributed: coordinator (host:port), processes and process belong together. Add "
-                "what is missing, or leave all to the environment (auto)."
+                "distributed: coordinator (host:port), processes and process belong together (got "
+                "some). Add what is missing, or leave all to the environment (auto)."
             )
         host, colon, port = self.coordinator.rpartition(":")
         if not host or not colon or not (port.isdecimal() and len(port) < 6 and int(port) < 2**16):

@@ -109,7 +109,7 @@ def test_a_dry_run_of_a_study_reads_its_rows_and_does_nothing(study, capsys) -> 
             "--sources.right.row=1",
             "sources.right.row: is not a key (got '1'). Did you mean sources.right.rows?",
         ),
-        ("--sources.chat.messages=no.jsonl", "there is no file 'no.jsonl'"),
+        ("--sources.chat.messages=no.jsonl", "there is no such file (got 'no.jsonl')"),
         ("--features.dim=0", "features.dim: must be from 1 to"),
         ("--target.rows=9", "target.rows: 0 + 9 are asked for (got 8). Lower rows or skip."),
     ],

@@ -70,10 +70,18 @@ def test_long_texts_lose_their_beginning_and_keep_the_first_token(bpe_bos) -> No
 @pytest.mark.parametrize(
     ("texts", "limit", "message"),
     [
-        (one("fun"), None, "x: has no options. Leave it out."),
-        (one("fun", ""), None, "x: the option '' has no token. Give it text."),
-        (one("", "great"), None, "x: has no token before the option 'great'. Give it a prompt"),
-        (one("fun it", " bad it was"), 3, "x: has no token before the option ' bad it was'. Give"),
+        (one("fun"), None, "x: has no options (got none). Leave it out."),
+        (one("fun", ""), None, "x: an option has no token (got ''). Give it text."),
+        (
+            one("", "great"),
+            None,
+            "x: has no token before an option (got 'great'). Give it a prompt",
+        ),
+        (
+            one("fun it", " bad it was"),
+            3,
+            "x: has no token before an option (got ' bad it was'). Give",
+        ),
     ],
 )
 def test_options_that_cannot_be_scored(bpe, texts, limit, message) -> None:

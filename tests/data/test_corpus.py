@@ -277,7 +277,7 @@ def test_files_and_tokenizers_that_do_not_serve(tmp_path, tokenizer):
     for name, said in (("empty.jsonl", "has no text"), ("cut.jsonl.gz", "not a whole gzip file")):
         with refused(str(tmp_path / name), said):
             corpus.tokenize(tmp_path / name, tokenizer)
-    with refused("corpus.domains", "has no missing.jsonl or missing.jsonl.gz"):
+    with refused("corpus.domains", "no missing.jsonl or missing.jsonl.gz"):
         corpus.find(tmp_path, "missing")
     endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with refused("tokenizer", "has no eos_token"):

@@ -125,7 +125,7 @@ def test_a_value_may_be_long() -> None:
 
 
 def test_a_value_more_or_less_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"a.csv, line 3: has 1 values for 2 columns. Quote"):
+    with pytest.raises(UserError, match=r"a.csv, line 3: must have 2 values .got 1.. Quote"):
         rows("a,b\n1,2\n3\n")
     with pytest.raises(UserError, match=r"a.csv, line 1: names a column twice. Rename one."):
         rows("a,a\n1,2\n")

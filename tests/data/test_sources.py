@@ -113,10 +113,10 @@ def test_data_set(hub_folder) -> None:
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("none.jsonl", "there is no file 'none.jsonl'"),
-        ("jaxlm:subj/none.jsonl.gz", "there is no file 'jaxlm:subj/none.jsonl.gz'"),
+        ("none.jsonl", "there is no such file (got 'none.jsonl')"),
+        ("jaxlm:subj/none.jsonl.gz", "there is no such file (got 'jaxlm:subj/none.jsonl.gz')"),
         ("nobody-has-this/none", "is neither a file nor a data set with a split 'test'"),
-        ("a.txt", "the ending of 'a.txt' is not known"),
+        ("a.txt", "its ending is not known (got 'a.txt')"),
         ("a.jsonl", "a.jsonl: not a regular file (got a folder)"),
         ("~nosuchuser/a.jsonl", "no such user"),
         ("a\0.jsonl", "NUL"),
@@ -134,11 +134,11 @@ def test_missing(tmp_path, source: str, said: str) -> None:
 
 # name: (content, key, part of the message). The key is the option or the place in the file.
 DAMAGED = [
-    ("a.jsonl", b"", "task.train", "a.jsonl is empty"),
-    ("a.jsonl", b"\n \n", "task.train", "a.jsonl is empty"),
-    ("a.csv", b"text,label\n", "task.train", "a.csv is empty"),
-    ("a.parquet", b"", "task.train", "a.parquet is empty"),
-    ("a.jsonl.gz", b"", "task.train", "a.jsonl.gz is empty"),
+    ("a.jsonl", b"", "task.train", "is empty (got a.jsonl)"),
+    ("a.jsonl", b"\n \n", "task.train", "is empty (got a.jsonl)"),
+    ("a.csv", b"text,label\n", "task.train", "is empty (got a.csv)"),
+    ("a.parquet", b"", "task.train", "is empty (got a.parquet)"),
+    ("a.jsonl.gz", b"", "task.train", "is empty (got a.jsonl.gz)"),
     ("a.jsonl", b"\x80\x04\x95", "a.jsonl", "not a text file in UTF-8"),
     ("a.csv", b"text\nab\0c\n", "a.csv", "not a text file in UTF-8"),
     ("a.parquet", b"PAR1 but no more", "a.parquet", "not a whole Parquet file"),
@@ -161,7 +161,7 @@ DAMAGED = [
     ("a.json", b'[{"text": "a"}', "a.json", "Expecting ',' delimiter at character 14"),
     ("a.jsonl", b'{"text": "a"}\n["text"]\n', "a.jsonl, line 2", "not a JSON object"),
     ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1", "nested too deeply"),
-    ("a.csv", b"text,label\na,0\nb, c,1\n", "a.csv, line 3", "has 3 values for 2 columns"),
+    ("a.csv", b"text,label\na,0\nb, c,1\n", "a.csv, line 3", "must have 2 values (got 3)"),
     ("a.csv", b"text,text\na,0\n", "a.csv, line 1", "names a column twice"),
 ]
 
@@ -183,7 +183,7 @@ def test_json_is_an_array_or_lines(tmp_path) -> None:
 def test_a_column_twice_in_a_parquet_file_is_named(tmp_path) -> None:
     table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with refused("a.parquet", "names the column 'text' twice"):
+    with refused("a.parquet", "names a column twice (got 'text')"):
         values("a.parquet", tmp_path)
 
 
@@ -214,7 +214,7 @@ def test_what_datasets_saves_to_disk_is_read(saved) -> None:
     (row, _) = read_rows("one", key="train", base_dir=saved)
     assert row.class_names == {"label": ("bad", "good")}
     with pytest.raises(
-        UserError, match=r"has no split 'validation'. Name one of train, test after"
+        UserError, match=r"has no such split \(got 'validation'\). Name one of train, test after"
     ):
         values("two", saved, "validation")
 

@@ -46,7 +46,7 @@ def test_every_example_is_drawn_about_equally_often() -> None:
 @pytest.mark.parametrize(
     ("k", "skip", "said"),
     [
-        (3, 0, "asks for 3 examples of every class, but task.train has 2 of 'b'"),
+        (3, 0, "asks for 3 examples of every class (got 2 of 'b' in task.train)"),
         (2, 2, "asks for 2 training and 2 held-out examples of every class"),
     ],
 )

@@ -366,7 +366,7 @@ def test_a_stopped_study_takes_its_kernels_from_disk(tmp_path, tiny_model, monke
         ("--seeds=[]", "seeds: is empty (got nothing). Give at least one."),
         ("--ks=[4, 4]", "ks: has a value twice (got 4). Give each once."),
         ("--ks=[1]", "ks: must be 2 or more examples of a class (got 1). Correct it."),
-        ("--output=", "output: is empty. Give a path."),
+        ("--output=", "output: is empty (got nothing). Give a path."),
         ("--ks=[400]", "Lower it or give more examples."),
     ],
 )
