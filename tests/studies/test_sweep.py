@@ -207,7 +207,7 @@ def test_the_command_trains_probes_and_writes_the_table(tmp_path, tiny_model, ca
             ["--run.stepps=1"],
             "sweep.yaml: method MeZO: stepps: is not a key (got '1'). Did you mean steps?",
         ),
-        (["--output="], "command line: output: is empty. Give a path."),
+        (["--output="], "command line: output: is empty (got nothing). Give a path."),
         (["--seeds=[]"], "command line: seeds: is empty (got nothing). Give at least one."),
         (["--seeds=[1, 1]"], "command line: seeds: has a value twice (got 1). Give each once."),
         (
