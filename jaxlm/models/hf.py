@@ -136,7 +136,7 @@ def _enough_memory(folder: Path, config: ModelConfig, dtype: np.dtype) -> Iterat
         asked, *less = (f"{count * size / 1e9:.3g} GB with {how}" for how, size in sizes.items())
         raise UserError(
             f"{folder}: the parameters do not fit into memory (got {asked}). Choose less: about "
-            f"{', '.join(less)}; --dry-run of a command says what its work takes beside them."
+            f"{', '.join(less)}. The --dry-run of a command prints what else it needs."
         ) from error
 
 
