@@ -342,7 +342,7 @@ def test_tokens_and_scores_are_the_same_in_64_bit_mode(name: str):
         return {
             "greedy": own.generate(own.params, PROMPTS, MASK, **options).tokens,
             "scores": own.continuation_log_probs(own.params, PROMPTS, MASK, answers),
-            "keys": own.params["layers"]["attention"].get("prefix_keys", jnp.zeros(1)),
+            "keys": own.params["layers"]["attention"].get("prefix_keys", jnp.zeros(1, jnp.float32)),
         }
 
     wanted = results()

@@ -1,5 +1,7 @@
 """Packed rows: each segment is read and scored as its text would be alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import jaxlm
 from jaxlm.core.errors import UserError
 from jaxlm.models.scoring import sequence_log_probs
-from tests.helpers.models import GOLDEN
+from tests.helpers.models import GOLDEN, small_model
 
 LENGTHS = (5, 3, 4)
 TEXTS = [np.random.default_rng(i).integers(5, 20, length) for i, length in enumerate(LENGTHS)]
@@ -31,35 +33,39 @@ def test_logits_of_a_packed_row(name: str, attention: str):
         np.testing.assert_allclose(found[start : start + length], wanted, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
-def test_log_probs_of_a_packed_row(name: str):
-    """Gemma 2 has windows; 14 tokens are read but for the last, 16 are read whole."""
-    completion = np.array([[0, 1, 1, 0, 1], [0, 0, 1, 0, 0], [0, 1, 1, 1, 0]])
-    packed_completion = np.concatenate(
-        [row[mask > 0] for row, mask in zip(completion, MASK, strict=True)]
-    )
+@pytest.mark.parametrize(("name", "excess"), [("gpt2", 0), ("gpt2", 2), ("gemma2", 0)])
+def test_log_probs_of_a_packed_row(name: str, excess: int):
+    """Of 14 tokens all but the last are read, of 16 all; Gemma 2 has windows."""
+    ids, segments = (np.pad(x, ((0, 0), (0, excess))) for x in (PACKED, SEGMENTS))
     with jax.enable_x64(True):
         lm = jaxlm.from_pretrained(GOLDEN / name, param_dtype="float64")
         alone = np.asarray(jax.jit(lm.log_probs)(lm.params, ROWS, MASK))
-        for excess in (0, 2):
-            ids, segments = (np.pad(x, ((0, 0), (0, excess))) for x in (PACKED, SEGMENTS))
-            found = jax.jit(lm.log_probs)(lm.params, ids, segment_ids=segments)[0]
-            wanted = np.zeros(ids.shape[1] - 1)
-            for row, (start, length) in enumerate(zip(STARTS, LENGTHS, strict=False)):
-                wanted[start : start + length - 1] = alone[row, : length - 1]
-            np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
-        for completed, mask, reduction in (
-            (None, None, "sum"),
-            (packed_completion[None], completion, "mean"),
-        ):
-            padded = None if completed is None else np.pad(completed, ((0, 0), (0, 2)))
-            found = sequence_log_probs(
-                lm.config, lm.params, PACKED, None, padded, segment_ids=SEGMENTS, num_segments=4,
-                reduction=reduction,
-            )  # fmt: skip
-            wanted = sequence_log_probs(lm.config, lm.params, ROWS, MASK, mask, reduction=reduction)
-            np.testing.assert_allclose(found[0, :3], wanted, rtol=1e-9)
-            assert found[0, 3] == 0
+        found = jax.jit(lm.log_probs)(lm.params, ids, segment_ids=segments)[0]
+    wanted = np.zeros(ids.shape[1] - 1)
+    for row, (start, length) in enumerate(zip(STARTS, LENGTHS, strict=False)):
+        wanted[start : start + length - 1] = alone[row, : length - 1]
+    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+COMPLETION = np.array([[0, 1, 1, 0, 1], [0, 0, 1, 0, 0], [0, 1, 1, 1, 0]])
+
+
+@pytest.mark.parametrize(("completion", "reduction"), [(None, "sum"), (COMPLETION, "mean")])
+def test_sequences_of_a_packed_row(completion, reduction: str):
+    packed = None
+    if completion is not None:
+        parts = [row[mask > 0] for row, mask in zip(completion, MASK, strict=True)]
+        packed = np.concatenate([*parts, [0, 0]])[None]
+    with jax.enable_x64(True):
+        lm = small_model("float64")
+        score = functools.partial(sequence_log_probs, lm.config, reduction=reduction)
+        found = jax.jit(functools.partial(score, num_segments=4))(
+            lm.params, PACKED, None, packed, segment_ids=SEGMENTS
+        )
+        wanted = jax.jit(score)(lm.params, ROWS, MASK, completion)
+        found = np.asarray(found)
+    np.testing.assert_allclose(found[0, :3], wanted, rtol=1e-9)
+    assert found[0, 3] == 0
 
 
 def test_gradients_of_a_packed_row():
