@@ -40,6 +40,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +49,7 @@ import numpy as np
 from benchmarks import common
 from benchmarks.shapes import ROBERTA_BASE
 from jaxlm import kernels
-from jaxlm.kernels import KernelOptions, cost, factorized, leaf_kernels
-from jaxlm.kernels.contraction import kernel_spec
+from jaxlm.kernels import KernelOptions, cost, leaf_kernels
 from jaxlm.kernels.leaf_kernels import Pairing
 from jaxlm.models import LanguageModel, ModelConfig, init_params
 
@@ -92,18 +92,21 @@ def label_logits(lm: LanguageModel, classes: int) -> Callable[..., Any]:
     return f
 
 
-def jax_methods(f: Callable[..., Any], params: Any, x1: Any, x2: Any) -> dict[str, Any]:
+def jax_methods(f: Callable[..., Any]) -> dict[str, Any]:
     """Functions of (params, x1, x2)."""
 
-    spec = kernel_spec(params)
-    keys = factorized.contractions(f, params, x1, x2, spec)
+    run = kernel(f, method="factorized")
 
     def always(matrix, table):
-        chosen: dict[Any, Any] = {key: table if key[1] == "embed" else matrix for key in keys}
-        return lambda params, x1, x2: factorized.block(f, params, x1, x2, spec, chosen)
+        def traced(params, x1, x2):
+            chosen = mock.Mock(side_effect=lambda op, *_: table if op == "embed" else matrix)
+            with mock.patch.object(cost, "choose", chosen):
+                return run(params, x1, x2)
+
+        return traced
 
     return {
-        "factorized": kernel(f, method="factorized"),
+        "factorized": run,
         "factorized, paired": always("paired", "matches"),
         "factorized, chunked": always("chunked", "chunked"),
         "jacobian contraction": kernel(f, method="jacobian"),
@@ -141,7 +144,7 @@ def whole_kernels(length: int, classes: int, options: argparse.Namespace) -> lis
     lm, f, x1, x2 = problem(classes, length, config, counts)
     arguments = (lm.params, *jax.tree.map(jnp.asarray, (x1, x2)))
     calls, compiled, values, notes = {}, {}, {}, {}
-    for name, function in jax_methods(f, lm.params, x1, x2).items():
+    for name, function in jax_methods(f).items():
         program, seconds = common.compiled(jax.jit(function), *arguments)
         compiled[name] = (program, seconds)
         calls[name] = functools.partial(program, *arguments)
@@ -206,7 +209,7 @@ def resident(name: str, length: int, classes: int) -> float:
         peer.jacobians(*torch_x)
     else:
         arguments = (lm.params, *jax.tree.map(jnp.asarray, (x1, x2)))
-        function = jax_methods(f, lm.params, x1, x2)[name]
+        function = jax_methods(f)[name]
         program, _ = common.compiled(jax.jit(function), *arguments)
         before = common.fresh_peak()
         jax.block_until_ready(program(*arguments))

@@ -35,29 +35,20 @@ MAX_TABLE_ENTRIES = 2**24
 """Entries of a chunk of a table's gradients. Larger, since each chunk scatters all ids again."""
 
 
-def chunk_size(each: int, count: int) -> int:
-    """Return the columns of a gradient per chunk, with `each` entries per column, of `count`."""
-    return _even(count, max(1, MAX_CHUNK_ENTRIES // max(each, 1)))
+def part_size(count: int, each: int, most: int) -> int:
+    """Return the size of equal parts of `count` things: a divisor of `count` if one is near.
 
-
-def table_chunk_size(each: int, count: int) -> int:
-    """Return the rows of a table per chunk, with `each` entries per row, of `count`."""
-    return _even(count, max(1, MAX_TABLE_ENTRIES // max(each, 1)))
-
-
-def batch_size(each: int, count: int) -> int:
-    """Return the examples of x per block of products, with `each` entries per example."""
-    return _even(count, max(1, MAX_PAIR_ENTRIES // max(each, 1)))
-
-
-def _even(count: int, most: int) -> int:
-    """Return the size of equal parts of at most `most`: a divisor of `count` if one is near."""
-    most = min(count, most)
-    # A divisor needs no padding. Below half of `most` there would be twice as many steps.
-    for size in range(most, most // 2, -1):
+    Args:
+      count: how many things there are.
+      each: entries per thing.
+      most: entries per part.
+    """
+    largest = min(count, max(1, most // max(each, 1)))
+    # A divisor needs no padding. Below half of the largest there would be twice as many steps.
+    for size in range(largest, largest // 2, -1):
         if count % size == 0:
             return size
-    return -(-count // -(-count // most))
+    return -(-count // -(-count // largest))
 
 
 def choose(

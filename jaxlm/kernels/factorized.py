@@ -20,7 +20,6 @@ factors).
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,23 +30,14 @@ from jaxtyping import Array
 
 from jaxlm.core import paths, taps
 from jaxlm.core.errors import UserError
-from jaxlm.gradients.per_example import takes_tap, untapped
+from jaxlm.gradients.per_example import count_examples, takes_tap, untapped
 from jaxlm.kernels import cost, leaf_kernels
 from jaxlm.kernels.contraction import KernelSpec
 from jaxlm.kernels.kinds import Adam, Moments
 from jaxlm.kernels.leaf_kernels import LeafKernel, Pairing
 
-Contractions = Mapping[taps.Key, cost.Contraction]
 
-
-def block(
-    f: Callable[..., Array],
-    params: Any,
-    x1: Any,
-    x2: Any,
-    spec: KernelSpec,
-    contractions: Contractions | None = None,
-) -> Array:
+def block(f: Callable[..., Array], params: Any, x1: Any, x2: Any, spec: KernelSpec) -> Array:
     """Return the kernel of a block of examples; `x2=None` stands for `x1`.
 
     Args:
@@ -55,7 +45,6 @@ def block(
       params: a nested dict of arrays.
       x1, x2: pytrees of arrays whose axis 0 is N1 and N2.
       spec: which kernel.
-      contractions: overrides the cost model for some uses.
 
     Raises:
       UserError: if a selected parameter passes no tap, or more than one where that is not an
@@ -65,10 +54,9 @@ def block(
     if problem is not None:
         raise UserError(problem)
     x1, x2 = jax.tree.map(jnp.asarray, (x1, x2))
-    pairing = Pairing(spec.kind, spec.over, None if x2 is None else _count(x1))
+    pairing = Pairing(spec.kind, spec.over, None if x2 is None else count_examples(x1, "x1"))
     with jax.default_matmul_precision("highest"):
-        work = _Backward(f, params, pairing, spec, contractions or {})
-        return pairing.join(work.leaf_kernels(x1, x2))
+        return pairing.join(_Backward(f, params, pairing, spec).leaf_kernels(x1, x2))
 
 
 def obstacle(f: Callable[..., Array], params: Any, x: Any, select: paths.Select) -> str | None:
@@ -83,36 +71,6 @@ def obstacle(f: Callable[..., Array], params: Any, x: Any, select: paths.Select)
     )
 
 
-def contractions(
-    f: Callable[..., Array], params: Any, x1: Any, x2: Any, spec: KernelSpec
-) -> dict[taps.Key, cost.Contraction]:
-    """Return the contraction that `block` chooses for each use of a matrix or table.
-
-    Args:
-      f, params, x1, x2, spec: of `block`; shapes suffice.
-
-    Returns:
-      `{(path, op): "paired" | "chunked" | "matches"}` for the ops dense, embed and head.
-    """
-    outputs = jax.eval_shape(f, params, x1).shape[1]
-    pairs = outputs**2 if spec.over == "full" else outputs
-    counts = (_count(x1), _count(x1 if x2 is None else x2))
-    shapes = {leaf.path: leaf.value.shape[-2:] for leaf in spec.leaves(params)}
-
-    def length(key, use):
-        return math.prod(use.x.shape[1:] if key[1] == "embed" else use.x.shape[1:-1])
-
-    return {
-        key: cost.choose(key[1], counts, (outputs, pairs), length(key, use), shapes[key[0]])
-        for key, use in taps.uses(f, params, x1).items()
-        if key[0] in shapes and key[1] in ("dense", "embed", "head")
-    }
-
-
-def _count(x) -> int:
-    return jax.tree.leaves(x)[0].shape[0]
-
-
 @dataclasses.dataclass(frozen=True)
 class _Backward:
     """The backward passes of f, which compute the kernel of one use after another."""
@@ -121,7 +79,6 @@ class _Backward:
     params: Any
     pairing: Pairing
     spec: KernelSpec
-    contractions: Contractions
 
     def leaf_kernels(self, x1: Any, x2: Any) -> list[LeafKernel]:
         """Return the contributions of the leaves, summed unless `Pairing.join` needs each."""
@@ -194,16 +151,14 @@ class _Backward:
         a, b = _flat(key, a, b)
         if key[1] in ("bias", "scale"):
             return leaf_kernels.summed(self.pairing, key[1], a, b, rows, moments)
-        contraction = self._contraction(key, a, b, (a.shape[2], b.shape[3]))
+        contraction = self._contraction(key[1], a, b, (a.shape[2], b.shape[3]))
         return leaf_kernels.dense(self.pairing, a, b, contraction, moments, last)
 
-    def _contraction(self, key, a, b, shape) -> cost.Contraction:
-        if key in self.contractions:
-            return self.contractions[key]
+    def _contraction(self, op, a, b, shape) -> cost.Contraction:
         outputs = b.shape[0]
         pairs = outputs**2 if self.pairing.inner == "full" else outputs
         counts = self.pairing.counts(a)
-        return cost.choose(key[1], counts, (outputs, pairs), a.shape[1], shape)
+        return cost.choose(op, counts, (outputs, pairs), a.shape[1], shape)
 
     def _outside_layers(self, rest) -> list[LeafKernel]:
         moments = self._moments(dict.fromkeys(rest, False))
@@ -228,7 +183,7 @@ class _Backward:
                 # As indexing does: negative ids count from the end, others are clipped.
                 a = jnp.clip(jnp.where(a < 0, a + shape[0], a), 0, shape[0] - 1)
                 rows.append(leaf_kernels.lookup_rows(a, b))
-                contraction = self._contraction((path, op), a, b, shape)
+                contraction = self._contraction(op, a, b, shape)
             elif ids is None:
                 head = leaf_kernels.Head(a, b.swapaxes(0, 1))
             else:

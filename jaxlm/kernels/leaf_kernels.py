@@ -277,7 +277,7 @@ def dense_chunked(
     inputs = a.shape[2]
     by_row = inputs > width
     across, along = (width, inputs) if by_row else (inputs, width)
-    size = cost.chunk_size(count * outputs * across, along)
+    size = cost.part_size(along, count * outputs * across, cost.MAX_CHUNK_ENTRIES)
     steps = -(-along // size)
     rest = steps * size - along
     if by_row:
@@ -361,7 +361,7 @@ def paired(
 def map_examples(function: Callable[[Any], Array], examples: Any, size: int) -> Array:
     """Map over examples, as many at once as `size` entries for each allow."""
     count = jax.tree.leaves(examples)[0].shape[0]
-    batch = cost.batch_size(size, count)
+    batch = cost.part_size(count, size, cost.MAX_PAIR_ENTRIES)
     if batch == count:
         return jax.vmap(function)(examples)
     return lax.map(function, examples, batch_size=batch)
@@ -518,7 +518,7 @@ def table_chunked(
     """Return `table` by some rows of the table at a time, for all examples."""
     vocab, width = shape
     count, outputs = (rows.values if rows is not None else head.b).shape[:2]  # type: ignore[union-attr]
-    size = cost.table_chunk_size(count * outputs * width, vocab)
+    size = cost.part_size(vocab, count * outputs * width, cost.MAX_TABLE_ENTRIES)
     steps = -(-vocab // size)
     rest = steps * size - vocab
 

@@ -14,7 +14,6 @@ from jaxlm import kernels
 from jaxlm.core import taps
 from jaxlm.core.errors import UserError
 from jaxlm.kernels import cost, factorized, kinds, leaf_kernels
-from jaxlm.kernels.contraction import kernel_spec
 from jaxlm.kernels.leaf_kernels import Pairing
 from jaxlm.models import LanguageModel, init_params
 from tests.kernels import oracle
@@ -269,12 +268,14 @@ def test_the_cheaper_contraction_is_chosen():
     assert cost.dense(*many, 128, 768, 768) == "chunked"
     assert cost.table(*many, 32, 50265, 768) == "matches"
     assert cost.table(*many, 128, 514, 768) == "chunked"
-    lm = oracle.model("encoder")
-    f, x, spec = oracle.label_logits(lm, 1), oracle.examples(3), kernel_spec(lm.params)
-    plan = factorized.contractions(f, lm.params, x, None, spec)
-    assert plan["embed.tokens.embedding", "head"] == "paired"
-    assert ("layers.mlp.up_proj.kernel", "dense") in plan
-    assert all(op in ("dense", "embed", "head") for _, op in plan)
+
+
+def test_matrices_and_tables_ask_the_cost_model(monkeypatch):
+    lm, asked, choose = oracle.model("encoder"), set(), cost.choose
+    monkeypatch.setattr(cost, "choose", lambda op, *a: (asked.add(op), choose(op, *a))[1])
+    run = functools.partial(kernels.ntk, oracle.label_logits(lm, 1), method="factorized")
+    jax.eval_shape(run, lm.params, oracle.examples(3))
+    assert asked == {"dense", "embed"}
 
 
 def test_ids_that_are_no_rows_of_the_table_are_refused():

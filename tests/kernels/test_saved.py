@@ -223,7 +223,7 @@ def test_a_process_that_is_killed(tmp_path):
     while len(list(blocks.glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     run.send_signal(signal.SIGKILL)
-    run.wait()
+    run.communicate()
     stored = {path: path.stat().st_mtime_ns for path in blocks.glob("*.safetensors")}
     assert 3 <= len(stored) < 21
     second = start(0.2)
