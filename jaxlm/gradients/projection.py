@@ -29,7 +29,6 @@ from jaxlm.core.errors import UserError
 from jaxlm.gradients import sketches
 
 Family = Literal["countsketch", "gaussian", "kronecker", "rademacher", "srht"]
-Form = Literal["leaf", "stack", "factors"]
 
 
 @jax.tree_util.register_dataclass
@@ -93,8 +92,8 @@ class Projector:
         total = self._zeros(len(g), g.dtype) if total is None else total
         key = prng.leaf_key(jax.random.key(self.seed), path, layer)
         stacked = layer is None and paths.is_stacked(path, g.ndim - 1)
-        form: Form = "stack" if stacked else "leaf"
-        return _add(self.family, self.dim, form, self.mesh or _mesh_of(g), key, g, total)
+        add = _add_layers if stacked else _add_leaf
+        return _add(add, self.family, self.dim, self.mesh or _mesh_of(g), key, total, g)
 
     def factors(
         self, path: str, layer: Any, a: Array, b: Array, total: Array | None = None
@@ -118,7 +117,7 @@ class Projector:
             return self.leaf(path, layer, formed, total)
         total = self._zeros(len(a), dtype) if total is None else total
         key = prng.leaf_key(jax.random.key(self.seed), path, layer)
-        return _add(self.family, self.dim, "factors", self.mesh or _mesh_of(a), key, a, b, total)
+        return _add(_add_factors, self.family, self.dim, self.mesh or _mesh_of(a), key, total, a, b)
 
     def _zeros(self, count: int, dtype: Any) -> Array:
         return jnp.zeros((count, self.dim), wide_dtype(dtype))
@@ -137,46 +136,46 @@ def _mesh_of(g: Array) -> Mesh | None:
 
 
 # Compiled by itself where the caller is not compiled, so that every caller runs the same loops.
-@functools.partial(jax.jit, static_argnames=("family", "dim", "form", "mesh"))
-def _add(family: str, dim: int, form: Form, mesh: Mesh | None, key: Array, *rows: Array) -> Array:
-    """Add the sketches of all but the last of `rows` to the last."""
-    add = functools.partial(_FORMS[form], family, dim)
+@functools.partial(jax.jit, static_argnames=("add", "family", "dim", "mesh"))
+def _add(
+    add: Callable[..., Array],
+    family: str,
+    dim: int,
+    mesh: Mesh | None,
+    key: Array,
+    total: Array,
+    *rows: Array,
+) -> Array:
+    """Return `add(family, dim, key, total, *rows)`, with the examples divided over a mesh."""
+    add = functools.partial(add, family, dim)
     if mesh is None or mesh.size == 1:
-        return add(key, *rows)
+        return add(key, total, *rows)
     # Each device gets whole gradients of some examples. If gradients stayed divided, every turn of
     # the loop over blocks would have to exchange numbers.
-    count = len(rows[0])
-    missing = -count % mesh.size
+    count, missing = len(total), -len(total) % mesh.size
+    arrays = [total, *rows]
     if missing:
-        rows = tuple(jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for x in rows)
+        arrays = [jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for x in arrays]
     spec = PartitionSpec(mesh.axis_names)
-    specs = (PartitionSpec(), *(spec for _ in rows))
+    specs = (PartitionSpec(), *(spec for _ in arrays))
     divided = jax.shard_map(add, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
-    return divided(key, *rows)[:count]
+    return divided(key, *arrays)[:count]
 
 
-def _add_leaf(family: str, dim: int, key: Array, g: Array, total: Array) -> Array:
+def _add_leaf(family: str, dim: int, key: Array, total: Array, g: Array) -> Array:
     return total + sketches.SKETCHES[family](key, dim, g)
 
 
-def _add_stack(family: str, dim: int, key: Array, g: Array, total: Array) -> Array:
+def _add_layers(family: str, dim: int, key: Array, total: Array, g: Array) -> Array:
     def layer(i, total):
         one = lax.dynamic_index_in_dim(g, i, axis=1, keepdims=False)
-        return _add_leaf(family, dim, jax.random.fold_in(key, i), one, total)
+        return _add_leaf(family, dim, jax.random.fold_in(key, i), total, one)
 
     return lax.fori_loop(0, g.shape[1], layer, total) if g.shape[1] else total
 
 
-def _add_factors(family: str, dim: int, key: Array, a: Array, b: Array, total: Array) -> Array:
-    del family
+def _add_factors(family: str, dim: int, key: Array, total: Array, a: Array, b: Array) -> Array:
     return total + sketches.kronecker_of_factors(key, dim, a, b)
-
-
-_FORMS: dict[Form, Callable[..., Array]] = {
-    "leaf": _add_leaf,
-    "stack": _add_stack,
-    "factors": _add_factors,
-}
 
 
 def projector(family: str, dim: int, seed: int = 0, *, mesh: Mesh | None = None) -> Projector:

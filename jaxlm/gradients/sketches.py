@@ -156,16 +156,12 @@ def dense_blocks(
     full, rest = divmod(size, BLOCK_NUMBERS)
     steps, single = divmod(full, blocks_at_once)
     total = jnp.zeros((padded // examples, examples, dim), dtype)
-    if steps:
-        several = functools.partial(add_blocks, blocks=blocks_at_once, length=BLOCK_NUMBERS)
-        total = lax.fori_loop(
-            0, steps, lambda i, total: several(i * blocks_at_once, total=total), total
-        )
-    if single:
-        one = functools.partial(add_blocks, blocks=1, length=BLOCK_NUMBERS)
-        total = lax.fori_loop(
-            steps * blocks_at_once, full, lambda i, total: one(i, total=total), total
-        )
+    for first, blocks, turns in ((0, blocks_at_once, steps), (steps * blocks_at_once, 1, single)):
+
+        def turn(i, total, first=first, blocks=blocks):
+            return add_blocks(first + i * blocks, blocks, BLOCK_NUMBERS, total)
+
+        total = lax.fori_loop(0, turns, turn, total) if turns else total
     if rest:
         total = add_blocks(full, 1, rest, total)
     return scaled(total, dim)[:count]

@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from math import hypot, log, sqrt
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +40,10 @@ class Method:
     are added over checkpoints.
     """
 
-    scores: object
-    equation: object
-    times: object = 1.0
-    """What the sum is multiplied with, example by example."""
+    scores: Callable[..., Any]
+    equation: Callable[..., np.ndarray]
+    factor: Any = 1.0
+    """By which the sum of each example is multiplied."""
 
 
 def ridge(e, train, targets):
@@ -88,7 +90,7 @@ def by_equation(method, train, targets, groups):
         sum(method.equation(e, train[e], targets[e][groups == s]) for e in range(E))
         for s in range(groups.max() + 1)
     ]
-    return np.stack(columns, axis=1) * np.reshape(method.times, (-1, 1))
+    return np.stack(columns, axis=1) * np.reshape(method.factor, (-1, 1))
 
 
 def stores(folder, rows, name="train", ids=None, **changes):

@@ -311,7 +311,7 @@ def test_no_store(tmp_path):
         GradientStore.create(tmp_path / "file", SPEC)
 
 
-# --- what is killed goes on
+# --- resume
 
 
 class Killed(BaseException):
@@ -391,7 +391,7 @@ def test_a_store_without_rows(tmp_path):
     assert sorted(content(tmp_path)) == ["000.json"]
 
 
-def test_a_committed_store_goes_on(tmp_path):
+def test_a_committed_store_resumes(tmp_path):
     wanted = content(written(tmp_path / "wanted", shard_rows=4).directory)
     folder = tmp_path / "found"
     for start, stop in ((0, 2), (2, 8), (8, 8), (8, 11)):
@@ -403,7 +403,7 @@ def test_a_committed_store_goes_on(tmp_path):
     assert content(folder) == wanted
 
 
-def test_a_store_that_goes_on_is_not_complete(tmp_path):
+def test_a_store_that_resumes_is_not_complete(tmp_path):
     written(tmp_path, ROWS[:4], IDS[:4], sizes=(4,))
     with GradientStore.create(tmp_path, SPEC) as writer:
         GradientStore.open(tmp_path)
@@ -518,7 +518,7 @@ def test_missing_and_short_files_are_named(whole, name):
 
 
 @pytest.mark.parametrize("part", ["ids", "values", "record"])
-def test_a_writer_does_not_go_on_after_damage(tmp_path, part):
+def test_a_writer_does_not_resume_after_damage(tmp_path, part):
     with GradientStore.create(tmp_path, SPEC) as writer:
         writer.append(ROWS[:2], IDS[:2])
         writer.append(ROWS[2:4], IDS[2:4])
