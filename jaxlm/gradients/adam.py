@@ -63,19 +63,14 @@ class Adam:
     variant: Variant = "paper"
 
     def __post_init__(self) -> None:
-        check(self)
+        number(self, "b1", "b2", least=0, below=1)
+        number(self, "eps", least=0)
+        one_of("variant", self.variant, ("paper", "reference"))
 
     @property
     def constants(self) -> Constants:
         """The constants as floats, which are hashable and so may be static under `jax.jit`."""
         return Constants(float(self.b1), float(self.b2), float(self.eps), self.variant)
-
-
-def check(constants: Constants | Adam) -> None:
-    """Raise UserError for constants that Adam cannot have."""
-    number(constants, "b1", "b2", least=0, below=1)
-    number(constants, "eps", least=0)
-    one_of("variant", constants.variant, ("paper", "reference"))
 
 
 def step(
