@@ -46,8 +46,8 @@ from benchmarks import common
 from jaxlm import influence, peft
 from jaxlm.core import paths
 from jaxlm.data import PaddedRows, task_config
-from jaxlm.studies.selection_batches import row_losses
-from jaxlm.studies.selection_rows import PoolRow, Source, Target, read_source, read_target
+from jaxlm.studies.less_rows import PoolRow, Source, Target, read_source, read_target
+from jaxlm.train.losses import row_losses
 
 EPOCHS, BATCH = 4, 16
 LENGTH = 48

@@ -34,10 +34,10 @@ import numpy as np
 import jaxlm
 from jaxlm import influence, peft
 from jaxlm.data import PaddedRows, task_config
-from jaxlm.studies.selection import SelectionConfig, read_sides
-from jaxlm.studies.selection_batches import row_losses
-from jaxlm.studies.selection_rows import Source, Target
-from jaxlm.studies.selection_training import Recipe, load_epoch, train
+from jaxlm.studies.less import SelectionConfig, read_sides
+from jaxlm.studies.less_rows import Source, Target
+from jaxlm.studies.less_training import Recipe, load_epoch, train
+from jaxlm.train.losses import row_losses
 from jaxlm.train.optimizers import Adam
 
 QUICK = os.environ.get("JAXLM_QUICK") == "1"

@@ -12,8 +12,8 @@ from pathlib import Path
 import jaxlm
 from jaxlm.cli import config as configs
 from jaxlm.studies.figures import new_axes, save_figure
-from jaxlm.studies.selection import SelectionConfig
-from jaxlm.studies.selection_rows import PoolRow, read_source
+from jaxlm.studies.less import SelectionConfig
+from jaxlm.studies.less_rows import PoolRow, read_source
 
 SCALE = 10_000
 

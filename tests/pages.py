@@ -95,7 +95,7 @@ WORK = {
     ],
     "pretrain": [("jaxlm.cli.pretrain.pretrain", stop)],
     "evaluate": [("jaxlm.cli.evaluate.evaluate", stop)],
-    "study": [("jaxlm.studies.less.plan_of", stop)],
+    "study": [("jaxlm.studies.less_cost.plan_of", stop)],
     **{name: [("jaxlm.train.load.load_model", stop)] for name in ("generate", "convert", "info")},
 }
 """Where the work of a command begins, and what is done in its place."""

@@ -8,7 +8,7 @@ from benchmarks import mezo_accuracy
 from jaxlm.artifacts.yaml import read_yaml
 from jaxlm.cli import config as configs
 from jaxlm.studies import STUDIES, curves
-from jaxlm.studies.kernel_study import cases
+from jaxlm.studies.kernel import cases
 from jaxlm.studies.quickstart import QuickstartConfig
 from jaxlm.studies.study import module_of
 from jaxlm.studies.sweep import SweepConfig, plan

@@ -1,15 +1,213 @@
 """Whether fine-tuning behaves like a kernel: kernels, fine-tuning, linearization, a verdict."""
 
-from collections.abc import Mapping
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
+from jaxlm.artifacts.files import file_path, read_json, write_json
+from jaxlm.core.checks import MOST, distinct, seeds, show
+from jaxlm.core.errors import UserError
+from jaxlm.data import TaskConfig, task_config
+from jaxlm.kernels import solve
 from jaxlm.studies.grid import Result, Say
-from jaxlm.studies.kernel_study import KernelConfig, cases, kernel_study
+from jaxlm.studies.kernel_behaviour import measure, record
+from jaxlm.studies.kernel_store import Kernels, draw_name
 from jaxlm.studies.kernel_table import markdown, rows
+from jaxlm.studies.kernel_task import kernel_task
+from jaxlm.studies.kernel_training import Training
+from jaxlm.train.optimizers import Adam, Sgd
+from jaxlm.train.run_folder import differences, to_dict
 
-Config = KernelConfig
+DEFAULT_TRAINING = (
+    Training(optimizer=Sgd(schedule="linear"), learning_rates=(1e-3, 1e-2)),
+    Training(optimizer=Adam(name="adam", schedule="linear"), learning_rates=(1e-4, 1e-3)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """A study of kernel behaviour.
+
+    Attributes:
+        model: folder or hub id; null means the shipped model.
+        task: the task; `ks` sets its number of examples.
+        ks: training examples per class, each a row of the table; as many more are for validation.
+        prompts: whether the text stands in the task's prompt, each a row.
+        calibrate: whether a prompted model starts from calibrated scores, see `kernel_task`.
+        seeds: of the examples drawn and of training; the table has their means.
+        training: the optimizers, each with its kernels and rows.
+        solver: for symmetric kernels; asymmetric ones have their own.
+        plots: whether to plot the kernels and their accuracy; needs matplotlib.
+        output: folder for reports, kernels and tables.
+    """
+
+    model: str | None = None
+    task: TaskConfig = field(metadata={"make": task_config})
+    ks: tuple[int, ...] = (16,)
+    prompts: tuple[bool, ...] = (True,)
+    calibrate: bool = False
+    seeds: tuple[int, ...] = (0,)
+    training: tuple[Training, ...] = DEFAULT_TRAINING
+    solver: Literal["ridge", "logistic"] = "ridge"
+    plots: bool = False
+    output: str
+
+    study: ClassVar[str] = "kernel"
+
+    def __post_init__(self):
+        for name in ("ks", "prompts", "seeds"):
+            distinct(name, getattr(self, name))
+        seeds(self, "seeds")
+        for k in self.ks:
+            if not 2 <= k <= MOST:
+                raise UserError(f"ks: must be 2 or more examples of a class (got {k}). Correct it.")
+        # Several learning rates of one optimizer belong into one `training`.
+        distinct("training", [each.optimizer.name for each in self.training])
+        object.__setattr__(self, "output", str(file_path(self.output, "output")))
+
+
+class Case(NamedTuple):
+    """One model, one draw of examples and one optimizer.
+
+    Attributes:
+        task: the task with its k.
+        prompt: see `KernelConfig`.
+        seed: see `KernelConfig`.
+        training: the optimizer.
+    """
+
+    task: TaskConfig
+    prompt: bool
+    seed: int
+    training: Training
+
+    @property
+    def draw(self) -> str:
+        """Name of the draw of examples and the prompt, which optimizers share."""
+        return draw_name(self.prompt, self.task.k, self.seed)
+
+    @property
+    def name(self) -> str:
+        """Name of the file of the report."""
+        return f"{self.draw}-{self.training.optimizer.name}.json"
+
+
+def cases(config: KernelConfig) -> Iterator[Case]:
+    """Yield every case of a study, those with the same examples one after another."""
+    for k, prompt, seed, training in itertools.product(
+        config.ks, config.prompts, config.seeds, config.training
+    ):
+        task = dataclasses.replace(config.task, k=k, validation="hold_out")
+        yield Case(task, prompt, seed, training)
+
+
+def kernel_study(
+    config: KernelConfig,
+    *,
+    base_dir: Path | None = None,
+    mesh: Mesh | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Write the report of every case that has none, and return all.
+
+    Args:
+        config: the study.
+        base_dir: folder in which relative paths of the task are looked up first.
+        mesh: of `jaxlm.sharding.make_mesh`; None for one device.
+        say: called with a line before each case.
+
+    Returns:
+        Reports as `jaxlm.studies.kernel_behaviour.record` returns them.
+
+    Raises:
+        UserError: if the folder holds a report of other settings, or as `kernel_behaviour_report`.
+    """
+    folder, todo = Path(config.output), list(cases(config))
+    found = {case.name: _stored(folder, config, case) for case in todo}
+    subject: Any = None
+    kernels: Any = None
+    draw = ""
+    for number, case in enumerate(todo, start=1):
+        if found[case.name] is not None:
+            continue
+        say(f"case {number}/{len(todo)}: {folder / 'reports' / case.name}")
+        if case.draw != draw:
+            draw = case.draw
+            # Every draw has shapes of its own: the programs of all would not fit into memory.
+            jax.clear_caches()
+            subject = kernel_task(
+                config.model,
+                case.task,
+                seed=case.seed,
+                prompt=case.prompt,
+                calibrate=config.calibrate,
+                base_dir=base_dir,
+                mesh=mesh,
+            )
+            kernels = Kernels(subject, folder / "kernels" / draw)
+        solvers = {"sgd": solve.SOLVERS[config.solver](), "signgd": solve.SOLVERS[config.solver]()}
+        report = measure(
+            subject,
+            case.training,
+            kernels,
+            task=case.task,
+            seed=case.seed,
+            solvers=solvers,
+            say=say,
+        )
+        made = {**record(report), "settings": _settings(config, case)}
+        (folder / "reports").mkdir(parents=True, exist_ok=True)
+        write_json(folder / "reports" / case.name, made)
+        found[case.name] = made
+    return [report for report in found.values() if report is not None]
+
+
+def _settings(config: KernelConfig, case: Case) -> dict[str, Any]:
+    """Return what a report depends on."""
+    return {
+        "model": config.model,
+        "task": to_dict(case.task),
+        "prompt": case.prompt,
+        "calibrate": config.calibrate,
+        "seed": case.seed,
+        "training": to_dict(case.training),
+        "solver": config.solver,
+    }
+
+
+_FIELDS: dict[str, Any] = {
+    "settings": dict,
+    "kernels": list,
+    "task": str,
+    "train_labels": list,
+    "prompt": bool,
+    "optimizer": str,
+    "seed": int,
+    **dict.fromkeys(("majority", "zero_shot", "fine_tuned", "linearized"), float),
+    **dict.fromkeys(("gain_p", "null_linearized"), float),
+}
+"""The fields of a report that the table reads."""
+
+
+def _stored(folder: Path, config: KernelConfig, case: Case) -> dict[str, Any] | None:
+    path = folder / "reports" / case.name
+    if not path.exists():
+        return None
+    report = read_json(path, **_FIELDS)
+    wanted = json.loads(json.dumps(_settings(config, case)))
+    for key, old, new in differences(report["settings"], wanted):
+        raise UserError(
+            f"{path}: the report there has {key} = {show(old)} (got {show(new)}). Choose another "
+            "output."
+        )
+    return report
 
 
 def outline(config: KernelConfig, where: str, plan_flags: Mapping[str, str]) -> str:
@@ -29,3 +227,6 @@ def run(
 
         figures = tuple(draw(records, folder))
     return Result({"rows": rows(records)}, markdown(records), figures)
+
+
+Config = KernelConfig

@@ -1,17 +1,368 @@
-"""Which training data help a target task: LESS and other scores, and training on each choice."""
+"""LESS from rows to a table: warm-up, features, scores, selections, and training on each.
 
-from collections.abc import Mapping
+For each seed:
+
+    warmup      LoRA training on a random part of the rows, kept at the end of each epoch
+    train-E     features of all rows at epoch E: Adam's direction from the state of the warm-up
+    target-E    features of the target's examples there: gradients
+    select-M    what method M chooses: scores.jsonl and selected.jsonl
+    tune-M      LoRA training of the first model on that, and what the target says of it
+
+References: Xia et al., "LESS: Selecting Influential Data for Targeted Instruction Tuning",
+arXiv:2402.04333.
+"""
+
+import functools
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 from jax.sharding import Mesh
 
+from jaxlm.artifacts.arrays import fingerprint
 from jaxlm.artifacts.config import load
+from jaxlm.artifacts.files import file_path
+from jaxlm.artifacts.folder import inputs_digest, stage
+from jaxlm.core.checks import distinct, dtype_name, number, one_of, seeds, whole
+from jaxlm.core.errors import UserError
 from jaxlm.cost.device import Device
+from jaxlm.data.messages import MessageTemplate
+from jaxlm.data.rows import digest
+from jaxlm.influence import GradientStore, score
 from jaxlm.studies.grid import Result, Say
-from jaxlm.studies.selection import SelectionConfig, selection_study
-from jaxlm.studies.selection_cost import Plan, Sizes, plan_of, resized
-from jaxlm.studies.selection_cost import markdown as cost_markdown
-from jaxlm.studies.selection_table import markdown, rows
+from jaxlm.studies.less_choice import (
+    METHODS,
+    read_choice,
+    shallow_scores,
+    shares_of_answers,
+    write_choice,
+)
+from jaxlm.studies.less_features import Features, store_features, stored_order
+from jaxlm.studies.less_rows import (
+    PoolRow,
+    Rows,
+    Source,
+    Target,
+    read_source,
+    read_target,
+)
+from jaxlm.studies.less_training import Measure, Recipe, load_epoch, train
+from jaxlm.studies.tables import aligned, percent, shown, spread
+from jaxlm.train.load import load_model
+from jaxlm.train.losses import row_losses
+from jaxlm.train.run_folder import to_dict
+from jaxlm.train.settings import MOST_ROWS
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """A study of selections.
+
+    Attributes:
+        model: folder or hub id; null means the model that comes with the package.
+        sources: name to source of the rows that are chosen from.
+        target: what they are to help with.
+        template: of conversations, "tulu" or "chat".
+        max_length: most tokens of a row; null for as many as the model takes.
+        recipe: of the warm-up and of training on what is chosen.
+        warmup_fraction: part of the rows that the warm-up has.
+        features: of gradients.
+        aggregate: see `jaxlm.influence.score`; "mean_of_cosines" is the authors' code.
+        fraction: part of the rows that is chosen.
+        match_answers: whether what the methods choose has the answers of the target alone, in its
+            proportions; but "random" and "full" choose of all rows. Scores of a classification
+            task lean to whichever label word a model should say more often, and the best rows by
+            score may all have that one.
+        methods: names of `jaxlm.studies.less_choice.METHODS`, rows of the table.
+        seeds: of warm-up, random choice and training; the table has their means.
+        pool_seed: of the rows drawn from the sources and of shuffled labels.
+        eval_batch_size: examples in a forward pass of measurements.
+        param_dtype: of the parameters.
+        output: folder of the stages and tables.
+    """
+
+    model: str | None = None
+    sources: dict[str, Source]
+    target: Target
+    template: MessageTemplate = "tulu"
+    max_length: int | None = None
+    recipe: Recipe = field(default=Recipe())
+    warmup_fraction: float = 0.05
+    features: Features = field(default=Features())
+    aggregate: Literal["cosine_of_mean", "mean_of_cosines"] = "cosine_of_mean"
+    fraction: float = 0.05
+    match_answers: bool = False
+    methods: tuple[str, ...] = ("less", "random", "full")
+    seeds: tuple[int, ...] = (0,)
+    pool_seed: int = 0
+    eval_batch_size: int = 64
+    param_dtype: str = "float32"
+    output: str
+
+    study: ClassVar[str] = "less"
+
+    def __post_init__(self):
+        number(self, "warmup_fraction", "fraction", above=0, most=1)
+        seeds(self, "seeds", "pool_seed")
+        whole(self, "max_length")
+        whole(self, "eval_batch_size", most=MOST_ROWS)
+        object.__setattr__(self, "param_dtype", dtype_name(self.param_dtype))
+        distinct("methods", self.methods)
+        distinct("seeds", self.seeds)
+        for name in self.methods:
+            one_of("methods", name, METHODS)
+        if not any(source.given for source in self.sources.values()):
+            raise UserError("sources: there is nothing to read. Give a source.")
+        object.__setattr__(self, "output", str(file_path(self.output, "output")))
+
+
+def selection_study(
+    config: SelectionConfig,
+    *,
+    base_dir: Path | None = None,
+    mesh: Mesh | None = None,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Does every stage that is not done, and gathers the numbers.
+
+    Args:
+        config: the study.
+        base_dir: where relative paths of sources and target start, before the working directory.
+        mesh: of `jaxlm.sharding.make_mesh`; None for one device. Features are computed on all
+            devices of every process, with all parameters on each.
+        say: is told of each stage.
+
+    Returns:
+        `{"pool", "runs"}`: what there is to choose from, and for every seed and method what was
+        chosen and measured.
+
+    Raises:
+        UserError: a source or the target cannot be read, or a stage fails.
+    """
+    study = _Study(config, base_dir, mesh, say)
+    runs = [study.run(seed, method) for seed in config.seeds for method in config.methods]
+    return {"pool": study.summary(), "runs": runs}
+
+
+def read_sides(
+    config: SelectionConfig, lm: Any, *, base_dir: Path | None = None, say: Say = lambda line: None
+) -> tuple[Rows, Rows]:
+    """All rows of the sources, and those of the target.
+
+    Args:
+        config, base_dir: of `selection_study`.
+        lm: the model whose tokens they become; its parameters are not read.
+        say: is told what is left out.
+
+    Raises:
+        UserError: a source or the target cannot be read, or has no row with an answer.
+    """
+    words = _reading(config, lm, base_dir)
+    parts = []
+    for name, source in config.sources.items():
+        if source.given:
+            parts.append(read_source(name, source, lm, **words))
+        else:
+            say(f"source {name} has no task.train: it is left out")
+    pool = Rows(
+        tuple(row for part in parts for row in part.rows),
+        tuple(name for part in parts for name in part.cut),
+    )
+    target = read_target(config.target, lm, **words)
+    for what, rows in (("the sources have", pool), ("the target has", target)):
+        if rows.cut:
+            say(f"{what} {len(rows.cut)} rows whose answers are cut off: they are left out")
+        if not rows.rows:
+            raise UserError(
+                f"max_length: {what} no rows with an answer (got {config.max_length}). Raise it."
+            )
+    return pool, target
+
+
+def _reading(config: SelectionConfig, lm: Any, base_dir: Path | None) -> dict[str, Any]:
+    longest = lm.config.max_positions
+    return {
+        "template": config.template,
+        "max_length": min(longest, config.max_length or longest),
+        "seed": config.pool_seed,
+        "base_dir": base_dir,
+    }
+
+
+class _Study:
+    """The model and the rows, and the stages on them."""
+
+    def __init__(self, config: SelectionConfig, base_dir: Path | None, mesh: Mesh | None, say: Say):
+        self.config, self.say = config, say
+        self.lm = load_model(config.model, param_dtype=config.param_dtype, mesh=mesh)
+        self.pool, self.target = read_sides(config, self.lm, base_dir=base_dir, say=say)
+        ready = config.recipe.prepare(self.lm, 0)
+        self.losses = row_losses(ready)
+        words = _reading(config, self.lm, base_dir)
+        self.measure = Measure(ready, config.target, batch_size=config.eval_batch_size, **words)
+        self.hashes = {
+            "model": fingerprint(
+                (self.lm.params, np.frombuffer(repr(ready.config).encode(), "u1"))
+            ),
+            "rows": digest(self.pool.rows),
+            "target": digest(self.target.rows),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """What there is to choose from, and what the target says of the model as it is."""
+        rows = self.pool.rows
+        names = dict.fromkeys(row.source for row in rows)
+        inputs = {"model": self.hashes["model"], "test": inputs_digest({"data": self.measure.data})}
+        root = Path(self.config.output)
+        before = stage(
+            root, "before", inputs, lambda _: {"value": self.measure(self.lm.params)}, log=self.say
+        )
+        return {
+            "rows": len(rows),
+            "sources": {name: sum(row.source == name for row in rows) for name in names},
+            "noise": sum(row.noise for row in rows),
+            "cut": len(self.pool.cut),
+            "target": len(self.target.rows),
+            "metric": self.measure.metric,
+            "before": before[1]["value"],
+        }
+
+    def run(self, seed: int, method: str) -> dict[str, Any]:
+        """A choice, and training on it."""
+        folder, chosen = self._stage(
+            seed,
+            f"select-{method}",
+            self._choice_inputs(seed, method),
+            lambda place: write_choice(
+                place,
+                self.pool.rows,
+                self._scores(seed, method),
+                self.config.fraction,
+                self._shares(method),
+            ),
+        )
+        rows = read_choice(folder, self.pool.rows)
+        recipe = self.config.recipe
+        inputs = {
+            "model": self.hashes["model"],
+            "rows": digest(rows),
+            "recipe": to_dict(recipe),
+            "seed": seed,
+            "test": inputs_digest({"data": self.measure.data}),
+        }
+
+        def work(place: Path) -> dict[str, Any]:
+            params = train(place, self.lm, rows, recipe, seed=seed)
+            return {"value": self.measure(params)}
+
+        _, found = self._stage(seed, f"tune-{method}", inputs, work)
+        return {"method": method, "seed": seed, **chosen, **found}
+
+    def _stage(
+        self, seed: int, name: str, inputs: dict[str, Any], work: Callable[[Path], dict[str, Any]]
+    ) -> tuple[Path, dict[str, Any]]:
+        root = Path(self.config.output) / f"seed-{seed}"
+        return stage(root, name, inputs, work, log=self.say)
+
+    def _choice_inputs(self, seed: int, method: str) -> dict[str, Any]:
+        """What the scores of a method depend on."""
+        if method == "full":
+            return {"rows": self.hashes["rows"]}
+        inputs = {**self.hashes, "fraction": self.config.fraction, "shares": self._shares(method)}
+        if method in ("random", "matched"):
+            return {**inputs, "seed": seed}
+        groups = self.target.subtasks
+        inputs["subtasks"] = None if groups is None else groups.tolist()
+        if method != "less":
+            return inputs
+        features = _but(self.config.features, "block_size")
+        aggregate = self.config.aggregate
+        return {**inputs, **self._warmup_inputs(seed), "features": features, "aggregate": aggregate}
+
+    def _shares(self, method: str) -> dict[str, float] | None:
+        """Of answers among the rows that a method takes, or None."""
+        if method == "matched" or (self.config.match_answers and method not in ("random", "full")):
+            return shares_of_answers(self.target)
+        return None
+
+    def _scores(self, seed: int, method: str) -> np.ndarray | None:
+        if method == "full":
+            return None
+        if method == "less":
+            return self._less(seed)
+        return shallow_scores(method, self.lm, self.pool, self.target, seed=seed)
+
+    def _warmup_rows(self, seed: int) -> list[PoolRow]:
+        count = max(1, int(self.config.warmup_fraction * len(self.pool.rows) * (1 + 1e-12)))
+        generator = np.random.Generator(np.random.PCG64([seed, 0]))
+        order = generator.permutation(len(self.pool.rows))
+        return [self.pool.rows[place] for place in order[:count]]
+
+    def _warmup_inputs(self, seed: int) -> dict[str, Any]:
+        part = digest(self._warmup_rows(seed))
+        recipe = to_dict(self.config.recipe)
+        return {"model": self.hashes["model"], "part": part, "recipe": recipe, "seed": seed}
+
+    def _less(self, seed: int) -> np.ndarray:
+        """The score of every row, in the order of the pool."""
+        config, warmup_inputs = self.config, self._warmup_inputs(seed)
+        part = self._warmup_rows(seed)
+
+        def warm_up(place: Path) -> dict[str, Any]:
+            train(place, self.lm, part, config.recipe, seed=seed, keep=True)
+            return {"rows": len(part)}
+
+        folder, _ = self._stage(seed, "warmup", warmup_inputs, warm_up)
+        load = functools.lru_cache(maxsize=1)(
+            lambda epoch: load_epoch(folder, self.lm, len(part), config.recipe, epoch, seed=seed)
+        )
+        stores: dict[str, list[GradientStore]] = {"train": [], "target": []}
+        for epoch in range(1, config.recipe.epochs + 1):
+            for side, rows in (("train", self.pool), ("target", self.target)):
+                inputs = {
+                    "warmup": warmup_inputs,
+                    "epoch": epoch,
+                    "rows": digest(rows.rows),
+                    "features": _but(config.features, "block_size"),
+                }
+
+                def work(place: Path, epoch=epoch, side=side, rows=rows) -> dict[str, Any]:
+                    return store_features(
+                        place,
+                        self.losses,
+                        rows,
+                        load(epoch),
+                        config.features,
+                        config.recipe,
+                        number=epoch,
+                        adam=side == "train",
+                        pad_id=self.lm.config.pad_id or 0,
+                    )
+
+                place, _ = self._stage(seed, f"{side}-{epoch}", inputs, work)
+                stores[side].append(GradientStore.open(place / "store"))
+        groups = self.target.subtasks
+        if groups is not None:
+            groups = groups[stored_order(stores["target"][0], self.target)]
+        found = score(
+            stores["train"],
+            stores["target"],
+            subtask=groups,
+            aggregate=config.aggregate,
+            over=None if groups is None else "max",
+        )
+        scores = np.empty_like(found)
+        scores[stored_order(stores["train"][0], self.pool)] = found
+        return scores
+
+
+def _but(config: Any, name: str) -> dict[str, Any]:
+    """A configuration without what changes no number."""
+    return {key: value for key, value in to_dict(config).items() if key != name}
+
 
 Config = SelectionConfig
 PLAN = ("device", "sizes")
@@ -20,6 +371,7 @@ PLAN = ("device", "sizes")
 
 def outline(config: SelectionConfig | None, where: str, plan_flags: Mapping[str, str]) -> str:
     """Return the cost of each stage: of the study, or (None) of the one of the paper."""
+    from jaxlm.studies.less_cost import Plan, Sizes, markdown, plan_of, resized
 
     def section(name: str) -> dict[str, str]:
         start = f"{name}."
@@ -29,7 +381,7 @@ def outline(config: SelectionConfig | None, where: str, plan_flags: Mapping[str,
     device, sizes = load(Device, None, section("device")), load(Sizes, None, section("sizes"))
     plan = Plan() if config is None else plan_of(config, base_dir=Path(where).parent)
     plan = resized(plan, **{key: getattr(sizes, key) for key in section("sizes")})
-    return cost_markdown(plan, device)
+    return markdown(plan, device)
 
 
 def run(
@@ -38,4 +390,68 @@ def run(
     """Do every stage; see `jaxlm.studies.study`."""
     del folder
     found = selection_study(config, base_dir=Path(where).parent, mesh=mesh, say=say)
-    return Result({**found, "rows": rows(found)}, markdown(found))
+    return Result({**found, "rows": rows(found)}, _markdown(found))
+
+
+def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each method, means over the seeds.
+
+    Args:
+        found: as `jaxlm.studies.less.selection_study` returns it.
+
+    Returns:
+        `{"method", "rows", "sources", "noise", "mean", "std", "by_seed"}`: how many rows are
+        chosen, the share of each source and of noise among them, and the target's metric. The first
+        row is of all rows without training.
+    """
+    pool = found["pool"]
+    table = [
+        {
+            "method": "no training",
+            "rows": pool["rows"],
+            "sources": {name: n / pool["rows"] for name, n in pool["sources"].items()},
+            "noise": pool["noise"] / pool["rows"],
+            **spread([pool["before"]]),
+        }
+    ]
+    for method in dict.fromkeys(run["method"] for run in found["runs"]):
+        runs = [run for run in found["runs"] if run["method"] == method]
+        values = [run["value"] for run in runs]
+        table.append(
+            {
+                "method": method,
+                "rows": runs[0]["rows"],
+                "sources": {
+                    name: statistics.fmean(run["sources"][name] / run["rows"] for run in runs)
+                    for name in pool["sources"]
+                },
+                "noise": statistics.fmean(run["noise"] / run["rows"] for run in runs),
+                **spread(values),
+            }
+        )
+    return table
+
+
+def _markdown(found: dict[str, Any]) -> str:
+    """The table as Markdown that is also aligned for a terminal."""
+    pool, table = found["pool"], rows(found)
+    accuracy = pool["metric"] == "accuracy"
+    seeds = ", ".join(str(seed) for seed in dict.fromkeys(run["seed"] for run in found["runs"]))
+    what = "accuracy in per cent" if accuracy else "loss in nats a token, lower is better"
+    said = (
+        f"Rows chosen of {pool['rows']} with {pool['target']} target examples; shares of the "
+        f"sources and of rows with another label than their own in per cent; {what}, "
+        f"mean (standard deviation) over the seeds {seeds}."
+    )
+    header = ("method", "rows", *pool["sources"], "wrong label", pool["metric"])
+    cells = [
+        (
+            each["method"],
+            str(each["rows"]),
+            *(f"{100 * share:.1f}" for share in each["sources"].values()),
+            f"{100 * each['noise']:.1f}",
+            percent(each) if accuracy else shown(each),
+        )
+        for each in table
+    ]
+    return f"{said}\n\n{aligned(header, cells)}\n"

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.core.errors import UserError
 from jaxlm.evaluation.classification import Apply, LogProbs, Reduction, option_scores
-from jaxlm.models.scoring import log_probs_of
+from jaxlm.models import LanguageModel
+from jaxlm.models.scoring import head_log_probs, log_probs_of
 from jaxlm.typing import Batch, LossFn, Params
 
 
@@ -105,6 +106,38 @@ def lm_objective(log_probs: Callable[..., Any]) -> LossFn:
         losses = -log_probs(params, ids, batch.get("attention_mask"), view=view)
         tokens = jnp.sum(weights)
         return jnp.sum(losses * weights) / tokens, {"tokens": tokens}
+
+    return loss_fn
+
+
+def row_losses(lm: LanguageModel) -> Callable[..., Array]:
+    r"""Mean cross-entropy of the tokens in the loss of each row, $-\frac1K \sum_k \log p(y_k)$.
+
+    The head computes logits at these tokens alone.
+
+    Returns:
+        `losses(params, batch, *, tap=None) -> [B]` on a batch of the form "targets", see
+        `jaxlm.data.rows.PaddedRows`.
+    """
+
+    def losses(params: Any, batch: Batch, *, tap: Any = None) -> Array:
+        x = lm.hidden(params, batch["input_ids"], batch["attention_mask"], tap=tap)
+        positions = jnp.asarray(batch["positions"])
+        x = jnp.take_along_axis(x, positions[..., None], axis=1)
+        scored = head_log_probs(lm.config, params, x, jnp.asarray(batch["targets"]))
+        mask = jnp.asarray(batch["target_mask"])
+        return -jnp.sum(scored * mask, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
+
+    return losses
+
+
+def mean_row_loss(lm: LanguageModel) -> LossFn:
+    """Mean of `row_losses` over a batch: each row counts the same, however long its answer."""
+    losses = row_losses(lm)
+
+    def loss_fn(params: Any, batch: Batch, *, key: Any = None) -> Any:
+        del key
+        return jnp.mean(losses(params, batch)), {}
 
     return loss_fn
 

@@ -6,7 +6,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.lds import answer_counts, answer_words, balanced_masks, interval, partial
 from jaxlm import influence
-from jaxlm.studies.selection_rows import PoolRow
+from jaxlm.studies.less_rows import PoolRow
 
 
 def test_balanced_halves_have_half_of_every_answer():

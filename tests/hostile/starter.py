@@ -26,7 +26,7 @@ IMPORTED = (
         "jaxlm.peft",
         "jaxlm.zo",
     ),
-    *("jaxlm.studies.selection", "jaxlm.studies.kernel_study", "jaxlm.influence"),
+    *("jaxlm.studies.less", "jaxlm.studies.kernel", "jaxlm.influence"),
     *("datasets", "orbax.checkpoint", "rich.console", "rich.table", "sklearn.linear_model"),
     *("transformers.tokenization_utils_tokenizers", "transformers.models.auto.tokenization_auto"),
 )

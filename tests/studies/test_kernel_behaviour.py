@@ -12,7 +12,7 @@ from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.data import shipped_task
 from jaxlm.kernels import AsymmetricSignGD, SignGD, empirical, saved
-from jaxlm.studies import kernel_study, kernel_training
+from jaxlm.studies import kernel, kernel_training
 from jaxlm.studies.kernel_behaviour import (
     Nulls,
     kernel_behaviour_report,
@@ -181,14 +181,14 @@ def test_a_report_reads_like_its_parts(tmp_path, tiny_model):
     text = str(report)
     assert "K-A-SignGD" in text
     assert f"{100 * report.fine_tuned:.1f}" in text
-    for kernel in report.kernels:
-        assert report.verdict(kernel) == verdict(
+    for each in report.kernels:
+        assert report.verdict(each) == verdict(
             report.zero_shot,
             report.fine_tuned,
             report.linearized,
-            kernel.test,
-            kernel.change.mean,
-            Nulls(report.gain_p, kernel.null, report.null_linearized, kernel.control.mean),
+            each.test,
+            each.change.mean,
+            Nulls(report.gain_p, each.null, report.null_linearized, each.control.mean),
         )
 
 
@@ -331,8 +331,8 @@ def test_a_study_is_one_table_and_is_not_made_twice(tmp_path, tiny_model, capsys
     ]  # fmt: skip
     assert [list(row["kernels"]) for row in found[:2]] == [["sgd"], ["signgd", "asymmetric_signgd"]]
 
-    monkeypatch.setattr(kernel_study, "measure", None)
-    monkeypatch.setattr(kernel_study, "kernel_task", None)
+    monkeypatch.setattr(kernel, "measure", None)
+    monkeypatch.setattr(kernel, "kernel_task", None)
     assert main(["kernel", str(path)]) == 0
     assert capsys.readouterr().out == shown
     assert main(["kernel", str(path), "--solver=logistic"]) == 2
@@ -378,13 +378,13 @@ def test_mistakes_are_named(tmp_path, tiny_model, capsys, flag, sentence):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": 1}', "{}"])
 def test_a_damaged_report_is_named(tmp_path, text):
-    made = kernel_study.KernelConfig(task=shipped_task("mr"), output=str(tmp_path))
-    case = next(kernel_study.cases(made))
+    made = kernel.KernelConfig(task=shipped_task("mr"), output=str(tmp_path))
+    case = next(kernel.cases(made))
     path = tmp_path / "reports" / case.name
     path.parent.mkdir()
     path.write_text(text)
     with pytest.raises(UserError, match=f"^{path}: "):
-        kernel_study.kernel_study(made)
+        kernel.kernel_study(made)
 
 
 def test_an_optimizer_without_a_kernel_is_refused():
@@ -394,4 +394,4 @@ def test_an_optimizer_without_a_kernel_is_refused():
         Training(optimizer=Muon())
     twice = (Training(optimizer=Sgd()), Training(optimizer=Sgd(learning_rate=1.0)))
     with pytest.raises(UserError, match="training: has a value twice"):
-        kernel_study.KernelConfig(task=shipped_task("mr"), training=twice, output="o")
+        kernel.KernelConfig(task=shipped_task("mr"), training=twice, output="o")

@@ -17,9 +17,9 @@ from jaxlm.cost.device import Device
 from jaxlm.influence.store import row_bytes
 from jaxlm.models import ModelConfig, param_shapes
 from jaxlm.peft import Lora
-from jaxlm.studies.selection import SelectionConfig, read_sides
-from jaxlm.studies.selection_features import Features
-from jaxlm.studies.selection_training import Recipe
+from jaxlm.studies.less import SelectionConfig, read_sides
+from jaxlm.studies.less_features import Features
+from jaxlm.studies.less_training import Recipe
 from jaxlm.studies.tables import aligned
 from jaxlm.train.load import load_model
 

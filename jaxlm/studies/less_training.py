@@ -1,4 +1,4 @@
-"""LoRA training on chosen rows, with what LESS needs of every epoch's end."""
+"""LoRA training on chosen rows, what LESS needs of every epoch's end, and what the target says."""
 
 import dataclasses
 import math
@@ -13,18 +13,22 @@ import numpy as np
 
 from jaxlm.core.checks import number, whole
 from jaxlm.core.errors import UserError
-from jaxlm.data import PaddedRows
+from jaxlm.data import load_task, prepare_for
+from jaxlm.data.messages import MessageTemplate
+from jaxlm.data.rows import PaddedRows, digest
 from jaxlm.models.adapters import LORA
 from jaxlm.peft import Lora
 from jaxlm.sharding import abstract, mesh_of, place_params
-from jaxlm.studies.selection_batches import mean_loss
-from jaxlm.studies.selection_rows import PoolRow
+from jaxlm.studies.less_rows import PoolRow, Rows, Source, Target, read_source
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.logging import Metrics
 from jaxlm.train.loop import LoopConfig, fit
+from jaxlm.train.losses import mean_row_loss, row_losses
+from jaxlm.train.measure import MultipleChoiceMetric
 from jaxlm.train.optimizers import Adam
 from jaxlm.train.settings import MOST_ROWS, MOST_STEPS
-from jaxlm.train.state import TrainState, method
+from jaxlm.train.state import Program, TrainState, method
+from jaxlm.typing import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +140,7 @@ def train(
     metrics = Metrics(folder / "metrics.jsonl")
     metrics.cut(checkpoints.latest_step)
     outcome = fit(
-        method(optimizer, mean_loss(ready), steps),
+        method(optimizer, mean_row_loss(ready), steps),
         jax.tree.map(jnp.copy, ready.params),
         lambda first, count: padded.batches(first, count, batch_size=recipe.batch_size, seed=seed),
         LoopConfig(steps=steps, eval_every=each, checkpoint_every=each),
@@ -160,7 +164,7 @@ def load_epoch(folder: Path, lm: Any, rows: int, recipe: Recipe, epoch: int, *, 
     ready = _prepared(lm, recipe, seed)
     each = recipe.epoch_steps(rows)
     optimizer = dataclasses.replace(recipe.optimizer_for(rows), select=LORA)
-    chosen = method(optimizer, mean_loss(ready), recipe.epochs * each)
+    chosen = method(optimizer, mean_row_loss(ready), recipe.epochs * each)
     opt_state = abstract(chosen.init, mesh_of(ready.params), ready.params, jax.random.key(0))
     kept = Checkpoints(folder / "checkpoints", select=LORA, read_only=True)
     if epoch * each not in kept.steps():
@@ -176,3 +180,69 @@ def _prepared(lm: Any, recipe: Recipe, seed: int) -> Any:
     """The model with new adapters, which lie where it lies."""
     ready, mesh = recipe.prepare(lm, seed), mesh_of(lm.params)
     return ready if mesh is None else ready.replace(params=place_params(ready.params, mesh))
+
+
+class Measure:
+    """Accuracy on a task's test examples, or the mean loss of conversations, in nats a token.
+
+    Attributes:
+        metric: "accuracy" or "loss".
+        data: hash of what is measured on.
+    """
+
+    def __init__(
+        self,
+        lm: Any,
+        target: Target,
+        *,
+        batch_size: int,
+        template: MessageTemplate,
+        max_length: int,
+        seed: int,
+        base_dir: Path | None,
+    ):
+        self._measure: MultipleChoiceMetric | _Loss
+        if target.task is not None:
+            task = load_task(target.task, seed=seed, base_dir=base_dir)
+            if not task.test:
+                raise UserError(
+                    "target.task.test: there are no such examples (got none). Name a file of them."
+                )
+            task = dataclasses.replace(task, train=(), validation=())
+            encoded = prepare_for(lm, task, max_length=max_length)
+            self.metric = "accuracy"
+            self._measure = MultipleChoiceMetric(lm, encoded, batch_size=batch_size)
+            self.data = repr((encoded.test, encoded.token_ids))
+            return
+        source = Source(messages=target.test or target.messages)
+        rows = read_source(
+            "test",
+            source,
+            lm,
+            template=template,
+            max_length=max_length,
+            seed=seed,
+            base_dir=base_dir,
+        )
+        self.metric, self._measure = "loss", _Loss(lm, rows, batch_size)
+        self.data = digest(rows.rows)
+
+    def __call__(self, params: Params) -> float:
+        return float(self._measure("test", params)[self.metric])
+
+
+class _Loss:
+    """The mean over rows of the mean over the tokens that are learnt."""
+
+    def __init__(self, lm: Any, rows: Rows, batch_size: int):
+        self._padded = PaddedRows(rows.rows, lm.config.pad_id or 0, "targets")
+        self._losses, self._batch_size = Program(row_losses(lm)), batch_size
+
+    def __call__(self, split: str, params: Params) -> dict[str, float]:
+        del split
+        total = 0.0
+        for places in self._padded.blocks(self._batch_size):
+            filled = places + places[:1] * (self._batch_size - len(places))
+            losses = np.asarray(self._losses(params, self._padded.batch(filled)), np.float64)
+            total += losses[: len(places)].sum()
+        return {"loss": total / len(self._padded)}

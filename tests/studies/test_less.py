@@ -15,22 +15,21 @@ from jaxlm.core.errors import UserError
 from jaxlm.data import PaddedRows, TaskConfig
 from jaxlm.influence import GradientStore, StoreWriter, projector
 from jaxlm.peft import LORA, Lora
-from jaxlm.studies import selection_training
-from jaxlm.studies.selection import SelectionConfig, read_sides, selection_study
-from jaxlm.studies.selection_batches import mean_loss, row_losses
-from jaxlm.studies.selection_choice import (
+from jaxlm.studies import less_training
+from jaxlm.studies.less import SelectionConfig, read_sides, selection_study
+from jaxlm.studies.less import _markdown as markdown
+from jaxlm.studies.less_choice import (
     matched,
     read_choice,
     shares_of_answers,
     write_choice,
 )
-from jaxlm.studies.selection_cost import LLAMA_7B, Plan, adapter_size, costs, row_flops
-from jaxlm.studies.selection_features import Features, store_features
-from jaxlm.studies.selection_measure import Measure
-from jaxlm.studies.selection_rows import PoolRow, Rows, Source, Target, read_source
-from jaxlm.studies.selection_table import markdown
-from jaxlm.studies.selection_training import Recipe, epoch_weights, load_epoch, train
+from jaxlm.studies.less_cost import LLAMA_7B, Plan, adapter_size, costs, row_flops
+from jaxlm.studies.less_features import Features, store_features
+from jaxlm.studies.less_rows import PoolRow, Rows, Source, Target, read_source
+from jaxlm.studies.less_training import Measure, Recipe, epoch_weights, load_epoch, train
 from jaxlm.train.load import load_model
+from jaxlm.train.losses import mean_row_loss, row_losses
 from jaxlm.train.optimizers import Adam
 from tests.helpers.tiny import make_model, make_tokenizer, read_lines, sentences, write_jsonl
 
@@ -183,7 +182,7 @@ def test_losses_are_means_over_what_is_learnt(lm) -> None:
     batch = PaddedRows(rows, 0, "targets").batch([0, 1, 2])
     found = jax.jit(row_losses(lm))(lm.params, batch)
     np.testing.assert_allclose(found, brute_losses(lm, lm.params, rows), rtol=1e-5)
-    loss, _ = jax.jit(mean_loss(lm))(lm.params, batch)
+    loss, _ = jax.jit(mean_row_loss(lm))(lm.params, batch)
     np.testing.assert_allclose(loss, np.mean(found), rtol=1e-6)
 
 
@@ -213,7 +212,7 @@ def test_training_is_adam_on_the_mean_of_the_rows(lm, warmup) -> None:
     adam = optax.scale_by_adam()
     state = adam.init(trained)
     padded = PaddedRows(rows, 0, "targets")
-    loss_fn = mean_loss(ready)
+    loss_fn = mean_row_loss(ready)
 
     @jax.jit
     def gradient(trained, batch):
@@ -241,7 +240,7 @@ def test_training_is_adam_on_the_mean_of_the_rows(lm, warmup) -> None:
 
 def test_training_that_was_stopped_goes_on(lm, warmup, tmp_path, monkeypatch) -> None:
     _, rows, whole = warmup
-    save = selection_training.Checkpoints.save
+    save = less_training.Checkpoints.save
 
     def stop(self, step, state, record):
         save(self, step, state, record)
@@ -249,7 +248,7 @@ def test_training_that_was_stopped_goes_on(lm, warmup, tmp_path, monkeypatch) ->
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(selection_training.Checkpoints, "save", stop)
+        patched.setattr(less_training.Checkpoints, "save", stop)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, lm, rows, RECIPE, seed=5, keep=True)
     assert not (tmp_path / "checkpoints" / "4").exists()

@@ -14,7 +14,7 @@ from jaxlm.artifacts.processes import is_main_process
 from jaxlm.core.errors import UserError
 from jaxlm.data import PaddedRows
 from jaxlm.influence import bm25, pool, random_scores, representation_similarity, select
-from jaxlm.studies.selection_rows import PoolRow, Rows
+from jaxlm.studies.less_rows import PoolRow, Rows
 from jaxlm.train.state import Program
 
 METHODS = ("less", "random", "matched", "full", "bm25", "representation")

@@ -29,8 +29,8 @@ from jaxlm.influence import (
 )
 from jaxlm.models.adapters import LORA
 from jaxlm.sharding import make_mesh, mesh_of
-from jaxlm.studies.selection_rows import Rows
-from jaxlm.studies.selection_training import Epoch, Recipe
+from jaxlm.studies.less_rows import Rows
+from jaxlm.studies.less_training import Epoch, Recipe
 from jaxlm.train.settings import MOST_ROWS
 
 BLOCK = 64
