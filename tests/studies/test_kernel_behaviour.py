@@ -297,6 +297,7 @@ def study(folder, tiny_model):
     task = alike(folder)
     path = folder / "study.yaml"
     path.write_text(f"""\
+study: kernel
 model: {tiny_model}
 task: {{name: tiny, template: "{task.template}", labels: [good, bad], train: rows.jsonl,
        test: test.jsonl}}
@@ -319,10 +320,10 @@ def test_a_study_is_one_table_and_is_not_made_twice(tmp_path, tiny_model, capsys
         for draw in ("prompt", "no-prompt")
         for optimizer in ("sgd", "adam")
     ]
-    assert main(["kernel", str(path), "--dry-run"]) == 0
+    assert main(["study", str(path), "--dry-run"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert listed == [str(tmp_path / "study" / "reports" / name) for name in names]
-    assert main(["kernel", str(path)]) == 0
+    assert main(["study", str(path)]) == 0
     shown = capsys.readouterr().out
     assert (tmp_path / "study" / "table.md").read_text() in shown
     found = json.loads((tmp_path / "study" / "table.json").read_text())["rows"]
@@ -333,9 +334,9 @@ def test_a_study_is_one_table_and_is_not_made_twice(tmp_path, tiny_model, capsys
 
     monkeypatch.setattr(kernel, "measure", None)
     monkeypatch.setattr(kernel, "kernel_task", None)
-    assert main(["kernel", str(path)]) == 0
+    assert main(["study", str(path)]) == 0
     assert capsys.readouterr().out == shown
-    assert main(["kernel", str(path), "--solver=logistic"]) == 2
+    assert main(["study", str(path), "--solver=logistic"]) == 2
     wanted = "the report there has solver = 'ridge' (got 'logistic'). Choose another output."
     assert wanted in capsys.readouterr().err
 
@@ -344,7 +345,7 @@ def test_a_stopped_study_takes_its_kernels_from_disk(tmp_path, tiny_model, monke
     path = study(tmp_path, tiny_model)
     adam = "{optimizer: {name: adam, learning_rate: 0.01}, steps: 6, eval_every: 3, batch_size: 4}"
     words = ["--prompts=[true]", f"--training=[{adam}]"]
-    assert main(["kernel", str(path), *words]) == 0
+    assert main(["study", str(path), *words]) == 0
     report = tmp_path / "study" / "reports" / "prompt-k4-seed0-adam.json"
     before = json.loads(report.read_text())
     report.unlink()
@@ -352,7 +353,7 @@ def test_a_stopped_study_takes_its_kernels_from_disk(tmp_path, tiny_model, monke
     monkeypatch.setattr(saved, "prepare", None)
     monkeypatch.setattr(empirical, "prepare", None)
     monkeypatch.setattr(Kernels, "at", lambda self, params, kind, split: self.of(kind, split))
-    assert main(["kernel", str(path), *words]) == 0
+    assert main(["study", str(path), *words]) == 0
     after = json.loads(report.read_text())
     for name in ("zero_shot", "fine_tuned", "linearized"):
         assert after[name] == before[name]
@@ -372,7 +373,7 @@ def test_a_stopped_study_takes_its_kernels_from_disk(tmp_path, tiny_model, monke
 )
 def test_mistakes_are_named(tmp_path, tiny_model, capsys, flag, sentence):
     path = study(tmp_path, tiny_model)
-    assert main(["kernel", str(path), flag]) == 2
+    assert main(["study", str(path), flag]) == 2
     assert sentence in capsys.readouterr().err
 
 
