@@ -71,14 +71,14 @@ def test_there_is_nothing_to_train_on(tmp_path, tiny_model, capsys) -> None:
     words += ["--task.train=null", "--task.validation=null"]
     capsys.readouterr()
     assert main(["finetune", *words, f"--output={tmp_path / 'run'}"]) == 2
-    assert "task.train: the task has no such examples" in capsys.readouterr().err
+    assert "task.train: there are no such examples" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--icl=-1"], "icl: must be from 0 to"),
-        (["--icl=2", "--split=train"], "icl puts examples before the test split alone (got train)"),
+        (["--icl=2", "--split=train"], "split: must be test with icl (got train)"),
         (["--icl=41"], "icl: task.train has 40 examples to draw demonstrations from (got 41)."),
     ],
 )
