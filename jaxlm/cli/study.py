@@ -56,7 +56,8 @@ def _list() -> str:
 def _named(args: Sequence[str]) -> tuple[str | None, str | None, dict[str, str]]:
     """The name of a study (None: not given), its file, and the other flags."""
     path, flags = parse_args(args)
-    if path in STUDIES:
+    if path is not None and not path.endswith((".yaml", ".yml")):
+        one_of("study", path, tuple(STUDIES))
         return path, None, flags
     return (None if path is None else read_yaml(path).get("study")), path, flags
 

@@ -118,3 +118,10 @@ def test_mistakes_end_in_a_sentence_and_leave_nothing(study, flag, sentence, cap
     assert main(["study", str(study), flag]) == 2
     assert sentence in capsys.readouterr().err
     assert not (study.parent / "out").exists()
+
+
+def test_a_word_that_is_no_file_is_the_name_of_a_study(capsys) -> None:
+    assert main(["study", "lesss"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: study: not known (got 'lesss')")
+    assert "less" in message.partition("Choose one of")[2]
