@@ -118,9 +118,13 @@ def head(params, path: str, x, ctx: Context, token_ids=None):
     """Return the logits `x @ embedding.T` of all tokens, or of `token_ids`.
 
     With a view or a packed leaf, a table of more than 2**24 elements is read in blocks of rows, so
-    that no second table is in memory.
+    that no second table is in memory. Without a view, the transposed table `output_kernel` of
+    `jaxlm.models.generation.decoding_params` is read in its place.
     """
     leaf = lookup(params, path + ".embedding")
+    if ctx.view is None and token_ids is None and "output_kernel" in params:
+        y = matmul(x, ctx.read(params, "output_kernel"))
+        return ctx.out(path + ".embedding", "head", x, y)
     made = ctx.view is not None or isinstance(leaf, Packed)
     blocked = token_ids is None and made and leaf.size > HEAD_BLOCK
     if blocked:

@@ -17,7 +17,7 @@ from jaxlm import peft, zo
 from jaxlm.core.errors import UserError
 from jaxlm.models import LanguageModel, generation
 from jaxlm.models.config import RopeScaling
-from jaxlm.models.generation import Generator, Sampling, filter_logits
+from jaxlm.models.generation import Generator, Sampling, decoding_params, filter_logits
 from jaxlm.models.transformer import unstack
 from jaxlm.zo import Perturbation
 from tests.helpers import reference
@@ -177,6 +177,12 @@ def test_layers_apart_are_the_same_model():
     apply = jax.jit(lm.apply)
     wanted = apply(lm.params, PROMPTS, MASK, view=view)
     np.testing.assert_allclose(apply(apart, PROMPTS, MASK, view=view), wanted, atol=1e-5)
+    decoding = decoding_params(lm.params)  # has the table twice; a view must meet the original
+    assert decoding is lm.params or decoding["output_kernel"].shape[1] == config.vocab_size
+    np.testing.assert_allclose(apply(decoding, PROMPTS, MASK, view=view), wanted, atol=1e-5)
+    np.testing.assert_allclose(
+        apply(decoding, PROMPTS, MASK), apply(lm.params, PROMPTS, MASK), atol=1e-5
+    )
 
     def loss(params):
         return lm.log_probs(params, PROMPTS, MASK).mean()
