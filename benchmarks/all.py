@@ -1,20 +1,20 @@
-"""Runs the benchmarks one after another, each in a process of its own, and makes one table of them.
+"""Run the benchmarks one after another, each in its own process, and make one table of them.
 
 usage: python -m benchmarks.all [--quick] [--only NAME,NAME] [--output FOLDER] [--beside FOLDER]
                                 [--timeout SECONDS]
 
-In the folder (runs/benchmarks, if none is given) are then
+The folder (by default runs/benchmarks) then holds
 
-  results.json   device, versions, and for each benchmark what became of it, seconds on the wall and
-                 of the cores, and its rows
+  results.json   device, versions, and the outcome, wall-clock seconds, CPU seconds and rows of each
+                 benchmark
   results.md     a table of headlines, and below it all rows
-  logs/          what each benchmark has printed
+  logs/          the output of each benchmark
 
-and whatever an earlier run left there is written over. The headlines of another such folder, say
-that of another device, stand in a further column with --beside. A benchmark that fails, or takes
-longer than --timeout (600 with --quick, else none), is a row that says so; the others still run,
-and the exit code is 1. One that needs a package that is not installed is skipped. --quick takes
-minutes, and is for whether all of it works: what it measures is small.
+Results of an earlier run there are overwritten. --beside adds a column with the headlines of
+another such folder, for example of another device. If a benchmark fails or takes longer than
+--timeout (600 with --quick, else none), its row says so, the others still run, and the exit code is
+1. A benchmark is skipped if a package that it needs is not installed. --quick takes minutes: it
+measures small sizes, to check that everything works.
 """
 
 import argparse
@@ -41,7 +41,7 @@ FOLDER = Path(__file__).parent
 def run(
     name: str, benchmark: Benchmark, folder: Path, output: Path, quick: bool, timeout: float | None
 ) -> Result:
-    """Runs one benchmark."""
+    """Run one benchmark."""
     result = Result(name, question(folder / f"{name}.py"), "skipped")
     missing = [each for each in benchmark.needs if importlib.util.find_spec(each) is None]
     if missing:
@@ -59,12 +59,12 @@ def run(
 
 
 def question(path: Path) -> str:
-    """The first line of a file's docstring."""
+    """Return the first line of a file's docstring."""
     return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
 
 
 def cpu_seconds() -> float:
-    """Of all processes that have ended below this one."""
+    """Return the CPU seconds of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -72,8 +72,8 @@ def cpu_seconds() -> float:
 def ended(
     command: Sequence[str], where: Path, logs: Sequence[Path], timeout: float | None
 ) -> int | None:
-    """The exit code of a command, or None where it had to be stopped."""
-    # Else the last line of an error tells how JAX shortened it.
+    """Run a command and return its exit code, or None if it exceeded the timeout."""
+    # With filtering, the last line of an error is a note of JAX on the traceback.
     env = os.environ | {"JAX_TRACEBACK_FILTERING": "off"}
     with logs[0].open("w") as out, logs[1].open("w") as err:
         process = subprocess.Popen(
@@ -84,13 +84,13 @@ def ended(
         except subprocess.TimeoutExpired:
             return None
         finally:
-            if process.returncode is None:  # it, and the processes that it has started
+            if process.returncode is None:  # also kills processes that it has started
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
 
 def judged(result: Result, out: Sequence[str], err: Sequence[str]) -> Result:
-    """The result with its outcome, by what was printed."""
+    """Return the result with its outcome, judged by exit code and output."""
     if result.exit_code is None:
         return result._replace(outcome="timed out", reason=f"after {result.seconds:.0f} seconds")
     last = next((line.strip() for line in reversed(err) if line.strip()), "")
@@ -109,7 +109,7 @@ def judged(result: Result, out: Sequence[str], err: Sequence[str]) -> Result:
 def write(
     results: Sequence[Result], suite: Mapping[str, Benchmark], output: Path, options: Any
 ) -> None:
-    """Writes both files."""
+    """Write both files."""
     command = shlex.join(["python", "-m", "benchmarks.all", *options.arguments])
     found = {
         "command": command,
@@ -125,7 +125,7 @@ def write(
 
 
 def parsed(arguments: Sequence[str], suite: Mapping[str, Benchmark]) -> argparse.Namespace:
-    """The options; `names` are those of the benchmarks, `other` what --beside has read."""
+    """Return the options, with the benchmarks' `names`, and the results of --beside as `other`."""
     parser = argparse.ArgumentParser(prog="benchmarks.all", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, minutes in all")
     parser.add_argument("--only", default=",".join(suite), help="names, with commas between")
@@ -152,7 +152,7 @@ def main(
     suite: Mapping[str, Benchmark] = SUITE,
     folder: Path = FOLDER,
 ) -> int:
-    """Runs, writes after each, and returns the exit code."""
+    """Run the benchmarks, write results after each, and return the exit code."""
     options = parsed(sys.argv[1:] if arguments is None else arguments, suite)
     output = options.output.absolute()
     output.mkdir(parents=True, exist_ok=True)

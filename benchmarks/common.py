@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, memory by the compiler, the last line."""
+"""Helpers of all benchmarks: interleaved timing, memory by the compiler, the report line."""
 
 import ctypes
 import gc
@@ -21,7 +21,7 @@ REST = 0.5  # seconds
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that are installed."""
+    """Return the versions of Python and of installed packages."""
     installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -32,37 +32,37 @@ def versions() -> dict[str, str]:
 
 
 def device() -> str:
-    """The first device in words, and how many there are."""
+    """Return the name of the first device, and the number of devices."""
     first = jax.devices()[0]
     return f"{first.device_kind} ({first.platform}) x {jax.device_count()}"
 
 
 def compiled(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
-    """Lowers and compiles a jitted function; returns it and the seconds it took."""
+    """Lower and compile a jitted function; return the program and the seconds taken."""
     start = time.perf_counter()
     program = function.lower(*args).compile()
     return program, time.perf_counter() - start
 
 
 def peak_bytes(program: Any) -> int:
-    """Arguments, outputs and temporaries of a compiled program, less what outputs alias."""
+    """Return the bytes of arguments, outputs and temporaries, without aliased outputs."""
     memory = program.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return held - memory.alias_size_in_bytes + memory.temp_size_in_bytes
 
 
 def resident_bytes() -> int:
-    """The most memory that this process has had resident."""
+    """Return the peak resident memory of this process."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # There a process inherits the ru_maxrss of the one that started it.
+    # On Linux a process inherits ru_maxrss from its parent, so VmHWM is read instead.
     (line,) = (each for each in status.read_text().splitlines() if each.startswith("VmHWM:"))
     return 1024 * int(line.split()[1])
 
 
 def fresh_peak() -> int:
-    """Lets `resident_bytes` begin again at what is in use now, where it can; its value."""
+    """Reset the peak to the memory now in use, if the system allows it, and return it."""
     gc.collect()
     if Path("/proc/self/clear_refs").exists():
         ctypes.CDLL(None).malloc_trim(0)
@@ -71,7 +71,7 @@ def fresh_peak() -> int:
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Wall-clock time of one call, until its arrays are there."""
+    """Return the wall-clock seconds of one call, until its arrays are ready."""
     start = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start
@@ -80,10 +80,10 @@ def seconds(function: Callable[[], Any]) -> float:
 def interleaved(
     functions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1
 ) -> dict[str, float]:
-    """Median seconds of each function; they take turns, so that a busy machine slows all alike.
+    """Return median seconds of each function; they take turns, so other load slows all alike.
 
-    Before each there is a rest of half a second: threads of another library spin for a while after
-    their work, and would take a core from whoever comes next.
+    Each call follows a pause of half a second: idle threads of another library spin for a while
+    after their work, and would take a core from the next function.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warm_up + repeats):
@@ -96,7 +96,7 @@ def interleaved(
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of equal keys as aligned columns; floats with four significant digits."""
+    """Print rows with equal keys as aligned columns; floats have four significant digits."""
 
     def cell(value: Any) -> str:
         if value is None:
@@ -111,6 +111,6 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_report(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints the last line of a benchmark: one JSON object."""
+    """Print the last line of a benchmark, one JSON object."""
     report = {"benchmark": benchmark, "device": device(), "versions": versions(), "rows": rows}
     print(json.dumps(report, default=lambda number: number.item()))

@@ -1,12 +1,12 @@
 """Curvature of a loss, and the learning rate that theory gives zeroth-order descent for it.
 
-With n directions in d dimensions, descent is slower than with gradients by
+With n directions in d dimensions, zeroth-order descent is slower than gradient descent by
 
     gamma = (d r + d - 2) / (n (d + 2)) + 1,    r = tr(H) / ||H||,
 
-r the effective rank of the Hessian, and takes the learning rate eta / gamma where gradients would
-take eta = 1 / ||H|| (Malladi et al., arXiv:2305.17333, theorem 1). The theory bounds the Hessian
-near the parameters by a positive H; here H is the Hessian of one batch where the parameters are.
+where r is the effective rank of the Hessian, and its learning rate is eta / gamma where gradient
+descent has eta = 1 / ||H|| (Malladi et al., arXiv:2305.17333, theorem 1). In the theory, a positive
+H bounds the Hessian near the parameters; here H is the Hessian of one batch at the parameters.
 """
 
 import functools
@@ -21,12 +21,12 @@ Loss = Callable[[Any], jax.Array]
 
 
 class Curvature(NamedTuple):
-    """What is measured, and what follows.
+    """Curvature, and the learning rate that follows from it.
 
     Attributes:
-      trace, trace_error: of the Hessian, and the standard error of that.
+      trace, trace_error: estimated trace of the Hessian, and its standard error.
       norm: the largest absolute eigenvalue.
-      rank: the effective rank; at least 1, which negative eigenvalues could bring it below.
+      rank: the effective rank, clipped to 1 from below since negative eigenvalues could lower it.
       sgd_learning_rate: 1 / ||H||.
     """
 
@@ -39,19 +39,19 @@ class Curvature(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="loss")
 def hessian_product(loss: Loss, params: Any, vector: Any) -> Any:
-    """H v, by a derivative of the gradient along v."""
+    """Return H v, the derivative of the gradient along v."""
     return jax.jvp(jax.grad(loss), (params,), (vector,))[1]
 
 
 @jax.jit
 def inner(a: Any, b: Any) -> jax.Array:
-    """The inner product of two trees."""
+    """Return the inner product of two trees."""
     return sum(jnp.vdot(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
 
 
 @functools.partial(jax.jit, static_argnames="draw")
 def _draw(draw: Callable[..., jax.Array], key: jax.Array, params: Any) -> Any:
-    """A tree like `params` of random arrays."""
+    """Draw a tree like `params` of random arrays."""
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
     return structure.unflatten([draw(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
@@ -69,20 +69,20 @@ def _sample(loss: Loss, params: Any, key: jax.Array) -> jax.Array:
 def hutchinson_trace(
     loss: Loss, params: Any, key: jax.Array, probes: int = 64
 ) -> tuple[float, float]:
-    """tr(H) as the mean of v H v over random signs v, and the standard error of the mean."""
+    """Return tr(H) as the mean of v H v over random signs v, and its standard error."""
     found = np.array([_sample(loss, params, k) for k in jax.random.split(key, probes)])
     return float(found.mean()), float(found.std(ddof=1) / np.sqrt(probes))
 
 
 @jax.jit
 def _unit(v: Any) -> tuple[Any, jax.Array]:
-    """A tree over its length, and that."""
+    """Return a tree divided by its norm, and the norm."""
     length = jnp.sqrt(inner(v, v))
     return jax.tree.map(lambda x: x / length, v), length
 
 
 def spectral_norm(loss: Loss, params: Any, key: jax.Array, steps: int = 30) -> float:
-    """The largest absolute eigenvalue of H by power iteration, from below."""
+    """Return the largest absolute eigenvalue of H by power iteration, a lower bound."""
     v, length = _unit(_draw(jax.random.normal, key, params))
     for _ in range(steps):
         v, length = _unit(hessian_product(loss, params, v))
@@ -90,7 +90,7 @@ def spectral_norm(loss: Loss, params: Any, key: jax.Array, steps: int = 30) -> f
 
 
 def slow_down(rank: float, parameters: int, directions: int = 1) -> float:
-    """gamma, see above."""
+    """Return gamma, see the module docstring."""
     d, n = parameters, directions
     return (d * rank + d - 2) / (n * (d + 2)) + 1
 
@@ -98,7 +98,7 @@ def slow_down(rank: float, parameters: int, directions: int = 1) -> float:
 def measure(
     loss: Loss, params: Any, key: jax.Array, *, probes: int = 64, steps: int = 30
 ) -> Curvature:
-    """Trace, norm, effective rank and learning rate of `loss(params)`."""
+    """Return trace, norm, effective rank and learning rate of `loss(params)`."""
     first, second = jax.random.split(key)
     trace, error = hutchinson_trace(loss, params, first, probes)
     norm = spectral_norm(loss, params, second, steps)

@@ -1,13 +1,13 @@
-"""Does a run take the memory that its dry run said?
+"""Does a run take the memory that its dry run predicts?
 
 usage: python -m benchmarks.dry_run [--quick]
 
-Real runs, each in a fresh process: fine-tuning a random model of two hundred million parameters by
-MeZO and by AdamW with LoRA, one of a hundred million by AdamW, and pretraining one; with their
-evaluations and checkpoints. Measured is what the process had resident at most, less what it had
-before there were parameters; and in the same way the programs of training alone. Compiling takes
-memory of its own, which is left out. With --quick two runs suffice, of models so small that what a
-process takes beside them is most of it. The last line is one JSON object.
+Real runs, each in a fresh process, with evaluations and checkpoints: fine-tuning a random model of
+two hundred million parameters by MeZO and by AdamW with LoRA, fine-tuning one of a hundred million
+by AdamW, and pretraining one of that size. The measured value is the peak resident memory minus
+that before the parameters were made, for the whole run and for its training programs alone. Memory
+of compilation is left out. --quick does two runs, with models so small that the process itself
+takes most of the memory. The last line is one JSON object.
 """
 
 import argparse
@@ -58,12 +58,12 @@ RUNS: dict[str, tuple[int, dict[str, str] | None]] = {
     "pretraining, AdamW": (6, None),
 }
 QUICK = ("MeZO", "AdamW, LoRA")
-# Else the allocator keeps what is freed, and takes more the next time.
+# Without these the allocator keeps freed memory, and resident memory overstates what is in use.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
 
 
 def make_model(folder: Path, layers: int, width: int) -> Path:
-    """A random decoder with the tokenizer of the shipped model."""
+    """Save a random decoder with the tokenizer of the shipped model."""
     path = folder / f"{layers}x{width}"
     if path.exists():
         return path
@@ -95,7 +95,7 @@ def make_model(folder: Path, layers: int, width: int) -> Path:
 
 
 def make_corpus(folder: Path) -> dict[str, str]:
-    """A text and the configuration that reads it."""
+    """Write a corpus, and return the configuration keys that read it."""
     corpus = folder / "corpus"
     corpus.mkdir(exist_ok=True)
     rows = (json.dumps({"text": f"What is {i} and {i} and {i}? {2 * i}."}) for i in range(2000))
@@ -110,7 +110,7 @@ def make_corpus(folder: Path) -> dict[str, str]:
 
 
 def configuration(name: str, folder: Path, *, small: bool, output: str) -> tuple[Any, Any]:
-    """The configuration of a run and the function that does it."""
+    """Return the configuration of a run and the function that does it."""
     layers, flags = RUNS[name]
     layers, width = (2, 64) if small else (layers, WIDTH)
     given = FLAGS | {"output": str(folder / output)}
@@ -129,11 +129,11 @@ def configuration(name: str, folder: Path, *, small: bool, output: str) -> tuple
 
 
 class Meter:
-    """The most memory that this process had resident since it began, compiling left out.
+    """Peak resident memory of this process, without that of compilation.
 
     Attributes:
-        base: bytes that were resident before, with what compiling has left behind.
-        most: of each phase, bytes above them.
+        base: bytes resident at the start, plus those that compilation has left behind.
+        most: phase to its peak in bytes above `base`.
     """
 
     def __init__(self) -> None:
@@ -141,12 +141,12 @@ class Meter:
         self.base = common.fresh_peak()
 
     def note(self, phase: str) -> None:
-        """Ends a phase."""
+        """Record the peak of a phase at its end."""
         taken = common.resident_bytes() - self.base
         self.most[phase] = max(taken, self.most.get(phase, 0))
 
     def apart(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function whose memory does not count."""
+        """Wrap a function so that its memory is not counted."""
 
         def run(*args: Any, **options: Any) -> Any:
             self.note("all")
@@ -159,7 +159,7 @@ class Meter:
 
 
 def resident(config: Any, run: Callable[[Any], Any]) -> dict[str, float]:
-    """Does a run in this process; its memory in megabytes, and seconds of a step."""
+    """Do a run in this process; return its memory in megabytes and the seconds of a step."""
     meter, call, lower = Meter(), Program.__call__, Program.lower
 
     class Lowered:
@@ -187,9 +187,9 @@ def resident(config: Any, run: Callable[[Any], Any]) -> dict[str, float]:
 
 
 def row(name: str, folder: Path, *, small: bool) -> dict[str, Any]:
-    """A run, predicted here and measured in a process of its own."""
+    """Predict a run here, and measure it in a process of its own."""
     config, _ = configuration(name, folder, small=small, output="planned")
-    # Without a memory to fill, no largest batch is sought.
+    # Without a memory size, the dry run skips its slow search for the largest batch.
     device = dataclasses.replace(this_device(), memory=None)
     plan = dry_run(config, device=device)
     command = [sys.executable, "-m", "benchmarks.dry_run", "--resident", name]
@@ -214,7 +214,7 @@ def row(name: str, folder: Path, *, small: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small models, two runs")
     parser.add_argument("--resident", choices=RUNS, help=argparse.SUPPRESS)

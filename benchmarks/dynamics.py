@@ -2,12 +2,12 @@
 
 usage: python -m benchmarks.dynamics [--quick] [--paths 100000] [--steps 400] [--repeats 7]
 
-The chain is Adam in one dimension, at learning rate 0.05 on gradients x + 20 z with normal z, the
-chain that its stochastic differential equation describes. It is a Monte Carlo run: every path has
-its own noise. `jaxlm.dynamics.run_optimizer` runs it with `optax.adam`, and
-`jaxlm.dynamics.simulate` runs the equation. The peers run the same chain vectorised over paths, in
-float32 and in place: PyTorch and NumPy. A last row is NumPy as one would write it first, in float64
-with an array for each product. All are interleaved, except PyTorch, which runs last. The columns:
+The chain is Adam in one dimension, at learning rate 0.05 on gradients x + 20 z with normal z, for
+which Adam's stochastic differential equation holds. It is a Monte Carlo run: every path has its own
+noise. `jaxlm.dynamics.run_optimizer` runs the chain with `optax.adam`, and
+`jaxlm.dynamics.simulate` solves the equation. The peers run the same chain vectorised over paths,
+in float32 and in place: PyTorch and NumPy. Another row is straightforward NumPy, in float64 with an
+array for each product. All are interleaved, except PyTorch, which runs last. The columns:
 
   seconds      of a run, median over the repeats; runs shorter than half a second are repeated until
                half a second has passed
@@ -19,9 +19,9 @@ with an array for each product. All are interleaved, except PyTorch, which runs 
   peak_MB      memory by the compiler
 
 The second table has 64 steps of momentum SGD on a network of 256 by 256, for eight workers on this
-device with a batch of 16 each: alone, without `jaxlm`, and with averages at every step or at every
-16th. Below them are one model on the joint batch of 128, and SVAG on its halves, with l = 1 and
-l = 4 in as many updates. `over_alone` is time divided by that of the first row, `over_joint` by
+device with a batch of 16 each: alone, without `jaxlm`, and averaged after every step or every 16th.
+The next rows are one model on the joint batch of 128, and SVAG on its halves with l = 1 and l = 4
+in as many updates. `over_alone` is time divided by that of the first row, `over_joint` by
 that of the joint batch, SVAG's peer. `difference` is the largest difference of a parameter from
 the run on the joint batch, which H = 1 reproduces.
 
@@ -65,7 +65,7 @@ def chain(paths: int, steps: int) -> Callable[[jax.Array], jax.Array]:
 
 
 def equation(paths: int, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """Return Adam's equation, solved by as many Euler steps."""
+    """Return Adam's equation, solved by one Euler step per step of the chain."""
     sde = dynamics.sde.adam_sde(lambda x: x, lambda x: 1.0, lambda x: 1.0, CONSTANTS)
     width = sde.time_per_step
 
@@ -78,7 +78,7 @@ def equation(paths: int, steps: int) -> Callable[[jax.Array], jax.Array]:
 
 
 def numpy_chain(numbers: np.random.Generator, paths: int, steps: int) -> np.ndarray:
-    """Run the chain in float64, as one would write it first."""
+    """Run the chain in straightforward NumPy, in float64."""
     x, m, v = np.ones(paths), np.zeros(paths), np.zeros(paths)
     for k in range(1, steps + 1):
         g = x + SIGMA * numbers.standard_normal(paths)
@@ -160,7 +160,7 @@ def measure(paths: int, steps: int, repeats: int) -> list[dict[str, Any]]:
     calls["numpy, in place"] = functools.partial(numpy_in_place, numbers, paths, steps)
     calls["numpy, float64"] = functools.partial(numpy_chain, numbers, paths, steps)
     times = in_a_row(calls, repeats)
-    # After the others: the threads of its pool would share the process with them.
+    # PyTorch runs last, since the threads of its pool would take cores from the others.
     peer = torch_chain(paths, steps)
     if peer is not None:
         calls["torch, in place"] = peer

@@ -1,13 +1,13 @@
-"""What does MeZO add to a pretrained model, and how much of it rests on pretraining?
+"""What does MeZO add to a pretrained model, and how much of it depends on pretraining?
 
 usage: python -m benchmarks.effect [--seeds 3] [--quick] [--model FOLDER] [--set KEY=VALUE]
                                    [TASK.yaml ...]
 
 Runs every row of the quickstart's table on mr and subj for several seeds (under an hour on 2 cores)
-and prints means, standard deviations, and the differences that the claim is made of. --quick has
-one seed of the first task, few steps and few texts. --set changes a key of every file, such as
-`--set calibrate=false` or `--set random_init.optimizer.learning_rate=1e-3`. The quickstart's own
-file, jaxlm/assets/quickstart.yaml, is one like these. The last line is one JSON object.
+and prints means, standard deviations, and the gains of MeZO over its baselines. --quick runs one
+seed of the first task with few steps and texts. --set changes a key of every file, such as
+`--set calibrate=false` or `--set random_init.optimizer.learning_rate=1e-3`. Files have the form of
+the quickstart's, jaxlm/assets/quickstart.yaml. The last line is one JSON object.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TARGETS = {("subj", "random init"): 15, ("mr", "random init"): 5, "raw": 10, "ca
 
 
 def measure(config: quickstart.QuickstartConfig, seeds: int) -> list[dict[str, Any]]:
-    """One row for each method: accuracies by seed, in per cent, and what it cost."""
+    """Return a row for each method: accuracies by seed, in per cent, and costs."""
     rows: dict[str, dict[str, Any]] = {}
     for seed in range(seeds):
         for row in quickstart.run(dataclasses.replace(config, seed=seed), quiet=True):
@@ -42,7 +42,7 @@ def measure(config: quickstart.QuickstartConfig, seeds: int) -> list[dict[str, A
 
 
 def report(task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Prints the table of a task and returns the gains of MeZO over the baselines, by seed."""
+    """Print the table of a task, and return the gains of MeZO over the baselines, by seed."""
     print(f"\n{task:<35} accuracy (sd)  forwards  backwards     MiB  seconds")
     for row in rows:
         mean, sd = statistics.mean(row["accuracy"]), statistics.pstdev(row["accuracy"])
@@ -63,7 +63,7 @@ def report(task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs the tasks and prints."""
+    """Run the tasks, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("configs", nargs="*", default=sorted(map(str, FOLDER.glob("*.yaml"))))
     parser.add_argument("--model")

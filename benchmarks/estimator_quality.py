@@ -3,17 +3,17 @@
 usage: python -m benchmarks.estimator_quality [--quick] [--model PATH] [--run FOLDER ...]
                                               [--task subj] [--plot FILE]
 
-On one training batch of a task, at a pretrained model (the shipped one, or --model), after a short
-run of Adam and one of MeZO from there, or at the runs of `jaxlm finetune` that --run names. For
-every layer: the cosine between the mean of n estimates and the gradient, for n from 1 to 1024,
-beside the cosine that theory expects,
+Everything is measured on one training batch of a task: at a pretrained model (the shipped one, or
+--model), and after short runs of Adam and MeZO from there or at the runs of `jaxlm finetune` that
+--run names. For every layer there is the cosine between the mean of n estimates and the gradient,
+for n from 1 to 1024, and the cosine expected by theory,
 
     sqrt(n / (n + 1 + d r)),    r = ||gradient||^2 / ||gradient of the layer||^2,
 
-with d the layer's parameters; for the whole model that is sqrt(n / (n + d + 1)). One estimate
-scatters about it by 1/sqrt(d). The slope along a random direction within the layer by central
-differences, beside `jax.jvp`. And for the whole model the effective rank of the Hessian with the
-learning rate that theory gives MeZO for it (`benchmarks.curvature`). The last line is one JSON
+with d the number of the layer's parameters; for the whole model it is sqrt(n / (n + d + 1)). One
+estimate scatters about it by 1/sqrt(d). Slopes along a random direction within the layer, by
+central differences, are compared with `jax.jvp`. For the whole model there is the effective rank of
+the Hessian, and MeZO's learning rate by theory (`benchmarks.curvature`). The last line is one JSON
 object.
 """
 
@@ -40,7 +40,7 @@ Tree = Any
 
 
 class Problem:
-    """A model with a task and its objective on batches of some examples."""
+    """A model, a task, and the objective on batches of `rows` examples."""
 
     def __init__(self, lm: LanguageModel, task: str, rows: int = 32):
         config = dataclasses.replace(data.shipped_task(task), max_length=64)
@@ -51,16 +51,16 @@ class Problem:
         )
 
     def batch(self, step: int) -> Any:
-        """Training examples; what is measured is measured on those of step 0."""
+        """Return the training batch of a step; step 0 is the batch for measurements."""
         return self.encoded.batch(step, batch_size=self.rows, seed=0)
 
     def loss(self, params: Tree, view: Any = None) -> jax.Array:
-        """The loss on the batch of step 0."""
+        """Return the loss on the batch of step 0."""
         return self.objective(params, self.batch(0), view=view)[0]
 
 
 def after_adam(problem: Problem, steps: int) -> Tree:
-    """The parameters after some steps of Adam."""
+    """Return the parameters after some steps of Adam."""
     tx = optax.adam(3e-4)
 
     @jax.jit
@@ -76,7 +76,7 @@ def after_adam(problem: Problem, steps: int) -> Tree:
 
 
 def after_mezo(problem: Problem, steps: int) -> Tree:
-    """The parameters after some steps of MeZO."""
+    """Return the parameters after some steps of MeZO."""
     opt = zo.mezo(1e-4, sampler=zo.rademacher(), select="layers|final_norm")
     step = zo.jit_step(opt, problem.objective)
     params = jax.tree.map(jnp.copy, problem.lm.params)
@@ -87,7 +87,7 @@ def after_mezo(problem: Problem, steps: int) -> Tree:
 
 
 def checkpoints(options: argparse.Namespace) -> Iterator[tuple[str, Problem, Tree]]:
-    """Name, problem and parameters of each checkpoint."""
+    """Yield name, problem and parameters of each checkpoint."""
     problem = Problem(load_model(options.model), options.task, 8 if options.quick else 32)
     yield "pretrained", problem, problem.lm.params
     if options.run:
@@ -101,7 +101,7 @@ def checkpoints(options: argparse.Namespace) -> Iterator[tuple[str, Problem, Tre
 
 
 def layers(params: Tree) -> tuple[list[str], Tree]:
-    """Names of the parts of a model, and for each leaf the part of each entry of its first axis."""
+    """Return names of a model's parts, and for each leaf the part of each of its first indices."""
     names: list[str] = []
 
     def parts(leaf):
@@ -116,7 +116,7 @@ def layers(params: Tree) -> tuple[list[str], Tree]:
 
 
 def inner(parts: Tree, count: int, a: Tree, b: Tree) -> jax.Array:
-    """The inner product of two trees within each part, and after those the whole one."""
+    """Return inner products of two trees within each part, followed by the total."""
     sums = jnp.zeros(count)
     for part, x, y in zip(*map(jax.tree.leaves, (parts, a, b)), strict=True):
         sums = sums.at[part].add((x * y).reshape(len(part), -1).sum(1))
@@ -124,7 +124,7 @@ def inner(parts: Tree, count: int, a: Tree, b: Tree) -> jax.Array:
 
 
 def only(parts: Tree, count: int, tree: Tree, part: jax.Array) -> Tree:
-    """The tree with zeros outside one part; as it is for the part after the last."""
+    """Return the tree with zeros outside one part; unchanged if `part` equals `count`."""
 
     def kept(own, x):
         own = own.reshape(len(own), *(1,) * (x.ndim - 1))
@@ -135,13 +135,13 @@ def only(parts: Tree, count: int, tree: Tree, part: jax.Array) -> Tree:
 
 @functools.partial(jax.jit, static_argnames="loss")
 def gradient_of(loss, params: Tree) -> Tree:
-    """The gradient; compiled once for all checkpoints."""
+    """Return the gradient; compiled once for all checkpoints."""
     return jax.grad(loss)(params)
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "sampler"))
 def add_estimates(loss, sampler, params: Tree, total: Tree, key, first, last) -> Tree:
-    """The sum of estimates, with those from `first` to `last` added."""
+    """Add the estimates `first` to `last` - 1 to a sum of estimates."""
 
     def one_more(j, total):
         est = zo.spsa(loss, params, key=jax.random.fold_in(key, j), sampler=sampler)
@@ -151,7 +151,7 @@ def add_estimates(loss, sampler, params: Tree, total: Tree, key, first, last) ->
 
 
 def cosines(loss, params: Tree, gradient: Tree, parts: Tree, count: int, most: int, sampler):
-    """{n: cosine in each part of the mean of n estimates to the gradient}, n a power of two."""
+    """Return {n: cosine of the mean of n estimates and the gradient, by part}, n a power of two."""
     key = jax.random.key(1)
     total, n, found = jax.tree.map(jnp.zeros_like, gradient), 0, {}
     length = jnp.sqrt(inner(parts, count, gradient, gradient))
@@ -165,7 +165,7 @@ def cosines(loss, params: Tree, gradient: Tree, parts: Tree, count: int, most: i
 
 @functools.partial(jax.jit, static_argnames=("loss", "count", "eps", "sampler"))
 def slope(loss, params: Tree, parts: Tree, count: int, eps: float, sampler, key, part):
-    """Central difference and exact slope along z within one part."""
+    """Return central difference and exact slope along z within one part."""
     whole = zo.SPSAEstimate(*[jnp.ones(1)] * 4, key, None, sampler, eps)
     z = only(parts, count, zo.materialize(whole, params), part)
     moved = lambda scale: loss(jax.tree.map(lambda w, z: w + scale * z, params, z))  # noqa: E731
@@ -173,7 +173,7 @@ def slope(loss, params: Tree, parts: Tree, count: int, eps: float, sampler, key,
 
 
 def slopes(loss, params: Tree, parts: Tree, count: int, directions: int, eps: float, sampler):
-    """Central differences and exact slopes [parts + 1, directions] along z within each part."""
+    """Return central differences and exact slopes along z, [parts + 1, directions] each."""
     keys = jax.random.split(jax.random.key(2), directions)
     found = [
         [slope(loss, params, parts, count, eps, sampler, key, part) for key in keys]
@@ -185,7 +185,7 @@ def slopes(loss, params: Tree, parts: Tree, count: int, directions: int, eps: fl
 def by_layer(
     checkpoint: str, problem: Problem, params: Tree, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """One row for each part of the model and one for all of it."""
+    """Return a row for each part of the model, and one for the whole model."""
     sampler = {"gaussian": zo.gaussian(), "rademacher": zo.rademacher()}[options.sampler]
     loss = problem.loss
     names, parts = layers(params)
@@ -222,7 +222,7 @@ def by_layer(
 def of_the_whole(
     checkpoint: str, problem: Problem, params: Tree, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """The row of curvature."""
+    """Return the row of curvature."""
     probes, steps = (4, 4) if options.quick else (64, 30)
     key = jax.random.key(3)
     found = curvature.measure(problem.loss, params, key, probes=probes, steps=steps)
@@ -237,7 +237,7 @@ def of_the_whole(
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    """The cosine at the first, a middle and the last n, and the error of the slopes."""
+    """Print cosines at the first, a middle and the last n, and the error of the slopes."""
     shown = list(rows[0]["cosine"])
     shown = [shown[0], shown[len(shown) // 2], shown[-1]]
     common.print_table(
@@ -259,7 +259,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Cosines over n, and projected gradients over exact slopes, for each checkpoint."""
+    """Plot cosines over n, and projected gradients over exact slopes, for each checkpoint."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["checkpoint"] for row in rows))
@@ -283,7 +283,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="8 directions on 8 examples")
     parser.add_argument("--model", help="folder, hub id or run; the shipped model if not given")

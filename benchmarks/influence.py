@@ -1,12 +1,12 @@
-"""How fast are gradient features, beside the loop of the authors of LESS on the same numbers?
+"""How fast are gradient features, compared with the loop of the authors of LESS?
 
 usage: python -m benchmarks.influence [--quick] [--repeats 5] [--no-torch]
 
 The model is a Llama of 4 layers of width 256 with random weights in float32. Adapters of rank 8 at
 the queries, keys, values and outputs have 65,536 numbers; there are 64 examples of 128 tokens.
 Features are Adam's step on the gradient of each example, whole or projected to 8192 numbers. The
-peer is `torch_influence`: PyTorch and peft, one example at a time, projected with parts of a matrix
-of signs, all 64 rows at a time, as ours, or 16 at a time, the default of the authors' script.
+peer is `torch_influence`: PyTorch and peft, one example at a time, projected by blocks of a matrix
+of signs. It projects all 64 rows at once, as jaxlm does, or 16, as the authors' script by default.
 
   examples_s   examples a second, median over interleaved repeats
   times        examples_s over that of the peer for the same features, 64 rows at a time
@@ -20,7 +20,7 @@ of signs, all 64 rows at a time, as ours, or 16 at a time, the default of the au
 The row "batch gradient" is `jax.grad` of the sum of all losses: one gradient for all examples, as a
 training step computes it.
 
---quick has 8 examples of 16 tokens and 512 numbers. The last line is one JSON object.
+--quick uses 8 examples of 16 tokens and 512 numbers. The last line is one JSON object.
 """
 
 import argparse

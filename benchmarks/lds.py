@@ -2,12 +2,12 @@
 
 usage: python -m benchmarks.lds [--quick] [--subsets 48] [--seeds 3]
 
-The shipped model has adapters of rank 8. There are 192 rows, half of them sentiment (mr) and half
-subjectivity (subj); 32 more rows of mr are the targets. Models are trained on halves of the rows,
-each with several seeds of adapters and order, and the negative loss of every target, averaged over
-seeds, is to be predicted. Random halves differ in how often each answer word occurs. Balanced
-halves have half of the rows of every answer word, so that counting answers cannot tell them apart.
-Attributions come from models trained on all rows with other seeds, at the end of every epoch:
+The shipped model has adapters of rank 8. There are 192 rows, half from sentiment (mr) and half
+from subjectivity (subj); 32 more rows of mr are the targets. Models are trained on halves of the
+rows, each with several seeds of adapters and order. Attributions must predict the negative loss of
+every target, averaged over seeds. Random halves differ in how often each answer word occurs.
+Balanced halves have half of the rows of every answer word, so counting answers does not predict
+them. Attributions use models trained on all rows with other seeds, at the end of every epoch:
 
   LESS             cosine of Adam's step on a training row with the gradient of a target, weighted
                    by learning rates
@@ -24,10 +24,10 @@ Attributions come from models trained on all rows with other seeds, at the end o
   partial          the same with the counts of all answer words regressed out of the ranks
   balanced         the score on balanced halves
   ..._low, _high   95 % intervals over halves and targets
-  noise            row: scores between the outputs of one training seed and the mean of the others,
-                   which bound what a perfect attribution could reach for one seed
+  noise            a row: correlation between the outputs of one training seed and the mean of the
+                   others, a bound on the score of a perfect attribution for one seed
 
---quick has 5 subsets of 32 rows. The last line is one JSON object.
+--quick uses 5 subsets of 32 rows. The last line is one JSON object.
 """
 
 import argparse
@@ -59,7 +59,7 @@ REPLICATES = 300
 
 
 class Problem:
-    """Rows, targets, and training on any part of the rows."""
+    """Rows, targets, and training on any subset of the rows."""
 
     def __init__(self, rows: int, targets: int):
         self.lm = jaxlm.from_pretrained()
@@ -125,7 +125,7 @@ class Problem:
 
 
 def answer_words(*sides: Sequence[PoolRow]) -> list[np.ndarray]:
-    """Number the answers of rows; equal answers have the same number in all lists."""
+    """Number the answers of rows; equal answers get the same number in all lists."""
     words = [
         [tuple(row.ids[place] for place in row.loss_positions) for row in rows] for rows in sides
     ]
@@ -159,7 +159,7 @@ def partial(sums: np.ndarray, outputs: np.ndarray, counts: np.ndarray) -> np.nda
         return ranks - known @ np.linalg.lstsq(known, ranks, rcond=None)[0]
 
     a, b = rest(sums), rest(outputs)
-    # Where the counts explain everything, only rounding is left, which correlates with anything.
+    # Where the counts explain everything, only rounding errors are left: count them as zero.
     a[:, np.abs(a).max(0) < 1e-6 * len(a)] = 0
     size = np.sqrt((a * a).sum(0) * (b * b).sum(0))
     return np.divide((a * b).sum(0), size, out=np.zeros_like(size), where=size > 0)

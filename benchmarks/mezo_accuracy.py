@@ -1,21 +1,20 @@
-"""How far do forward passes alone go, by which method, and do the curves flatten?
+"""How accurate does each method get with forward passes alone, and do the curves flatten?
 
 usage: python -m benchmarks.mezo_accuracy [--output FOLDER] [--tasks mr,subj] [--methods mezo,lozo]
            [--seeds 3] [--forwards 2000] [--model FOLDER] [--data FOLDER] [--quick]
 
 Every file of configs/accuracy is a method, and every file of configs/accuracy/tasks a task. A
-method without `steps` gets as many as make `--forwards` forward passes of a batch, so that
-zeroth-order methods are compared at equal forwards. The task rte reads train.jsonl and
-validation.jsonl (premise, hypothesis, label) in the folder `--data`.
+method without `steps` takes as many as `--forwards` forward passes allow, so that zeroth-order
+methods are compared at equal numbers of forward passes; a task may multiply their learning rates by
+`zeroth_order_scale`. The task rte reads train.jsonl and validation.jsonl (premise, hypothesis,
+label) in the folder `--data`.
 
-Each (task, method, seed) is a run with a folder of its own; started again on the same output, the
-benchmark goes on where it was. Without --output the folders are gone at the end. --quick has one
-seed, 40 forward passes, 100 examples of each split, and unless others are named some methods on
-subj. The parameters that are best on validation are tested. A task may multiply the
-learning rates of the methods that take as many steps as they may by `zeroth_order_scale`. Beside
-accuracy, passes, seconds and memory stands what validation accuracy gained in the last quarter of
-the run: about 0 where the curve has flattened. The last line is one JSON object, which has the
-curves.
+Each (task, method, seed) is a run with its own folder; with the same --output the benchmark
+resumes. Without --output the folders are deleted at the end. --quick runs one seed with 40 forward
+passes and 100 examples of each split, by default for some methods on subj. The parameters that are
+best on validation are tested. The table has accuracy, passes, seconds, memory, and the gain of
+validation accuracy in the last quarter of the run: about 0 if the curve has flattened. The last
+line is one JSON object, with the curves.
 """
 
 import argparse
@@ -35,11 +34,11 @@ from jaxlm.train.run_folder import RunFolder
 
 FOLDER = Path(__file__).parent.parent / "configs" / "accuracy"
 QUICK = "zero_shot,calibrated,probe,mezo,lozo,adam"
-LOOKS = 16  # at validation, in a run whose length is given by its forwards
+LOOKS = 16  # validations in a run whose length is set by `--forwards`
 
 
 def methods() -> list[str]:
-    """Names of all methods."""
+    """Return the names of all methods."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
@@ -52,7 +51,7 @@ def candidates(
     output: str,
     changes: dict[str, Any],
 ) -> list[Candidate]:
-    """The runs of a task: each method of configs/accuracy at `forwards` forward passes."""
+    """Return the runs of a task: each named method at `forwards` forward passes."""
     run = read_yaml(FOLDER / "tasks" / f"{task}.yaml") | changes
     scale = float(run.pop("zeroth_order_scale", 1))
     sections = {name: read_yaml(FOLDER / f"{name}.yaml") for name in names}
@@ -73,7 +72,7 @@ def candidates(
 
 
 def cut(candidate: Candidate, forwards: int) -> Candidate:
-    """Runs of that many forward passes, with `LOOKS` looks at validation."""
+    """Return runs of that many forward passes, with `LOOKS` validations."""
     steps = max(1, forwards // passes(candidate.runs[0].optimizer))
     every = max(1, steps // LOOKS)
     runs = (
@@ -84,7 +83,7 @@ def cut(candidate: Candidate, forwards: int) -> Candidate:
 
 
 def small(candidate: Candidate) -> Candidate:
-    """Runs of at most 20 steps, with 100 examples of each split."""
+    """Return runs of at most 20 steps, with 100 examples of each split."""
     runs = (
         dataclasses.replace(
             run,
@@ -101,14 +100,14 @@ def small(candidate: Candidate) -> Candidate:
 
 
 def passes(optimizer: Any) -> int:
-    """Forward passes in a step."""
+    """Return the number of forward passes in a step."""
     from jaxlm.train.state import method
 
     return method(optimizer, lambda params, batch: params, 1).forwards
 
 
 def rows(task: str, table: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each method, in per cent, seconds and 1e6 bytes."""
+    """Return a row for each method, in per cent, seconds and 1e6 bytes."""
     return [
         {
             "task": task,
@@ -128,7 +127,7 @@ def rows(task: str, table: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def curve(runs: Sequence[str | None]) -> list[tuple[int, float]]:
-    """(step, mean validation accuracy in per cent over the seeds), at each look."""
+    """Return (step, validation accuracy in per cent, mean over seeds) at each validation."""
     looks: dict[int, list[float]] = {}
     for run in filter(None, runs):
         metrics = RunFolder(run).metrics
@@ -139,9 +138,9 @@ def curve(runs: Sequence[str | None]) -> list[tuple[int, float]]:
 
 
 def last_quarter(looks: Sequence[tuple[int, float]]) -> float | None:
-    """Mean over the last quarter of a curve less the mean over the quarter before it.
+    """Return the mean over the last quarter of a curve minus the mean over the quarter before it.
 
-    A curve of fewer than eight looks has no quarters worth a mean.
+    A curve with fewer than eight points has quarters too short for a mean; it gives None.
     """
     if len(looks) < 8:
         return None
@@ -155,7 +154,7 @@ def _percent(share: float | None) -> float | None:
 
 
 def main() -> None:
-    """Runs, and prints."""
+    """Run the benchmark, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output")
     parser.add_argument("--tasks")
@@ -173,7 +172,7 @@ def main() -> None:
 
 
 def print_tables(options: argparse.Namespace, output: str) -> None:
-    """Makes the runs below a folder, and prints."""
+    """Do the runs in a folder, and print the table and the report."""
     seeds, forwards = (1, 40) if options.quick else (options.seeds, options.forwards)
     changes = {} if options.model is None else {"model": options.model}
     found, curves = [], []

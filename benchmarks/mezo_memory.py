@@ -1,13 +1,13 @@
-"""Does a zeroth-order step live in the memory of inference?
+"""Does a zeroth-order step fit into the memory of inference?
 
 usage: python -m benchmarks.mezo_memory [--quick]
 
-By the compiler, without running anything: the peak of a step over that of a forward pass on the
-same 16 rows of 64 tokens, at the shapes of OPT-125M and OPT-1.3B, for one and four directions; Adam
-by backpropagation beside it. And measured at OPT-125M: the most memory that a fresh process had
-resident in three steps, less what it had after compiling and before there were any parameters. With
---quick only the first shape is compiled, without the method that takes longest to compile. The last
-line is one JSON object.
+The first table is by the compiler, and nothing runs: peak memory of a step over that of a forward
+pass on the same 16 rows of 64 tokens, at the shapes of OPT-125M and OPT-1.3B, for one and four
+directions, and for Adam by backpropagation. The second is measured at OPT-125M: the peak resident
+memory of a fresh process in three steps, minus that after compiling and before the parameters are
+made. --quick compiles the first shape only, without the method that takes longest to compile. The
+last line is one JSON object.
 """
 
 import argparse
@@ -42,11 +42,11 @@ QUICK = [name for name in METHODS if name != "LOZO, rank 2, n=4"]
 
 
 def program(name: str, config: ModelConfig) -> tuple[Callable[..., Any], Tree, Tree, Tree]:
-    """What a method runs: `f(params, state, batch) -> (params, state, ...)`, and its arguments.
+    """Return the function of a method, `f(params, state, batch) -> (params, state, ...)`.
 
     Returns:
-      The function, which donates parameters and state, and the shapes of parameters and state, and
-      the batch. A forward pass has no state and donates nothing.
+      The function, which donates parameters and state; the shapes of parameters and state; and the
+      batch. A forward pass has no state and donates nothing.
     """
     params = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     loss_fn = classification_objective(
@@ -71,7 +71,7 @@ def program(name: str, config: ModelConfig) -> tuple[Callable[..., Any], Tree, T
 def compiled_rows(
     shape: str, config: ModelConfig, methods: Iterable[str] = METHODS
 ) -> list[dict[str, Any]]:
-    """One row for each method, by compilation alone."""
+    """Return a row for each method, by compilation alone."""
     rows: list[dict[str, Any]] = []
     for name in methods:
         function, *args = program(name, config)
@@ -93,9 +93,9 @@ def compiled_rows(
 
 
 def resident(name: str, config: ModelConfig = OPT_125M) -> dict[str, float]:
-    """Runs a method three times in this process; megabytes before there were parameters, and after.
+    """Run a method three times in this process; return megabytes before and after.
 
-    The parameters are small constants, so that making them takes no more memory than they do.
+    The parameters are constants: random ones would take extra memory while they are made.
     """
     function, params, state, batch = program(name, config)
     run, _ = common.compiled(function, params, state, batch)
@@ -117,7 +117,7 @@ def resident(name: str, config: ModelConfig = OPT_125M) -> dict[str, float]:
 
 
 def resident_rows() -> list[dict[str, Any]]:
-    """One row for each method, each in a process of its own."""
+    """Return a row for each method, each measured in a process of its own."""
     rows: list[dict[str, Any]] = []
     for name in METHODS:
         command = [sys.executable, "-m", "benchmarks.mezo_memory", "--resident", name]
@@ -131,7 +131,7 @@ def resident_rows() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="compile OPT-125M, run nothing")
     parser.add_argument("--resident", choices=METHODS, help=argparse.SUPPRESS)

@@ -1,21 +1,20 @@
-"""What does a zeroth-order step cost over the forward passes that it cannot do without?
+"""What does a zeroth-order step cost beyond its forward passes?
 
 usage: python -m benchmarks.mezo_step [--quick] [--dtype float32|bfloat16] [--repeats 7]
                                       [--methods NAME ...]
 
-Times one step of each method and two compiled forward passes of the same objective in turns, then
-those of PyTorch in turns, whose threads would slow the others in their process; at the shape of
-OPT-125M with 16 rows of 64 tokens and at the size of the shipped model, with --quick only the
-latter, without the methods that take longest to compile. Beside them stand a step of Adam by
-backpropagation, and MeZO in PyTorch on the same weights and tokens, as its authors wrote it and as
-one would write it to save time (`benchmarks.torch_mezo`). The columns:
+Times one step of each method, one of Adam by backpropagation and two compiled forward passes of the
+same objective in turns, at the shape of OPT-125M with 16 rows of 64 tokens and at the size of the
+shipped model. MeZO in PyTorch on the same weights and tokens, as published and in a fast version
+(`benchmarks.torch_mezo`), follows last, since PyTorch's threads would slow the others. --quick has
+only the small shape, without the methods that take longest to compile. The columns:
 
   forwards            forward passes in a step
   over_forwards       time over that of as many forward passes, in the same framework
-  torch_over_it       time of the authors' step, over that of as many forward passes of this method
+  torch_over_it       time of the published PyTorch step per forward pass, over that of this method
   over_forward_peak   peak memory over that of a forward pass, by the compiler
-  loss_difference     of a loss from a check: perturbed copies of the parameters for jaxlm, the
-                      loss of jaxlm's own forward pass for PyTorch
+  loss_difference     difference of a loss from a check: for jaxlm the loss at perturbed copies of
+                      the parameters, for PyTorch the loss of jaxlm's forward pass
 
 The last line is one JSON object.
 """
@@ -52,13 +51,13 @@ class Method(NamedTuple):
     """Something to time.
 
     Attributes:
-      name: what stands in the table.
+      name: name in the table.
       call: does it once.
       base: name of the two forward passes that it is compared with.
-      forwards: forward passes in it; None where there is a backward pass.
-      program: the compiled program, where there is one.
-      compile_s: seconds that this took.
-      difference: |loss - that of the check|, where there is one.
+      forwards: number of forward passes; None if there is a backward pass.
+      program: the compiled program, if any.
+      compile_s: seconds of compilation.
+      difference: |loss - loss of the check|, if there is a check.
     """
 
     name: str
@@ -85,7 +84,7 @@ class Stepper:
 
 
 def forwards(loss_fn: Callable[..., Any], params: Any, batch: Any) -> Method:
-    """Two forward passes."""
+    """Return two forward passes."""
     program, compile_s = common.compiled(jax.jit(loss_fn), params, batch)
 
     def call():
@@ -97,7 +96,7 @@ def forwards(loss_fn: Callable[..., Any], params: Any, batch: Any) -> Method:
 def zeroth_order(
     name: str, opt: zo.ZerothOrderOptimizer, loss_fn: Callable[..., Any], params: Any, batch: Any
 ) -> Method:
-    """A step without gradients; its first losses are held against those of perturbed copies."""
+    """Return a step without gradients; its first losses are compared with perturbed copies."""
     state = opt.init(params, jax.random.key(0))
 
     def copied(params, batch):
@@ -119,7 +118,7 @@ def zeroth_order(
 
 
 def adam(loss_fn: Callable[..., Any], params: Any, batch: Any) -> Method:
-    """A step with gradients."""
+    """Return a step with gradients."""
     tx = optax.adam(LEARNING_RATE)
 
     def step(params, state, batch):
@@ -133,7 +132,7 @@ def adam(loss_fn: Callable[..., Any], params: Any, batch: Any) -> Method:
 
 
 def torch_methods(lm: LanguageModel, batch: Any, expected: float) -> list[Method]:
-    """The same in eager PyTorch; nothing where PyTorch is missing."""
+    """Return the same in eager PyTorch; no rows if PyTorch is not installed."""
     try:
         from benchmarks.torch_mezo import TorchMezo, choose_threads
     except ImportError as missing:
@@ -153,7 +152,7 @@ def torch_methods(lm: LanguageModel, batch: Any, expected: float) -> list[Method
 def measure(
     shape: str, config: ModelConfig, dtype: str, chosen: list[str], repeats: int
 ) -> list[dict[str, Any]]:
-    """One row for each method, all timed in turns."""
+    """Return a row for each method, timed in turns."""
     lm = LanguageModel(config, init_params(config, jax.random.key(0), dtype))
     batch = make_batch(config, rows=16, length=64)
     loss_fn = classification_objective(lm.apply, jnp.array(LABEL_WORDS))
@@ -161,7 +160,7 @@ def measure(
     methods += [zeroth_order(name, METHODS[name], loss_fn, lm.params, batch) for name in chosen]
     methods.append(adam(loss_fn, lm.params, batch))
     times = common.interleaved({method.name: method.call for method in methods}, repeats)
-    if dtype == "float32":  # after the others, whose process its threads would share
+    if dtype == "float32":  # last, since its threads would slow the others
         loss = float(methods[0].program(lm.params, batch)[0])
         peers = torch_methods(lm, batch, loss)
         times |= common.interleaved({peer.name: peer.call for peer in peers}, repeats)
@@ -171,7 +170,7 @@ def measure(
 
 
 def row(method: Method, times: dict[str, float], forward_peak: int) -> dict[str, Any]:
-    """A line of the table; see the top of the file."""
+    """Return a line of the table; see the module docstring."""
     seconds = times[method.name]
     passes = method.forwards or 2
     peak = method.program and common.peak_bytes(method.program)
@@ -190,7 +189,7 @@ def row(method: Method, times: dict[str, float], forward_peak: int) -> dict[str,
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the small shape, two repeats")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

@@ -1,12 +1,12 @@
-"""How fast are the models next to transformers with PyTorch, on the same weights and tokens?
+"""How fast are the models, compared with transformers in PyTorch on the same weights and tokens?
 
 usage: python -m benchmarks.models [--quick] [--repeats 7]
 
 Random weights in the shapes of OPT-125M, Pythia-160M and RoBERTa-base, float32, 8 rows of 128
 tokens: a forward pass with all logits, the loss of every token with its gradient, and greedy
-generation of 64 tokens for 16 prompts of 32, taken in turns; --quick has the shipped model's shape
-alone, and fewer tokens. Beside each ratio of times stand the compiler's peak memory and the largest
-difference of logits, losses or tokens. The last line is one JSON object.
+generation of 64 tokens for 16 prompts of 32, in turns. The table has ratios of times, peak memory
+by the compiler, and the largest difference of logits or losses or the share of other tokens.
+--quick has the shipped model's shape only, and fewer tokens. The last line is one JSON object.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SHAPES = {
 
 
 def load_peer(lm: LanguageModel) -> Any:
-    """The same weights in transformers."""
+    """Load the same weights in transformers."""
     import transformers
 
     kind = "AutoModelForMaskedLM" if lm.config.head == "mlm" else "AutoModelForCausalLM"
@@ -40,7 +40,7 @@ def load_peer(lm: LanguageModel) -> Any:
 
 
 def measure(name: str, config: ModelConfig, rows: int, length: int, repeats: int) -> list[dict]:
-    """Times forward and forward + backward of one shape."""
+    """Time forward and forward + backward of one shape."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -94,7 +94,7 @@ def measure(name: str, config: ModelConfig, rows: int, length: int, repeats: int
 
 
 def row(name: str, what: str, times: dict, program: Any, compile_s: float, difference: float):
-    """One line of the table."""
+    """Return a line of the table."""
     seconds, peer = times[what], times["peer " + what]
     return {
         "shape": name,
@@ -111,10 +111,10 @@ def row(name: str, what: str, times: dict, program: Any, compile_s: float, diffe
 def measure_generation(
     name: str, config: ModelConfig, rows: int, prompt: int, new: int, repeats: int
 ) -> dict:
-    """Times greedy generation; the difference is the share of tokens that differ."""
+    """Time greedy generation; the difference is the share of tokens that differ."""
     import torch
 
-    # Larger weights than at the start of training, so that the best token is best by a margin.
+    # Larger weights than at initialization, so that rounding does not change the best token.
     params = jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(1)))
     lm = LanguageModel(config, params)
     peer = load_peer(lm)
@@ -141,7 +141,7 @@ def measure_generation(
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--repeats", type=int, default=7)

@@ -3,8 +3,8 @@
 usage: python -m benchmarks.ntk [--quick] [--repeats 5] [--no-torch] [--scaling] [--roberta-base]
 
 A masked model of 4 layers of width 256 with 2000 tokens, float32, random weights; f is the logits
-of three label words at one position, or for C = 1 a difference of two; 32 examples against 64,
-without padding. One table for each length and C, the methods taking turns:
+of three label words at one position, or for C = 1 the difference of two; 32 examples against 64,
+without padding. There is one table for each length and C, in which the methods take turns:
 
   factorized                the backward pass computes the kernel layer by layer; contractions by
                             the cost model
@@ -13,24 +13,23 @@ without padding. One table for each length and C, the methods taking turns:
   jacobian contraction      all gradients in JAX, then contracted
   torch.func, jacrev        the same in PyTorch, as in its tutorial
   torch.func, vjp and jvp   the tutorial's other way, pair by pair; timed on one row of the kernel
-  LM-Kernel-FT, 64          its authors' way with 64 examples in a jvp, for which they have a flag
-  LM-Kernel-FT, 1           the same with one, example by example; both totals follow from some
-                            jvps, since all of them take minutes
+  LM-Kernel-FT, 64          its authors' way with 64 examples in a jvp, which their flag allows
+  LM-Kernel-FT, 1           the same with one example in a jvp; both totals are extrapolated from
+                            some jvps, since all of them take minutes
 
   times                     time over that of factorized
   peak_MB                   by the compiler
-  resident_MB               what a fresh process had resident at most, over what it had before
+  resident_MB               increase of the peak memory of a fresh process
   difference                largest |K - K'| over largest |K'|, K' by torch.func (else the Jacobian)
 
-A table before these has how long a user waits for `kernels.ntk` of 32 examples against 64 of 16
-tokens, the first time, when everything is compiled, and the second. A further table has both
-contractions for the kernel of one matrix or table, for each length and C: seconds, which one is
-chosen, and its time over that of the best; the constants of `jaxlm.kernels.cost` come from it. With
---scaling, how time grows with N, T and P; with --roberta-base, 32
-examples of 32 tokens against 936 at that model's size. A last table has the error of kernels in
-bfloat16, parameters and activations, against float32: the largest, as `difference` above, and in
-the Frobenius norm. --quick has 2 layers, 8 examples of 16 tokens against 16, C = 1 alone, and in
-the first and last table one kind. The last line is one JSON object.
+The first table has the seconds of `kernels.ntk` for 32 examples against 64 of 16 tokens: the first
+call, which compiles, and the second. A further table has both contractions for the kernel of one
+matrix or table, for each length and C: their seconds, the chosen one, and its time over that of the
+faster; the constants of `jaxlm.kernels.cost` come from it. --scaling adds how time grows with N, T
+and P; --roberta-base adds 32 examples of 32 tokens against 936 at that model's size. The last table
+has the error of kernels with parameters and activations in bfloat16, against float32: the largest,
+as `difference` above, and in the Frobenius norm. --quick uses 2 layers, 8 examples of 16 tokens
+against 16, C = 1 only, and one kind in the first and last table. The last line is one JSON object.
 """
 
 import argparse
@@ -71,7 +70,7 @@ QUICK_COUNTS, QUICK_JVPS, QUICK_CONFIG = (8, 16), 2, SMALL.replace(num_layers=2)
 
 
 def examples(config: ModelConfig, count: int, length: int, seed: int) -> dict[str, np.ndarray]:
-    """Random tokens of full length, of which one position is scored."""
+    """Draw random rows without padding, in each of which one position is scored."""
     rng = np.random.default_rng(seed)
     return {
         "input_ids": rng.integers(20, config.vocab_size, (count, length), np.int32),
@@ -81,7 +80,7 @@ def examples(config: ModelConfig, count: int, length: int, seed: int) -> dict[st
 
 
 def label_logits(lm: LanguageModel, classes: int) -> Callable[..., Any]:
-    """`f(params, x) -> [N, C]`."""
+    """Return `f(params, x) -> [N, C]`."""
     words = np.asarray(WORDS[: max(classes, 2)], np.int32)
 
     def f(params, x, *, tap=None):
@@ -93,7 +92,7 @@ def label_logits(lm: LanguageModel, classes: int) -> Callable[..., Any]:
 
 
 def jax_methods(f: Callable[..., Any]) -> dict[str, Any]:
-    """Functions of (params, x1, x2)."""
+    """Return the methods as functions of (params, x1, x2)."""
 
     run = kernel(f, method="factorized")
 
@@ -114,20 +113,20 @@ def jax_methods(f: Callable[..., Any]) -> dict[str, Any]:
 
 
 def kernel(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """A function of (params, x1, x2) in one block, for `jax.jit`."""
+    """Return a function of (params, x1, x2) that computes one block, for `jax.jit`."""
     block = KernelOptions(block_size=2**20, check=False)
     return functools.partial(kernels.ntk, f, options=block, **options)
 
 
 def problem(classes: int, length: int, config: ModelConfig = SMALL, counts=COUNTS):
-    """(lm, f, x1, x2)."""
+    """Return (lm, f, x1, x2)."""
     lm = LanguageModel(config, init_params(config, jax.random.key(0)))
     x1, x2 = (examples(config, count, length, seed) for seed, count in enumerate(counts))
     return lm, label_logits(lm, classes), x1, x2
 
 
 def torch_peer(lm: LanguageModel, classes: int) -> Any:
-    """PyTorch, or None where it is missing."""
+    """Return the peer in PyTorch, or None if PyTorch is not installed."""
     try:
         from benchmarks.torch_ntk import TorchKernel
     except ImportError as missing:
@@ -137,7 +136,7 @@ def torch_peer(lm: LanguageModel, classes: int) -> Any:
 
 
 def whole_kernels(length: int, classes: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the first table."""
+    """Return the rows of the table of whole kernels."""
     config, counts, jvps = SMALL, COUNTS, JVPS
     if options.quick:
         config, counts, jvps = QUICK_CONFIG, QUICK_COUNTS, QUICK_JVPS
@@ -200,7 +199,7 @@ def whole_kernels(length: int, classes: int, options: argparse.Namespace) -> lis
 
 
 def resident(name: str, length: int, classes: int) -> float:
-    """MB that a method adds to what this process had at most before it."""
+    """Return the MB that a method adds to the peak memory of this process."""
     lm, f, x1, x2 = problem(classes, length)
     if name.startswith("torch"):
         peer = torch_peer(lm, classes)
@@ -217,7 +216,7 @@ def resident(name: str, length: int, classes: int) -> float:
 
 
 def fresh_process(name: str, length: int, classes: int) -> float:
-    """`resident` in a process of its own."""
+    """Return `resident`, measured in a process of its own."""
     call = f"ntk.resident({name!r}, {length}, {classes})"
     code = f"from benchmarks import ntk; print({call})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -231,7 +230,7 @@ TABLES = {"tokens": (2000, 256), "positions": (512, 256)}
 def parts(
     length: int, classes: int, repeats: int, counts: tuple[int, int] = COUNTS
 ) -> list[dict[str, Any]]:
-    """Rows of the second table."""
+    """Return the rows of the table of contractions."""
     pairing = Pairing(kernels.SGD(), "full", counts[0])
     count = sum(counts)
     key = jax.random.key(0)
@@ -261,7 +260,7 @@ def parts(
 
 
 def part_row(part, function, names, chosen, arguments, repeats) -> dict[str, Any]:
-    """Times of the two contractions for one part."""
+    """Time the two contractions of one part."""
     calls = {}
     for name in names:
         program = jax.jit(functools.partial(function, name)).lower(*arguments).compile()
@@ -273,7 +272,7 @@ def part_row(part, function, names, chosen, arguments, repeats) -> dict[str, Any
 
 
 def waits(kinds: Sequence[str], counts: tuple[int, int] = COUNTS) -> list[dict[str, Any]]:
-    """Seconds of the first kernel of a kind and of the second; no compiled program is on disk."""
+    """Time the first and second kernel of a kind, without a compilation cache on disk."""
     jax.config.update("jax_enable_compilation_cache", False)
     lm, f, x1, x2 = problem(1, 16, counts=counts)
     rows = []
@@ -285,7 +284,7 @@ def waits(kinds: Sequence[str], counts: tuple[int, int] = COUNTS) -> list[dict[s
 
 
 def scaling(repeats: int) -> list[dict[str, Any]]:
-    """How the time of `factorized` grows with the examples, their length, and the parameters."""
+    """Time `factorized` for growing numbers of examples, tokens and parameters."""
     rows = []
     for what, changes in {
         "N": [{"counts": (n, 2 * n)} for n in (8, 16, 32, 64)],
@@ -310,14 +309,14 @@ def scaling(repeats: int) -> list[dict[str, Any]]:
 
 
 def width_of(width: int) -> dict[str, int]:
-    """A model of another width, with heads of 64."""
+    """Return the sizes of a model of another width, with heads of 64."""
     heads = width // 64
     sizes = {"hidden_size": width, "embedding_size": width, "intermediate_size": 4 * width}
     return {**sizes, "num_heads": heads, "num_kv_heads": heads}
 
 
 def roberta_base(columns: int = 936, block: int = 234) -> list[dict[str, Any]]:
-    """32 examples against 936 of 32 tokens, in blocks of columns."""
+    """Time 32 examples against 936 of 32 tokens, in blocks of columns."""
     lm, f, x1, x2 = problem(1, 32, ROBERTA_BASE, (COUNTS[0], columns))
     arguments = jax.tree.map(jnp.asarray, (x1, {k: a[:block] for k, a in x2.items()}))
     program, compile_s = common.compiled(
@@ -342,7 +341,7 @@ def roberta_base(columns: int = 936, block: int = 234) -> list[dict[str, Any]]:
 
 
 def bfloat16(kinds: Sequence[str] = KINDS) -> list[dict[str, Any]]:
-    """How far the kernels of 8 examples of 16 tokens are from those in float32."""
+    """Return the error of kernels in bfloat16, of 8 examples of 16 tokens."""
     lm, f, x, _ = problem(1, 16, counts=(8, 8))
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lm.params)
     rows = []
@@ -356,7 +355,7 @@ def bfloat16(kinds: Sequence[str] = KINDS) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few short examples, two repeats")
     parser.add_argument("--repeats", type=int, default=5)

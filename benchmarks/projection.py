@@ -1,20 +1,20 @@
-"""How fast are random projections, beside trak's BasicProjector on the same rows?
+"""How fast are random projections, compared with trak's BasicProjector on the same rows?
 
 usage: python -m benchmarks.projection [--quick] [--repeats 3] [--sizes 1000000 10000000]
                                        [--no-torch]
 
 16 rows of P normal numbers are projected to 2048 numbers in float32. The peer draws a matrix of
 signs, 100 columns at a time, and multiplies by it, as trak's BasicProjector does; its seconds are
-extrapolated from two such parts. If the package `trak` is installed, its own class has a row too,
-up to 2,000,000 numbers.
+extrapolated from two such blocks. If the package `trak` is installed, its own class gets a row too,
+for P up to 2,000,000.
 
   seconds      median over interleaved repeats
   times        seconds of the peer over these
   resident_MB  increase of the peak memory of a fresh process
-  error        root mean square error of the inner products of rows of length 1, over the error in
-               theory for Rademacher, sqrt((1 + c^2) / 2048) with c the inner product
+  error        root mean square error of the inner products of unit rows, over the theoretical
+               error of Rademacher, sqrt((1 + c^2) / 2048) with c the inner product
 
---quick has 20,000 numbers and two repeats. The last line is one JSON object.
+--quick uses 20,000 numbers and two repeats. The last line is one JSON object.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What benchmarks have reported: headlines, and tables in Markdown."""
+"""Results of benchmarks: headlines, and tables in Markdown."""
 
 import itertools
 import re
@@ -10,13 +10,13 @@ Row = Mapping[str, Any]
 
 
 class Figure(NamedTuple):
-    """A column that tells most of what a benchmark has found.
+    """A column that sums up the result of a benchmark.
 
     Attributes:
       says: what its numbers are.
-      column: of the rows: a number; of a list the mean counts, of a mapping each value by itself.
-      by: columns that tell the rows apart, with spaces between.
-      only: a regular expression; rows count in whose name it is found.
+      column: column of the rows: a number, a list (its mean is taken) or a mapping (each value).
+      by: columns that tell the rows apart, separated by spaces.
+      only: a regular expression that the name of a row must match.
     """
 
     says: str
@@ -25,7 +25,7 @@ class Figure(NamedTuple):
     only: str = ""
 
     def read(self, rows: Iterable[Row]) -> dict[tuple[str, ...], float]:
-        """The numbers of all rows that have one, by the parts of the rows' names."""
+        """Return the numbers of all rows that have one, by the parts of the rows' names."""
         found = {}
         for row in rows:
             value, columns = row.get(self.column), self.by.split()
@@ -40,7 +40,7 @@ class Figure(NamedTuple):
         return found
 
     def line(self, rows: Iterable[Row]) -> str:
-        """All numbers in one line; what all names have in common stands once."""
+        """Return all numbers on one line; parts that all names share appear once."""
         found = self.read(rows)
         kept = [len(set(parts)) > 1 for parts in zip(*found, strict=False)]
         if not any(kept):
@@ -54,17 +54,17 @@ class Figure(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What has become of a benchmark.
+    """The result of running a benchmark.
 
     Attributes:
       benchmark: its name.
-      question: the first line of its file.
+      question: the first line of its docstring.
       outcome: "passed", "failed", "timed out" or "skipped".
       reason: the last line of its error, or why it was skipped.
-      exit_code: of its process, where one has ended by itself.
-      seconds: on the wall.
-      cpu_s: seconds of the cores.
-      notes: what it said of packages that are missing.
+      exit_code: exit code of its process; None if it did not run to its end.
+      seconds: wall-clock seconds.
+      cpu_s: CPU seconds.
+      notes: printed lines about missing packages.
       report: its last line: benchmark, device, versions and rows.
     """
 
@@ -85,28 +85,28 @@ class Result(NamedTuple):
 
     @property
     def went_wrong(self) -> bool:
-        """Whether the suite fails with it."""
+        """Whether the suite fails because of it."""
         return self.outcome in ("failed", "timed out")
 
     def as_json(self) -> dict[str, Any]:
-        """What stands in results.json."""
+        """Return its entry in results.json."""
         own = {name: getattr(self, name) for name in self._fields[1:-1]}
         return {**own, "device": self.report.get("device"), "rows": self.rows}
 
 
 def device_of(results: Iterable[Result]) -> str:
-    """The device of most reports."""
+    """Return the device of most reports."""
     found = [result.report["device"] for result in results if result.report]
     return statistics.mode(found) if found else "no device"
 
 
 def versions_of(results: Iterable[Result]) -> dict[str, str]:
-    """Versions in the reports, which share one environment."""
+    """Return the versions in the first report; all share one environment."""
     return next((dict(each.report["versions"]) for each in results if each.report), {})
 
 
 def headline(rows: Sequence[Row], figures: Iterable[Figure]) -> str:
-    """All figures in one cell of a table."""
+    """Return all figures in one cell of a table."""
     return _escaped("<br>".join(figure.line(rows) for figure in figures if figure.read(rows)))
 
 
@@ -117,13 +117,13 @@ def markdown(
     command: str,
     beside: Mapping[str, Any] | None = None,
 ) -> str:
-    """A page: one table of headlines, and below it all rows of each benchmark.
+    """Return a page: one table of headlines, and below it all rows of each benchmark.
 
     Args:
-      results: of this run.
-      figures: those of each benchmark.
-      command: what made the page.
-      beside: results.json of another run, whose headlines stand in a further column.
+      results: results of this run.
+      figures: benchmark to its figures.
+      command: the command that made the page.
+      beside: results.json of another run, whose headlines get a column of their own.
     """
     versions = ", ".join(f"{name} {number}" for name, number in versions_of(results).items())
     columns = ["benchmark", "what it compares", device_of(results)]
@@ -146,7 +146,7 @@ def markdown(
 
 
 def _section(result: Result) -> str:
-    """All that is known of one benchmark."""
+    """Return the section of one benchmark."""
     parts = [f"## {result.benchmark}", _escaped(result.question)]
     if result.outcome != "passed":
         parts.append(_outcome(result))
@@ -157,7 +157,7 @@ def _section(result: Result) -> str:
 
 
 def _outcome(result: Result) -> str:
-    """Why there is no headline."""
+    """Return why there is no headline."""
     code = "" if not result.exit_code else f" with exit code {result.exit_code}"
     reason = f": {result.reason}" if result.reason else ""
     return _escaped(f"{result.outcome}{code}{reason}")
@@ -169,7 +169,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value in a table; of many in one cell the first and the last."""
+    """Return a value as a cell; of a long list only the first and the last."""
     if isinstance(value, Mapping):
         return _few([f"{name}: {_cell(each)}" for name, each in value.items()])
     if isinstance(value, list):
@@ -184,7 +184,7 @@ def _few(cells: list[str]) -> str:
 
 
 def _part(column: str, value: Any) -> str:
-    """A part of a row's name; a number says what it counts."""
+    """Return a part of a row's name; numbers are preceded by their column."""
     return value if isinstance(value, str) else f"{column}={_cell(value)}"
 
 

@@ -1,26 +1,25 @@
-"""What do devices tell each other in a step, and what does each of them hold?
+"""What do devices send each other in a step, and how much memory does each need?
 
 usage: python -m benchmarks.scaling [--quick]
 
 A step of MeZO and one of Adam by backpropagation, at the shape of OPT-125M with 16 rows of 64
-tokens, compiled and not run: on one device, and with 2, 4 and 8 along one axis of the mesh. Along
-`data` the rows are divided and every device has all parameters, along `fsdp` rows and parameters
-are divided, along `model` the matrices of each layer are. Simulated CPU devices say nothing about
-speed, so that the columns are of the compiled program, for one device and one step:
+tokens, compiled and not run: on one device, and with 2, 4 and 8 along one axis of the mesh. The
+axis `data` divides rows and replicates parameters, `fsdp` divides rows and parameters, and `model`
+divides the matrices of each layer. Simulated CPU devices say nothing about speed, so the columns
+describe the compiled program, for one device and one step:
 
-  collectives    arrays that it makes together with others, with the turns of loops
-  moved_MB       megabytes that it sends for them, where all devices form a ring
-  most           which array takes most of those, and how often it is made
-  arguments_MB   its part of parameters, state and batch
+  collectives    number of collective operations, each iteration of a loop counted
+  moved_MB       megabytes that the device sends for them, if all devices form a ring
+  most           the array that takes most of those, and how often it is sent
+  arguments_MB   the device's part of parameters, state and batch
   temp_MB        its temporary memory
-  peak_over_one  its peak memory over that of one device alone
-  difference     from one device: of losses, and of slopes or the norm of the gradient, in two
-                 steps; the largest, over its size. At a small shape, which is run on a mesh with
-                 two devices along each axis
+  peak_over_one  its peak memory over that of a single device
+  difference     largest relative difference from one device, in losses and in slopes or gradient
+                 norms of two steps; run at a small shape, on a mesh with two devices along each
+                 axis
 
-A compiler for CPUs has no reduce-scatter of its own: where gradients are divided it sums them
-everywhere, and keeps a part. --quick has 2 layers, and meshes of 8. The last line is one JSON
-object.
+XLA has no reduce-scatter on CPUs: where gradients are divided, it sums them on every device and
+keeps a part. --quick uses 2 layers and meshes of 8. The last line is one JSON object.
 """
 
 import argparse
@@ -56,7 +55,7 @@ ALONE, TOGETHER = "data=1", "data=2,fsdp=2,model=2"
 
 
 def stepper(name: str, config: ModelConfig) -> tuple[Method, Program]:
-    """A method, and its step `(state, batch) -> (state, info)` that moves the state."""
+    """Return a method, and its step `(state, batch) -> (state, info)`, which donates the state."""
     loss_fn = classification_objective(LanguageModel(config, {}).apply, jnp.asarray(LABEL_WORDS))
     chosen = method(METHODS[name], loss_fn, steps=1000)
 
@@ -68,7 +67,7 @@ def stepper(name: str, config: ModelConfig) -> tuple[Method, Program]:
 
 
 def compiled(name: str, config: ModelConfig, mesh_text: str) -> Any:
-    """The program of a step on a mesh, of shapes alone."""
+    """Compile a step on a mesh, from shapes alone."""
     mesh = mesh_from_text(mesh_text)
     chosen, program = stepper(name, config)
 
@@ -85,7 +84,7 @@ def compiled(name: str, config: ModelConfig, mesh_text: str) -> Any:
 
 
 def numbers(name: str, mesh_text: str) -> np.ndarray:
-    """Losses, and slopes or norms of gradients, of two steps at the small shape."""
+    """Return losses, and slopes or gradient norms, of two steps at the small shape."""
     chosen, step = stepper(name, SMALL)
     params = place_params(init_params(SMALL, jax.random.key(0)), mesh_from_text(mesh_text))
     state, batch = chosen.start(params, jax.random.key(1)), make_batch(SMALL, 16, 32)
@@ -98,14 +97,14 @@ def numbers(name: str, mesh_text: str) -> np.ndarray:
 
 
 def difference(name: str) -> dict[str, Any]:
-    """The row in which programs are run."""
+    """Return the row for which programs are run."""
     wanted = numbers(name, ALONE)
     gaps = np.abs(numbers(name, TOGETHER) - wanted) / np.abs(wanted)
     return {"method": name, "mesh": TOGETHER, "difference": float(gaps.max())}
 
 
 def row(name: str, mesh_text: str, program: Any, alone: Any) -> dict[str, Any]:
-    """The row of a compiled program, beside the one for one device."""
+    """Return the row of a compiled program; `alone` is the program for one device."""
     found, memory = collectives(program), program.memory_analysis()
     return {
         "method": name,
@@ -121,7 +120,7 @@ def row(name: str, mesh_text: str, program: Any, alone: Any) -> dict[str, Any]:
 
 
 def most(found: list[Collective]) -> str | None:
-    """The kind and shape that take most of the traffic: "12 x all-gather f32[768,3072]"."""
+    """Return the kind and shape with most traffic, such as "12 x all-gather f32[768,3072]"."""
     times: collections.Counter[str] = collections.Counter()
     moved: collections.Counter[str] = collections.Counter()
     for each in found:
@@ -132,7 +131,7 @@ def most(found: list[Collective]) -> str | None:
 
 
 def measure(name: str, config: ModelConfig, counts: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Rows of one method."""
+    """Return the rows of one method."""
     alone = compiled(name, config, ALONE)
     rows = [row(name, ALONE, alone, alone)]
     for mesh_text in (f"{axis}={count}" for axis in AXES for count in counts):
@@ -142,7 +141,7 @@ def measure(name: str, config: ModelConfig, counts: tuple[int, ...]) -> list[dic
 
 
 def main() -> None:
-    """Compiles and prints."""
+    """Compile, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="2 layers, meshes of 8")
     options = parser.parse_args()

@@ -1,24 +1,24 @@
-"""How fast are the examples of a gradient store scored, in how much memory, and which are chosen?
+"""How fast, and in how much memory, are the examples of a gradient store scored and chosen?
 
     python -m benchmarks.scoring [--quick]
 
 Writes a store of 1,000,000 rows of 1,024 random numbers for each encoding, and scores it against
-targets of several subtasks in a process of its own. A row of the first table has
+targets of several subtasks in a process of its own. The columns of the first table are
 
     write_s       seconds to write and commit the store
     GB            its size on disk
-    first_s       seconds of the first score in a process: compilation, and every checksum compared
+    first_s       seconds of the first score in a process, with compilation and checksums
     again_s       seconds of a second score
-    cpu_s         seconds of the cores in the second score, where others use them too
-    resident_MB   the most memory that the process had resident
+    cpu_s         CPU seconds of the second score, which other load on the cores does not change
+    resident_MB   peak resident memory of the process
     difference    largest |score - NumPy's in float64| over largest |score|, of a part of the rows
 
-The rows come from the page cache where the machine has memory for them. A second table has the
-selection of the authors of LESS, re-expressed in PyTorch: all rows of a checkpoint are loaded from
-one file, normalized, multiplied with every normalized target, and averaged over the equal targets
-of a subtask, of which the largest counts; here 50,000 rows of 2,048 and 285 targets of 57 subtasks.
-`same` is whether the 5 % that both choose are the same, in the same order but for scores that agree
-to 1e-6. --quick has 20,000 rows of 256. The last line is one JSON object.
+Rows are read from the page cache if they fit into memory. The second table compares with the
+selection of the authors of LESS, rewritten in PyTorch: all rows of a checkpoint are loaded from one
+file, normalized, multiplied with every normalized target, and averaged over the targets of each
+subtask; a row's score is its maximum over subtasks. It has 50,000 rows of 2,048 numbers and 285
+targets of 57 subtasks. `same` tells whether both choose the same 5 % in the same order, except for
+scores that agree to 1e-6. --quick uses 20,000 rows of 256. The last line is one JSON object.
 """
 
 import argparse
@@ -43,7 +43,7 @@ PART = 2000
 
 
 def rows_of(start: int, count: int, dim: int) -> np.ndarray:
-    """Normal numbers that depend on the block that they are in."""
+    """Draw normal numbers, seeded by the place where their block starts."""
     rng = np.random.default_rng([start, dim])
     return rng.standard_normal((count, dim), np.float32)
 
@@ -53,7 +53,7 @@ def targets_of(count: int, dim: int) -> np.ndarray:
 
 
 def write(folder: Path, dtype: str, count: int, dim: int) -> float:
-    """Seconds to write a store, without those to draw its rows."""
+    """Write a store, and return the seconds that takes, without drawing its rows."""
     seconds = 0.0
     with GradientStore.create(folder, StoreSpec(dim=dim, dtype=dtype)) as writer:
         for start in range(0, count, BLOCK):
@@ -67,7 +67,7 @@ def write(folder: Path, dtype: str, count: int, dim: int) -> float:
 
 
 def numpy_scores(rows: np.ndarray, targets: np.ndarray, subtask: np.ndarray) -> np.ndarray:
-    """Cosines with means, in float64."""
+    """Return cosines with the mean of each subtask, in float64."""
     wide, found = rows.astype(np.float64), []
     for s in range(subtask.max() + 1):
         mean = targets[0, subtask == s].astype(np.float64).mean(axis=0)
@@ -77,7 +77,7 @@ def numpy_scores(rows: np.ndarray, targets: np.ndarray, subtask: np.ndarray) -> 
 
 
 def score(folder: str) -> dict[str, Any]:
-    """Scores a store, in this process."""
+    """Score a store in this process."""
     begin = time.perf_counter()
     store = GradientStore.open(folder)
     targets = targets_of(5 * SUBTASKS, store.spec.dim)
@@ -105,12 +105,12 @@ Begin = tuple[float, float]
 
 
 def clocks() -> Begin:
-    """Seconds on the wall and of the cores."""
+    """Return wall-clock and CPU seconds."""
     return time.perf_counter(), time.process_time()
 
 
 def selection(folder: str, targets: int, subtasks: int) -> dict[str, Any]:
-    """What is chosen from a store, in this process."""
+    """Choose rows from a store in this process."""
     begin = clocks()
     store = GradientStore.open(folder)
     rows = targets_of(targets, store.spec.dim)
@@ -121,7 +121,7 @@ def selection(folder: str, targets: int, subtasks: int) -> dict[str, Any]:
 
 
 def authors(folder: str, targets: int, subtasks: int) -> dict[str, Any]:
-    """The same as the authors of LESS do it, in PyTorch."""
+    """Choose rows as the authors of LESS do, in PyTorch."""
     import torch
 
     torch.set_num_threads(2)
@@ -136,7 +136,7 @@ def authors(folder: str, targets: int, subtasks: int) -> dict[str, Any]:
 
 
 def result(folder: str, name: str, begin: Begin, scores: Any, chosen: Any) -> dict[str, Any]:
-    """What it took since `begin`; keeps the scores beside the store."""
+    """Return the costs since `begin`, and save the scores beside the store."""
     wall, cpu = (now - then for now, then in zip(clocks(), begin, strict=True))
     resident = common.resident_bytes() / 1e6
     np.savez(Path(folder).with_name(f"{name}.npz"), scores=scores, chosen=chosen)
@@ -144,14 +144,14 @@ def result(folder: str, name: str, begin: Begin, scores: Any, chosen: Any) -> di
 
 
 def fresh(call: str) -> dict[str, Any]:
-    """The value of a function of this module, in a process of its own."""
+    """Return the value of a call of this module, made in a process of its own."""
     code = f"import json; from benchmarks import scoring; print(json.dumps(scoring.{call}))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
 
 
 def stores(count: int, dim: int, encodings: tuple[str, ...], root: Path) -> list[dict[str, Any]]:
-    """Rows of the first table."""
+    """Return the rows of the first table."""
     table = []
     for dtype in encodings:
         with tempfile.TemporaryDirectory(dir=root) as name:
@@ -168,7 +168,7 @@ def stores(count: int, dim: int, encodings: tuple[str, ...], root: Path) -> list
 
 
 def against_authors(count: int, dim: int, repeats: int, root: Path) -> list[dict[str, Any]]:
-    """Rows of the second table."""
+    """Return the rows of the second table."""
     try:
         import torch
     except ImportError:
@@ -196,7 +196,7 @@ def against_authors(count: int, dim: int, repeats: int, root: Path) -> list[dict
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="20,000 rows of 256 numbers")
     parser.add_argument("--encodings", nargs="+", default=list(ENCODINGS), choices=ENCODINGS)

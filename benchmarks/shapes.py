@@ -85,7 +85,7 @@ LABEL_WORDS = (5, 9)
 
 
 def make_batch(config: ModelConfig, rows: int, length: int) -> dict[str, np.ndarray]:
-    """Random tokens of full length, whose last position predicts one of two label words."""
+    """Draw random rows without padding, whose last position predicts one of two label words."""
     numbers = np.random.default_rng(0)
     return {
         "input_ids": numbers.integers(10, config.vocab_size, (rows, length), np.int32),

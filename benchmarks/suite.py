@@ -6,12 +6,12 @@ from benchmarks.results import Figure
 
 
 class Benchmark(NamedTuple):
-    """A file of this folder.
+    """A benchmark file of this folder.
 
     Attributes:
       figures: its headline.
-      needs: packages without which it measures nothing.
-      full: further arguments of a run that is not quick; {output} is the folder of the results.
+      needs: packages that it cannot run without.
+      full: extra arguments without --quick; {output} is the folder of the results.
     """
 
     figures: tuple[Figure, ...]
@@ -29,7 +29,7 @@ SUITE = {
         (
             Figure("time over as many forwards", "over_forwards", "shape method", STEPS),
             Figure("peak memory over a forward's", "over_forward_peak", "shape method", STEPS),
-            Figure("how many such steps the authors' takes", "torch_over_it", "shape method", OURS),
+            Figure("time of the authors' step over it", "torch_over_it", "shape method", OURS),
         )
     ),
     "mezo_memory": Benchmark(

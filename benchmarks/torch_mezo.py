@@ -1,10 +1,10 @@
 """MeZO as PyTorch users run it, on a causal model of transformers.
 
-Two ways. As the authors of MeZO (arXiv:2305.17333) wrote it: a seed is set anew, every parameter is
-replaced by `w + scale eps z` with z from `torch.normal`, the whole model gives logits of every
-token, the slope goes to the host, and z is drawn a fourth time for the update, in which a weight
-decay of 0 is added. And as one would write it to save time: noise is added in place, restoring and
-updating are two more draws, and only the label words are scored at the last token.
+There are two ways. The published one is by MeZO's authors (arXiv:2305.17333): the seed is
+reset, each parameter becomes `w + scale eps z` with z from `torch.normal`, the model returns
+logits of every token, the slope goes to the host, and z is drawn a fourth time for the update, to
+which a weight decay of 0 is added. The fast one adds noise in place, restores and updates with two
+more draws, and scores only the label words at the last token.
 """
 
 import functools
@@ -28,11 +28,11 @@ class TorchMezo:
     """A model with one batch, and the steps on it.
 
     Args:
-      lm: whose weights are loaded.
+      lm: the model whose weights are loaded.
       batch: `input_ids` [B, T], `attention_mask`, and `labels` [B] among the words.
       words: token ids of the label words, predicted at the last token.
-      eps: of the perturbation.
-      learning_rate: of the update.
+      eps: size of the perturbation.
+      learning_rate: learning rate of the update.
     """
 
     def __init__(
@@ -61,24 +61,24 @@ class TorchMezo:
         return torch.nn.functional.cross_entropy(scores, self.labels)
 
     def full_loss(self) -> torch.Tensor:
-        """The loss by a forward pass that gives all logits [B, T, V]."""
+        """Return the loss by a forward pass with all logits [B, T, V]."""
         logits = self.model(input_ids=self.ids, attention_mask=self.mask).logits
         return self._loss_of(logits[:, -1, self.words].float())
 
     def lean_loss(self) -> torch.Tensor:
-        """The same loss, with logits [B, C] of the label words at the last token."""
+        """Return the same loss from the logits [B, C] of the label words at the last token."""
         hidden = self.model.base_model(input_ids=self.ids, attention_mask=self.mask)
         rows = self.model.get_output_embeddings().weight[self.words]
         return self._loss_of(hidden.last_hidden_state[:, -1] @ rows.T)
 
     @torch.inference_mode()
     def two_full(self) -> tuple[float, float]:
-        """Two forward passes with all logits."""
+        """Do two forward passes with all logits."""
         return self.full_loss().item(), self.full_loss().item()
 
     @torch.inference_mode()
     def two_lean(self) -> tuple[float, float]:
-        """Two forward passes with the logits that are needed."""
+        """Do two forward passes with the label words' logits alone."""
         return self.lean_loss().item(), self.lean_loss().item()
 
     def _noise(self, param: torch.nn.Parameter) -> torch.Tensor:
@@ -93,7 +93,7 @@ class TorchMezo:
 
     @torch.no_grad()
     def published_step(self, seed: int = 1, weight_decay: float = 0.0) -> float:
-        """One step the authors' way."""
+        """Do one step as published."""
         self._replace(1, seed)
         plus = self.full_loss()
         self._replace(-2, seed)
@@ -114,7 +114,7 @@ class TorchMezo:
 
     @torch.no_grad()
     def frugal_step(self, seed: int = 1) -> float:
-        """One step in place."""
+        """Do one step in place."""
         self._add(self.eps, seed)
         plus = self.lean_loss()
         self._add(-2 * self.eps, seed)
@@ -125,7 +125,7 @@ class TorchMezo:
 
 
 def choose_threads(function: Callable[[], Any]) -> int:
-    """Sets one thread or one a core, whichever is faster: on a busy machine that is not always all.
+    """Set one thread or one per core, whichever is faster; on a busy machine one may win.
 
     Returns:
       The number of threads.

@@ -1,10 +1,10 @@
 """Kernels by torch.func, on a masked model of transformers.
 
-Three ways. The tutorial "Neural Tangent Kernels" of PyTorch has two: the Jacobians of all examples
-by `vmap(jacrev)`, contracted parameter by parameter; and for every pair of examples a vjp behind a
-jvp, under `vmap`. And the authors of LM-Kernel-FT (arXiv:2210.05643) take C gradients of x, then
-for every batch of x' one jvp along each of them. The size of that batch is a flag of theirs,
-`per_device_eval_batch_size`.
+There are three ways. Two are from PyTorch's tutorial "Neural Tangent Kernels": Jacobians of all
+examples by `vmap(jacrev)`, contracted parameter by parameter; and for every pair of examples a vjp
+followed by a jvp, under `vmap`. The third is by the authors of LM-Kernel-FT (arXiv:2210.05643): C
+gradients of x, then for every batch of x' one jvp along each gradient. Their flag
+`per_device_eval_batch_size` sets the size of that batch.
 """
 
 import tempfile
@@ -21,7 +21,7 @@ from jaxlm.models import LanguageModel, save_pretrained
 
 
 class Scores(torch.nn.Module):
-    """Logits of label words at one position; for one class the difference of two."""
+    """Logits of label words at one position; for C = 1 the difference of two."""
 
     def __init__(self, model: Any, words: tuple[int, ...], classes: int):
         super().__init__()
@@ -29,7 +29,7 @@ class Scores(torch.nn.Module):
         self.words = torch.tensor(words)
 
     def forward(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Of ids [T] and position [], [C]."""
+        """Return scores [C] for ids [T] and position []."""
         hidden = self.model.base_model(input_ids=ids[None]).last_hidden_state[0]
         hidden = hidden.index_select(0, position[None])
         head = self.model.lm_head
@@ -58,18 +58,18 @@ class TorchKernel:
         self.params = {name: p.detach() for name, p in self.scores.named_parameters()}
 
     def f(self, params: dict[str, torch.Tensor], ids: torch.Tensor, position: torch.Tensor) -> Any:
-        """[C] of one example."""
+        """Return scores [C] of one example."""
         return functional_call(self.scores, params, (ids, position))
 
     @staticmethod
     def batch(x: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Examples as tensors; all rows are full."""
+        """Return examples as tensors; rows have no padding."""
         return tuple(
             torch.tensor(np.asarray(x[k]), dtype=torch.long) for k in ("input_ids", "positions")
         )  # type: ignore[return-value]
 
     def jacobians(self, x1: Any, x2: Any) -> np.ndarray:
-        """[N1, C, N2, C] by the Jacobians of all examples."""
+        """Return the kernel [N1, C, N2, C] by the Jacobians of all examples."""
         every = vmap(jacrev(self.f), (None, 0, 0))
         left, right = every(self.params, *x1), every(self.params, *x2)
         total: Any = 0
@@ -80,7 +80,7 @@ class TorchKernel:
         return total.numpy()
 
     def pairs(self, x1: Any, x2: Any) -> np.ndarray:
-        """[N1, C, N2, C] by a vjp and a jvp for each pair."""
+        """Return the kernel [N1, C, N2, C] by a vjp and a jvp for each pair."""
 
         def pair(one, other):
             def at(row):
@@ -100,7 +100,7 @@ class TorchKernel:
         return torch.stack(rows).detach().numpy()
 
     def one_row(self, one: Any, others: Any) -> tuple[np.ndarray, float, float]:
-        """x against a batch of x': [C, M, C], seconds of the gradients and of the jvps."""
+        """Return the kernel of x and a batch of x', [C, M, C], and seconds of both parts."""
         start = time.perf_counter()
         gradients = jacrev(self.f)(self.params, *one)
         middle = time.perf_counter()
@@ -117,16 +117,16 @@ class TorchKernel:
     def loop_estimate(
         self, x1: Any, x2: Any, times: int, batch: int = 1
     ) -> tuple[np.ndarray, float]:
-        """Some entries of the kernel as the authors compute them, and seconds that all would take.
+        """Return part of the kernel as the authors compute it, and the estimated seconds of all.
 
         Args:
-          x1, x2: of the examples.
-          times: batches that are timed.
-          batch: examples x' in one.
+          x1, x2: the examples.
+          times: number of batches that are timed.
+          batch: number of examples x' in a batch.
 
         Returns:
-          `K[0, :, m, :]` of the examples m in these batches, and the estimate: for each of N1 rows
-          the median of the gradients, and that of the jvps for as many batches as there are.
+          `K[0, :, m, :]` for the examples m in these batches, and the estimate: N1 times the median
+          seconds of the gradients plus the median seconds of the jvps times the number of batches.
         """
         (n, m), one = (len(x[1]) for x in (x1, x2)), tuple(part[0] for part in x1)
         parts = [

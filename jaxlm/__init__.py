@@ -1,11 +1,11 @@
-"""jaxlm: language models under fine-tuning, in JAX.
+"""jaxlm: fine-tune and study language models, in JAX.
 
     import jaxlm
     from jaxlm import zo
 
     lm = jaxlm.from_pretrained("path-or-hub-id")
 
-Everything below is loaded when it is first read, so that `import jaxlm` costs next to nothing.
+Submodules are imported on first access, so that `import jaxlm` costs next to nothing.
 """
 
 import importlib

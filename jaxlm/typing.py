@@ -1,4 +1,4 @@
-"""Names for what crosses the library's borders: parameters, batches, losses, keys."""
+"""Type aliases of the public functions: parameters, batches, losses, keys."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias

@@ -1,10 +1,10 @@
-"""Compares the prompts of a two-class task on its training text.
+"""Compare the prompts of a two-class task on its training text.
 
 usage: python scripts/choose_prompt.py configs/prompts/mr.yaml [--model FOLDER] [--sentences 2000]
 
-Each template is run over training sentences, and each pair of label words is scored by the
-difference of their logits: its raw accuracy, and its accuracy with the threshold at the median
-difference. The prompts are listed by the second. No validation or test sentence is read.
+Each template is run over training sentences. Each pair of label words predicts by the difference
+of their logits, and gets two accuracies: raw (threshold 0), and calibrated (threshold at the median
+difference). Prompts are sorted by the second. No validation or test sentence is read.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from jaxlm.evaluation import accuracy, calibrate, option_scores, score_split
 
 
 def single_tokens(tokenizer: Any, words: list[str]) -> list[str]:
-    """Those of the words that are one token after a space."""
+    """Return the words that are one token after a space."""
     return [word for word in words if len(tokenizer.tokenize(" " + word)) == 1]
 
 
 def compare(lm: jaxlm.models.LanguageModel, choices: dict[str, Any], sentences: int) -> list[Any]:
-    """(calibrated accuracy, raw accuracy, template, words) of every prompt, best first."""
+    """Return (calibrated accuracy, raw accuracy, template, words) per prompt, best first."""
     first, second = (single_tokens(lm.tokenizer, words) for words in choices["words"])
     rows = []
     for template in choices["templates"]:
@@ -47,7 +47,7 @@ def compare(lm: jaxlm.models.LanguageModel, choices: dict[str, Any], sentences: 
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("choices")
     parser.add_argument("--model")

@@ -1,4 +1,4 @@
-"""An extension of griffe: examples are shown as code, and names that share a line get one each."""
+"""A griffe extension: examples become code blocks, names that share a line get one line each."""
 
 import re
 from typing import Any
@@ -13,7 +13,7 @@ SHARED = re.compile(r"^( +)(\*{0,2}\w+(?:, \*{0,2}\w+)+):((?: .*)?(?:\n\1 +\S.*)
 
 
 def separated(docstring: str) -> str:
-    """The docstring with `low, high: the ends` as two items, of which griffe would make one."""
+    """Split items such as `low, high: the ends` in two; griffe would read them as one name."""
 
     def items(match: re.Match) -> str:
         indent, names, text = match.groups()
@@ -23,7 +23,7 @@ def separated(docstring: str) -> str:
 
 
 class Examples(griffe.Extension):
-    """Puts every paragraph that begins with `>>>` into a block of its own, and see `separated`."""
+    """Put every paragraph that begins with `>>>` into a code block, and apply `separated`."""
 
     def on_object(self, *, obj: griffe.Object, **options: Any) -> None:
         del options

@@ -1,10 +1,10 @@
 """Hooks of mkdocs: linked files of the repository become pages, and formulas become MathML.
 
-In the repository a page links to what lies beside docs/ (`../configs/mezo/opt.yaml`,
-`../notebooks/03_mezo.ipynb`). On the site there is a page for each of these: Markdown as it is, a
-notebook as text and code, the text of any other file, the files of a folder one after the other.
+In the repository, pages link to files outside docs/ (`../configs/mezo/opt.yaml`,
+`../notebooks/03_mezo.ipynb`). The site gets a page for each of these: Markdown unchanged, a
+notebook as text and code, any other file as a listing, a folder as the listings of its files.
 
-Browsers draw MathML themselves, so a page needs no script and no font from another host.
+Browsers draw MathML themselves, so pages need no script or font from another host.
 """
 
 import html
@@ -26,11 +26,11 @@ ALWAYS = ("CHANGELOG.md", "CONTRIBUTING.md", "README.md", "notebooks/*.ipynb")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".toml": "toml"}
 
 _sources: dict[str, str] = {}
-"""Address of a page of the site to its file in the repository."""
+"""Path of a page on the site to its file in the repository."""
 
 
 def on_files(files: Files, config) -> Files:
-    """Adds a page for every file that is linked to, directly or by such a page."""
+    """Add a page for every linked file, and for files that those pages link to."""
     _sources.clear()
     _sources.update({file.src_uri: f"docs/{file.src_uri}" for file in files})
     waiting = [str(path.relative_to(ROOT)) for each in ALWAYS for path in sorted(ROOT.glob(each))]
@@ -53,7 +53,7 @@ def on_files(files: Files, config) -> Files:
 
 
 def on_page_markdown(markdown: str, page, config, files) -> str:
-    """Turns links between files of the repository into links between pages."""
+    """Turn links between files of the repository into links between pages."""
     del config, files
     here = page.file.src_uri
 
@@ -71,7 +71,7 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>
 
 
 def on_page_content(content: str, page, config, files) -> str:
-    """Turns the formulas of a page, those of docstrings among them, into MathML."""
+    """Turn the formulas of a page, including its docstrings, into MathML."""
     del config, files
 
     def drawn(match: re.Match) -> str:
@@ -85,14 +85,14 @@ def on_page_content(content: str, page, config, files) -> str:
 
 
 def on_post_build(config) -> None:
-    """Fails where a page has raw LaTeX, or needs another host."""
+    """Raise an error if a page has raw LaTeX or loads something from another host."""
     for path in sorted(Path(config.site_dir).rglob("*.html")):
         if found := faults(path.read_text()):
             raise PluginError(f"{path.relative_to(config.site_dir)}: {found[0]}")
 
 
 def links(uri: str, markdown: str) -> list[str]:
-    """The files of the repository that a page links to."""
+    """Return the files of the repository that a page links to."""
     found = [_target(_sources[uri], match[1]) for match in LINK.finditer(markdown)]
     return [target for target in found if (ROOT / target).exists()]
 
@@ -102,7 +102,7 @@ def _target(source: str, link: str) -> str:
 
 
 def address(source: str) -> str:
-    """Where on the site the page of a file is.
+    """Return the path on the site of a file's page.
 
     >>> address("docs/mezo.md"), address("configs/mezo/opt.yaml")
     ('mezo.md', 'configs/mezo/opt.md')
@@ -110,13 +110,13 @@ def address(source: str) -> str:
     if source.startswith("docs/"):
         return source.removeprefix("docs/")
     if source == "README.md":
-        return "readme.md"  # README is mkdocs' other name for index
+        return "readme.md"  # mkdocs treats README.md as an index
     path = PurePosixPath(source)
     return source if path.suffix in IMAGES else str(path.with_suffix(".md"))
 
 
 def page(path: Path) -> str:
-    """A file or folder as Markdown."""
+    """Return a file or folder as Markdown."""
     if path.suffix == ".md":
         return path.read_text()
     if path.suffix == ".ipynb":
@@ -129,12 +129,12 @@ def page(path: Path) -> str:
 
 
 def listing(path: Path, title: str) -> str:
-    """The text of a file in a block, under a title."""
+    """Return the text of a file as a code block under a title."""
     return f"{title}\n\n````{LANGUAGES.get(path.suffix, '')}\n{path.read_text()}````\n"
 
 
 def notebook(source: str, name: str) -> str:
-    """A notebook in the percent format of jupytext as Markdown, without what its cells print."""
+    """Convert a notebook in jupytext's percent format to Markdown, without outputs."""
     parts = []
     for cell in re.split(r"^# %%", source, flags=re.M)[1:]:
         kind, _, body = cell.partition("\n")

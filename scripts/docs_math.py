@@ -1,4 +1,4 @@
-"""Formulas of the site: MathML at build time, and a search of built pages for what is not drawn."""
+"""Formulas of the site: MathML at build time, and a check of built pages for raw LaTeX."""
 
 import re
 
@@ -16,18 +16,18 @@ PRIME = re.compile(r"<msup>(<mi>[^<]*</mi>)<mi>&#x02032;</mi></msup>")
 
 
 def mathml(latex: str, display: bool = False) -> str:
-    """A formula in LaTeX as MathML.
+    """Convert a formula from LaTeX to MathML.
 
     Raises:
-      ValueError: a command that the converter does not know, which it would show as text.
+      ValueError: the converter does not know a command, and would show it as text.
     """
     from latex2mathml.converter import convert
 
-    # Bars have no space around them where they are known to belong together.
+    # \left and \right tell the converter that bars are a pair: it adds no space around them.
     latex = ABSOLUTE.sub(lambda m: rf"\left|{m[1] or m[2]}\right|", latex)
     latex = NORM.sub(r"\\left\\Vert \1\\right\\Vert ", latex)
     found = convert(latex, display="block" if display else "inline")
-    # Fonts have the prime raised and small already: as a superscript it is hardly seen.
+    # The glyph of a prime is already small and raised: as a superscript it is hardly visible.
     found = PRIME.sub(r'<mrow>\1<mo lspace="0" rspace="0">&#x02032;</mo></mrow>', found)
     if "\\" in found:
         raise ValueError(f"no MathML of {latex!r}: write it with other commands.")
@@ -35,7 +35,7 @@ def mathml(latex: str, display: bool = False) -> str:
 
 
 def faults(page: str) -> list[str]:
-    """LaTeX that a page shows as it is written, and addresses from which it loads something."""
+    """Return a page's raw LaTeX, and the addresses of other hosts that it loads from."""
     shown = CODE.sub("", page)
     found = [f"raw LaTeX: {shown[m.start() : m.start() + 60]}" for m in RAW.finditer(shown)]
     return found + [f"from elsewhere: {m[0]}" for m in ELSEWHERE.finditer(page)]

@@ -1,8 +1,8 @@
-"""Draws the scores that `jaxlm study` (less) gives the rows of each source, by answer and label.
+"""Draw the scores that a study of LESS gives to rows, grouped by source, answer and label.
 
     python scripts/draw_scores.py configs/studies/less.yaml FOLDER docs/figures/scores.png
 
-FOLDER is the output of that study; the scores are those of LESS with its first seed.
+FOLDER is the output of that study; the figure shows the scores of its first seed.
 """
 
 import argparse
@@ -19,7 +19,7 @@ SCALE = 10_000
 
 
 def rows_of(config: SelectionConfig, base_dir: Path) -> dict[str, PoolRow]:
-    """Every row of the study by its id."""
+    """Return the rows of the study by id."""
     lm = jaxlm.from_pretrained(config.model)
     return {
         row.id: row
@@ -38,7 +38,7 @@ def rows_of(config: SelectionConfig, base_dir: Path) -> dict[str, PoolRow]:
 
 
 def main() -> None:
-    """Draws the figure."""
+    """Draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path)
     parser.add_argument("folder", type=Path)

@@ -1,11 +1,11 @@
-"""Writes tests/models/golden: small random models of every family and what transformers computes.
+"""Write tests/models/golden: small random models of every family, and outputs of transformers.
 
 Needs the `parity` extra. From the root of the repository:
 
     python -m scripts.make_golden
 
 Each folder holds config.json and model.safetensors as transformers saves them, and the arrays of
-one batch with its outputs. The tests compare with these files where PyTorch is not installed.
+one batch with its outputs. So the tests compare with transformers even without PyTorch.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""Turns a finished pretraining run into the model that ships with the package.
+"""Turn a finished pretraining run into the model that ships with the package.
 
 usage: python scripts/make_model_asset.py runs/pretrain-tiny jaxlm/assets/model
 
@@ -51,7 +51,7 @@ puts there.
 
 
 def main(run: Path, out: Path, note: str = "") -> None:
-    """Writes the asset."""
+    """Write the asset."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     curve = [(row["tokens"], row["held_out.bits_per_byte"]) for row in rows if _BITS in row]

@@ -4,8 +4,8 @@
 
 SOURCE holds mr/ and subj/, each with train.jsonl and validation.jsonl (fields text and label, lines
 shuffled). test = validation.jsonl; validation = 1,000 sentences drawn from train.jsonl by a fixed
-seed; train = the rest. A sentence of train.jsonl that stands in test, and one of train that stands
-in validation, is left out; sentences are compared by their letters and digits alone.
+seed; train = the rest. Sentences of train.jsonl that also occur in test, and sentences of train
+that also occur in validation, are left out. Only letters and digits are compared.
 """
 
 import argparse
@@ -22,7 +22,7 @@ HELD_OUT = 1000
 
 
 def normalise(text: str) -> str:
-    """The letters and digits of a sentence, without case."""
+    """Return the letters and digits of a sentence, case-folded."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return "".join(character for character in folded if character.isalnum())
 
@@ -32,7 +32,7 @@ def read(path: Path) -> list[dict]:
 
 
 def without(rows: list[dict], others: list[dict]) -> list[dict]:
-    """The rows whose sentence is none of the others'."""
+    """Return the rows whose sentence does not occur in `others`."""
     taken = {normalise(row["text"]) for row in others}
     return [row for row in rows if normalise(row["text"]) not in taken]
 
@@ -48,7 +48,7 @@ def split(source: Path) -> dict[str, list[dict]]:
 
 
 def write(path: Path, rows: list[dict]) -> None:
-    """Writes the same bytes every time: no file name and no date in the archive."""
+    """Write the same bytes every time: the archive has no file name and no date."""
     lines = (
         json.dumps({"text": row["text"], "label": row["label"]}, ensure_ascii=False) for row in rows
     )

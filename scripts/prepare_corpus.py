@@ -2,19 +2,19 @@
 
     python scripts/prepare_corpus.py --source DIR --out build/corpus
 
-``--source`` holds one ``<domain>.jsonl.gz`` a domain, each line ``{"text": ..., "domain": ...}``
-with one document a line. The texts are the NLTK data packages ``movie_reviews``, ``pros_cons``,
-``state_union``, ``inaugural``, ``shakespeare`` and ``genesis`` (English King James version), with
-markup removed: `CC BY 4.0` for the first two, public domain for the rest. ``--tasks`` holds the
-two shipped tasks, whose training sentences join the corpus without their labels.
+``--source`` holds one ``<domain>.jsonl.gz`` per domain, with one document
+``{"text": ..., "domain": ...}`` per line. The texts are the NLTK data packages ``movie_reviews``,
+``pros_cons``, ``state_union``, ``inaugural``, ``shakespeare`` and ``genesis`` (English King James
+version), with markup removed: `CC BY 4.0` for the first two, public domain for the rest.
+``--tasks`` holds the two shipped tasks, whose training sentences join the corpus without labels.
 
-No sentence of a validation or test split may stand in the result. A line of any domain goes when
+No sentence of a validation or test split may occur in the corpus. A line is removed if
 
 * its words are exactly those of a held-out sentence (case and punctuation ignored), or
-* it takes part in a run of eight words (or the whole sentence, if it has five to seven) that
-  also stands in a held-out sentence. The run may cross line ends.
+* it overlaps a run of eight words (or a whole sentence of five to seven words) that also occurs in
+  a held-out sentence. The run may cross line ends.
 
-Documents of ``movie_reviews`` drawn by a fixed seed are set apart to measure bits per byte.
+Documents of ``movie_reviews`` drawn by a fixed seed are held out to measure bits per byte.
 ``manifest.json`` counts what went where.
 """
 
@@ -49,7 +49,7 @@ def words(text: str) -> Words:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What may not stand in the corpus: whole sentences, and runs of words by their length."""
+    """What may not occur in the corpus: whole sentences, and runs of words by their length."""
 
     sentences: frozenset[Words]
     runs: dict[int, frozenset[Words]]
@@ -65,7 +65,7 @@ class HeldOut:
         return cls(frozenset(whole), {n: frozenset(found) for n, found in runs.items()})
 
     def offending_lines(self, lines: list[str]) -> set[int]:
-        """The indices of the lines of one document that hold a held-out sentence or run."""
+        """Return indices of the lines of a document that contain a held-out sentence or run."""
         split = [words(line) for line in lines]
         offending = {i for i, line in enumerate(split) if line in self.sentences}
         stream = [word for line in split for word in line]
@@ -78,7 +78,7 @@ class HeldOut:
 
 
 def clean(document: str, held_out: HeldOut) -> tuple[list[str], int]:
-    """The lines of ``document`` that may stay, white space collapsed, and how many went."""
+    """Return the lines to keep, with white space collapsed, and the number of removed lines."""
     lines = [" ".join(line.split()) for line in document.splitlines()]
     lines = [line for line in lines if line]
     offending = held_out.offending_lines(lines)

@@ -2,8 +2,8 @@
 
     python scripts/train_tokenizer.py --corpus build/corpus --out build/tokenizer
 
-Text is lower-cased, the first word carries a leading space like every other one, and every
-sequence starts with ``<eos>`` (id 0), which also separates documents. The folder opens with
+Text is lower-cased, the first word gets a leading space like every other word, and every sequence
+starts with ``<eos>`` (id 0), which also separates documents. Load the folder with
 ``transformers.AutoTokenizer.from_pretrained``.
 """
 
@@ -30,7 +30,7 @@ def lines(corpus: Path) -> Iterator[str]:
 
 
 def train(corpus: Path, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of ``vocab_size`` entries."""
+    """Return a byte-level BPE of ``vocab_size`` entries."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

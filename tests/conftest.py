@@ -18,17 +18,14 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Tests compile much and compute little: so it is four times faster. Where results depend on fused
 # multiply-adds, or memory on what is fused, a module is marked `optimized`: compiled at level 1.
 # Flags of the caller come last and prevail. XLA stops at flags that it does not know, so other
-# versions of jax go without.
+# versions of jax go without. `pytest -m default_flags` goes without as well.
+os.environ.setdefault("FLAGS_OF_THE_CALLER", os.environ.get("XLA_FLAGS", ""))
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 if metadata.version("jax").startswith("0.10."):
     os.environ["XLA_FLAGS"] = (
         "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false "
-        f"--xla_cpu_parallel_codegen_split_count=1 {os.environ.get('XLA_FLAGS', '')}"
+        f"--xla_cpu_parallel_codegen_split_count=1 {os.environ['FLAGS_OF_THE_CALLER']}"
     )
-
-# That version computes some fused sums wrongly (jax-ml/jax#39103), without this fusion rightly.
-if metadata.version("jaxlib") == "0.10.2":
-    os.environ["XLA_FLAGS"] += " --xla_cpu_experimental_ynn_fusion_type="
 
 import jax
 import pytest
@@ -42,13 +39,20 @@ jax.config.update("jax_legacy_prng_key", "error")
 install_import_hook("jaxlm", "beartype.beartype")
 
 
+def pytest_configure(config):
+    """Compile as users do where only the tests `default_flags` are asked for."""
+    if config.option.markexpr == "default_flags":  # before the first program, which reads the flags
+        os.environ["XLA_FLAGS"] = os.environ["FLAGS_OF_THE_CALLER"]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs(request):
     """How those of a module are compiled, here and in what it starts; then they are forgotten.
 
     Programs of all modules would take gigabytes, and more memory maps than may be had.
     """
-    quickly = request.node.get_closest_marker("optimized") is None
+    as_users = request.config.option.markexpr == "default_flags"
+    quickly = not as_users and request.node.get_closest_marker("optimized") is None
     jax.config.update("jax_disable_most_optimizations", quickly)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))
     yield

@@ -27,7 +27,7 @@ def fingerprint(tree: Any) -> str:
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Return whether no number is infinite or NaN; integers always are finite."""
+    """Return whether no number is infinite or NaN; integers are always finite."""
     return not jnp.issubdtype(values.dtype, jnp.inexact) or bool(np.isfinite(values).all())
 
 
@@ -42,8 +42,8 @@ def check_finite(values: np.ndarray, name: str, where: object) -> None:
     if not all_finite(values):
         first = values.flat[int(np.argmin(np.isfinite(values)))]
         raise UserError(
-            f"{where}: {name} holds numbers that are not finite (got {first}). The weights are "
-            "damaged or of a run that diverged: use others."
+            f"{where}: {name} holds numbers that are not finite (got {first}). Use other weights: "
+            "these are damaged, or come from a run that diverged."
         )
 
 

@@ -65,8 +65,8 @@ def build(
     """Build the frozen dataclass `cls` from text values.
 
     Args:
-        cls: the dataclass. Metadata `registry` (name to dataclass) of a field lets the key `name`
-            of its section choose the dataclass, by default the first. Metadata `make` is a
+        cls: the dataclass. If a field has metadata `registry` (name to dataclass), the key `name`
+            of its section chooses the dataclass; the default is the first. Metadata `make` is a
             function that builds the field from the mapping of its converted values.
         data: key to text, list or mapping.
         where: the file, for messages.
@@ -111,7 +111,7 @@ class _Reader:
     flags: frozenset[str]
 
     def source(self, key: str) -> str:
-        """Return what to blame: the command line if it gave the key, its section or a part."""
+        """Return the origin of a key: the command line if it gave it, its section or a part."""
         pairs = ((f"{key.split('[')[0]}.", f"{flag}.") for flag in self.flags)
         given = any(a.startswith(b) or b.startswith(a) for a, b in pairs)
         return COMMAND_LINE if given else self.where
@@ -227,16 +227,16 @@ class _Reader:
             near = difflib.SequenceMatcher(None, str(name), last).ratio()
             return near + (0.15 if f"{section}." == prefix or section == prefix else 0)
 
-        here = (prefix + field for field in fields)  # before sections.NAME.field
+        here = (prefix + field for field in fields)  # first, to win ties with sections.NAME.field
         best = max((*here, *self.known), key=likeness, default="")
-        # A known key belongs to another form of the section: sgd has no eps.
+        # A key that is known but not accepted here belongs to another form: sgd has no eps.
         if best and likeness(best) >= 0.6 and f"{prefix}{name}" not in self.known:
             return f"Did you mean {best}?"
         return f"The keys are {', '.join(fields)}."
 
 
 def _full_key(key: str, section: str, fields: Collection[str]) -> str:
-    """Complete the key of a dataclass's own message, which does not know where its section is."""
+    """Prefix the section to the key in a dataclass's own message, which names only its field."""
     outer, _, last = section.rpartition(".")
     first = re.split(r"[.\[]", key)[0]
     if not section or key.startswith(section):
@@ -266,7 +266,7 @@ def _finite(text: str) -> float:
 
 
 def _unicode(text: str) -> str:
-    text.encode()  # fails for half a character, as an argument in another encoding has
+    text.encode()  # fails for half of a surrogate pair, from an argument in another encoding
     if "\0" in text:
         raise ValueError
     return text

@@ -44,7 +44,7 @@ def file_path(given: str | os.PathLike, key: str) -> Path:
 
 
 def inside(folder: Path, name: object, where: str) -> Path:
-    """Return the path of a name that a file gives, which may not leave the folder.
+    """Return the path of a name that was read from a file; it must stay inside the folder.
 
     The check is on the text of the name. Symbolic links are followed, since the cache of the
     Hugging Face hub consists of them.
@@ -68,7 +68,7 @@ def inside(folder: Path, name: object, where: str) -> Path:
 
 
 def folder_name(name: str, key: str) -> str:
-    """Return a name that is to become one folder.
+    """Return a name, checked to be usable for one folder.
 
     Raises:
       UserError: the name is empty, `.` or `..`, has a slash or a NUL, or is too long.
@@ -160,7 +160,7 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 def append_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Append one JSON object a line; they are on disk when this returns.
 
-    It does not look which process calls it. A line that was cut short by a kill is ignored by
+    Every process that calls it writes. A last line that was cut short by a kill is ignored by
     `read_jsonl`.
     """
     text = to_jsonl(records)
@@ -198,7 +198,7 @@ def parse_json(text: str, where: str) -> Any:
     """
     try:
         value = _DECODER.decode(text)
-        if "\\ud" in text or "\\uD" in text:  # JSON may write half a character, UTF-8 may not
+        if "\\ud" in text or "\\uD" in text:  # JSON allows half a surrogate pair, UTF-8 does not
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         reason = f"{error.msg} at character {error.pos}"
@@ -220,7 +220,7 @@ def read_text(path: Path) -> str:
 
     Raises:
       UserError: the path is a pipe or a device, the file is too large, unreadable, or not UTF-8.
-      FileNotFoundError: there is no such file; the caller says what that means.
+      FileNotFoundError: there is no such file; the caller explains it.
     """
     try:
         endless = not path.is_dir() and path.exists() and not path.is_file()
@@ -252,7 +252,7 @@ def read_json(path: Path, **fields: Fields) -> dict[str, Any]:
       fields: name to type of each field that must be there. `float` accepts integers too.
 
     Raises:
-      UserError: as `read_text`; or the file is not a JSON object, or a field is missing or of
+      UserError: see `read_text`; or the file is not a JSON object, or a field is missing or of
         another type.
       FileNotFoundError: there is no such file.
     """
@@ -262,7 +262,7 @@ def read_json(path: Path, **fields: Fields) -> dict[str, Any]:
 def read_jsonl(path: Path, **fields: Fields) -> list[dict[str, Any]]:
     """Read the complete lines of a file of JSON objects; see `read_json`.
 
-    What follows the last line end is ignored: a write that was cut short leaves it.
+    Text after the last newline is ignored, since an interrupted write leaves an incomplete line.
     """
     lines = enumerate(read_text(path).split("\n")[:-1], start=1)
     places = ((f"{path}, line {number}", line) for number, line in lines)
@@ -282,7 +282,7 @@ def _record(value: Any, where: str, fields: Mapping[str, Fields]) -> dict[str, A
             or (isinstance(item, bool) and bool not in kinds)
         ):
             raise UserError(
-                f"{where}: the field {name} is missing or of another type. The file is damaged or "
-                "not of jaxlm: remove it, or make it again."
+                f"{where}: the field {name} is missing or of another type. Remove the file or make "
+                "it again: it is damaged, or jaxlm did not write it."
             )
     return value

@@ -1,9 +1,9 @@
-"""One folder: who writes it, what it was made from, whether it is whole.
+"""One folder: which process writes it, what it was made from, whether it is whole.
 
 Run folders, stage folders, kernel stores, token caches and sweeps are all made of these parts:
 
     claim(folder, marker, what)      create a folder and hold its lock while a block runs
-      check_place, make_folder, hold   its three parts, for those that need one
+      check_place, make_folder, hold   its three parts, for callers that need only one
     stage(root, name, inputs, work)  do work once for its inputs: resume it, or return its result
       inputs_digest(inputs)            the key in the folder's name
       read_manifest, write_manifest    `manifest.json`: inputs, and the result once there is one
@@ -55,12 +55,12 @@ def check_place(folder: Path, marker: str | None, what: str, key: str = "output"
 
     Args:
       folder: where something is to be written; it need not exist.
-      marker: name of the file that tells a folder of the right kind; None accepts no file at all.
-      what: that kind, for the message.
+      marker: name of the file that marks a folder of the right kind; None requires an empty folder.
+      what: the kind of folder, for the message.
       key: name of the option that gave the folder, for messages.
 
     Raises:
-      UserError: it cannot be written, or has files but no marker.
+      UserError: the folder cannot be written, or has files but no marker.
     """
     there = next(p for p in (folder, *folder.absolute().parents) if _exists(p))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -120,8 +120,8 @@ def make_folder(folder: Path, *disposable: str, key: str = "output") -> Iterator
 def hold(folder: Path, key: str = "output") -> Iterator[None]:
     """Keep other processes from writing into `folder`, which must exist, until the block ends.
 
-    The operating system releases the lock of a process that dies, so no lock is ever stale. In a
-    program of several processes, the main process holds it for all. The traceback of an unexpected
+    The operating system releases the lock of a process that dies, so no lock is ever stale. With
+    several processes, the main process holds the lock for all. The traceback of an unexpected
     error is appended to the folder's `log.txt`, and a note on the error says so.
 
     Args:
@@ -152,16 +152,16 @@ def hold(folder: Path, key: str = "output") -> Iterator[None]:
 
 
 def where_logged(error: Exception) -> str | None:
-    """Return the note in which `hold` says where the traceback is, among the notes of JAX."""
+    """Return the note in which `hold` says where the traceback is; JAX adds other notes."""
     notes = getattr(error, "__notes__", ())
     return next((note for note in notes if note.startswith(_LOGGED)), None)
 
 
 def acquire(path: Path, folder: Path, key: str) -> int:
-    """Return the open file of a lock; it is held until that is closed or the process ends.
+    """Return the descriptor of a locked file; the lock ends when it is closed or the process ends.
 
     Args:
-      path: the file, made if it is missing. Unlink it before it is closed.
+      path: the file, made if it is missing. Unlink it before you close the descriptor.
       folder: what the lock is for, for the message.
       key: name of the option that gave the folder, for the message.
 
@@ -174,7 +174,7 @@ def acquire(path: Path, folder: Path, key: str) -> int:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                return file  # the file system has no locks: there is nothing to hold
+                return file  # the file system has no locks, so there is nothing to hold
             os.close(file)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
@@ -325,13 +325,13 @@ def check_inputs(
 
 
 def _plain(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs as JSON gives them back: tuples become lists."""
+    """Return the inputs as JSON reads them back: tuples become lists."""
     plain: dict[str, Any] = json.loads(json.dumps(inputs))
     return plain
 
 
 def short(value: Any) -> str:
-    """Return a value as messages show it; of a fingerprint its first eight digits."""
+    """Return a value as text for a message; a fingerprint is cut to eight digits."""
     is_hash = isinstance(value, str) and len(value) == 64 and " " not in value
     return value[:8] if is_hash else show(value)
 
@@ -346,8 +346,8 @@ def stage(
 ) -> tuple[Path, dict[str, Any]]:
     """Do a piece of work once for its inputs, in a folder of its own.
 
-    The folder is named `NAME-DIGEST` by the inputs, so other inputs get another folder and nothing
-    is overwritten. Work that was stopped is called again in the same folder.
+    The folder is named `NAME-DIGEST`, with a digest of the inputs, so other inputs get another
+    folder and nothing is overwritten. Work that was stopped is called again in its folder.
 
     Args:
       root: parent of the folder.
@@ -360,7 +360,7 @@ def stage(
       The folder, and the result.
 
     Raises:
-      UserError: the manifest is damaged or of other inputs.
+      UserError: the manifest is damaged or has other inputs.
     """
     plain = _plain(inputs)
     folder = root / f"{name}-{inputs_digest(plain)}"
@@ -380,7 +380,7 @@ def stage(
 
 
 def mark_failed(folder: Path, reason: str) -> None:
-    """Write that the work of a folder failed and need not be tried again; all processes call it."""
+    """Mark the work of a folder as failed, so that it is not repeated; all processes call this."""
     write_json(folder / FAILED, {"failed": reason})
 
 
@@ -410,7 +410,7 @@ def seal(folder: Path, pattern: str = "*") -> None:
 
     Args:
       folder: a folder with complete files.
-      pattern: which files, as in `Path.rglob`.
+      pattern: the files to include, as in `Path.rglob`.
     """
     files = {
         path.relative_to(folder).as_posix(): [path.stat().st_size, crc32(path)]
@@ -428,15 +428,14 @@ def verify(folder: Path, *, below: str = "") -> None:
       below: compare only files whose relative path starts with this.
 
     Raises:
-      UserError: naming the first file that is missing or was changed, or the checksums themselves.
+      UserError: a file or the checksums are missing or changed; the message names the first one.
     """
     path = folder / CHECKSUMS
     try:
         files = read_json(path, files=dict)["files"]
     except FileNotFoundError:
         raise UserError(
-            f"{path}: is missing, so nothing says whether the files beside it are whole. Make them "
-            "again."
+            f"{path}: is missing, so the files beside it cannot be checked. Make them again."
         ) from None
     for name, expected in files.items():
         if not name.startswith(below):
@@ -463,13 +462,13 @@ def is_whole(folder: Path) -> bool:
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a sealed folder that is whole or absent, in place of one that exists.
+    """Write a sealed folder that is whole or absent, in place of an earlier one.
 
-    One process calls it.
+    Only one process may call it.
 
     Args:
       folder: the folder.
-      write: `write(place)` fills an empty folder beside it, which is then sealed and renamed.
+      write: `write(place)` fills an empty folder beside `folder`, which is then sealed and renamed.
     """
     aside = folder.with_name(folder.name + ".tmp")
     for old in (aside, folder):
@@ -491,7 +490,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(folder: Path, *, last: str, stale: Callable[[Path], bool]) -> Iterator[Path]:
-    """Yield an empty folder inside `folder`, whose files then go through `replace_contents`.
+    """Yield a new folder inside `folder`; `replace_contents` then moves its files up.
 
     Raises:
       UserError: the folder cannot be written.
@@ -522,7 +521,7 @@ def replace_contents(
       source: folder on the same file system.
       target: folder that receives the files.
       last: the file without which the others are not read.
-      stale: tells what in `target` belongs to an earlier save and is removed.
+      stale: tells whether an entry of `target` belongs to an earlier save and must be removed.
     """
     for path in source.rglob("*"):
         sync(path)

@@ -18,8 +18,8 @@ class Key(NamedTuple):
         dotted: its path.
         kind: its declared type as text.
         default: `MISSING` if required.
-        meaning: the line of its dataclass's docstring.
-        form: the form of the section that has it, of `forms`; empty if there is one form only.
+        meaning: what the docstring of its dataclass says about it.
+        form: which of `forms` of its section has the key; empty if there is only one form.
     """
 
     dotted: str
@@ -31,7 +31,7 @@ class Key(NamedTuple):
 
 
 def keys_of(cls: Any, prefix: str = "", instance: Any = None) -> Iterator[Key]:
-    """Yield every key of a dataclass and of its sections; `instance` has other defaults."""
+    """Yield every key of a dataclass and of its sections; `instance` gives other defaults."""
     hints, meanings = typing.get_type_hints(cls), _attributes(cls)
     for f in dataclasses.fields(cls):
         if not f.init:
@@ -56,7 +56,7 @@ def keys_of(cls: Any, prefix: str = "", instance: Any = None) -> Iterator[Key]:
 
 
 def default_of(f: Any, instance: Any = None) -> Any:
-    """Return the default of a field, `MISSING` if it has none."""
+    """Return the default of a field, or `MISSING`; `instance` gives another one."""
     if instance is not None:
         return getattr(instance, f.name)
     return f.default_factory() if f.default_factory is not MISSING else f.default
@@ -72,14 +72,14 @@ def _attributes(cls: type) -> dict[str, str]:
             found = re.match(r"(\w+): (.*)", line)
             name, text = found.groups() if found else (name, line.strip())
             meanings[name] = text if found else f"{meanings.get(name, '')} {text}"
-    # A docstring speaks Python, while its reader here writes YAML.
+    # Docstrings use Python's None, while readers of the help write YAML.
     return {name: re.sub(r"\bNone\b", "null", text) for name, text in meanings.items()}
 
 
 def listing(cls: Any) -> str:
     """Return every key of a configuration with type, default and meaning, for a command's help.
 
-    Forms of one section share keys: a default or a key that only some have names them.
+    A key that forms of a section share is listed once, with the forms that have each default.
     """
     rows: dict[Key, dict[str, list[str]]] = {}
     for key in keys_of(cls):

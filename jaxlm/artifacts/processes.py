@@ -1,4 +1,4 @@
-"""One program in several processes: which of them writes, where they wait, what all of them see.
+"""One program in several processes: which one writes, where they wait, what all of them see.
 
 Every process runs the same program. Without `jax.distributed` there is one process, and these
 functions do nothing.

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: a loop that defers them stops after its step; all else stops at once.
+"""SIGINT and SIGTERM: a loop that defers them stops after its step; anything else stops at once.
 
 Python's own handling, an exception at an arbitrary point, is not reliable enough. An exception that
 is raised in a destructor or in a callback of the garbage collector is printed and forgotten, and
@@ -80,7 +80,7 @@ def handle_signals() -> Iterator[None]:
     def watch() -> None:
         while number := os.read(read, 1)[0]:
             if number in _SIGNALS and not _receive(number, "ends at once"):
-                _say("\033[?25hstopped" if os.isatty(2) else "stopped")  # and shows the cursor
+                _say("\033[?25hstopped" if os.isatty(2) else "stopped")  # shows the cursor
                 os._exit(128 + number)
 
     thread = threading.Thread(target=watch, name="signals", daemon=True)

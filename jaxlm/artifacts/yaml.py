@@ -11,7 +11,7 @@ from jaxlm.artifacts.files import file_path, read_text
 from jaxlm.core.errors import UserError
 
 _MOST_BYTES, _MOST_VALUES, _MOST_DEPTH = 2**22, 100_000, 50
-"""Limits of a file; anything larger is not a configuration, or an alias bomb."""
+"""Limits of a file; a larger one is no configuration, or an alias bomb."""
 
 
 class _Loader(yaml.BaseLoader):
@@ -30,7 +30,7 @@ class _Loader(yaml.BaseLoader):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping with every scalar as text.
+    """Read a YAML mapping; every scalar stays text.
 
     Raises:
         UserError: the file is missing, too large, not a regular file, or not such a mapping.
@@ -66,7 +66,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the value of a YAML text, its scalars as text.
+    """Return the value of a YAML text; every scalar stays text.
 
     Raises:
         yaml.YAMLError: it is not YAML.

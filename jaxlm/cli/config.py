@@ -1,25 +1,17 @@
-"""Command lines: words, a configuration's file, and `--dotted.path=value` flags."""
+"""Command lines: words, a configuration file, and `--dotted.path=value` flags."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
-from jaxlm.artifacts.config import build, load, put
+from jaxlm.artifacts.config import load
 from jaxlm.artifacts.files import file_path
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
 from jaxlm.train.run_folder import to_dict
 
-__all__ = [
-    "build",
-    "dump",
-    "load",
-    "parse_args",
-    "parse_model_args",
-    "put",
-    "split_args",
-]
+__all__ = ["dump", "load", "parse_args", "parse_model_args", "split_args"]
 
 
 def split_args(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -59,12 +51,12 @@ def parse_args(args: Sequence[str]) -> tuple[str | None, dict[str, str]]:
     if not files:
         return None, flags
     path = str(file_path(files[0], "config"))
-    # As it was typed: `./x` is a folder, while `x` may be a name of the hub.
+    # Keep what was typed: `./x` is a folder, while `x` may be a name of the hub.
     return path if files[0].startswith("~") else files[0], flags
 
 
 def parse_model_args(args: Sequence[str]) -> tuple[str | None, dict[str, str]]:
-    """Like `parse_args`, but a word that is not a YAML file becomes the flag `model`."""
+    """Return the file and flags as `parse_args`; a word that is not YAML is the flag `model`."""
     path, flags = parse_args(args)
     if path is None or path.endswith((".yaml", ".yml")):
         return path, flags

@@ -1,11 +1,11 @@
-"""What a run will cost, before it: `jaxlm finetune CONFIG --dry-run`, and so for pretrain.
+"""Print what a run will cost: `jaxlm finetune CONFIG --dry-run`, and the same for pretrain.
 
-The model's folder needs no weights, and nothing is written. The programs are compiled for the
-devices that are here, or for those that --devices simulates, and --mesh divides the work over them.
-The rates are those of the device that is here, on a CPU measured ones. State another device by
---device.name (A100, H100, H200, TPU v4, TPU v5e, TPU v5p), or rates by --device.peak_flops=312e12
---device.utilisation=0.4 --device.bandwidth=2e12 --device.interconnect=300e9 --device.memory=80e9,
-in FLOPs, bytes a second and bytes.
+The model's folder needs no weights, and nothing is written. Programs are compiled for the devices
+present, or for those that --devices simulates, and --mesh divides the work over them. The rates are
+those of the local device, measured if none are published. Name another device by --device.name
+(A100, H100, H200, TPU v4, TPU v5e, TPU v5p), or give rates: --device.peak_flops=312e12 and
+--device.utilisation=0.4, --device.bandwidth=2e12 and --device.interconnect=300e9 in bytes a second,
+--device.memory=80e9 in bytes.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ FLAG = "--dry-run"
 
 
 def run(cls: type[Any], args: Sequence[str], mesh: Any = None) -> None:
-    """Writes the plan of a configuration of the class `cls`."""
+    """Print the plan of a configuration of the class `cls`."""
     from jaxlm.cost.plan import dry_run
 
     path, flags = configs.parse_args([word for word in args if word != FLAG])
@@ -37,7 +37,7 @@ def run(cls: type[Any], args: Sequence[str], mesh: Any = None) -> None:
 
 
 def device_of(rates: dict[str, str]) -> Any:
-    """A device from flags: the one that is named, or the one that is here, with other rates."""
+    """Return the device that flags name, or the local one, with rates replaced by the flags."""
     from jaxlm.cost.device import Device, this_device
 
     if "name" in rates:
@@ -50,7 +50,7 @@ def device_of(rates: dict[str, str]) -> Any:
 
 
 def text(plan: Any) -> str:
-    """The plan in words and tables."""
+    """Return the plan in words and tables."""
     return "\n\n".join((_head(plan), _parameters(plan), _memory(plan), _step(plan), _end(plan)))
 
 
@@ -86,14 +86,14 @@ def _parameters(plan: Any) -> str:
         for each in plan.parameters
     ]
     total = size(sum(each.bytes for each in plan.parameters))
-    header = ("parameter", "shape", "dtype", "divided over", "on a device", "trained")
+    header = ("parameter", "shape", "dtype", "sharded over", "per device", "trained")
     return aligned(header, [*rows, ("all", "", "", "", total, "")])
 
 
 def _memory(plan: Any) -> str:
     from jaxlm.studies.tables import aligned
 
-    header = ("memory of a device", "arguments", "outputs", "temporaries", "aliased", "beside")
+    header = ("memory per device", "arguments", "outputs", "temporaries", "aliased", "also held")
     rows = [
         (
             each.program,
@@ -105,12 +105,12 @@ def _memory(plan: Any) -> str:
         for each in plan.memory
     ]
     said = (
-        f"The state takes {size(plan.state_bytes)} of each device, and while a checkpoint is "
-        f"written up to {size(plan.checkpoint_bytes)} of the host."
+        f"The state takes {size(plan.state_bytes)} on each device. A checkpoint that is written "
+        f"takes up to {size(plan.checkpoint_bytes)} of host memory."
     )
     if plan.device.cpu:
         said += f" The machine needs up to {size(plan.host_bytes)}."
-    return f"{aligned((*header, 'in all'), rows)}\n\n{said}"
+    return f"{aligned((*header, 'total'), rows)}\n\n{said}"
 
 
 def _step(plan: Any) -> str:
@@ -127,7 +127,7 @@ def _step(plan: Any) -> str:
         times = sum(each.times for each in some) / plan.dispatch
         moved = sum(each.moved for each in some) / plan.dispatch
         rows.append((f"  {op}, {times:.3g} times", size(moved), ""))
-    header = ("a step", "of a device", "seconds")
+    header = ("per step", "per device", "seconds")
     said = (
         f"All devices together: {plan.flops.products:.3g} FLOPs of matrix products, "
         f"{plan.flops.others:.3g} of other operations."
@@ -137,7 +137,7 @@ def _step(plan: Any) -> str:
 
 def _end(plan: Any) -> str:
     step = plan.step_seconds
-    lines = [f"Expected: {_seconds(step)} s a step, {plan.steps * step / 3600:.2g} h for the run."]
+    lines = [f"Expected: {_seconds(step)} s per step, {plan.steps * step / 3600:.2g} h in all."]
     if plan.largest_batch is not None:
         room = f"the {size(plan.device.memory)} of a device"
         lines.append(
@@ -149,7 +149,7 @@ def _end(plan: Any) -> str:
 
 
 def size(count: float | int) -> str:
-    """Bytes in units of thousands.
+    """Return a number of bytes as text, in powers of 1000.
 
     >>> size(17_700_000_000)
     '17.7 GB'

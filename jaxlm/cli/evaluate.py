@@ -4,8 +4,8 @@ usage: jaxlm evaluate MODEL [--task.name=subj] [--split=test] [--icl=k] [--dotte
        jaxlm evaluate config.yaml [--split=test] [--dotted.path=value ...]
 
 MODEL is a folder, a hub id, or the folder of a run of `jaxlm finetune`. Without `task` a run is
-evaluated on its own task; "step" and "of_steps" in the result say which of its steps is tested. The
-configuration may be that of a fine-tuning run, whose other keys are ignored.
+evaluated on its own task; "step" and "of_steps" in the result tell which of its steps is tested.
+The configuration may be that of a fine-tuning run, whose other keys are ignored.
 
 The result is printed as JSON: the accuracy of the highest score, the accuracy with scores
 calibrated on the training texts (labels unused), and that of the most frequent class.
@@ -70,12 +70,12 @@ class EvaluateConfig:
 
 
 def config_class() -> type:
-    """Return the configuration of this command."""
+    """Return the class of this command's configuration."""
     return EvaluateConfig
 
 
 def read_config(args: Sequence[str]) -> EvaluateConfig:
-    """Return the configuration of these arguments."""
+    """Return the configuration that the arguments give."""
     return _read(args)[0]
 
 
@@ -109,8 +109,8 @@ def evaluate(
 
     Args:
         config: the evaluation.
-        base_dir: where relative paths of the task start, before the working directory.
-        offsets: subtracted from the scores of the options, as training did; None for nothing.
+        base_dir: folder in which relative paths of the task are tried before the working directory.
+        offsets: subtracted from the scores of the options, as in training; None for no offsets.
         mesh: see `jaxlm.sharding.make_mesh`; None for one device.
     """
     task = _load(config, base_dir)

@@ -18,13 +18,13 @@ A configuration:
   seed: 0
   output: runs/subj              # the run's folder
 
-All keys stand at the end. The same command goes on with a run that was stopped and shows the table
-of one that is finished; `--resume=never` refuses both.
+All keys are listed below. The same command resumes a run that was stopped, and shows the table of a
+finished one; `--resume=never` refuses both.
 
-`--dry-run` does nothing, and writes what the run will cost: shardings, memory of a device, FLOPs,
-bytes between devices, seconds of a step, and the largest batch that fits. The model's folder needs
-no weights. It takes the rates of the device that is here, or of another one: --device.name=H200
-(A100, H100, H200, TPU v4, TPU v5e, TPU v5p), --device.memory=80e9, --device.peak_flops=312e12,
+`--dry-run` prints what the run will cost, without running it: shardings, memory per device, FLOPs,
+bytes between devices, seconds per step, and the largest batch that fits. The model's folder needs
+no weights. It uses the rates of the local device, or of another one: --device.name=H200 (A100,
+H100, H200, TPU v4, TPU v5e, TPU v5p), --device.memory=80e9, --device.peak_flops=312e12,
 --device.utilisation=0.4, --device.bandwidth=2e12, --device.interconnect=300e9.
 """
 
@@ -41,14 +41,14 @@ QUICKSTART = Path(__file__).parent.parent / "assets" / "quickstart.yaml"
 
 
 def config_class() -> type:
-    """What a configuration of this command becomes."""
+    """Return the class of this command's configuration."""
     from jaxlm.train.finetuning import FinetuneConfig
 
     return FinetuneConfig
 
 
 def read_config(args: Sequence[str]) -> Any:
-    """Return the configuration of these arguments."""
+    """Return the configuration that the arguments give."""
     path, flags = configs.parse_args(args)
     if path == "quickstart" or not args:
         from jaxlm.studies.quickstart import QuickstartConfig
@@ -59,7 +59,7 @@ def read_config(args: Sequence[str]) -> Any:
 
 
 def run(args: Sequence[str], mesh: Any = None) -> None:
-    """The command `jaxlm finetune`."""
+    """Run the command `jaxlm finetune`."""
     if dry_run.FLAG in args:
         from jaxlm.train.finetuning import FinetuneConfig
 

@@ -34,17 +34,17 @@ class GenerateConfig:
     Attributes:
         model: folder or hub id; null means the model that comes with the package.
         prompt: text to continue.
-        file: prompts instead, a line each in .txt, or the field "prompt" of each row in .jsonl.
+        file: prompts instead: a line each in .txt, or the field "prompt" of each row in .jsonl.
         output: new file for the lines of JSON.
         max_new_tokens: tokens of a sample.
-        temperature: 0 takes the most likely token; the filters need more.
+        temperature: 0 takes the most likely token; top_k, top_p and min_p need a higher one.
         top_k: keep only the k most likely tokens.
         top_p: keep only the most likely tokens up to this probability.
         min_p: keep only tokens at least this many times as likely as the most likely one.
         stop: text that ends a sample, or a list of such texts, as in --stop='["###", "\n"]'.
         num_samples: samples of each prompt.
         seed: seed of the draws.
-        batch_size: prompts in a forward pass; the draws depend on it.
+        batch_size: prompts in a forward pass; the samples depend on it.
         json: whether to print lines of JSON for one prompt too.
         param_dtype: dtype of the parameters, float32 or bfloat16.
         bits: 8 or 4 keeps matrices in that many bits.
@@ -92,12 +92,12 @@ class GenerateConfig:
 
 
 def config_class() -> type:
-    """Return the configuration of this command."""
+    """Return the class of this command's configuration."""
     return GenerateConfig
 
 
 def read_config(args: Sequence[str]) -> GenerateConfig:
-    """Return the configuration of these arguments."""
+    """Return the configuration that the arguments give."""
     path, flags = configs.parse_model_args(args)
     if not (stop := flags.get("stop", "[")).startswith("["):
         flags["stop"] = json.dumps([stop])
@@ -146,7 +146,7 @@ def generate(config: GenerateConfig, *, mesh: Any = None) -> Iterator[dict[str, 
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a file: its lines that are not blank, or the field of its rows."""
+    """Return the prompts of a file: its non-blank lines, or the field `prompt` of its rows."""
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"file: is neither .txt nor .jsonl (got {path}). Rename or convert it.")
     if not path.is_file():  # a pipe may never end
@@ -181,7 +181,7 @@ def write_new(path: Path, lines: Iterable[str]) -> None:
         raise exists
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"output: its folder cannot be written (got {path}). Choose another.")
-    text = "".join(f"{line}\n" for line in lines)  # by all processes, since all compute
+    text = "".join(f"{line}\n" for line in lines)  # all processes must take part in computing them
     if not is_main_process():
         return
     # A link, unlike a rename, fails if another command has taken the name in the meantime.
@@ -208,7 +208,7 @@ def _load(config: GenerateConfig, mesh: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _batch_key(config: GenerateConfig, first: int) -> Any:
-    """Return the PRNG key of the batch that begins with this prompt."""
+    """Return the PRNG key of the batch whose first prompt has the index `first`."""
     import jax
 
     return jax.random.fold_in(jax.random.key(config.seed), first)

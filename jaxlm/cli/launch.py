@@ -1,7 +1,7 @@
 """Where a command runs: its devices, its processes, and what happens when a process is lost.
 
-Every command takes these flags. They belong to no configuration, since they change the results of a
-run only by rounding:
+Every command takes these flags. They are not part of a configuration, since they change the results
+of a run only by rounding:
 
   --mesh=data=2,fsdp=4,model=1   divide batches and parameters over devices; one size may be -1
   --devices=8                    simulate this many CPU devices in each process
@@ -11,7 +11,7 @@ run only by rounding:
   --profile=FOLDER               write a JAX trace of the command; best for a short run
   --compile-cache=FOLDER         keep compiled programs there and reuse them
 
-Each of several processes runs under a parent, which reports in one sentence that another was lost.
+Each of several processes runs under a parent process, which reports if another one was lost.
 """
 
 import contextlib
@@ -36,10 +36,10 @@ TRY_AGAIN = 75
 """Exit code of a run that lost a process; the same command resumes it (EX_TEMPFAIL)."""
 
 GRACE = 10
-"""Seconds that a process has to end after it was told to."""
+"""Seconds that a process has to end after it received a signal."""
 
 MOST_DEVICES, MOST_PROCESSES = 4096, 256
-"""Limits of what one machine simulates or starts, since threads and memory grow with them."""
+"""Limits of what one machine simulates or starts; threads and memory grow with them."""
 
 _PARENT = "JAXLM_PARENT"
 """Environment variable of a child process: the process id of its parent."""
@@ -100,14 +100,14 @@ class Launch:
                     f"(got {self.mesh}). Give sizes whose product is {jax.device_count()}."
                 )
         with contextlib.ExitStack() as stack:
-            if not is_main_process():  # which speaks for all
+            if not is_main_process():  # only the main process prints
                 silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(silence))
                 stack.enter_context(contextlib.redirect_stderr(silence))
             if self.profile is not None:
                 stack.enter_context(jax.profiler.trace(self.profile))
             yield mesh
-            barrier("the end of the command")  # a process that ends early would look lost
+            barrier("the end of the command")  # others would take an early end for a loss
 
 
 def parse(args: Sequence[str]) -> tuple[Launch, list[str]]:
@@ -134,8 +134,8 @@ def parse(args: Sequence[str]) -> tuple[Launch, list[str]]:
 def supervise(launch: Launch, args: Sequence[str]) -> int:
     """Run a command in child processes and return its exit code.
 
-    JAX aborts a process whose peers are gone from a thread that Python cannot interrupt, and runs
-    on after SIGTERM. So a parent without JAX starts the process, passes signals on, and reports.
+    When its peers are gone, JAX aborts a process from a thread that Python cannot interrupt, and it
+    goes on after SIGTERM. So a parent without JAX starts it, passes signals on, and reports.
 
     Args:
         launch: with `processes` or `distributed`.
@@ -154,7 +154,7 @@ def supervise(launch: Launch, args: Sequence[str]) -> int:
     for group in groups:
         flags = vars(replace(launch, processes=None, distributed=group))
         words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-        # In a session of its own: what a terminal sends arrives through this process, once.
+        # In a session of its own, so that a terminal's signal arrives once, through this process.
         children.append(
             subprocess.Popen(
                 [sys.executable, "-m", "jaxlm.cli.main", *args, *words],
@@ -165,7 +165,7 @@ def supervise(launch: Launch, args: Sequence[str]) -> int:
     told, first = _watch(children)
     if told:
         return 128 + told[0]
-    if any(child.returncode == 2 for child in children):  # one process's mistake ends the others
+    if any(child.returncode == 2 for child in children):  # a mistake that one process reports
         return 2
     if first is None:
         return 0
@@ -183,7 +183,7 @@ def supervise(launch: Launch, args: Sequence[str]) -> int:
 def _watch(children: Sequence[subprocess.Popen]) -> tuple[list[int], subprocess.Popen | None]:
     """Wait for all children; return the signals that came, and the first child that failed.
 
-    After a failure or a signal the others have a little time to end by themselves.
+    After a failure or a signal, the other children have a little time to end by themselves.
     """
     from jaxlm.sharding.multihost import HEARTBEAT
 
@@ -213,9 +213,9 @@ def _watch(children: Sequence[subprocess.Popen]) -> tuple[list[int], subprocess.
 
 
 def leave(code: int) -> None:
-    """End one process of several at once; an orderly end would wait for the others.
+    """End this process of several at once, since a normal exit would wait for the others.
 
-    The first process, which all others need, gives them time to report the same mistake.
+    Process 0, which all others need, gives them time to report the same mistake.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -20,7 +20,7 @@ from jaxlm.core.errors import UserError
 COMMANDS = {
     "finetune": "fine-tune a model on a task; without arguments, the quickstart",
     "sweep": "fine-tune over a grid and several seeds, and write one table",
-    "study": "answer a question that takes many runs by a table and a picture",
+    "study": "answer a question that takes many runs with a table and a picture",
     "evaluate": "measure the accuracy of a model on a task",
     "generate": "generate text that continues a prompt",
     "pretrain": "train a causal language model from scratch on text",
@@ -29,13 +29,13 @@ COMMANDS = {
 }
 
 USAGE = """\
-`jaxlm COMMAND --help` lists every key of a command. These flags stand beside any command:
+`jaxlm COMMAND --help` lists every key of a command. Any command takes these flags:
 
   --print-config   print the whole configuration that the command would run, and stop
   --debug          show the traceback of an error
   --allow-code     let `task.read` name a function outside jaxlm, whose code then runs
 
-`jaxlm help launch` tells about --mesh, several processes and traces."""
+`jaxlm help launch` describes --mesh, several processes and traces."""
 
 ALONE = ("convert", "info")
 """Commands that have nothing to divide over devices."""
@@ -43,7 +43,7 @@ ALONE = ("convert", "info")
 DEBUG, ALLOW_CODE, PRINT_CONFIG = "--debug", "--allow-code", "--print-config"
 
 PIPE = 141
-"""Exit code when nobody reads on, as before `| head`: that of a program ended by SIGPIPE."""
+"""Exit code if the reader of a pipe has ended, as with `| head`: that of SIGPIPE."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     screen.prepare()
-    # Otherwise transformers warns at every start that PyTorch is missing, which nothing here needs.
+    # Otherwise transformers warns at every start that PyTorch is missing; nothing here needs it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         code = _run(args)
@@ -217,7 +217,7 @@ def _unforeseen(error: Exception) -> str:
 
 
 def _end(line: str, code: int) -> int:
-    """Print the last sentence, even if a stream is gone, and return the exit code."""
+    """Print the last message, even if a stream is closed, and return the exit code."""
     with contextlib.suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
     screen.give_up()
@@ -225,7 +225,7 @@ def _end(line: str, code: int) -> int:
 
 
 def _leave_the_others(code: int) -> int:
-    """Return the exit code; one process of several ends at once, since the others wait for it."""
+    """Return the exit code; one process of several ends here, so as not to wait for others."""
     if "jax" in sys.modules:
         from jaxlm.artifacts.processes import distributed
 
@@ -237,7 +237,7 @@ def _leave_the_others(code: int) -> int:
 
 
 def _end_if_alone(error: Exception) -> None:
-    """End with a sentence if the computation failed because another process is gone."""
+    """Report and end if the computation failed because another process is gone."""
     import jax
 
     from jaxlm.artifacts.processes import distributed

@@ -3,13 +3,13 @@
 usage: jaxlm pretrain config.yaml [--dotted.path=value ...]
 
 The configuration names the sizes of the model, a tokenizer, a corpus of `<domain>.jsonl[.gz]`
-files with their shares, and an optimizer; configs/pretrain/tiny.yaml is an example, and `dynamics`
-(svag, noise, or local steps of workers: docs/dynamics.md) says what becomes of the steps. The run's
+files with their shares, and an optimizer; configs/pretrain/tiny.yaml is an example. `dynamics`
+(svag, noise, or local steps of workers: docs/dynamics.md) changes how steps are made. The run's
 folder `output` holds config.yaml, metrics.jsonl, log.txt, checkpoints/ and, at the end,
-summary.json and model/, a model in the Hugging Face layout. The same command goes on with a run
-that was stopped and shows the summary of one that is finished.
+summary.json and model/, a model in the Hugging Face layout. The same command resumes a run that was
+stopped, and shows the summary of a finished one.
 
-`--dry-run` does nothing, and writes what the run will cost; `jaxlm finetune --help` says more.
+`--dry-run` prints what the run will cost, without running it; see `jaxlm finetune --help`.
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ from jaxlm.train.pretraining import PretrainConfig, pretrain
 
 
 def config_class() -> type:
-    """What a configuration of this command becomes."""
+    """Return the class of this command's configuration."""
     return PretrainConfig
 
 
 def run(args: Sequence[str], mesh: Any = None) -> None:
-    """The command `jaxlm pretrain`."""
+    """Run the command `jaxlm pretrain`."""
     if dry_run.FLAG in args:
         return dry_run.run(PretrainConfig, args, mesh)
     path, overrides = configs.parse_args(args)

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def prepare() -> None:
-    """Open missing streams, and let every character be written."""
+    """Open streams that are missing, and make every character writable."""
     with contextlib.suppress(OSError):
         # Otherwise the next file opened would become standard output, and take what is printed.
         while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -30,14 +30,14 @@ def _escaped(error: UnicodeError) -> tuple[str, int]:
 
 
 def flush() -> None:
-    """Flush the streams, so that a full disk is noticed now and not at the exit."""
+    """Flush the streams, so that a full disk is noticed before the exit."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
 
 
 def give_up() -> None:
-    """Discard what a stream could not take, since Python would try again at the exit."""
+    """Discard what a stream could not write, since Python would try again at the exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -48,7 +48,7 @@ def give_up() -> None:
 
 
 def show(table: Any) -> None:
-    """Print a table of rich whose texts are names, not markup."""
+    """Print a rich table; its texts are not read as markup."""
     from rich.console import Console
 
     class Screen(Console):

@@ -1,13 +1,13 @@
-"""Answer a question that takes many runs by a table and a picture; without a file, list them.
+"""Answer a question that takes many runs, with a table and a picture; or list the studies.
 
 usage: jaxlm study                                     the studies, a line each
        jaxlm study study.yaml [--dry-run] [--dotted.path=value ...]
        jaxlm study NAME [--dry-run] [--dotted.path=value ...]
 
-The key `study` of the file names one of them, and configs/studies/ has a file for each. The output
+The key `study` of the file names a study; configs/studies/ has a file for each. The output
 folder holds a folder for each run or stage, table.md, table.json and figures. `--dry-run` prints
-what would be run, or what it costs. The same command resumes a study that was stopped; a run that
-diverged is a row of the table, and is repeated once its folder is removed.
+what would be run, or what it costs. The same command resumes a study that was stopped. A run that
+diverged is a row of the table, and is repeated after you remove its folder.
 """
 
 import sys
@@ -25,7 +25,7 @@ DRY = "--dry-run"
 
 
 def described(args: Sequence[str]) -> str:
-    """Return the keys of a study, or the list of all."""
+    """Return the keys of a study, or the list of all studies."""
     from jaxlm.artifacts.keys import listing
     from jaxlm.studies.study import module_of
 
@@ -54,7 +54,7 @@ def _list() -> str:
 
 
 def _named(args: Sequence[str]) -> tuple[str | None, str | None, dict[str, str]]:
-    """The name of a study (None: not given), its file, and the other flags."""
+    """Return the name of a study (None: not given), its file, and the other flags."""
     path, flags = parse_args(args)
     if path is not None and not path.endswith((".yaml", ".yml")):
         one_of("study", path, tuple(STUDIES))
@@ -86,7 +86,7 @@ def execute(
     from jaxlm.studies.study import module_of, study
 
     module, where = module_of(name), path or "command line"
-    # Flags of a plan, such as --device.memory=80e9, are no keys of the study.
+    # Flags of a plan, such as --device.memory=80e9, are not keys of the study.
     plan = tuple(f"{section}." for section in getattr(module, "PLAN", ()) if dry)
     extra = {key: flags.pop(key) for key in list(flags) if plan and key.startswith(plan)}
     config = _load(name, path, flags) if path is not None or flags or not plan else None

@@ -10,7 +10,7 @@ A sweep:
   seeds: [0, 1, 2]
   output: runs/sweep-subj        # a folder for each run, table.md and table.json
   methods:
-    MeZO:                        # keys of `run` that this method has otherwise, and its grid
+    MeZO:                        # keys that differ from `run`, and the grid
       optimizer: {name: mezo, eps: 1e-3}
       grid: {optimizer.learning_rate: [1e-4, 3e-4, 1e-3]}
     Adam:
@@ -20,11 +20,11 @@ A sweep:
     probe: {kind: probe}         # logistic regression on what the head reads
     ICL: {kind: icl}             # 32 solved training examples before each test example
 
-With one method, `grid` may stand beside `run`, without `methods`. A key of a method takes the place
-of the whole key of `run`; a dotted key (`optimizer.eps: 1e-1`) changes one value within. Every
-combination of the lists of a grid is run, and for each seed the one with the best validation
-accuracy is tested. `--dry-run` lists the runs. The same command goes on with a sweep that was
-stopped. A run that diverges is a row of the table; to repeat it, remove its folder.
+With one method, `grid` may stand beside `run`, without `methods`. A key of a method replaces the
+whole key of `run`; a dotted key (`optimizer.eps: 1e-1`) changes one value in it. Every combination
+of the lists of a grid is run, and for each seed the one with the best validation accuracy is
+tested. `--dry-run` lists the runs. The same command resumes a sweep that was stopped. A run that
+diverges is a row of the table; to repeat it, remove its folder.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Checks of values, shared so that the same mistake gives the same sentence everywhere.
+"""Checks of values, so that the same mistake gives the same message everywhere.
 
 `integer`, `real`, `text`, `texts`, `one_of`, `distinct` and `regex` take a key and a value;
 `whole`, `number`, `in_float32` and `seeds` check several fields of a dataclass. None passes, since
@@ -18,11 +18,11 @@ from jaxlm.core.errors import UserError
 MOST = 2**31 - 1
 """Largest count: XLA indexes arrays with 32-bit integers."""
 SEARCH_SECONDS = 1.0
-"""Limit for the search of one path, which takes microseconds."""
+"""Time limit for searching one path; a usual search takes microseconds."""
 MAX_PATTERN = 2000
-"""Characters of a regular expression."""
+"""Largest length of a regular expression, in characters."""
 MAX_REPETITIONS = 10_000
-"""Product of all counts in braces: `regex` expands `(a{99}){99}` when it compiles."""
+"""Largest product of all counts in braces, since `regex` expands `(a{99}){99}` when it compiles."""
 
 
 def show(value: Any) -> str:
@@ -76,7 +76,7 @@ def real(
 
 
 def whole(config: Any, *names: str, least: int = 1, most: int = MOST, section: str = "") -> None:
-    """Require `integer` of several fields; `section` (`optimizer.`) goes before their names."""
+    """Apply `integer` to several fields; `section` (`optimizer.`) goes before their names."""
     for name in names:
         integer(section + name, getattr(config, name), least=least, most=most)
 
@@ -90,7 +90,7 @@ def number(
     below: int | float = math.inf,
     section: str = "",
 ) -> None:
-    """Require `real` of several fields; `section` (`optimizer.`) goes before their names."""
+    """Apply `real` to several fields; `section` (`optimizer.`) goes before their names."""
     for name in names:
         value = getattr(config, name)
         real(section + name, value, least=least, above=above, most=most, below=below)
@@ -152,7 +152,7 @@ def text(key: str, value: Any) -> None:
 
 
 def texts(key: str, values: Any, *, numbers: bool = False) -> None:
-    """Require a list of texts, or of whole numbers too.
+    """Require a list of texts; with `numbers`, whole numbers are accepted too.
 
     Raises:
       UserError: it is not.
@@ -177,7 +177,7 @@ _DTYPES = {
 
 
 def dtype_name(value: Any, key: str = "param_dtype") -> str:
-    """Return the name of a parameter dtype, given in any spelling.
+    """Return the canonical name of a parameter dtype, given in any spelling.
 
     >>> dtype_name("bf16")
     'bfloat16'
@@ -224,8 +224,8 @@ def distinct(key: str, values: Iterable[Any]) -> None:
 def regex(key: str, pattern: str | None) -> Callable[[str], bool]:
     """Return a predicate: whether a regular expression is found in a text.
 
-    An expression such as `(a+)+$` can backtrack almost for ever, and the module `re` cannot be
-    stopped; the package `regex`, which reads the same language, takes a time limit.
+    An expression such as `(a+)+$` can backtrack almost for ever, and the module `re` has no time
+    limit. The package `regex` has the same syntax and takes one.
 
     Args:
       key: name of the option, for messages.
@@ -238,7 +238,7 @@ def regex(key: str, pattern: str | None) -> Callable[[str], bool]:
     if pattern is None:
         return lambda text: True
     counts = re.findall(r"\{(?:\d*,)?(\d+)", pattern[:MAX_PATTERN])
-    repetitions = math.prod(int(count[:9]) or 1 for count in counts)
+    repetitions = math.prod(int(count[:9]) or 1 for count in counts)  # {0} must not hide others
     if len(pattern) > MAX_PATTERN or repetitions > MAX_REPETITIONS:
         raise UserError(
             f"{key}: is too long, or repeats too often (got {show(pattern)}). Shorten it."

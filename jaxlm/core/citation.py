@@ -1,7 +1,7 @@
 """The papers behind a function, as BibTeX.
 
-They stand in `assets/papers.bib`. The field `functions` of an entry lists what cites it. Where a
-function has several papers, they come in the order of the file, the one with a star first.
+They are in `assets/papers.bib`, where the field `functions` of an entry lists what cites it. If a
+function has several papers, the one with a star comes first, the others in the order of the file.
 """
 
 import difflib
@@ -21,7 +21,7 @@ def cite(name: str | Callable[..., Any]) -> str:
       name: a name such as `"mezo"`, `"zo.mezo"` or `"subj"`, or the function itself.
 
     Returns:
-      One BibTeX entry for each paper, the closest first, with a blank line between two.
+      One BibTeX entry for each paper, the main one first, separated by blank lines.
 
     Raises:
       UserError: no paper is recorded under that name.

@@ -1,7 +1,7 @@
 """Every parameter has a path: `layers.attention.q_proj.kernel`.
 
 Selection, noise, sharding, weight decay and export all use these strings. A model that stacks its
-layers in one array declares so (`declare_stacked`). Every other tree is read as it stands, even if
+layers in one array declares it with `declare_stacked`. Every other tree is used as it is, even if
 it has a key `layers`. If a declared model holds a list of layers instead of a stack, the index
 after `layers` is left out of the path, so that both trees give a parameter the same name.
 """
@@ -48,7 +48,7 @@ def declare_stacked(axes: Mapping[str, int]) -> None:
     of one layer, so `{"layers": {"mlp": {"kernel": [in, out]}}}` stays a tree of plain matrices.
 
     Args:
-      axes: path from `layers` on -> number of axes of the value of one layer.
+      axes: maps a path that begins with `layers` to the number of axes of one layer's value.
 
     Raises:
       UserError: a path does not begin with `layers`, or a number is negative.
@@ -82,7 +82,7 @@ def _own_models() -> dict[str, int]:
     }
 
 
-# Not in `jaxlm.models`: the paths of a tree would then depend on whether that was imported.
+# Not in `jaxlm.models`: the paths of a tree would then depend on whether it has been imported.
 declare_stacked(_own_models())
 
 
@@ -105,7 +105,7 @@ def _without_index(names: list[str]) -> tuple[list[str], int | None]:
 
 
 def _axes(names: list[str]) -> set[int]:
-    """Return the numbers of axes that a layer of this leaf may have; none if undeclared."""
+    """Return the numbers of axes that one layer of this leaf may have; empty if undeclared."""
     return _AXES.get(".".join(names[names.index(LAYERS) :]), set()) if LAYERS in names else set()
 
 
@@ -124,13 +124,13 @@ def is_stacked(path: str, ndim: int) -> bool:
 
 
 def is_declared(path: str) -> bool:
-    """Return whether a path is that of a declared leaf, or of a part of one."""
+    """Return whether a path belongs to a declared leaf or to a part of one."""
     names = path.split(".")
     return any(_axes(names[:count]) for count in range(len(names), 0, -1))
 
 
 def identity(path: str, layer: Any = None) -> tuple[str, Any]:
-    """Return what noise is drawn by: the path without the index of its layer, and that index.
+    """Return the two keys of a leaf's noise: its path without the layer index, and that index.
 
     A stack of layers and a list of layers have the same identities, declared or not.
 
@@ -180,7 +180,7 @@ def path_hash(path: str) -> int:
 
 
 def check_unique_hashes(tree) -> None:
-    """Raise UserError if two leaves share a path, or the hash of one, and so their noise."""
+    """Raise UserError if two leaves share a path or its hash, and would thus share their noise."""
     hashes: dict[int, str] = {}
     layers: dict[str, set[Any]] = {}
     for leaf in flatten(tree)[0]:
@@ -191,6 +191,7 @@ def check_unique_hashes(tree) -> None:
                 f"{path}: {other!r} and {path!r} share a hash and would share their noise. Rename "
                 "one of them."
             )
+        # A stack covers all layers, so no other leaf may have its path.
         own, taken = "all" if leaf.stacked else layer, layers.setdefault(path, set())
         if own in taken or (taken and "all" in {own, *taken}):
             raise UserError(
@@ -213,7 +214,7 @@ def path_predicate(select: Select, key: str = "select") -> Callable[[str], bool]
 def leaf_predicate(select: Select) -> Callable[[str, Any], bool]:
     """Return a selection as a predicate on a path and its leaf, true for arrays of floats only.
 
-    The predicate raises UserError for a complex leaf that is selected.
+    The predicate raises UserError for a selected complex leaf.
     """
     takes = path_predicate(select)
 
@@ -223,7 +224,7 @@ def leaf_predicate(select: Select) -> Callable[[str, Any], bool]:
             return False
         if takes(path) and jnp.issubdtype(dtype, jnp.complexfloating):
             raise UserError(
-                f"{path}: parameters must be real (got {dtype}). Leave it out by `select`, or keep "
+                f"{path}: parameters must be real (got {dtype}). Exclude it with `select`, or keep "
                 "its real and imaginary parts as two arrays."
             )
         return takes(path)
@@ -235,7 +236,7 @@ def mask(tree, select: Select):
     """Return a tree of Python booleans, True where a leaf of floats is selected.
 
     Raises:
-      UserError: no leaf is selected, or a complex one is.
+      UserError: no leaf is selected, or a complex leaf is.
     """
     takes = leaf_predicate(select)
     result = map_with_path(lambda leaf: takes(leaf.path, leaf.value), tree)

@@ -1,13 +1,13 @@
 r"""Weights in 8 or 4 bits, converted to floats where they are read.
 
 A packed leaf takes the place of a matrix in the tree. All weights of one output share a scale, or
-each group of them does:
+each group of weights has its own:
 
     W ≈ s v / 2^(b-1),        v in {-2^(b-1), ..., 2^(b-1) - 1},    b = 8 or 4,
 
-rounded to nearest. s is the multiple ±c max|W| of the group with the least squared error; the sign
-of s decides which side gets the one integer more. So s has the size of a weight, and a step on s
-moves the largest weight of its group by as much.
+rounded to nearest. s is the multiple ±c max|W| of the group with the least squared error; its sign
+decides whether the extra integer -2^(b-1) serves the positive or the negative weights. s has the
+size of a weight, and a step on s moves the largest weight of its group by the same amount.
 
 The model reads a packed leaf through `jaxlm.core.views` like any other, one layer or some rows at a
 time, with or without a view. Scales are leaves of the tree, such as
@@ -37,6 +37,7 @@ from jaxlm.typing import Params
 MATRICES = r"^layers\..*\.kernel$|^(embed\.tokens|lm_head)\.embedding$"
 GROUP_SIZE = 64
 CLIPPING = np.linspace(0.7, 1.15, 13, dtype=np.float32)
+"""Values of c that are tried."""
 
 
 @functools.partial(
@@ -110,7 +111,7 @@ def _join(x: Array, axis: int) -> Array:
 def _pack(matrix: Array, *, bits: Literal[8, 4], axis: int, group_size: int | None) -> Packed:
     length = matrix.shape[axis]
     group = min(group_size or length, length)
-    group += group % 2
+    group += group % 2  # even, since 4-bit integers are stored in pairs
     limit = 2 ** (bits - 1)
     widths = [(0, 0)] * matrix.ndim
     widths[axis] = (0, -length % group)
@@ -123,7 +124,7 @@ def _pack(matrix: Array, *, bits: Literal[8, 4], axis: int, group_size: int | No
 
     def rounded(scale):
         unit = scale.astype(weights.dtype) / limit
-        unit = jnp.where(unit == 0, 1, unit)
+        unit = jnp.where(unit == 0, 1, unit)  # a group of zeros
         values = jnp.clip(jnp.round(weights / unit), -limit, limit - 1)
         return values, jnp.square(values * unit - weights).sum(axis, keepdims=True)
 

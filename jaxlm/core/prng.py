@@ -49,8 +49,8 @@ def _counters(offset: Array, shape: tuple[int, ...], rows: Rows) -> Array:
     """Return `offset` plus the flat index of each element."""
     if not shape:
         return offset
-    # The offset is added to the rows and not to the whole index: in a loop over layers, whose
-    # offsets differ, XLA would otherwise hoist the index, an array of the size of the leaf.
+    # Add the offset to the rows, not to the whole index. In a loop over layers, whose offsets
+    # differ, XLA would otherwise hoist the index, an array of the size of the leaf.
     row_size = math.prod(shape[1:])
     first = _row_indices(shape, rows) * np.uint32(row_size) + offset
     within = lax.iota(jnp.uint32, row_size).reshape(shape[1:])
@@ -129,8 +129,8 @@ def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
 def _inverse_normal(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return z with `erf(z / sqrt(2)) = x` to 1e-4, for float32 |x| < 1.
 
-    It is jitted since the rounding of `a * b + c` depends on compilation: an eager call must give
-    the bits of a compiled one.
+    It is jitted since the rounding of `a * b + c` depends on compilation, and an eager call must
+    give the bits of a compiled one.
     """
     # Multiplications and additions only, which XLA fuses with the bits before and the update after.
     # `lax.erf_inv` creates two more arrays of the size of the leaf and takes longer.
@@ -164,9 +164,9 @@ def normal(
 
 
 def prevent_recompute(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Return x unchanged (x must be finite), but computed once for all that use it."""
-    # XLA's CPU compiler fuses cheap producers, such as the drawing of noise, into each consumer and
-    # draws again in every one. It does not fuse a division, so divide by ones that it cannot fold.
+    """Return x unchanged (x must be finite), but computed once for all its consumers."""
+    # XLA's CPU compiler fuses cheap producers, such as noise, into each consumer and computes them
+    # again in every one. It does not fuse a division, so divide by ones that it cannot fold.
     return x / (1 + 0 * x)
 
 

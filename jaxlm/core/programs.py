@@ -1,9 +1,9 @@
-"""Compile functions that a user gave: trace at every call, compile once for each distinct trace.
+"""Compile user functions: trace them for each `Program`, compile once for each distinct trace.
 
-`jax.jit` identifies a function by object identity. What the function closes over, or the attributes
-of the object of a bound method, are read at the first trace and never again. A library that
-compiles the user's functions must see later changes, so here the trace itself, made anew at every
-call, is the key of the compiled program.
+`jax.jit` identifies a function by object identity. Closed-over values, and the attributes of a
+bound method's object, are read at the first trace and never again. A library that compiles user
+functions must see later changes of them, so here each `Program` makes a new trace, and the trace
+itself is the key of the compiled program.
 """
 
 import functools
@@ -25,7 +25,7 @@ _compiled: OrderedDict[Any, Any] = OrderedDict()
 def is_array(leaf: Any) -> bool:
     """Return whether a leaf of a parameter tree is an array, or a Python float that acts as one.
 
-    Functions, strings, sizes and flags, which modules of Equinox contain, are not.
+    Functions, strings, sizes and flags, which Equinox modules contain, are not.
     """
     if isinstance(leaf, float):
         return True
@@ -35,7 +35,7 @@ def is_array(leaf: Any) -> bool:
 
 
 def held(function: Callable[..., Any], params: Any) -> tuple[Callable[..., Any], Any]:
-    """Return a function of the arrays in `params` alone, and these arrays.
+    """Return a function of only the arrays in `params`, and these arrays.
 
     The other leaves keep their present values. The function is a new object, so that no cache of
     JAX confuses it with an earlier one.
@@ -72,7 +72,7 @@ def has_values(*trees: Any) -> bool:
 
 
 class Program:
-    """A function of arrays, traced once for each set of shapes; a call with tracers runs it."""
+    """A function of arrays, traced once for each set of shapes; with tracers it is just called."""
 
     def __init__(self, function: Callable[..., Any]):
         self._function = function
@@ -89,6 +89,7 @@ class Program:
 
 
 def _traced(function: Callable[..., Any], args: Any) -> Callable[..., Any]:
+    # A new lambda, since JAX caches traces by the identity of the function.
     closed, shapes = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
     key = _as_value(closed.jaxpr)
     if key not in _compiled:
@@ -115,7 +116,7 @@ def _as_value(part: Any) -> Any:
     """Return a hashable value that is equal for traces that compute the same.
 
     Objects in the trace that cannot be compared count by identity. The cache keeps the trace alive,
-    so no identity is used twice.
+    so no identity is reused.
     """
     if isinstance(part, core.ClosedJaxpr):
         return _as_value(part.jaxpr), tuple(map(_as_value, part.consts))

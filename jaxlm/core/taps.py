@@ -1,8 +1,8 @@
 """A tap is an identity on activations that sends something out through the backward pass.
 
-`tap(path, op, x, y, layer) -> y` stands at every place where a parameter is used: `x` goes in, `y`
-comes out, `op` says how. Every per-example gradient follows from what passes there and from its
-cotangent, and no gradient itself is formed:
+`tap(path, op, x, y, layer) -> y` stands at every use of a parameter: `op` is the operation, `x` its
+input and `y` its output. Every per-example gradient follows from two factors, A made of `x` and B,
+the cotangent of `y`, without being formed itself:
 
 | op      | parameter         | per-example gradient from factors (A, B)             |
 |---------|-------------------|------------------------------------------------------|
@@ -12,18 +12,18 @@ cotangent, and no gradient itself is formed:
 | scale   | scale [D]         | sum_t A[t] * B[t], A the normalised activation       |
 | embed   | embedding [V, D]  | scatter-add of B[t] at row A[t]                      |
 
-A head (or its bias) that computes the logits of some tokens only has the keyword `rows`, the ids
-[W] of these tokens. B then has W columns, one for each of these rows of the parameter.
+A head (or its bias) that computes only the logits of some tokens passes their ids [W] as keyword
+`rows`. B then has W columns, one for each of these rows of the parameter.
 
 `uses` lists which parameters pass a tap, how often and with which shapes. `factors` returns A and B
 of all uses. `reduce` calls a function on A and B of one layer after another during the backward
-pass, and keeps only what that returns.
+pass, and keeps only its results.
 """
 
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,20 +41,7 @@ from jaxlm.core.programs import Program
 Op = Literal["dense", "head", "bias", "scale", "embed"]
 
 Key = tuple[str, str]
-"""Path and op of a use. A table that is tied to the head has two."""
-
-
-@runtime_checkable
-class Tap(Protocol):
-    """The interface of a tap.
-
-    The leading axis of `layers`, a pytree, is scanned together with the layers of the model. A tap
-    that accepts restricted heads has a keyword `rows=None`.
-    """
-
-    layers: Any
-
-    def __call__(self, path: str, op: Op, x: Array, y: Array, layer: Array | None) -> Array: ...
+"""Path and op of a use. An embedding table that is tied to the head has two."""
 
 
 def apply(
@@ -70,7 +57,7 @@ class Use(NamedTuple):
     """How a function uses a parameter.
 
     Attributes:
-      x, y: shapes and dtypes of input and output; ids count as float32.
+      x, y: shapes and dtypes of input and output; ids are listed as float32.
       rows: shape of the ids of a restricted head, or None.
       stacked: whether the use is in a layer.
       times: number of uses, over all layers.
@@ -107,7 +94,7 @@ class _Recorder:
 
 
 def carrier(x: Any) -> Any:
-    """Return the dtype of `x` in factors. Ids become float32, whose cotangents JAX allows."""
+    """Return the dtype of `x` in factors: float32 for ids, since integers have no cotangents."""
     return jnp.float32 if jnp.issubdtype(x.dtype, jnp.integer) else x.dtype
 
 
@@ -130,7 +117,7 @@ def uses(f: Callable[..., Array], params: Any, x: Any) -> dict[Key, Use]:
 
 
 def read(f: Callable[..., Any], params: Any, x: Any) -> set[str]:
-    """Return the paths of the parameters that the value of f depends on, by its trace.
+    """Return the paths of the parameters that the value of f depends on, found from its trace.
 
     Args:
       f: `f(params, x)`.
@@ -143,7 +130,7 @@ def read(f: Callable[..., Any], params: Any, x: Any) -> set[str]:
 
 
 def check_ids(f: Callable[..., Any], params: Any, x: Any, name: str) -> None:
-    """Check the ids that f looks up outside layers; JAX would silently clip them to the table.
+    """Check the ids that f looks up outside layers, which JAX would silently clip to the table.
 
     Args:
       f: `f(params, x, *, tap)`.
@@ -177,7 +164,7 @@ def check_ids(f: Callable[..., Any], params: Any, x: Any, name: str) -> None:
             at = tuple(wrong[0])
             raise UserError(
                 f"{name}: ids of {path} must be from 0 to {size - 1} (got {ids[at]} in example "
-                f"{at[0]}). Is the tokenizer that of the model?"
+                f"{at[0]}). Use the model's own tokenizer."
             )
 
 
@@ -188,7 +175,7 @@ def _reached(jaxpr) -> set[Any]:
         if reached.isdisjoint(equation.outvars):
             continue
         taken = equation.invars
-        inner = list(_inner(equation))
+        inner = list(traces_in(equation))
         if len(inner) == 1 and len(inner[0].invars) == len(taken):  # a scan, or a call
             needed = _reached(inner[0])
             pairs = zip(taken, inner[0].invars, strict=True)
@@ -197,7 +184,7 @@ def _reached(jaxpr) -> set[Any]:
     return reached
 
 
-def _inner(equation) -> Iterator[Any]:
+def traces_in(equation: Any) -> Iterator[Any]:
     """Yield the traces inside an equation."""
     for value in equation.params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
@@ -213,15 +200,15 @@ def _marks(jaxpr, times) -> Iterator[tuple[str, int]]:
         if name == "name":
             yield equation.params["name"], times
         again = {"scan": equation.params.get("length"), "while": 2}.get(name, 1)
-        for inner in _inner(equation):
+        for inner in traces_in(equation):
             yield from _marks(inner, times * again)
 
 
 class Factors(NamedTuple):
-    """The two factors of the gradient of a use; in a layer, with the axis of layers in front.
+    """The two factors of a use's gradient; a use in layers has the axis of layers in front.
 
     Attributes:
-      a: [N, ...], the input; ids of an embedding are integers in float32.
+      a: [N, ...], the input; ids of an embedding are whole numbers in float32.
       b: [N, ...], the cotangent of the output, or [K, N, ...] for K cotangents.
       rows: ids [W] in float32 that the last axis of `b` stands for; None for all.
     """
@@ -291,12 +278,12 @@ def _send_reduced(rule, key, y, x, layer, extra, probe):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Sender:
-    """The tap that sends out factors, or in layers the values of `rule` for them.
+    """The tap that sends out factors or, in layers and with a rule, the values of the rule.
 
-    A probe is a zero array whose cotangent is what is sent.
+    A probe is a zero array; its cotangent is what is sent.
 
     Attributes:
-      layers: a probe for each key, with the axis of layers in front; with a rule (extra, probe).
+      layers: a probe for each key, with the axis of layers in front; with a rule, (extra, probe).
       rest: probes of uses outside layers.
       total: probe of the sum over layers.
       rule: see `reduce`, or None.
@@ -365,7 +352,7 @@ def factors(
 
 
 def _axes(probes):
-    """Return the axes of cotangents for `vmap`: `b` alone has one."""
+    """Return the axes of cotangents for `vmap`: only `b` has one."""
 
     def at(part):
         return {key: Factors(None, 0, None) for key in part}
@@ -385,7 +372,7 @@ def reduce(
 ) -> tuple[Any, dict[Key, Any], dict[Key, Factors]]:
     """Run the backward pass of `f` and call `rule` at every use in a layer.
 
-    The factors of one layer are in memory at a time.
+    Only the factors of one layer are in memory at a time.
 
     Args:
       f, params, x, keep: see `factors`.

@@ -1,4 +1,4 @@
-"""A view replaces a stored leaf by what the model is to see, just before use.
+"""A view replaces a stored leaf by what the model sees, just before use.
 
 `view(path, leaf, layer, *, rows=None) -> leaf'` runs inside the scan over layers, so one layer of
 `leaf'` is in memory at a time. `path` is a Python string; `layer` is a traced int32, or None
@@ -22,7 +22,7 @@ from jaxlm.core.precision import Packed
 from jaxlm.core.prng import Rows
 
 FEW = 8
-"""Ranks up to this are summed as outer products, see `LowRank.dense`."""
+"""Largest rank whose product is a sum of outer products, see `LowRank.dense`."""
 
 
 @runtime_checkable
@@ -105,7 +105,7 @@ class LowRankSum:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GatheredRows:
-    """A leaf of which the rows are taken already, between two of several views."""
+    """The gathered rows of a leaf, as one of several views passes them to the next."""
 
     value: Any
 
@@ -139,7 +139,7 @@ def unpack(leaf: Packed, read: Callable[[str, Array, Rows], Array], rows: Rows =
 
 
 def shape_of(leaf: Any, rows: Rows) -> tuple[int, ...]:
-    """Return the shape of the whole leaf; `GatheredRows` have 1 in place of the lost length."""
+    """Return the shape of the whole leaf; `GatheredRows` have 1 in place of the unknown length."""
     if not isinstance(leaf, GatheredRows):
         return leaf.shape
     index_dims = rows.ndim if isinstance(rows, jax.Array) else 1
@@ -157,7 +157,7 @@ def add(leaf: Any, delta: Array | LowRank) -> Any:
 
 
 def add_factors(path: str, leaf: Any, delta: LowRank, rows: Rows) -> Any:
-    """Return `leaf + delta`, with separate factors if a whole kernel is read."""
+    """Return `leaf + delta`, with the factors kept apart if a whole kernel is read."""
     if rows is None and path.endswith("kernel") and not isinstance(leaf, LowRankSum):
         return LowRankSum(leaf, delta.left, delta.right.T)
     return add(leaf, delta)

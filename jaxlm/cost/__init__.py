@@ -1,1 +1,1 @@
-"""What a run costs before it starts: its memory, its operations, its traffic."""
+"""What a run will cost: its memory, its operations, its traffic."""

@@ -1,4 +1,4 @@
-"""A run by its shapes alone: its model, its state and its programs, and no weights."""
+"""The model, state and programs of a run as shapes, without weights."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from jaxlm.data.rows import EncodedRows, TokenRow
 from jaxlm.evaluation.perplexity import total_nats
 from jaxlm.models import LanguageModel, ModelConfig, init_params
 from jaxlm.sharding import WHOLE, abstract, mesh_of, param_shardings
-from jaxlm.sharding.placement import batch_places
+from jaxlm.sharding.placement import batch_places, with_places
 from jaxlm.train.dynamics import Batches, Source, method_and_batches
 from jaxlm.train.finetuning import FinetuneConfig, build, read_data
 from jaxlm.train.load import load_model
@@ -33,30 +33,29 @@ from jaxlm.train.state import Method, Program, TrainState, many_steps
 from jaxlm.typing import Batch, LossFn, Params
 
 Tail = Mapping[str, tuple[tuple[int, ...], np.dtype]]
-"""Of each key of a batch the shape of an example and the dtype."""
-
+"""For each key of a batch, the shape and dtype of one example."""
 
 LONG = 2048
-"""Tokens above which a model's whole context is no guess at the length of a text."""
+"""Longest context, in tokens, that is a fair guess at the length of a text."""
 
 _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""They change the machine code, and neither operations nor memory."""
+"""Options that change the machine code, but neither operations nor memory."""
 _IN_LOOPS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
-"""On a CPU bfloat16 becomes float32 before products, which is done to whole stacks before the loop
-over layers. An accelerator does neither; so the weights of one layer are widened at a time."""
+"""The CPU compiler converts bfloat16 to float32 before products, and hoists that out of the loop
+over layers, for whole stacks. An accelerator does neither; so convert one layer at a time."""
 
 
 class Call(NamedTuple):
-    """A program and what it is called with, as shapes."""
+    """A program and the shapes of its arguments."""
 
     program: Program
     args: tuple[Any, ...]
 
     def compile(self, *, cpu: bool) -> Any:
-        """The compiled program, which is not meant to be run: on a CPU its code is not made fast.
+        """Return the compiled program, which is not meant to run: its CPU code is not optimised.
 
         Args:
-            cpu: whether it is meant for a CPU, or compiled on one in place of an accelerator.
+            cpu: whether the plan is for a CPU; False if a CPU compiles in place of an accelerator.
         """
         options = None
         if jax.default_backend() == "cpu":
@@ -66,18 +65,18 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ByShapes:
-    """A run of which nothing is there.
+    """A run of which only shapes exist.
 
     Attributes:
-        params: `jax.ShapeDtypeStruct`s, with their places on a mesh.
-        select: which of them are trained.
+        params: `jax.ShapeDtypeStruct`s, with their shardings on a mesh.
+        select: the parameters that are trained.
         batch_size: examples in a step.
-        unit: batch sizes that the devices and the dynamics divide evenly are multiples of it.
-        steps: updates in all.
-        count: of them in the longest dispatch.
-        make: batch size -> the method and what its steps read.
-        evaluation: what measures the parameters, and the largest batch that it reads; None where
-            answers are written.
+        unit: the devices and the dynamics divide a batch size evenly if it is a multiple of this.
+        steps: number of updates.
+        count: updates in the longest dispatch.
+        make: maps a batch size to the method and its batches.
+        evaluation: the program that measures the parameters, with its largest batch; None if there
+            is none, as for generated answers.
     """
 
     params: Params
@@ -90,7 +89,7 @@ class ByShapes:
     evaluation: Call | None
 
     def dispatch(self, batch_size: int | None = None, count: int | None = None) -> Call:
-        """The program of `count` steps (None: of the longest dispatch) at a batch size."""
+        """Return the program of `count` steps (None: the longest dispatch) at a batch size."""
         method, batches = self.make(self.batch_size if batch_size is None else batch_size)
         program = Program(many_steps(method.step), moves=True, rows=1 + method.rows)
         state, length = self.state(method), self.count if count is None else count
@@ -98,39 +97,31 @@ class ByShapes:
         return Call(program, (state, read))
 
     def state(self, method: Method) -> TrainState:
-        """The state of a method before its first step."""
+        """Return the state of a method before its first step."""
         key = jax.eval_shape(lambda: jax.random.key(0))
         if method.mesh is None:
             return TrainState(
                 self.params, abstract(method.init, mesh_of(self.params), self.params, key)
             )
-        params = _placed(self.params, param_shardings(self.params, method.mesh, WHOLE))
-        # Such a method places its state itself.
+        params = with_places(self.params, param_shardings(self.params, method.mesh, WHOLE))
+        # A method with its own mesh chooses the sharding of its state itself.
         places = jax.jit(method.init).lower(params, key).compile().output_shardings
-        return TrainState(params, _placed(jax.eval_shape(method.init, params, key), places))
-
-
-def _placed(tree: Any, places: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        tree,
-        places,
-    )
+        return TrainState(params, with_places(jax.eval_shape(method.init, params, key), places))
 
 
 def shapes_of(batch: Batch, mesh: Mesh | None, axis: int = 0) -> Any:
-    """The shapes of a batch, on a mesh where it would be put; `axis` is that of the rows."""
+    """Return a batch as shapes, sharded as on the mesh; `axis` is the axis of the rows."""
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)
-    return shapes if mesh is None else _placed(shapes, batch_places(shapes, mesh, axis))
+    return shapes if mesh is None else with_places(shapes, batch_places(shapes, mesh, axis))
 
 
 def finetuning(
     config: FinetuneConfig, *, base_dir: Path | None = None, mesh: Mesh | None = None
 ) -> ByShapes:
-    """A run of `jaxlm.train.finetuning.finetune`.
+    """Return a run of `jaxlm.train.finetuning.finetune`, with the longest batches that it reads.
 
-    Its batches are the longest that it reads. Where the model has no tokenizer the data are not
-    read: rows then have `max_length` tokens, or as many as the model takes.
+    If the model has no tokenizer, the data are not read: rows then have `max_length` tokens, or as
+    many as the model takes.
     """
     lm = load_model(
         config.model, param_dtype=config.param_dtype, bits=config.bits, shapes_only=True
@@ -159,7 +150,7 @@ def finetuning(
 
 
 def pretraining(config: PretrainConfig, *, mesh: Mesh | None = None) -> ByShapes:
-    """A run of `jaxlm.train.pretraining.pretrain`; of its corpus nothing is read."""
+    """Return a run of `jaxlm.train.pretraining.pretrain`; its corpus is not read."""
     tokenizer = read_tokenizer(file_path(config.tokenizer, "tokenizer"))
     model = config.model.build(tokenizer)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -186,7 +177,7 @@ def pretraining(config: PretrainConfig, *, mesh: Mesh | None = None) -> ByShapes
 
 
 def _dispatch(config: RunConfig) -> int:
-    """Steps in the longest dispatch."""
+    """Return the number of steps in the longest dispatch."""
     return max((count for _, count in config.dispatches(0)), default=0)
 
 
@@ -215,7 +206,7 @@ def _maker(
 
 
 def _source(tail: Tail) -> Source:
-    """Batches of zeros, which take no memory as long as nobody reads them."""
+    """Return batches of zeros, which take no memory until they are read."""
 
     def source(batch_size: int, seeds: Sequence[int]) -> Batches:
         def batches(first: int, count: int) -> Batch:
@@ -229,7 +220,7 @@ def _source(tail: Tail) -> Source:
 
 
 def _longest(config: FinetuneConfig, encoded: Encoded) -> Tail:
-    """Of the batches of the first epoch the largest, which holds the longest example."""
+    """Return the shapes of the largest batch of the first epoch, which has the longest example."""
     epoch = -(-encoded.sizes["train"] // config.batch_size)
     best: dict[str, Any] = {}
     for first, count in config.dispatches(0):
@@ -247,7 +238,7 @@ def _bytes(tails: Tail) -> int:
 
 
 def _longest_scored(config: FinetuneConfig, encoded: Encoded) -> Batch:
-    """Of the batches that are scored the largest."""
+    """Return the largest batch that is scored."""
     best: Batch = {}
     for split in ("test", "validation", *(("train",) if config.calibrate else ())):
         for batch in encoded.eval_batches(split, batch_size=config.eval_batch_size):
@@ -257,18 +248,18 @@ def _longest_scored(config: FinetuneConfig, encoded: Encoded) -> Batch:
 
 
 def _unread(config: FinetuneConfig, model: ModelConfig) -> Encoded:
-    """Data of one example, as long as they may be, whose options are a token each."""
+    """Return data of one example of the largest length, whose options have one token each."""
     given = config.data.max_length
     if config.objective is not None and config.objective.batches == "generation":
         raise UserError(
-            f"objective: {config.objective.name} is of written answers, and {config.model} has no "
+            f"objective: {config.objective.name} generates answers, but {config.model} has no "
             f"tokenizer (got {config.objective.name}). Add it."
         )
     if given is None and model.max_positions > LONG:
         raise UserError(
-            f"{config.form}.max_length: is needed, since {config.model} has no tokenizer to tell "
-            f"how long texts are, and takes up to {model.max_positions:,} tokens (got null). Give "
-            "the tokens of a long text."
+            f"{config.form}.max_length: is needed, since {config.model} has no tokenizer to encode "
+            f"texts and takes up to {model.max_positions:,} tokens (got null). Give the length of "
+            "a long text in tokens."
         )
     length = min(given or model.max_positions, model.max_positions)
     if config.task is None:

@@ -1,4 +1,4 @@
-"""What computes: its rates and its memory, from a table, as stated, or measured here."""
+"""The rates and memory of a device: published, given by flags, or measured here."""
 
 import functools
 import os
@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jaxlm.core.checks import number, show
 from jaxlm.core.errors import UserError
 
-# FLOPs a second of dense bfloat16 products, bytes of memory and bytes a second from and to it, and
-# bytes a second that a device sends to others of its node or slice. NVIDIA's data sheets of the
-# SXM models state twice as many FLOPs, with sparsity, except for the A100, and NVLink in both
-# directions together: nvidia.com/en-us/data-center/{a100, h100, h200}. Google's pages state the
-# links of a chip together, cloud.google.com/tpu/docs/{v4, v5e, v5p}, those of a v4 chip (six of
-# 50 GB/s) arXiv:2304.01433.
+# Dense bfloat16 FLOPs a second, bytes of memory, memory bytes a second, and bytes a second that a
+# device sends to others of its node or slice. NVIDIA's data sheets of the SXM models state twice
+# the FLOPs, with sparsity, except for the A100, and NVLink in both directions together:
+# nvidia.com/en-us/data-center/{a100, h100, h200}. Google's pages state the links of a chip
+# together, cloud.google.com/tpu/docs/{v4, v5e, v5p}; for the links of a v4 chip (six of 50 GB/s)
+# see arXiv:2304.01433.
 _KNOWN: dict[str, dict[str, float]] = {
     "A100": {"peak_flops": 312e12, "memory": 80e9, "bandwidth": 2039e9, "interconnect": 300e9},
     "H100": {"peak_flops": 989e12, "memory": 80e9, "bandwidth": 3350e9, "interconnect": 450e9},
@@ -27,7 +27,7 @@ _KNOWN: dict[str, dict[str, float]] = {
     "TPU v5p": {"peak_flops": 459e12, "memory": 95e9, "bandwidth": 2765e9, "interconnect": 600e9},
 }
 _KINDS = {"TPU v5 lite": "TPU v5e", "TPU v5": "TPU v5p"}
-"""What JAX calls a device, where that is another name."""
+"""Device kinds of JAX whose names differ from those of the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +35,14 @@ class Device:
     """One device.
 
     Attributes:
-        name: one of A100, H100, H200, TPU v4, TPU v5e, TPU v5p, whose published rates are taken
-            where none are given; or any other name, with rates.
-        peak_flops: FLOPs a second in the dtype of the matrices; of the table in bfloat16.
-        utilisation: part of them that is reached.
-        memory: bytes of it.
+        name: one of A100, H100, H200, TPU v4, TPU v5e, TPU v5p, whose published rates are used if
+            none are given; or any other name, with rates.
+        peak_flops: FLOPs a second in the dtype of the matrices; published ones are for bfloat16.
+        utilisation: fraction of `peak_flops` that is reached.
+        memory: bytes of memory.
         bandwidth: bytes a second from and to its memory.
         interconnect: bytes a second that it sends to other devices.
-        cpu: whether it is the processor of the host, whose memory both share.
+        cpu: whether it is the CPU of the host, so that both share their memory.
     """
 
     name: str = "A100"
@@ -75,10 +75,10 @@ class Device:
 
 
 def this_device() -> Device:
-    """The device that JAX computes on here: from the table, or else measured.
+    """Return the device that JAX uses here, with published or measured rates.
 
-    Of a device that is not in the table the rates of a product of matrices in float32 and of a sum
-    of arrays are measured, for about a second. On a CPU its memory is the machine's.
+    For a device without published rates, a float32 matrix product and a sum of arrays are timed for
+    about a second. The memory of a CPU is that of the machine.
     """
     first = jax.devices()[0]
     kind = first.device_kind
@@ -102,7 +102,7 @@ def this_device() -> Device:
 
 @functools.cache
 def _measured() -> tuple[float, float]:
-    """FLOPs of a product and bytes of a sum, each a second."""
+    """Return the FLOPs a second of a matrix product, and the bytes a second of a sum."""
     size, count = 1024, 2**24
     matrix, array = jnp.ones((size, size)), jnp.ones(count)
     product = _fastest(jax.jit(lambda x: x @ x), matrix)
@@ -111,8 +111,8 @@ def _measured() -> tuple[float, float]:
 
 
 def _fastest(function: Any, arg: Any, seconds: float = 0.3) -> float:
-    """Seconds of the fastest call among those of so many seconds."""
-    jax.block_until_ready(function(arg))
+    """Return the seconds of the fastest call among calls that take `seconds` together."""
+    jax.block_until_ready(function(arg))  # compile before timing
     times: list[float] = []
     while not times or sum(times) < seconds:
         begin = time.perf_counter()

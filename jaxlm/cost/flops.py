@@ -1,7 +1,7 @@
-"""What a function computes, counted on its jaxpr: loops as often as they turn.
+"""FLOPs of a function, counted on its jaxpr; the body of a loop counts as often as it runs.
 
-The compiler's own count takes the body of a loop once, so that a scan over 24 layers would seem to
-cost one of them.
+The compiler's own count takes the body of a loop once, so a scan over 24 layers would seem to cost
+one layer.
 """
 
 import math
@@ -9,15 +9,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import Jaxpr
+
+from jaxlm.core.taps import traces_in
 
 
 class Flops(NamedTuple):
     """Operations on numbers.
 
     Attributes:
-        products: of matrix products and convolutions, 2 for a multiplication with its addition.
-        others: of all else that computes: 1 for an element of the result, or of what is reduced.
+        products: of matrix products and convolutions; a multiplication with its addition counts 2.
+        others: of all other operations, 1 for each element of the result or of a reduced operand.
     """
 
     products: int = 0
@@ -25,19 +27,19 @@ class Flops(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Both together."""
+        """Products and others together."""
         return self.products + self.others
 
     def plus(self, other: "Flops", times: int = 1) -> "Flops":
-        """The sum with `times` as much as `other`."""
+        """Return `self + times * other`."""
         return Flops(self.products + times * other.products, self.others + times * other.others)
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> Flops:
-    """Counts the operations of `function(*args)` without running it.
+    """Count the operations of `function(*args)` without running it.
 
-    Of a conditional the branch with the most counts. A `while_loop` whose trip count only the data
-    tell counts once, and so do calls of foreign code. Of a `shard_map` all devices count together.
+    A conditional counts as its largest branch. The body of a `while_loop` counts once, since its
+    trip count depends on the data. A `shard_map` counts for all its devices together.
 
     >>> import jax.numpy as jnp
     >>> x = jax.ShapeDtypeStruct((8, 8), jnp.float32)
@@ -71,7 +73,7 @@ def _equation(equation: Any) -> Flops:
     if name == "cond":
         branches = [_jaxpr(branch.jaxpr) for branch in params["branches"]]
         return max(branches, key=lambda branch: branch.total)
-    inner = _inner(params)
+    inner = list(traces_in(equation))
     if inner:
         total = Flops()
         for jaxpr in inner:
@@ -80,18 +82,8 @@ def _equation(equation: Any) -> Flops:
     return Flops(others=sum(map(_size, equation.outvars)))
 
 
-def _inner(params: dict[str, Any]) -> list[Jaxpr]:
-    values = [each for value in params.values() for each in _several(value)]
-    closed = [each.jaxpr if isinstance(each, ClosedJaxpr) else each for each in values]
-    return [each for each in closed if isinstance(each, Jaxpr)]
-
-
-def _several(value: Any) -> tuple[Any, ...] | list[Any]:
-    return value if isinstance(value, tuple | list) else (value,)
-
-
 def _turns(name: str, params: dict[str, Any]) -> int:
-    """How often the jaxprs in an equation are run."""
+    """Return how often the jaxprs in an equation run."""
     if name == "scan":
         return params["length"]
     if name == "shard_map":
@@ -134,7 +126,7 @@ _PRODUCTS: dict[str, Callable[[Any], int]] = {
     "cholesky": _cholesky,
     "triangular_solve": _triangular,
 }
-_REDUCED = ("reduce", "arg", "cum", "sort")  # an operation for an element of the operand
+_REDUCED = ("reduce", "arg", "cum", "sort")  # one operation for each element of the operand
 _FREE = frozenset(
     (
         *("all_gather", "all_to_all", "axis_index", "bitcast_convert_type", "broadcast_in_dim"),

@@ -1,4 +1,4 @@
-"""What one call of a compiled program does on each of its devices, read from its text.
+"""FLOPs, memory traffic and collectives of a compiled program on one device, read from its text.
 
 The compiler's own count, `compiled.cost_analysis()`, takes the body of a loop once. Here the body
 counts as often as the loop runs.
@@ -36,19 +36,19 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
 
 class Shaped(NamedTuple):
-    """An array's dtype, in XLA's words ("f32", "bf16", "pred", ...), and shape."""
+    """The dtype of an array, as XLA names it ("f32", "bf16", "pred", ...), and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """Numbers in it."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
-        """Bytes of it."""
+        """Size in bytes."""
         bits = re.search(r"\d+", self.dtype)
         width = 8 * (self.dtype == "pred") if bits is None else int(bits[0])
         return -(-self.size * width // 8)
@@ -58,12 +58,12 @@ class Instruction(NamedTuple):
     """One line of a computation.
 
     Attributes:
-        name: of its result.
-        op: what is done.
-        type: of the result, as text.
+        name: name of its result.
+        op: name of the operation.
+        type: type of the result, as text.
         operands: names of the instructions that it reads.
-        text: the line after the name of the operation.
-        root: whether it is the result of its computation.
+        text: rest of the line, after the name of the operation.
+        root: whether its result is that of its computation.
     """
 
     name: str
@@ -84,18 +84,18 @@ class Instruction(NamedTuple):
         return sum(each.bytes for each in self.arrays)
 
     def called(self, *keys: str) -> list[str]:
-        """Names of the computations that it calls under some keys."""
+        """Return the names of the computations that it calls by keys such as `body`."""
         groups = re.findall(rf"\b(?:{'|'.join(keys)})=(\{{[^}}]*\}}|%?[\w.\-]+)", self.text)
         return [name for group in groups for name in re.findall(r"[\w.\-]+", group)]
 
 
 class Module(NamedTuple):
-    """A program.
+    """A compiled program.
 
     Attributes:
-        computations: the instructions of each, by their names.
-        entry: the computation that it begins with.
-        devices: that run it together.
+        computations: maps the name of a computation to its instructions by their names.
+        entry: name of the computation that starts the program.
+        devices: number of devices that run it together.
     """
 
     computations: dict[str, dict[str, Instruction]]
@@ -104,7 +104,7 @@ class Module(NamedTuple):
 
 
 def arrays(text: str) -> list[Shaped]:
-    """The arrays in a type.
+    """Return the arrays in a type.
 
     >>> arrays("(f32[2,3]{1,0}, s32[])")
     [Shaped(dtype='f32', shape=(2, 3)), Shaped(dtype='s32', shape=())]
@@ -116,7 +116,7 @@ def arrays(text: str) -> list[Shaped]:
 
 
 def elements(text: str) -> list[str]:
-    """The types in the type of a tuple.
+    """Return the types in the type of a tuple.
 
     >>> elements("((f32[2], f32[3]), (f32[4], f32[6]))")
     ['(f32[2], f32[3])', '(f32[4], f32[6])']
@@ -132,7 +132,7 @@ def elements(text: str) -> list[str]:
 
 
 def parse(text: str) -> Module:
-    """Reads what `compiled.as_text()` gives."""
+    """Parse the text of a compiled program, `compiled.as_text()`."""
     head, _, rest = text.partition("\n")
     counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", head)
     computations: dict[str, dict[str, Instruction]] = {}
@@ -150,7 +150,7 @@ def parse(text: str) -> Module:
 
 
 def _inside(tail: str) -> str:
-    """What is before the parenthesis that closes the operands."""
+    """Return the text before the parenthesis that closes the operands."""
     depth = 0
     for place, letter in enumerate(tail):
         depth += (letter == "(") - (letter == ")")
@@ -163,15 +163,15 @@ Known = Mapping[str, Instruction]
 
 
 class Collective(NamedTuple):
-    """An array of each device that a collective operation makes.
+    """An array that a collective operation makes on each device.
 
     Attributes:
         op: "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", ...
-        dtype: in XLA's words: "f32", "bf16", "s8", "pred", ...
-        shape: of the result on one device.
-        devices: that take part, in one group.
-        times: how often it happens: the product of the trip counts of the loops around it. A loop
-            whose count the compiler does not know counts once.
+        dtype: as XLA names it: "f32", "bf16", "s8", "pred", ...
+        shape: shape of the result on one device.
+        devices: number of devices in one group.
+        times: number of runs: the product of the trip counts of the loops around it. A loop whose
+            trip count the compiler does not know counts once.
     """
 
     op: str
@@ -182,7 +182,7 @@ class Collective(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Numbers in the array."""
+        """Number of elements of the array."""
         return math.prod(self.shape)
 
     @property
@@ -192,23 +192,23 @@ class Collective(NamedTuple):
 
     @property
     def moved(self) -> float:
-        """Bytes that a device sends, all times together, where the group is a ring.
+        """Bytes that a device sends in all runs, if the group is a ring.
 
-        With n devices an array of b bytes takes 2 (n - 1)/n b to be summed everywhere, and
-        (n - 1)/n b to be gathered or scattered, of which the result of reduce-scatter is the nth.
+        With n devices, an array of b bytes takes 2 (n - 1)/n b to be summed everywhere, and
+        (n - 1)/n b to be gathered or scattered; a reduce-scatter returns an nth of that array.
         """
         rounds = _ROUNDS.get(self.op, lambda n: (n - 1) / n)(self.devices)
         return self.times * self.bytes * rounds
 
 
 class Costs(NamedTuple):
-    """What a device does in one call of a program.
+    """Costs of one call of a program on one device.
 
     Attributes:
         products: FLOPs of matrix products.
-        bytes: read from and written to memory, as if nothing stayed in a cache between two
+        bytes: bytes read from and written to memory, if nothing stays in a cache between two
             operations of the program.
-        collectives: what it tells other devices.
+        collectives: the collective operations.
     """
 
     products: int = 0
@@ -217,11 +217,11 @@ class Costs(NamedTuple):
 
     @property
     def moved(self) -> float:
-        """Bytes that it sends, see `Collective.moved`."""
+        """Bytes that the device sends, see `Collective.moved`."""
         return sum((each.moved for each in self.collectives), 0.0)
 
     def plus(self, other: "Costs", times: int = 1) -> "Costs":
-        """The sum with `times` as much as `other`."""
+        """Return `self + times * other`."""
         more = tuple(each._replace(times=times * each.times) for each in other.collectives)
         return Costs(
             self.products + times * other.products,
@@ -231,7 +231,7 @@ class Costs(NamedTuple):
 
 
 def collectives(compiled: Any) -> list[Collective]:
-    """The collective operations of a compiled program, as often as one call runs them.
+    """Return the collective operations of a compiled program, with how often one call runs them.
 
     Args:
         compiled: what `jax.jit(f).lower(...).compile()` returns.
@@ -240,9 +240,9 @@ def collectives(compiled: Any) -> list[Collective]:
 
 
 def costs(compiled: Any) -> Costs:
-    """What each device does in one call; of the branches of a conditional the largest one.
+    """Return the costs of one call on each device; a conditional counts as its largest branch.
 
-    A product that the compiler has handed to a library is not seen.
+    A product that the compiler has replaced by a library call is not counted.
 
     Args:
         compiled: what `jax.jit(f).lower(...).compile()` returns.
@@ -279,7 +279,7 @@ def costs(compiled: Any) -> Costs:
 
 
 def _products(each: Instruction, known: dict[str, Instruction]) -> int:
-    """FLOPs of a matrix product."""
+    """Return the FLOPs of a matrix product, 0 for other instructions."""
     found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.text)
     if each.op != "dot" or found is None:
         return 0
@@ -288,19 +288,19 @@ def _products(each: Instruction, known: dict[str, Instruction]) -> int:
 
 
 def _own(each: Instruction, devices: int) -> list[Collective]:
-    """What an instruction itself makes, if it is a collective."""
+    """Return what an instruction makes itself, if it is a collective."""
     op = each.op.removesuffix("-start")
     if op not in KINDS:
         return []
     made = each.type
     if op != each.op and op != "all-reduce" and made.startswith("("):
-        made = elements(made)[1]  # the first are the operands
+        made = elements(made)[1]  # a start returns (operands, results, ...)
     group = _group(each.text, devices)
     return [Collective(op, *array, group, 1) for array in arrays(made)]
 
 
 def _group(text: str, devices: int) -> int:
-    """The number of devices in the first group of a collective; pairs are a group of two."""
+    """Return the number of devices in the first group of a collective; pairs are groups of two."""
     if "source_target_pairs=" in text:
         return 2
     if (found := re.search(r"replica_groups=\{\{([\d,]*)\}", text)) is not None:
@@ -315,11 +315,11 @@ def _group(text: str, devices: int) -> int:
 
 
 def bytes_accessed(each: Instruction, known: Known, module: Module) -> int:
-    """Its operands and its result; of what is only sliced, or written in place, the part.
+    """Return the bytes of operands and result; if sliced or written in place, only of that part.
 
     Args:
-        each: the instruction, of a computation that is no fusion's.
-        known: the instructions of its computation, by their names.
+        each: an instruction that is not inside a fusion.
+        known: the instructions of its computation by their names.
         module: the program.
     """
     if each.op in _FREE or each.op.endswith(("-done", "-update")):
@@ -330,7 +330,7 @@ def bytes_accessed(each: Instruction, known: Known, module: Module) -> int:
 
 
 def _read(each: Instruction, known: Known) -> int:
-    """Of an instruction that is no fusion."""
+    """Return the bytes that an instruction reads, if it is not a fusion."""
     sizes = [known[name].bytes for name in each.operands if name in known]
     if each.op in _PARTS:
         return each.bytes + sum(sizes[1:])
@@ -340,7 +340,7 @@ def _read(each: Instruction, known: Known) -> int:
 
 
 def _written(each: Instruction, known: Known) -> int:
-    """Of an instruction that is no fusion."""
+    """Return the bytes that an instruction writes, if it is not a fusion."""
     place = {"dynamic-update-slice": 1, "scatter": 2}.get(each.op)
     if place is None or each.operands[place] not in known:
         return each.bytes
@@ -360,14 +360,14 @@ def _fusion(each: Instruction, known: Known, module: Module) -> int:
 
 
 def _source(each: Instruction, inside: Known) -> Instruction:
-    """What a result is, behind changes of its shape alone."""
+    """Return the instruction behind bitcasts, which only change the shape."""
     while each.op == "bitcast":
         each = inside[each.operands[0]]
     return each
 
 
 def _parameter(parameter: Instruction, inside: Known) -> int:
-    """Bytes of a fusion's operand that are read."""
+    """Return the bytes that a fusion reads of one operand."""
     total, names = 0, [parameter.name]
     while names:
         name = names.pop()

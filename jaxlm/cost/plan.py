@@ -1,7 +1,7 @@
-"""What a run will cost, before it and without weights: parameters, memory, FLOPs, time.
+"""The costs of a run before it starts, without weights: parameters, memory, FLOPs, time.
 
-Everything is compiled for the devices that are there and nothing is run. Another compiler fuses
-otherwise, and one for a CPU computes in float32 what is stored in bfloat16.
+Programs are compiled for the devices present and not run. The compiler of another device fuses
+differently, and that of a CPU computes in float32 what is stored in bfloat16.
 """
 
 import math
@@ -25,13 +25,13 @@ from jaxlm.train.pretraining import PretrainConfig
 
 
 class Parameter(NamedTuple):
-    """A leaf of the parameters.
+    """A parameter.
 
     Attributes:
-        path, shape, dtype: of it.
-        spec: the axes of the mesh that divide its axes.
-        bytes: on a device.
-        trained: whether it is.
+        path, shape, dtype: those of the leaf.
+        spec: the axes of the mesh over which its axes are sharded.
+        bytes: its size on one device.
+        trained: whether it is trained.
     """
 
     path: str
@@ -43,12 +43,12 @@ class Parameter(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes of a device while a program runs.
+    """Bytes on one device while a program runs.
 
     Attributes:
-        program: its name.
-        arguments, outputs, temporaries, aliased: of the program.
-        held: what is there beside it.
+        program: name of the program.
+        arguments, outputs, temporaries, aliased: as the compiler states them.
+        held: what else is in memory.
     """
 
     program: str
@@ -60,7 +60,7 @@ class Memory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """All together."""
+        """Arguments, outputs, temporaries and what else is held, without aliased bytes."""
         used = self.arguments + self.outputs + self.temporaries - self.aliased
         return used + self.held
 
@@ -69,20 +69,20 @@ class Plan(NamedTuple):
     """What a run will cost.
 
     Attributes:
-        device: what computes.
-        devices: how many.
+        device: the kind of device.
+        devices: number of devices.
         parameters: the leaves.
-        memory: of each program, on one device.
-        state_bytes: of the state, on one device.
-        checkpoint_bytes: of a process's host, while a checkpoint is written or read.
+        memory: memory of each program, on one device.
+        state_bytes: size of the state on one device.
+        checkpoint_bytes: host memory of a process while a checkpoint is written or read.
         batch_size: examples in a step.
-        tokens: of the longest example.
-        largest_batch: what fits into the memory of the device, by compilation; 0 where nothing
-            does, None where nothing was sought.
-        steps: of the run.
-        dispatch: steps in a dispatch.
-        flops: of a step, all devices together, as the algorithm has them.
-        costs: of a dispatch on one device, as it is compiled.
+        tokens: tokens of the longest example.
+        largest_batch: largest batch that fits into the memory of the device, by compilation; 0 if
+            none fits, None if the memory is unknown.
+        steps: number of steps of the run.
+        dispatch: number of steps in a dispatch.
+        flops: FLOPs of a step on all devices together, as the algorithm has them.
+        costs: costs of a dispatch on one device, as it is compiled.
     """
 
     device: Device
@@ -101,24 +101,24 @@ class Plan(NamedTuple):
 
     @property
     def num_parameters(self) -> int:
-        """All of them."""
+        """Number of all parameters."""
         return sum(math.prod(each.shape) for each in self.parameters)
 
     @property
     def num_trained(self) -> int:
-        """Those that are trained."""
+        """Number of trained parameters."""
         return sum(math.prod(each.shape) for each in self.parameters if each.trained)
 
     @property
     def peak_bytes(self) -> int:
-        """Memory of a device, at most."""
+        """Largest memory of a device."""
         return max((each.peak for each in self.memory), default=self.state_bytes)
 
     @property
     def host_bytes(self) -> int:
-        """Memory of a machine that has no devices but its processor, at most.
+        """Largest memory of a machine without accelerators.
 
-        While a checkpoint is written or read, a part of the state is there a second time.
+        While a checkpoint is written or read, a part of the state is in memory twice.
         """
         return max(
             self.devices * self.peak_bytes,
@@ -129,8 +129,8 @@ class Plan(NamedTuple):
     def device_flops(self) -> float:
         """FLOPs of matrix products in a step of one device.
 
-        The compiled program has more where devices do the same, and fewer where products were
-        handed to a library or written otherwise.
+        The compiled program has more if devices repeat work, and fewer if products were replaced
+        by library calls or rewritten.
         """
         return max(self.flops.products / self.devices, self.costs.products / self.dispatch)
 
@@ -146,9 +146,9 @@ class Plan(NamedTuple):
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of a step: each part whose rate is known.
+        """Seconds of each part of a step whose rate is known.
 
-        A device computes while it reads and writes memory, and waits while it tells the others.
+        A device computes while it accesses memory, and waits while it communicates.
         """
         device = self.device
         found = {"products": self.device_flops / device.flops}
@@ -160,7 +160,7 @@ class Plan(NamedTuple):
 
     @property
     def step_seconds(self) -> float:
-        """Of a step, expected."""
+        """Expected seconds of a step."""
         parts = self.seconds
         return max(parts["products"], parts.get("memory", 0.0)) + parts.get("collectives", 0.0)
 
@@ -172,16 +172,16 @@ def dry_run(
     mesh: Mesh | None = None,
     device: Device | None = None,
 ) -> Plan:
-    """The costs of a run that `finetune` or `pretrain` would do.
+    """Return the costs of a run of `finetune` or `pretrain`.
 
     Args:
         config: the run.
         base_dir: see `finetune`.
         mesh: see `finetune`; its devices may be simulated ones.
-        device: whose rates and memory count; None for the one that is here.
+        device: the device that gives the rates and the memory; None for the local one.
 
     Raises:
-        UserError: the configuration, the data or config.json of the model are not as they must be.
+        UserError: the configuration, the data or config.json of the model is invalid.
     """
     if isinstance(config, FinetuneConfig):
         run = finetuning(config, base_dir=base_dir, mesh=mesh)
@@ -191,10 +191,10 @@ def dry_run(
 
 
 def plan(run: ByShapes, device: Device) -> Plan:
-    """The costs of a run by its shapes.
+    """Return the costs of a run given by its shapes.
 
     Raises:
-        UserError: it has no steps.
+        UserError: the run has no steps.
     """
     if not run.count:
         raise UserError("steps: must be at least 1 for a dry run (got 0). Correct it.")
@@ -259,7 +259,7 @@ def _spec(leaf: Any) -> str:
 
 
 def _bytes(tree: Any) -> int:
-    """Bytes of a tree on one device."""
+    """Return the bytes of a tree on one device."""
 
     def of(leaf: Any) -> int:
         sharding, size = getattr(leaf, "sharding", None), leaf.size
@@ -285,19 +285,19 @@ def _memory(name: str, compiled: Any, held: int = 0) -> Memory:
 def largest_batch(
     peak_bytes: Callable[[int], int], memory: float, *, first: int, unit: int = 1
 ) -> int:
-    """The largest batch whose training fits into the memory of a device; every one is compiled.
+    """Return the largest batch whose training fits into a device's memory, by compiling sizes.
 
-    Two batch sizes make a line, the third is where it meets the memory, and where the third is off
-    the line there are further ones.
+    Two batch sizes give a line, whose crossing with the memory is the next size. If its peak is off
+    the line, further sizes follow.
 
     Args:
-        peak_bytes: of a batch size, what its training takes.
-        memory: bytes.
+        peak_bytes: maps a batch size to the bytes that its training takes.
+        memory: bytes of memory.
         first: batch size to begin with.
-        unit: batch sizes are multiples of it.
+        unit: batch sizes are multiples of this.
 
     Returns:
-        A batch size of at most 65,536; 0 where nothing fits.
+        A batch size of at most 65,536; 0 if none fits.
 
     >>> largest_batch(lambda size: 1000 + 7 * size, 8000.0, first=16)
     1000

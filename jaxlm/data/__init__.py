@@ -21,7 +21,7 @@ from jaxlm.data.templates import Template
 from jaxlm.data.text import Document, TextConfig
 
 DataConfig = TaskConfig | MessagesConfig | TextConfig
-"""Configuration of a data form. `config.load(seed=0).encode(lm)` has its batches."""
+"""Configuration of a data form. `config.load(seed=0).encode(lm)` makes its batches."""
 
 DATA_FORMS: dict[str, type[DataConfig]] = {
     "task": TaskConfig,

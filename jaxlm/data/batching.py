@@ -1,4 +1,4 @@
-"""Encode a task for a model, and make its batches: few shapes, pure functions of seed and step."""
+"""Encode a task for a model and batch it: few shapes, and a pure function of seed and step."""
 
 import functools
 import hashlib
@@ -42,13 +42,12 @@ Objective = Literal["classification", "completion", "generation"]
 class EncodedTask:
     """The tokens of a task's splits, and their batches.
 
-    In the form "label_words" the model reads one row an example and compares the logits of the
-    label words at one position; in "continuations" it reads the prompt once and each option after
-    it; in "options" it reads a row for each option. The first form that every example allows is
-    used.
+    In the form "label_words", the model reads one row per example and compares the logits of the
+    label words at one position. In "continuations", it reads the prompt once and each option after
+    it. In "options", it reads one row per option. The first form that every example allows is used.
 
     A batch is a dict of arrays, padded on the right (B examples, C options, T one of `buckets`,
-    K the most tokens scored in any option of the task). Labels and weights are in all of them:
+    K the most tokens scored in any option of the task). `labels` and `weights` are in every form:
 
     ============== ======= =========== ========= ==================================
     key            dtype   label_words options   meaning
@@ -60,7 +59,7 @@ class EncodedTask:
     targets        int32               [B, C, K] tokens scored
     target_mask    float32             [B, C, K] 1 for targets, 0 for padding
     labels         int32   [B]         [B]       class
-    weights        float32 [B]         [B]       1 for examples, 0 for filling rows
+    weights        float32 [B]         [B]       1 for examples, 0 for filler rows
     ============== ======= =========== ========= ==================================
 
     ============== ======= ============= ==========================================
@@ -69,25 +68,25 @@ class EncodedTask:
     prompt_ids     int32   [B, T]        tokens
     prompt_mask    int32   [B, T]        1 for tokens, 0 for padding
     option_ids     int32   [B, C, K]     tokens of the options, all of them scored
-    option_mask    float32 [B, C, K]     1 for tokens; all 0 for no option
+    option_mask    float32 [B, C, K]     1 for tokens; all 0 for a missing option
     ============== ======= ============= ==========================================
 
-    If examples differ in the number of options or of their tokens, C and K are those of the batch,
-    rounded up to a multiple of 8. With the objective "completion" training batches hold each prompt
-    with its right option, as `jaxlm.train.losses.lm_objective` takes them; with "generation"
+    C, and in "continuations" also K, is the largest of the batch rounded up to a multiple of 8, but
+    at most the largest of the task. With the objective "completion", training batches hold each
+    prompt with its right option, as `jaxlm.train.losses.lm_objective` takes them; with "generation"
     they hold prompts and the `index` of their examples, for
     `jaxlm.train.rewards.generation_objective`.
 
     Attributes:
-        labels: the label words; none if every example has its own options.
-        token_ids: int32 [C], the label words' tokens, or a classifier's outputs; None in the other
-            forms.
-        pad_id: token of the padding.
+        labels: the label words; empty if every example has its own options.
+        token_ids: int32 [C], tokens of the label words or outputs of a classifier; None for the
+            other forms.
+        pad_id: id of the padding token.
         buckets: lengths that batches are padded to, increasing.
         train: encoded examples.
         validation: encoded examples.
         test: encoded examples.
-        objective: what training batches are for.
+        objective: the loss that training batches are made for.
     """
 
     labels: tuple[str, ...]
@@ -127,10 +126,10 @@ class EncodedTask:
         return {name: len(getattr(self, name)) for name in ("train", "validation", "test")}
 
     def rows(self, split: SplitName, ids: Sequence[str]) -> list[TokenRow]:
-        """Return the prompts of a split, each with its right option, which is in the loss.
+        """Return the prompts of a split, each with its right option, which alone is in the loss.
 
         Args:
-            split: which examples.
+            split: the split.
             ids: name of each example.
         """
         return [self._row(name, each) for name, each in zip(ids, getattr(self, split), strict=True)]
@@ -141,7 +140,7 @@ class EncodedTask:
         return TokenRow(name, ids, tuple(range(len(ids) - count, len(ids))))
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the tokens of each split that is there, and of how they are scored."""
+        """Return SHA-256 of the tokens of each non-empty split and of how they are scored."""
         whole = (self.form, None if self.token_ids is None else self.token_ids.tolist())
         splits = {name: getattr(self, name) for name in ("train", "validation", "test")}
         return {
@@ -174,9 +173,9 @@ class EncodedTask:
         )
 
     def eval_batches(self, split: SplitName, *, batch_size: int) -> Iterator[Batch]:
-        """Yield batches of every example of a split once, longest first.
+        """Yield batches that hold every example of a split once, longest first.
 
-        They have the key "index" too, int32 [B]: the place of the example in the split, or -1 for
+        They also have the key "index", int32 [B]: the place of the example in the split, or -1 for
         the rows of weight 0 that fill the last batch.
         """
         examples: tuple[Encoded, ...] = getattr(self, split)
@@ -226,11 +225,11 @@ def collate(
 
     Args:
         examples: the examples.
-        form: of the batch.
+        form: form of the batch.
         buckets: lengths of rows, increasing.
-        num_targets: most tokens of an option in the task.
-        pad_id: token of the padding.
-        num_options: most options of an example in the task; None for those of this batch.
+        num_targets: largest number of tokens of an option in the task.
+        pad_id: id of the padding token.
+        num_options: largest number of options in the task; None for that of the batch.
     """
     length = bucket_of(max(len(row) for each in examples for row in each.input_ids), buckets)
     batch = {
@@ -300,14 +299,14 @@ def prepare(
 
     Args:
         task: the task.
-        tokenizer: one of transformers.
+        tokenizer: a transformers tokenizer.
         kind: "decoder" or "encoder".
-        max_length: most tokens of a row for the model; the task's own limit applies too.
-        vocab_size: number of tokens of the model, to refuse another model's tokenizer.
+        max_length: the model's limit on the tokens of a row; the task's own limit applies too.
+        vocab_size: vocabulary size of the model, to refuse another model's tokenizer.
         buckets: lengths that batches are padded to; None for `length_buckets`.
 
     Raises:
-        UserError: see `encode_all`; or there is no tokenizer, it is not the model's, or an answer
+        UserError: as `encode_all`; or there is no tokenizer, it is not the model's, or the answer
             leaves no room for a prompt.
     """
     if tokenizer is None:
@@ -320,7 +319,7 @@ def prepare(
     encoded = _encode(task, tokenizer, examples, kind, limit)
     largest = max(max(map(max, (*x.input_ids, *x.targets))) for x in encoded)
     check_vocabulary(largest, vocab_size)
-    # Cheapest form first: one row an example, then the prompt once, then a row for each option.
+    # Cheapest form first: one row per example, then the prompt once, then one row per option.
     token_ids = _label_words(encoded)
     if token_ids is not None:
         _check_words(task.config.labels, token_ids.tolist(), tokenizer)
@@ -344,13 +343,13 @@ def prepare(
 
 
 def prepare_for(lm: Any, task: Task, *, max_length: int | None = None) -> EncodedTask:
-    """`prepare` for a `jaxlm.models.LanguageModel`; the default of `max_length` is the model's.
+    """Call `prepare` for a `jaxlm.models.LanguageModel`, whose limit `max_length` defaults to.
 
-    For a classifier `token_ids` are the outputs that belong to the task's classes, by name, since a
-    classifier has an order of its own.
+    For a classifier, `token_ids` are its outputs for the task's classes, matched by name, since it
+    may have its classes in another order.
 
     Raises:
-        UserError: see `prepare`; or the names of a classifier's classes are not those of the task.
+        UserError: as `prepare`; or the names of a classifier's classes are not those of the task.
     """
     encoded = prepare(
         task,
@@ -362,7 +361,7 @@ def prepare_for(lm: Any, task: Task, *, max_length: int | None = None) -> Encode
     if lm.config.head in ("lm", "mlm"):
         return encoded
     count = len(task.config.labels)
-    # One of another number of classes gets a new classifier (`jaxlm.train.load.with_head`).
+    # A classifier with another number of classes is replaced later (`jaxlm.train.load.with_head`).
     names = lm.config.label_names if lm.config.num_labels == count else ()
     return replace(encoded, token_ids=np.asarray(task.config.columns_of(names), np.int32))
 
@@ -400,13 +399,13 @@ def _room(limit: int, config: TaskConfig) -> int:
     if limit <= config.answer_length:
         raise UserError(
             f"task.max_new_tokens: leaves no room for a prompt, since task.max_length or the model "
-            f"allow {limit} tokens in all (got {config.answer_length}). Lower it."
+            f"allows {limit} tokens in all (got {config.answer_length}). Lower it."
         )
     return limit - config.answer_length
 
 
 def _label_words(examples: Sequence[Encoded]) -> Int32[np.ndarray, "C"] | None:
-    """Return the label words' tokens, if the options of all examples differ in one last token."""
+    """Return the label words' tokens if the options of each example differ in the last one only."""
     words = examples[0].targets
     for each in examples:
         shared = len(set(each.input_ids)) == len(set(each.positions)) == 1
@@ -425,7 +424,7 @@ def _check_words(labels: Sequence[str], tokens: Sequence[int], tokenizer: Any) -
             )
         if token in tokens[:i]:
             raise UserError(
-                "task.labels: two words are the same tokens (got "
+                "task.labels: two words have the same tokens (got "
                 f"{labels[tokens.index(token)]!r} and {label!r}). Change one."
             )
 

@@ -1,7 +1,7 @@
 """Running text for pretraining: tokenized once, memory-mapped, drawn by seed and step.
 
-A corpus is a folder of `<domain>.jsonl` or `<domain>.jsonl.gz` files with a document a line, in the
-field `text`; the lines of a document are its sentences. Shapes: B windows of a batch, T1 their
+A corpus is a folder of `<domain>.jsonl` or `<domain>.jsonl.gz` files with one document per line, in
+the field `text`; the lines of a document are its sentences. Shapes: B windows of a batch, T1 their
 length, N tokens, S sentences or steps, D domains.
 """
 
@@ -38,7 +38,7 @@ CHARACTERS_AT_ONCE = 2**24
 
 @dataclasses.dataclass(frozen=True)
 class Domain:
-    """The share of a domain among the windows, linear from `weight` to `final_weight`.
+    """The share of a domain among the windows; it moves linearly from `weight` to `final_weight`.
 
     Attributes:
       name: name of the file `<name>.jsonl` or `<name>.jsonl.gz`.
@@ -68,7 +68,7 @@ def check_domains(domains: Sequence[Domain], held_out: str | None = None) -> Non
       held_out: domain to measure on.
 
     Raises:
-      UserError: there is no domain, one is repeated or held out too, or no share is above 0.
+      UserError: there is no domain, one is repeated or also held out, or no share is above 0.
     """
     names = [str(PurePosixPath(domain.name)) for domain in domains]
     checks.distinct("corpus.domains", names)
@@ -137,7 +137,7 @@ def tokenize(path: Path, tokenizer: Any) -> Tokens:
     boundary = tokenizer.eos_token_id
     if boundary is None:
         raise UserError("tokenizer: has no eos_token, which sets documents apart. Add one.")
-    if len(tokenizer) > 2**16:  # tokens are kept as uint16
+    if len(tokenizer) > 2**16:  # tokens are stored as uint16
         raise UserError(f"tokenizer: has more than 65536 tokens (got {len(tokenizer)}). Train one.")
     normalizer = tokenizer.backend_tokenizer.normalizer
     ids: list[np.ndarray] = []
@@ -165,7 +165,7 @@ def tokenize(path: Path, tokenizer: Any) -> Tokens:
 
 
 def _batches(path: Path) -> Iterator[list[list[str]]]:
-    """Yield documents, as many as are tokenized at once, within the limits on memory."""
+    """Yield lists of documents to tokenize at once, small enough for the memory."""
     batch: list[list[str]] = []
     size = 0
     for document in _documents(path):
@@ -214,15 +214,15 @@ def source_digest(path: Path, tokenizer: Any) -> str:
 
 
 def cached(path: Path, tokenizer: Any, cache: Path, digest: str | None = None) -> Tokens:
-    """Tokenize a file once: keep its tokens in folder `cache`, and memory-map them from there.
+    """Tokenize a file once: store its tokens in the folder `cache` and memory-map them from there.
 
-    The kept tokens are found by the content of the file and the tokenizer, not by their names, and
-    have checksums: damaged ones are made again. The main process does it for all.
+    The cache is keyed by the content of the file and the tokenizer, not by their names. Damaged
+    tokens fail their checksums and are made again. The main process tokenizes for all processes.
 
     Args:
       path: a `<domain>.jsonl[.gz]`.
-      tokenizer: of `read_tokenizer`.
-      cache: folder.
+      tokenizer: as `read_tokenizer` returns it.
+      cache: folder of the cache.
       digest: `source_digest`, if it is known.
     """
     digest = source_digest(path, tokenizer) if digest is None else digest
@@ -238,9 +238,9 @@ def cached(path: Path, tokenizer: Any, cache: Path, digest: str | None = None) -
 
 
 def _digest(tokenizer: Any) -> str:
-    """Return SHA-256 of all that decides which tokens a text becomes."""
+    """Return SHA-256 of everything that determines the tokens of a text."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state |= {"truncation": None, "padding": None}  # of the last call; `tokenize` uses neither
+    state |= {"truncation": None, "padding": None}  # of an earlier call, not of `tokenize`
     text = json.dumps([state, tokenizer.eos_token_id], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -256,14 +256,14 @@ def _write(tokens: Tokens, folder: Path) -> None:
 class Windows:
     """Training batches of windows over several domains: a pure function of (seed, step, shares).
 
-    Each window starts with the boundary token and the start of a sentence. Within a domain,
-    windows go by epochs: nominal places `seq_len` apart, shifted and shuffled anew in each epoch,
-    each moved to the next start of a sentence, so that all text is seen about equally often.
+    Each window starts with the boundary token and the start of a sentence. In each epoch of a
+    domain, windows start at places `seq_len` apart, with a new shift and order; each place moves to
+    the next start of a sentence, so that all text is seen about equally often.
 
     Attributes:
       tokens: tokens of each domain.
       domains: the domains with their shares over the run, in the same order.
-      steps: length of the run, over which those shares move.
+      steps: length of the run, over which the shares change.
       batch_size: windows in a batch.
       seq_len: predicted tokens in a window, which holds one token more.
       seed: seed of every choice.
@@ -292,8 +292,8 @@ class Windows:
     def _plan(
         self, shares: Float[np.ndarray, "S D"]
     ) -> tuple[Int[np.ndarray, "S B"], Int[np.ndarray, "S B"]]:
-        # A generator gives its numbers in order, so a step has the same numbers however many steps
-        # are drawn: shares that become known step by step draw the windows of one long plan.
+        # The numbers of a step do not depend on how many steps are drawn, so a policy that appends
+        # shares step by step draws the same windows as one plan of the whole run.
         draws = np.random.default_rng([self.seed, 0]).random((len(shares), self.batch_size, 1))
         domain = (draws >= np.cumsum(shares, axis=1)[:, None, :-1]).sum(-1)
         before = np.zeros_like(domain)
@@ -310,7 +310,7 @@ class Windows:
         Args:
           step: the step, from 0.
           shares: shares of the domains at every step up to this one, S = step + 1, each row with
-            the sum 1. A policy that chooses shares while it trains appends one row a step. None
+            the sum 1. A policy that chooses shares while it trains appends one row per step. None
             for the shares of `domains`, with step < `steps`.
 
         Returns:
@@ -332,19 +332,19 @@ class Windows:
         wanted = (step + 1, len(self.domains))
         if shares.shape != wanted:
             raise UserError(
-                f"shares: must be of every step so far and every domain, {wanted} (got "
-                f"{shares.shape}). Append a row a step."
+                f"shares: must have the shape [steps so far, domains], {wanted} (got "
+                f"{shares.shape}). Append one row per step."
             )
         if not (np.all(shares >= 0) and np.allclose(shares.sum(axis=1), 1)):
             raise UserError(
-                f"shares: must be 0 or more with the sum 1 (got {checks.show(shares[-1])}). Divide "
+                f"shares: must be 0 or more and sum to 1 (got {checks.show(shares[-1])}). Divide "
                 "them by their sum."
             )
 
     def _row(self, domain: int, number: int) -> Int[np.ndarray, "T1"]:
         tokens = self.tokens[domain]
         count = max(len(tokens.ids) // self.seq_len, 1)
-        # Without replacement within an epoch, and another shift in each, so that windows differ.
+        # No place repeats within an epoch, and each epoch has a new shift, so that windows differ.
         epoch, place = divmod(number, count)
         shift, order = _epoch(self.seed, domain, epoch, count, self.seq_len)
         nominal = (order[place] * self.seq_len + shift) % len(tokens.ids)
@@ -361,7 +361,7 @@ def _epoch(
 
 
 def all_windows(tokens: Tokens, seq_len: int) -> dict[str, np.ndarray]:
-    """Cut tokens into windows in which every token but the boundaries is a target once.
+    """Cut tokens into windows in which every token except the boundaries is a target once.
 
     Returns:
       `input_ids` int32 [W, seq_len + 1], and `weights` float32 [W, seq_len]: 1 where the target

@@ -1,15 +1,15 @@
 """Read CSV and TSV without losing rows to a stray quote.
 
-Values are quoted as in RFC 4180: one that begins with a quote ends at the next quote that is not
-doubled, which the delimiter or the end of the line must follow; any other quote is text. With the
-modules csv, pandas and pyarrow a stray quote at the beginning of a value swallows the rows up to
-the next quote. Here
+Quotes follow RFC 4180: a value that begins with a quote ends at the next quote that is not doubled,
+and the delimiter or the end of the line must follow. Any other quote is text. In csv, pandas and
+pyarrow, a stray quote at the beginning of a value swallows the rows up to the next quote. Here
 
-- in TSV, whose files often have no quoting at all, such a quote is text if its line and a later one
-  inside the quotes are rows by themselves;
-- in CSV it is an error if text follows the closing quote, or if its line and a later one both look
-  like rows: they have as many values as a row, and in one column a value that other rows have
-  there, or a number if all rows have numbers.
+- in TSV, whose files often have no quoting, a line is split at its tabs alone if a quote in it is
+  not closed properly, its row has too many or too few values, or a later line inside the quotes has
+  as many values as a row;
+- in CSV it is an error if the quote is not closed properly, or if its line and a later one look
+  like rows: both have as many values as a row, and in one column both have a value that occurs
+  there in other rows, or a number if all other rows have numbers there.
 """
 
 import re
@@ -31,11 +31,11 @@ def read_table(text: str, delimiter: str, source: str) -> Iterator[tuple[int, di
     Args:
         text: the table.
         delimiter: a comma or a tab.
-        source: name of the table in messages.
+        source: name of the table in error messages.
 
     Raises:
-        UserError: two columns have one name, a row has more or fewer values than there are columns,
-            or a quote is stray in one of the ways above.
+        UserError: two columns have the same name, a row has more or fewer values than columns, or
+            a quote is stray in one of the ways above.
     """
     records, suspects = _records(text, delimiter, source)
     if not records:
@@ -57,7 +57,7 @@ def read_table(text: str, delimiter: str, source: str) -> Iterator[tuple[int, di
 def _records(
     text: str, delimiter: str, source: str
 ) -> tuple[list[Record], dict[int, list[Record]]]:
-    """Return all records, and for those whose quotes hold several lines the lines like rows."""
+    """Return all records, and by record number the lines inside its quotes that look like rows."""
     records: list[Record] = []
     suspects: dict[int, list[Record]] = {}
     place, number = 0, 1
@@ -79,8 +79,8 @@ def _records(
                 values, stop, inner = [_plain(value) for value in line.split("\t")], end, []
             if values is None:
                 raise UserError(
-                    f"{source}, line {number}: a value begins with a quote, which is not closed or "
-                    "has text behind the closing one. Quote the whole value and double the quotes "
+                    f"{source}, line {number}: a value begins with a quote that is not closed or "
+                    "has text after its closing quote. Quote the whole value and double the quotes "
                     "inside."
                 )
             end = stop
@@ -100,7 +100,7 @@ def _end_of_line(text: str, place: int) -> int:
 
 
 def _quoted(text: str, place: int, delimiter: str) -> tuple[list[str] | None, int]:
-    """Return the values of the record at `place` and its end; None for stray quotes."""
+    """Return the values of the record at `place`, None for a stray quote, and where it ends."""
     values = []
     while True:
         if text.startswith('"', place):
@@ -131,7 +131,7 @@ def _plain(value: str) -> str:
 def _check_suspects(
     records: Sequence[Record], suspects: dict[int, list[Record]], source: str
 ) -> None:
-    """Raise UserError for a quoted value of several lines one of which looks like a row."""
+    """Raise UserError if a line inside a quoted value looks like a row."""
     if not suspects:
         return
     sound = [values for place, (_, values) in enumerate(records, start=1) if place not in suspects]
@@ -151,6 +151,6 @@ def _check_suspects(
             if usual(begin) & usual(values):
                 raise UserError(
                     f"{source}, line {first}: a value that begins with a quote holds line {number},"
-                    " which looks like a row. Quote every value that has quotes in it and double "
-                    "those, or give the rows as JSON lines."
+                    " which looks like a row. Quote every value that contains quotes and double "
+                    "them, or give the rows as JSON lines."
                 )

@@ -18,7 +18,7 @@ from jaxlm.data.templates import Rendered, Template
 Kind = Literal["decoder", "encoder"]
 Tokens = tuple[int, ...]
 
-# A call of a fast tokenizer spreads its strings over threads, and holds the offsets of all of them.
+# Strings per call of the tokenizer: enough for all its threads, few enough to hold their offsets.
 _CHUNK = 4096
 
 
@@ -31,8 +31,8 @@ class TokenizedText:
         types: segment of each token.
         scored: places of the label's tokens (encoder), or of all tokens from the label on
             (decoder).
-        fields: returns the places of each field's tokens. It is called only for a row that is too
-            long, since without offsets it tokenizes again.
+        fields: function that returns the places of each field's tokens. It is called only for a
+            row that is too long, since without offsets it tokenizes again.
     """
 
     ids: list[int]
@@ -43,7 +43,7 @@ class TokenizedText:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example as tokens, a row for each option.
+    """One example as tokens, one row per option.
 
     The score of option c is the mean over k of the log-probability of `targets[c][k]` in the logits
     at `positions[c][k]` of `input_ids[c]`. If the options share a prompt, `input_ids` has one row,
@@ -78,24 +78,24 @@ def encode_all(
 ) -> Iterator[Encoded]:
     """Tokenize examples with every label word.
 
-    Each string is tokenized once, as a whole, with the special tokens that the tokenizer adds; a
-    decoder's row has none after its end. A decoder scores every token that ends after the first
-    character of the label word: so a space in its first token counts with the word, and text after
-    the label is scored too. An encoder reads its mask token in place of the label word, which must
-    be one token. A row that is too long loses tokens one by one, from the end of the field that has
-    the most.
+    Each string is tokenized once, as a whole, with the special tokens that the tokenizer adds, but
+    without those at the end for a decoder. A decoder scores every token that ends after the start
+    of the label word, so its first token may include the space before the word, and text after the
+    label is scored too. An encoder reads its mask token in place of the label word, which must be
+    one token. If a row is too long, tokens are removed one by one from the end of whichever field
+    then has the most.
 
-    If a tokenizer has no character offsets, a decoder scores the tokens after those that the string
-    shares with the prompt alone.
+    Without character offsets, a decoder scores the tokens after the longest common prefix of the
+    whole string's tokens and the prompt's.
 
     Args:
         template: the template.
-        tokenizer: one of transformers.
+        tokenizer: a transformers tokenizer.
         examples: the examples.
         labels: the label words.
         kind: "decoder" or "encoder".
-        max_length: longest row of `input_ids`.
-        first_field_limit: most tokens of the template's first field.
+        max_length: largest number of tokens in a row of `input_ids`.
+        first_field_limit: largest number of tokens of the template's first field.
 
     Raises:
         UserError: a label word is not a single token (encoder), has no token or the same tokens as
@@ -132,7 +132,7 @@ def _truncate(
     if sum(kept) < excess:
         raise UserError(
             "task.template: with its label words is longer than task.max_length or the model "
-            f"allow (got {excess - sum(kept)} tokens too many). Shorten it, or raise the limit."
+            f"allows (got {excess - sum(kept)} tokens too many). Shorten it, or raise the limit."
         )
     for _ in range(excess):
         kept[kept.index(max(kept))] -= 1
@@ -159,7 +159,7 @@ def _join(
     tokenizer: Any,
     kind: Kind,
 ) -> Encoded:
-    """Check the options of one example, and put them together."""
+    """Check the options of one example and combine them."""
     inputs: list[Tokens] = []
     positions: list[Tokens] = []
     targets: list[Tokens] = []
@@ -168,7 +168,7 @@ def _join(
         if kind == "encoder" and len(scored) != 1:
             raise UserError(
                 "task.labels: an encoder needs words of one token (got "
-                f"{label!r}, of {len(scored)}). Choose another."
+                f"{label!r}, {len(scored)} tokens). Choose another."
             )
         if not scored:
             raise UserError(f"task.labels: a word has no token (got {label!r}). Choose another.")
@@ -194,7 +194,7 @@ def _join(
         twin = seen.setdefault(option, label)
         if twin != label:
             raise UserError(
-                f"task.labels: two words are the same tokens (got {twin!r} and {label!r}). Change "
+                f"task.labels: two words have the same tokens (got {twin!r} and {label!r}). Change "
                 "one."
             )
     types = None
@@ -209,14 +209,14 @@ def encode_prompted(
     """Tokenize prompts with each of their options, for a decoder.
 
     Each string is tokenized once, as a whole. The tokens of an option are those that end after the
-    prompt, so the space between both counts with the option. A row that is too long is cut on the
-    left, by the same number of tokens for every option of an example; special tokens at the
-    beginning stay.
+    prompt, so a token that begins with the space between them belongs to the option. A row that is
+    too long is cut on the left, by the same number of tokens for every option of an example;
+    special tokens at the beginning are kept.
 
     Args:
         examples: the examples.
-        tokenizer: one of transformers.
-        max_length: most tokens of a prompt with an option.
+        tokenizer: a transformers tokenizer.
+        max_length: largest number of tokens of a prompt with an option.
 
     Raises:
         UserError: an option has no token, or no token of the prompt is left before it.
@@ -265,9 +265,9 @@ def _encoded(
 
 
 def share_prompts(examples: Sequence[Encoded]) -> list[Encoded] | None:
-    """Keep the prompt of each example once, or return None if the options of one share no prompt.
+    """Keep the prompt of each example once, or return None if an example's options share no prompt.
 
-    A tokenizer may join the end of a prompt and the beginning of an option to one token.
+    They share none if the tokenizer joins the end of the prompt and the beginning of an option.
     """
     shared = []
     for each in examples:
@@ -285,7 +285,7 @@ def completion(each: Encoded, words: Sequence[int] | None) -> tuple[Tokens, int]
 
     Args:
         each: the example, in any form.
-        words: the label words' tokens, in the form "label_words".
+        words: the label words' tokens in the form "label_words", else None.
     """
     if words is not None:
         return (*each.input_ids[0], words[each.label]), 1
@@ -296,7 +296,7 @@ def completion(each: Encoded, words: Sequence[int] | None) -> tuple[Tokens, int]
 
 
 def read_tokens(tokenizer: Any, rendered: Sequence[Rendered], kind: Kind) -> list[TokenizedText]:
-    """Tokenize strings, and find their labels by character offsets if the tokenizer has them."""
+    """Tokenize strings and find their labels, by character offsets if the tokenizer has them."""
     read = _rows_by_offsets if getattr(tokenizer, "is_fast", False) else _rows_by_prefixes
     return read(tokenizer, rendered, kind)
 
@@ -327,7 +327,7 @@ def _rows_by_offsets(
 
 
 def _fields_by_offsets(each: Rendered, spans: Sequence[tuple[int, int]]) -> list[range]:
-    """Places of the tokens inside each field; the first may begin with a space before it."""
+    """Return places of the tokens in each field; the first may include white space before it."""
     places = []
     for start, end in each.fields:
         inside = [
@@ -342,7 +342,7 @@ def _fields_by_offsets(each: Rendered, spans: Sequence[tuple[int, int]]) -> list
 def _rows_by_prefixes(
     tokenizer: Any, rendered: Sequence[Rendered], kind: Kind
 ) -> list[TokenizedText]:
-    """Find labels by comparison with the tokens of the prompt alone."""
+    """Find labels by comparing with the tokens of the prompt alone, or with a mask in its place."""
     tokens = functools.partial(_tokens, tokenizer)
     body = functools.partial(_tokens_before_end, tokenizer)
     rows = []

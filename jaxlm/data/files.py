@@ -1,8 +1,8 @@
 """Read data files from outside: regular files only, unpacked piece by piece within limits.
 
 Reading a device or a named pipe might never end, and a few megabytes of gzip can hold gigabytes of
-zeros. A file that is read as a whole may take 1/16 of the memory, since rows of Python objects take
-up to ten times the room of their text.
+zeros. A file that is read as a whole may have at most 1/16 of the memory, since rows of
+Python objects take up to ten times the memory of their text.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from pathlib import Path
 from jaxlm.core.errors import UserError
 
 LONGEST_LINE = 2**26
-"""Most bytes of a line in a file that is read line by line; no document is as long."""
+"""Largest line in bytes of a file that is read line by line; documents are shorter."""
 
 _PIECE = 2**20
 _SHARE = 16
-_FREE, _RATIO = 2**26, 200  # unpacked bytes without a limit, and beyond that per packed byte
-_FILES = 10_000  # of a folder
+_FREE, _RATIO = 2**26, 200  # unpacked bytes always allowed; beyond them, per packed byte
+_FILES = 10_000  # most files in a folder
 _ARCHIVES = (".zip", ".bz2", ".xz", ".zst", ".lz4", ".tar", ".tgz", ".7z", ".rar")
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -34,10 +34,10 @@ _KINDS = (
 
 
 def room() -> int:
-    """Return the most bytes of a file that is read as a whole: a share of this process' memory."""
+    """Return the largest size in bytes of a file read as a whole: a share of the memory."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     limits += [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
-    with contextlib.suppress(OSError, ValueError):  # of a container; "max" if it has none
+    with contextlib.suppress(OSError, ValueError):  # limit of a container; "max" for none
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
     return min(limit for limit in limits if limit > 0) // _SHARE
 
@@ -47,11 +47,11 @@ def pieces(path: Path, where: str) -> Iterator[bytes]:
 
     Args:
         path: the file.
-        where: name of the file in messages.
+        where: name of the file in error messages.
 
     Raises:
         UserError: it is not a regular file, cannot be read, is not a whole gzip file, or unpacks to
-            far more than a text does.
+            far more than text does.
     """
     with _refusing(where), _open(path, where) as packed:
         if path.suffix != ".gz":
@@ -63,8 +63,8 @@ def pieces(path: Path, where: str) -> Iterator[bytes]:
                 size += len(piece)
                 if size > _FREE and size > _RATIO * packed.tell():
                     raise UserError(
-                        f"{where}: unpacks to more than {_RATIO} times its size, as no text does. "
-                        "Give the file without compression."
+                        f"{where}: unpacks to more than {_RATIO} times its size, as text never "
+                        "does. Give the file without compression."
                     )
                 yield piece
 
@@ -73,7 +73,7 @@ def read_bytes(path: Path, where: str) -> bytes:
     """Return the whole content of a file, see `pieces`.
 
     Raises:
-        UserError: as `pieces`; or it is larger than `room()`.
+        UserError: as in `pieces`; or it is larger than `room()`.
     """
     limit, size, parts = room(), 0, []
     for piece in pieces(path, where):
@@ -95,8 +95,8 @@ def check_folder(folder: Path, where: str) -> None:
     """Check the files of a folder before a library reads and unpacks them.
 
     Raises:
-        UserError: one is not a regular file, is an archive other than `.gz`, or as `pieces`; or
-            there are too many of them.
+        UserError: a file is not regular, is an archive other than `.gz`, or as in `pieces`; or
+            there are too many files.
     """
     for count, path in enumerate(folder.rglob("*")):
         if count == _FILES:
@@ -117,7 +117,7 @@ def lines(path: Path, where: str) -> Iterator[bytes]:
     """Yield the lines of a file of any size, without their ends.
 
     Raises:
-        UserError: as `pieces`; or a line is longer than `LONGEST_LINE`.
+        UserError: as in `pieces`; or a line is longer than `LONGEST_LINE`.
     """
     rest, number = b"", 1
     for piece in pieces(path, where):
@@ -127,7 +127,7 @@ def lines(path: Path, where: str) -> Iterator[bytes]:
         if len(rest) > LONGEST_LINE:
             raise UserError(
                 f"{where}, line {number}: longer than {LONGEST_LINE >> 20} MiB. Write one document "
-                "a line."
+                "per line."
             )
     if rest:
         yield rest
@@ -141,7 +141,7 @@ def digest(path: Path, where: str) -> str:
 
 @contextlib.contextmanager
 def _refusing(where: str) -> Iterator[None]:
-    """Re-raise errors of reading as UserError."""
+    """Re-raise read errors as UserError."""
     try:
         yield
     except (EOFError, gzip.BadGzipFile, zlib.error):
@@ -163,7 +163,7 @@ def _open(path: Path, where: str) -> io.BufferedReader:
 
 
 def _special(mode: int) -> str:
-    """Return what a path is if it is not a regular file, else an empty text."""
+    """Return what kind of special file a mode means, or an empty string for a regular file."""
     if stat.S_ISREG(mode):
         return ""
     return next((name for is_kind, name in _KINDS if is_kind(mode)), "a device")

@@ -1,8 +1,8 @@
 r"""Conversations: supervised fine-tuning on the turns of the assistant.
 
-A conversation is a list of messages {"role", "content"} of the roles system, user and assistant. A
-template makes one text of it. The tokens of the assistant's turns are in the loss, and of each turn
-the token that ends it.
+A conversation is a list of messages {"role", "content"} with the roles system, user and assistant.
+A template turns it into one text. The tokens of the assistant's turns are in the loss, including
+the token that ends each turn.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jaxlm.models.chat_template import render_chat
 
 ROLES = ("system", "user", "assistant")
 MessageTemplate = Literal["chat", "tulu", "plain"]
-_CHUNK = 1024  # conversations a call of the tokenizer
+_CHUNK = 1024  # conversations per call of the tokenizer
 
 
 class Message(NamedTuple):
@@ -45,7 +45,7 @@ class Conversation:
 
     @property
     def text(self) -> tuple[Message, ...]:
-        """All that a model reads."""
+        """Everything that a model reads."""
         return self.messages
 
     @property
@@ -63,7 +63,7 @@ class MessagesConfig(TextsConfig):
 
     Attributes:
         template: "chat" for the tokenizer's own chat template, "tulu" or "plain"; see the functions
-            of these names.
+            with these names.
     """
 
     template: MessageTemplate = "chat"
@@ -143,7 +143,7 @@ def tulu(messages: Sequence[Message], eos: str) -> Transcript:
         <|system|>\n{content}\n<|user|>\n{content}\n<|assistant|>\n{content}{eos}\n
 
     White space at the ends of each content is removed. The line break after `eos` is not in the
-    loss; in the authors' code, from which LESS took its own, it is.
+    loss; in the authors' code, which LESS copied, it is.
 
     >>> tulu([Message("user", " Hi "), Message("assistant", "Yes.")], "</s>").text
     '<|user|>\nHi\n<|assistant|>\nYes.</s>\n'
@@ -165,7 +165,7 @@ def tulu(messages: Sequence[Message], eos: str) -> Transcript:
 
 
 def plain(messages: Sequence[Message], eos: str) -> Transcript:
-    """Write the contents of a conversation one after the other, `eos` after the assistant's.
+    """Concatenate the contents of a conversation, with `eos` after each of the assistant's.
 
     >>> plain([Message("user", "2 + 2 ="), Message("assistant", " 4")], "</s>").text
     '2 + 2 = 4</s>'
@@ -181,7 +181,7 @@ def plain(messages: Sequence[Message], eos: str) -> Transcript:
 
 
 def chat(messages: Sequence[Message], tokenizer: Any) -> Transcript:
-    """Write a conversation by the tokenizer's own chat template.
+    """Write a conversation with the tokenizer's own chat template.
 
     A turn of the assistant is the text between the prompt for it and the next turn, without white
     space at its end.
@@ -196,14 +196,14 @@ def chat(messages: Sequence[Message], tokenizer: Any) -> Transcript:
     for place, (role, _) in enumerate(messages):
         if role != "assistant":
             continue
-        # A template is a program: where it writes a turn can only be found by writing the texts
-        # that end before and after it.
+        # A template is a program, so the only way to find a turn in its output is to render the
+        # conversation up to its beginning and up to its end.
         before = render_chat(tokenizer, turns[:place], add_generation_prompt=True)
         after = render_chat(tokenizer, turns[: place + 1]).rstrip()
         if not (whole.startswith(after) and after.startswith(before)):
             raise UserError(
                 f"chat template: writes message {place + 1} differently when others follow it or "
-                "when it is asked for. Give template tulu."
+                "when its prompt is written alone. Give template tulu."
             )
         spans.append((len(before), len(after)))
     return Transcript(whole, tuple(spans))
@@ -222,20 +222,20 @@ def encode_messages(
     template: MessageTemplate = "tulu",
     max_length: int | None = None,
 ) -> list[TokenRow]:
-    """Tokenize conversations, each cut on the right; the assistant's turns are in the loss.
+    """Tokenize conversations and cut long ones on the right; the assistant's turns are in the loss.
 
     A row has no token in the loss if all of them were cut, or if the assistant says nothing. Skip
     such a row, since its mean loss is undefined.
 
     Args:
         conversations: the conversations.
-        tokenizer: a fast one of transformers, which has character offsets.
-        template: see `MessagesConfig`. To "tulu" and "plain" the special tokens are added that the
-            tokenizer puts before a text; a chat template writes its own.
-        max_length: most tokens of a row.
+        tokenizer: a fast transformers tokenizer, which has character offsets.
+        template: see `MessagesConfig`. "tulu" and "plain" get the special tokens that the tokenizer
+            puts before a text; a chat template writes its own.
+        max_length: largest number of tokens in a row.
 
     Raises:
-        UserError: the tokenizer has no offsets or no token that ends a turn, or as `chat`.
+        UserError: the tokenizer has no offsets or no token that ends a turn, or as in `chat`.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
@@ -286,7 +286,7 @@ def _cut(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     ids, added = encoding.ids, encoding.special_tokens_mask
     end = len(ids)
-    while end and added[end - 1]:  # the text has an end of its own
+    while end and added[end - 1]:  # drop an eos that the tokenizer adds: the text has its own end
         end -= 1
     end = end if max_length is None else min(end, max_length)
     scored = [

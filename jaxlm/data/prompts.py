@@ -19,9 +19,9 @@ class Prompted:
 
     Attributes:
         prompt: text before the option, without spaces at its ends.
-        options: what may follow the prompt, with the space between both.
+        options: what may follow the prompt, including the space between them.
         gold: the right options; the first of them is trained on.
-        answers: right texts, if a text is to be generated.
+        answers: right texts, if a text is generated.
         id: source and number of the example's row.
     """
 
@@ -70,8 +70,8 @@ def with_demonstrations(task: Task, k: int, *, seed: int | None = None) -> Task:
     Args:
         task: the task, with all the training examples that may be drawn.
         k: number of demonstrations before a test example.
-        seed: seed of one draw for all test examples. With None each has a draw of its own, whose
-            seed comes from `RandomState(0)`, as in MeZO's code.
+        seed: seed of one draw for all test examples. With None, each test example has its own draw,
+            whose seed comes from `RandomState(0)`, as in MeZO's code.
 
     Returns:
         The task with these test examples, and no others.
@@ -82,13 +82,13 @@ def with_demonstrations(task: Task, k: int, *, seed: int | None = None) -> Task:
     if not 1 <= k <= len(task.train):
         raise UserError(
             f"icl: task.train has {len(task.train)} examples to draw demonstrations from (got "
-            f"{k}). Give a number from 1 to that."
+            f"{k}). Give a number between 1 and that."
         )
     count = len(task.test)
     each = np.random.RandomState(0).randint(0, 10000, count).tolist()
     seeds = each if seed is None else [seed] * count
 
-    # Rendered at most once: with 1,000 test examples the same demonstrations return many times.
+    # Cached: with 1,000 test examples, the same demonstrations are drawn many times.
     @functools.cache
     def solved(place: int) -> str:
         return prompted(task, task.train[place]).completed.strip()

@@ -20,11 +20,11 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ParsedRow:
-    """What a row says.
+    """A row as a reader returns it.
 
     Attributes:
         fields: text of the template's fields.
-        gold: the right options, as indices into `options` or, without these, into the task's label
+        gold: the right options, as indices into `options` or, if it is empty, into the task's label
             words; the first of them is trained on.
         options: the row's own options.
         answers: right texts, if the task's output is text.
@@ -43,9 +43,9 @@ _code_allowed = contextvars.ContextVar("code_allowed", default=False)
 
 @contextlib.contextmanager
 def code_allowed() -> Iterator[None]:
-    """Let every `task.read` within the block name any function: `--allow-code` of a command.
+    """Let every `task.read` within the block name any function, as `--allow-code` does.
 
-    A context, so that the consent comes from the caller alone and not through configurations.
+    This is a context manager so that only the caller can consent, never a configuration.
     """
     token = _code_allowed.set(True)
     try:
@@ -59,7 +59,7 @@ def find_reader(name: str, *, allow_code: bool = False) -> Reader:
 
     Args:
         name: `package.module:function`.
-        allow_code: whether it may be outside this module; `code_allowed` says so, too.
+        allow_code: whether it may be outside this module; within `code_allowed`, it always may.
 
     Raises:
         UserError: there is no such function, or it is not allowed.
@@ -83,7 +83,7 @@ def find_reader(name: str, *, allow_code: bool = False) -> Reader:
 
 
 def written(fields: Mapping[str, str], answers: Any) -> ParsedRow:
-    """Return a row whose output is text; its first answer and the line break are trained on."""
+    """Return a row whose output is text; its first answer and a line break are trained on."""
     if not isinstance(answers, list | tuple):
         raise TypeError
     return ParsedRow(fields, (0,), (f"{answers[0]}\n",), tuple(answers))
@@ -112,7 +112,7 @@ def wsc(row: Values) -> ParsedRow:
 
 
 def copa(row: Values) -> ParsedRow:
-    """COPA: join premise and choice to one sentence, by "so" or "because"."""
+    """COPA: join premise and choice into one sentence with "so" or "because"."""
     connective = ("so", "because")[("effect", "cause").index(row["question"])]
     fields = {"premise": row["premise"].rstrip().removesuffix("."), "connective": connective}
     choices = tuple(_continued(row[name]) for name in ("choice1", "choice2"))
@@ -137,12 +137,12 @@ def record(row: Values) -> ParsedRow:
 
 
 def squad(row: Values) -> ParsedRow:
-    """SQuAD: all its answers are right."""
+    """SQuAD: every listed answer is right."""
     fields = {"title": row["title"], "context": row["context"]}
     return written({**fields, "question": row["question"].strip()}, row["answers"]["text"])
 
 
 def drop(row: Values) -> ParsedRow:
-    """DROP: all its answers are right."""
+    """DROP: every listed answer is right."""
     fields = {"passage": row["passage"], "question": row["question"].strip()}
     return written(fields, row["answers_spans"]["spans"])

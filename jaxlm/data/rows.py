@@ -1,4 +1,4 @@
-"""Token rows with a loss mask, and their padded batches in few shapes.
+"""Token rows with a loss mask, and their padded batches of few shapes.
 
 A row is a text with some of its tokens in the loss: a prompt with its answer, a conversation, or a
 piece of a document. Shapes: B rows of a batch, T their length, K tokens in the loss.
@@ -19,9 +19,9 @@ SplitName = Literal["train", "validation", "test"]
 RowForm = Literal["weights", "targets"]
 
 MULTIPLE = 8
-"""Of lengths: odd ones are slow, and every length costs a compilation."""
+"""Divisor of padded lengths: odd lengths are slow, and every length costs a compilation."""
 
-# A bucket per quantile of the lengths. Four shapes keep compilations few, while half of the rows
+# One bucket per quantile of the lengths. Four shapes keep compilations few, and half of the rows
 # are padded to no more than the median length.
 _QUANTILES = (0.5, 0.8, 0.95, 1.0)
 
@@ -32,11 +32,11 @@ def round_up(count: int) -> int:
 
 
 def length_buckets(lengths: Sequence[int], limit: int | None = None) -> tuple[int, ...]:
-    """Return few lengths to pad rows to, increasing: quantiles of their lengths, rounded up.
+    """Return a few increasing lengths to pad rows to: quantiles of their lengths, rounded up.
 
     Args:
         lengths: lengths of the rows, at least one.
-        limit: most tokens of a row, which no bucket exceeds.
+        limit: largest number of tokens in a row, which no bucket exceeds.
 
     >>> length_buckets([3, 5, 9, 30], limit=29)
     (16, 29)
@@ -59,7 +59,7 @@ def epoch_places(start: int, count: int, size: int, *, seed: int) -> list[int]:
 
     Row p of the stream is entry p mod `size` of a permutation keyed by (seed, p div `size`), so
     every epoch has each row once. The stream is a pure function of the arguments: a run that
-    resumes at any step sees the rows that it would have seen.
+    resumes at any step sees the same rows as one that was never interrupted.
 
     >>> sorted(epoch_places(3, 3, 3, seed=0))
     [0, 1, 2]
@@ -83,20 +83,20 @@ def stack_steps(
 ) -> Batch:
     """Return the training batches of `count` steps from `first` on, under each of several seeds.
 
-    A batch may hold the end of one epoch and the start of the next; one larger than the data
-    repeats rows. The rows of all steps are collated together, so that all batches have one length.
+    A batch may hold the end of one epoch and the start of the next; a batch larger than the data
+    repeats rows. The rows of all steps are collated together, so all batches have the same length.
 
     Args:
-        collate: makes one batch of the rows at some places.
+        collate: function that makes one batch of the rows at some places.
         size: number of rows.
-        first, count: which steps.
+        first, count: the first step and the number of steps.
         batch_size: rows in a batch.
-        seeds: of `epoch_places`.
+        seeds: seeds for `epoch_places`.
 
     Returns:
         Leaves [count, seeds, B, ...].
     """
-    # Drawn on the host as places, a few bytes a row, and collated once for all steps and seeds.
+    # Draw places, a few bytes per row, on the host, and collate once for all steps and seeds.
     drawn = [
         epoch_places(first * batch_size, count * batch_size, size, seed=seed) for seed in seeds
     ]
@@ -106,9 +106,9 @@ def stack_steps(
 
 
 def eval_places(lengths: Sequence[int], batch_size: int) -> Iterator[np.ndarray]:
-    """Yield the places of all rows once, longest first, in batches of one size; -1 fills the last.
+    """Yield each row's place once, longest first, in batches of one size; -1 fills the last batch.
 
-    Rows of a batch then have similar lengths, and little of it is padding.
+    The rows of a batch have similar lengths, so little of it is padding.
     """
     order = np.argsort(-np.asarray(lengths, int), kind="stable")
     for start in range(0, len(order), batch_size):
@@ -126,7 +126,7 @@ class TokenRow:
         id: name of the row, unique in its split.
         ids: tokens with special tokens.
         loss_positions: increasing places of the tokens in the loss. Place 0 is never one of them,
-            since nothing predicts it. A row without any has no loss.
+            since nothing predicts it. A row without such places has no loss.
         subtask: group of the row; empty for none.
     """
 
@@ -138,7 +138,7 @@ class TokenRow:
 
 def digest(rows: Sequence[TokenRow]) -> str:
     """Return SHA-256 of the ids of rows, their tokens, and which of those are in the loss."""
-    # The text of tuples, not of this class: digests on disk outlive the names of its fields.
+    # Tuples, not the class: renaming one of its fields must not change the digests on disk.
     found = hashlib.sha256()
     for row in rows:
         found.update(repr((row.id, row.ids, row.loss_positions)).encode())
@@ -151,15 +151,15 @@ class PaddedRows:
 
     A batch has `input_ids` and `attention_mask` int32 [B, T], and
 
-    - in the form "weights": `weights` float32 [B, T], 1 for a token in the loss. That is a batch of
-      `jaxlm.train.losses.lm_objective`.
+    - in the form "weights": `weights` float32 [B, T], 1 for a token in the loss, as
+      `jaxlm.train.losses.lm_objective` takes them.
     - in the form "targets": `targets` int32 [B, K], the tokens in the loss, `positions` int32
       [B, K] of the states that predict them, and `target_mask` float32 [B, K]. A model then needs
       logits at these positions only.
 
     Attributes:
         rows: the rows.
-        pad_id: token of the padding.
+        pad_id: id of the padding token.
         form: form of the batches.
         buckets: lengths to pad to, increasing; None for `length_buckets` of the rows.
     """
@@ -179,13 +179,13 @@ class PaddedRows:
 
     @functools.cached_property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(T, K) of each bucket, T increasing; K is a power of 2 and depends on the bucket only."""
+        """(T, K) of each bucket, T increasing; K is a power of 2 and depends on T alone."""
         buckets = self.buckets or (length_buckets(self.lengths) if self.rows else ())
         counts = np.array([len(row.loss_positions) for row in self.rows], int)
         bucket = np.searchsorted(buckets, self.lengths)
         most = [counts[bucket == i].max(initial=1) for i in range(len(buckets))]
-        # K never shrinks as T grows, so that a batch in the shape of its longest row has room for
-        # the tokens in the loss of all its rows.
+        # K never shrinks as T grows, so that the shape of a batch's longest row has room for the
+        # loss tokens of its shorter rows.
         widths = [1 << max(0, int(k) - 1).bit_length() for k in np.maximum.accumulate(most)]
         return tuple(zip(map(int, buckets), widths, strict=True))
 
@@ -194,7 +194,7 @@ class PaddedRows:
         return np.searchsorted([length for length, _ in self.shapes], self.lengths)
 
     def batch(self, places: Sequence[int]) -> Batch:
-        """Return the batch of the rows at some places, in the shape of the longest."""
+        """Return the batch of the rows at some places, in the shape of the longest row."""
         length, width = self.shapes[int(self._bucket[list(places)].max())]
         rows = [self.rows[place] for place in places]
         batch = {
@@ -231,14 +231,14 @@ class PaddedRows:
         return {key: x[:, 0] for key, x in streams.items()}
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yield batches of every row once, see `eval_places`.
+        """Yield batches that hold every row once, see `eval_places`.
 
-        They have the key "index" too, int32 [B]: the place of the row, or -1 for the rows that fill
-        the last batch, which have no token in the loss.
+        They also have the key "index", int32 [B]: the place of the row, or -1 for the rows that
+        fill the last batch, which have no token in the loss.
         """
         mask = "weights" if self.form == "weights" else "target_mask"
         for index in eval_places(self.lengths, batch_size):
-            # Filling rows repeat a real one: a row of padding has nothing to attend to.
+            # Filler rows repeat a real row: a row of padding alone has nothing to attend to.
             batch = self.batch([int(index[0]) if place < 0 else int(place) for place in index])
             batch[mask][index < 0] = 0
             yield {**batch, "index": index}
@@ -246,12 +246,12 @@ class PaddedRows:
     def blocks(
         self, size: int, start: int = 0, part: tuple[int, int] = (0, 1)
     ) -> Iterator[list[int]]:
-        """Yield blocks of at most `size` places of one shape; the places are sorted by shape.
+        """Yield blocks of at most `size` places whose rows share a shape, sorted by shape.
 
         Args:
-            size: most places in a block.
+            size: largest number of places in a block.
             start: number of places to skip.
-            part: (p, P) for every P-th place, from the p-th on: the share of process p.
+            part: (p, P) for every P-th place from the p-th on, the share of process p of P.
         """
         # A stable sort: a store that resumes after `start` rows relies on their order.
         order = np.argsort(self._bucket, kind="stable")[part[0] :: part[1]].tolist()
@@ -269,15 +269,15 @@ class PaddedRows:
 class EncodedRows:
     """The token rows of a data form's splits, and their batches.
 
-    `sizes`, `digests`, `streams` and `eval_batches` are those of `EncodedTask`, too: a trainer that
-    uses no more runs on every data form.
+    `EncodedTask` has the same `sizes`, `digests`, `streams` and `eval_batches`, so a trainer that
+    uses only these runs on every data form.
 
     Attributes:
         train, validation, test: rows with a token in the loss; a split that does not exist is
             empty.
         buckets: lengths that batches are padded to, increasing.
-        dropped: by split, the ids of rows that truncation left without a token in the loss.
-        key: section of the data form, for messages.
+        dropped: by split, the ids of rows without a token in the loss, which were left out.
+        key: section of the data form, for error messages.
     """
 
     train: PaddedRows
@@ -301,15 +301,15 @@ class EncodedRows:
 
         Args:
             splits: rows of "train", "validation" and "test".
-            pad_id: token of the padding.
-            limit: most tokens of a row.
+            pad_id: id of the padding token.
+            limit: largest number of tokens in a row.
             form: form of the batches.
-            key: section of the data form, for messages.
+            key: section of the data form, for error messages.
 
         Raises:
             UserError: a split has rows, but none with a token in the loss.
         """
-        # The mean loss of a batch of such rows alone would be 0 / 0.
+        # The mean loss of a batch of rows without loss tokens would be 0 / 0.
         kept = {name: [row for row in rows if row.loss_positions] for name, rows in splits.items()}
         for name, rows in splits.items():
             if rows and not kept[name]:
@@ -348,17 +348,17 @@ class EncodedRows:
         return self.train.streams(first, count, batch_size=batch_size, seeds=seeds)
 
     def eval_batches(self, split: SplitName, *, batch_size: int) -> Iterator[Batch]:
-        """Yield batches of every row of a split once, see `PaddedRows.eval_batches`."""
+        """Yield batches that hold every row of a split once, see `PaddedRows.eval_batches`."""
         rows: PaddedRows = getattr(self, split)
         return rows.eval_batches(batch_size)
 
 
 def check_vocabulary(largest: int, vocab_size: int | None) -> None:
-    """Raise UserError if the largest token is none of the model's."""
+    """Raise UserError if the largest token id is outside the model's vocabulary."""
     if vocab_size is not None and largest >= vocab_size:
         raise UserError(
-            f"tokenizer: makes tokens beyond the {vocab_size} of the model (got {largest}). Take "
-            "that of the model."
+            f"tokenizer: has tokens beyond the {vocab_size} of the model (got {largest}). Take the "
+            "model's own tokenizer."
         )
 
 

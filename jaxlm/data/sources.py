@@ -17,7 +17,7 @@ from jaxlm.data.files import check_folder, read_bytes, room, too_large
 SPLITS = ("train", "validation", "test")
 SHIPPED = Path(__file__).parent.parent / "assets" / "tasks"
 _PREFIX = "jaxlm:"
-_ROWS = 1024  # of a Parquet file that are unpacked at once
+_ROWS = 1024  # rows of a Parquet file that are unpacked at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Record:
         source: the source as the user named it.
         number: line of the file or row of the table, from 1.
         unit: "line" or "row".
-        class_names: names of the classes, for fields that hold the index of a class, if the source
-            has such names.
+        class_names: by field, the names of the classes whose index it holds, if the source has such
+            names.
     """
 
     values: Mapping[str, Any]
@@ -49,18 +49,18 @@ def read_rows(
 ) -> list[Record]:
     """Read every row of a file, or of a split of a data set.
 
-    A file is looked for in `base_dir`, then in the working directory. Its ending tells its format:
-    .jsonl, .json (an array or lines), .csv, .tsv or .parquet; text formats may be packed, as .gz.
+    A file is looked for in `base_dir`, then in the working directory. Its ending gives its format:
+    .jsonl, .json (an array or lines), .csv, .tsv or .parquet; text files may be compressed (.gz).
     `jaxlm:` stands for the folder of the shipped tasks. Every other name is a data set: a folder of
-    files or of `Dataset.save_to_disk`, or `name`, `name/config` or `namespace/name/config` of the
-    hub. The split is `key`, or the one after a colon: `nyu-mll/glue/sst2:validation`. Code of a
+    files or of `Dataset.save_to_disk`, or `name`, `name/config` or `namespace/name/config` on the
+    hub. The split is `key`, or the one after a colon: `nyu-mll/glue/sst2:validation`. The code of a
     data set never runs.
 
     Args:
         source: the file or data set.
         key: "train", "validation" or "test".
-        section: section of the configuration, for messages.
-        base_dir: folder where relative paths start, that of the YAML file.
+        section: section of the configuration, for error messages.
+        base_dir: folder where relative paths start, usually that of the YAML file.
 
     Raises:
         UserError: the source is missing, empty, too large or damaged.
@@ -98,8 +98,7 @@ def _find(source: str, key: str, base_dir: Path | None) -> Path | None:
         return next((candidate for candidate in candidates if candidate.exists()), None)
     except OSError as error:
         raise UserError(
-            f"{key}: cannot be looked for, {error.strerror} (got {show(source)}). Give another "
-            "path."
+            f"{key}: cannot be looked up, {error.strerror} (got {show(source)}). Give another path."
         ) from None
 
 
@@ -172,7 +171,7 @@ def _read_parquet(source: str, data: bytes) -> Iterator[Record]:
 
 
 def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
-    """Return the names of classes that `datasets` writes into its Parquet files."""
+    """Return the class names by field, which `datasets` writes into its Parquet files."""
     try:
         features = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return {
@@ -204,7 +203,7 @@ def _read_dataset(source: str, key: str, base_dir: Path | None) -> list[Record]:
             return _rows(_hub().load_dataset(path, config, split=split), source, where)
         except UserError:
             raise
-        except Exception as error:  # anything: the library reads files from outside
+        except Exception as error:  # the library may raise anything for files from outside
             failure = failure or error
     reason = next(iter(str(failure).splitlines()), "") or type(failure).__name__
     raise UserError(
@@ -255,7 +254,7 @@ def _read_folder(
         if given and given != state.get("_split"):
             raise UserError(
                 f"{where}: holds one split, {state.get('_split')!r} (got {given!r}). Leave out "
-                "what stands after the colon."
+                "the colon and the name after it."
             )
         return _rows(_hub().Dataset.load_from_disk(str(path)), source, where)
     builder = _hub().load_dataset_builder(str(path), config)
@@ -264,8 +263,8 @@ def _read_folder(
         # The README of a folder from outside may name files elsewhere on this machine.
         if not os.path.normpath(file).startswith(os.path.abspath(path) + os.sep):
             raise UserError(
-                f"{where}: names a file outside its folder (got {show(file)}). Use files that lie "
-                "beside it."
+                f"{where}: names a file outside its folder (got {show(file)}). Use files in "
+                "the folder."
             )
     delimiter = getattr(builder.config, "sep", "")
     if delimiter not in (",", "\t") or split not in files:
@@ -281,7 +280,7 @@ def _read_folder(
 def _dataset_names(
     name: str, key: str, base_dir: Path | None
 ) -> Iterator[tuple[str | Path, str | None]]:
-    """Yield the readings of `a/b/c` as (path, config): a folder first, then names of the hub."""
+    """Yield what `a/b/c` may mean as (path, config): a folder, or else names on the hub."""
     head, _, tail = name.rpartition("/")
     if folder := _find(name, key, base_dir):
         yield folder, None

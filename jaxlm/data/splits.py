@@ -1,4 +1,4 @@
-"""The splits of a data form: where they are, and which examples are drawn by a seed."""
+"""The splits of a data form: where they are, and which examples a seed draws."""
 
 import functools
 import hashlib
@@ -33,7 +33,7 @@ def draw_per_class(
         labels: class of each example.
         k: examples per class.
         seed: seed of the draw.
-        names: the label words, for messages; one for each class.
+        names: the label words, one per class; used in error messages too.
         skip: how many places of the permutation to skip.
 
     Returns:
@@ -55,7 +55,7 @@ def draw_per_class(
                 f"task.k: asks for {asked} of every class (got {len(members)} of {name!r} in "
                 "task.train). Lower it or give more examples."
             )
-        # Keyed by the class, so that the draw of one class does not depend on the others.
+        # Keyed by the class, so that the draw of one class does not depend on the other classes.
         generator = np.random.Generator(np.random.PCG64([seed, label]))
         chosen += generator.permutation(members)[skip : skip + k].tolist()
     return sorted(chosen)
@@ -80,7 +80,7 @@ def draw_split(
         num_train: examples to train on; None for all that are not held out.
         num_validation: examples to hold out.
         seed: seed of the draw.
-        section: section of the configuration, for messages.
+        section: section of the configuration, for error messages.
 
     Returns:
         Indices of the training and of the held-out examples, in the order of the permutation.
@@ -91,7 +91,7 @@ def draw_split(
     >>> draw_split(8, 3, 2, seed=0)
     ([6, 2, 1], [7, 3])
     """
-    # The legacy generator, because it is the one of MeZO's code.
+    # The legacy generator, because MeZO's code uses it.
     places = np.random.RandomState(seed).permutation(count).tolist()
     taken = places[: None if num_train is None else num_train + num_validation]
     if num_validation >= len(taken):
@@ -104,20 +104,20 @@ def draw_split(
 
 
 class Splits:
-    """Splits whose examples have a `text`, all that a model reads, and a `content`, everything."""
+    """Splits of examples with a `text`, all that a model reads, and a `content`, all but the id."""
 
     train: tuple[Any, ...]
 
     def repeated(self, split: str = "test") -> int:
-        """Count the examples of a split that have the text of a training example.
+        """Count the examples of a split whose text is also that of a training example.
 
-        Whatever their labels, a result on them does not say how well a model generalizes.
+        Whatever their labels, a result on them does not show how well a model generalizes.
         """
         trained = {example.text for example in self.train}
         return sum(example.text in trained for example in getattr(self, split))
 
     def digests(self) -> dict[str, str]:
-        """Return SHA-256 of the examples of each split that exists, not of where they came from."""
+        """Return SHA-256 of the examples of each non-empty split, whatever their source."""
         digests = {}
         for split in SPLITS:
             if examples := getattr(self, split):
@@ -132,14 +132,14 @@ class SplitsConfig:
 
     Attributes:
         train: file or data set with the training examples, see `read_rows`; None for none.
-        validation: the same; or "hold_out" for examples of `train` that are not trained on,
-            `num_validation` of them, or else up to `num_train`.
+        validation: the same; or "hold_out" to hold out examples of `train`: `num_validation` of
+            them or, without it, up to `num_train`.
         test: the same as `train`.
-        num_train: examples to train on, drawn; None for all.
-        num_validation: examples to hold out beside `num_train`.
-        num_test: examples to test on, drawn; None for all.
+        num_train: number of examples to draw for training; None for all.
+        num_validation: number of examples to hold out in addition to `num_train`.
+        num_test: number of examples to draw for testing; None for all.
         test_seed: seed of the draw of `num_test` examples; the run's seed does not change it.
-        max_length: tokens to which an example is cut; None for as many as the model takes.
+        max_length: number of tokens that examples are cut to; None for the limit of the model.
     """
 
     train: str | None = None
@@ -194,7 +194,7 @@ class SplitsConfig:
         }
 
     def draw(self, examples: Mapping[str, Sequence[Any]], *, seed: int) -> dict[str, Sequence[Any]]:
-        """Draw the examples of every split, and those that are held out."""
+        """Draw the examples of every split, held-out ones included."""
         checks.seeds(SimpleNamespace(seed=seed), "seed")
         drawn = dict(examples)
         train, test = examples["train"], examples["test"]
@@ -209,7 +209,7 @@ class SplitsConfig:
         return drawn
 
     def draw_train(self, train: Sequence[Any], *, seed: int) -> tuple[list[int], list[int]]:
-        """Draw the places of the examples to train on, and of those to hold out."""
+        """Draw the places of the examples to train on and of those to hold out."""
         held_out, count = self.validation == HOLD_OUT, 0
         if held_out and self.num_validation is not None:
             count = self.num_validation
@@ -268,7 +268,7 @@ class Texts(Splits):
 
         Args:
             lm: a `jaxlm.models.LanguageModel` with a tokenizer.
-            max_length: most tokens of a row, beside the limits of the model and the configuration.
+            max_length: another limit on the tokens of a row; the smallest of all limits applies.
 
         Raises:
             UserError: the model is not a decoder, its tokenizer does not fit, or no row of a split

@@ -32,16 +32,15 @@ class TaskConfig(SplitsConfig):
         name: name of the task.
         template: see `Template`.
         labels: the label words, in the order of the classes.
-        options: "shared" for the label words; "per_example" if every row has options of its own, a
+        options: "shared" for the label words; "per_example" if every row has its own options, a
             list of texts in the field `options`.
         output: "choice" of an option, or "text" to generate.
-        metric: "accuracy" of a choice, or "f1" of a text; None for the one of the output.
+        metric: "accuracy" of a choice, or "f1" of a text; None for the one that fits the output.
         objective: loss to train on: "classification", the choice of an option, or "completion", the
-            tokens of the right option. None for the first, and for the second if the output is
-            text.
+            tokens of the right option. None for the first, or for the second if the output is text.
         label_field: field that holds the class: its index, its label word, or its name in
-            `classes`. With options per example, the index or the text of the right one; if the
-            output is text, the right text or a list of them.
+            `classes`. With per-example options, it holds the index or the text of the right option;
+            if the output is text, the right answer or a list of right answers.
         classes: names of the classes in the data, in the order of `labels`.
         missing_label: label that marks rows without one, which are skipped; None for no such label.
         threshold: smallest score of the second class, if labels are scores.
@@ -50,9 +49,9 @@ class TaskConfig(SplitsConfig):
             `jaxlm.data.readers`.
         calibration: template of the prompt without the example, for domain calibration; None for
             the text between the label word and the nearest fields.
-        k: examples of every class to train on, and to hold out; None for all.
-        max_new_tokens: most tokens of a generated text; None for 50.
-        first_field_limit: tokens to which the template's first field is cut; None for no limit.
+        k: number of examples per class to train on, and to hold out; None for all.
+        max_new_tokens: largest number of tokens of a generated text; None for 50.
+        first_field_limit: number of tokens that the first field is cut to; None for no limit.
         truncation: how a long example is cut: "fields", at the ends of the longest fields, or
             "left", at the beginning of the text, which then starts without white space.
 
@@ -113,7 +112,7 @@ class TaskConfig(SplitsConfig):
             )
 
     def _fill(self, name: str, choices: tuple[str, ...]) -> None:
-        """Take the first choice if none is given."""
+        """Set a field that is None to the first choice, and check it."""
         if getattr(self, name) is None:
             object.__setattr__(self, name, choices[0])
         checks.one_of(f"task.{name}", getattr(self, name), choices)
@@ -130,7 +129,7 @@ class TaskConfig(SplitsConfig):
 
     @property
     def answer_length(self) -> int:
-        """Most tokens of a generated text; a prompt leaves room for them."""
+        """Largest number of tokens of a generated text; a prompt leaves room for them."""
         return 50 if self.max_new_tokens is None else self.max_new_tokens
 
     @property
@@ -139,9 +138,9 @@ class TaskConfig(SplitsConfig):
         return tuple(map(str, self.classes or self.labels))
 
     def classes_of(self, names: Sequence[str]) -> list[int | None]:
-        """Return the class of each name, whatever its case, or None for an unknown name.
+        """Return the class of each name, ignoring case, or None for an unknown name.
 
-        Data and models have names for their classes, in an order of their own.
+        Data sets and models name their classes, but may have them in another order.
         """
         words = self.class_names
         folded = [word.casefold() for word in words]
@@ -153,12 +152,12 @@ class TaskConfig(SplitsConfig):
         return places
 
     def columns_of(self, names: Sequence[str]) -> list[int]:
-        """Return the output of a classifier for each class, by the names of the outputs.
+        """Return, for each class, the index of the classifier's output with that name.
 
-        If no name is that of a class, the names say nothing, and the order stays as it is.
+        If no output has the name of a class, outputs and classes have the same order.
 
         Raises:
-            UserError: some names are those of classes, but not all, or there are others.
+            UserError: some names match, but outputs and classes do not match one to one.
         """
         places = self.classes_of(names)
         count = len(self.labels)
@@ -226,7 +225,7 @@ class TaskConfig(SplitsConfig):
         return missing is None or record.values.get(self.label_field) != missing
 
     def draw_train(self, train: Sequence[Any], *, seed: int) -> tuple[list[int], list[int]]:
-        """Draw the places of the examples to train on, and of those to hold out."""
+        """Draw the places of the examples to train on and of those to hold out."""
         if self.k is None:
             return super().draw_train(train, seed=seed)
         labels = [example.label for example in train]
@@ -258,7 +257,7 @@ class Example:
 
     @property
     def text(self) -> tuple[Any, ...]:
-        """All that a model reads, without what is right."""
+        """Everything that a model reads, without the right answers."""
         return (self.context, self.options, tuple(sorted(self.fields.items())))
 
     @property
@@ -279,7 +278,7 @@ class Task(Splits):
 
     def encode(self, lm: Any, *, max_length: int | None = None) -> "EncodedTask":
         """Tokenize the examples for a model, see `jaxlm.data.prepare_for`."""
-        from jaxlm.data.batching import prepare_for  # imports this module
+        from jaxlm.data.batching import prepare_for  # a cycle: batching imports this module
 
         return prepare_for(lm, self, max_length=max_length)
 
@@ -291,7 +290,7 @@ def load_task(
     base_dir: str | Path | None = None,
     allow_code: bool = False,
 ) -> Task:
-    """`TaskConfig.load` as a function."""
+    """Return `config.load(...)`, see `TaskConfig.load`."""
     return config.load(seed=seed, base_dir=base_dir, allow_code=allow_code)
 
 
@@ -301,7 +300,7 @@ def shipped_names() -> list[str]:
 
 
 def task_names() -> list[str]:
-    """Return the names of all tasks of the package; a name stands for all keys of a task.
+    """Return the names of all tasks of the package, each of which stands for all keys of a task.
 
     >>> [name for name in task_names() if name.endswith("rte")]
     ['opt/rte', 'roberta/rte']
@@ -345,11 +344,11 @@ def task_config(values: Mapping[str, Any]) -> TaskConfig:
             meant = [known for known in task_names() if known.endswith(f"/{name}")]
             hint = f" Did you mean {' or '.join(meant)}?" if meant else ""
             raise UserError(
-                f"task.{key}: missing, and task.name is not that of a task that is known (got "
+                f"task.{key}: missing, and task.name is not the name of a known task (got "
                 f"{checks.show(name)}). Give it, or the name of a shipped task "
                 f"({', '.join(shipped_names())}).{hint}"
             )
-    if merged.get("labels") is None:  # null is how a configuration leaves out a key
+    if merged.get("labels") is None:  # a configuration removes a key by null
         merged["labels"] = ()
     for key, value in merged.items():
         merged[key] = tuple(value) if isinstance(value, list) else value
@@ -397,7 +396,7 @@ def _example(row: Record, template: Template, config: TaskConfig, read: Reader |
     if not right:
         raise _not_a_row(row, config)
     first = next(iter(template.before), "")
-    # MeZO's code strips its prompts, and a text that is cut on the left has no white space there.
+    # MeZO's code strips its prompts, so a text that is cut on the left begins without white space.
     if config.truncation == "left" and isinstance(first, Field):
         texts[first.name] = texts[first.name].lstrip()
     gold = parsed.gold if len(parsed.gold) > 1 else ()
@@ -415,7 +414,7 @@ def _by_reader(row: Record, config: TaskConfig, read: Reader) -> ParsedRow:
 
 
 def _renumbered(row: Record, config: TaskConfig) -> Mapping[str, Any]:
-    """Return the values of a row, its class numbered as the task does if the data name classes."""
+    """Return the values of a row, with the task's index of its class if the data name classes."""
     field, classes = config.label_field, config.class_names
     names, label = row.class_names.get(field, ()), row.values.get(field, -1)
     if set(names) != set(classes) or label not in range(len(names)):
@@ -494,9 +493,9 @@ def _text(row: Record, name: str) -> str:
 def _label(row: Record, config: TaskConfig) -> int:
     """Return the class of a row.
 
-    `classes` decide first. Then, for an index, the names of classes in the data, if one of them is
-    one of `classes` or a label word, whatever its case. Then label words and indices, which must
-    agree.
+    `classes` come first. Then, for an index, come the data's own class names, if the task has
+    `classes` or one of those names is a label word, ignoring case. Last come label words and
+    indices, which must agree.
     """
     value = _value(row, config.label_field, "label_field")
     shown = checks.show(value)

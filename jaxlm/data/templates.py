@@ -1,4 +1,4 @@
-"""Templates, which make one string of an example's fields and a label word.
+"""Templates, which combine an example's fields and a label word into one string.
 
 There are two syntaxes. In braces, `"{text} It was {label}"`: `{label}` (or `{mask}`) is the place
 of the label word, every other brace names a field, and `{{` and `}}` are literal braces. In
@@ -34,7 +34,7 @@ class Field:
     Attributes:
         name: the field's name in the data.
         first_letter: "keep", "lower" or "upper".
-        drop_last: leave out the last character (a full stop, as a rule).
+        drop_last: leave out the last character, usually a full stop.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Template:
         The fields of an LM-BFF template are named *sent_0*, *sent_1*, ... until `with_names`.
 
         Raises:
-            UserError: the template is malformed, or has no place of the label or several.
+            UserError: the template is malformed, or has no place for the label or several.
         """
         lm_bff = _KEYWORD.search(text) is not None
         parts = _parse_stars(text) if lm_bff else _parse_braces(text)
@@ -118,7 +118,7 @@ class Template:
             )
         if len(places) > 1:
             raise UserError(
-                f"task.template: has several places of the label (got {show(text)}). Keep one."
+                f"task.template: has several places for the label (got {show(text)}). Keep one."
             )
         before = tuple(part for part in parts[: places[0]] if part)
         after = tuple(part for part in parts[places[0] + 1 :] if part)

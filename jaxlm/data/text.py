@@ -11,7 +11,7 @@ from jaxlm.data.rows import TokenRow
 from jaxlm.data.sources import Record
 from jaxlm.data.splits import TextsConfig
 
-_CHUNK = 256  # documents a call of the tokenizer
+_CHUNK = 256  # documents per call of the tokenizer
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,8 @@ class TextConfig(TextsConfig):
     key: ClassVar[str] = "text"
     CHECKS: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {
         **TextsConfig.CHECKS,
-        "max_length": functools.partial(
-            checks.integer, least=2
-        ),  # a token, and what begins a piece
+        # A piece begins with a special token, which alone would leave nothing to predict.
+        "max_length": functools.partial(checks.integer, least=2),
         "field": checks.text,
     }
 
@@ -74,15 +73,15 @@ def encode_documents(
 
     A document ends with the tokenizer's `eos_token`, if there is one, so that a model learns where
     to stop. Every piece begins with the `bos_token`, or else the `eos_token`, which is not in the
-    loss: so every token of a document is predicted exactly once.
+    loss, so every token of a document is predicted exactly once.
 
     Args:
         documents: the documents.
-        tokenizer: one of transformers.
-        length: most tokens of a piece, at least 2.
+        tokenizer: a transformers tokenizer.
+        length: largest number of tokens in a piece, at least 2.
 
     Raises:
-        UserError: the tokenizer has neither of the two tokens.
+        UserError: the tokenizer has neither token.
     """
     end = tokenizer.eos_token_id
     begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id

@@ -1,7 +1,7 @@
 """Training as a stochastic process: equations, scaling rules, momentum, noise, workers, laws.
 
 The functions that most users need are here. The others are in six modules: `sde` (equations of
-optimizers), `simulation` (their paths), `local` (workers that average seldom), `noise` (gradient
+optimizers), `simulation` (their paths), `local` (workers that average rarely), `noise` (gradient
 noise), `momentum`, and `laws` (scaling laws).
 """
 

@@ -2,7 +2,7 @@ r"""SVAG: train with any optimizer in steps that approach its stochastic differe
 
 Stochastic variance amplified gradient replaces one step by l steps, or l^2 for adaptive optimizers,
 each smaller and with proportionally more noise. As l grows, the run converges to the equation. So
-if l = 1 and a large l train alike, the equation describes the run (Li, Malladi, Arora 2021,
+if runs with l = 1 and a large l agree, the equation describes the run (Li, Malladi, Arora 2021,
 arXiv:2102.12470; adaptive optimizers: Malladi et al. 2022, arXiv:2205.10287).
 """
 
@@ -34,7 +34,7 @@ def svag_coefficients(amplification: float | int) -> tuple[float, float]:
             methods.
 
     Raises:
-        UserError: a is below 1 or not finite.
+        UserError: if a is below 1 or not finite.
 
     >>> svag_coefficients(5)
     (2.0, -1.0)
@@ -49,9 +49,9 @@ def svag_value_and_grad(
 ) -> Callable[..., Any]:
     r"""Return a function for the gradient $\nabla (c_1 L_a + c_2 L_b)$ of two batches.
 
-    It takes one backward pass. Draw the two batches independently of each other. Feed the gradient
-    to any optax optimizer with the hyperparameters of `SVAG.hparams`. Do not clip it: its weights
-    are above 1 and below 0, and a clipped gradient no longer follows the equation.
+    It takes one backward pass. Draw the two batches independently of each other. Pass the gradient
+    to any optax optimizer with the hyperparameters of `SVAG.hparams`. Do not clip the gradient: one
+    weight is above 1 and one below 0, and a clipped gradient no longer follows the equation.
 
     Memory: that of one batch as large as both.
 
@@ -68,7 +68,7 @@ def svag_value_and_grad(
         halves.
 
     Raises:
-        UserError: the amplification is below 1; or, when called, the halves differ in shape.
+        UserError: if the amplification is below 1; or, when called, if the halves differ in shape.
 
     >>> fn = svag_value_and_grad(lambda w, x: jnp.mean(w * x), 5)
     >>> loss, grad = fn(1.0, jnp.array([1.0, 3.0]), jnp.array([0.0, 2.0]))
@@ -89,8 +89,8 @@ def svag_value_and_grad(
                 value = loss_fn(params, batch, *rest, **given)
                 return value if has_aux else (value, None)
 
-            # Weights differ in sign, so the halves need their own losses, but not their own
-            # backward passes: the gradient of the weighted sum is what is wanted.
+            # The halves have different weights and so need separate losses, but one backward pass
+            # of the weighted sum is enough.
             losses, aux = jax.vmap(half_loss)(halves, keys)
             losses = wide(losses)
             total = jnp.sum(jnp.asarray(weights, losses.dtype) * losses)
@@ -124,7 +124,7 @@ def split_halves(batch: Batch) -> tuple[Batch, Batch]:
     """Split a batch of leaves [2 B, ...] into its first and its second half.
 
     Raises:
-        UserError: a leaf does not have an even number of examples.
+        UserError: if a leaf does not have an even number of examples.
 
     >>> split_halves(np.arange(4))
     (array([0, 1]), array([2, 3]))
@@ -148,7 +148,7 @@ class SVAG:
     """A degree of amplification, and the hyperparameters that belong to it; see `svag`.
 
     Attributes:
-        l: at least 1; 1 is the optimizer itself.
+        l: degree of amplification, at least 1; 1 is the optimizer itself.
         kind: "sgd", "sgdm" or "adaptive".
     """
 
@@ -208,7 +208,7 @@ class SVAG:
         return scaled
 
     def effective_step(self, step: Any) -> Any:
-        """Return the number of optimizer steps that `step` SVAG steps replace, to plot against."""
+        """Return how many optimizer steps `step` SVAG steps replace, for the axis of a plot."""
         return step / self.steps_mult
 
     def time_per_step(self, lr: Any) -> Any:
@@ -225,7 +225,7 @@ class SVAG:
 
 
 def svag(l: float | int, kind: str = "sgd") -> SVAG:
-    r"""Return how to run an optimizer with its noise amplified.
+    r"""Return the settings for running an optimizer with its noise amplified.
 
     | kind     | covar. | η   | β                     | ε   | steps | time of a step | error      |
     |----------|--------|-----|-----------------------|-----|-------|----------------|------------|
@@ -239,11 +239,11 @@ def svag(l: float | int, kind: str = "sgd") -> SVAG:
     In float32, a β above 1 - 1e-4 loses digits in bias corrections.
 
     Args:
-        l: at least 1; whole numbers make steps that fit exactly into those of the optimizer.
+        l: at least 1; with a whole number, SVAG steps divide the optimizer's steps exactly.
         kind: "sgd"; "sgdm", momentum as in `dynamics.momentum.sgdm`; "adaptive": Adam, RMSprop.
 
     Raises:
-        UserError: l is below 1, or the kind is unknown.
+        UserError: if l is below 1, or the kind is unknown.
 
     References:
         arXiv:2102.12470 (SGD), arXiv:2205.10287 (adaptive), arXiv:2307.15196 (momentum).

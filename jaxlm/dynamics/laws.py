@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import scipy  # loads its submodules when they are used, which spares every command 0.3 s
+import scipy  # loads its submodules on first use, which saves every command 0.3 s
 from jaxtyping import Float
 
 from jaxlm.core.checks import real
@@ -36,9 +36,9 @@ class PowerLaw(NamedTuple):
     r"""$L = E + \sum_j A_j x_j^{-\alpha_j}$; call it with one argument for each x to get L.
 
     Attributes:
-        E: the loss that no x removes.
-        A: one for each x.
-        alpha: likewise.
+        E: the irreducible loss.
+        A: one coefficient for each x.
+        alpha: one exponent for each x.
         objective: the minimum that the fit found, see `fit_power_law`.
     """
 
@@ -60,9 +60,9 @@ def fit_power_law(
 
     $$\min \sum_i H_\delta\Big(\log\big(E + \sum_j A_j x_{ij}^{-\alpha_j}\big) - \log L_i\Big)$$
 
-    H is half the square up to δ and linear beyond, so that with a small δ a few bad runs count
-    little. E and A stay positive. Over a narrow range of x the parameters are hardly determined,
-    though the fitted losses are: see `bootstrap_power_law`.
+    H is half the square up to δ and linear beyond (Huber), so that with a small δ a few bad runs
+    count little. E and A stay positive. A narrow range of x determines the fitted losses well but
+    the parameters poorly: see `bootstrap_power_law`.
 
     Args:
         x: [n], or [n, J] for J variables, above 0.
@@ -71,8 +71,8 @@ def fit_power_law(
         start: a law to start from, in place of a grid of exponents.
 
     Raises:
-        UserError: a number is not above 0 and finite, the lengths differ, or there are fewer points
-            than parameters, 1 + 2 J.
+        UserError: if a number is not finite and above 0, the lengths differ, or there are fewer
+            points than parameters, 1 + 2 J.
 
     References:
         Hoffmann et al. 2022, arXiv:2203.15556, whose δ is the default.
@@ -85,7 +85,7 @@ def fit_power_law(
     columns, losses = _checked(x, loss)
     real("delta", delta, above=0)
     logs = np.log(columns)
-    # Centred logarithms separate A from α: the fit would otherwise move along a narrow valley.
+    # Centred logarithms decouple A from α; otherwise the fit would creep along a narrow valley.
     centre = logs.mean(0)
     points = _starts(logs - centre, losses, delta) if start is None else [_packed(start, centre)]
     fits = [_minimum(point, logs - centre, np.log(losses), delta) for point in points]
@@ -100,7 +100,7 @@ def fit_power_law(
 
 
 def fit_chinchilla(N: Any, D: Any, loss: Any, *, delta: float = 1e-3) -> PowerLaw:
-    r"""Fit $L = E + A N^{-\alpha} + B D^{-\beta}$; `fit_power_law` of parameters and tokens.
+    r"""Fit $L = E + A N^{-\alpha} + B D^{-\beta}$ by `fit_power_law` on parameters and tokens.
 
     Args:
         N: [n], parameters; for models that are pruned during training, `average_params`.
@@ -124,7 +124,7 @@ def _checked(x: Any, loss: Any) -> tuple[np.ndarray, np.ndarray]:
     for name, numbers in (("x", columns), ("loss", losses)):
         wrong = numbers[~((numbers > 0) & (numbers < math.inf))]
         if wrong.size:
-            raise UserError(f"{name}: has no logarithm (got {wrong[0]:g}). Leave such runs out.")
+            raise UserError(f"{name}: must be positive, finite (got {wrong[0]:g}). Leave it out.")
     parameters = 1 + 2 * columns.shape[1]
     if len(losses) < parameters:
         raise UserError(
@@ -146,8 +146,8 @@ def _unpacked(point: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
 def _starts(logs: np.ndarray, losses: np.ndarray, delta: float) -> list[np.ndarray]:
     """Return the best starts from a grid of exponents.
 
-    The objective has several minima in α. For given exponents, E and A are a linear problem, solved
-    by non-negative least squares.
+    The objective has several minima in α. For given exponents, E and A solve a linear problem, by
+    non-negative least squares.
     """
     starts = []
     for exponents in itertools.product(START_EXPONENTS, repeat=logs.shape[1]):
@@ -199,7 +199,7 @@ def _minimum(point: np.ndarray, logs: np.ndarray, targets: np.ndarray, delta: fl
 def bootstrap_power_law(
     key: PRNGKey, x: Any, loss: Any, *, resamples: int = 200, delta: float = 1e-3
 ) -> list[PowerLaw]:
-    """Fit laws to bootstrap resamples: as many points, drawn with replacement.
+    """Fit laws to bootstrap resamples: n of the n points, drawn with replacement.
 
     Args:
         key: a typed key for the draws.
@@ -221,12 +221,12 @@ def bootstrap_power_law(
 def bootstrap_interval(
     laws: Sequence[PowerLaw], statistic: Callable[[PowerLaw], Any], level: float = 0.95
 ) -> tuple[Any, Any]:
-    """Return the ends of the interval that holds a share of a statistic over resampled laws.
+    """Return the ends of the percentile interval of a statistic over resampled laws.
 
     Args:
         laws: from `bootstrap_power_law`.
         statistic: for example `lambda law: law.alpha`, or a loss, `lambda law: law(1e9, 2e10)`.
-        level: the share.
+        level: the share of the values inside the interval.
 
     >>> laws = [PowerLaw(E, np.ones(1), np.ones(1)) for E in range(101)]
     >>> [round(float(end), 9) for end in bootstrap_interval(laws, lambda law: law.E, 0.9)]
@@ -242,15 +242,15 @@ def crossover(
 ) -> tuple[float, ...]:
     r"""Return where the curves of two recipes meet: none, one or two x, ascending.
 
-    What wins at a small scale may lose at a large one. With equal constants, $x = (A_1 / A_2)^{1 /
-    (\alpha_1 - \alpha_2)}$. Equal curves have no crossover.
+    The better recipe at a small scale may be the worse one at a large scale. With equal E, $x =
+    (A_1 / A_2)^{1 / (\alpha_1 - \alpha_2)}$. Identical curves have no crossover.
 
     Args:
         first, second: laws of one variable, for example compute.
         low, high: the range to search, ends included.
 
     Raises:
-        UserError: a law of several variables, or ends that are not finite, positive and ascending.
+        UserError: if a law has several variables, or not 0 < low < high < inf.
 
     References:
         Xiao 2024, arXiv:2409.15156.
@@ -271,7 +271,7 @@ def crossover(
         laws = [(float(law.A[0]), float(law.alpha[0])) for law in (first, second)]
         terms = [A * math.exp(-alpha * log_x) for A, alpha in laws]
         value = constant + terms[0] - terms[1]
-        # Zero where rounding leaves no sign, so that curves that only touch have a root.
+        # Zero if rounding hides the sign, so that curves that only touch have a root.
         steps = [1 + abs(alpha * log_x) for _, alpha in laws]
         noise = abs(constant) + sum(map(math.prod, zip(map(abs, terms), steps, strict=True)))
         return 0.0 if abs(value) <= 4 * sys.float_info.epsilon * noise else value
@@ -284,7 +284,7 @@ def crossover(
         extremum = math.log(slopes[0] / slopes[1]) / faster
         if ends[0] < extremum < ends[1]:
             ends.insert(1, extremum)
-    # Signs are compared, and not multiplied as values: the product may underflow.
+    # Compare signs, and not the sign of a product of values, which may underflow.
     signs = [math.copysign(bool(value), value) for value in map(difference, ends)]
     if not any(signs):
         return ()
@@ -301,11 +301,11 @@ def average_params(tokens: Any, params: Any) -> float:
     r"""Return the average parameter count over training, $\bar N = \frac1D \int_0^D N(t)\, dt$.
 
     Args:
-        tokens: [K], ascending knots, in tokens or in shares of them.
-        params: [K], N at the knots, linear between them. A jump is two knots at one place.
+        tokens: [K], ascending knots, in tokens or in fractions of the run.
+        params: [K], N at the knots, linear between them. Two knots at the same place make a jump.
 
     Raises:
-        UserError: the knots do not ascend, or a count is not positive.
+        UserError: if the knots do not ascend, or a count is not positive.
 
     References:
         Jin et al. 2025, arXiv:2501.12486, where the average replaces N in Chinchilla's law.
@@ -345,15 +345,15 @@ def step_law(N: float | int, D: float | int) -> StepLaw:
 
     $$\eta = 1.79\, N^{-0.713} D^{0.307}, \qquad B = 0.58\, D^{0.571}$$
 
-    Fitted to dense and mixture-of-experts models, to runs whose cosine schedule ends at a learning
-    rate of 1e-5 and not at a share of the peak.
+    The law was fitted to dense and mixture-of-experts models, in runs whose cosine schedule ends at
+    a learning rate of 1e-5 and not at a share of the peak.
 
     Args:
         N: parameters without embeddings.
         D: tokens of the run.
 
     Raises:
-        UserError: N or D is not above 0.
+        UserError: if N or D is not above 0.
 
     References:
         Li et al. 2025, arXiv:2503.04715.

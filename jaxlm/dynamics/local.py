@@ -1,8 +1,8 @@
-r"""Local gradient methods: workers take steps of their own and average their parameters at times.
+r"""Local gradient methods: workers take local steps and average their parameters now and then.
 
-A round is the H local steps between two averages. Its length is computed on the host in float64,
-because in float32 the integer part of $(\alpha/\eta)^2$ would at times fall on the wrong side of a
-boundary. H never depends on data, so that all averages of a run are known before it starts.
+A round is the H local steps between two averages. H is computed on the host in float64, because in
+float32 the integer part of $(\alpha/\eta)^2$ would sometimes be off by one. H never depends on
+data, so the steps at which workers average are known before a run starts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +40,7 @@ HSchedule = Callable[[int, float], int]
 """`(step, learning rate at that step) -> H` of the round that starts there."""
 
 LearningRate = Callable[[int], Any]
-"""`step -> learning rate`; an optax schedule is one, computed in its own precision."""
+"""`step -> learning rate`, such as an optax schedule, which is evaluated in its own precision."""
 
 NEVER = 2**31 - 1
 
@@ -88,15 +88,15 @@ def qsr(
     η is the learning rate at the first step of the round.
 
     Args:
-        alpha: α, above 0. For rounds of one length, use `constant_h`.
-        h_base: the least H.
+        alpha: α, above 0. For a constant H, use `constant_h`.
+        h_base: the smallest H.
         power: 2; the paper compares with 1 and 3.
         warmup_steps: rounds that start before this step have `warmup_h`.
         warmup_h: H during warm-up; None means `h_base`. The paper uses the rule's H at the peak.
         total_steps: if given, no round extends beyond it.
 
     Raises:
-        UserError: α is not positive, or an H is below 1.
+        UserError: if α is not positive, or an H is below 1.
 
     References:
         Gu, Lyu, Arora, Zhang, Huang 2023, arXiv:2310.14423. In the authors' code the default power
@@ -132,7 +132,7 @@ def _power_rule(
 
 def _floor(alpha: float | int, lr: float | int, power: float | int) -> int:
     real("learning rate", lr, least=0)
-    # A learning rate that has decayed to 0 would divide by 0, and a tiny one overflow.
+    # A learning rate that has decayed to 0 would divide by 0, and a tiny one would overflow.
     if lr == 0 or power * np.log(alpha / lr) > np.log(NEVER):
         return NEVER
     return int((alpha / lr) ** power)
@@ -168,11 +168,11 @@ def comm_fraction(h_schedule: HSchedule, lr_schedule: LearningRate, total_steps:
 
 
 class LocalState(NamedTuple):
-    """State of one worker, or of all.
+    """State of one worker, or of all workers.
 
     Attributes:
         inner: state of its optimizer; each worker has its own.
-        step: local steps done, the same for all workers. The averages depend on it alone.
+        step: local steps done, the same for all workers; it alone decides when workers average.
     """
 
     inner: Any
@@ -180,7 +180,7 @@ class LocalState(NamedTuple):
 
 
 class LocalOptimizer(NamedTuple):
-    """What one worker does, inside a `vmap` or `shard_map` with the axis `axis_name`.
+    """The functions of one worker, for use inside a `vmap` or `shard_map` with axis `axis_name`.
 
     Attributes:
         init: params -> `LocalState`.
@@ -209,21 +209,21 @@ def local_update(
 ) -> LocalOptimizer:
     """Convert an optax optimizer to a local gradient method.
 
-    After `sync_steps(h_schedule, lr_schedule, total_steps)` steps, the parameters of all workers
-    become their mean, computed in at least float32. With H = 1, SGD with and without momentum is
-    SGD on the joint batch. Adaptive methods are not: their second moments see local batches.
+    After each of `sync_steps(h_schedule, lr_schedule, total_steps)`, the parameters of all workers
+    become their mean, computed in at least float32. With H = 1, SGD with or without momentum equals
+    SGD on the joint batch. Adaptive methods do not: their second moments see local batches.
 
     Args:
         inner: the optimizer, with its learning rate. It counts its own steps, the steps of the run.
         h_schedule: H of a round; see `constant_h`, `linear_h`, `qsr`.
         lr_schedule: step -> learning rate, that of `inner`.
         axis_name: the axis of the workers.
-        total_steps: steps of the run. The last round is cut so that the run ends in an average;
-            beyond it, every step does.
-        average: "params", and "state" to average the floats of the optimizer's state, too.
+        total_steps: steps of the run. The last round is cut so that the run ends with an average;
+            after the run, every step ends with one.
+        average: "params", and "state" to average the floats of the optimizer's state as well.
 
     Raises:
-        UserError: `average` names something else.
+        UserError: if `average` is something else.
 
     References:
         Gu, Lyu, Arora, Zhang, Huang 2023, arXiv:2310.14423, whose code averages parameters alone.
@@ -234,7 +234,7 @@ def local_update(
             "it."
         )
     plan = sync_steps(h_schedule, lr_schedule, total_steps)
-    # A table in place of a comparison with H: the compiled step is the same for every schedule.
+    # A table instead of a comparison with H: the compiled step is the same for every schedule.
     ends = np.zeros(total_steps + 2, bool)
     ends[plan] = ends[-1] = True
 
@@ -263,7 +263,7 @@ def local_update(
 
 
 class Workers(NamedTuple):
-    """All workers: a tree of arrays that may be saved at any step, also inside a round.
+    """All workers: a tree of arrays that may be saved at any step, even inside a round.
 
     Attributes:
         params: parameters with a leading axis of K workers.
@@ -297,7 +297,7 @@ def start_workers(
     spread = NamedSharding(mesh, PartitionSpec(optimizer.axis_name))
     replicated = NamedSharding(mesh, PartitionSpec())
     places: Any = Workers(spread, LocalState(spread, replicated))  # type: ignore[arg-type]
-    # Compiled with its output placed, so that no device ever holds the copies of all workers.
+    # Compiled with output shardings, so that no device ever holds the copies of all workers.
     return jax.jit(start, out_shardings=places)(params)
 
 
@@ -309,11 +309,11 @@ def run_workers(
     *,
     mesh: Mesh | None = None,
 ) -> tuple[Workers, Any]:
-    """Run S local steps of every worker, with the averages that fall on them.
+    """Run S local steps of every worker, and the averages due at these steps.
 
     Rounds may start and end anywhere among the steps: all steps run in one loop that looks up
     whether a round ends. So compile time depends neither on H nor on S, and S steps in several
-    calls give the same result as in one. Compile this function by `jax.jit`.
+    calls give the same result as in one. Compile this function with `jax.jit`.
 
     Args:
         optimizer: see `local_update`.
@@ -327,7 +327,7 @@ def run_workers(
         (workers, values with axes [K, S, ...]).
 
     Raises:
-        UserError: the mesh does not have one device for each worker.
+        UserError: if the mesh does not have one device for each worker.
 
     >>> opt = local_update(optax.sgd(0.5), constant_h(2), lambda step: 0.5, total_steps=4)
     >>> loss = lambda x, target: 0.5 * (x - target) ** 2
@@ -360,14 +360,14 @@ def run_workers(
             )
         every, own = PartitionSpec(), PartitionSpec(axis)
         run = jax.shard_map(
-            # On its device a worker is alone on the leading axis, which has no name here.
+            # Each device has one worker, so the leading axis has size 1 and needs no name.
             jax.vmap(run_worker, (0, 0, None, 0), (0, 0, None, 0)),
             mesh=mesh,
             in_specs=(own, own, every, own),
             out_specs=(own, own, every, own),
             axis_names={axis},
             # The branches of `maybe_sync` differ in whether values vary over workers, which the
-            # check refuses.
+            # check rejects.
             check_vma=False,
         )
     params, inner, step, values = run(workers.params, *workers.state, batches)

@@ -1,8 +1,8 @@
 r"""Momentum in the form whose learning rate is that of SGD, and a comparison of its runs with SGD.
 
-With $m \leftarrow \beta m + (1 - \beta) g$ and $x \leftarrow x - \eta m$, a gradient moves x by η
-over time, as SGD does at once. Where noise dominates and η is small the two stay close, for a short
-time and for a long one (Wang et al. 2023, arXiv:2307.15196).
+With $m \leftarrow \beta m + (1 - \beta) g$ and $x \leftarrow x - \eta m$, a gradient g moves x by
+$\eta g$ over time, as SGD does at once. If noise dominates and η is small, the two stay close in
+short and in long runs (Wang et al. 2023, arXiv:2307.15196).
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def sgdm(
         form: "ema" or "heavy_ball".
 
     Raises:
-        UserError: β is outside [0, 1), or the form is unknown.
+        UserError: if β is outside [0, 1), or the form is unknown.
 
     References:
         Wang et al. 2023, arXiv:2307.15196.
@@ -65,13 +65,13 @@ def _ema(decay: Any) -> optax.GradientTransformation:
 def effective_lr_schedule(
     eta: float | int | Schedule, beta: float | int | Schedule, steps: int
 ) -> Float[np.ndarray, " steps"]:
-    r"""Return the learning rates with which SGD moves as far on each gradient as SGDM over time.
+    r"""Return the learning rates at which SGD moves as far on each gradient as SGDM does over time.
 
     $$\bar\eta_k = (1 - \beta_k) \sum_{s \ge k} \eta_s \prod_{\tau = k+1}^s \beta_\tau$$
 
-    for the form "ema" with $\eta_k$, $\beta_k$ in step k. Both schedules are continued at their
-    last value after the run; constants give η itself. With η = $\gamma / (1 - \beta)$ this holds
-    for the sum form of learning rate γ and constant β, too.
+    for the form "ema" with $\eta_k$, $\beta_k$ in step k. Both schedules stay at their last value
+    after the run; constants give η itself. With η = $\gamma / (1 - \beta)$ this also holds for the
+    form "heavy_ball" with learning rate γ and constant β.
 
     Args:
         eta: η, a number or an optax schedule.
@@ -82,7 +82,7 @@ def effective_lr_schedule(
         float64; `lambda step: jnp.asarray(table)[step]` is a schedule.
 
     Raises:
-        UserError: a β is outside [0, 1).
+        UserError: if a β is outside [0, 1).
 
     References:
         Wang et al. 2023, arXiv:2307.15196.
@@ -104,7 +104,7 @@ def effective_lr_schedule(
 def _table(schedule: Any, length: int) -> np.ndarray:
     value = schedule
     if callable(schedule):
-        # Inside a caller's jit, too: the table is a constant of the compiled program.
+        # Even under a caller's `jit` the table is computed now, as a constant of the program.
         with jax.ensure_compile_time_eval():
             value = jax.vmap(lambda step: jnp.asarray(schedule(step)))(jnp.arange(length))
     return np.broadcast_to(np.asarray(value, np.float64), (length,))
@@ -114,8 +114,8 @@ class MomentumComparison(NamedTuple):
     """Values of F functions of the last iterate, for R runs of SGD and of SGDM.
 
     Attributes:
-        sgd: the F values of each run.
-        sgdm: those of the run with the same noise.
+        sgd: the F values of each run of SGD.
+        sgdm: the F values of the run of SGDM with the same noise.
     """
 
     sgd: Float[Array, "R F"]
@@ -133,7 +133,7 @@ class MomentumComparison(NamedTuple):
 
     @property
     def wasserstein(self) -> Float[Array, " F"]:
-        """The distance $W_1$ of the two distributions of each value."""
+        """The distance $W_1$ between the two distributions of each value."""
         return jnp.abs(jnp.sort(self.sgdm, 0) - jnp.sort(self.sgd, 0)).mean(0)
 
 
@@ -148,14 +148,14 @@ def compare_momentum(
     num_runs: int,
     test_fn: Callable[[Params], Array],
 ) -> MomentumComparison:
-    """Run SGDM, and SGD of the same effective learning rate, many times on a noisy function.
+    """Run SGDM, and SGD with the same effective learning rate, many times on a noisy function.
 
     To tell whether a gap is due to noise or to curvature, amplify the noise as SVAG does: multiply
-    σ in the oracle by the root of l, divide η by l, and take l times the steps. What curvature does
-    vanishes as 1/l.
+    σ in the oracle by the root of l, divide η by l, and take l times the steps. The part of the gap
+    that is due to curvature vanishes as 1/l.
 
     Args:
-        key: in step k of run r both draw from `fold_in(fold_in(key, r), k)`.
+        key: in step k of run r both use the key `fold_in(fold_in(key, r), k)`.
         oracle: `(key, x) -> noisy gradient`.
         x0: the start of each run.
         eta: η of the form "ema", a number or a schedule.

@@ -1,4 +1,4 @@
-"""The noise of gradients: how large it is beside the gradient, measured during a run."""
+"""The noise of gradients: its size relative to the gradient, measured during a run."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ TYPICAL_CLOSENESS = math.sqrt(2)
 
 
 class NoiseStats(NamedTuple):
-    r"""Size of the gradient and of its noise, as squares of the loss over the parameters.
+    r"""Squared size of the gradient, and the variance of its noise.
 
     Attributes:
         G: $\|\nabla L\|^2$, an unbiased estimate, which may be below 0 where noise is large.
@@ -46,12 +46,12 @@ class NoiseStats(NamedTuple):
         r"""Return the batch size up to which the linear rule can hold, $(C^2 - 1)\, B N / G$.
 
         At equilibrium the squared norms of a scale-invariant model, trained by SGD and by its
-        equation, have the ratio $(G + N) / N$. They are C-close only where $N / G \ge 1 / (C^2 -
-        1)$, and N falls as 1/B. G is assumed to stay as it was measured.
+        equation, have the ratio $(G + N) / N$. They are C-close only if $N / G \ge 1 / (C^2 - 1)$,
+        and N falls as 1/B. G is assumed not to depend on B.
 
         Args:
-            batch_size: B, of the batches that were measured.
-            closeness: C, above 1; with the default the rule ends where N falls to G.
+            batch_size: B, the size of the batches that were measured.
+            closeness: C, above 1; with the default the rule holds as long as N is at least G.
 
         References:
             Li, Malladi, Arora 2021, arXiv:2102.12470.
@@ -60,11 +60,11 @@ class NoiseStats(NamedTuple):
 
 
 class NoiseSums(NamedTuple):
-    """What gradient accumulation must keep for `NoiseStats`: one gradient and two scalars.
+    """The sums that gradient accumulation keeps for `NoiseStats`: one gradient and two scalars.
 
     Attributes:
         batches: m, the number of gradients so far.
-        gradient: their sum, at least in float32; divided by m, the gradient for the optimizer.
+        gradient: their sum, in at least float32; divided by m, the gradient for the optimizer.
         square: the sum of their squared distances from their mean.
     """
 
@@ -83,8 +83,8 @@ class NoiseSums(NamedTuple):
     def add(self, grads: Params) -> "NoiseSums":
         """Return the sums with the gradient of one more batch, at the same parameters."""
         m = self.batches
-        # Distances from the mean so far (Welford): a difference of squared norms would lose the
-        # noise where it is small beside the gradient.
+        # Distances from the mean so far (Welford): a difference of squared norms would cancel if
+        # the noise is small compared to the gradient.
         away = jax.tree.map(
             lambda total, g: (g - total / jnp.maximum(m, 1)).astype(total.dtype),
             self.gradient,
@@ -106,7 +106,7 @@ class NoiseSums(NamedTuple):
 
 
 class RunningNoise(NamedTuple):
-    """Averages of G and N over the steps of a run. Each is averaged before their ratio is taken.
+    """Averages of G and N over the steps of a run; the ratio is that of the averages.
 
     Attributes:
         G, N: weighted sums.
@@ -124,7 +124,7 @@ class RunningNoise(NamedTuple):
 
     def add(self, stats: NoiseStats, decay: float | int = 0.99) -> "RunningNoise":
         """Add a step; the weights of the steps before it are multiplied by `decay`."""
-        # The sums keep their dtype, whatever is added, so that they can be carried in a loop.
+        # The sums keep their dtype, so that they can be the carry of a `lax.scan`.
         G, N = (
             jnp.asarray(decay * old + new, old.dtype)
             for old, new in ((self.G, stats.G), (self.N, stats.N))
@@ -140,16 +140,16 @@ class RunningNoise(NamedTuple):
 def grad_noise_stats(per_batch_grads: Params) -> NoiseStats:
     r"""Estimate G and N from the gradients of m batches at the same parameters.
 
-    See `NoiseSums.stats` for the formula. In a run, m is the number of micro-batches, of workers,
-    or 2 for SVAG. A single step tells little: average over steps with `RunningNoise`. To spare the
-    memory of m gradients, add them one at a time to `NoiseSums`, as `value_and_grad_with_noise`
-    does.
+    See `NoiseSums.stats` for the formula. In a run, m is the number of micro-batches or workers, or
+    2 for SVAG. The estimate of a single step is noisy: average over steps with `RunningNoise`. To
+    avoid the memory of m gradients, add them one at a time to `NoiseSums`, as
+    `value_and_grad_with_noise` does.
 
     Args:
         per_batch_grads: leaves [m, ...], of batches drawn independently.
 
     Raises:
-        UserError: there are fewer than two gradients.
+        UserError: if there are fewer than two gradients.
 
     References:
         Li, Malladi, Arora 2021, arXiv:2102.12470.
@@ -174,7 +174,7 @@ def grad_noise_stats(per_batch_grads: Params) -> NoiseStats:
 def value_and_grad_with_noise(loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:
     """Return a function that accumulates the gradient of m micro-batches and measures its noise.
 
-    Beside gradient accumulation this costs two norms. Memory: two gradients.
+    In addition to gradient accumulation this costs two norms. Memory: two gradients.
 
     Args:
         loss_fn: `(params, batch, *rest) -> loss`, or `(loss, aux)` with `has_aux`.

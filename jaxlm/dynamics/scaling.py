@@ -18,17 +18,17 @@ class OptHParams:
     Attributes:
         lr: η, the learning rate; with momentum that of the form $m \leftarrow \beta m + (1 - \beta)
             g$, which is $1 / (1 - \beta)$ times that of the sum $m \leftarrow \beta m + g$.
-        b1: decay of the first moment, or momentum; None or 0 without one, and then it stays so.
-        b2: decay of the second moment; None or 0 without one.
+        b1: decay of the first moment, or momentum; None or 0 means none, and the rules keep it.
+        b2: decay of the second moment; None or 0 means none.
         eps: ε, added to the root of the second moment, outside the root.
-        weight_decay: λ of $\theta \leftarrow \theta - \eta \lambda \theta$ beside the update. Decay
+        weight_decay: λ of decoupled decay, $\theta \leftarrow \theta - \eta \lambda \theta$. Decay
             that is added to the gradient is part of the loss, and no rule changes it.
         steps: length of the run.
         warmup: steps of warm-up.
         decay: steps after which the learning rate drops.
 
     Raises:
-        UserError: a number is out of range.
+        UserError: if a number is out of range.
     """
 
     lr: float | int
@@ -54,10 +54,10 @@ def scale_rule(rule: str, k: float | int, hp: OptHParams) -> OptHParams:
     | sqrt   | $\sqrt{k}\eta$  | $1 - k(1 - \beta)$  | $\epsilon/\sqrt{k}$ | $\sqrt{k}\lambda$ |
     | none   | η               | β                   | ε                    | λ                  |
 
-    Steps, warm-up and decay are divided by k and rounded. The linear rule is that of SGD with and
-    without momentum, and the square-root rule that of Adam and RMSprop: each keeps the stochastic
-    differential equation of the optimizer, and with it the trajectory, where the equation describes
-    the run. The rule for λ keeps $\eta \lambda$ times the number of steps.
+    Steps, warm-up and decay are divided by k and rounded. The linear rule is for SGD with or
+    without momentum, and the square-root rule for Adam and RMSprop: each keeps the stochastic
+    differential equation of the optimizer, and so the trajectory if the equation describes the run.
+    The rule for λ keeps $\eta \lambda$ times the number of steps.
 
     Args:
         rule: "linear", "sqrt" or "none".
@@ -65,8 +65,8 @@ def scale_rule(rule: str, k: float | int, hp: OptHParams) -> OptHParams:
         hp: the hyperparameters at the old batch size.
 
     Raises:
-        UserError: an unknown rule, k not above 0, or a β that would fall to 0 or below: the
-            square-root rule ends at $k = 1 / (1 - \min\beta)$.
+        UserError: if the rule is unknown, k is not above 0, or a β would fall to 0 or below: the
+            square-root rule requires $k < 1 / (1 - \min\beta)$.
 
     References:
         Malladi et al. 2022, arXiv:2205.10287 (square root); Li et al. 2021, arXiv:2102.12470 (when
@@ -109,6 +109,6 @@ def _scaled_beta(name: str, hp: OptHParams, k: float | int) -> float | int | Non
         shown = round(scaled, 9) + 0.0  # 0, and not -0
         raise UserError(
             f"k: makes {name}={beta:g} fall to {shown:g}, where the square-root "
-            f"rule ends (got {k:g}). Give k below {largest:g}."
+            f"rule does not hold (got {k:g}). Give k below {largest:g}."
         )
     return scaled

@@ -64,7 +64,7 @@ class SDE(NamedTuple):
 class NoiseOperator(NamedTuple):
     """A linear map from white noise to noise of the state.
 
-    It stands for a matrix with one row for each element of the state, without forming the matrix.
+    It represents a matrix with one row for each element of the state, which is never formed.
 
     Attributes:
         mv: maps a tree of `structure` to a tree like the state.
@@ -80,12 +80,12 @@ class NoiseOperator(NamedTuple):
     structure: Any
 
     def in_structure(self) -> Any:
-        """Return `structure`; operators of lineax have this method, too."""
+        """Return `structure`, under the name that operators of lineax use."""
         return self.structure
 
 
 def as_operator(noise: Any, x: Any) -> NoiseOperator:
-    """Convert whatever a diffusion may return to a `NoiseOperator`.
+    """Convert the value of a diffusion to a `NoiseOperator`.
 
     Args:
         noise: the diagonal of a matrix, as a tree like x whose leaves may be scalars; or a matrix
@@ -93,7 +93,7 @@ def as_operator(noise: Any, x: Any) -> NoiseOperator:
         x: the state, a tree of floats.
 
     Raises:
-        UserError: it is none of these.
+        UserError: if `noise` is none of these.
     """
     if hasattr(noise, "mv") and hasattr(noise, "in_structure"):
         return NoiseOperator(noise.mv, noise.in_structure())
@@ -143,7 +143,7 @@ def example_noise(
         Wu et al. 2020, arXiv:1906.07405 (weights in place of a matrix root); Li, Malladi, Arora
         2021, arXiv:2102.12470 (noisy gradient descent).
     """
-    # A weighted sum of gradients is the gradient of the weighted sum: one pull through `losses`.
+    # A weighted sum of gradients is the gradient of the weighted sum: one backward pass.
     values, pull = jax.vjp(losses, x)
     (n,) = values.shape
     scale = (n * batch_size) ** -0.5
@@ -236,7 +236,7 @@ class RMSpropState(NamedTuple):
 
 
 class AdamState(NamedTuple):
-    """The parameters θ, the running mean m of gradients, and u, that of squares divided by σ²."""
+    """The parameters θ, the running mean m of gradients, and u, that of their squares over σ²."""
 
     params: Params
     m: Params
@@ -278,7 +278,7 @@ class AdaptiveConstants(NamedTuple):
         return cls(eta, sigma * eta, eps * eta, (1 - b2) / eta**2, c1)
 
     def at(self, eta: float | int) -> "AdaptiveConstants":
-        """Return the constants of the same equation for steps of another η."""
+        """Return the constants of the same equation for another learning rate η."""
         return self._replace(eta=eta)
 
     @property
@@ -321,9 +321,9 @@ def rmsprop_sde(grad: Grad, diag_cov: Grad, sqrt_cov: SqrtCov, constants: Adapti
     $$d\theta = -P^{-1}(\nabla f\,dt + \sigma_0 \Sigma^{1/2}\,dW), \qquad
     du = c_2(\mathrm{diag}\,\Sigma - u)\,dt, \qquad P = \sigma_0 \sqrt{u} + \epsilon_0$$
 
-    with $u = v/\sigma^2$. It holds where noise dominates: v leaves out the squares of ∇f. This v is
-    the one before the step; common code divides by the v that includes the step's own gradient. The
-    state is an `RMSpropState`, which starts with u = diag Σ.
+    with $u = v/\sigma^2$. It holds where noise dominates, because v leaves out the squares of ∇f.
+    Here v is from before the step; most code divides by the v that includes the step's gradient.
+    The state is an `RMSpropState`, which starts with u = diag Σ.
 
     Args:
         grad: θ -> ∇f.
@@ -368,8 +368,8 @@ def adam_sde(grad: Grad, diag_cov: Grad, sqrt_cov: SqrtCov, constants: AdaptiveC
     du = c_2(\mathrm{diag}\,\Sigma - u)\,dt$$
 
     with $u = v/\sigma^2$, $\gamma_i(t) = 1 - e^{-c_i t}$ and $P = \sigma_0 \sqrt{u} + \epsilon_0
-    \sqrt{\gamma_2}$. It holds where noise dominates: v leaves out the squares of ∇f. The bias
-    corrections are singular at t = 0, so that time starts at η², after one step, with $m = \gamma_1
+    \sqrt{\gamma_2}$. It holds where noise dominates, because v leaves out the squares of ∇f. The
+    bias corrections are singular at t = 0, so time starts at η², after one step, with $m = \gamma_1
     \nabla f$ and $u = \gamma_2 \mathrm{diag}\,\Sigma$. The state is an `AdamState`.
 
     Args:
@@ -377,7 +377,7 @@ def adam_sde(grad: Grad, diag_cov: Grad, sqrt_cov: SqrtCov, constants: AdaptiveC
         constants: `AdaptiveConstants.of(eta, sigma=..., b1=..., b2=..., eps=...)`.
 
     Raises:
-        UserError: the constants have no c1.
+        UserError: if the constants have no c1.
 
     References:
         Malladi, Lyu, Panigrahi, Arora 2022, arXiv:2205.10287.
@@ -387,7 +387,7 @@ def adam_sde(grad: Grad, diag_cov: Grad, sqrt_cov: SqrtCov, constants: AdaptiveC
         raise UserError("c1: Adam needs it (got None). Give b1 to AdaptiveConstants.of.")
 
     def correction(rate, t):
-        # 1 - exp(-x) would lose its digits in the first steps, where x is small.
+        # 1 - exp(-x) would lose digits to cancellation in the first steps, where x is small.
         return -jnp.expm1(-rate * t)
 
     def drift(t, state):

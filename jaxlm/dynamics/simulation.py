@@ -1,7 +1,7 @@
 """Sample paths of an equation, and of an optimizer on noisy gradients, by the thousand.
 
-Path i is a function of `(key, i)`, so that the first paths of a run of many are those of a run of
-few. White noise comes from the counter generator of `jaxlm.core.prng`, 24 bits for each number.
+Path i is a function of `(key, i)`, so that more paths extend the same first paths. White noise
+comes from the counter generator of `jaxlm.core.prng`, with 24 bits per number.
 Differentiate paths in forward mode (`jax.jvp`); reverse mode does not work.
 """
 
@@ -41,7 +41,7 @@ class Interval(NamedTuple):
     Attributes:
         start: start time.
         end: end time, at which the state is saved.
-        width: time of a step.
+        width: length of a step.
         count: number of steps.
         first: number of the first step, from 0.
     """
@@ -70,8 +70,8 @@ def simulate(
 
     $$X_{k+1} = X_k + b(t_k, X_k)\,\Delta t + \sqrt{\Delta t}\,s(t_k, X_k)\,\xi_k$$
 
-    The other solvers are those of diffrax. They form the matrix s, so the state may have some
-    hundred elements at most. Use `ito_milstein` for noise that commutes, such as diagonal noise;
+    The other solvers are those of diffrax. They form the matrix s, so the state may have at most a
+    few hundred elements. Use `ito_milstein` for noise that commutes, such as diagonal noise;
     and `shark`, `sra1`, `sea`, `heun` or `euler_heun` for noise that is the same at every state.
 
     The time between two saved points is divided into equal steps of at most `dt0`. To compile, use
@@ -92,8 +92,8 @@ def simulate(
         state is held in at least float32.
 
     Raises:
-        UserError: times out of order, an unknown solver, a Stratonovich solver where noise depends
-            on the state, or a missing extra.
+        UserError: if times are out of order, the solver is unknown or is a Stratonovich solver
+            although noise depends on the state, or an extra is missing.
 
     >>> from jaxlm.dynamics.sde import sgd_sde
     >>> sde = sgd_sde(lambda x: x, lambda x: 0.5, 0.1)
@@ -107,9 +107,8 @@ def simulate(
         return _like(x0, _euler(key, sde, start, intervals, n_paths))
     if solver in STRATONOVICH and not is_additive(sde.diffusion, sde.t0, start):
         raise UserError(
-            "solver: would solve another equation where noise depends on the state, since its "
-            f"Stratonovich sense differs from Itô's (got {solver!r}). Choose euler or "
-            "ito_milstein."
+            "solver: solves the Stratonovich equation, which differs from Itô's because the noise "
+            f"depends on the state (got {solver!r}). Choose euler or ito_milstein."
         )
     name = {**ITO, **STRATONOVICH}[solver]
     return _like(x0, _diffrax(key, sde, start, intervals, n_paths, name))
@@ -129,7 +128,7 @@ def run_optimizer(
 ) -> Any:
     r"""Run an optimizer on gradients $\nabla f(\theta) + \sigma \Sigma(\theta)^{1/2} \xi$.
 
-    This is the chain that an equation of `dynamics.sde` follows; compare both by `weak_error`.
+    This is the chain that an equation of `dynamics.sde` approximates; compare both by `weak_error`.
 
     Args:
         key: a typed key.
@@ -147,7 +146,7 @@ def run_optimizer(
         parameters are held in at least float32.
 
     Raises:
-        UserError: `save_at` is out of order.
+        UserError: if `save_at` is out of order.
     """
     integer("n_paths", n_paths)
     intervals, start = _intervals(0, steps, 1, save_at), _wide(x0)
@@ -167,7 +166,7 @@ def run_optimizer(
 def is_additive(diffusion: Callable[[Any, Any], Any], t: Any, x: Any) -> bool:
     """Return whether the noise is the same at every state.
 
-    Derivatives are traced and not computed, so `0 * x` counts as depending on x.
+    The answer comes from the trace and not from values, so `0 * x` counts as depending on x.
 
     Args:
         diffusion: `(t, x)` -> noise, as `as_operator` takes it.
@@ -208,7 +207,7 @@ def _as_float(leaf: Any) -> jax.Array:
 
 
 def _wide(tree: Any) -> Any:
-    # A step is small beside the state, and bfloat16 would round it away.
+    # A step is small compared to the state, and bfloat16 would round it away.
     return jax.tree.map(lambda leaf: wide(_as_float(leaf)), tree)
 
 
@@ -227,7 +226,7 @@ def _intervals(t0: float | int, t1: float | int, dt0: float | int, save_at: Any)
             f"save_at: must ascend from {t0:g} to {t1:g} (got {times[1:].tolist()}). Correct it."
         )
     lengths = np.diff(times)
-    # A length that is a whole number of steps up to rounding has that number.
+    # A length that is a whole number of steps up to rounding gets that number, not one more.
     count = np.ceil(lengths / dt0 * (1 - 1e-9))
     if count.sum() >= 2**31:  # steps are counted in int32
         raise UserError(
@@ -257,14 +256,14 @@ def _white(
         step_key = jax.random.fold_in(key, index)
         return [prng.leaf_key(step_key, leaf.path, leaf.layer) for leaf in leaves]
 
-    # The keys of all steps are made at once: a state has few numbers, and in the loop a key would
-    # take as long as the numbers that are drawn with it.
+    # The keys of all steps are made at once: a state has few numbers, and making a key in the loop
+    # would take as long as drawing them.
     keys = keys_of(jnp.arange(int(np.sum(intervals.count))))
 
     def draw(path, index):
         def normal(leaf, keys):
             shape, dtype = leaf.value.shape, leaf.value.dtype
-            # The bits of a row depend on its index alone, whatever the number of rows is.
+            # The bits of a row depend on its index alone, and not on `n_paths`.
             z = prng.normal(keys[index], (n_paths, *shape), rows=(path, 1))[0]
             return prng.prevent_recompute(z).astype(dtype)
 
@@ -293,8 +292,8 @@ def _run(
 
         return lax.scan(run_interval, start, intervals)[1]
 
-    # vmap leaves alone what does not depend on the path, such as an optimizer's count: it is
-    # computed once for all paths.
+    # Under vmap, what does not depend on the path, such as an optimizer's count, is computed once
+    # for all paths.
     return jax.vmap(run_path)(jnp.arange(n_paths))
 
 
@@ -339,7 +338,7 @@ def _diffrax(key: Any, sde: SDE, x0: Any, intervals: Interval, n_paths: int, nam
     def path(key):
         structure = as_operator(sde.diffusion(sde.t0, x0), x0).structure
         noise = diffrax.ControlTerm(
-            # Unsafe means that no interval may be asked for twice: steps are never rejected here.
+            # Unsafe: no interval may be evaluated twice. None is, since steps are never rejected.
             linear,
             diffrax.UnsafeBrownianPath(structure, key, levy_area=kind),
         )
@@ -360,7 +359,7 @@ def _diffrax(key: Any, sde: SDE, x0: Any, intervals: Interval, n_paths: int, nam
 def ou_moments(
     a: ArrayLike, sigma2: ArrayLike, t: ArrayLike, x0: ArrayLike
 ) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
-    r"""Return mean and variance of the Ornstein-Uhlenbeck process $dX = -aX\,dt + \sigma\,dW$.
+    r"""Return the mean and variance of the Ornstein-Uhlenbeck process $dX = -aX\,dt + \sigma\,dW$.
 
     $$x_0 e^{-at}, \qquad \frac{\sigma^2}{2a}(1 - e^{-2at})$$
 
@@ -399,18 +398,20 @@ def weak_error(samples: Any, reference: Any, test_fns: Sequence[Callable[[Any], 
     r"""Return $|\mathbb E\,g(X) - \mathbb E\,g(Y)|$ for each test function g, in float64.
 
     Args:
-        samples: samples of X: a tree of arrays whose axis 0 counts them.
+        samples: samples of X: a tree of arrays with one sample per entry of axis 0.
         reference: samples of Y, such a tree; or the exact $\mathbb E\,g(Y)$ of each g, a sequence
             of numbers.
         test_fns: g, from one sample to a number or an array, of one shape for all.
 
     Raises:
-        UserError: there is not one exact value for each function.
+        UserError: if the number of exact values is not that of test functions.
 
     >>> result = weak_error(np.array([1.0, 3.0]), [2.5], [lambda x: x])
     >>> result.error.tolist(), result.standard_error.tolist()
     ([0.5], [1.0])
     """
+    if np.ndim(reference) == 1 and np.ndim(samples) > 1:  # too few axes to be samples
+        reference = list(reference)
     exact = all(np.ndim(leaf) == 0 for leaf in jax.tree.leaves(reference))
     if exact and len(reference) != len(test_fns):
         raise UserError(

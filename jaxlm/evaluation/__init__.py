@@ -1,4 +1,4 @@
-"""Evaluation: what a model chooses among options, and what it writes."""
+"""Evaluation of a model's choices among options, and of the text that it generates."""
 
 from jaxlm.evaluation.answers import (
     GenerationResult,

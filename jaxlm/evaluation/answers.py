@@ -20,7 +20,7 @@ _NO_ANSWER = ("CANNOTANSWER", "no answer")
 
 
 def normalise_answer(text: str) -> str:
-    """Return a text in lower case, without punctuation, articles and superfluous space.
+    """Return a text in lower case, without punctuation, articles and extra spaces.
 
     >>> normalise_answer("The  Eiffel-Tower, a tower.")
     'eiffeltower tower'
@@ -36,7 +36,7 @@ def exact_match(text: str, answers: Sequence[str]) -> float:
 def token_f1(text: str, answers: Sequence[str]) -> float:
     r"""Return $\max_a 2pr/(p+r)$ over answers, for precision $p$ and recall $r$ of words.
 
-    Where the first answer says that there is no answer, it is the exact match with that.
+    If the first answer says that there is none ("no answer"), return the exact match with it.
 
     >>> round(token_f1("in the Paris of 1900", ["Paris", "Paris, France"]), 3)
     0.4
@@ -53,7 +53,7 @@ def _f1(words: Sequence[str], gold: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What a model answered, and the scores of its answers.
+    """The answers of a model, and their scores.
 
     Attributes:
         texts: the answers, stripped.
@@ -77,21 +77,21 @@ def evaluate_generation(
     max_length: int | None = None,
     view: Any = None,
 ) -> GenerationResult:
-    """Let a model answer greedily, to the end of the line, and score its answers.
+    """Generate answers greedily, up to the end of the line, and score them.
 
     Args:
         lm: a decoder with its tokenizer.
         params: parameters in place of `lm.params`.
         prompts: texts that end where the answer starts.
-        answers: right answers to each prompt.
+        answers: the right answers to each prompt.
         max_new_tokens: most tokens of an answer.
         batch_size: prompts in a batch; prompts of similar length are batched together.
         max_length: most tokens of a prompt with its answer; a longer prompt is cut on the left, but
-            keeps its special tokens. None means as many as the model reads.
+            keeps its special tokens. None means the model's maximum.
         view: see `jaxlm.core.views`.
 
     Raises:
-        UserError: there is no prompt, or an answer leaves no room for one; see also
+        UserError: if there is no prompt, or `max_new_tokens` leaves no room for one; see also
             `generate_text`.
     """
     if not prompts:
@@ -102,7 +102,7 @@ def evaluate_generation(
             f"max_new_tokens: leaves no room for a prompt in {longest} tokens (got "
             f"{max_new_tokens}). Lower it."
         )
-    # Prompts of similar length share a batch, so that little is padded.
+    # Prompts of similar length share a batch, to reduce padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)
     for start in range(0, len(order), batch_size):

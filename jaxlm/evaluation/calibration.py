@@ -1,4 +1,4 @@
-r"""Calibration: remove the preference that a model has among options whatever the text.
+r"""Calibration: remove the preference among options that a model has for every text.
 
 Offsets $[C]$ are subtracted from the scores of C options. They come from the model's own scores of
 unlabelled texts of the task (`calibration_offsets`), or from its scores of the prompt without the
@@ -22,20 +22,20 @@ from jaxlm.sharding import mesh_of, place_batch, replicated
 from jaxlm.typing import Batch, Params
 
 CALIBRATION_TEXTS = 1000
-"""At most this many training texts are scored to calibrate a run."""
+"""Most training texts that are scored to calibrate a run."""
 
 
 def calibration_offsets(unlabelled: Float[Any, "M C"]) -> Float[np.ndarray, " C"]:
     r"""Return the model's preference for each option, $\mathrm{med}_m\,\tilde u_{mc}$.
 
     $\tilde u$ are the scores of a text, centred over the options. A model trained on scores minus
-    these offsets starts from its calibrated predictions and has no such preference to unlearn.
+    these offsets starts from calibrated predictions and need not unlearn the preference.
 
     Args:
         unlabelled: scores of M texts of the task; their labels are not needed.
 
     Raises:
-        UserError: a score is not finite.
+        UserError: if a score is not finite.
 
     >>> calibration_offsets(np.array([[0.0, 4.0], [0.0, 6.0], [0.0, 7.0]]))
     array([-3.,  3.])
@@ -56,7 +56,7 @@ def calibrate(scores: Float[Any, "N C"], unlabelled: Float[Any, "M C"]) -> Float
         unlabelled: scores of other texts of the task, whose labels are not needed.
 
     Raises:
-        UserError: a score is not finite.
+        UserError: if a score is not finite.
 
     >>> calibrate(np.array([[0.0, 5.0]]), np.array([[0.0, 4.0], [0.0, 6.0], [0.0, 7.0]]))
     array([[ 0.5, -0.5]])
@@ -81,7 +81,7 @@ def option_offsets(
         params: the model's parameters.
         encoded: the task.
         batch_size: examples in a forward pass.
-        texts: the number of texts.
+        texts: how many training texts to score.
     """
     few = dataclasses.replace(encoded, train=encoded.train[:texts])
     return calibration_offsets(score_split(scorer, params, few, "train", batch_size=batch_size)[0])
@@ -100,11 +100,11 @@ def domain_scores(
         lm: the model.
         params: parameters in place of `lm.params`.
         task: the task.
-        split: which examples.
+        split: the split to score.
         batch_size: examples in a forward pass.
 
     Returns:
-        One row for all examples, [1, C], where they share their options and demonstrations.
+        Scores [N, C], or a single row [1, C] if all examples share options and demonstrations.
 
     Raises:
         UserError: see `jaxlm.data.without_examples` and `jaxlm.data.prepare`.
@@ -127,7 +127,7 @@ def domain_scores(
             log_probs=lm.continuation_log_probs,
             reduction="sum",
         ),
-        # Every process reads the scores.
+        # Replicated, because every process reads the scores.
         out_shardings=None if mesh is None else replicated(mesh),
     )
 
@@ -141,7 +141,7 @@ def domain_scores(
 def subtract_domain_scores(
     scores: Float[np.ndarray, "N C"], domain: Float[np.ndarray, "M D"]
 ) -> Float[np.ndarray, "N E"]:
-    """Subtract `domain_scores`; a missing option, of score minus infinity, stays missing.
+    """Subtract `domain_scores`; a missing option keeps its score of minus infinity.
 
     >>> subtract_domain_scores(np.array([[1.0, 2.0, -np.inf]]), np.array([[0.5, 2.0]]))
     array([[0.5, 0. ]])

@@ -38,7 +38,7 @@ def option_scores(
     For label words of one token the score is the word's logit at the position that predicts it.
     Otherwise it is the mean log-probability of the option's tokens, $\frac1{|o|}\sum_k \log p(o_k
     \mid x, o_{<k})$. The softmax over options is the same for both where every option is one token.
-    An option without tokens, which pads an example that has fewer options, has the score $-\infty$.
+    An option without tokens pads an example that has fewer options; its score is $-\infty$.
 
     Args:
         apply: the model's forward pass.
@@ -46,15 +46,15 @@ def option_scores(
         params: the model's parameters.
         batch: as collated by `jaxlm.data`.
         offsets: subtracted from the scores, see `calibration_offsets`.
-        log_probs: `lm.continuation_log_probs`, required by batches of the form "continuations".
-        reduction: of the log-probabilities of an option's tokens.
+        log_probs: `lm.continuation_log_probs`, required for batches of the form "continuations".
+        reduction: how the log-probabilities of an option's tokens are reduced.
         view: see `jaxlm.core.views`.
 
     Returns:
         Scores in at least float32.
 
     Raises:
-        TypeError: a batch of the form "continuations" without `log_probs`.
+        TypeError: if a batch of the form "continuations" comes without `log_probs`.
     """
     batch = {name: jnp.asarray(value) for name, value in batch.items()}
     if token_ids is not None:
@@ -107,14 +107,14 @@ def score_split(
         scorer: compiled `(params, batch) -> [B, C]`.
         params: the model's parameters.
         encoded: the task.
-        split: which examples.
+        split: the split to score.
         batch_size: examples in a forward pass.
 
     Returns:
-        (scores, labels). Where an example has several right options, labels are a mask of them.
+        (scores, labels). If any example lists several right options, labels are a mask [N, C].
 
     Raises:
-        UserError: a score is not finite, see `accuracy`.
+        UserError: if a score is not finite, see `accuracy`.
     """
     examples = getattr(encoded, split)
     labels = np.array([example.label for example in examples], np.int32)
@@ -139,14 +139,14 @@ def score_split(
 def accuracy(scores: Float[Any, "N C"], labels: Int[Any, " N"] | Bool[Any, "N C"]) -> float:
     """Return the share of examples whose highest score belongs to a right option.
 
-    Of equal scores the first counts.
+    Among equal scores the first option counts.
 
     Args:
         scores: scores of the options.
         labels: the right option of each example, or a mask of the right ones.
 
     Raises:
-        UserError: a score is not finite, since a NaN would count as the first option. Minus
+        UserError: if a score is not finite, since a NaN would count as the highest score. Minus
             infinity is allowed for an option that an example does not have, but not for all.
 
     >>> accuracy(np.array([[1.0, 2.0], [3.0, 0.0]]), np.array([1, 1]))
@@ -163,7 +163,7 @@ def majority_accuracy(labels: Int[Any, " N"] | Bool[Any, "N C"]) -> float:
     """Return the accuracy of always giving the most frequent right answer; at least 1/C.
 
     Args:
-        labels: the right option of each tested example, or a mask of the right ones.
+        labels: the right option of each test example, or a mask of the right ones.
 
     >>> majority_accuracy(np.array([0, 1, 1, 1]))
     0.75
@@ -174,7 +174,7 @@ def majority_accuracy(labels: Int[Any, " N"] | Bool[Any, "N C"]) -> float:
 
 
 def check_finite(scores: Float[Any, "N C"], key: str = "scores") -> None:
-    """Raise for NaN, plus infinity, and examples whose every option has minus infinity."""
+    """Raise UserError for NaN, plus infinity, or an example with minus infinity for all options."""
     # A NaN is the argmax of its row, and would count as that option.
     highest = np.max(scores, axis=1, initial=-np.inf)  # NaN where one of the scores is
     bad = np.flatnonzero(~np.isfinite(highest))

@@ -1,7 +1,7 @@
-"""Generate text: prompts are strings, with stop strings and streaming.
+"""Generate text from string prompts, with stop strings and streaming.
 
-A completion is what its tokens add to the decoded prompt, so that prompt and completion together
-read as one text; special tokens are shown.
+A completion is the text that its tokens add to the decoded prompt, so that prompt and completion
+read as one text; special tokens are kept.
 """
 
 import bisect
@@ -22,7 +22,7 @@ from jaxlm.models.generation import Generated, Generator, Sampling, State, decod
 Finish = Literal["stop", "length"]
 GREEDY = Sampling()
 _MULTIPLE = 16
-"""Prompts are padded to a multiple of this, so that few lengths are compiled."""
+"""Prompts are padded to a multiple of this length, so that few programs are compiled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Completion:
     """One sample after a prompt.
 
     Attributes:
-        text: what was generated, without the stop string and all that follows it.
+        text: the generated text, without the stop string and everything after it.
         tokens: int32 [N], the generated tokens; the last one is the stop token or completes the
             stop string, if one ended the sample.
         log_probs: float32 [N], of the tokens under the model, without temperature and filters.
@@ -56,7 +56,7 @@ def generate_text(
     chunk: int = 16,
     view: Any = None,
 ) -> list[list[Completion]]:
-    """Continue prompts, all of them in one batch.
+    """Generate continuations of prompts, all in one batch.
 
     A sample ends at a token in the model's `config.stops`, or at the first complete stop string,
     wherever it stands in the generated text. The result does not depend on `chunk`.
@@ -79,9 +79,9 @@ def generate_text(
         The samples of each prompt.
 
     Raises:
-        UserError: no tokenizer, a prompt without tokens or longer than the model's positions, an
-            empty stop string, no key, a model that does not generate or whose scores are not
-            finite.
+        UserError: if there is no tokenizer or no key, a prompt has no tokens or more than the
+            model's positions, a stop string is empty, or the model does not generate or has scores
+            that are not finite.
     """
     _check(prompts, stop, chunk)
     if not prompts:
@@ -120,10 +120,10 @@ def stream_text(
     chunk: int = 1,
     view: Any = None,
 ) -> Iterator[str]:
-    """Continue one prompt and yield the text in pieces; arguments as in `generate_text`.
+    """Generate a continuation and yield its text in pieces; arguments as in `generate_text`.
 
     No piece ends inside a character, or inside what may become a stop string. Joined, the pieces
-    are the text of `generate_text`. Errors are raised by the call, before the first piece.
+    are the text of `generate_text`. Wrong arguments raise at the call, before the first piece.
     """
     _check([prompt], stop, chunk)
     generator, state, (row,) = _start(
@@ -163,7 +163,7 @@ class _Row:
     stop_ids: Sequence[int]
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Return what tokens add to the prompt's text."""
+        """Return the text that tokens add to the prompt."""
         # Decoded without the prompt, SentencePiece would drop a leading space.
         return self._decode([*self.prompt, *tokens])[len(self._decode(self.prompt)) :]
 
@@ -175,7 +175,7 @@ class _Row:
         count = len(tokens)
         finish: Finish = "stop" if ended else "length"
         if (cut := self._cut(text)) is not None:
-            # The shortest prefix with a stop string, by bisection: decoding costs time.
+            # Find the shortest prefix with a stop string by bisection, since decoding is slow.
             numbers = range(1, count + 1)
             first = bisect.bisect_left(
                 numbers, True, key=lambda n: self._cut(self.text(tokens[:n])) is not None
@@ -186,17 +186,15 @@ class _Row:
         return Completion(text, generated.tokens[i, :count], generated.log_probs[i, :count], finish)
 
     def settled(self, generated: Any) -> str:
-        """Return the text of the first row without a partial character or stop string at its end.
-
-        A partial character decodes to U+FFFD.
-        """
+        """Return the text of row 0 without a partial character or stop string at its end."""
+        # A partial character decodes to U+FFFD.
         text = self.text(generated.tokens[0, : generated.lengths[0]].tolist()).rstrip("\ufffd")
         starts = (stop[:n] for stop in self.stop for n in range(1, len(stop)))
         held = max((len(start) for start in starts if text.endswith(start)), default=0)
         return text[: len(text) - held]
 
     def _cut(self, text: str) -> int | None:
-        """Return where the stop string starts that is complete first; of several, the longest."""
+        """Return the start of the stop string that ends first; among equal ends, the longest."""
         places = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stop]
         return min((place for place in places if place[1] >= 0), default=(0, None))[1]
 
@@ -207,7 +205,7 @@ class _Row:
 def _read(state: State) -> Generated:
     """Return the tokens so far, on the host."""
     generated = jax.tree.map(to_host, state.found)
-    # An argmax over NaN is token 0, so that the text alone would not tell.
+    # An argmax over NaN still gives a token, so the text would hide the error.
     if not np.isfinite(generated.log_probs).all():
         raise UserError(
             "model: its scores are not finite (got nan). Check that its weights are finite and not "
@@ -219,9 +217,9 @@ def _read(state: State) -> Generated:
 def _check(prompts: Sequence[str], stop: Sequence[str], chunk: int) -> None:
     for name, value in (("prompts", prompts), ("stop", stop)):
         if isinstance(value, str):
-            raise UserError(f"{name}: is one text (got {show(value)}). Give a list of texts.")
+            raise UserError(f"{name}: must be a list of texts (got {show(value)}). Give a list.")
     if "" in stop:
-        raise UserError("stop: has an empty text (got ''). Leave it out.")
+        raise UserError("stop: has an empty string (got ''). Leave it out.")
     integer("chunk", chunk)
 
 
@@ -236,7 +234,7 @@ def _start(
     """Read the prompts, padded on the left."""
     config = lm.config
     rows = [_Row(lm.tokenizer, ids, stop, config.stops) for ids in prompts]
-    # On the left, so that all samples start at one position.
+    # Padded on the left, so that all samples start at the same position.
     length = -(-max(len(row.prompt) for row in rows) // _MULTIPLE) * _MULTIPLE
     ids, mask = np.zeros((2, len(rows), length), np.int32)
     for i, row in enumerate(rows):
@@ -248,7 +246,7 @@ def _start(
 
 
 def _cut(tokenizer: Any, ids: list[int], most: int | None) -> list[int]:
-    """Keep at most `most` tokens: the special ones at the start and the last of the others."""
+    """Keep at most `most` tokens: the special ones at the start, and the last of the others."""
     excess = 0 if most is None else len(ids) - most
     if excess <= 0:
         return ids
@@ -262,7 +260,7 @@ def _tokenise(lm: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:
     tokenizer = lm.tokenizer
     if tokenizer is None:
         raise UserError(
-            "model: has no tokenizer, which text needs (got None). Put its files into the model's "
+            "model: has no tokenizer, needed for text (got None). Put its files into the model's "
             "folder, or give token ids to lm.generate."
         )
     alone = tokenizer("a", add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Perplexity: how well a causal language model predicts a text, in nats a token and bits a byte."""
+"""Perplexity of a causal language model on a text, in nats per token and bits per byte."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from jaxlm.typing import Params
 def perplexity(
     log_probs: Callable[..., Any], windows: Mapping[str, np.ndarray], size: int, *, batch_size: int
 ) -> Callable[[Params], dict[str, float]]:
-    """Return a function that measures parameters on a text cut into windows.
+    """Return a function that evaluates parameters on a text cut into windows.
 
     Args:
         log_probs: `lm.log_probs`, the log-probabilities of all tokens but the first.
@@ -27,14 +27,14 @@ def perplexity(
         batch_size: windows in a forward pass.
 
     Returns:
-        `params -> {"loss": nats a token, "bits_per_byte": bits a byte}`, compiled at its first
+        `params -> {"loss": nats per token, "bits_per_byte": bits per byte}`, compiled at its first
         call. It raises a UserError if the loss is not finite.
 
     Raises:
-        UserError: the text has no token to predict.
+        UserError: if the text has no token to predict.
     """
     spare = -len(windows["weights"]) % batch_size
-    # Filling windows have weights of 0. All batches have one shape, for one compilation.
+    # The last batch is padded with windows of weight 0, so that one shape is compiled.
     batches = {
         name: np.pad(value, ((0, spare), (0, 0))).reshape(-1, batch_size, value.shape[1])
         for name, value in windows.items()

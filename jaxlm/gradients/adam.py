@@ -5,8 +5,8 @@ r"""The step that Adam would make on a gradient, from the state of a training ru
     reference:  m' / sqrt(v' + eps)
 
 "paper" is Adam, with the rounding of `optax.scale_by_adam`. "reference" is what the authors' code
-of LESS computes: no bias correction, and eps under the root, where it matters for every v' that is
-not far above eps.
+of LESS computes: no bias correction, and eps under the root, where it changes the step unless v' is
+far above eps.
 
 References: Kingma and Ba, "Adam", arXiv:1412.6980; Xia et al., "LESS", arXiv:2402.04333.
 """
@@ -31,7 +31,7 @@ class Constants(NamedTuple):
 
     Attributes:
       b1, b2: decay rates of the two moments.
-      eps: added to the root, or under it.
+      eps: added to the root ("paper") or under it ("reference").
       variant: "paper" or "reference".
     """
 
@@ -46,14 +46,14 @@ class Adam:
     """Adam in the middle of a training run: its state and its constants.
 
     Attributes:
-      state: state of `optax.adam` and its like, or of any chain that has one.
+      state: state of an optax optimizer with a `ScaleByAdamState`, such as `optax.adam`.
       b1, b2: decay rates of the two moments.
-      eps: added to the root, or under it.
+      eps: added to the root ("paper") or under it ("reference").
       variant: "paper", the step that optax makes; or "reference", the step of the authors' code of
         LESS.
 
     Raises:
-      UserError: for constants that Adam cannot have.
+      UserError: for constants out of range.
     """
 
     state: Any
@@ -76,11 +76,11 @@ class Adam:
 def step(
     g: Array, first: Array, second: Array, count: Any, constants: Constants
 ) -> tuple[Array, Array]:
-    """Return Adam's next step on g, without learning rate and sign.
+    """Return Adam's next step on g, without the learning rate and the minus sign.
 
     Args:
       g: gradient.
-      first, second: moments, in a shape that broadcasts with that of g.
+      first, second: moments, which broadcast to the shape of g.
       count: number of steps that the moments have seen.
       constants: constants of the optimizer.
 
@@ -113,16 +113,16 @@ def moments(
     """Return Adam's moments of the selected parameters, wherever they are in an optax state.
 
     Args:
-      state: state of `optax.scale_by_adam`, or of any chain that has one.
+      state: state of `optax.scale_by_adam`, or of any chain that includes it.
       params: the parameters that were trained.
       select: selects some of them.
 
     Returns:
-      First and second moments, one array a leaf in the order of the tree; and the number of steps
-      they have seen.
+      First and second moments, one array per leaf in the order of the tree; and the number of steps
+      that they have seen.
 
     Raises:
-      UserError: a selected leaf has no moments, moments in several states, or moments of another
+      UserError: if a selected leaf has no moments, moments in several states, or moments of another
         shape; the message names the leaf.
     """
     states = _adam_states(state)

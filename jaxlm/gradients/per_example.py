@@ -1,7 +1,7 @@
-"""Per-example gradients, handed to a rule leaf by leaf.
+"""Per-example gradients, passed to a rule leaf by leaf.
 
 For a loss with a keyword `tap`, one backward pass over a batch yields the factors of every
-example's gradients. The gradients of one layer are formed, handed to a rule and dropped before the
+example's gradients. The gradients of one layer are formed, passed to a rule and freed before the
 next layer is reached. For any other loss, all gradients of a batch exist at once.
 """
 
@@ -22,7 +22,7 @@ from jaxlm.core.dtypes import wide
 from jaxlm.core.errors import UserError
 
 LOSS_USE = ("", "bias")
-"""A use of no parameter, through which the losses leave the backward pass."""
+"""A tap that belongs to no parameter: it returns the losses from the backward pass."""
 
 
 class Used(NamedTuple):
@@ -108,7 +108,7 @@ def count_examples(x: Any, name: str) -> int:
 
     Args:
       x: a pytree of arrays.
-      name: of x, for messages.
+      name: name of x, for messages.
 
     Raises:
       UserError: if there are no examples, or the arrays disagree.
@@ -146,26 +146,26 @@ def reduce(
     """Call a rule on the per-example gradients of each leaf, or of each layer of a stack.
 
     Memory: with a tap, the activations of the batch and the gradients of one layer; without a tap,
-    the gradients of all selected parameters. If some selected parameter does not pass the tap, or
-    passes it twice, the loss is treated as one without a tap (`untapped` says why).
+    the gradients of all selected parameters. If a selected parameter does not pass the tap, or
+    passes it twice, the loss is treated as one without a tap (`untapped` returns the reason).
 
     Args:
       loss_fn: `loss_fn(params, example)`, the loss of one example; or `loss_fn(params, examples, *,
-        tap)`, the losses [N] of a batch, which hands `tap` to every use of a parameter.
+        tap)`, the losses [N] of a batch, which passes `tap` to every use of a parameter.
       params: any pytree.
       examples: a pytree of arrays whose axis 0 is N.
       rule: `rule(gradient, extra, shared) -> (total, own)`, pytrees of arrays; `own` has a leading
         axis N, `total` the same shapes for every leaf.
       select: selects the parameters to differentiate by.
-      extras: for each selected leaf, in their order, a pytree of arrays with the shape of the leaf;
-        a rule for one layer gets the slice of that layer.
+      extras: for each selected leaf, in order, a pytree of arrays with the shape of the leaf; a
+        rule for one layer gets the slice of that layer.
       shared: a pytree of small arrays that every call gets.
       segments: for rows that hold several examples: the example of each token, 1 to S, and 0 for
-        padding. Losses then are [rows, S], with gradients of rows * S examples. Needs a tap.
+        padding. Losses are then [rows, S], and gradients those of rows * S examples. Needs a tap.
 
     Raises:
-      UserError: `segments` without a tap, or losses of another shape.
-      ValueError: `select` selects nothing.
+      UserError: if `segments` are given without a tap, or losses have the wrong shape.
+      ValueError: if `select` selects nothing.
     """
     count = len(jax.tree.leaves(paths.split(params, select)[0]))
     extras = [None] * count if extras is None else list(extras)
@@ -239,8 +239,8 @@ def _by_factors(loss_fn, params, examples, rule, select, extras, shared, segment
         uses = (_used(key[1], a, b[0], None, segments, per_row),)
         return rule(Gradient(key[0], layer, shapes[key[0]], uses=uses), extra, shared)
 
-    # A rule runs inside the backward pass of a custom derivative, which may not close over traced
-    # arrays: these come as arguments, repeated for each layer.
+    # A rule runs inside the backward pass of a `custom_vjp`, which may not close over traced
+    # arrays: they are passed as arguments, repeated for each layer.
     by_layer = {
         key: (_by_layer(by_path[key[0]], leaves, extras), *_repeated((shared, segments), use.times))
         for key, use in all_uses.items()
@@ -301,11 +301,11 @@ def _repeated(shared, times):
 
 
 def _used(op, a, b, rows, segments, per_row) -> Used:
-    """The factors of a use with one axis of places and one example a row."""
+    """Return the factors of a use with one axis of positions, one row per example."""
     count = a.shape[0]
     if segments is not None and b.shape[1:-1] != segments.shape[1:]:
         raise UserError(
-            f"segments: must have {b.shape[1:-1]} places a row, as the uses of the parameters (got "
+            f"segments: must have {b.shape[1:-1]} positions a row, as the activations have (got "
             f"{segments.shape[1:]}). Give the segments of the ids that the loss reads."
         )
     a = a.reshape(count, -1) if op == "embed" else a.reshape(count, -1, a.shape[-1])
@@ -337,7 +337,7 @@ def untapped(f: Callable[..., Any], params: Any, x: Any, select: paths.Select = 
       select: selects the parameters in question.
 
     Returns:
-      The end of a sentence, or None.
+      A clause for an error message, or None.
     """
     if not takes_tap(f):
         return "it has no keyword tap"
@@ -359,7 +359,7 @@ def untapped(f: Callable[..., Any], params: Any, x: Any, select: paths.Select = 
 
 
 def activation_bytes(uses: Mapping[taps.Key, taps.Use]) -> int:
-    """Estimate what a backward pass keeps: all inputs and outputs of the uses of parameters."""
+    """Estimate the bytes that a backward pass keeps: inputs and outputs of all parameter uses."""
     return sum(
         use.times * (math.prod(part.shape) * part.dtype.itemsize)
         for use in uses.values()

@@ -1,8 +1,8 @@
 r"""Random projections of gradients: $S g$ of `dim` numbers with $E (Sx)^T Sy = x^T y$.
 
-S is never stored. What it does to a leaf is a function of (seed, path, layer, index), so rows that
-come from different machines, from stacked or unstacked trees, or from batches of any size belong
-to one projection.
+S is never stored. Its part for a leaf is a function of (seed, path, layer, index), so rows that are
+computed on different machines, from stacked or unstacked trees, or in batches of any size belong to
+the same projection.
 
 References: Achlioptas, "Database-friendly random projections", 2003; Charikar et al., "Finding
 frequent items in data streams", 2002; Ailon and Chazelle, "The fast Johnson-Lindenstrauss
@@ -40,8 +40,8 @@ class Projector:
       family: which map.
       dim: length of a projected row.
       seed: seed of all randomness.
-      mesh: devices that share the examples; None where gradients lie on one device, or their
-        examples are divided over devices already.
+      mesh: devices that share the examples; None if gradients are on one device, or their examples
+        are already divided over devices.
     """
 
     family: str = dataclasses.field(metadata={"static": True})
@@ -53,7 +53,7 @@ class Projector:
         """Return S g of whole gradients.
 
         Leaves are added in the order of their paths, and layers in their order. Under `jit`, only
-        blocks are alive beside the gradients; outside `jit`, the result is checked.
+        blocks of S are alive besides the gradients; outside `jit`, the result is checked.
 
         Args:
           gradients: a tree like that of the parameters, with a leading axis N of examples on each
@@ -63,8 +63,8 @@ class Projector:
           Rows in float32, or in float64 where gradients are.
 
         Raises:
-          UserError: there is no leaf, leaves differ in N, a leaf does not hold floats, two paths
-            share a hash, or a gradient is not finite.
+          UserError: if there is no leaf, leaves differ in N, a leaf does not hold floats, two paths
+            have the same hash, or a gradient is not finite.
         """
         leaves = paths.flatten(gradients)[0]
         _check_leaves(leaves)
@@ -106,7 +106,7 @@ class Projector:
           path: path of the leaf.
           layer: index of the layer, or None for a leaf outside `layers`.
           a: inputs of the kernel, [N, T, in] or [N, in], as `jaxlm.core.taps` returns them.
-          b: gradients by its outputs, [N, T, out] or [N, out].
+          b: gradients with respect to its outputs, [N, T, out] or [N, out].
           total: array to add to; None for zeros.
         """
         a, b = (x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1]) for x in (a, b))
@@ -129,13 +129,13 @@ def _in_order(leaf: paths.Leaf) -> tuple[str, int]:
 
 
 def _mesh_of(g: Array) -> Mesh | None:
-    """The mesh on which an array with values lies."""
+    """Return the mesh of a concrete array, or None."""
     sharding = None if isinstance(g, jax.core.Tracer) else getattr(g, "sharding", None)
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) else None
 
 
-# Compiled by itself where the caller is not compiled, so that every caller runs the same loops.
+# Compiled even if the caller is not, so that every caller runs the same loops and rounds alike.
 @functools.partial(jax.jit, static_argnames=("add", "family", "dim", "mesh"))
 def _add(
     add: Callable[..., Array],
@@ -151,7 +151,7 @@ def _add(
     if mesh is None or mesh.size == 1:
         return add(key, total, *rows)
     # Each device gets whole gradients of some examples. If gradients stayed divided, every turn of
-    # the loop over blocks would have to exchange numbers.
+    # the loop over blocks would have to communicate.
     count, missing = len(total), -len(total) % mesh.size
     arrays = [total, *rows]
     if missing:
@@ -181,7 +181,7 @@ def _add_factors(family: str, dim: int, key: Array, total: Array, a: Array, b: A
 def projector(family: str, dim: int, seed: int = 0, *, mesh: Mesh | None = None) -> Projector:
     """Return a random projection of gradients to `dim` numbers.
 
-    Inner products are kept on average. The inner product of unit vectors with cosine c has a
+    Inner products are preserved on average. The inner product of unit vectors with cosine c has a
     standard error of about `sqrt((1 + c^2) / dim)`.
 
     | family      | map                                                                     |
@@ -200,15 +200,15 @@ def projector(family: str, dim: int, seed: int = 0, *, mesh: Mesh | None = None)
       family: one of the above.
       dim: length of a projected row; for `kronecker`, a product of two numbers of similar size.
       seed: 0 to 2**31 - 1.
-      mesh: for gradients that are divided over several devices, in any way: each device is given
-        whole gradients of some examples. Needed under `jit` where parameters, and so their
-        gradients, are divided; outside `jit` the mesh of an array is found.
+      mesh: for gradients that are sharded over several devices, in any way: each device is given
+        whole gradients of some examples. Needed under `jit` if parameters, and so their gradients,
+        are sharded; outside `jit` the mesh is read from the arrays.
 
     Returns:
       A frozen dataclass, a pytree whose only leaf is the seed.
 
     Raises:
-      UserError: the family is unknown, or dim or seed out of range.
+      UserError: if the family is unknown, or dim or seed is out of range.
     """
     one_of("family", family, sorted(sketches.SKETCHES))
     integer("dim", dim)

@@ -2,12 +2,12 @@
 
 Each is a function `(key, dim, g [N, ...]) -> [N, dim]` with E<Sx, Sy> = <x, y>. A leaf is read in
 blocks along its flat index. The randomness of block i is drawn from `fold_in(key, i)`, and blocks
-are added in order. So a row of the result is a function of the key and of the same row of `g`, to
-the last bit, whatever the batch and wherever it is stored.
+are added in order. So a row of the result depends, to the last bit, only on the key and on the same
+row of `g`, and not on the batch or its sharding.
 
-Second moments, for unit vectors with cosine c:
+Variance and cost, for unit vectors with cosine c:
 
-| map         | Var <Sx, Sy>                                    | operations a number       |
+| map         | Var <Sx, Sy>                                    | operations per number     |
 |-------------|-------------------------------------------------|---------------------------|
 | gaussian    | (1 + c^2) / dim                                 | 2 dim, dim normal numbers |
 | rademacher  | (1 + c^2 - 2 sum_i x_i^2 y_i^2) / dim           | 2 dim, dim / 32 words     |
@@ -41,7 +41,7 @@ BLOCKS_AT_ONCE = 16
 MIXED = 1024
 """Largest Hadamard matrix of `srht`."""
 GROUP_NUMBERS = 2**15
-"""Approximate count of numbers of a leaf that share the words of their signs."""
+"""Approximate count of numbers of a leaf whose signs are bits of the same words."""
 UNROLLED = 4
 """Windows added in one turn of a loop."""
 
@@ -62,15 +62,15 @@ def columns(g: Array, start: int | Array, size: int) -> Array:
 
 
 def flatten_examples(g: Array) -> Float[Array, "N n"]:
-    """Return the gradients of one leaf, one row an example."""
+    """Return the gradients of one leaf, one row per example."""
     return g.reshape(len(g), math.prod(g.shape[1:]))
 
 
 def scaled(x: Array, dim: int) -> Float[Array, "N dim"]:
     """Return x / sqrt(dim)."""
     rows = x.reshape(-1, dim)
-    # XLA would fuse this product with a later addition and round once instead of twice. Then the
-    # result would depend on what the caller does with it.
+    # Without the barrier XLA may fuse this product with a later addition and round once instead of
+    # twice, so the result would depend on the caller.
     return lax.optimization_barrier(rows * np.asarray(1 / math.sqrt(dim), rows.dtype))
 
 
@@ -92,7 +92,7 @@ def map_examples(function: Callable[[Any], Array], xs: Any) -> Array:
     def one_by_one(xs):
         if len(jax.tree.leaves(xs)[0]) != 1:
             return lax.map(function, xs)
-        # XLA removes a loop of one turn, then fuses its body with what is around it and rounds
+        # XLA removes a loop of one turn, then fuses its body with the surrounding code and rounds
         # differently. Two equal examples keep the loop.
         twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), xs)
         return lax.map(function, twice)[:1]
@@ -142,7 +142,7 @@ def dense_blocks(
     dtype = wide_dtype(g)
 
     def add_blocks(start, blocks, length, total):
-        """Add `blocks` blocks, the first of number `start` and each of `length` rows."""
+        """Add `blocks` blocks of `length` rows each, the first with number `start`."""
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(start + jnp.arange(blocks))
         draw = functools.partial(entries, rows=length, dim=dim, dtype=dtype)
         # Draw the block once, not once for each group of examples.
@@ -189,8 +189,8 @@ def rademacher(key: Array, dim: int, g: Array) -> Float[Array, "N dim"]:
 
 
 # CountSketch and SRHT. The numbers of a leaf are cut into windows of about `dim` numbers; each
-# window gets random signs and is added to a ring of `dim` buckets at a random place. Only the
-# place of a window is random, so memory is read and written contiguously.
+# window gets random signs and is added to a ring of `dim` buckets at a random offset. Only that
+# offset is random, so memory is read and written contiguously.
 
 
 def windows_in_group(width: int) -> int:
@@ -204,8 +204,8 @@ def draw_windows(
     """Draw the randomness of a group of windows.
 
     Returns:
-      Words [sets, numbers in the group], whose top bits are signs; and the places where the
-      windows begin in the ring.
+      Words [sets, numbers in the group], whose top bits are signs; and the index in the ring at
+      which each window begins.
     """
     count = windows_in_group(width)
     drawn = prng.counter_bits(jax.random.fold_in(key, group), (sets * width + count,))
@@ -242,7 +242,7 @@ Read = Callable[[Any, int], Array]
 def add_windows(
     read: Read, size: int, width: int, places: Array, total: Float[Array, "N R"]
 ) -> Float[Array, "N R"]:
-    """Add windows one after another at their places in `total`: the form for a CPU.
+    """Add windows to `total` one after another, which suits a CPU.
 
     Args:
       read: reads the numbers of the windows.
@@ -266,7 +266,7 @@ def add_windows(
 def gather_windows(
     read: Read, size: int, width: int, places: Array, total: Float[Array, "N R"]
 ) -> Float[Array, "N R"]:
-    """Let every bucket gather its numbers: `add_windows` in a form for parallel machines."""
+    """Gather the numbers of every bucket at once: `add_windows` in a form for accelerators."""
     count, dim = -(-size // width), total.shape[1] // 2
     padded = jnp.pad(read(0, size), [(0, 0), (0, count * width - size)])
     index = (lax.iota(jnp.int32, dim)[None, :] - places[:count, None]) % dim
@@ -296,9 +296,9 @@ def ring_sketch(
     full, rest = divmod(g.shape[1], group)
 
     def add_group(i, size, total):
-        # Signs before and after mixing. With one set, two blocks that are filled alike become
-        # shifted copies of the same mixed block; columns of a Hadamard matrix and of its shifted
-        # copy are not orthogonal, and such blocks would collide more often than by chance.
+        # Signs before and after mixing. With one set, two equal blocks would become shifted copies
+        # of the same mixed block; the columns of a Hadamard matrix and of its shifted copy are not
+        # orthogonal, so such blocks would collide more often than by chance.
         words, places = draw_windows(key, i, width, dim, sets=1 + (mix > 1))
 
         def signed(start, length):
@@ -331,14 +331,14 @@ def _ring(key: Array, dim: int, mix: int, g: Array) -> Array:
 
 
 def countsketch(key: Array, dim: int, g: Array) -> Float[Array, "N dim"]:
-    """Add every number to one bucket, with a random sign."""
+    """Map by adding every number to one bucket, with a random sign."""
     return _ring(key, dim, 1, g)
 
 
 def srht(key: Array, dim: int, g: Array) -> Float[Array, "N dim"]:
     """Mix blocks of at most 1024 numbers by signs, a Hadamard matrix and signs; then countsketch.
 
-    The numbers of a block share their size, so that a few large numbers do no harm.
+    Mixing spreads the size of a few large numbers over their block, which lowers the variance.
     """
     return _ring(key, dim, mixed_block(dim), g)
 
@@ -367,7 +367,7 @@ def kronecker_signs(
 
 
 def kronecker(key: Array, dim: int, g: Array) -> Float[Array, "N dim"]:
-    """Return P_in^T G P_out of a matrix G, whose last axis is the columns; vectors are dense."""
+    """Return P_in^T G P_out of a matrix G, whose last axis is the columns; map vectors densely."""
     if g.ndim < 3:
         return rademacher(key, dim, g)
     matrices = g.reshape(len(g), math.prod(g.shape[1:-1]), g.shape[-1])

@@ -1,7 +1,7 @@
-"""Attribution: what each training example does to target examples, and which examples to choose.
+"""Attribution: the effect of each training example on target examples, and selection by it.
 
-Every method returns one score a training example, larger for examples that help more; with
-`subtask`, one column a subtask of the targets.
+Every method returns one score per training example, larger for examples that help more; with
+`subtask`, one column per subtask of the targets.
 """
 
 import functools
@@ -51,19 +51,19 @@ def score(
       train: rows of training examples: [E, N, R] at E checkpoints, [N, R] at one, or stores.
       targets: rows of targets, [E, M, R], [M, R] or stores.
       weights: [E], weights of the checkpoints: the mean learning rate of the epoch that ended with
-        each. By default those in the specs of the stores.
-      subtask: int [M], subtask in [0, S) of each target; every subtask needs at least one. None
-        for one subtask.
+        each. By default the weights in the specs of the stores.
+      subtask: int [M], subtask in [0, S) of each target; every subtask needs at least one target.
+        None means one subtask.
       aggregate: "cosine_of_mean" or "mean_of_cosines".
-      over: "max" or "mean" of the scores over subtasks; LESS takes the maximum.
+      over: take the "max" or "mean" of the scores over subtasks; LESS takes the maximum.
 
     Returns:
       [N] if `subtask` is None or `over` is given, else [N, S]: float32, or float64 for arrays of
       that dtype. A training row of zeros has cosine 0 with everything.
 
     Raises:
-      UserError: train and targets do not fit together, with the field in which their stores differ;
-        a subtask has no targets; a target has no direction; or a row is not finite.
+      UserError: if train and targets do not fit together (the message names the field in which
+        their stores differ), a subtask has no targets, a target is zero, or a row is not finite.
 
     >>> train = np.array([[[2.0, 0.0], [0.0, 3.0]]], np.float32)
     >>> targets = np.array([[[1.0, 0.0], [0.0, 4.0]]], np.float32)
@@ -108,8 +108,8 @@ def select(
       int64 indices [K].
 
     Raises:
-      UserError: scores have another shape or are not finite, or the selection is empty or has more
-        than all examples.
+      UserError: if scores have the wrong shape or are not finite, or the selection is empty or
+        larger than N.
 
     >>> select([0.1, 0.7, 0.3, 0.7], fraction=0.5)
     array([1, 3])
@@ -146,7 +146,7 @@ def _check_over(over: str | None) -> None:
 def _reduce(
     scores: Float[np.ndarray, "N S"], subtask: Any, over: str | None = None
 ) -> Float[np.ndarray, "..."]:
-    """Return scores of subtasks as they are, their maximum or mean, or the only column."""
+    """Return all columns of the scores, their maximum or mean, or the only column."""
     if over is not None:
         return scores.max(axis=1) if over == "max" else scores.mean(axis=1)
     return scores[:, 0] if subtask is None else scores
@@ -156,14 +156,14 @@ def _reduce(
 
 
 def grad_dot(train: Any, targets: Any, subtask: Any = None) -> Float[np.ndarray, "..."]:
-    r"""Inner products of gradients: $\frac1E \sum_e g_{en} \cdot \mathrm{mean}_{m \in s} t_{em}$.
+    r"""Return inner products, $\frac1E \sum_e g_{en} \cdot \mathrm{mean}_{m \in s} t_{em}$.
 
     A small step of gradient descent on example n lowers the loss of the target by this product
     times the learning rate.
 
     Args:
       train, targets, subtask: see `jaxlm.influence.score`. `np.arange(M)` as subtasks gives [N, M],
-        one column a target.
+        one column per target.
 
     Returns:
       [N], or [N, S] with subtasks.
@@ -184,9 +184,9 @@ def grad_dot(train: Any, targets: Any, subtask: Any = None) -> Float[np.ndarray,
 def tracin(
     train: Any, targets: Any, weights: Any = None, subtask: Any = None
 ) -> Float[np.ndarray, "..."]:
-    r"""TracIn: $\sum_e w_e\, g_{en} \cdot \mathrm{mean}_{m \in s} t_{em}$, w the learning rates.
+    r"""Return TracIn, $\sum_e w_e\, g_{en} \cdot \mathrm{mean}_{m \in s} t_{em}$.
 
-    `score` with inner products in place of cosines, so that long gradients count more.
+    This is `score` with inner products in place of cosines, so that large gradients count more.
 
     Args:
       train, targets, weights, subtask: see `jaxlm.influence.score`.
@@ -230,7 +230,7 @@ def trak(
     *,
     ridge: float | int = 0.0,
 ) -> Float[np.ndarray, "..."]:
-    r"""TRAK: influence functions of a linear model on projected gradients, over an ensemble.
+    r"""Return TRAK: influence functions of a linear model on projected gradients, over an ensemble.
 
     Rows are gradients of the margin $f = \log\frac{p}{1 - p}$, with p the probability of the right
     answer. With $\Phi_e$ the training rows of model e
@@ -243,13 +243,13 @@ def trak(
     Args:
       train, targets, subtask: see `jaxlm.influence.score`, with models in place of checkpoints.
       residuals: 1 - p of the training examples, [E, N].
-      ridge: λ, for R that is not far below N.
+      ridge: λ, needed if R is not far below N.
 
     Returns:
       [N], or [N, S] with subtasks; φ_s is the mean of the rows of a subtask.
 
     Raises:
-      UserError: as `score`; residuals are not [E, N] in [0, 1]; or the matrix is singular.
+      UserError: as `score`; if residuals are not [E, N] in [0, 1]; or if the matrix is singular.
 
     >>> rows = np.array([[[2.0, 0.0], [0.0, 1.0]]])
     >>> trak(rows, rows, residuals=np.array([[0.5, 1.0]]), subtask=np.arange(2))
@@ -299,7 +299,7 @@ def _solve(gram: np.ndarray, right: np.ndarray, eps: float) -> np.ndarray:
         diagonal = np.diag(factor)
         inverse_condition, _ = lapack.dpocon(factor, np.linalg.norm(gram, 1), uplo="L")
         regular = diagonal.min() > np.sqrt(len(gram) * eps) * diagonal.max()
-        # The last pivot of a singular matrix is what rounding left, which can be anything.
+        # The last pivot of a singular matrix is rounding error, of any size: check the condition.
         regular &= inverse_condition > 10 * len(gram) * np.finfo(np.float64).eps
     except np.linalg.LinAlgError:
         regular = False
@@ -315,7 +315,7 @@ def _solve(gram: np.ndarray, right: np.ndarray, eps: float) -> np.ndarray:
 
 
 def grand(train: Any) -> Float[np.ndarray, " N"]:
-    r"""GraNd: norms of gradients, $\frac1E \sum_e \|g_{en}\|$.
+    r"""Return GraNd, the mean norm of gradients, $\frac1E \sum_e \|g_{en}\|$.
 
     Args:
       train: see `jaxlm.influence.score`, with several runs at an early step as checkpoints.
@@ -338,7 +338,7 @@ def grand(train: Any) -> Float[np.ndarray, " N"]:
 
 
 def el2n(logits: Float[ArrayLike, "*E N C"], labels: Int[ArrayLike, " N"]) -> Float[Array, " N"]:
-    r"""EL2N: norms of errors, $\frac1E \sum_e \|\mathrm{softmax}(f_e(x_n)) - y_n\|$.
+    r"""Return EL2N, the mean norm of errors, $\frac1E \sum_e \|\mathrm{softmax}(f_e(x_n)) - y_n\|$.
 
     Args:
       logits: [N, C], or [E, N, C] of several runs at an early step.
@@ -348,7 +348,7 @@ def el2n(logits: Float[ArrayLike, "*E N C"], labels: Int[ArrayLike, " N"]) -> Fl
       [N], large for hard examples; at most the square root of 2.
 
     Raises:
-      UserError: shapes do not fit, or a label is not a class.
+      UserError: if shapes do not fit, or a label is not a class.
 
     >>> el2n(np.array([[0.0, 200.0]], np.float32), np.array([1])).tolist()
     [0.0]
@@ -416,7 +416,7 @@ def pool(
     mask: Int[ArrayLike, "N T"] | Bool[ArrayLike, "N T"],
     how: str = "position",
 ) -> Float[Array, "N D"]:
-    """Return one representation for each example, from those of its tokens.
+    """Return one representation for each example, pooled over its tokens.
 
     Args:
       hidden: hidden states of the last layer.
@@ -427,7 +427,7 @@ def pool(
       [N, D] in at least float32.
 
     Raises:
-      UserError: `how` is something else.
+      UserError: if `how` is unknown.
     """
     one_of("how", how, ("last", "mean", "position"))
     states, here = jnp.asarray(hidden), jnp.asarray(mask).astype(bool)
@@ -450,27 +450,27 @@ def bm25(
     b: float | int = 0.75,
     over: str | None = None,
 ) -> Float[np.ndarray, "..."]:
-    r"""Okapi BM25 with the training examples as documents and the targets as queries.
+    r"""Return Okapi BM25 with the training examples as documents and the targets as queries.
 
     $$\mathrm{score}_{ns} = \mathrm{mean}_{q \in s} \sum_{t \in q} \log\Big(1 + \frac{N - N_t +
     \frac12}{N_t + \frac12}\Big) \frac{(k_1 + 1)\,c_{tn}}{c_{tn} + k_1 (1 - b + b\,\ell_n /
     \bar\ell)}$$
 
     with $c_{tn}$ the count of token t in example n of length $\ell_n$, and $N_t$ the number of
-    examples that have it. A token that is repeated in the query counts as often.
+    examples that contain it. A token that occurs k times in the query counts k times.
 
     Args:
       train: N lists of tokens, words or integers.
       targets: M lists of tokens.
       subtask, over: see `jaxlm.influence.score`.
       k1: how much a token gains by being repeated, 0 or more.
-      b: how much long examples are held back, 0 to 1.
+      b: how much long examples are penalised, 0 to 1.
 
     Returns:
       float64 [N], or [N, S] with subtasks.
 
     Raises:
-      UserError: there are no examples or no targets, a subtask has no targets, or k1 or b is out of
+      UserError: if there are no examples or targets, a subtask has no targets, or k1 or b is out of
         range.
 
     >>> train = [["a", "cat"], ["a", "dog"], ["a", "red", "dog"]]
@@ -511,12 +511,12 @@ def bm25(
 
 
 def _postings(lists: Any, vocabulary: dict[Hashable, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the example and the number of every token, numbered in order of first use."""
+    """Return the example and the id of every token; ids are given in order of first use."""
     sizes = [len(tokens) for tokens in lists]
     numbers = [vocabulary.setdefault(word, len(vocabulary)) for tokens in lists for word in tokens]
     return np.repeat(np.arange(len(lists)), sizes), np.asarray(numbers, np.int64)
 
 
 def random_scores(key: PRNGKey, count: int) -> Float[Array, " N"]:
-    """Return uniform random numbers in [0, 1), the scores that know nothing."""
+    """Return uniform random scores in [0, 1), the baseline for every method."""
     return jax.random.uniform(key, (count,))

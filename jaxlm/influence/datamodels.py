@@ -1,4 +1,4 @@
-"""Whether to trust attributions: compare them with models retrained on parts of the data."""
+"""Tests of attributions against models that are retrained on parts of the data."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ def subset_masks(
       seed: 0 or more.
 
     Raises:
-      UserError: a subset would have no example, or all.
+      UserError: if a subset would have no example, or all of them.
 
     >>> subset_masks(count=6, subsets=4).sum(axis=1).tolist()
     [3, 3, 3, 3]
@@ -45,7 +45,7 @@ def subset_masks(
     integer("seed", seed, least=0)
     integer("subsets", subsets)
     real("fraction", fraction, above=0, below=1)
-    taken = int(fraction * count * (1 + 1e-12))
+    taken = int(fraction * count * (1 + 1e-12))  # 0.29 * 100 is 28.999999999999996
     if not 0 < taken < count:
         raise UserError(
             f"fraction: takes {taken} of {count} examples (got {fraction}). Take some, not all."
@@ -65,28 +65,28 @@ def lds(
     level: float = 0.95,
     seed: int = 0,
 ) -> LDS:
-    r"""The linear datamodelling score, with a bootstrap interval.
+    r"""Return the linear datamodelling score with a bootstrap interval.
 
     $$\mathrm{LDS} = \mathrm{mean}_m\ \mathrm{Spearman}_k\Big(f_m(S_k),\ \sum_{n \in S_k}
     \tau_{nm}\Big).$$
 
-    The interval lies between quantiles of the score over replicates, in which both the subsets k
-    and the targets m are drawn with replacement: it covers other models and other targets. A subset
-    that is drawn twice counts twice, and ties share their mean rank.
+    The ends of the interval are quantiles of the score over replicates, in which both the subsets k
+    and the targets m are drawn with replacement: it accounts for the choice of both. A subset that
+    is drawn twice counts twice, and ties share their mean rank.
 
     Args:
       attributions: τ [N, M], such as `score` with subtasks 0 to M - 1; [N] for one target.
       masks: bool [K, N], which examples each model was trained on, as `subset_masks` draws them.
       outputs: f [K, M], an output of each model for each target, averaged over training seeds; [K]
-        for one target. It must grow where attributions say that an example helps, as the margin and
-        the negative loss do.
+        for one target. It must be higher for better models, as the margin and the negative loss
+        are.
       replicates: number of bootstrap replicates.
       level: confidence level of the interval, above 0 and below 1.
       seed: seed of the bootstrap, 0 or more.
 
     Raises:
-      UserError: shapes do not fit, numbers are not finite, there are fewer than 3 subsets, or the
-        outputs or attributions of a target are the same for all subsets.
+      UserError: if shapes do not fit, numbers are not finite, there are fewer than 3 subsets, or
+        the outputs or attributions of a target are the same for all subsets.
 
     >>> masks = subset_masks(count=8, subsets=20)
     >>> truth = np.arange(8.0)
@@ -105,7 +105,7 @@ def lds(
     integer("seed", seed, least=0)
     integer("replicates", replicates)
     real("level", level, above=0, below=1)
-    # Equal sums differ by rounding, since they are added in another order; they must stay ties.
+    # Sums that are equal in exact arithmetic may differ by rounding; they must stay ties.
     rounding = len(tau) * np.finfo(np.float64).eps * np.abs(tau).sum(axis=0)
     sums = chosen.astype(np.float64) @ tau
     columns = (_Ranked(f, "outputs"), _Ranked(sums, "attributions", rounding))
@@ -121,7 +121,7 @@ def lds(
 
 
 def leave_one_out(output: Callable[[np.ndarray], Any], count: int) -> Float[np.ndarray, "N M"]:
-    r"""Return what is lost without each example: $f(\text{all}) - f(\text{all but } n)$.
+    r"""Return the effect of leaving out each example: $f(\text{all}) - f(\text{all but } n)$.
 
     Args:
       output: function from a bool mask [N] of training examples to the outputs [M] of a model that
@@ -129,7 +129,7 @@ def leave_one_out(output: Callable[[np.ndarray], Any], count: int) -> Float[np.n
       count: N, 2 or more.
 
     Raises:
-      UserError: there are fewer than 2 examples.
+      UserError: if there are fewer than 2 examples.
 
     >>> leave_one_out(lambda mask: [np.array([1.0, 5.0, 2.0])[mask].sum()], count=3).tolist()
     [[1.0], [5.0], [2.0]]
@@ -144,12 +144,12 @@ def leave_one_out(output: Callable[[np.ndarray], Any], count: int) -> Float[np.n
 
 
 class _Ranked:
-    """Sorted columns, from which the mean ranks under any weights of the rows are two sums.
+    """Columns sorted once, whose mean ranks under any weights of the rows are cumulative sums.
 
-    Neighbours that are not further apart than `rounding` [M] are ties.
+    Neighbours that differ by at most `rounding` [M] are ties.
     """
 
-    # `scipy.stats.rankdata` on every replicate gives the same ranks, but sorts again each time.
+    # `scipy.stats.rankdata` on every replicate gives the same ranks, but sorts each time.
 
     def __init__(self, values: np.ndarray, name: str, rounding: Any = 0.0):
         self._order = np.argsort(values, axis=0, kind="stable")
@@ -199,7 +199,7 @@ def _check(tau: np.ndarray, masks: np.ndarray, f: np.ndarray) -> None:
         )
     if masks.dtype != bool:
         raise UserError(
-            f"masks: must be bool, true where an example is in (got {masks.dtype}). Convert."
+            f"masks: must be bool, true for training examples (got {masks.dtype}). Convert them."
         )
     if len(f) < 3 or not f.shape[1]:
         raise UserError(f"outputs: must have 3 or more subsets and a target {shapes}. Train more.")

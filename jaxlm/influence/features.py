@@ -3,11 +3,11 @@ r"""Gradient features: the projected gradient, or Adam's step on it, of every ex
     phi(z) = S g(z)           g(z) = gradient of the loss of z by the selected parameters
     phi(z) = S Gamma(g(z))    Gamma: the step that Adam would make on g(z) from a given state
 
-with S a random projection that is never stored (`jaxlm.gradients.projection`).
+where S is a random projection that is never stored (`jaxlm.gradients.projection`).
 
-Examples are computed in blocks of one size, which follows from the shapes of one example and of the
-parameters. So a row has the same bits whichever examples are given with it, in which order, and on
-how many devices.
+Examples are computed in blocks of one size, which depends on the shapes of one example and of the
+parameters alone. So the bits of a row do not depend on the other examples, on their order, or on
+the number of devices.
 """
 
 import dataclasses
@@ -29,24 +29,24 @@ from jaxlm.gradients import adam, per_example
 from jaxlm.gradients.projection import Projector
 
 CPU_BLOCK_BYTES, BLOCK_BYTES = 2**27, 2**31
-"""Approximate bytes of the activations of a block, on a CPU and elsewhere."""
+"""Approximate bytes of the activations of a block, on a CPU and on accelerators."""
 HELD_BYTES = 2**28
 """Above this size, gradients of a block are formed layer by layer, not held at once."""
 TOGETHER = 64
-"""Most examples in a block, and examples projected at once where gradients are held."""
+"""Most examples in a block, and examples that are projected together if gradients are held."""
 
 
 class FeaturesInfo(NamedTuple):
-    """What gradient features were made of.
+    """Statistics of the examples and gradients that features were computed from.
 
     Attributes:
       loss: [N], in the dtype of the loss.
       norm: [N], Euclidean norm of the gradient of the selected parameters.
-      skipped: [N], where the loss or its gradient is not finite, or the whole gradient is zero, as
-        where truncation left no token of an answer; such rows of the features are zero.
+      skipped: [N], where the loss or its gradient is not finite, or the whole gradient is zero, for
+        example if truncation left no token of an answer; such rows of the features are zero.
       zero: [N], where the gradient is zero.
       eps_share: [N], fraction of the numbers of an Adam step for which eps is the larger term of
-        the denominator, so that the step follows the size of the gradient; 0 without Adam.
+        the denominator, so that the step scales with the gradient; 0 without Adam.
     """
 
     loss: Float[Array, "N"]
@@ -73,25 +73,25 @@ def gradient_features(
         phi(z) = S g(z),    g(z) = gradient of the loss of z by the selected parameters
         phi(z) = S (m' / (1 - b1^t)) / (sqrt(v' / (1 - b2^t)) + eps)    with `adam_state`
 
-    with m' and v' the moments after a step on g(z). LESS compares the second, of training examples,
-    with the first, of target examples, by their cosine.
+    where m' and v' are the moments after a step on g(z). LESS takes the cosine of the second, of
+    training examples, with the first, of target examples.
 
     Memory: with a tap, the activations of a block of examples and, if the parameters are too many
     to hold all gradients in 256 MiB, the gradients of one layer; without a tap, all gradients of a
     block. Blocks have a fixed size, so a row does not depend, to the last bit, on the other rows.
-    `loss_fn` is traced at every call, so the rows are of what it closes over now; what was compiled
-    for the same trace is used again.
+    `loss_fn` is traced at every call, so it always sees the current values of what it closes over;
+    a call with the same trace as an earlier one reuses its compiled program.
 
     Args:
       loss_fn: `loss_fn(params, example)`, the loss of one example, a scalar; or a function with a
         keyword `tap`, `loss_fn(params, examples, *, tap=None)`, which is called on a batch, returns
-        its losses [N], row n depending on example n alone, and hands `tap` to every use of a
+        its losses [N], row n depending on example n alone, and passes `tap` to every use of a
         parameter, as the models of jaxlm do.
       params: any pytree; leaves that are not arrays of floats are held fixed.
       examples: a pytree of arrays whose axis 0 is N.
       projector: S, made by `projector`; None for whole gradients, of small models.
-      adam_state: a state of `optax.adam` and its like, or of a chain that has one; an `Adam` for
-        other constants than the defaults of optax; None for the gradient itself.
+      adam_state: the state of an optax chain with a `ScaleByAdamState`; an `Adam` for constants
+        other than the defaults of optax; None for the gradient itself.
       select: restricts the features to some parameters: a regular expression searched in their
         paths or a predicate on them, such as `jaxlm.peft.LORA`.
       block_size: examples in a block; by default a power of 2 that depends on the shapes alone.
@@ -99,7 +99,7 @@ def gradient_features(
         padding. `loss_fn`, with a tap, then returns losses [N, S], and must keep the examples of a
         row apart.
       mesh: groups of examples are spread over the devices of this process in the mesh, each of
-        which gets all parameters; by default the mesh of the projector.
+        which holds all parameters; by default the mesh of the projector.
 
     Returns:
       [N, R], or [N * S, R] with segments; R is the projector's `dim`, or the number of selected
@@ -107,9 +107,9 @@ def gradient_features(
       rows are zero, see `FeaturesInfo`.
 
     Raises:
-      UserError: impossible constants, a state without Adam's moments of a selected leaf (the
-        message names it), examples that do not agree, or losses of another shape.
-      ValueError: `select` selects nothing.
+      UserError: if constants are out of range, a selected leaf has no Adam moments (the message
+        names it), arrays of examples differ in length, or losses have the wrong shape.
+      ValueError: if `select` selects nothing.
 
     >>> loss = lambda params, x: jnp.square(x @ params["w"]).sum()
     >>> gradient_features(loss, {"w": jnp.ones(2)}, jnp.eye(2)).tolist()
@@ -144,7 +144,7 @@ def features_with_info(
     segments: Int[Array, "rows T"] | np.ndarray | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "N R"], FeaturesInfo]:
-    """Return `gradient_features`, and losses, norms and which rows were skipped.
+    """Return `gradient_features` with a `FeaturesInfo`: losses, norms, skipped rows.
 
     >>> loss = lambda params, x: jnp.square(x @ params["w"]).sum()
     >>> x = jnp.array([[3.0, 4.0], [0.0, 0.0]])
@@ -195,10 +195,10 @@ def _info(sums: dict[str, Array], params: Any, select: paths.Select) -> Features
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """What is done with each example.
+    """What is computed for each example.
 
     Attributes:
-      loss_fn: loss of one example, or with a keyword `tap` of a batch.
+      loss_fn: loss of one example or, if it has a keyword `tap`, of a batch.
       select: selects the parameters to differentiate by.
       constants: constants of Adam, or None.
       project: whether rows are projected layer by layer inside the backward pass.
@@ -237,7 +237,7 @@ def _groups(
     given to its devices in turn; each runs the program that a single device would run.
 
     Args:
-      task: what is done with each example.
+      task: what is computed for each example.
       arguments: parameters, projector and moments.
       batch: examples, and their segments or None.
       size: examples in a block.
@@ -253,7 +253,7 @@ def _groups(
         params, projector, moments = placed[at]
         blocks = []
         for start in range(first, min(first + at_once, count), size):
-            # Copies of the last example fill the last block: all blocks run one program.
+            # Copies of the last example pad the last block, so that all blocks run one program.
             places = np.minimum(np.arange(start, start + size), count - 1)
             part = jax.tree.map(lambda a, places=places: a[places], batch)
             part = part if devices[at] is None else jax.device_put(part, devices[at])

@@ -17,11 +17,11 @@ from jaxlm.influence.store import GradientStore
 BLOCK_BYTES = 2**25
 
 SAME_PROJECTION = ("dim", "projection", "parameters")
-"""Fields of a `StoreSpec` without which inner products of rows mean nothing."""
+"""Fields of a `StoreSpec` that must agree for inner products of rows to be meaningful."""
 SAME_CHECKPOINT = (*SAME_PROJECTION, "model", "checkpoint", "weight")
-"""Fields that training rows and target rows of one checkpoint share."""
+"""Fields that training rows and target rows of one checkpoint must share."""
 SAME_EXAMPLES = (*SAME_PROJECTION, "dtype", "gradient", "data")
-"""Fields that the rows of some examples share over checkpoints."""
+"""Fields that the rows of the same examples must share over checkpoints."""
 
 
 class CheckpointRows(NamedTuple):
@@ -60,7 +60,7 @@ class CheckpointRows(NamedTuple):
     def block_rows(self) -> int:
         """Rows in a block: a power of 2 that depends on N and R alone.
 
-        So a store and an array with the same rows give the same bits.
+        So a store and an array with the same rows give bitwise equal results.
         """
         most = max(1, BLOCK_BYTES // (4 * self.dim))
         return 1 << min(most.bit_length() - 1, (self.examples - 1).bit_length())
@@ -73,8 +73,8 @@ class CheckpointRows(NamedTuple):
     def not_finite(self, example: int) -> UserError:
         """Return the error for a row that is not finite."""
         return UserError(
-            f"{self.name}: row {example} gives numbers that are not finite. Leave the example out, "
-            "or scale the rows down."
+            f"{self.name}: the products of row {example} are not finite. Leave the example out, or "
+            "scale the rows down."
         )
 
 
@@ -82,7 +82,7 @@ def rows_of(given: Any, name: str) -> CheckpointRows:
     """Return the rows of an array [E, N, R] or [N, R], of a store, or of E stores or arrays [N, R].
 
     Raises:
-      UserError: it is something else, there are no rows, or checkpoints differ in their examples.
+      UserError: if the shape is wrong, there are no rows, or checkpoints differ in their examples.
     """
     if isinstance(given, GradientStore):
         rows = [given]
@@ -142,11 +142,11 @@ def _check_ids(stores: Sequence[GradientStore]) -> None:
 
 
 def check_pair(train: CheckpointRows, targets: CheckpointRows) -> None:
-    """Check that inner products of training rows and target rows mean something.
+    """Check that inner products of training rows and target rows are meaningful.
 
     Raises:
-      UserError: they differ in the number of checkpoints or the length of rows; or stores differ in
-        the projection, the parameters, or in the model, name or weight of a checkpoint.
+      UserError: if they differ in the number of checkpoints or the length of rows; or stores differ
+        in the projection, the parameters, or in the model, name or weight of a checkpoint.
     """
     if len(train.rows) != len(targets.rows):
         raise UserError(
@@ -157,7 +157,7 @@ def check_pair(train: CheckpointRows, targets: CheckpointRows) -> None:
         _check_specs(pair, SAME_CHECKPOINT)
     if train.dim != targets.dim:
         raise UserError(
-            f"targets: must have the {train.dim} numbers a row of train (got {targets.dim}). Use "
+            f"targets: must have {train.dim} numbers per row, as train (got {targets.dim}). Use "
             "one projection for both."
         )
 
@@ -166,7 +166,7 @@ def weights_of(train: CheckpointRows, weights: Any) -> Float[np.ndarray, " E"]:
     """Return the weights of the checkpoints, by default those of the stores.
 
     Raises:
-      UserError: weights have another shape, are negative or not finite, or all are zero.
+      UserError: if weights have the wrong shape, are negative or not finite, or are all zero.
     """
     if weights is None:
         stores = train.stores
@@ -191,7 +191,7 @@ def subtasks_of(count: int, subtask: Any) -> Int[np.ndarray, " M"]:
     """Return the subtask of each of `count` targets, zeros for None.
 
     Raises:
-      UserError: subtasks have another shape, or are not the integers from 0 without gaps.
+      UserError: if subtasks have the wrong shape, or are not integers from 0 without gaps.
     """
     if subtask is None:
         return np.zeros(count, np.int64)
@@ -223,9 +223,9 @@ def dots(rows: Array, directions: Array) -> Array:
 
 
 def _scaled_and_norm(rows: Array) -> tuple[Array, Array, Array]:
-    """Return rows over their largest number, that number, and the norm of the quotient.
+    """Return rows divided by their largest |entry|, that entry, and the norm of the quotient.
 
-    The squares of a row as it is could overflow or vanish.
+    The squares of an unscaled row could overflow or underflow.
     """
     largest = jnp.abs(rows).max(axis=1, keepdims=True)
     scaled = rows / jnp.where(largest == 0, 1, largest)
@@ -251,13 +251,13 @@ def products(
 ) -> Float[np.ndarray, "N S"]:
     """Return the sum over checkpoints of `product` of the training rows with directions.
 
-    One block of rows is in memory beside the result.
+    Only one block of rows is in memory at a time.
 
     Raises:
-      UserError: a product is not finite; the message names the row.
+      UserError: if a product is not finite; the message names the row.
     """
     total = np.zeros((train.examples, len(directions[0])), train.dtype)
-    # Rows in float64 keep their digits even where JAX is set to 32 bits.
+    # Rows in float64 keep their digits even if `jax_enable_x64` is off.
     with jax.enable_x64(train.dtype == np.float64):
         for checkpoint, direction in enumerate(directions):
             placed = jnp.asarray(direction, train.dtype)
@@ -277,16 +277,16 @@ def _pad(rows: Any, size: int) -> Any:
     return np.pad(np.asarray(rows), ((0, size - len(rows)), (0, 0)))
 
 
-# Directions, from the rows of targets in float64.
+# Directions: sums and means of the rows of targets, in float64.
 
 
 def sums(
     targets: CheckpointRows, checkpoint: int, groups: np.ndarray, *, normalize: bool
 ) -> Float[np.ndarray, "S R"]:
-    """Return the sums of the rows of each group, or of the rows over their norms.
+    """Return the sum of the rows of each group, or of the rows divided by their norms.
 
     Raises:
-      UserError: a row is not finite; or is zero, so that it cannot be normalized.
+      UserError: if a row is not finite, or is zero and cannot be normalized.
     """
     total = np.zeros((int(groups.max()) + 1, targets.dim))
     for start, rows in targets.blocks(checkpoint):
@@ -305,7 +305,7 @@ def sums(
 def means(
     targets: CheckpointRows, checkpoint: int, groups: np.ndarray, *, normalize: bool = False
 ) -> Float[np.ndarray, "S R"]:
-    """Return `sums` over the number of rows in each group."""
+    """Return `sums` divided by the number of rows in each group."""
     total = sums(targets, checkpoint, groups, normalize=normalize)
     return total / np.bincount(groups)[:, None]
 
@@ -313,10 +313,10 @@ def means(
 def unit_sums(
     targets: CheckpointRows, checkpoint: int, groups: np.ndarray
 ) -> Float[np.ndarray, "S R"]:
-    """Return the sums of the rows of each group, scaled to length 1.
+    """Return the sums of the rows of each group, scaled to norm 1.
 
     Raises:
-      UserError: as `sums`; or a sum is zero.
+      UserError: as `sums`; or if a sum is zero.
     """
     total = sums(targets, checkpoint, groups, normalize=False)
     norm = np.linalg.norm(total, axis=1, keepdims=True)

@@ -1,22 +1,22 @@
 """Gradient features on disk: written by several processes, read as one array.
 
     000.json                       writer 0: the spec, and how many rows it has committed
-    000-000000000000.safetensors   rows of writer 0 from its row 0 on, up to one shard
+    000-000000000000.safetensors   rows of writer 0 from its row 0 on, at most one shard
     000.lock                       exists while writer 0 is open
 
 A file of rows has the tensors `values` [N, dim], `scale` [N] (not for float32) and `ids`, a JSON
-list in UTF-8. Rows take 32, 16, 8 or 1 bits a number:
+list in UTF-8. Rows take 32, 16, 8 or 1 bits per number:
 
     float32   the numbers
     float16   scale 2^k, and the numbers over 2^k in half precision; max|x| / 2^k is in [1, 2)
     int8      scale s = max|x| / 127, and x / s rounded to nearest
     1bit      scale ||x||, and the signs as packed bits: x is read as sign(x) ||x|| / sqrt(dim)
 
-Every row has its own scale, so a small gradient is kept as precisely as a large one; gradients that
-are cast to half precision lose what is below 6e-8.
+Every row has its own scale, so a small gradient is kept as precisely as a large one; a plain cast
+to half precision would lose numbers below 6e-8.
 
 All files are written atomically. Each tensor has a CRC-32 in the metadata of its file, and each
-JSON record one of itself; a CRC-32 finds every change of up to four adjacent bytes.
+JSON record contains its own; a CRC-32 detects every change of up to four adjacent bytes.
 
 References: Xia et al., "LESS: Selecting Influential Data for Targeted Instruction Tuning",
 arXiv:2402.04333 (half precision); Ananta et al., "QLESS: A Quantized Approach for Data Valuation
@@ -51,14 +51,14 @@ SHARD_BYTES = 2**26
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoreSpec:
-    """What the rows of a store are. Stores are compared by all fields, empty ones too.
+    """What the rows of a store are. Stores are compared by all fields, including empty ones.
 
     Attributes:
       dim: length of a row.
       dtype: how rows are stored: "float32", "float16", "int8" or "1bit".
       projection: `projection_name` of the projector.
-      parameters: which parameters have gradients: a regular expression, or any text.
-      gradient: which gradient: "sgd", "adam paper", ...
+      parameters: the parameters of the gradients: a regular expression, or any text.
+      gradient: the kind of gradient: "sgd", "adam paper", ...
       model: `jaxlm.artifacts.arrays.fingerprint` of the parameters.
       data: fingerprint of the examples.
       checkpoint: name or step of the checkpoint.
@@ -81,7 +81,7 @@ class StoreSpec:
     def __post_init__(self) -> None:
         for name in ("dim", "checkpoint", "weight"):
             value: Any = getattr(self, name)
-            if hasattr(value, "item"):  # a scalar of NumPy or JAX, such as a schedule returns
+            if hasattr(value, "item"):  # a scalar of NumPy or JAX, as schedules return
                 object.__setattr__(self, name, value.item())
         integer("dim", self.dim)
         one_of("dtype", self.dtype, DTYPES)
@@ -89,7 +89,7 @@ class StoreSpec:
 
 
 def projection_name(projector: Projector | None) -> str:
-    """Return a text that is the same for equal projections only.
+    """Return a text that is equal for equal projections, and only for those.
 
     >>> from jaxlm.gradients.projection import projector
     >>> projection_name(projector("srht", dim=64, seed=3))
@@ -184,7 +184,7 @@ def _read_record(path: Path) -> Record | None:
     except FileNotFoundError:
         return None
     except (UserError, TypeError) as error:
-        if isinstance(error.__context__, OSError):  # the user may not read it, for example
+        if isinstance(error.__context__, OSError):  # for example, no permission to read it
             raise
     raise _damaged(path) from None
 
@@ -214,7 +214,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _read_rows(path: Path, spec: StoreSpec | None = None) -> tuple[list[Id], Tensors]:
-    """Read the ids of a file and, with a spec, its rows, and compare them with their checksums."""
+    """Read the ids of a file and, with a spec, its rows, and verify their checksums."""
     expected = {} if spec is None else _encode(np.zeros((0, spec.dim), np.float32), spec.dtype)
     with _opened(path) as file:
         checksums = parse_json(file.metadata()["checksums"], str(path))
@@ -233,7 +233,7 @@ def _read_rows(path: Path, spec: StoreSpec | None = None) -> tuple[list[Id], Ten
 
 
 class _Piece(NamedTuple):
-    """Rows of a writer from its row `start` on, which are one file."""
+    """Rows of a writer from its row `start` on, stored in one file."""
 
     start: int
     ids: list[Id]
@@ -244,19 +244,19 @@ class StoreWriter:
     """A writer of a store, made by `GradientStore.create`.
 
     When `append` returns, its rows are on disk. The files of a committed store depend only on the
-    rows, their ids and their order: not on how rows were divided into calls, nor on how often the
+    rows, their ids and their order, and not on how rows were divided into calls or how often the
     writer was killed.
 
     Attributes:
       spec: what the rows are.
-      ids: ids of the rows that this writer has written, in order, also before it was killed.
+      ids: ids of all rows of this writer, in order, including those from before a restart.
     """
 
-    # The rows of the last shard are in pieces, one for each file. A new piece is joined with those
-    # before it that are not longer, so that the number of files, and how often a row is written,
-    # grow with the logarithm of the number of calls. The joined piece replaces the file of its
-    # first piece. If the writer is killed before it removes the other files, these begin before
-    # the end of the joined piece, by which `_resume` recognizes them.
+    # The rows of the last shard are in pieces, one per file. A new piece is merged with the pieces
+    # before it that are not longer, so that the number of files, and of times that a row is
+    # written, grow with the logarithm of the number of calls. The merged piece replaces the file of
+    # its first piece. If the writer is killed before it removes the other files, these begin before
+    # the end of the merged piece, by which `_resume` recognizes them.
 
     def __init__(self, folder: Path, writer: int, record: Record):
         self.spec = StoreSpec(**record["spec"])
@@ -277,13 +277,13 @@ class StoreWriter:
         self._known = set(self.ids)
 
     def _resume(self) -> None:
-        """Find the rows that are there, and remove what a kill has left."""
+        """Find the rows on disk, and remove the leftovers of a killed writer."""
         for path in self._folder.glob(f"{self._writer:03d}[.-]*.tmp"):
             path.unlink()
         starts: list[int] = []
         for path in sorted(self._folder.glob(f"{self._writer:03d}-*.safetensors")):
             start = int(path.stem.partition("-")[2])
-            if start < len(self.ids):  # it was joined with the piece before it
+            if start < len(self.ids):  # it was merged into the piece before it
                 path.unlink()
                 continue
             if start > len(self.ids):
@@ -304,14 +304,14 @@ class StoreWriter:
         self.close()
 
     def append(self, rows: Float[Any, "N dim"], ids: Sequence[Id] | np.ndarray) -> None:
-        """Write rows after those that are there.
+        """Append rows to those that are already written.
 
         Args:
           rows: finite floats.
-          ids: one text or integer for each row, which the store does not have yet.
+          ids: a new text or integer for each row.
 
         Raises:
-          UserError: an id is there already, a row is not finite, or shapes do not fit; then
+          UserError: if an id is already written, a row is not finite, or shapes do not fit; then
             nothing is written.
         """
         values, names = self._checked(rows, ids)
@@ -327,10 +327,10 @@ class StoreWriter:
             values, names = values[room:], names[room:]
 
     def commit(self) -> None:
-        """Declare that all rows of this writer are there, and close it.
+        """Record that this writer is complete, and close it.
 
-        The store can be opened once all its writers have committed. A writer that is created again
-        may append more rows.
+        The store can be opened once all its writers have committed. Creating the writer again
+        allows it to append more rows.
         """
         self._check_open()
         if len(self._pieces) > 1:
@@ -339,7 +339,7 @@ class StoreWriter:
         self.close()
 
     def close(self) -> None:
-        """Let another process be this writer. What was appended stays."""
+        """Release the lock, so that another process can be this writer. Appended rows are kept."""
         if self._lock is not None:
             lock, self._lock = self._lock, None
             with lock:  # unlink while the lock is held, as `jaxlm.artifacts.folder.hold` does
@@ -350,12 +350,12 @@ class StoreWriter:
             raise UserError(f"{self._folder}: this writer is closed. Call GradientStore.create.")
 
     def _declare(self, rows: int | None) -> None:
-        """Write how many rows are committed, or None."""
+        """Write the number of committed rows, or None for a writer that has not committed."""
         _write_record(_record_path(self._folder, self._writer), self._record | {"rows": rows})
         self._committed = rows is not None
 
     def _write(self, piece: _Piece, *, whole: bool) -> None:
-        """Write a piece, joined with the pieces before it that are not longer, or with all."""
+        """Write a piece, merged with the pieces before it that are not longer, or with all."""
         kept, rows = len(self._pieces), len(piece.ids)
         while kept and (whole or len(self._pieces[kept - 1].ids) <= rows):
             kept -= 1
@@ -383,7 +383,7 @@ class StoreWriter:
         names = [name.item() if isinstance(name, np.generic) else name for name in ids]
         if len(names) != len(values):
             raise UserError(
-                f"ids: must be {len(values)}, one a row (got {len(names)}). Correct it."
+                f"ids: must be {len(values)}, one per row (got {len(names)}). Correct it."
             )
         new: set[Id] = set()
         for row, name in enumerate(names):
@@ -391,7 +391,7 @@ class StoreWriter:
                 raise UserError(f"ids: must be texts or integers (got {name!r}). Correct it.")
             try:
                 str(name).encode()
-            except ValueError:  # JSON does not return half of a surrogate pair, or 5,000 digits
+            except ValueError:  # lone surrogates and integers of 5,000 digits do not survive JSON
                 raise UserError(
                     f"ids: the id of row {row} cannot be written as JSON. Give another."
                 ) from None
@@ -416,7 +416,7 @@ class StoreWriter:
 class GradientStore:
     """Rows of numbers with ids on disk, which are read like an array.
 
-    A file is compared with its checksums when a row of it is first read.
+    The checksums of a file are verified when a row of it is first read.
 
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
@@ -465,11 +465,11 @@ class GradientStore:
         writers: int = 1,
         shard_rows: int | None = None,
     ) -> StoreWriter:
-        """Begin a store, or resume one.
+        """Create a store, or resume one.
 
         Args:
-          directory: folder, made if it is missing. If it has a store of the same spec, the writer
-            knows the ids of the rows that it wrote: append the others.
+          directory: folder, created if missing. If it has a store of the same spec, the `ids` of
+            the writer are those already written: append the others.
           spec: what the rows are.
           writer: which writer this is, from 0 to writers - 1: `jax.process_index()` where every
             process writes the rows that it computes.
@@ -480,8 +480,8 @@ class GradientStore:
           A writer, to be committed; also a context manager that closes it.
 
         Raises:
-          UserError: the folder has a store of another spec or for other writers, or this writer is
-            open elsewhere.
+          UserError: if the folder has a store of another spec or number of writers, or this writer
+            is open elsewhere.
         """
         integer("writers", writers)
         integer("writer", writer, least=0, most=writers - 1)
@@ -508,8 +508,8 @@ class GradientStore:
         """Open a store that is complete.
 
         Raises:
-          UserError: there is no store, a writer has not committed, a file is missing or damaged, or
-            two rows have the same id.
+          UserError: if there is no store, a writer has not committed, a file is missing or damaged,
+            or two rows have the same id.
         """
         return cls(directory)
 
@@ -524,8 +524,8 @@ class GradientStore:
         """Return rows as float32, indexed as axis 0 of an array.
 
         Raises:
-          UserError: a file that has some of the rows is damaged.
-          IndexError: there is no such row.
+          UserError: if a file with some of the rows is damaged.
+          IndexError: if there is no such row.
         """
         places = np.asarray(np.arange(len(self))[index])
         wanted = places.reshape(-1)
@@ -537,7 +537,7 @@ class GradientStore:
         return rows.reshape(*places.shape, self.shape[1])
 
     def verify(self) -> None:
-        """Read every file and compare it with its checksums.
+        """Read every file and verify its checksums.
 
         Raises:
           UserError: naming the first file that is damaged.

@@ -1,4 +1,4 @@
-r"""Does training behave like a kernel method: is f linear on its way, do its features stay?
+r"""Measures of kernel behaviour: is f linear along the way, and are its features fixed?
 
 Training from $\theta_0$ to $\theta_t$ shows kernel behaviour where $f(x; \theta_t)$ is close to its
 linearization at $\theta_0$ and the kernel at $\theta_t$ close to that at $\theta_0$ (Malladi et al.
@@ -61,11 +61,11 @@ def linearize(f: Callable[..., Array], params: Params) -> Callable[..., Array]:
 def linearization_score(initial: float, final: float, linearized: float) -> float | None:
     r"""Return the share of the improvement by training that the linearized function recovers.
 
-    $(a_{lin} - a_0) / (a_{FT} - a_0)$ of accuracies at θ_0, at θ_FT and of $f_{lin}(θ_{FT})$. The
-    paper asks for more than one half.
+    The share is $(a_{lin} - a_0) / (a_{FT} - a_0)$, where the accuracies are those at θ_0, at θ_FT
+    and of $f_{lin}(θ_{FT})$. The paper asks for more than one half.
 
     Returns:
-      The share; None if training improved nothing, so that there is nothing to recover.
+      The share; None if training did not improve the accuracy.
 
     >>> linearization_score(0.5, 0.9, 0.8)
     0.75
@@ -78,8 +78,8 @@ def linearization_score(initial: float, final: float, linearized: float) -> floa
 def gain_p_value(before: Any, after: Any) -> float:
     """Return the one-sided p-value of the exact McNemar test that `after` is better than `before`.
 
-    It is the probability of at least as many gains, among the examples where only one of the two is
-    right, if gains and losses were equally likely.
+    Only examples where exactly one of the two is right count. The p-value is the probability of at
+    least as many gains if gains and losses are equally likely.
 
     Args:
       before, after: [N], whether each example is right.
@@ -97,7 +97,7 @@ def gain_p_value(before: Any, after: Any) -> float:
 
 
 def random_move(params: Params, other: Params, key: PRNGKey) -> Params:
-    """Return `params` moved as far as `other` is, leaf by leaf, but in random directions."""
+    """Return `params` with each leaf moved in a random direction, as far as it is from `other`."""
 
     def move(key, first, second):
         z = jax.random.normal(key, jnp.shape(first), jnp.float32)
@@ -108,7 +108,7 @@ def random_move(params: Params, other: Params, key: PRNGKey) -> Params:
 
 
 def shuffled(params: Params, key: PRNGKey) -> Params:
-    """Return the entries of every leaf in random order: random features of the same scales."""
+    """Return `params` with the entries of every leaf permuted: random features, equal scales."""
 
     def permute(key, leaf):
         return jax.random.permutation(key, jnp.ravel(leaf)).reshape(jnp.shape(leaf))
@@ -117,7 +117,7 @@ def shuffled(params: Params, key: PRNGKey) -> Params:
 
 
 def _leafwise(function: Callable[..., Array], key: PRNGKey, *trees: Params) -> Params:
-    """Map a function of a key and leaves over the leaves of floats."""
+    """Map `function(key, *leaves)` over the float leaves of trees."""
     moved, fixed = zip(*(paths.split(tree, None) for tree in trees), strict=True)
     leaves, structure = jax.tree.flatten(moved[0])
     keys = jax.tree.unflatten(structure, list(jax.random.split(key, len(leaves))))
@@ -128,9 +128,9 @@ class KernelChange(NamedTuple):
     r"""How far one kernel is from another.
 
     Attributes:
-      mean: of $|K' - K| / |K|$ over entries, without those that move away from zero. The paper
+      mean: mean of $|K' - K| / |K|$ over entries, except those that move away from zero. The paper
         calls features fixed where this is below 2.
-      median: of the same.
+      median: median of the same entries.
       frobenius: $\|K' - K\|_F / \|K\|_F$, which small entries do not blow up.
       alignment: $\langle K, K' \rangle / (\|K\|_F \|K'\|_F)$, which ignores scale.
       left_out: share of the entries that move away from zero: K is zero up to rounding, and
@@ -148,8 +148,8 @@ def kernel_change(before: Any, after: Any) -> KernelChange:
     """Return the change from one kernel to another of the same examples.
 
     Args:
-      before: K at the first parameters, any shape.
-      after: K' at others.
+      before: K, of any shape.
+      after: K', of the same shape.
 
     Raises:
       UserError: if the shapes differ, an entry is not finite, or `before` is zero.
@@ -167,7 +167,7 @@ def kernel_change(before: Any, after: Any) -> KernelChange:
         raise UserError("kernel: not finite (got NaN or infinity). Compute it in float32.")
     norm = np.linalg.norm(first)
     if norm == 0:
-        raise UserError("before: has no relative change (got zeros). Give another kernel.")
+        raise UserError("before: must not be all zeros (got zeros). Give another kernel.")
     size, moved = np.abs(first), np.abs(second - first)
     given = np.asarray(before).dtype
     rounding = np.finfo(given if given == np.float64 else np.float32).eps

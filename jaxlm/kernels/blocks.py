@@ -1,6 +1,6 @@
-"""A kernel in blocks of examples, of which a symmetric kernel needs only the upper half.
+"""A kernel computed in blocks of examples; a symmetric kernel needs only the upper half of them.
 
-All blocks have the same size, the last filled up with copies of its last example, so that one
+All blocks have the same size: the last one is padded with copies of its last example, so that one
 compiled program computes them all.
 """
 
@@ -25,7 +25,7 @@ from jaxlm.kernels.contraction import KernelSpec, column_axis, contract, contrac
 from jaxlm.sharding import batch_sharding, replicated
 
 GRADIENT_BYTES = 2**30
-"""What the gradients of a block take at most, by default."""
+"""Most bytes of the gradients of a block, by default."""
 
 METHODS: dict[str, Callable[..., Array]] = {
     "jacobian": jacobian.block,
@@ -37,13 +37,13 @@ METHODS: dict[str, Callable[..., Array]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelOptions:
-    """How a kernel is computed. The kernel itself does not depend on it, but by rounding.
+    """How a kernel is computed; the result depends on these options only by rounding.
 
     Attributes:
-      block_size: examples on each side of a block. By default as many as have gradients of at most
+      block_size: examples on each side of a block. By default, as many as keep the gradients within
         1 GiB for methods "jacobian" and "projected", and all of them for the others.
-      mesh: divides the examples of a block over its axes data and fsdp. The parameters stay where
-        they are on it, or are copied to each device. By default the mesh that they lie on.
+      mesh: the examples of a block are divided over its axes data and fsdp. Parameters that are on
+        it stay there, others are copied to each device. By default the mesh of the parameters.
       check: whether to check that no example changes f at another, and that the kernel is finite.
         Under `jax.jit` there are no values to check.
     """
@@ -76,10 +76,10 @@ class Blocks:
     """The blocks of one kernel, each computed when asked for.
 
     Attributes:
-      f, params, spec, method: of `ntk`, resolved.
-      x1, x2: examples; x2 is None where it is x1.
+      f, params, spec, method: the arguments of `ntk`, after `prepare`.
+      x1, x2: examples; x2 is None if it is x1.
       sizes: examples per block of x1, and of x2.
-      mesh: over whose axes data and fsdp the examples of a block are divided; or None.
+      mesh: the examples of a block are divided over its axes data and fsdp; or None.
     """
 
     f: Callable[..., Array]
@@ -96,8 +96,8 @@ class Blocks:
         f, select = self.f, self.spec.select
         if self.method in METHODS:
             self._block = Program(functools.partial(METHODS[self.method], f))
-        # Apart from the contraction: it takes long to compile, and is the same for all kinds and
-        # axes.
+        # Compiled apart from the contraction, because it takes long to compile and is the same for
+        # all kinds and axes.
         self._gradients = Program(lambda params, x: jacobian.gradients(f, params, x, select))
 
     @property
@@ -115,7 +115,7 @@ class Blocks:
         return [(i, j) for i in range(rows) for j in range(i if self.half else 0, columns)]
 
     def compute(self, i: int, j: int) -> Array:
-        """Return one block, without the examples that it was filled up with."""
+        """Return one block, without the examples that pad it."""
         if self.method == "jacobian":
             block = self._from_gradients(i, j)
         else:
@@ -222,7 +222,7 @@ def block_sizes(
       counts: examples of each side.
       outputs: C.
       leaves: the selected parameters.
-      method, options: of `ntk`; the mesh as it is used.
+      method, options: see `ntk`; `options.mesh` is the mesh that is used.
     """
     most = options.block_size
     if most is None and method in ("jacobian", "projected"):

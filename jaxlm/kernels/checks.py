@@ -1,4 +1,4 @@
-"""Checks of f and its examples before a kernel, and the example to blame for one not finite."""
+"""Checks of f and its examples, and the search for the example that makes a kernel not finite."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from jaxlm.gradients.per_example import count_examples
 from jaxlm.kernels.jacobian import gradients
 
 BATCH = 8
-"""Examples, at most, by which independence is checked."""
+"""Most examples on which independence is checked."""
 
 
 def count_outputs(f: Callable[..., Array], params: Any, x: Any, name: str) -> int:
@@ -43,11 +43,11 @@ def count_outputs(f: Callable[..., Array], params: Any, x: Any, name: str) -> in
 def check_independence(f: Callable[..., Array], params: Any, x: Any, name: str) -> None:
     """Check on a few examples that each row of f depends on its own example alone.
 
-    f at a batch of them is compared with f at the same in reverse order, and at a batch whose
-    second half is the first example again.
+    f at a batch is compared with f at the batch in reverse order, and with f at the batch with its
+    second half replaced by copies of the first example.
 
     Raises:
-      UserError: if that changes f at an example.
+      UserError: if either changes f at an example.
     """
     order = [0, *_others(x)[: BATCH - 1].tolist()]
     half = (len(order) + 1) // 2
@@ -122,8 +122,6 @@ def check_finite(
         else "Look at that example and at the parameters."
     )
     if not values[n]:
-        raise UserError(f"f: not finite (got it at example {n} of {name}). {cure}")
+        raise UserError(f"f: not finite (got NaN or inf at example {n} of {name}). {cure}")
     path = leaves[int(np.flatnonzero(~by_leaf[n])[0])].path
-    raise UserError(
-        f"f: its gradient is not finite in {path} (got it at example {n} of {name}). {cure}"
-    )
+    raise UserError(f"f: its gradient is not finite in {path} (got example {n} of {name}). {cure}")

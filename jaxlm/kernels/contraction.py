@@ -1,4 +1,4 @@
-"""Which kernel is computed, and how two lists of gradients are contracted to one."""
+"""The definition of a kernel, and the contraction of two lists of gradients to a kernel."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ Axes = Literal["full", "trace", "diagonal"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KernelSpec:
-    """What defines a kernel, beside f, the parameters and the examples.
+    """What defines a kernel, besides f, the parameters and the examples.
 
     Attributes:
       kind: bound to the parameters.
@@ -64,7 +64,7 @@ def class_axis(trace_axes: Sequence[int], diagonal_axes: Sequence[int]) -> Axes:
     ('full', 'trace', 'diagonal')
 
     Raises:
-      UserError: for an axis other than that of classes, or one that is both traced and diagonal.
+      UserError: for an axis other than the class axis, or a class axis both traced and diagonal.
     """
     for name, axes in (("trace_axes", trace_axes), ("diagonal_axes", diagonal_axes)):
         for axis in axes:
@@ -75,7 +75,7 @@ def class_axis(trace_axes: Sequence[int], diagonal_axes: Sequence[int]) -> Axes:
                 )
     if trace_axes and diagonal_axes:
         raise UserError(
-            "diagonal_axes: the class axis is traced as well (got trace_axes "
+            "diagonal_axes: must be empty where the class axis is traced (got trace_axes "
             f"{tuple(trace_axes)}). Give one of the two."
         )
     return "trace" if trace_axes else "diagonal" if diagonal_axes else "full"
@@ -117,8 +117,8 @@ def contract_self(features: list[Array], over: Axes) -> Array:
     count = features[0].shape[0]
     if count < 2 * TILES:
         return contract(features, features, over)
-    # Strip i holds the rows of tile i against all columns from tile i on. What lies left of the
-    # diagonal is the transpose of a strip above, so (1 + 1 / TILES) / 2 of the flops are spent.
+    # Strip i holds the rows of tile i and all columns from tile i on. The columns left of it are
+    # transposes of strips above, so only (1 + 1 / TILES) / 2 of the flops are spent.
     size, where = -(-count // TILES), column_axis(over)
     starts = range(0, count, size)
     strips = [

@@ -14,7 +14,7 @@ from typing import Literal
 Contraction = Literal["paired", "chunked", "matches"]
 
 CHUNK_SLOWDOWN = 1.7
-"""Time of a flop on chunks of gradients over that of one on products of factors.
+"""How many times as long a flop takes on chunks of gradients as on products of factors.
 
 The products of factors are batched small matrices that stay in cache; chunks are long and thin.
 """
@@ -23,10 +23,10 @@ FLOPS_PER_DENSE_ENTRY = 170
 """Flops on products of factors that take as long as writing and reading one gradient entry."""
 
 FLOPS_PER_GATHERED_ENTRY = 300
-"""The same for an entry of a table's gradient, which is scattered from the rows in use."""
+"""The same for an entry of a table's gradient, which is scattered from the rows that are used."""
 
 MAX_CHUNK_ENTRIES = 2**22
-"""Entries of a chunk of gradients: 16 MiB in float32, few enough to stay near the processor."""
+"""Entries of a chunk of gradients: 16 MiB in float32, few enough to stay in a cache."""
 
 MAX_PAIR_ENTRIES = 2**22
 """Entries of a block of products of factors."""
@@ -36,12 +36,12 @@ MAX_TABLE_ENTRIES = 2**24
 
 
 def part_size(count: int, each: int, most: int) -> int:
-    """Return the size of equal parts of `count` things: a divisor of `count` if one is near.
+    """Return how many of `count` items go into one part: a divisor of `count` if one is near.
 
     Args:
-      count: how many things there are.
-      each: entries per thing.
-      most: entries per part.
+      count: number of items.
+      each: entries per item.
+      most: most entries per part.
     """
     largest = min(count, max(1, most // max(each, 1)))
     # A divisor needs no padding. Below half of the largest there would be twice as many steps.
@@ -65,7 +65,7 @@ def choose(
       counts: examples on each side.
       outputs: C, and how many pairs of outputs the kernel has.
       length: positions at which an example uses the parameter.
-      shape: of the parameter, without the axis of layers.
+      shape: shape of the parameter, without the axis of layers.
     """
     rule = table if op == "embed" else dense
     return rule(counts, outputs, length, *shape)

@@ -50,39 +50,39 @@ def ntk(
     f_c(x) by ±η K. Γ(g) = m̂ / (√v̂ + ε) is the step that Adam makes on g from its state, with g in
     both moments and bias correction, as `optax.scale_by_adam`.
 
-    f is traced at every call, so the kernel is that of what f closes over now. Compiled programs
-    are kept for the next call with the same trace.
+    f is traced at every call, so it always sees the current values of what it closes over. A call
+    with the same trace as an earlier one reuses its compiled program.
 
     Args:
-      f: `f(params, x) -> [N, C]`, where row n depends on example n alone. With a keyword `tap`
-        method "factorized" can use it.
+      f: `f(params, x) -> [N, C]`, where row n depends on example n alone. Method "factorized"
+        needs a keyword `tap`.
       params: any pytree. Leaves that are not arrays of floats are held fixed.
-      x1: a pytree of arrays whose axis 0 is N1: the examples whose f moves.
-      x2: the same with N2: the examples that move it. None stands for `x1`; of a symmetric kind
-        only half of the kernel is then computed.
+      x1: a pytree of arrays whose axis 0 is N1: the examples at which the change of f is measured.
+      x2: the same with N2: the examples that the optimizer steps on. None means `x1`; then only
+        half of the kernel is computed if the kind is symmetric.
       kind: `SGD()`, `SignGD(threshold)`, `AsymmetricSignGD(threshold)` or `Adam(state, b1, b2,
         eps)`; or "sgd", "signgd" or "asymmetric_signgd".
       method: "jacobian" forms all gradients of a block and contracts them; "ntk_vector_products"
-        forms one gradient at a time; "factorized" computes the kernel of each parameter from its
-        inputs and cotangents; "projected" contracts random projections, and alone is not exact: an
-        inner product of gradients at an angle with cosine κ is off by about √((1 + κ²) / dim) of
-        the product of their lengths. "auto" is "factorized" if f has a keyword `tap` and every
-        selected parameter passes it, else "jacobian".
+        forms the gradients of one example at a time; "factorized" computes the kernel of each
+        parameter from its inputs and cotangents; "projected" contracts random projections, and is
+        the only inexact one: for gradients with cosine κ the error of an inner product is about
+        √((1 + κ²) / dim) times the product of their norms. "auto" is "factorized" if f has a
+        keyword `tap` and every selected parameter passes it, else "jacobian".
       trace_axes: (-1,) for the mean over c = d, `sum_c K[n, c, m, c] / C`.
-      diagonal_axes: (-1,) for c = d alone.
+      diagonal_axes: (-1,) for the entries with c = d only.
       select: restricts the kernel to some parameters: a regular expression searched in their paths,
         or a predicate on them.
-      projector: of `jaxlm.gradients.projection.projector`, for method "projected".
+      projector: from `jaxlm.gradients.projection.projector`, for method "projected".
       options: blocks, mesh and checks.
 
     Returns:
-      [N1, C, N2, C]; traced [N1, N2]; diagonal [N1, N2, C]. float32, or float64 for gradients of
-      that dtype. (neural-tangents returns [N1, N2, C, C].)
+      [N1, C, N2, C]; [N1, N2] with `trace_axes`; [N1, N2, C] with `diagonal_axes`. float32, or
+      float64 for gradients of that dtype. (neural-tangents returns [N1, N2, C, C].)
 
     Raises:
       UserError: if an argument is invalid; if f's value is not [N, C], or its C differs between x1
-        and x2; if an example changes f at another; if a gradient is not finite (the message names
-        the example).
+        and x2; if f at one example depends on another; if a gradient is not finite (the message
+        names the example).
 
     >>> f = lambda params, x: jnp.tanh(x @ params["w"])
     >>> ntk(f, {"w": jnp.zeros((2, 3))}, jnp.array([[1.0, 2.0], [0.0, 1.0]])).shape
@@ -102,7 +102,7 @@ class NTKInfo(NamedTuple):
     """How a kernel was computed.
 
     Attributes:
-      method: the one that was used.
+      method: the method that was used.
       dropped1: [N1], the fraction of the nonzero entries of ∇f(x), over all outputs, that the sign
         threshold set to zero; 0 where no sign is taken.
       dropped2: [N2], the same of x'.
@@ -159,14 +159,14 @@ def ntk_with_info(
 def _compute(f, params, x1, x2, spec, method, projector, options) -> tuple[Array, Blocks]:
     if (method == "projected") != (projector is not None):
         raise UserError(
-            f"projector: goes together with method 'projected' (got method {method!r} and "
-            f"{'no' if projector is None else 'a'} projector). Give both, or neither."
+            f"projector: must be given with method 'projected', and only then (got method "
+            f"{method!r} and {'no' if projector is None else 'a'} projector). Give both or neither."
         )
     if projector is not None:
         if options.mesh is not None:
             raise UserError(
-                "options.mesh: method 'projected' has the mesh of its projector (got another). "
-                "Give it to the projector."
+                "options.mesh: method 'projected' uses the mesh of its projector (got another). "
+                "Give the mesh to the projector."
             )
         options = dataclasses.replace(options, mesh=projector.mesh)
     work = prepare(f, params, x1, x2, spec, method, options)
@@ -188,7 +188,7 @@ def prepare(
     method: str,
     options: KernelOptions,
 ) -> Blocks:
-    """Return the blocks of a kernel, after all that can be checked before they are computed."""
+    """Check the arguments, and return the blocks of a kernel, none of them computed yet."""
     x1, x2 = jax.tree.map(jnp.asarray, (x1, x2))
     mesh = mesh_of(params) if options.mesh is None else options.mesh
     if mesh is not None:
@@ -213,7 +213,7 @@ def prepare(
 
 
 def resolve(method: str, f: Callable[..., Array], params: Any, x: Any, select: paths.Select) -> str:
-    """Return the name of a method, of which "auto" depends on f."""
+    """Return the name of the method that is used; "auto" depends on f."""
     if method == "auto":
         obstacle = factorized.obstacle(f, params, x, select)
         return "jacobian" if obstacle else "factorized"

@@ -1,15 +1,15 @@
 r"""Method "factorized": the kernel from what passes each parameter, for models that take a tap.
 
-With what went into a matrix at one example, A [T, I], and the cotangents of what came out, B
-[T, O], the gradient is $A^\top B$. So the kernel is a sum over matrices of
+Let A [T, I] be the inputs of a matrix at one example, and B [T, O] the cotangents of its outputs.
+Then the gradient is $A^\top B$, and the kernel is a sum over matrices of
 
-    ⟨A_iᵀ B_i, A_jᵀ B_j⟩ = Σ_ts (A_i A_jᵀ)_ts (B_i B_jᵀ)_ts,
+    ⟨A_iᵀ B_i, A_jᵀ B_j⟩ = Σ_ts (A_i A_jᵀ)_ts (B_i B_jᵀ)_ts.
 
-of which the right side is cheaper for short sequences and the left one, column by column, for long
-ones. One forward pass of all examples and one backward pass per output suffice: at every use of a
-parameter the backward pass stops and computes its part of the kernel
-(`jaxlm.kernels.leaf_kernels`). Only chunks of gradients that fit into a cache ever exist, of one
-layer at a time, and no array of the shape of an embedding table for an example.
+The right side is cheaper for short sequences; the left side, formed some columns at a time, for
+long ones. One forward pass of all examples and one backward pass per output suffice: at every use
+of a parameter the backward pass computes that parameter's part of the kernel
+(`jaxlm.kernels.leaf_kernels`). Gradients exist only in chunks that fit into a cache, one layer at a
+time, and no example gets an array of the shape of an embedding table.
 
 Memory is that of the activations of N1 + N2 examples and of C backward passes in one layer. x1 and
 x2 may differ in length, but then the factors of all layers are kept.
@@ -38,16 +38,16 @@ from jaxlm.kernels.leaf_kernels import LeafKernel, Pairing
 
 
 def block(f: Callable[..., Array], params: Any, x1: Any, x2: Any, spec: KernelSpec) -> Array:
-    """Return the kernel of a block of examples; `x2=None` stands for `x1`.
+    """Return the kernel of a block of examples; `x2=None` means `x1`.
 
     Args:
-      f: `f(params, x, *, tap=None) -> [N, C]`, which hands `tap` to every use of a parameter.
+      f: `f(params, x, *, tap=None) -> [N, C]`, which passes `tap` to every use of a parameter.
       params: a nested dict of arrays.
       x1, x2: pytrees of arrays whose axis 0 is N1 and N2.
       spec: which kernel.
 
     Raises:
-      UserError: if a selected parameter passes no tap, or more than one where that is not an
+      UserError: if a selected parameter passes no tap, or is used more than once and is not an
         embedding tied to the head.
     """
     problem = obstacle(f, params, x1, spec.select)
@@ -112,9 +112,9 @@ class _Backward:
         )
 
     def _apart(self, x1, x2):
-        """Batches of different lengths, which cannot pass f together.
+        """Batches of different lengths, which cannot share one call of f.
 
-        The factors of each are kept, padded with zeros, which add nothing, and concatenated.
+        The factors of both are kept, padded with zeros, which add nothing, and concatenated.
         """
         uses = [self._uses(x) for x in (x1, x2)]
         factors = [
@@ -203,12 +203,12 @@ class _Backward:
         return jnp.broadcast_to(eye[:, None], (value.shape[1], *value.shape))
 
     def _moments(self, stacked: Mapping[taps.Key, bool]) -> dict[taps.Key, Moments]:
-        """Return Adam's moments for each use, of stacked uses behind an axis of layers."""
+        """Return Adam's moments for each use, with a leading axis of layers for a stacked use."""
         if not isinstance(self.spec.kind, Adam):
             return {}
         first, second, count = self.spec.kind.state
         rows: dict[str, list[Any]] = {}
-        # A model that keeps a list of layers has a leaf per layer.
+        # A model that keeps a list of layers has one leaf per layer: sort them into a stack.
         for leaf, *pair in zip(self.spec.leaves(self.params), first, second, strict=True):
             rows.setdefault(leaf.path, []).append((leaf.layer or 0, pair))
         result = {}

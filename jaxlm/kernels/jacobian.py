@@ -1,4 +1,4 @@
-"""Method "jacobian": form the gradients of all examples at hand, and contract them.
+"""Method "jacobian": form the gradients of all examples of a block, and contract them.
 
 Time is that of (N1 + N2) C backward passes and of a product of [N1 C, P] with [P, N2 C]. Nothing is
 assumed about f. It is the method of choice for few outputs, long sequences and small models.
@@ -19,12 +19,12 @@ from jaxlm.kernels.contraction import KernelSpec, contract, contract_self
 
 
 def row_of(f: Callable[..., Array], params: Any, row: Any) -> Float[Array, "C"]:
-    """Return f's value at one example, by a batch of one."""
+    """Return f at one example, called with a batch of one."""
     return f(params, jax.tree.map(lambda a: a[None], row))[0]
 
 
 def as_slices(leaf: paths.Leaf, value: Array, lead: int) -> Array:
-    """Return an array like a leaf, behind `lead` axes, as [..., S, p]."""
+    """Return an array of `lead` axes and then the axes of a leaf as [..., S, p]."""
     count = leaf.value.shape[0] if leaf.stacked else 1
     return value.reshape(*value.shape[:lead], count, -1 if value.size else 0)
 
@@ -57,7 +57,7 @@ def gradients(
 
 
 def block(f: Callable[..., Array], params: Any, x1: Any, x2: Any, spec: KernelSpec) -> Array:
-    """Return the kernel of a block of examples; `x2=None` stands for `x1`."""
+    """Return the kernel of a block of examples; `x2=None` means `x1`."""
     first, kind = gradients(f, params, x1, spec.select), spec.kind
     left = kind.left(first)
     if x2 is None and kind.symmetric:

@@ -47,7 +47,7 @@ class Kind:
     """Base class of the kinds.
 
     Attributes:
-      name: as `ntk` accepts it in place of an instance.
+      name: the string that `ntk` accepts in place of an instance.
       signed: whether φ1 and φ2 take signs.
       symmetric: whether φ1 is φ2.
     """
@@ -112,7 +112,7 @@ class SignGD(_Signed):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AsymmetricSignGD(_Signed):
-    """The kernel of SignGD, and of Adam in its first steps: a gradient with the sign of another.
+    """The kernel of SignGD, and of early Adam: inner products of gradients with signs of gradients.
 
     Attributes:
       threshold: see `SignGD`.
@@ -129,10 +129,10 @@ class AsymmetricSignGD(_Signed):
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adam(adam.Adam, Kind):
-    """The kernel of Adam from a state of training: a gradient with Adam's step on another.
+    """The kernel of Adam in a given state: inner products of gradients with Adam's steps on others.
 
     From a fresh state and with ε → 0 the step is a sign: early Adam is SignGD. From a trained state
-    it is no longer odd in g, and contains the part of the momentum that all examples share.
+    it is not odd in g, since it includes the momentum, which all examples share.
 
     Attributes:
       state: the state of an optax chain that contains a `ScaleByAdamState`.
@@ -187,18 +187,19 @@ def kind_of(kind: str | Kind) -> Kind:
 def signs(gradients: list[Array], threshold: float | int | None) -> list[Array]:
     """Return sign(g), with zero for entries that are rounding errors of zero.
 
-    An entry has a sign if |g| > τ max|g| of its slice, and if the max|g| of its slice is above τ
-    max|g| of all leaves, both for the same example and output. The second condition is for slices
-    that consist of noise: the bias of keys moves all scores of a query alike, so its gradient is
-    zero and comes out as rounding errors with random signs.
+    An entry keeps its sign if |g| > τ max|g| over its slice, and that maximum is above τ max|g|
+    over all leaves, both for the same example and output. The second condition removes slices of
+    pure noise: the bias of attention keys shifts all scores of a query equally, so its exact
+    gradient is zero, and the computed one is rounding errors with random signs.
 
     Args:
       gradients: [N, C, S, p] per leaf.
-      threshold: τ; with 0 all entries other than zero have a sign, as in the authors' code.
+      threshold: τ; with 0 all nonzero entries keep their sign, as in the authors' code.
 
     Returns:
       Arrays like `gradients` of -1, 0, 1; NaN throughout a slice with an entry that is not finite.
     """
+    # 0 * largest is 0, or NaN if an entry is not finite, which the sign alone would hide.
     return [
         jnp.where(kept, jnp.sign(g), 0) + (0 * largest)[..., None].astype(g.dtype)
         for g, (kept, largest) in zip(gradients, _kept(gradients, threshold), strict=True)
@@ -206,7 +207,7 @@ def signs(gradients: list[Array], threshold: float | int | None) -> list[Array]:
 
 
 def dropped(gradients: list[Array], threshold: float | int | None) -> Float[Array, "N"]:
-    """Return the fraction of each example's nonzero entries that `signs` takes for zero."""
+    """Return the fraction of each example's nonzero entries that `signs` sets to zero."""
     lost = jnp.zeros((), jnp.float32)
     nonzero = jnp.zeros((), jnp.float32)
     for g, (kept, _) in zip(gradients, _kept(gradients, threshold), strict=True):
@@ -216,7 +217,7 @@ def dropped(gradients: list[Array], threshold: float | int | None) -> Float[Arra
 
 
 def _kept(gradients, threshold):
-    """Yield for each leaf which entries have a sign, and the largest |g| of each slice."""
+    """Yield for each leaf which entries keep their sign, and the largest |g| of each slice."""
     sizes = [wide(jnp.abs(g)) for g in gradients]
     largest = [size.max(-1, initial=0) for size in sizes]
     of_all = jnp.stack([top.max(-1, initial=0) for top in largest]).max(0)

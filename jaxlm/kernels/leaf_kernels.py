@@ -1,21 +1,21 @@
 r"""The kernel of one parameter, from the factors of its per-example gradients.
 
-The gradient of a matrix at one example is $A^\top B$: what went in, A [T, I], and the cotangents of
-what came out, B [T, O]. There are two contractions of such gradients:
+The gradient of a matrix at one example is $A^\top B$, where A [T, I] holds its inputs and B [T, O]
+the cotangents of its outputs. There are two contractions of such gradients:
 
 | contraction | computes                                  | flops for a pair                  |
 |-------------|-------------------------------------------|-----------------------------------|
 | paired      | Σ_ts (A_i A_jᵀ)_ts (B_i B_jᵀ)_ts          | 2 T² (I + O)                      |
 | chunked     | some columns of all A_iᵀ B_i at a time    | 2 I O, and 2 T I O per example    |
 
-The gradient of an embedding table [V, D] is a list of few rows: a lookup uses the rows of its ids,
-a head restricted to some tokens the rows of these. Two rows meet where their ids are equal
-("matches"). Where that costs more than the whole table, as for positions and small vocabularies,
-some rows of all gradients are formed at a time ("chunked"). A head over the whole vocabulary is a
-matrix; if its table is looked up as well, the products of both uses count.
+The gradient of an embedding table [V, D] is a short list of rows: a lookup uses the rows of its
+ids, and a head restricted to some tokens uses the rows of those tokens. Two rows have a product
+where their ids are equal ("matches"). If matching costs more than forming the whole table, as for
+positions and small vocabularies, some rows of all gradients are formed at a time ("chunked"). A
+head over the whole vocabulary is a matrix; if the table is tied, cross products of both uses count.
 
-`jaxlm.kernels.cost` chooses. All examples pass the model in one batch, those of x before those of
-x'. Factors are a [N, T, ...] and b [C, N, T, ...].
+`jaxlm.kernels.cost` chooses the contraction. All examples are in one batch, those of x before those
+of x'. The factors are a [N, T, ...] and b [C, N, T, ...].
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class LeafKernel(NamedTuple):
     """The contribution of one layer of a leaf to the kernel.
 
     Attributes:
-      kernel: of that layer; without signs it may be the sum over many.
+      kernel: the kernel of that layer; without signs, possibly the sum over several layers.
       tops: with signs, max|g| in that layer of the examples of x [N, C] and of x' [M, C].
     """
 
@@ -52,8 +52,8 @@ class Chunks(NamedTuple):
     """Gradients that are formed chunk by chunk.
 
     Attributes:
-      make: returns the chunk [N, C, p] of one of `parts`.
-      parts: an array with the number of chunks on axis 0.
+      make: returns the chunk [N, C, p] of one entry of `parts`.
+      parts: an array with one entry per chunk on axis 0.
     """
 
     make: Callable[[Array], Array]
@@ -62,7 +62,7 @@ class Chunks(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pairing:
-    """Which kernel is computed, and which examples of a batch stand on which side.
+    """Which kernel is computed, and which examples of a batch belong to which side.
 
     Attributes:
       kind: bound to the parameters.
@@ -88,13 +88,13 @@ class Pairing:
     def inner(self) -> Axes:
         """The axes of the kernel of one layer.
 
-        A layer of noise is left out for some outputs and not for others, so a trace of a sign
-        kernel is taken only at the end, in `join`.
+        A layer of pure noise may be left out for some outputs and not for others, so the trace of a
+        sign kernel is taken only at the end, in `join`.
         """
         return "diagonal" if self.signed and self.over == "trace" else self.over
 
     def each(self, function: Callable[..., Any], *batches: Any) -> tuple[Any, Any]:
-        """Return `function` of the examples of x and of those of x', which stand on axis 0."""
+        """Return `function` of the examples of x, and of the examples of x', both on axis 0."""
         if self.first is None:
             value = function(*batches)
             return value, value
@@ -119,7 +119,7 @@ class Pairing:
         Args:
           left, right: chunks of gradients.
           tops: with signs, max|g| of the whole leaf, [N, C] and [M, C].
-          moments: of Adam, [p] each.
+          moments: Adam's, [p] each.
         """
         if self.kind.signed[0]:
             left = self.sign(left, tops[0])
@@ -142,8 +142,8 @@ class Pairing:
         """Return the kernel of a leaf from chunks of its gradients, one alive at a time.
 
         Args:
-          left, right: of the examples of x and of x'; the same object where x' is x.
-          moments: of Adam, [k, p] for k chunks.
+          left, right: chunks of the examples of x and of x'; the same object if x' is x.
+          moments: Adam's, [k, p] for k chunks.
         """
         same = left is right
 
@@ -152,8 +152,8 @@ class Pairing:
             return chunk, chunk if same else right.make(parts[1])
 
         parts = (left.parts, right.parts)
-        # A sign depends on the largest entry of the whole leaf: every chunk is formed twice, since
-        # keeping them would be the gradients that this method exists to avoid.
+        # A sign depends on the largest entry of the whole leaf, so every chunk is formed twice:
+        # keeping the chunks would take the memory of whole gradients, which this method avoids.
         tops = _tops(make, parts) if self.signed else None
 
         def kernel(part):
@@ -175,7 +175,7 @@ class Pairing:
         most = [jnp.stack([pair[side] for pair in tops]).max(0) for side in (0, 1)]
         total: Any = 0
         for leaf, pair in zip(leaves, tops, strict=True):
-            # Not `>`: NaN must stay.
+            # Not `t > ...`, which is false for NaN: a NaN must stay visible in the kernel.
             left, right = (~(t <= self.kind.threshold * m) for t, m in zip(pair, most, strict=True))
             if not self.kind.signed[0]:
                 left = jnp.ones_like(left)
@@ -188,7 +188,7 @@ class Pairing:
 
 
 def _sum(function, parts):
-    """Return the sum of `function` over axis 0 of `parts`, one after another."""
+    """Return the sum of `function` over axis 0 of `parts`, one part at a time."""
     first = functools.partial(jax.tree.map, lambda a: a[0])
     if jax.tree.leaves(parts)[0].shape[0] == 1:
         return function(first(parts))
@@ -237,7 +237,7 @@ def dense(
       b: [C, N, T, O].
       contraction: "paired" or "chunked". A feature other than the gradient itself is always
         chunked, since it is not a product of factors.
-      moments: of Adam, [I * O].
+      moments: Adam's, [I * O] each.
       last: whether this is the last layer, a boolean array; None for no.
     """
     if not pairing.linear:
@@ -253,9 +253,9 @@ def dense(
     if last is None:
         return LeafKernel(general())
 
-    # Above the last attention, a function of one position has nonzero cotangents at that position
-    # alone, and T is 1. The scan over layers compiles one body, so that this is a run-time choice;
-    # the positions are looked at in the last layer only.
+    # If f reads one position, the cotangents above the last attention are nonzero there alone, and
+    # one position suffices. The scan over layers compiles one body, so the choice is made at run
+    # time; the positions are examined in the last layer only.
     def places():
         return (b != 0).any((0, 3))
 
@@ -272,7 +272,7 @@ def dense(
 def dense_chunked(
     pairing: Pairing, a: Array, b: Array, moments: Moments | None = None
 ) -> LeafKernel:
-    """Return `dense` by some columns of all gradients at a time, or rows if there are more."""
+    """Return `dense`, forming some columns of all gradients at a time, or rows if I > O."""
     outputs, count, length, width = b.shape
     inputs = a.shape[2]
     by_row = inputs > width
@@ -321,8 +321,8 @@ PRODUCTS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
     "diagonal": ("ctd,mcsd->ctms", (0,), (1, 3)),
     "trace": ("ctd,mcsd->tms", (), (0, 2)),
 }
-"""For each choice of axes the products of b, the axes along which the weights [t, m, s] are
-broadcast, and the axes of the sum."""
+"""For each choice of axes: the einsum of products of b, the axes along which the weights [t, m, s]
+are broadcast, and the axes that are summed."""
 
 
 def paired(
@@ -336,10 +336,10 @@ def paired(
 
     Args:
       pairing: which kernel.
-      weigh: maps a of one example of x and a of all x' to [T, M, S].
-      a: of the examples, N first.
+      weigh: maps `a` of one example of x and `a` of all examples of x' to weights [T, M, S].
+      a: a pytree of arrays whose axis 0 is N.
       b: [N, C, T, D].
-      right: what stands for b at x', [M, C, S, D]; by default b itself.
+      right: replaces b at x', [M, C, S, D]; by default b itself.
     """
     (a_left, b_left), (a_right, b_right) = pairing.each(lambda *pair: pair, a, b)
     b_right = b_right if right is None else right
@@ -359,7 +359,7 @@ def paired(
 
 
 def map_examples(function: Callable[[Any], Array], examples: Any, size: int) -> Array:
-    """Map over examples, as many at once as `size` entries for each allow."""
+    """Map over examples of `size` entries each, in batches of `cost.MAX_PAIR_ENTRIES` entries."""
     count = jax.tree.leaves(examples)[0].shape[0]
     batch = cost.part_size(count, size, cost.MAX_PAIR_ENTRIES)
     if batch == count:
@@ -375,7 +375,7 @@ def summed(
     rows: Array | None,
     moments: Moments | None = None,
 ) -> LeafKernel:
-    """Return the kernel of a bias, of which only `rows` may be in use, or of a norm's scale."""
+    """Return the kernel of a norm's scale, or of a bias; `rows` are the entries that are used."""
     if op == "scale":
         gradients = product("nto,cnto->nco", a, b)
     else:
@@ -452,10 +452,10 @@ def table(
     Args:
       pairing: which kernel.
       shape: (V, D).
-      rows: of lookups and of a restricted head, or None.
+      rows: rows of lookups and of a restricted head, or None.
       head: over the whole vocabulary, or None.
       contraction: "matches" or "chunked", for the rows.
-      moments: of Adam, [V * D].
+      moments: Adam's, [V * D] each.
     """
     if not pairing.linear and head is not None:
         return table_chunked(pairing, shape, rows, head, moments)
@@ -484,7 +484,7 @@ def _head(pairing, head):
 
 
 def _between(pairing, rows, head):
-    """Return lookups of x with the head at x', plus the head at x with lookups of x'."""
+    """Return the cross terms: lookups at x with the head at x', plus the reverse."""
     left, right = pairing.each(lambda *pair: pair, rows, head)
     forth = _cross(pairing, left[0], right[1])
     back = forth if pairing.first is None else _cross(pairing, right[0], left[1])
@@ -515,7 +515,7 @@ def table_chunked(
     head: Head | None,
     moments: Moments | None,
 ) -> LeafKernel:
-    """Return `table` by some rows of the table at a time, for all examples."""
+    """Return `table`, forming some rows of the gradients of all examples at a time."""
     vocab, width = shape
     count, outputs = (rows.values if rows is not None else head.b).shape[:2]  # type: ignore[union-attr]
     size = cost.part_size(vocab, count * outputs * width, cost.MAX_TABLE_ENTRIES)
@@ -548,7 +548,7 @@ def _scatter(rows, start, size):
     at = rows.ids - start
     here = (at >= 0) & (at < size)
     # One scatter for all examples: row r of example n is at n * size + r, and rows of other chunks
-    # are sent past the end, where `mode="drop"` forgets them.
+    # get an index past the end, so that `mode="drop"` ignores them.
     index = jnp.where(here, at + size * jnp.arange(n)[:, None], n * size)
     values = rows.values.swapaxes(1, 2).reshape(n * length, outputs * width)
     zeros = jnp.zeros((n * size, outputs * width), wide_dtype(values))
@@ -567,10 +567,10 @@ def _sign_matches(pairing, rows):
 
 
 def _adam_matches(pairing, shape, rows, moments):
-    """Adam moves every row of the table, those without a gradient by their momentum alone.
+    """Return the kernel of Adam, which moves rows without a gradient by their momentum.
 
-    So the step of x' is split in two: what the momentum alone does to the rows that x uses, and
-    what the gradient of x' changes about it, which is nonzero only in the rows that x' uses.
+    The step on x' is split in two: the step by momentum alone, needed at the rows that x uses, and
+    the change that the gradient of x' makes to it, nonzero only in the rows that x' uses.
     """
     ids, values = rows
     first, second = (m.reshape(shape)[ids][:, None] for m in moments[:2])  # [N, 1, U, D]
@@ -593,7 +593,7 @@ def _first(ids):
 
 
 def _merged(rows):
-    """Return the rows with those of one id added at its first occurrence, the others zero."""
+    """Return the rows with those of equal id summed at its first occurrence, and zero elsewhere."""
     same = rows.ids[:, :, None] == rows.ids[:, None, :]
     once = (same & _first(rows.ids)[:, :, None]).astype(rows.values.dtype)
     return Rows(rows.ids, product("nuw,ncwd->ncud", once, rows.values))

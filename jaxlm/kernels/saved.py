@@ -1,6 +1,6 @@
 """Kernels on disk: computed once, block by block, and reused only for the same inputs.
 
-A folder has
+The files of a folder:
 
     manifest.json             what the kernel was computed from, see `describe`
     kernel.safetensors        the kernel, once it is complete
@@ -61,14 +61,14 @@ def describe(
     Two kernels with the same manifest are equal up to rounding.
 
     Args:
-      template: a text that stands for f, such as its prompt and label words, since a function has
+      template: a text that identifies f, such as its prompt and label words, since a function has
         no fingerprint.
       params, x1, x2, kind, trace_axes, diagonal_axes, select: see `ntk`.
 
     Returns:
       `model`, `examples1`, `examples2`, `select` and `adam`: fingerprints of the parameters, the
-      examples, the selected paths, and Adam's moments and constants (or None); `template`, `dtype`,
-      `kind` and `axes`; and `sign_threshold`, as it is used.
+      examples, the selected paths, and Adam's variant, moments and constants (or None);
+      `template`, `dtype`, `kind` and `axes`; and `sign_threshold`, as it is used.
     """
     params = held(describe, params)[1]
     spec = kernel_spec(params, kind, trace_axes, diagonal_axes, select)
@@ -80,7 +80,7 @@ def _describe(params, x1, x2, spec: KernelSpec, template: str) -> dict[str, Any]
     names = "\n".join(f"{leaf.path}[{leaf.layer}]" for leaf in leaves)
     adam = None
     if isinstance(kind, Adam):
-        adam = fingerprint((kind.state, kind.b1, kind.b2, kind.eps))
+        adam = f"{kind.variant} {fingerprint((kind.state, kind.b1, kind.b2, kind.eps))}"
     return {
         "model": fingerprint(params),
         "template": template,
@@ -101,7 +101,7 @@ def save_kernel(directory: str | Path, kernel: Any, manifest: dict[str, Any]) ->
     Args:
       directory: created if missing.
       kernel: any shape.
-      manifest: of `describe`.
+      manifest: from `describe`.
 
     Raises:
       UserError: if the directory holds the kernel of other inputs, or the kernel is not finite.
@@ -123,15 +123,15 @@ def load_kernel(directory: str | Path, manifest: dict[str, Any] | None = None) -
     """Read a kernel.
 
     Args:
-      directory: of `save_kernel` or `saved_ntk`.
-      manifest: what the kernel must have been computed from, of `describe`; None for anything.
+      directory: written by `save_kernel` or `saved_ntk`.
+      manifest: the manifest that the kernel must have, from `describe`; None accepts any.
 
     Returns:
       The kernel, in the dtype of its manifest (float64 only where JAX allows it).
 
     Raises:
-      UserError: if there is no complete kernel, a file is damaged, or the inputs were others; the
-        message says which.
+      UserError: if there is no complete kernel, a file is damaged, or the manifest differs; the
+        message names the difference.
     """
     folder = Path(directory)
     if not (folder / KERNEL).exists():
@@ -157,11 +157,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         return read_json(path, **_FIELDS)
     except FileNotFoundError:
         raise UserError(
-            f"{path}: is missing, so nothing says what the kernel is of. Remove the folder and "
+            f"{path}: is missing, so the inputs of the kernel are unknown. Remove the folder and "
             "compute it again."
         ) from None
     except UserError as error:
-        if isinstance(error.__context__, OSError):  # It may not be read, for example.
+        if isinstance(error.__context__, OSError):  # For example, no permission to read it.
             raise
         raise UserError(
             f"{path}: is not the manifest of a kernel. Remove the folder and compute it again."
@@ -190,8 +190,8 @@ def saved_ntk(
     Args:
       directory: created if missing.
       f, params, x1, x2, kind, method, trace_axes, diagonal_axes, select: see `ntk`.
-      template: a text that stands for f, see `describe`.
-      options: see `ntk`. Its `block_size` sets how much work lies between two files.
+      template: a text that identifies f, see `describe`.
+      options: see `ntk`. Its `block_size` sets how much work is lost when the process is killed.
 
     Raises:
       UserError: as `ntk` and `load_kernel`; if the blocks in the directory have another size.
@@ -205,7 +205,7 @@ def saved_ntk(
         return load_kernel(folder)
     if method == "projected":
         raise UserError(
-            "method: has no blocks to save (got 'projected'). Give the kernel to save_kernel."
+            "method: computes no blocks to save (got 'projected'). Give the kernel to save_kernel."
         )
     work = prepare(f, params, x1, x2, spec, method, options)
     _write_manifest(folder, manifest, sizes=list(work.sizes), method=work.method)
@@ -252,7 +252,7 @@ def _write_manifest(folder: Path, manifest: dict[str, Any], **computed: Any) -> 
                 f"options: {folder} has blocks of {sizes} examples (got {computed['sizes']}). Give "
                 "the same block_size and mesh."
             )
-    if is_main_process():  # What is about to be written is not complete.
+    if is_main_process():  # Until the new kernel is complete, the folder has no checksums.
         (folder / CHECKSUMS).unlink(missing_ok=True)
     write_json(folder / MANIFEST, {**manifest, **computed})
 

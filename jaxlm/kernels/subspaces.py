@@ -8,9 +8,9 @@ of the kernel of all parameters, and approach it as their dimension grows:
     LoRA at B = 0:        W + s A B, A [in, r] random:
                           K = s^2 Σ_layers Σ_{t,s} <b_t, b'_s> <A^T x_t, A^T x'_s>
 
-with x_t what enters a kernel at position t and b_t the gradient with respect to what leaves it: the
-gradient of A is zero there, and that of B is s Σ_t (A^T x_t) b_t^T. The first is `ntk` with a
-Gaussian projector, the second is `activation_projected`.
+where x_t is the input of a matrix at position t and b_t the gradient with respect to its output. At
+B = 0 the gradient of A is zero, and that of B is s Σ_t (A^T x_t) b_t^T. The first kernel is `ntk`
+with a Gaussian projector, the second is `activation_projected`.
 
 References: Malladi et al., "A Kernel-Based View of Language Model Fine-Tuning", arXiv:2210.05643;
 Aghajanyan et al., "Intrinsic Dimensionality", arXiv:2012.13255; Hu et al., arXiv:2106.09685.
@@ -42,10 +42,10 @@ def draw_adapters(
     """Return A of `activation_projected`, with entries N(0, 1 / rank), so that E A A^T = I.
 
     Args:
-      params: of a model.
+      params: the parameters of a model.
       rank: r.
-      seed: of the draw; A is a function of (seed, path, layer, index).
-      targets: which kernels.
+      seed: seed of the draw; A is a function of (seed, path, layer, index).
+      targets: selects kernels by their paths.
 
     Returns:
       Path of a kernel -> A [in, r], [L, in, r] where layers are stacked; float32.
@@ -85,23 +85,23 @@ def activation_projected(
 ) -> Array:
     """Return the kernel of LoRA at B = 0 by its formula, for a model without adapters.
 
-    With Gaussian A its mean is the kernel of the kernels of `adapters`. One forward pass and C
-    backward passes per example; of a kernel's gradient only the part [r, out] is formed. The
-    function is pure: apply `jax.jit` to it.
+    With Gaussian A its mean is s² times the NTK of the matrices that `adapters` names. It costs one
+    forward pass and C backward passes per example, and of a matrix's gradient only the projection
+    [r, out] is formed. The function is pure: apply `jax.jit` to it.
 
     Args:
       f: `f(params, x, *, tap) -> [N, C]`.
-      params: of a model whose layers are stacked.
-      x1, x2: as of `ntk`.
-      adapters: path of a kernel -> A, as of `draw_adapters` or the leaves `lora_a` of a model.
+      params: parameters of a model whose layers are stacked.
+      x1, x2: see `ntk`.
+      adapters: path of a kernel -> A, from `draw_adapters` or the leaves `lora_a` of a model.
       scale: s, `config.lora_scale` of a model.
-      trace_axes, diagonal_axes: of `ntk`.
+      trace_axes, diagonal_axes: see `ntk`.
 
     Returns:
-      [N1, C, N2, C]; traced [N1, N2]; diagonal [N1, N2, C].
+      [N1, C, N2, C]; [N1, N2] with `trace_axes`; [N1, N2, C] with `diagonal_axes`.
 
     Raises:
-      UserError: if f takes no `tap`, or one of the paths passes none.
+      UserError: if f has no keyword `tap`, or a kernel named in `adapters` passes no tap.
     """
     if not takes_tap(f):
         raise UserError("f: has no keyword tap (got none). Give f(params, x, *, tap=None).")
@@ -120,7 +120,7 @@ def _features(f, params, x, *, adapters, scale, name):
     for path in adapters:
         if (path, "dense") not in uses:
             raise UserError(
-                f"adapters: must be of kernels that pass a tap (got {path}). Correct it."
+                f"adapters: must name kernels that pass a tap (got {path}). Correct it."
             )
     keep = {(path, "dense"): uses[path, "dense"] for path in adapters}
     value = jax.eval_shape(f, params, x)
@@ -164,11 +164,11 @@ def expected_error(full: Any, dim: int) -> float:
 
         E ||K - K_full||^2 / ||K_full||^2 = (1 + (tr K_full / ||K_full||)^2) / dim.
 
-    For random signs it is at most as large.
+    For random signs this is an upper bound.
 
     Args:
-      full: a kernel with itself, neither traced nor diagonal.
-      dim: of the projection.
+      full: a kernel of examples with themselves, neither traced nor diagonal.
+      dim: dimension of the projection.
     """
     full = np.asarray(full, np.float64)
     size = math.prod(full.shape[: full.ndim // 2])

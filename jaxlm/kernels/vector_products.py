@@ -2,9 +2,9 @@
 
 With J1 and J2 the Jacobians at x1 and x2, K = J1 J2ᵀ. Forward mode computes J1 u at the cost of a
 forward pass, reverse mode J2ᵀ v at that of a backward pass. So a column of K, or K v, needs the
-memory of the activations and of a few copies of the parameters, and no matrix of gradients. A sign
-of x' is taken of one gradient at a time; for "signgd", where φ1 is a sign as well, the gradients on
-the left are formed one by one.
+memory of the activations and of a few copies of the parameters, and no matrix of gradients. φ2 is
+applied to the gradients of one example at a time; for "signgd", where φ1 is a sign as well, so are
+the gradients on the left.
 
 Time is that of N2 C backward passes of one example and N2 C passes over all of x1. It is the method
 of choice for few examples and large models.
@@ -84,7 +84,7 @@ class _Restricted:
 
 
 def block(f: Callable[..., Array], params: Any, x1: Any, x2: Any, spec: KernelSpec) -> Array:
-    """Return the kernel of a block of examples, column by column; `x2=None` stands for `x1`."""
+    """Return the kernel of a block of examples, column by column; `x2=None` means `x1`."""
     restricted = _Restricted(f, params, spec)
     with jax.default_matmul_precision("highest"):
         product = restricted.products(x1)
@@ -122,12 +122,12 @@ def kernel_vector_product(
       f: `f(params, x) -> [N, C]`, where row n depends on example n alone.
       params: any pytree.
       x1: a pytree of arrays whose axis 0 is N.
-      x2: the same with M; None stands for `x1`.
+      x2: the same with M; None means `x1`.
       v: [M, C].
       kind, select: see `ntk`.
 
     Returns:
-      At least float32.
+      [N, C], in at least float32.
 
     Raises:
       UserError: if v does not have the shape of f's value at x2.

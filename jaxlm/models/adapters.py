@@ -1,4 +1,4 @@
-"""Adapters as leaves of the parameter tree, which the model reads beside a weight.
+"""Adapters as leaves of the parameter tree, which the model reads next to a weight.
 
 `jaxlm.peft` adds them:
 
@@ -40,7 +40,7 @@ def merge(config: ModelConfig, params: Any) -> Any:
         kernel = flat[stem + ".kernel"]
         if isinstance(kernel, Packed):
             raise UserError(
-                f"{stem}.kernel: cannot take an adapter in (got {kernel.bits} bits). Call "
+                f"{stem}.kernel: cannot be merged while packed (got {kernel.bits} bits). Call "
                 "jaxlm.core.precision.dequantize on the parameters first."
             )
         wide = jnp.promote_types(kernel.dtype, jnp.float32)

@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxlm.core.errors import UserError
 
 BLOCK = 256
-"""Queries and keys in a block of `blockwise`."""
+"""Number of queries, and of keys, in a block of `blockwise`."""
 AHEAD = 2**30
-"""The position of a key that is inside every window."""
+"""A position so late that its key is inside every window."""
 ANY = -1
 """The segment of a key that every query sees."""
 
@@ -31,14 +31,14 @@ ANY = -1
 )
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Which keys a query sees, in a form from which any block of the mask can be computed.
+    """Which keys a query sees, stored so that any block of the mask can be computed.
 
     Attributes:
       keys: [B, S], above 0 at tokens that are not padding.
       query_positions: [B, T], positions of the queries.
       key_positions: [B, S], positions of the keys.
       first: index of the first query among the keys; the others follow it.
-      window: a query sees so many of the last tokens, itself included; None for all.
+      window: number of last tokens that a query sees, itself included; None for all.
       causal: whether keys after the query are hidden.
       segments: [B, S], segments of the keys. A query sees keys of its own segment and of segment
         `ANY`. None for one segment.
@@ -100,7 +100,7 @@ def _scores(q_BxGxMTxK, k_BxGxSxK, seen_BxTxS, scale, cap):
 
 
 def _mix(weights_BxGxMxTxS, v_BxGxSxK):
-    """Return sums of values by weights, [B, G, M * T, K], in at least float32."""
+    """Return weighted sums of the values, [B, G, M * T, K], in at least float32."""
     batch, groups, _, _, keys = weights_BxGxMxTxS.shape
     weights = weights_BxGxMxTxS.reshape(batch, groups, -1, keys)
     return jnp.einsum(
@@ -149,6 +149,7 @@ def xla(
     seen = mask.dense() if isinstance(mask, Mask) else mask
     k, v = jnp.swapaxes(k_BxSxGxK, 1, 2), jnp.swapaxes(v_BxSxGxK, 1, 2)
     scores = _scores(_by_group(q_BxTxHxK, k.shape[1]), k, seen, scale, cap)
+    # The maximum cancels in the quotient below, so it needs no gradient.
     weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1).reshape(*k.shape[:2], -1, 1)
     out = (_mix(weights, v) / total).astype(v.dtype)
@@ -226,7 +227,7 @@ def cudnn(
     scale: float,
     cap: float | None = None,
 ) -> Float[Array, "B T H K"]:
-    """Return the same with NVIDIA's fused kernel: float16 and bfloat16, reverse mode only.
+    """Return the same as `xla` with NVIDIA's fused kernel: float16 and bfloat16, reverse mode only.
 
     Raises:
       UserError: a soft cap is given, which the kernel does not have.

@@ -1,10 +1,10 @@
-"""Render chat templates in a process of their own, under limits of time and memory.
+"""Render chat templates in a separate process, with limits on time and memory.
 
 A template is a program by whoever made the model. Jinja's sandbox keeps it from files and Python,
 but not from endless loops or strings of gigabytes, and nothing inside a process can stop those: a
 single product of a string and a number fills the memory. So a separate process renders, one request
-a line, under limits of the operating system. It runs this file as a program, imports nothing heavy,
-and stays for the next request.
+per line, under limits of the operating system. It runs this file as a program, imports nothing
+heavy, and stays for the next request.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from typing import Any
 from jaxlm.core.errors import UserError
 
 SECONDS = 5
-"""Limit of processor time for one text."""
+"""Limit on the processor time for one text."""
 MEMORY = 2**30
-"""Limit of the address space of the process, in bytes."""
+"""Limit on the address space of the process, in bytes."""
 LENGTH = 2**24
-"""Limit of characters of one text."""
+"""Limit on the characters of one text."""
 
 _lock = threading.Lock()
 _worker: subprocess.Popen[str] | None = None
@@ -34,12 +34,12 @@ _worker: subprocess.Popen[str] | None = None
 def render_chat(
     tokenizer: Any, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
 ) -> str:
-    """Return the text of a conversation by the tokenizer's chat template, as in transformers.
+    """Render a conversation with the tokenizer's chat template, as transformers does.
 
     Args:
-      tokenizer: a tokenizer of transformers.
+      tokenizer: a transformers tokenizer.
       messages: each with `role` and `content`.
-      add_generation_prompt: whether to end the text with what precedes an answer.
+      add_generation_prompt: whether to end the text with the prompt for an answer.
 
     Raises:
       UserError: there is no template, it fails on these messages, or it exceeds `SECONDS`, `MEMORY`
@@ -51,7 +51,7 @@ def render_chat(
         template = tokenizer.get_chat_template()
     except ValueError as error:  # there are several, and none is the default
         raise UserError(
-            f"tokenizer: no chat template to choose ({str(error).splitlines()[0]}). Name one of "
+            f"tokenizer: has no default chat template ({str(error).splitlines()[0]}). Name one of "
             "them `default`."
         ) from None
     request = {
@@ -73,7 +73,7 @@ def render_chat(
 
 
 def _ask(line: str) -> dict[str, str]:
-    """Return the answer of the process, which is started if there is none."""
+    """Return the answer of the process; start it if there is none."""
     global _worker
     if _worker is None or _worker.poll() is not None:
         stop()
@@ -121,7 +121,7 @@ def _serve() -> None:
             resource.setrlimit(kind, (most, most))
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        # The signal of the timer ends the process, whatever it is doing.
+        # The timer's signal ends the process, whatever it is doing.
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])
         answer = json.dumps(_answer(request))
         signal.setitimer(signal.ITIMER_PROF, 0)

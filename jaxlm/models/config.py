@@ -14,9 +14,9 @@ class RopeScaling:
     """How rotary frequencies are changed for contexts longer than those of pretraining.
 
     Attributes:
-      kind: `linear` divides every frequency by `factor`. `llama3` divides the slow ones only,
-        judged by their number of turns within `original_positions`. `yarn` (arXiv:2309.00071)
-        blends by the same number and scales the attention.
+      kind: `linear` divides every frequency by `factor`. `llama3` divides only those that make few
+        turns within `original_positions`. `yarn` (arXiv:2309.00071) blends by the number of turns
+        as well, and also scales the attention.
       factor: how much longer the context is.
       original_positions: length of the context in pretraining.
       slow, fast: a frequency with fewer turns than `slow` is divided; one with more than `fast` is
@@ -36,7 +36,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The sizes and choices of a transformer. A family module maps it to and from the HF config.
+    """The sizes and choices of a transformer; a family module maps it to and from the HF config.
 
     Attributes:
       family: name of the module in `models/families` that reads and writes this model.
@@ -53,22 +53,22 @@ class ModelConfig:
       rotary_size: number of leading elements of a head that are rotated; None for all.
       query_key_norm: RMSNorm of queries and keys, of each `head` or of `all` heads together.
       clip_qkv: bound on the absolute value of queries, keys and values.
-      window: in a windowed layer, a query sees so many of the last tokens, itself included.
-      windowed: whether each layer has the window; empty if none has.
+      window: number of last tokens, itself included, that a query of a windowed layer sees.
+      windowed: for each layer, whether it has the window; empty if none has.
       attention_scale: factor of the scores; None for `head_size**-0.5`.
       attention_cap, logit_cap: c of the soft cap `c tanh(x / c)` of scores and of logits.
       embedding_scale: factor of the token embeddings.
       pooled: whether there is a pooler, tanh(dense(first token)), for the classifier to read.
       num_labels: number of classes of the classifier.
       label_names: names of the classes in order, or empty.
-      bos_id, eos_id, pad_id: special token ids, or None; the first if HF lists several.
+      bos_id, eos_id, pad_id: special token ids, or None; the first one if HF lists several.
       stop_ids: tokens that end a generated text, if not `eos_id` alone.
       attention: implementation, one of `jaxlm.models.attention.IMPLEMENTATIONS`.
       score_gradient: whether gradients pass through the attention weights. False treats the weights
         as constants, so that queries and keys get no gradient from them.
       remat: what the backward pass recomputes: `none`; the whole `layer`; or everything but matrix
         products with parameters and the output of attention (`dots`), which is faster and smaller
-        than to keep everything.
+        than keeping everything.
       lora_scale: factor of `x @ lora_a @ lora_b` if the tree has these leaves (`jaxlm.peft`).
       compute_dtype: dtype to which parameters are cast when they are read; None for their own.
     """

@@ -35,8 +35,8 @@ class Sampling:
     Attributes:
       temperature: divisor of the logits; 0 takes the most likely token.
       top_k: keep the k most likely tokens, and those as likely as the k-th; None keeps all.
-      top_p: keep the smallest set of most likely tokens whose mass reaches p, and always the most
-        likely one; ties are broken, not all kept (arXiv:1904.09751).
+      top_p: keep the smallest set of most likely tokens whose probability reaches p, at least one
+        token; of equally likely tokens, only as many as needed are kept (arXiv:1904.09751).
       min_p: keep tokens at least p times as likely as the most likely one (arXiv:2407.01082).
     """
 
@@ -53,7 +53,7 @@ class Sampling:
 
 
 def filter_logits(scores: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Return the logits at the temperature, with -inf at tokens that the filters remove."""
+    """Return the logits divided by the temperature, with -inf at tokens that the filters remove."""
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     # Shift the best score to 0 and keep the divisor a normal number, so that a tiny temperature
     # gives 0 and -inf, the most likely token, and never inf - inf.
@@ -63,8 +63,8 @@ def filter_logits(scores: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
         least = lax.top_k(scores, min(sampling.top_k, scores.shape[-1]))[0][:, -1:]
         scores = jnp.where(scores >= least, scores, -jnp.inf)
     if sampling.top_p < 1:
-        # Sum from the least likely token on, as transformers does; it also adds small numbers
-        # first.
+        # Sum from the least likely token up, as transformers does: adding small numbers first also
+        # loses the least.
         order = jnp.argsort(scores, axis=-1)
         ordered = jnp.take_along_axis(scores, order, axis=-1)
         mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
@@ -167,12 +167,12 @@ def _all_done(done):
 
 @_all_done.def_vmap
 def _(size, batched, done):
-    """Wait for the rows of all entries of a `vmap`, or each entry would have its own `step`."""
+    """Return one answer for all entries of a `vmap`, or each entry would have its own `step`."""
     del size, batched
     return _all_done(done), False
 
 
-@functools.partial(jax.jit, static_argnames="generator", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="generator", donate_argnames="state")  # reuse the cache
 def _advance(generator, params, state, until, view):
     def more(state):
         return (state.step < until) & ~_all_done(state.done)
@@ -257,14 +257,14 @@ class Generator:
         key: Array | None = None,
         view: Any = None,
     ) -> Generated:
-        """Return all tokens; arguments as in `generate`, and like it part of any program."""
+        """Return all tokens; takes the arguments of `generate` and works within any program."""
         sizes = {"max_new_tokens": max_new_tokens, "num_samples": num_samples}
         state = self.start(params, input_ids, attention_mask, key=key, view=view, **sizes)
         return self.advance(params, state, max_new_tokens, view=view).found
 
     @property
     def pad_id(self) -> int:
-        """Id after the end of a row."""
+        """Token id that fills a row after its end."""
         stop = self.stop_ids[0] if self.stop_ids else 0
         return stop if self.config.pad_id is None else self.config.pad_id
 
@@ -307,8 +307,8 @@ def decoding_params(params: Any) -> Any:
     if jax.default_backend() != "cpu" or isinstance(params["layers"], list):
         return params
     # XLA's CPU compiler copies the weights of a layer out of a stack for every token, which takes
-    # longer than the products of a few rows. And its product of a few rows with the transpose of a
-    # [V, D] table takes five times as long as one with a [D, V] table.
+    # longer than their product with a few rows. Multiplying a few rows with the transpose of a
+    # [V, D] table takes five times as long as with a [D, V] table.
     params = {**params, "layers": unstack(params["layers"])}
     table = lookup(params, "lm_head.embedding")
     table = lookup(params, "embed.tokens.embedding") if table is None else table
@@ -337,7 +337,7 @@ def generate(
     cannot be checked: each must have a token, all within the vocabulary, and the model must have
     positions for T + N - 1 tokens, padding included.
 
-    In memory are the parameters, the keys and values of all tokens, and `decoding_params`.
+    Memory holds the parameters, the keys and values of all tokens, and `decoding_params`.
 
     Args:
       config: a decoder.
@@ -353,9 +353,9 @@ def generate(
       view: see `jaxlm.core.views`.
 
     Raises:
-      UserError: an empty prompt, a token outside the vocabulary, more tokens than
-        `config.longest_text` (for rotary positions too, which were not trained further), no key,
-        or an impossible setting.
+      UserError: a prompt is empty, a token is outside the vocabulary, there are more tokens than
+        `config.longest_text` (rotary positions too were not trained beyond it), the key is missing,
+        or a setting is impossible.
     """
     stop = config.stops if eos_id is None else eos_id
     stop_ids = (stop,) if isinstance(stop, int) else tuple(stop)

@@ -67,16 +67,16 @@ def from_pretrained(
         tokenizer; or the id of such a repository on the hub; or None for the small model that comes
         with the package.
       param_dtype: dtype of every parameter, whatever the files have.
-      mesh: a mesh of `jaxlm.sharding.make_mesh`. The part of a parameter that a device holds, by
-        the rules of `jaxlm.sharding`, is read from the files straight to it. None loads onto the
-        default device, one parameter at a time.
+      mesh: a mesh of `jaxlm.sharding.make_mesh`. Each device gets its part of a parameter, by
+        the rules of `jaxlm.sharding`, straight from the files. None loads onto the default device,
+        one parameter at a time.
       compute_dtype, attention, remat: see `ModelConfig`.
       bits: 8 or 4 packs matrices into that many bits, one layer at a time as they are read; see
         `jaxlm.core.precision.quantize`.
 
     Returns:
-      The model. `tokenizer` is None if the folder has none. `config.head` of an encoder is "mlm",
-      "classifier" or "none", by the tensors of the checkpoint.
+      The model. `tokenizer` is None if the folder has none. The tensors of the checkpoint decide
+      whether `config.head` of an encoder is "mlm", "classifier" or "none".
 
     Raises:
       UserError: the folder is missing, the architecture is unknown, a file is truncated or missing,
@@ -146,10 +146,11 @@ def shapes_from_pretrained(
     *,
     bits: Literal[8, 4] | None = None,
 ) -> LanguageModel:
-    """Load a model with shapes in place of parameters, for plans.
+    """Load a model with shapes in place of parameters, for planning.
 
-    The folder needs no weights. Without them, `architectures` in config.json tells the head of an
-    encoder. With them, only shapes are read, and a tied table that is stored twice.
+    The folder needs no weights. Without them, `architectures` in config.json gives the head of an
+    encoder. With them, only shapes are read, except that two stored copies of a tied table are
+    compared.
 
     Args:
       name_or_path, param_dtype, bits: see `from_pretrained`.
@@ -206,7 +207,7 @@ def _open(folder: Path, module: ModuleType) -> Checkpoint:
     tensors = {}
     for path in weight_files(folder):
         try:
-            path.open("rb").close()  # so that errors of the system are told from those of the file
+            path.open("rb").close()  # so that a system error is not taken for a bad format
             with open_file(path) as file:
                 for name in file.keys():  # noqa: SIM118 - the file is not a dict
                     part = file.get_slice(name)
@@ -230,7 +231,7 @@ def _load(read: Read, path: str, shape: tuple[int, ...], mesh: Mesh | None) -> j
         return jax.device_put(read((slice(None),) * len(shape)))
     sharding = param_shardings({path: shape}, mesh)[path]
     arrays: list[jax.Array] = []
-    first: dict[str, jax.Array] = {}
+    first: dict[str, jax.Array] = {}  # a part that several devices hold is read once
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None
         same = first.get(str(index))
@@ -242,7 +243,7 @@ def _load(read: Read, path: str, shape: tuple[int, ...], mesh: Mesh | None) -> j
 def _load_packed(
     read: Read, path: str, shape: tuple[int, ...], mesh: Mesh | None, bits: Literal[8, 4]
 ) -> Packed:
-    """Load a packed leaf; one layer of a stack is in memory as floats at a time."""
+    """Load a packed leaf; only one layer of a stack at a time is in memory as floats."""
 
     def packed(read: Read, shape: tuple[int, ...]) -> Packed:
         return pack(path, _load(read, path, shape, mesh), bits=bits)
@@ -266,17 +267,17 @@ def save_pretrained(
 ) -> None:
     """Save a model in the HF layout; transformers opens it and computes the same logits.
 
-    Everything is written to a temporary folder inside `directory` and then moved, config.json last
-    and after the old one is removed. An interrupted save leaves the old model or no model, but
-    never parts of two. Sharded parameters are gathered for one file at a time, and the main process
-    writes. Weights in 8 or 4 bits are written as floats, and low-rank adapters are merged.
+    Everything is written to a temporary folder inside `directory` and then moved. The old
+    config.json is removed first and the new one is moved last, so an interrupted save leaves the
+    old model or no model, never parts of two. Sharded parameters are gathered one file at a time;
+    only the main process writes. Packed weights are written as floats, and LoRA is merged.
 
     Args:
       lm: the model; its tokenizer is written too.
-      directory: created if missing. If it has a model, all files are removed that would be read
-        with the new one: safetensors, tokenizer, generation_config.json, adapter_config.json. Other
-        files stay: a model card, pickles such as pytorch_model.bin, weights of an adapter. Remove
-        them if another program would read them.
+      directory: created if missing. If it holds a model, files that would be read with the new one
+        are removed: safetensors, tokenizer, generation_config.json, adapter_config.json. Other
+        files stay: a model card, pickles such as pytorch_model.bin, adapter weights. Remove them
+        if another program would read them.
       params: parameters to write in place of `lm.params`.
       max_shard_size: largest size of a file, in bytes or like "200MB"; several files get an index.
         A tensor is never split.
@@ -334,7 +335,7 @@ def _split(tensors: dict[str, Target], max_shard_size: int | str) -> Any:
 
 
 def _gathered(names: Any, tensors: dict[str, Target], flat: Any) -> dict[str, np.ndarray]:
-    """Gather the tensors of one file; all processes take part."""
+    """Gather the tensors of one file; every process must take part."""
     return {name: tensors[name].gather(flat) for name in names}
 
 

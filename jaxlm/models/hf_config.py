@@ -1,4 +1,4 @@
-"""What a model folder holds besides tensors: config.json, checked field by field, and file names.
+"""The parts of a model folder besides tensors: config.json, checked by field, and file names.
 
 A field of config.json has the same meaning in every family that has it, so one table says what each
 may hold. Fields that no family reads are ignored.
@@ -31,7 +31,7 @@ class Kind(NamedTuple):
     """A kind of value.
 
     Attributes:
-      wanted: its description, for messages.
+      wanted: its description, for error messages.
       holds: whether a value is of this kind.
     """
 
@@ -146,7 +146,7 @@ def check_fields(config: Mapping[str, Any], kinds: Mapping[str, Kind], where: st
     Args:
       config: the fields of a file.
       kinds: `FIELDS`, or another table.
-      where: the file, for messages.
+      where: the file, for error messages.
     """
     for name, kind in kinds.items():
         if name in config and not kind.holds(config[name]):
@@ -157,7 +157,7 @@ def check_fields(config: Mapping[str, Any], kinds: Mapping[str, Kind], where: st
 
 
 def check_config(hf: Mapping[str, Any], where: str) -> None:
-    """Check the fields of a config.json, those of its rotary section too."""
+    """Check the fields of a config.json, including those of its rotary sections."""
     check_fields(hf, FIELDS, where)
     for section in ("rope_parameters", "rope_scaling"):
         check_fields(hf.get(section) or {}, ROPE, f"{where}: {section}")
@@ -177,7 +177,7 @@ def check_sizes(config: ModelConfig, where: str) -> None:
             heads % groups == 0,
             f"num_key_value_heads must divide num_attention_heads, {heads} (got {groups})",
         ),
-        (config.max_positions >= 1, "no position is left behind the padding id"),
+        (config.max_positions >= 1, "no position is left after the padding id"),
         (
             config.positions != "rotary" or (turned >= 2 and turned % 2 == 0),
             f"head_dim must have an even number of rotary elements (got {turned})",
@@ -192,9 +192,9 @@ def check_sizes(config: ModelConfig, where: str) -> None:
 
 
 def is_of_a_model(path: Path) -> bool:
-    """Return whether the name of a file makes it part of the model in its folder.
+    """Return whether a file belongs to the model in its folder, judged by its name.
 
-    Pickles and the weights of adapters do not belong to it, and stay where a model is saved.
+    Pickles and adapter weights do not, so that saving a model does not delete them.
     """
     if path.is_dir():
         return path.name == "additional_chat_templates"
@@ -263,7 +263,7 @@ def _stop_ids(folder: Path) -> tuple[int, ...]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model; raise UserError if one is missing or elsewhere."""
+    """Return the safetensors files of a model; raise UserError if one is missing or outside."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
@@ -287,7 +287,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def modern_name(name: str) -> str:
-    """Return the present name of a tensor; the oldest checkpoints have norms of gamma and beta."""
+    """Return the current name of a tensor; the oldest checkpoints have gamma and beta in norms."""
     for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
         if name.endswith(old):
             return name.removesuffix(old) + new

@@ -1,6 +1,6 @@
 """The map between the tensors of a HF checkpoint and our leaves, in both directions.
 
-Our leaves stack layers, are transposed against torch's Linear, and split what some families fuse.
+Our leaves stack layers, are transposed from torch's Linear, and split what some families fuse.
 This module does not know the file format: a file is an object with `get_slice(name)[index]`.
 """
 
@@ -25,9 +25,9 @@ from jaxlm.models.families import Name
 from jaxlm.models.initialise import param_shapes
 
 PIECE = 2**23
-"""Elements that are read from a file at once."""
+"""Number of elements that are read from a file at once."""
 _FLOATS = ("BF16", "F16", "F32", "F64")
-# Old checkpoints have more tensors than weights: tables that follow from the configuration, and
+# Old checkpoints hold tensors that are not weights: tables that follow from the configuration, and
 # parts of BERT's pretraining that a masked language model does not use.
 _HARMLESS = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|masked_bias|position_ids|token_type_ids|(attn|attention)\.bias)"
@@ -49,15 +49,15 @@ def _stacked(path: str) -> bool:
 
 
 def runs(row: Name, length: int, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
-    """Yield where [start:stop] of our last axis lies in that of the HF tensor, run by run.
+    """Yield where [start:stop] of our last axis lies on the HF tensor's, by contiguous runs.
 
     Args:
       row: how our leaf lies in the tensor.
       length: length of our last axis.
-      start, stop: the part of it.
+      start, stop: bounds of the part.
 
     Yields:
-      The slice of the part, and the slice of the tensor, of each contiguous run.
+      For each run, its slice of the part and its slice of the tensor.
     """
     index, count = row.part
     size = length // row.groups
@@ -105,7 +105,7 @@ class Checkpoint:
         return None
 
     def match(self, config: ModelConfig) -> ModelConfig:
-        """Return the configuration with what the tensors decide: the head, and whether it is tied.
+        """Return the configuration with the head and the tying that the tensors show.
 
         Raises:
           UserError: config.json does not name each class of a classifier once.
@@ -137,8 +137,8 @@ class Checkpoint:
 
     def _untied(self, config: ModelConfig) -> bool:
         """Return whether an output table is stored that differs from the input table."""
-        # That happens if the head of a tied model was trained alone and then merged. transformers
-        # uses the stored table, too.
+        # That happens if only the head of a tied model was trained and then merged. transformers
+        # uses the stored table in this case, too.
         apart = config.replace(tie_embeddings=False)
         paths = ("embed.tokens.embedding", "lm_head.embedding")
         tables = [self.find(apart, path) for path in paths]
@@ -161,7 +161,7 @@ class Checkpoint:
         Tensors of another head are left out with a warning.
 
         Raises:
-          UserError: a tensor is missing, has another shape or is not of floats; there are more
+          UserError: a tensor is missing, has another shape or does not hold floats; there are more
             layers than the configuration has; or a tensor of a known part is not used.
         """
         for path, shape in param_shapes(config).items():
@@ -221,14 +221,14 @@ class Checkpoint:
             )
         if stored.dtype not in _FLOATS:
             raise UserError(
-                f"{self.folder}: {name} is of a dtype that is not supported (got {stored.dtype}). "
+                f"{self.folder}: {name} has a dtype that is not supported (got {stored.dtype}). "
                 f"Convert it to one of {', '.join(_FLOATS)}."
             )
 
     def read(
         self, config: ModelConfig, path: str, dtype: Any, index: tuple[slice, ...]
     ) -> np.ndarray:
-        """Read the part `index` of one of our leaves, and no more of the files.
+        """Read the part `index` of one of our leaves; nothing else is read from the files.
 
         Raises:
           UserError: a number is not finite, or overflows in this dtype.
@@ -251,7 +251,7 @@ class Checkpoint:
                     high = min(low + rows, part[0].stop)
                     piece = self._piece(stored, slice(low, high), *part[1:])
                     place = into[low - part[0].start : high - part[0].start]
-                    with np.errstate(over="ignore"):
+                    with np.errstate(over="ignore"):  # the check below finds an overflow
                         place[...] = piece
                     if not all_finite(place):
                         check_finite(piece, stored.name, stored.file)
@@ -264,7 +264,7 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A HF tensor to write: its shape and dtype, and the rows and layers that fill it."""
+    """A HF tensor to write: its shape and dtype, and the leaves and layers that fill it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -275,7 +275,7 @@ class Target:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def gather(self, flat: Mapping[str, Any]) -> np.ndarray:
-        """Return the tensor in host memory; only the layers in it are copied there."""
+        """Return the tensor in host memory; only the layers that it holds are copied there."""
         tensor = np.empty(self.shape, self.dtype)
         for row, layer in self.parts:
             leaf = flat[row.path]
@@ -287,7 +287,7 @@ class Target:
 
 
 def targets(config: ModelConfig, module: ModuleType, flat: Mapping[str, Any]) -> dict[str, Target]:
-    """Return what is to be written under each HF name.
+    """Return the tensor to write under each HF name.
 
     Raises:
       UserError: a leaf is missing or has another shape.

@@ -1,4 +1,4 @@
-"""Open tokenizers, the only use of transformers' loaders, and never the code of a folder."""
+"""Open tokenizers: the only use of transformers' loaders. Code in a folder is never run."""
 
 from pathlib import Path
 from typing import Any

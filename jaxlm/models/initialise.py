@@ -124,7 +124,7 @@ def init_leaf(
 def init_params(config: ModelConfig, key: Array, dtype="float32") -> dict:
     """Return random parameters.
 
-    Matrices are N(0, 0.02^2), those of residual outputs divided by sqrt(2 L); scales 1, biases 0.
+    Matrices are N(0, 0.02^2), divided by sqrt(2 L) at residual outputs; scales are 1, biases are 0.
 
     Args:
       config: the model.

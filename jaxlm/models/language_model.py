@@ -62,7 +62,7 @@ def add_classifier(
     """Replace the head of an encoder by a new classifier on the first token.
 
     Args:
-      lm: an encoder; its pooler is kept, or a new one initialised.
+      lm: an encoder; its pooler is kept, or initialised if there is none.
       num_labels: number of classes.
       key: PRNG key of the initialisation.
       label_names: names of the classes, for `config.label_names`.

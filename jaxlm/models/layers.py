@@ -1,6 +1,6 @@
-"""The only place where a parameter is read: through the view before use and the tap after it.
+"""The only place where a parameter is read: through the view before its use, the tap after it.
 
-`params` is a nested dict that is read by whole paths; inside the scan it holds one layer.
+`params` is a nested dict that is read by full paths; inside the scan it holds one layer.
 Shapes: B batch, T length, D model width, V vocabulary.
 """
 
@@ -19,7 +19,7 @@ from jaxlm.core.precision import Packed
 from jaxlm.models.config import ModelConfig
 
 HEAD_BLOCK = 2**24
-"""Elements of an output table from which on `head` reads it in blocks of rows."""
+"""Most elements of an output table that `head` reads at once, and size of its blocks of rows."""
 
 
 def gelu(x: Array) -> Array:
@@ -61,7 +61,7 @@ class Context:
 
 def matmul(x, kernel):
     """Return `x @ kernel`."""
-    # With a single axis of rows, XLA's gradient on a CPU is twice as fast.
+    # With all leading axes in one, XLA's gradient on a CPU is twice as fast.
     rows = x.reshape(-1, x.shape[-1]) @ kernel
     return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
@@ -118,8 +118,8 @@ def head(params, path: str, x, ctx: Context, token_ids=None):
     """Return the logits `x @ embedding.T` of all tokens, or of `token_ids`.
 
     With a view or a packed leaf, a table of more than 2**24 elements is read in blocks of rows, so
-    that no second table is in memory. Without a view, the transposed table `output_kernel` of
-    `jaxlm.models.generation.decoding_params` is read in its place.
+    that memory never holds a second full table. Without a view, the transposed table
+    `output_kernel` of `jaxlm.models.generation.decoding_params` is read instead if it exists.
     """
     leaf = lookup(params, path + ".embedding")
     if ctx.view is None and token_ids is None and "output_kernel" in params:

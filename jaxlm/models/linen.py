@@ -38,7 +38,7 @@ class Transformer(nn.Module):
 
         names = dict.fromkeys(path.split(".")[0] for path in param_shapes(self.config))
         params = {
-            # Read it as it is if it exists, since it may have leaves of an adapter.
+            # Use an existing subtree as it is, since it may have leaves of an adapter.
             name: self.get_variable("params", name)
             if self.has_variable("params", name)
             else self.param(name, subtree, name + ".")

@@ -27,13 +27,13 @@ def frequencies(config: ModelConfig) -> Float[np.ndarray, " R"]:
 
 
 def _llama3_kept(scaling: RopeScaling, config: ModelConfig, plain: np.ndarray) -> np.ndarray:
-    """Return the unscaled share of each frequency, linear in its turns from `slow` to `fast`."""
+    """Return each frequency's unscaled share, linear in its turns between `slow` and `fast`."""
     turns = scaling.original_positions * plain / (2 * np.pi)
     return np.clip((turns - scaling.slow) / (scaling.fast - scaling.slow), 0, 1)
 
 
 def _yarn_kept(scaling: RopeScaling, config: ModelConfig, plain: np.ndarray) -> np.ndarray:
-    """Return the unscaled share of each frequency, linear in its index between the two bounds."""
+    """Return each frequency's unscaled share, linear in its index between those of the bounds."""
     size = 2 * len(plain)
 
     def pair(turns: float) -> float:

@@ -49,7 +49,7 @@ def head_log_probs(
       x: hidden states at the tokens that predict the targets.
       targets: token ids.
       view: see `jaxlm.core.views`.
-      block: number of tokens in a block; None for as many as have 2**26 logits.
+      block: number of tokens in a block; None for as many as make 2**26 logits.
     """
     count = targets.size
     block = max(1, LOGITS // config.vocab_size) if block is None else block
@@ -99,8 +99,8 @@ def next_token_log_probs(
     check_ids("input_ids", input_ids, config.vocab_size)
     ids = jnp.asarray(input_ids)
     targets, length = jnp.roll(ids, -1, axis=1), ids.shape[1]
-    # The last token predicts nothing. It is read all the same if that makes the length a multiple
-    # of 8, since other lengths are slow.
+    # The last token predicts nothing. It is still read if that makes the length a multiple of 8,
+    # since other lengths are slow.
     read = length - 1 if length % 8 or length > config.max_positions else length
     seen, segments = (
         None if ids is None else jnp.asarray(ids)[:, :read] for ids in (attention_mask, segment_ids)
@@ -112,7 +112,7 @@ def next_token_log_probs(
 
 
 def _same_segment(segment_ids: Int[ArrayLike, "B T"]) -> Bool[Array, "B T-1"]:
-    """Whether each token but the first belongs to the segment of the token before it."""
+    """Return whether each token but the first is in the segment of the token before it."""
     ids = jnp.asarray(segment_ids)
     return (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] > 0)
 
@@ -122,7 +122,7 @@ def reduce_log_probs(
     mask: Num[ArrayLike, "*B T"],
     reduction: Literal["sum", "mean"] = "sum",
 ) -> Float[Array, "*B"]:
-    """Return the sum or mean over the tokens of a mask; 0 for an empty mask.
+    """Return the sum or mean over the tokens where the mask is 1; 0 for an empty mask.
 
     >>> reduce_log_probs(jnp.array([[-1.0, -2.0, -3.0]]), jnp.array([[0, 1, 1]]), "mean").tolist()
     [-2.5]
@@ -147,7 +147,7 @@ def sequence_log_probs(
     view: Any = None,
     block: int | None = None,
 ) -> Float[Array, " B"] | Float[Array, "B S"]:
-    """Return log-probabilities of the tokens of a mask given those before them, summed or averaged.
+    """Return the sum or mean of the log-probabilities of tokens, each given those before it.
 
     Args:
       config: a decoder.
@@ -166,7 +166,7 @@ def sequence_log_probs(
       float32, and 0 where no token is scored.
 
     Raises:
-      UserError: one of `segment_ids` and `num_segments` is missing.
+      UserError: only one of `segment_ids` and `num_segments` is given.
     """
     if (segment_ids is None) != (num_segments is None):
         raise UserError(
@@ -234,7 +234,7 @@ def continuation_log_probs(
 
 
 def last_token(x: Float[Array, "B T D"], mask: Int[Array, "B T"]) -> Float[Array, "B D"]:
-    """Return hidden states at the last token of each row, with padding on either side."""
+    """Return the hidden state at the last token of each row; padding may be on either side."""
     last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1] > 0, axis=1)
     return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 

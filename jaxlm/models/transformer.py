@@ -35,7 +35,7 @@ from jaxlm.models.config import ModelConfig
 from jaxlm.models.layers import ACTIVATIONS, Context, dense, embed, head, norm
 
 NO_WINDOW = 2**30
-"""Window of a layer without one, in a scan over layers of which some have one."""
+"""Window of a layer without one, in a scan over layers with and without windows."""
 PREFIX = "attention.prefix_keys"
 ATTENDED = "attended"
 
@@ -72,12 +72,12 @@ def empty_cache(config: ModelConfig, batch: int, size: int, dtype: Any) -> Cache
 
 
 def check_ids(name: str, ids: Any, size: int) -> None:
-    """Raise UserError for ids outside [0, size), which JAX would clip to the table.
+    """Raise UserError for ids outside [0, size), which JAX would clip to this range.
 
     Tracers have no values, so under `jit`, `vmap` and `grad` nothing is checked.
 
     Args:
-      name: name of the ids, for messages.
+      name: name of the ids, for error messages.
       ids: array, tracer, or None.
       size: length of the table.
     """
@@ -88,8 +88,8 @@ def check_ids(name: str, ids: Any, size: int) -> None:
         if part.size and not (part.min() >= 0 and part.max() < size):
             wrong = part.min() if part.min() < 0 else part.max()
             raise UserError(
-                f"{name}: must be from 0 to {size - 1} (got {wrong}). Is the tokenizer that of the "
-                "model?"
+                f"{name}: must be from 0 to {size - 1} (got {wrong}). Use the model's own "
+                "tokenizer."
             )
 
 
@@ -160,7 +160,7 @@ def _attention(params, x_BxTxD, ctx: Context, turns, mask, cached):
 
 
 def _after_prefix(params, name, x_BxSxGxK, ctx: Context):
-    """Return keys or values behind those of the prefix, if there is one."""
+    """Return keys or values with those of the prefix in front, if there is one."""
     prefix = ctx.read(params, f"layers.attention.prefix_{name}")
     if prefix is None:
         return x_BxSxGxK
@@ -170,7 +170,7 @@ def _after_prefix(params, name, x_BxSxGxK, ctx: Context):
 
 
 def _extend(cached, layer, k, v):
-    """Write new keys and values of one layer into the cache; return it and all of the layer."""
+    """Write new keys and values of a layer into the cache; return it and all those of the layer."""
     keys, values, length = cached
     zero = jnp.zeros((), jnp.int32)
 
@@ -219,8 +219,8 @@ def _block(params, x_BxTxD, ctx: Context, turns, mask, cached):
     return after("mlp", x, _mlp(params, before("mlp", x), ctx)), cached
 
 
-def _remat(config: ModelConfig, body):
-    """Return the body of the scan with the checkpointing of the configuration."""
+def _remat(config: ModelConfig, body, *, scanned: bool):
+    """Return the body of a layer with the checkpointing of the configuration."""
     if config.remat == "none":
         return body
     kept = jax.checkpoint_policies
@@ -228,11 +228,12 @@ def _remat(config: ModelConfig, body):
         kept.dots_with_no_batch_dims_saveable, kept.save_only_these_names(ATTENDED)
     )
     policy = policy if config.remat == "dots" else None
-    return jax.checkpoint(body, prevent_cse=False, policy=policy)
+    # In a scan, XLA cannot merge the recomputation with the forward pass, so no barrier is needed.
+    return jax.checkpoint(body, prevent_cse=not scanned, policy=policy)
 
 
 def _layers(params, x, ctx: Context, position_ids, mask: Mask, cached, count=None):
-    """Apply all layers and the final norm, or `count` layers; `cached`: (keys, values, length)."""
+    """Apply all layers and the final norm, or `count` layers; `cached` is keys, values, length."""
     config, view, tap = ctx.config, ctx.view, ctx.tap
     stack = params["layers"]
     unstacked = isinstance(stack, list)
@@ -259,7 +260,7 @@ def _layers(params, x, ctx: Context, position_ids, mask: Mask, cached, count=Non
     if count is not None:  # a scan is as long as its arrays, so slice them (XLA copies the slice)
         rest = jax.tree.map(lambda leaf: leaf[:count], rest)
         stack = stack[:count] if unstacked else jax.tree.map(lambda leaf: leaf[:count], stack)
-    body = _remat(config, body)
+    body = _remat(config, body, scanned=not unstacked)
     if unstacked:
         x, cached = _one_by_one(body, x, cached, stack, rest)
     else:
@@ -314,13 +315,13 @@ def hidden(
       config, params, input_ids, attention_mask, position_ids, token_type_ids, segment_ids, view,
         tap: see `apply`.
       layer: number of layers to run, 0 to L; the result has no final norm, and with 0 it is the
-        embedding. None runs all layers and the final norm. Layers after it are neither computed
-        nor get a gradient. As in `hidden_states` of transformers, except that its last entry has
-        the final norm.
+        embedding. None runs all layers and the final norm. Later layers are not computed and get
+        no gradient. The result is entry `layer` of transformers' `hidden_states`, except that the
+        last entry there has the final norm.
 
     Raises:
-      UserError: the batch is longer than a table of learned positions, `layer` is out of range, or
-        concrete ids are, see `check_ids`.
+      UserError: the batch is longer than a table of learned positions, or `layer` or
+        concrete ids are out of range, see `check_ids`.
     """
     checks.integer("layer", layer, least=0, most=config.num_layers)
     check_ids("input_ids", input_ids, config.vocab_size)
@@ -363,7 +364,7 @@ def extend(
     *,
     view=None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Read T more tokens in every row, after those of the cache, which must have T free places.
+    """Read T more tokens in every row; the cache must have T free places after those in use.
 
     Args:
       config: a decoder; or an encoder, whose tokens then see only tokens read before or with them.
@@ -425,7 +426,7 @@ def apply(
       segment_ids: for rows packed with several texts, 1, 2, ... at the tokens of each text and 0 at
         padding. A token attends within its text, and positions restart at 0 in each.
       positions: places to compute logits at; None for all.
-      token_ids: tokens, or classes of a classifier, to compute logits of; None for all.
+      token_ids: tokens, or classes of a classifier, to compute logits for; None for all.
       view, tap: see `jaxlm.core.views` and `jaxlm.core.taps`.
 
     Returns:

@@ -1,7 +1,7 @@
 """Parameter-efficient fine-tuning: each kind selects what is trained by a regular expression.
 
-An adapter consists of more leaves in the parameter tree, so optimizers, checkpoints and views treat
-it like any other parameter.
+An adapter is a set of additional leaves in the parameter tree, so optimizers, checkpoints and views
+treat it like any other parameter.
 """
 
 from jaxlm.models.adapters import LORA, PREFIX

@@ -1,9 +1,8 @@
-"""Low-rank adapters as folders of Hugging Face PEFT, both ways.
+"""Read and write low-rank adapters as Hugging Face PEFT folders.
 
-A folder names HF modules, `base_model.model.<module>.lora_A.weight` [r, in] and `lora_B.weight`
+A folder names HF modules: `base_model.model.<module>.lora_A.weight` [r, in] and `lora_B.weight`
 [out, r]. If a family fuses queries, keys and values in one module, the adapters of our three
-kernels
-are written as one: A stacks theirs, and B is block diagonal. An adapter that is read from such a
+kernels are written as one, with stacked A and block-diagonal B. An adapter that is read from such a
 module gives all three kernels the same A.
 """
 
@@ -57,12 +56,12 @@ _FIELDS = {
     ),
     "use_rslora": optional(FLAG),
 }
-# Initialisations that leave the base model as it is; the others change its weights.
+# Initialisations that leave the base weights as they are; the others change them.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def _modules(config: ModelConfig) -> dict[str, list[tuple[Name, int | None]]]:
-    """Return the kernels of ours that each HF module holds, with their layers."""
+    """Return our kernels that each HF module holds, with their layers."""
     module, shapes = family(config.family), param_shapes(config)
     modules: dict[str, list[tuple[Name, int | None]]] = {}
     for row in module.names(config):
@@ -81,9 +80,9 @@ def save_adapter(
     """Save the low-rank adapters of a model as a folder that PEFT opens.
 
     Args:
-      lm: a model with adapters; nothing else of it is written.
+      lm: a model with adapters; only these are written.
       directory: created if missing.
-      base_model: folder or hub id of the model without adapters, to be named in the folder.
+      base_model: folder or hub id of the model without adapters, named in adapter_config.json.
 
     Raises:
       UserError: the model has no adapters, or the directory cannot be written.
@@ -98,7 +97,7 @@ def save_adapter(
     rank = max(left.shape[0] for left, _ in pairs.values())
     tensors = {}
     for name, (left, right) in pairs.items():
-        more = (0, rank - left.shape[0])
+        more = (0, rank - left.shape[0])  # one rank for all modules: zeros change no product
         padded = np.pad(left, [more, (0, 0)]), np.pad(right, [(0, 0), more])
         for letter, matrix in zip("AB", padded, strict=True):
             tensors[f"{ROOT}{name}.lora_{letter}.weight"] = np.ascontiguousarray(matrix)
@@ -117,7 +116,7 @@ def save_adapter(
 
 
 def _pair(rows: list[tuple[Name, int | None]], flat: dict[str, Any]) -> Any:
-    """Return A [r, in] and B [out, r] of one HF module, or None without adapters."""
+    """Return A [r, in] and B [out, r] of one HF module, or None if it has no adapter."""
     parts = []
     for row, layer in rows:
         stem = row.path.removesuffix(KERNEL)
@@ -140,7 +139,7 @@ def _pair(rows: list[tuple[Name, int | None]], flat: dict[str, Any]) -> Any:
 
 
 def _targets(modules: list[str], chosen: list[str]) -> list[str]:
-    """Return the last parts of the chosen names if no other name has them; else the whole names."""
+    """Return the chosen names' last parts if no other name ends in one, else the whole names."""
     ends = sorted({name.rsplit(".", 1)[-1] for name in chosen})
     meant = [name for name in modules if name.rsplit(".", 1)[-1] in ends]
     return ends if len(meant) == len(chosen) else sorted(chosen)
@@ -149,7 +148,7 @@ def _targets(modules: list[str], chosen: list[str]) -> list[str]:
 def load_adapter(
     lm: LanguageModel, directory: str | os.PathLike, *, dtype="float32"
 ) -> LanguageModel:
-    """Load a LoRA folder of PEFT or of `save_adapter`.
+    """Load a LoRA folder that PEFT or `save_adapter` wrote.
 
     Args:
       lm: the base model; its kernels may be packed.
@@ -208,7 +207,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(
-            f"{path}: there is no such file, and pickles are never read. Give an adapter with it."
+            f"{path}: there is no such file, and pickles are never read. Give a safetensors file."
         )
     try:
         tensors = load_file(path)
@@ -219,7 +218,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     for name in tensors:
         if not name.startswith(ROOT) or not name.endswith((".lora_A.weight", ".lora_B.weight")):
             raise UserError(
-                f"{path}: holds {name}, which is not a matrix of plain LoRA. Give such an adapter."
+                f"{path}: holds {name}, which is not a matrix of plain LoRA. Give plain LoRA."
             )
     return {name.removeprefix(ROOT): tensor for name, tensor in tensors.items()}
 
@@ -270,7 +269,8 @@ def _read_settings(folder: Path) -> tuple[int, float]:
         refused["init_lora_weights"] = config["init_lora_weights"]
     if config.get("peft_type") != "LORA":
         refused = {"peft_type": config.get("peft_type")}
-    for name, value in refused.items():
+    if refused:
+        name, value = next(iter(refused.items()))
         raise UserError(
             f"{folder / CONFIG}: {name} is not supported (got {value!r}). Give plain LoRA."
         )

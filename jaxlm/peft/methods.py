@@ -12,8 +12,8 @@ Prefix tuning adds m keys and values to every layer, which every token sees:
 
     softmax(s q [P_k; K]^T) [P_v; V],       P_k, P_v [m, G, K]
 
-Tokens keep their positions, and no mask or window hides a prefix. As in arXiv:2305.17333, there is
-no network between the trained numbers and the keys and values.
+Tokens keep their positions, and no mask or window hides a prefix. As in arXiv:2305.17333, the keys
+and values are trained directly, without a network that computes them.
 
 References: LoRA, Hu et al., arXiv:2106.09685; prefix tuning, Li and Liang, arXiv:2101.00190;
 BitFit, Ben Zaken et al., arXiv:2106.10199.
@@ -60,14 +60,14 @@ def lora(
       rank: r.
       alpha: numerator of the factor alpha / r, which becomes `config.lora_scale`.
       targets: which kernels, a regular expression searched in their paths or a predicate.
-      dtype: dtype of the adapters. In float32 small steps are kept, whatever the weights have.
+      dtype: dtype of the adapters; float32 keeps small steps, whatever dtype the weights have.
 
     Returns:
-      A model with more leaves, `lora_a` and `lora_b`. It shares the other arrays with `lm`.
+      A model with additional leaves, `lora_a` and `lora_b`. It shares other arrays with `lm`.
 
     Raises:
-      UserError: the model has low-rank adapters, no kernel is selected, alpha is not finite, or the
-        rank is below 1 or above the largest side of the matrices.
+      UserError: the model already has LoRA, no kernel is selected, alpha is not finite,
+        or the rank is below 1 or above the largest side of the matrices.
     """
     flat = unnest(lm.params)
     refuse_second(lm)
@@ -78,7 +78,7 @@ def lora(
     chosen = [path for path in kernels if is_target(path)]
     if not chosen:
         shown = ", ".join(kernels[:8]) + (", ..." if len(kernels) > 8 else "")
-        raise UserError(f"targets: takes no kernel (got {targets!r}). Name some of {shown}.")
+        raise UserError(f"targets: selects no kernel (got {targets!r}). Name some of {shown}.")
     most = max(max(flat[path].shape[-2:]) for path in chosen)
     if rank > most:
         raise UserError(
@@ -134,17 +134,15 @@ def prefix(
       dtype: dtype of the prefix.
 
     Returns:
-      A model with more leaves, `layers.attention.prefix_keys` and `prefix_values`, each
+      A model with the additional leaves `layers.attention.prefix_keys` and `prefix_values`, each
       [L, m, G, K]. It shares the other arrays with `lm`.
 
     Raises:
-      UserError: the model has a prefix, or the length is below 1 or above its positions.
+      UserError: the model has a prefix already, or the length is not from 1 to `max_positions`.
     """
     config = lm.config
     if adapters.has(lm.params, PREFIX):
-        raise UserError(
-            "lm: has a prefix already (got prefix_keys among its leaves). Leave it out."
-        )
+        raise UserError("lm: has a prefix already (got prefix_keys). Give the model without it.")
     checks.integer("length", length, most=config.max_positions)
     checks.one_of("init", init, ("activations", "normal"))
     if init == "activations":
@@ -170,7 +168,7 @@ def activations(lm: LanguageModel, ids: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 def bitfit_selection(lm: LanguageModel) -> str:
-    """Return `BITFIT`, the regular expression of biases.
+    """Return `BITFIT`, the regular expression that selects biases.
 
     Raises:
       UserError: the model has no biases, like most Llamas.
@@ -183,7 +181,7 @@ def bitfit_selection(lm: LanguageModel) -> str:
 
 
 def head_selection(lm: LanguageModel) -> str:
-    """Return the regular expression of the head.
+    """Return the regular expression that selects the head.
 
     For a language model that is its output embedding. If it is tied, the token embedding is
     trained with it, unless `untie` was called before. The head of an encoder includes its dense
@@ -232,12 +230,12 @@ class Tuning:
     name: str
 
     def prepare(self, lm: LanguageModel, key: PRNGKey) -> LanguageModel:
-        """Return the model with what is to be trained."""
+        """Return the model with the leaves to train."""
         del key
         return lm
 
     def select(self, lm: LanguageModel) -> str:
-        """Return the regular expression of what is trained in a prepared model."""
+        """Return the regular expression that selects what is trained in a prepared model."""
         raise NotImplementedError
 
 
@@ -306,8 +304,8 @@ class Head(Tuning):
     """The head alone.
 
     Attributes:
-        untie: whether a tied head gets its own output embedding first, so that the token embedding
-            stays as it is.
+        untie: whether a tied head first gets its own output embedding, so that the token embedding
+            is not trained.
     """
 
     name: str = "head"

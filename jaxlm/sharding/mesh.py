@@ -26,10 +26,10 @@ def make_mesh(
     Args:
       data: number of copies of the model; each reads its own part of a batch.
       fsdp: number of devices that share the parameters of a copy; each reads a part of its batch.
-      model: number of devices that share each matrix product. One of the three sizes may be -1, for
-        as many as there are devices.
-      devices: devices to use, or the first ones of them if fewer are needed; None for all of the
-        process group.
+      model: number of devices that share each matrix product. One of the three sizes may be -1, to
+        use all remaining devices.
+      devices: devices to use; if fewer are needed, the first ones. None for all devices of all
+        processes.
 
     Raises:
       UserError: a size is not positive, two are -1, or there are too few devices.
@@ -62,7 +62,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def mesh_from_text(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return the mesh of a text such as `data=2,fsdp=2,model=2`; a missing axis has size 1.
+    """Return the mesh of a text such as `data=2,fsdp=2,model=2`; other axes have size 1.
 
     >>> dict(mesh_from_text("fsdp=-1", devices=jax.devices()[:1]).shape)
     {'data': 1, 'fsdp': 1, 'model': 1}

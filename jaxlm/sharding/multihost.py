@@ -1,7 +1,7 @@
-"""One program in several processes, by the distributed runtime of JAX.
+"""One program in several processes, with the distributed runtime of JAX.
 
 On a Cloud TPU pod, under Slurm or Open MPI, and in a Kubernetes job, `initialize()` finds the other
-processes by itself. Elsewhere it needs the address of the first one.
+processes by itself. Elsewhere it needs the address of process 0.
 """
 
 import os
@@ -21,7 +21,7 @@ class Group:
     """The processes of a program, and which of them this one is.
 
     Attributes:
-      coordinator: "host:port" of process 0; None if the environment tells everything.
+      coordinator: "host:port" of process 0; None if the environment describes the group.
       processes: number of processes.
       process: index of this one, from 0.
     """
@@ -46,7 +46,7 @@ class Group:
             )
         if self.processes < 1 or not 0 <= self.process < self.processes:
             raise UserError(
-                f"process: must be from 0 to one less than there are processes (got {self.process} "
+                f"process: must be from 0 to the number of processes minus 1 (got {self.process} "
                 f"of {self.processes}). Correct it."
             )
 
@@ -85,7 +85,7 @@ def initialize(group: Group = Group(), *, timeout: int = 300) -> None:
       timeout: seconds to wait for the others.
 
     Raises:
-      UserError: the environment does not tell, or the others do not join in time.
+      UserError: the environment describes no group, or the others do not join in time.
     """
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms.split(",")[0] in ("", "cpu"):

@@ -20,7 +20,7 @@ from jaxlm.sharding.rules import DEFAULT, Rules, param_shardings
 
 
 def mesh_of(tree: PyTree) -> Mesh | None:
-    """Return the mesh of a tree; None if it is on one device without a mesh.
+    """Return the mesh of a tree, or None if it is on one device without a mesh.
 
     >>> mesh_of({"w": jax.numpy.zeros(2)}) is None
     True
@@ -37,23 +37,19 @@ def mesh_of(tree: PyTree) -> Mesh | None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of an array that every device has whole."""
+    """Return the sharding of an array of which every device has a full copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def place_params(params: PyTree, mesh: Mesh, rules: Rules = DEFAULT) -> PyTree:
-    """Place parameters on a mesh by the rules; leaves that are on it already stay.
+    """Place parameters on a mesh by the rules; leaves that are already on it stay.
 
     Args:
       params: arrays, the same in every process.
       mesh: a mesh of `make_mesh`.
       rules: see `param_shardings`.
     """
-
-    def place(leaf: Any, sharding: NamedSharding) -> Any:
-        return leaf if mesh_of(leaf) == mesh else _put(leaf, sharding)
-
-    return jax.tree.map(place, params, param_shardings(params, mesh, rules))
+    return _place(params, mesh, param_shardings(params, mesh, rules))
 
 
 def place_batch(batch: PyTree, mesh: Mesh, axis: int = 0) -> PyTree:
@@ -63,14 +59,10 @@ def place_batch(batch: PyTree, mesh: Mesh, axis: int = 0) -> PyTree:
       batch: arrays, the same in every process, so that a step has the same batch with any number of
         processes. Each process places its own rows.
       mesh: a mesh of `make_mesh`.
-      axis: axis of the rows. A leaf without it, or with rows that the devices do not divide, is
-        replicated.
+      axis: axis of the rows. A leaf without this axis, or whose number of rows the devices do not
+        divide, is replicated.
     """
-
-    def place(leaf: Any, sharding: NamedSharding) -> Any:
-        return leaf if mesh_of(leaf) == mesh else _put(leaf, sharding)
-
-    return jax.tree.map(place, batch, batch_places(batch, mesh, axis))
+    return _place(batch, mesh, batch_places(batch, mesh, axis))
 
 
 def batch_places(batch: PyTree, mesh: Mesh, axis: int = 0) -> PyTree:
@@ -87,12 +79,12 @@ def batch_places(batch: PyTree, mesh: Mesh, axis: int = 0) -> PyTree:
 
 
 def placed_like(value: Any, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-    """Place an array of the host like another one, in its dtype."""
+    """Place a host array with the dtype and sharding of another array."""
     return _put(np.asarray(value, like.dtype), like.sharding)
 
 
 def on_mesh(init: Callable[..., PyTree], mesh: Mesh, *args: Any) -> PyTree:
-    """Return `init(*args)`, each leaf computed in its sharding; no device holds all of it."""
+    """Return `init(*args)`, computed with its shardings, so that no device holds all of it."""
     places = param_shardings(jax.eval_shape(init, *args), mesh)
     return jax.jit(init, out_shardings=places)(*args)
 
@@ -100,12 +92,21 @@ def on_mesh(init: Callable[..., PyTree], mesh: Mesh, *args: Any) -> PyTree:
 def abstract(init: Callable[..., PyTree], mesh: Mesh | None, *args: Any) -> PyTree:
     """Return shapes, dtypes and shardings of `init(*args)` on a mesh, or on one device (None)."""
     shapes = jax.eval_shape(init, *args)
-    if mesh is None:
-        return shapes
+    return shapes if mesh is None else with_places(shapes, param_shardings(shapes, mesh))
+
+
+def with_places(tree: PyTree, places: PyTree) -> PyTree:
+    """Return shapes and dtypes of a tree with these shardings, leaf by leaf."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        shapes,
-        param_shardings(shapes, mesh),
+        tree,
+        places,
+    )
+
+
+def _place(tree: PyTree, mesh: Mesh, places: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda leaf, place: leaf if mesh_of(leaf) == mesh else _put(leaf, place), tree, places
     )
 
 

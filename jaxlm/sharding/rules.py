@@ -1,8 +1,8 @@
 """The sharding of each parameter, by its path.
 
-There are two tables: one gives the logical axes of a path, the other the mesh axis of a logical
-axis. They depend on names only, so they hold for every tree whose paths end alike: parameters,
-stacked over layers or not, and the moments of an optimizer.
+There are two tables: one maps a path to logical axes, the other maps a logical axis to mesh axes.
+They depend on names only, so they hold for every tree whose paths end alike: parameters, stacked
+over layers or not, and the moments of an optimizer.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ class Rules:
 
     Attributes:
       paths: pairs of a regular expression and the logical names of the last axes of a leaf. The
-        first expression that is found in a path counts; a path without one is replicated. Axes
-        before the last ones, such as that of stacked layers, are not sharded.
+        first expression that is found in a path counts; a path that none matches is replicated.
+        Leading axes without a name, such as that of stacked layers, are not sharded.
       axes: pairs of a logical name and one or several axes of the mesh. Other names are not
         sharded.
     """
@@ -35,7 +35,7 @@ class Rules:
     axes: tuple[tuple[str, MeshAxes], ...]
 
     def sharding(self, path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-        """Return the sharding of a leaf; an axis that its devices do not divide is not sharded."""
+        """Return the sharding of a leaf; an axis not divisible by its devices is not sharded."""
         matches = (logical for pattern, logical in self.paths if re.search(pattern, path))
         logical = next(matches, ())
         if len(logical) > len(shape):

@@ -1,4 +1,4 @@
-"""Methods that train nothing of the model, with the configuration, folder and summary of a run."""
+"""Baselines that do not train the model, with the configuration, folder and summary of a run."""
 
 import dataclasses
 import time
@@ -20,12 +20,12 @@ DEMONSTRATIONS = 32
 
 
 class Measured(NamedTuple):
-    """What a baseline found.
+    """Results of a baseline.
 
     Attributes:
-        test: accuracy on the test split, or of written answers F1 and exact match.
-        validation: on the validation split; None where it was not measured.
-        forwards: forward passes over a batch before any test.
+        test: test accuracy; for generated answers F1 and exact match.
+        validation: validation accuracy; None if it was not measured.
+        forwards: forward passes over a batch, without those of evaluation.
         peak_bytes: memory of the largest compiled program.
     """
 
@@ -38,7 +38,7 @@ class Measured(NamedTuple):
 def probe_run(
     config: FinetuneConfig, *, base_dir: Path | None = None, mesh: Mesh | None = None
 ) -> dict[str, Any]:
-    """Linear probing in the place of `finetune`; what concerns training is passed over.
+    """Run a linear probe in place of `finetune`; settings of training are ignored.
 
     Raises:
         UserError: see `finetune` and `linear_probe`.
@@ -58,10 +58,10 @@ def probe_run(
 def icl_run(
     config: FinetuneConfig, *, base_dir: Path | None = None, mesh: Mesh | None = None
 ) -> dict[str, Any]:
-    """In-context learning in the place of `finetune`, from the training examples of the run.
+    """Run in-context learning in place of `finetune`, from the training examples of the run.
 
-    One draw by the run's seed stands before every test example, and is cut on the left where the
-    model cannot read all of it; `task.max_length` does not hold.
+    The run's seed draws one set of demonstrations, which precedes every test example. It is cut on
+    the left where it exceeds the model's length; `task.max_length` is ignored.
 
     Raises:
         UserError: see `finetune` and `jaxlm.data.with_demonstrations`.

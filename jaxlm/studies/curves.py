@@ -1,7 +1,7 @@
 """Pretraining runs that differ in a few keys, compared by their curves.
 
-What changes is how a model is trained, and the question whether it shows: each variant is trained
-for every seed, and their curves of the loss lie as far apart as a table says.
+Each variant is a way of training the same model. It is trained once for every seed, and a table
+gives the distances between the mean loss curves of the variants.
 """
 
 import dataclasses
@@ -39,21 +39,21 @@ Y = Literal["loss", "held_out_loss"]
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """A batch k times as large over the same text.
+    """Training with batches k times as large over the same text.
 
     Attributes:
-        rule: what becomes of the optimizer, see `jaxlm.dynamics.scale_rule`.
-        k: whole; the numbers of steps in the configuration are its multiples.
+        rule: how to change the optimizer, see `jaxlm.dynamics.scale_rule`.
+        k: integer that divides every number of steps in the configuration.
     """
 
     rule: Literal["sqrt", "linear", "none"]
     k: int
 
     def __call__(self, config: PretrainConfig) -> dict[str, Any]:
-        """The keys of `config` that change.
+        """Return the keys of `config` that change, with their new values.
 
         Raises:
-            UserError: a number of steps is no multiple of k, or as `scale_rule` and
+            UserError: a number of steps is not a multiple of k, or as `scale_rule` and
                 `FirstOrder.hparams`.
         """
         whole(self, "k", section="scale.")
@@ -67,8 +67,8 @@ class Scale:
         optimizer = config.optimizer
         if not isinstance(optimizer, FirstOrder):
             raise UserError(
-                f"optimizer.name: no scaling rule is known of it (got {optimizer.name}). Give sgd, "
-                "adam or adamw."
+                f"optimizer.name: no scaling rule is known for it (got {optimizer.name}). Give "
+                "sgd, adam or adamw."
             )
         scaled = scale_rule(self.rule, self.k, optimizer.hparams(config.steps))
         return {
@@ -83,8 +83,8 @@ class Variant:
     """One way of training.
 
     Attributes:
-        name: its row and its line.
-        runs: one for each seed.
+        name: name in the table and the figure.
+        runs: one run for each seed.
     """
 
     name: str
@@ -96,10 +96,10 @@ class Curve:
     """The curves of a variant.
 
     Attributes:
-        name: of the variant.
+        name: name of the variant.
         tokens: predicted tokens so far, [points]; a step of SVAG counts as one of its optimizer.
-        values: [seeds, points]; NaN from where a run diverged.
-        reports: what `jaxlm.train.dynamics` says of each run that ended.
+        values: [seeds, points]; NaN from the point where a run diverged.
+        reports: report of `jaxlm.train.dynamics` for each run; None if it diverged.
     """
 
     name: str
@@ -109,18 +109,18 @@ class Curve:
 
     @property
     def mean(self) -> np.ndarray:
-        """Over seeds, [points]."""
+        """Mean over seeds, [points]."""
         return self.values.mean(0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurvesConfig(GridConfig):
-    """A comparison as its file has it. It adds to the keys of `GridConfig`.
+    """The configuration of a comparison. It adds to the keys of `GridConfig`.
 
     Attributes:
-        variants: name to the keys that differ from `run`, and `scale`.
-        y: what is compared.
-        start: part of the run from which on curves are compared, from 0 to below 1.
+        variants: variant name to the keys that differ from `run`, and `scale`.
+        y: the quantity whose curves are compared.
+        start: fraction of the run after which curves are compared, at least 0 and below 1.
         figure: whether to draw the curves.
     """
 
@@ -144,7 +144,7 @@ class CurvesConfig(GridConfig):
 
 
 def plan(config: CurvesConfig, where: str) -> list[Variant]:
-    """Every variant, with a run for each seed; `where` is the file, for messages."""
+    """Return every variant, with a run for each seed; `where` is the file, for error messages."""
     return [_variant(config, name, section, where) for name, section in config.variants.items()]
 
 
@@ -164,7 +164,7 @@ def _variant(config: CurvesConfig, name: str, section: Any, where: str) -> Varia
 
 
 def _scaled(data: dict[str, Any], scale: Any, place: str) -> PretrainConfig:
-    """The run under a scaling rule; its `dynamics` are those of the new batch."""
+    """Return the run under a scaling rule, with `dynamics` built for the new batch size."""
     plain = build(PretrainConfig, {**data, "dynamics": "null"}, place)
     rule = build(Scale, scale, place, "scale")
     try:
@@ -197,16 +197,16 @@ def run(
 def compare(
     variants: Sequence[Variant], *, y: Y, mesh: Mesh | None = None, say: Say = lambda line: None
 ) -> list[Curve]:
-    """Do every run that is not finished, and return the curves of all.
+    """Do every run that is not finished, and return all curves.
 
     Args:
-        variants: with different outputs in all their runs.
-        y: what is compared.
-        mesh: of all runs; None for one device.
-        say: is told of each run before it starts.
+        variants: variants whose runs all have different outputs.
+        y: the quantity to compare.
+        mesh: mesh of all runs; None for one device.
+        say: called with a line before each run.
 
     Raises:
-        UserError: what a run raises, except that it diverged.
+        UserError: whatever a run raises, except `Diverged`.
     """
     total, count, curves = sum(len(each.runs) for each in variants), 0, []
     for variant in variants:
@@ -232,23 +232,23 @@ def compare(
 def _trained(
     config: PretrainConfig, y: Y, mesh: Mesh | None
 ) -> tuple[list[int], list[float], dict[str, Any] | None]:
-    """Tokens, values and report of one run; the points before it diverged, if it did."""
+    """Return tokens, values and report of one run; if it diverged, the last value is NaN."""
     folder = RunFolder(config.output)
     summary, _ = outcome(config, lambda: pretrain(config, mesh=mesh))
     try:
         steps, values = _points(config, folder.metrics.read(), y)
     except (TypeError, ValueError):
         raise UserError(
-            f"{folder.metrics.path}: damaged. Remove its folder, and the run is made again."
+            f"{folder.metrics.path}: is damaged. Remove its folder to repeat the run."
         ) from None
     tokens = [step * config.batch_size * config.seq_len for step in steps]
     last = config.steps * config.batch_size * config.seq_len
-    if summary is None:  # its last point is no number
+    if summary is None:  # it diverged, and NaN at the last step makes its mean NaN
         return [*tokens, last], [*values, math.nan], None
     if tokens[-1:] != [last]:
         raise UserError(
-            f"{folder.metrics.path}: has no {y} of the last step. Remove its folder, and the run "
-            "is made again."
+            f"{folder.metrics.path}: has no {y} of the last step. Remove its folder to repeat "
+            "the run."
         )
     return tokens, values, summary["dynamics"]
 
@@ -256,9 +256,9 @@ def _trained(
 def _points(
     config: PretrainConfig, rows: Sequence[dict[str, Any]], y: Y
 ) -> tuple[list[int], list[float]]:
-    """Steps and values of a curve: means of the loss over `log_every` steps, or what was measured.
+    """Return steps and values of a curve: loss averaged over `log_every` steps, or measured values.
 
-    What was measured before the first step is left out.
+    Values measured before the first step are left out.
     """
     found = [(row["step"], float(row[y])) for row in rows if y in row and row["step"]]
     if y == "loss":
@@ -274,15 +274,15 @@ def _points(
 
 
 def distance(one: Curve, other: Curve, *, start: float = 0.0) -> float:
-    r"""Mean distance of two variants' mean curves, $\mathrm{mean}_t |\bar y_1(t) - \bar y_2(t)|$.
+    r"""Return the mean distance of two mean curves, $\mathrm{mean}_t |\bar y_1(t) - \bar y_2(t)|$.
 
     Args:
         one: a variant's curves.
-        other: another's; points with other numbers of tokens are left out.
-        start: part of the run from which on points count.
+        other: another variant's curves; only points at the same number of tokens are compared.
+        start: fraction of the run after which points count.
 
     Returns:
-        In units of y; NaN where no points are common or a run diverged.
+        Distance in units of y; NaN if no points are common or a run diverged.
     """
     _, first, second = np.intersect1d(one.tokens, other.tokens, return_indices=True)
     if not len(first):
@@ -293,9 +293,9 @@ def distance(one: Curve, other: Curve, *, start: float = 0.0) -> float:
 
 
 def rows(curves: Sequence[Curve], *, start: float = 0.0) -> list[dict[str, Any]]:
-    """For each variant its last value over seeds, and the distances from all variants.
+    """Return for each variant its last value over seeds, and its distances from all variants.
 
-    What a run that diverged leaves without a value is None.
+    Values that a diverged run makes undefined are None.
     """
     return [
         {
@@ -311,7 +311,7 @@ def rows(curves: Sequence[Curve], *, start: float = 0.0) -> list[dict[str, Any]]
 
 
 def markdown(curves: Sequence[Curve], *, y: Y, start: float = 0.0) -> str:
-    """The table of a comparison: last values, and distances between mean curves."""
+    """Return the table of a comparison: last values, and distances between mean curves."""
     names = [cell(curve.name) for curve in curves]
     head = ["", f"last {y}", "of the first", *names]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
@@ -325,10 +325,10 @@ def markdown(curves: Sequence[Curve], *, y: Y, start: float = 0.0) -> str:
 
 
 def draw(curves: Sequence[Curve], path: Path, *, y: Y, start: float = 0.0) -> Path:
-    """Draws the mean curves, each with the range of its seeds, from part `start` of the run on.
+    """Draw the mean curves with the range of their seeds, after the fraction `start` of the run.
 
     Raises:
-        UserError: matplotlib is not there.
+        UserError: matplotlib is not installed.
     """
     axes = new_axes((5.2, 3.6))
     for curve in curves:

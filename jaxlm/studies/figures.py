@@ -1,4 +1,4 @@
-"""Figures of matplotlib, which is imported when one is drawn."""
+"""Matplotlib figures; matplotlib is imported only when one is drawn."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,10 @@ from jaxlm.core.errors import UserError
 
 
 def new_axes(size: tuple[float, float]) -> Any:
-    """Axes of a new figure of `size` inches.
+    """Return the axes of a new figure of `size` inches.
 
     Raises:
-        UserError: matplotlib is not there.
+        UserError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -21,7 +21,7 @@ def new_axes(size: tuple[float, float]) -> Any:
 
 
 def save_figure(axes: Any, path: Path) -> Path:
-    """Writes the figure of `axes`, and returns its path."""
+    """Save the figure of `axes` from the main process, and return its path."""
     if not is_main_process():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

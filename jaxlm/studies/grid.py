@@ -1,4 +1,4 @@
-"""Many runs in one folder: their configuration, their places, and what became of each."""
+"""Many runs in one folder: their configurations, their folders, and their outcomes."""
 
 import contextlib
 import copy
@@ -20,20 +20,20 @@ from jaxlm.train.loop import Diverged
 from jaxlm.train.run_folder import RunFolder, to_dict
 
 STUDY = "study.json"
-"""Says which study has a folder, and what it was last asked for."""
+"""File that records which study owns the folder, and its last configuration."""
 FILES = (STUDY, LOCK, LOG, *TABLES, "curves.png")
-"""What a study writes beside the folders of its runs."""
+"""Files that a study writes beside the folders of its runs."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridConfig:
-    """What every file of many runs has.
+    """The keys that every configuration of many runs has.
 
     Attributes:
         run: keys of a run's configuration, without seed and output.
-        seeds: of the runs.
+        seeds: one run for each seed.
         output: folder of the study.
     """
 
@@ -49,7 +49,7 @@ class GridConfig:
 
 
 def no_seed_or_output(run: Mapping[str, Any], place: str) -> None:
-    """Refuse the keys that differ from run to run."""
+    """Raise an error if a key is given that differs from run to run."""
     for key in ("seed", "output"):
         if key in run:
             plural = "seeds" if key == "seed" else key
@@ -60,14 +60,14 @@ def no_seed_or_output(run: Mapping[str, Any], place: str) -> None:
 
 
 def section_of(value: Any, place: str) -> dict[str, Any]:
-    """Return the keys of a method or a variant; nothing stands for no keys."""
+    """Return the keys of a method or a variant; None stands for no keys."""
     if not isinstance(value or {}, Mapping):
         raise UserError(f"{place}: must be a section (got {show(value)}). Give keys with values.")
     return dict(value or {})
 
 
 def with_keys(run: Mapping[str, Any], keys: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Return a run's keys with others in place; a dotted key changes one value within a section."""
+    """Return a run's keys with some replaced; a dotted key changes one value within a section."""
     data = copy.deepcopy(dict(run))
     for key, value in keys.items():
         put(data, key, copy.deepcopy(value), place)
@@ -75,17 +75,17 @@ def with_keys(run: Mapping[str, Any], keys: Mapping[str, Any], place: str) -> di
 
 
 def folder_name(text: str, key: str) -> str:
-    """Return a name for a folder; characters that a name cannot hold become a hash.
+    """Return a name for a folder, made unique by a hash where characters must be replaced.
 
     Args:
         text: the name of a method, a variant or a point of a grid.
-        key: where it comes from, for the message.
+        key: the configuration key, for the error message.
 
     Raises:
-        UserError: the name is that of a folder above, or of a file of the study.
+        UserError: the name means a parent folder, or is the name of a file of the study.
     """
     if text in FILES:
-        raise UserError(f"{key}: is the name of a file of the study (got {text}). Give another.")
+        raise UserError(f"{key}: is the name of a file of the study (got {text}). Choose another.")
     plain = re.sub(r"[^\w.=,+-]+", "_", text.replace(", ", ","))
     if plain != text.replace(", ", ",") or len(plain.encode()) > 100:
         short = plain.encode()[:80].decode(errors="ignore")
@@ -95,20 +95,20 @@ def folder_name(text: str, key: str) -> str:
 
 @contextlib.contextmanager
 def study_folder(name: str, config: Any) -> Iterator[Path]:
-    """Make the folder of a study, and keep other processes from writing there.
+    """Create the folder of a study, and lock it against other processes.
 
-    A study that ends with an error before it has written anything leaves no folder behind.
+    If the study fails before it has written anything, its folder is removed.
 
     Args:
-        name: of the study, such as "sweep".
+        name: name of the study, such as "sweep".
         config: a dataclass with the folder's path as `output`.
 
     Yields:
         The folder.
 
     Raises:
-        UserError: it holds other files or another study, cannot be written, or another process
-            writes there.
+        UserError: the folder holds other files or another study, cannot be written, or another
+            process writes there.
     """
     folder = Path(config.output)
     with claim(folder, STUDY, "study"):
@@ -123,7 +123,7 @@ def study_folder(name: str, config: Any) -> Iterator[Path]:
 
 
 class Result(NamedTuple):
-    """What a study writes: its table as JSON values and as Markdown, and its figures."""
+    """The output of a study: its table as JSON values and as Markdown, and its figures."""
 
     table: dict[str, Any]
     text: str
@@ -131,21 +131,21 @@ class Result(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a run: its summary, or the reason why there is none."""
+    """The summary of a run, or the reason why it failed."""
 
     summary: dict[str, Any] | None
     failed: str | None = None
 
 
 def outcome(config: Any, work: Callable[[], dict[str, Any]]) -> Outcome:
-    """Do a run, or return what is on disk of one that ended; one that diverged is not repeated.
+    """Do a run, or read the outcome of a finished one; a run that diverged is not repeated.
 
     Args:
-        config: of the run, with its folder as `output`.
-        work: does the run in that folder, or resumes it, and returns its summary.
+        config: configuration of the run, with its folder as `output`.
+        work: starts or resumes the run in that folder, and returns its summary.
 
     Raises:
-        UserError: what the run raises, except that it diverged.
+        UserError: whatever the run raises, except `Diverged`.
     """
     folder = RunFolder(config.output)
     folder.check(config)

@@ -38,12 +38,12 @@ class KernelConfig:
     Attributes:
         model: folder or hub id; null means the shipped model.
         task: the task; `ks` sets its number of examples.
-        ks: training examples per class, each a row of the table; as many more are for validation.
-        prompts: whether the text stands in the task's prompt, each a row.
+        ks: training examples per class, a row of the table each; validation has as many.
+        prompts: whether to put the text into the task's prompt, a row of the table each.
         calibrate: whether a prompted model starts from calibrated scores, see `kernel_task`.
-        seeds: of the examples drawn and of training; the table has their means.
+        seeds: seeds of the examples drawn and of training; the table has means over them.
         training: the optimizers, each with its kernels and rows.
-        solver: for symmetric kernels; asymmetric ones have their own.
+        solver: solver of symmetric kernels; asymmetric kernels have their own.
         plots: whether to plot the kernels and their accuracy; needs matplotlib.
         output: folder for reports, kernels and tables.
     """
@@ -68,7 +68,7 @@ class KernelConfig:
         for k in self.ks:
             if not 2 <= k <= MOST:
                 raise UserError(f"ks: must be 2 or more examples of a class (got {k}). Correct it.")
-        # Several learning rates of one optimizer belong into one `training`.
+        # Reports are named by optimizer: its learning rates belong in one `training`.
         distinct("training", [each.optimizer.name for each in self.training])
         object.__setattr__(self, "output", str(file_path(self.output, "output")))
 
@@ -90,17 +90,17 @@ class Case(NamedTuple):
 
     @property
     def draw(self) -> str:
-        """Name of the draw of examples and the prompt, which optimizers share."""
+        """Name of the examples drawn and the prompt, which optimizers share."""
         return draw_name(self.prompt, self.task.k, self.seed)
 
     @property
     def name(self) -> str:
-        """Name of the file of the report."""
+        """File name of the report."""
         return f"{self.draw}-{self.training.optimizer.name}.json"
 
 
 def cases(config: KernelConfig) -> Iterator[Case]:
-    """Yield every case of a study, those with the same examples one after another."""
+    """Yield every case of a study; cases with the same examples are adjacent."""
     for k, prompt, seed, training in itertools.product(
         config.ks, config.prompts, config.seeds, config.training
     ):
@@ -115,7 +115,7 @@ def kernel_study(
     mesh: Mesh | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """Write the report of every case that has none, and return all.
+    """Write the report of every case that has none, and return all reports.
 
     Args:
         config: the study.
@@ -140,7 +140,7 @@ def kernel_study(
         say(f"case {number}/{len(todo)}: {folder / 'reports' / case.name}")
         if case.draw != draw:
             draw = case.draw
-            # Every draw has shapes of its own: the programs of all would not fit into memory.
+            # Each draw has its own shapes: compiled programs of all draws would fill the memory.
             jax.clear_caches()
             subject = kernel_task(
                 config.model,
@@ -193,7 +193,7 @@ _FIELDS: dict[str, Any] = {
     **dict.fromkeys(("majority", "zero_shot", "fine_tuned", "linearized"), float),
     **dict.fromkeys(("gain_p", "null_linearized"), float),
 }
-"""The fields of a report that the table reads."""
+"""Fields of a report that the table reads."""
 
 
 def _stored(folder: Path, config: KernelConfig, case: Case) -> dict[str, Any] | None:
@@ -211,7 +211,7 @@ def _stored(folder: Path, config: KernelConfig, case: Case) -> dict[str, Any] | 
 
 
 def outline(config: KernelConfig, where: str, plan_flags: Mapping[str, str]) -> str:
-    """Return the file of every case, a line each."""
+    """Return the report file of every case, a line each."""
     del where, plan_flags
     return "\n".join(str(Path(config.output) / "reports" / case.name) for case in cases(config))
 

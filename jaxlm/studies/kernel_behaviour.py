@@ -2,9 +2,9 @@
 
 The three criteria of Malladi et al. 2022 (arXiv:2210.05643): the kernel at the pretrained
 parameters solves the task about as well as fine-tuning; the function linearized there recovers most
-of what fine-tuning improved; and the kernel moves little. Where fine-tuning gains little, a kernel
-that knows nothing meets them, so here each also has a floor: a gain that is more than chance, and a
-null to compare with.
+of the improvement by fine-tuning; and the kernel changes little. If fine-tuning gains little, even
+an uninformative kernel meets them. Here the gain must also be significant, and each criterion is
+compared with a null.
 """
 
 import time
@@ -35,27 +35,27 @@ from jaxlm.train.optimizers import Optimizer
 from jaxlm.train.state import Program
 
 NULLS = 5
-"""Solutions with permuted labels, whose mean is the null of a kernel."""
+"""Number of permutations of the labels; the mean over them is the null of a kernel."""
 
 
 class KernelResult(NamedTuple):
     """A task solved by the kernel at the pretrained parameters.
 
     Attributes:
-        kind: of the kernel.
-        test: accuracy on the test split.
-        validation: accuracy by which the settings were chosen.
-        settings: of the solver.
+        kind: kind of the kernel.
+        test: test accuracy.
+        validation: validation accuracy, by which the settings were chosen.
+        settings: settings of the solver.
         rank: number of eigenvalues, or singular values, above rounding errors.
-        size: how many there are.
+        size: number of all of them.
         duplicates: pairs of training examples that the kernel does not tell apart.
         change: from the pretrained to the fine-tuned kernel, on the training and validation
             examples with the training examples.
-        null: mean test accuracy with permuted training labels, which is what the solver gets out of
-            f0 alone.
-        control: change from the pretrained kernel to that of random features, the parameters of
-            each leaf in random order, at the same Frobenius norm.
-        seconds: to compute the kernel and to solve, without the change.
+        null: mean test accuracy with permuted training labels, which the solver reaches from f0
+            alone.
+        control: change from the pretrained kernel to that of random features (parameters shuffled
+            within each leaf), at the same Frobenius norm.
+        seconds: time to compute the kernel and to solve, without the change.
     """
 
     kind: str
@@ -81,18 +81,18 @@ class Report(NamedTuple):
         k: training examples per class; None for all.
         train_labels: classes of the training examples.
         optimizer: its name.
-        learning_rate: the one that validation chose.
-        step: after which validation was best.
+        learning_rate: the learning rate that validation chose.
+        step: the step after which validation was best.
         majority: test accuracy of the most frequent class of the test set.
         zero_shot: test accuracy before training; without a prompt, that of the fitted linear head.
         fine_tuned: test accuracy of the fine-tuned model.
         linearized: test accuracy of the function linearized at the pretrained parameters.
         recovered: share of the improvement that the linearization recovers.
-        gain_p: probability of so large a gain over zero-shot by chance.
+        gain_p: p-value of the gain over zero-shot.
         null_linearized: test accuracy of the linearized function after a move of the same length in
             random directions.
-        kernels: one per kind.
-        seconds: of everything.
+        kernels: one result per kind.
+        seconds: total time.
     """
 
     task: str
@@ -148,7 +148,7 @@ def kernel_behaviour_report(
         model: a `LanguageModel`, a folder, a hub id, or None for the shipped model.
         task: the task, with `k` examples per class to train on, and `validation="hold_out"` for as
             many to choose by.
-        optimizer: how to fine-tune; a `Training` has a grid of learning rates.
+        optimizer: how to fine-tune; a `Training` adds a grid of learning rates.
         seed: of the examples drawn, the order of batches and the optimizer.
         prompt: whether the pretrained head answers the task's prompt; if not, a linear head is
             fitted to the bare text.
@@ -186,12 +186,12 @@ def measure(
     solvers: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Return the report of a model and a task that are loaded.
+    """Return the report of a loaded model and task.
 
     Args:
         subject: model and task.
         training: how to fine-tune.
-        kernels: at the pretrained parameters, shared with other optimizers.
+        kernels: kernels at the pretrained parameters, shared between optimizers.
         task: for its name and k.
         seed: of training.
         kinds, solvers: see `kernel_behaviour_report`.
@@ -291,7 +291,7 @@ def solve_with(
 
 
 def _as_large(kernel: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """Return a kernel at the Frobenius norm of another: random features have an arbitrary scale."""
+    """Scale a kernel to the Frobenius norm of another: random features have an arbitrary scale."""
     size = float(np.linalg.norm(kernel))
     return kernel * (np.linalg.norm(like) / size) if size else kernel
 
@@ -314,7 +314,7 @@ def record(report: Report) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | str:
-    """JSON has no infinity."""
+    """Return a value for JSON, which has no infinity."""
     return value if np.isfinite(value) else "inf"
 
 

@@ -1,4 +1,4 @@
-"""Plots of kernels: a heat map ordered by class, the spectrum, accuracy beside fine-tuning.
+"""Plots of kernels: a heat map ordered by class, the spectrum, accuracy against fine-tuning.
 
 Each function draws on the given matplotlib axes, or on a new figure.
 """
@@ -70,7 +70,7 @@ def spectrum(kernels: Mapping[str, Any], *, axes: Any = None) -> Any:
 def accuracies(records: Sequence[dict[str, Any]], *, axes: Any = None) -> Any:
     """Plot the test accuracy of kernels against that of fine-tuning, a point per row of the table.
 
-    On the solid line both are equal; above the dashed one a kernel solves the task.
+    Both are equal on the solid line; a kernel solves the task above the dashed line.
 
     Args:
         records: as `jaxlm.studies.kernel_behaviour.record` returns them.

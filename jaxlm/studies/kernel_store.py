@@ -1,4 +1,4 @@
-"""Kernels of a task, computed once and stored in a folder if there is one."""
+"""Kernels of a task, computed once and stored in a folder if one is given."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -77,7 +77,7 @@ class Kernels:
         return self._remember(("f0", split), compute)
 
     def at(self, params: Any, kind: str, split: Split) -> np.ndarray:
-        """Return the kernel at other parameters, which is not kept; as `of`."""
+        """Return the kernel at other parameters, as `of`, without keeping it."""
         return self._compute(params, kind, split, None)
 
     def _compute(self, params: Any, kind: str, split: Split, folder: Path | None) -> np.ndarray:

@@ -14,10 +14,10 @@ RECOVERED = 0.5
 """Fine-tuning is linear if its linearization recovers more than this share of the improvement."""
 
 OVERSHOT = 1.5
-"""Above this share of the improvement, a linearization has gone another way than training."""
+"""Above this share of the improvement, the linearization no longer describes training."""
 
 SIGNIFICANT = 0.05
-"""There is something to judge if so large a gain is less probable than this by chance."""
+"""Kernel behaviour is judged only if the p-value of the gain is below this."""
 
 FLOOR = 0.5
 """Kernel and linearization must beat their nulls by more than this share of the gain, and the
@@ -42,11 +42,11 @@ class Verdict(NamedTuple):
     """The criteria for one kernel; None if the gain of fine-tuning over zero-shot may be chance.
 
     Attributes:
-        solves: its accuracy is at most `WITHIN` below fine-tuning's, and above its null's.
+        solves: its accuracy is at most `WITHIN` below fine-tuning's, and clearly above its null's.
         linear: the linearization recovers more than `RECOVERED` of the improvement and no more than
             `OVERSHOT`, and more than a random move of the parameters does.
-        fixed: the kernel's mean relative change is below `CHANGE`, and below that to random
-            features.
+        fixed: the kernel's mean relative change is below `CHANGE`, and below `FLOOR` times its
+            change to random features.
     """
 
     solves: bool | None
@@ -55,14 +55,14 @@ class Verdict(NamedTuple):
 
     @property
     def kernel_behaviour(self) -> bool | None:
-        """All three; None if there is nothing to judge."""
+        """Whether all three hold; None if they cannot be judged."""
         if self.solves is None or self.linear is None:
             return None
         return self.solves and self.linear and self.fixed
 
 
 class Nulls(NamedTuple):
-    """What the criteria are compared with.
+    """The values that the criteria are compared with.
 
     Attributes:
         gain_p: see `Report`.
@@ -89,7 +89,7 @@ def verdict(
 
     Args:
         zero_shot, fine_tuned, linearized, kernel, change: of a report and a kernel.
-        nulls: what they are compared with; None for the paper's own definition.
+        nulls: values to compare with; None for the paper's own definition.
 
     >>> verdict(0.5, 0.9, 0.75, 0.82, 0.3)
     Verdict(solves=True, linear=True, fixed=True)
@@ -142,15 +142,15 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
                 f"Test accuracy in per cent, mean (standard deviation) over the seeds {seeds}; "
                 "zero-shot without a prompt is the linear head that training starts from.",
                 aligned((*ACCURACIES, *(NAMES.get(kind, kind) for kind in kinds)), accuracies),
-                f"On the means: a kernel solves the task within {100 * WITHIN:.0f} points of "
-                f"fine-tuning, its linearization recovers more than {100 * RECOVERED:.0f} % of the "
-                f"improvement, and the kernel changes by less than {CHANGE:g} times its size: so "
-                "far the paper, in the last column. Beside it the gain must be significant (median "
-                f"p over the seeds below {SIGNIFICANT:g}, McNemar's exact test), or there is "
-                f"nothing to judge; kernel and linearization are above their nulls by "
-                f"{100 * FLOOR:.0f} % of the gain (labels dealt anew; a random move as far), the "
-                f"linearization recovers at most {100 * OVERSHOT:.0f} %, and the kernel changes by "
-                f"less than {100 * FLOOR:.0f} % of what random features are away.",
+                "Judged on the means. The paper's criteria (last column): the kernel is within "
+                f"{100 * WITHIN:.0f} points of fine-tuning, the linearization recovers more than "
+                f"{100 * RECOVERED:.0f} % of the improvement, and the kernel changes by less than "
+                f"{CHANGE:g} times its size. The others also need a significant gain (median p "
+                f"below {SIGNIFICANT:g}, McNemar's exact test), or are left empty; kernel and "
+                f"linearization must beat their nulls (permuted labels; a random move of the "
+                f"same length) by {100 * FLOOR:.0f} % of the gain, the linearization recovers at "
+                f"most {100 * OVERSHOT:.0f} %, and the kernel changes by less than "
+                f"{100 * FLOOR:.0f} % of its change to random features.",
                 aligned(VERDICTS, verdicts),
             ]
         )

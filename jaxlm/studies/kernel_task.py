@@ -1,8 +1,8 @@
 """A task as kernels and their solvers need it: a function of parameters and arrays, and labels.
 
-With a prompt the function is what the pretrained head says of the label words. Without one the
+With a prompt, the function returns the pretrained head's logits of the label words. Without one the
 model reads the bare text, and a linear head is fitted first, since the kernel of a random head says
-nothing of the model (Malladi et al. 2022, arXiv:2210.05643).
+nothing about the model (Malladi et al. 2022, arXiv:2210.05643).
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class KernelTask:
         f: `f(params, x, *, tap=None) -> [N, C]`, see `label_logits` and `label_difference`.
         prompt: whether the text stands in the task's template.
         offsets: subtracted from the label words' logits, [C]; None for none.
-        description: the template and the label words, which say what f is.
+        description: the template and the label words, which define f.
     """
 
     lm: Any
@@ -110,12 +110,12 @@ class KernelTask:
 def label_logits(
     lm: Any, token_ids: Int[Any, " C"], offsets: Float[Any, " C"] | None = None
 ) -> Function:
-    """Return `f(params, x, *, tap=None)`: the label words' logits [N, C], or a classifier's.
+    """Return `f(params, x, *, tap=None) -> [N, C]`, the logits of label words or of a classifier.
 
     Args:
         lm: the model.
         token_ids: the label words' tokens.
-        offsets: subtracted from the logits, which leaves the kernel as it is.
+        offsets: subtracted from the logits, which does not change the kernel.
     """
     words = np.asarray(token_ids)
 
@@ -161,11 +161,11 @@ def kernel_task(
     base_dir: Path | None = None,
     mesh: Mesh | None = None,
 ) -> KernelTask:
-    """Load a model and a task; f is the difference of two label words, or the logits of more.
+    """Load a model and a task; f is the logit difference of two label words, or logits of more.
 
-    Without a prompt, the linear head of a decoder is a row for each label word in an untied output
-    embedding, read at the last token; that of an encoder is a classifier on the pooled first token.
-    An encoder without a masked-token head gets such a classifier with a prompt too.
+    Without a prompt, the fitted head of a decoder is the rows of the label words in an untied
+    output embedding, read at the last token; that of an encoder is a classifier on the pooled
+    first token. An encoder without a masked-token head gets such a classifier with a prompt too.
 
     Args:
         model: a `LanguageModel`, a folder, a hub id, or None for the shipped model.

@@ -1,4 +1,4 @@
-"""Fine-tuning beside a kernel: a grid of learning rates, of which validation chooses one."""
+"""Fine-tuning to compare with a kernel: validation chooses a learning rate from a grid."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ KERNELS = {
     "adam": ("signgd", "asymmetric_signgd"),
     "adamw": ("signgd", "asymmetric_signgd"),
 }
-"""The kernels of an optimizer, by its name. Adam's first steps go along signs."""
+"""The kernels of an optimizer, by its name. Adam's first steps follow the gradient's signs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,10 @@ class Training:
 
     Attributes:
         optimizer: see `jaxlm.train.optimizers`.
-        learning_rates: tried in place of the optimizer's own; empty for that alone.
+        learning_rates: replace the optimizer's own; empty to use that alone.
         steps: number of updates.
         batch_size: examples per step.
-        eval_every: steps between evaluations on validation, of which the best is kept.
+        eval_every: steps between validations; the best parameters are kept.
     """
 
     optimizer: Optimizer = field(metadata={"registry": OPTIMIZERS})
@@ -54,8 +54,8 @@ class Training:
                 raise UserError(f"learning_rates: must be 0 or more (got {rate:g}). Correct it.")
         if self.optimizer.name not in KERNELS:
             raise UserError(
-                f"optimizer.name: no kernel is known of it (got {self.optimizer.name}). Choose one "
-                f"of {', '.join(KERNELS)}."
+                f"optimizer.name: no kernel is known for it (got {self.optimizer.name}). Choose "
+                f"one of {', '.join(KERNELS)}."
             )
 
 
@@ -63,10 +63,10 @@ class Tuned(NamedTuple):
     """Fine-tuned parameters.
 
     Attributes:
-        params: the best ones on validation.
-        learning_rate: the one that led to them.
-        step: after which they were reached.
-        validation: their accuracy on it.
+        params: the best parameters on validation.
+        learning_rate: the learning rate that led to them.
+        step: the step after which they were reached.
+        validation: their validation accuracy.
     """
 
     params: Any
@@ -76,7 +76,7 @@ class Tuned(NamedTuple):
 
 
 class _Best:
-    """Evaluates on validation, and keeps a copy of the best parameters."""
+    """Evaluate on validation, and keep a copy of the best parameters."""
 
     def __init__(self, task: KernelTask, eval_every: int, scorer: Any):
         self.task, self.scorer = task, scorer
@@ -97,7 +97,7 @@ class _Best:
 
 
 def fine_tune(task: KernelTask, training: Training, *, seed: int) -> Tuned:
-    """Fine-tune with every learning rate; among equal accuracies the lower validation loss counts.
+    """Fine-tune with every learning rate; validation loss breaks ties of validation accuracy.
 
     Args:
         task: the model and its examples; the model's own parameters are not changed.

@@ -1,12 +1,12 @@
 """LESS from rows to a table: warm-up, features, scores, selections, and training on each.
 
-For each seed:
+The stages, for each seed:
 
-    warmup      LoRA training on a random part of the rows, kept at the end of each epoch
-    train-E     features of all rows at epoch E: Adam's direction from the state of the warm-up
-    target-E    features of the target's examples there: gradients
-    select-M    what method M chooses: scores.jsonl and selected.jsonl
-    tune-M      LoRA training of the first model on that, and what the target says of it
+    warmup      LoRA training on a random part of the rows, with a checkpoint after each epoch
+    train-E     features of all rows at epoch E: Adam's direction from the warm-up's state
+    target-E    features of the target's examples at epoch E: gradients
+    select-M    the choice of method M: scores.jsonl and selected.jsonl
+    tune-M      LoRA training of the first model on that choice, and the target's metric
 
 References: Xia et al., "LESS: Selecting Influential Data for Targeted Instruction Tuning",
 arXiv:2402.04333.
@@ -63,24 +63,24 @@ class SelectionConfig:
 
     Attributes:
         model: folder or hub id; null means the model that comes with the package.
-        sources: name to source of the rows that are chosen from.
-        target: what they are to help with.
-        template: of conversations, "tulu" or "chat".
-        max_length: most tokens of a row; null for as many as the model takes.
-        recipe: of the warm-up and of training on what is chosen.
-        warmup_fraction: part of the rows that the warm-up has.
-        features: of gradients.
-        aggregate: see `jaxlm.influence.score`; "mean_of_cosines" is the authors' code.
-        fraction: part of the rows that is chosen.
-        match_answers: whether what the methods choose has the answers of the target alone, in its
-            proportions; but "random" and "full" choose of all rows. Scores of a classification
-            task lean to whichever label word a model should say more often, and the best rows by
-            score may all have that one.
+        sources: source name to the source of rows to choose from.
+        target: what the chosen rows should improve.
+        template: template of conversations, "tulu" or "chat".
+        max_length: most tokens of a row; null for the model's length.
+        recipe: training in the warm-up and on the chosen rows.
+        warmup_fraction: fraction of the rows in the warm-up.
+        features: how to compute gradient features.
+        aggregate: see `jaxlm.influence.score`; the authors' code has "mean_of_cosines".
+        fraction: fraction of the rows to choose.
+        match_answers: whether chosen rows must have the target's answers in the target's
+            proportions; "random" and "full" ignore it. In a classification task, scores favour the
+            label word that the model should predict more often, so the best rows may all have
+            that answer.
         methods: names of `jaxlm.studies.less_choice.METHODS`, rows of the table.
-        seeds: of warm-up, random choice and training; the table has their means.
-        pool_seed: of the rows drawn from the sources and of shuffled labels.
-        eval_batch_size: examples in a forward pass of measurements.
-        param_dtype: of the parameters.
+        seeds: seeds of warm-up, random choice and training; the table has means over them.
+        pool_seed: seed of the rows drawn from the sources and of shuffled labels.
+        eval_batch_size: examples in a forward pass of evaluation.
+        param_dtype: dtype of the parameters.
         output: folder of the stages and tables.
     """
 
@@ -126,18 +126,19 @@ def selection_study(
     mesh: Mesh | None = None,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Does every stage that is not done, and gathers the numbers.
+    """Do every stage that is not finished, and return the results.
 
     Args:
         config: the study.
-        base_dir: where relative paths of sources and target start, before the working directory.
-        mesh: of `jaxlm.sharding.make_mesh`; None for one device. Features are computed on all
-            devices of every process, with all parameters on each.
-        say: is told of each stage.
+        base_dir: folder for relative paths of sources and target, tried before the working
+            directory.
+        mesh: a mesh from `jaxlm.sharding.make_mesh`; None for one device. Features are computed on
+            all devices of every process, with a copy of the parameters on each.
+        say: called with a line for each stage.
 
     Returns:
-        `{"pool", "runs"}`: what there is to choose from, and for every seed and method what was
-        chosen and measured.
+        `{"pool", "runs"}`: the rows to choose from, and the choice and the metric of every seed
+        and method.
 
     Raises:
         UserError: a source or the target cannot be read, or a stage fails.
@@ -150,12 +151,12 @@ def selection_study(
 def read_sides(
     config: SelectionConfig, lm: Any, *, base_dir: Path | None = None, say: Say = lambda line: None
 ) -> tuple[Rows, Rows]:
-    """All rows of the sources, and those of the target.
+    """Read the rows of all sources, and those of the target.
 
     Args:
-        config, base_dir: of `selection_study`.
-        lm: the model whose tokens they become; its parameters are not read.
-        say: is told what is left out.
+        config, base_dir: see `selection_study`.
+        lm: the model that tokenizes the rows; its parameters are not read.
+        say: called with a line about rows that are left out.
 
     Raises:
         UserError: a source or the target cannot be read, or has no row with an answer.
@@ -193,7 +194,7 @@ def _reading(config: SelectionConfig, lm: Any, base_dir: Path | None) -> dict[st
 
 
 class _Study:
-    """The model and the rows, and the stages on them."""
+    """The model, the rows, and the stages of a study."""
 
     def __init__(self, config: SelectionConfig, base_dir: Path | None, mesh: Mesh | None, say: Say):
         self.config, self.say = config, say
@@ -212,7 +213,7 @@ class _Study:
         }
 
     def summary(self) -> dict[str, Any]:
-        """What there is to choose from, and what the target says of the model as it is."""
+        """Count the rows to choose from, and measure the untrained model on the target."""
         rows = self.pool.rows
         names = dict.fromkeys(row.source for row in rows)
         inputs = {"model": self.hashes["model"], "test": inputs_digest({"data": self.measure.data})}
@@ -231,7 +232,7 @@ class _Study:
         }
 
     def run(self, seed: int, method: str) -> dict[str, Any]:
-        """A choice, and training on it."""
+        """Choose rows by a method, train on them, and measure."""
         folder, chosen = self._stage(
             seed,
             f"select-{method}",
@@ -268,7 +269,7 @@ class _Study:
         return stage(root, name, inputs, work, log=self.say)
 
     def _choice_inputs(self, seed: int, method: str) -> dict[str, Any]:
-        """What the scores of a method depend on."""
+        """Return what the choice of a method depends on."""
         if method == "full":
             return {"rows": self.hashes["rows"]}
         inputs = {**self.hashes, "fraction": self.config.fraction, "shares": self._shares(method)}
@@ -283,7 +284,7 @@ class _Study:
         return {**inputs, **self._warmup_inputs(seed), "features": features, "aggregate": aggregate}
 
     def _shares(self, method: str) -> dict[str, float] | None:
-        """Of answers among the rows that a method takes, or None."""
+        """Return the shares of answers that a method must keep to, or None."""
         if method == "matched" or (self.config.match_answers and method not in ("random", "full")):
             return shares_of_answers(self.target)
         return None
@@ -307,7 +308,7 @@ class _Study:
         return {"model": self.hashes["model"], "part": part, "recipe": recipe, "seed": seed}
 
     def _less(self, seed: int) -> np.ndarray:
-        """The score of every row, in the order of the pool."""
+        """Return the LESS score of every row, in the order of the pool."""
         config, warmup_inputs = self.config, self._warmup_inputs(seed)
         part = self._warmup_rows(seed)
 
@@ -360,17 +361,17 @@ class _Study:
 
 
 def _but(config: Any, name: str) -> dict[str, Any]:
-    """A configuration without what changes no number."""
+    """Return a configuration without a key that does not change results."""
     return {key: value for key, value in to_dict(config).items() if key != name}
 
 
 Config = SelectionConfig
 PLAN = ("device", "sizes")
-"""Sections of the flags of a dry run."""
+"""Sections of flags that a dry run accepts."""
 
 
 def outline(config: SelectionConfig | None, where: str, plan_flags: Mapping[str, str]) -> str:
-    """Return the cost of each stage: of the study, or (None) of the one of the paper."""
+    """Return the cost of each stage of the study, or of the paper's if `config` is None."""
     from jaxlm.studies.less_cost import Plan, Sizes, markdown, plan_of, resized
 
     def section(name: str) -> dict[str, str]:
@@ -394,15 +395,15 @@ def run(
 
 
 def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each method, means over the seeds.
+    """Return a row for each method, with means over the seeds.
 
     Args:
         found: as `jaxlm.studies.less.selection_study` returns it.
 
     Returns:
-        `{"method", "rows", "sources", "noise", "mean", "std", "by_seed"}`: how many rows are
-        chosen, the share of each source and of noise among them, and the target's metric. The first
-        row is of all rows without training.
+        `{"method", "rows", "sources", "noise", "mean", "std", "by_seed"}`: number of chosen rows,
+        the share of each source and of noise among them, and the target's metric. The first row
+        describes all rows, with the metric before training.
     """
     pool = found["pool"]
     table = [
@@ -433,14 +434,14 @@ def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _markdown(found: dict[str, Any]) -> str:
-    """The table as Markdown that is also aligned for a terminal."""
+    """Return the table as Markdown that is also aligned for a terminal."""
     pool, table = found["pool"], rows(found)
     accuracy = pool["metric"] == "accuracy"
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(run["seed"] for run in found["runs"]))
     what = "accuracy in per cent" if accuracy else "loss in nats a token, lower is better"
     said = (
-        f"Rows chosen of {pool['rows']} with {pool['target']} target examples; shares of the "
-        f"sources and of rows with another label than their own in per cent; {what}, "
+        f"Rows chosen from {pool['rows']} with {pool['target']} target examples; shares of the "
+        f"sources and of rows with a wrong label in per cent; {what}, "
         f"mean (standard deviation) over the seeds {seeds}."
     )
     header = ("method", "rows", *pool["sources"], "wrong label", pool["metric"])

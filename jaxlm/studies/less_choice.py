@@ -1,4 +1,4 @@
-"""Which rows are taken: the ways to score them without gradients, and the file of a choice."""
+"""The choice of rows: scores that need no gradients, and the files of a choice."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +18,8 @@ from jaxlm.studies.less_rows import PoolRow, Rows
 from jaxlm.train.state import Program
 
 METHODS = ("less", "random", "matched", "full", "bm25", "representation")
-"""Ways to choose: by gradients, at random, at random among the answers of the target, all rows, by
-common words, by hidden states."""
+"""Ways to choose rows: by gradients, at random, at random with the answers of the target, all rows,
+by common words, by hidden states."""
 
 SCORES, SELECTED = "scores.jsonl", "selected.jsonl"
 BLOCK = 64
@@ -28,15 +28,15 @@ BLOCK = 64
 def shallow_scores(
     method: str, lm: Any, rows: Rows, target: Rows, *, seed: int
 ) -> Float[np.ndarray, " N"]:
-    """Scores of rows by a method that needs no gradients.
+    """Return scores of rows by a method that needs no gradients.
 
     Args:
-        method: "random" or "matched"; "bm25" over tokens; "representation", cosines of the mean
-            hidden state, later tokens counting more.
+        method: "random" or "matched"; "bm25" over tokens; "representation", cosines of mean hidden
+            states in which later tokens have larger weights.
         lm: the model before training.
-        rows: to be scored.
-        target: what they are to help with; of its subtasks the best counts.
-        seed: of "random" and "matched".
+        rows: rows to score.
+        target: rows of the target; a score is the maximum over its subtasks.
+        seed: seed of "random" and "matched".
     """
     if method in ("random", "matched"):
         return np.asarray(random_scores(jax.random.key(seed), len(rows.rows)))
@@ -65,15 +65,15 @@ def _states(lm: Any, rows: Rows) -> Float[np.ndarray, "N D"]:
 
 
 def shares_of_answers(target: Rows) -> dict[str, float]:
-    """How often each answer is right in the target.
+    """Return the share of target rows that each answer has.
 
     Raises:
-        UserError: the target has conversations, whose answers are texts of their own.
+        UserError: the target has conversations, whose answers are free text.
     """
     answers = [answer for row in target.rows if (answer := _answer(row)) is not None]
     if len(answers) < len(target.rows):
         raise UserError(
-            "match_answers: the target is conversations, whose answers are their own. Give "
+            "match_answers: the target has conversations, whose answers are free text. Give "
             "target.task."
         )
     return {each: answers.count(each) / len(answers) for each in sorted(set(answers))}
@@ -85,20 +85,21 @@ def matched(
     count: int,
     shares: Mapping[str, float],
 ) -> list[int]:
-    """The places of the best rows of each answer, as many of it as its share of all says.
+    """Return the places of the best rows of each answer, in the given proportions.
 
     Args:
-        rows: to choose from.
-        scores: of each.
-        count: how many are taken.
-        shares: of each answer, with the sum 1; rows with other answers are not taken.
+        rows: rows to choose from.
+        scores: score of each row.
+        count: number of rows to choose.
+        shares: share of each answer, with sum 1; rows with other answers are not chosen.
 
     Returns:
         Places, the highest score first.
 
     Raises:
-        UserError: there are too few rows with an answer.
+        UserError: too few rows have an answer.
     """
+    # Round quotas by largest remainder, so that they sum to count.
     exact = {answer: share * count for answer, share in shares.items()}
     quotas = {answer: int(number) for answer, number in exact.items()}
     by_rest = sorted(exact, key=lambda answer: quotas[answer] - exact[answer])
@@ -109,8 +110,8 @@ def matched(
         having = np.array([i for i, row in enumerate(rows) if _answer(row) == answer], int)
         if len(having) < quota:
             raise UserError(
-                f"fraction: {quota} rows with the answer {answer!r} are to be taken (got "
-                f"{len(having)}). Lower fraction, or set match_answers to false."
+                f"fraction: needs {quota} rows with the answer {answer!r} (got {len(having)}). "
+                "Lower fraction, or set match_answers to false."
             )
         if quota:
             places += having[select(scores[having], count=quota)].tolist()
@@ -129,20 +130,20 @@ def write_choice(
     fraction: float,
     shares: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Takes the rows with the highest scores, of equal ones the first, and writes both files.
+    """Choose the rows with the highest scores, ties in order of rows, and write both files.
 
-    `scores.jsonl` has {"id", "score"} of every row, `selected.jsonl` of every row that is taken its
-    id, source, score and text, the best first.
+    `scores.jsonl` has {"id", "score"} for every row; `selected.jsonl` has the id, source, score and
+    text of every chosen row, the best first.
 
     Args:
-        folder: for the files.
+        folder: folder of the files.
         rows: all rows.
-        scores: of each; None takes all rows.
-        fraction: the part that is taken.
-        shares: of answers among what is taken, see `matched`; None for what the scores give.
+        scores: score of each row; None chooses all rows.
+        fraction: fraction of the rows to choose.
+        shares: shares of answers among the chosen rows, see `matched`; None for no constraint.
 
     Returns:
-        How many are taken of each source, and how many are noise.
+        The numbers of chosen rows, in all, from each source and with noise.
     """
     places = list(range(len(rows))) if scores is None else select(scores, fraction).tolist()
     if scores is not None and shares is not None:
@@ -172,10 +173,10 @@ def write_choice(
 
 
 def read_choice(folder: Path, rows: Sequence[PoolRow]) -> list[PoolRow]:
-    """The rows that a choice took, in its order.
+    """Return the chosen rows, in the order of the file.
 
     Raises:
-        UserError: the file is not there, is not as it was written, or names other rows.
+        UserError: the file is missing, was changed, or names other rows.
     """
     verify(folder)
     known = {row.id: row for row in rows}

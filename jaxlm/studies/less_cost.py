@@ -1,8 +1,8 @@
-"""What a study of selections will take, from sizes alone: FLOPs, bytes on disk and hours a stage.
+"""The cost of a study of selections from sizes alone: FLOPs, bytes on disk and hours per stage.
 
-A row of T tokens costs a forward pass of 2 FLOPs a parameter and token and a backward pass to the
-activations of as many, since the frozen weights get no gradient; the adapters take 6, attention
-12 T D a layer. Padding is not counted, and neither is reading or writing.
+For each token and parameter, the forward pass takes 2 FLOPs, and so does the backward pass to the
+activations, since frozen weights get no gradient. Adapters take 6 FLOPs, attention 12 T D per token
+and layer, for rows of T tokens. Padding, reading and writing are not counted.
 """
 
 import dataclasses
@@ -50,14 +50,14 @@ LLAMA_7B = ModelConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much data there is; by default that of LESS, whose target is five examples of each of 57.
+    """Sizes of the data; by default those of LESS, with 5 target examples for each of 57 subtasks.
 
     Attributes:
-        examples: rows to choose from.
-        targets: examples that are the target.
-        subtasks: groups of them.
-        tokens: in a row, in the mean.
-        target_tokens: in an example of the target; None for as many.
+        examples: number of rows to choose from.
+        targets: number of target examples.
+        subtasks: number of groups of them.
+        tokens: mean number of tokens in a row.
+        target_tokens: mean number of tokens in a target example; None for as many.
     """
 
     examples: int = 270_679
@@ -72,13 +72,13 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A study by its sizes.
+    """What the cost of a study depends on.
 
     Attributes:
-        model: the shape of the model.
-        sizes: of the data.
-        recipe, warmup_fraction, features, fraction, methods: of `SelectionConfig`.
-        seeds: how many times all is done.
+        model: shape of the model.
+        sizes: sizes of the data.
+        recipe, warmup_fraction, features, fraction, methods: see `SelectionConfig`.
+        seeds: number of seeds.
     """
 
     model: ModelConfig = field(default=LLAMA_7B)
@@ -92,13 +92,13 @@ class Plan:
 
 
 class Cost(NamedTuple):
-    """A stage.
+    """The cost of a stage.
 
     Attributes:
-        stage: what it is.
-        flops: in all.
-        bytes: that stay on disk.
-        paper: what the paper says that it took, of its own plan on an A100.
+        stage: name of the stage.
+        flops: total FLOPs.
+        bytes: bytes that stay on disk.
+        paper: the cost that the paper reports for its own study on an A100.
     """
 
     stage: str
@@ -108,7 +108,7 @@ class Cost(NamedTuple):
 
 
 def adapter_size(model: ModelConfig, peft: Lora) -> int:
-    """Parameters of the adapters.
+    """Return the number of parameters of the adapters.
 
     >>> adapter_size(LLAMA_7B, Recipe().peft)
     134217728
@@ -122,7 +122,7 @@ def adapter_size(model: ModelConfig, peft: Lora) -> int:
 
 
 def row_flops(model: ModelConfig, peft: Lora, tokens: int) -> float:
-    """Of the loss of one row and its gradient by the adapters."""
+    """Return the FLOPs of the loss of one row and its gradient with respect to the adapters."""
     shapes = param_shapes(model).items()
     weights = sum(math.prod(shape) for path, shape in shapes if path.endswith(".kernel"))
     weights += model.vocab_size * model.embedding_size
@@ -131,7 +131,7 @@ def row_flops(model: ModelConfig, peft: Lora, tokens: int) -> float:
 
 
 def costs(plan: Plan) -> list[Cost]:
-    """What each stage of a plan takes, of all its seeds together."""
+    """Return the cost of each stage of a plan, summed over its seeds."""
     sizes, features, recipe = plan.sizes, plan.features, plan.recipe
     epochs, adapters = recipe.epochs, adapter_size(plan.model, recipe.peft)
     row = row_flops(plan.model, recipe.peft, sizes.tokens)
@@ -141,7 +141,7 @@ def costs(plan: Plan) -> list[Cost]:
     width = row_bytes(features.dtype, features.dim)
     chosen = int(plan.fraction * sizes.examples)
     state = 12 * adapters  # float32: adapters and Adam's two moments
-    run = 2 * state  # the latest checkpoint, and while it is written the one before
+    run = 2 * state  # the previous checkpoint stays until the latest one is written
     found = []
     if "less" in plan.methods:
         first = int(plan.warmup_fraction * sizes.examples)
@@ -168,7 +168,7 @@ def costs(plan: Plan) -> list[Cost]:
 
 
 ADAM = 12
-"""FLOPs of Adam's direction, a parameter."""
+"""FLOPs of Adam's direction per parameter."""
 
 PROJECTION = {
     "countsketch": lambda size, dim: 2 * size,
@@ -176,11 +176,11 @@ PROJECTION = {
     "rademacher": lambda size, dim: 2 * size * dim,
     "gaussian": lambda size, dim: 2 * size * dim,
 }
-"""FLOPs of a projection, of the numbers of a gradient and of a row."""
+"""FLOPs of a projection from the length of a gradient to the length of a row."""
 
 
 def markdown(plan: Plan, device: Device) -> str:
-    """The costs as a table that is also aligned for a terminal."""
+    """Return the costs as a Markdown table that is also aligned for a terminal."""
     sizes, model, peft = plan.sizes, plan.model, plan.recipe.peft
     size = sum(math.prod(shape) for shape in param_shapes(model).values())
     peak = device.flops / device.utilisation
@@ -188,8 +188,8 @@ def markdown(plan: Plan, device: Device) -> str:
         f"{sizes.examples:,} rows of {sizes.tokens} tokens and {sizes.targets:,} target examples; "
         f"{model.family} of {size / 1e9:.3g} G parameters, LoRA of rank {peft.rank} with "
         f"{adapter_size(model, peft):,}; {device.name} of {peak / 1e12:g} TFLOP/s at "
-        f"{100 * device.utilisation:g} %; seeds: {plan.seeds}. Beside it what LESS "
-        "(arXiv:2402.04333) reports of 270,679 rows on one A100."
+        f"{100 * device.utilisation:g} %; seeds: {plan.seeds}. Last column: what LESS "
+        "(arXiv:2402.04333) reports for 270,679 rows on one A100."
     )
     rate = 3600 * device.flops
     found = costs(plan)
@@ -202,7 +202,7 @@ def markdown(plan: Plan, device: Device) -> str:
 
 
 def plan_of(config: SelectionConfig, *, base_dir: Path | None = None) -> Plan:
-    """The plan of a study. Its rows are read, and of its model no weights.
+    """Return the plan of a study. Its rows are read, the weights of its model are not.
 
     Raises:
         UserError: the model or a source cannot be read.
@@ -230,12 +230,12 @@ def plan_of(config: SelectionConfig, *, base_dir: Path | None = None) -> Plan:
 
 
 def resized(plan: Plan, **sizes: int) -> Plan:
-    """The plan with other sizes of the data."""
+    """Return the plan with other sizes of the data."""
     return dataclasses.replace(plan, sizes=dataclasses.replace(plan.sizes, **sizes))
 
 
 def _bytes(count: float | int) -> str:
-    """Bytes in units of thousands.
+    """Return bytes as text with a decimal unit.
 
     >>> _bytes(17.7e9)
     '17.7 GB'

@@ -1,4 +1,4 @@
-"""Gradient features of rows at one checkpoint, written into a store that can be gone on with."""
+"""Gradient features of rows at one checkpoint, written into a store that can be resumed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +34,13 @@ from jaxlm.studies.less_training import Epoch, Recipe
 from jaxlm.train.settings import MOST_ROWS
 
 BLOCK = 64
-"""Rows between two writes."""
+"""Number of rows written at a time."""
 
 MOST_NUMBERS = 2**24
-"""In a row of a store, far above what a projection needs."""
+"""Longest row of a store, far above what a projection needs."""
 
 INFO = "info.jsonl"
-"""What is known of the rows; of process p > 0 `info.p.jsonl`."""
+"""File with statistics of the rows; process p > 0 writes `info.p.jsonl`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +48,12 @@ class Features:
     """How the gradient of a row becomes a row of a store.
 
     Attributes:
-        family: of the projection, see `jaxlm.influence.projector`.
-        dim: numbers in a row.
-        seed: of the projection.
+        family: kind of projection, see `jaxlm.influence.projector`.
+        dim: length of a row.
+        seed: seed of the projection.
         dtype: "float32", "float16", "int8" or "1bit".
-        variant: of Adam's direction, "paper" or "reference"; the latter is the authors' code.
-        block_size: rows in a backward pass; None for as many as the memory of a small machine has.
+        variant: variant of Adam's direction, "paper" or "reference" (the authors' code).
+        block_size: rows in a backward pass; None for as many as fit into a small machine's memory.
     """
 
     family: Literal["countsketch", "srht", "rademacher", "gaussian"] = "countsketch"
@@ -83,23 +83,23 @@ def store_features(
     adam: bool,
     pad_id: int,
 ) -> dict[str, Any]:
-    """Writes the features of rows, or those that are not in the store yet.
+    """Write the features of rows that are not in the store yet.
 
     Args:
-        folder: of `store/` and `info.jsonl`, a line {id, loss, norm, eps_share, skipped} a row.
-            Of several processes each computes and writes a part of the rows.
-        losses: of `row_losses`; one function for all calls, which is compiled once.
-        rows: whose features.
+        folder: folder of `store/` and `info.jsonl`, with a line {id, loss, norm, eps_share,
+            skipped} per row. Each of several processes computes and writes a part of the rows.
+        losses: `row_losses` of the model; pass the same function each time, to compile it once.
+        rows: rows to compute features of.
         epoch: parameters and optimizer state.
         features: projection and encoding.
-        recipe: with the constants of Adam.
-        number: of the epoch.
-        adam: whether features are of Adam's direction, as of training rows, or of the gradient.
-        pad_id: token of the padding.
+        recipe: recipe with the constants of Adam.
+        number: number of the epoch.
+        adam: whether features are Adam's direction (training rows) or the gradient (target).
+        pad_id: padding token.
 
     Returns:
-        Numbers of rows, of those without a gradient, and the mean share of coordinates where eps
-        prevails.
+        The number of rows, the number of rows without a gradient, and the mean share of coordinates
+        where eps dominates.
     """
     padded = PaddedRows(rows.rows, pad_id, "targets")
     project = projector(features.family, features.dim, features.seed)
@@ -129,7 +129,7 @@ def store_features(
     with GradientStore.create(folder / "store", spec, **each) as writer:
         info = _Info(folder / _info_name(process), writer.ids)
         part = (process, processes)
-        # Of one block each device of a mesh has a group, and the parameters go there once.
+        # A block has 8 groups of rows per device, so parameters are sent once for all of them.
         size = (features.block_size or BLOCK) * (1 if mesh is None else 8 * mesh.size)
         for places in padded.blocks(size, len(writer), part):
             found, about = features_with_info(
@@ -155,7 +155,7 @@ def _info_name(process: int) -> str:
 
 
 def _summary(folder: Path, processes: int) -> dict[str, Any]:
-    """Of the rows of all processes."""
+    """Summarize the rows of all processes."""
     files = [folder / _info_name(process) for process in range(processes)]
     records = [record for file in files for record in _records(file)]
     shares = [record["eps_share"] for record in records]
@@ -167,18 +167,18 @@ def _summary(folder: Path, processes: int) -> dict[str, Any]:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of the rows' numbers."""
+    """Return the complete lines of a file of row statistics."""
     return read_jsonl(path, id=str, skipped=(bool, int), eps_share=(float, type(None)))
 
 
 def stored_order(store: GradientStore, rows: Rows) -> np.ndarray:
-    """The place in `rows` of each row of a store."""
+    """Return the place in `rows` of each row of a store."""
     places = {row.id: place for place, row in enumerate(rows.rows)}
     return np.array([places[str(name)] for name in store.ids])
 
 
 class _Info:
-    """A line for every row in the store; lines of rows that did not get there are dropped."""
+    """The file `info.jsonl`; lines of rows that did not reach the store are dropped."""
 
     def __init__(self, path: Path, ids: list[str | int]):
         self._path = path

@@ -1,4 +1,4 @@
-"""Rows to choose from: prompts with answers, or conversations, of several sources."""
+"""Rows to choose from: prompts with answers or conversations, from several sources."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -100,7 +100,7 @@ class PoolRow(TokenRow):
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows with a token in the loss, and the ids of rows that were cut to none.
+    """Rows with at least one answer token, and the ids of rows whose whole answer was cut.
 
     Attributes:
         rows: the rows.
@@ -166,7 +166,7 @@ def read_source(
 
 
 def _placed(place: str, error: UserError) -> UserError:
-    """Put the whole key before a mistake in a source or the target."""
+    """Return an error in a source or the target with its full key."""
     message = str(error).removeprefix("messages.train: ")
     return UserError(f"{place}{'.' if message.startswith('rows:') else ': '}{message}")
 

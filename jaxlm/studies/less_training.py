@@ -1,4 +1,4 @@
-"""LoRA training on chosen rows, what LESS needs of every epoch's end, and what the target says."""
+"""LoRA training on chosen rows, the epoch checkpoints that LESS needs, and the target's metric."""
 
 import dataclasses
 import math
@@ -33,16 +33,16 @@ from jaxlm.typing import Params
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How adapters are trained, in the warm-up as on the rows that are chosen.
+    """How to train adapters, both in the warm-up and on chosen rows.
 
-    The numbers are those of LESS for models of billions of parameters.
+    Defaults are those of LESS for models of billions of parameters.
 
     Attributes:
         peft: the adapters.
-        optimizer: Adam; `warmup` is set by `warmup_share`.
-        warmup_share: part of the steps over which the learning rate rises.
-        epochs: over the rows.
-        batch_size: rows in a step.
+        optimizer: Adam; `warmup_share` sets its `warmup`.
+        warmup_share: fraction of the steps over which the learning rate rises.
+        epochs: number of passes over the rows.
+        batch_size: rows per step.
     """
 
     peft: Lora = field(default=Lora(rank=128, alpha=512.0, targets=r"attention\.(q|k|v|o)_proj"))
@@ -62,25 +62,25 @@ class Recipe:
             )
 
     def epoch_steps(self, rows: int) -> int:
-        """Steps of one epoch over so many rows."""
+        """Return the number of steps in an epoch of that many rows."""
         return -(-rows // self.batch_size)
 
     def optimizer_for(self, rows: int) -> Adam:
-        """The optimizer with the warm-up of a run over so many rows."""
+        """Return the optimizer with its warm-up steps for a run over that many rows."""
         steps = self.epochs * self.epoch_steps(rows)
         return dataclasses.replace(self.optimizer, warmup=math.ceil(self.warmup_share * steps))
 
     def prepare(self, lm: Any, seed: int) -> Any:
-        """The model with new adapters."""
+        """Return the model with new adapters."""
         return self.peft.prepare(lm, jax.random.key(seed))
 
 
 class Epoch(NamedTuple):
-    """The end of an epoch.
+    """The state at the end of an epoch.
 
     Attributes:
-        params: of the whole model.
-        opt_state: of the optimizer, Adam's moments among it.
+        params: parameters of the whole model.
+        opt_state: state of the optimizer, with Adam's moments.
         weight: mean learning rate of the epoch.
     """
 
@@ -90,12 +90,12 @@ class Epoch(NamedTuple):
 
 
 def epoch_weights(optimizer: Adam, epochs: int, epoch_steps: int) -> list[float]:
-    """The mean learning rate over the steps of each epoch.
+    """Return the mean learning rate over the steps of each epoch.
 
     Args:
-        optimizer: with its schedule.
-        epochs: how many.
-        epoch_steps: steps of each.
+        optimizer: the optimizer, with its schedule.
+        epochs: number of epochs.
+        epoch_steps: number of steps in an epoch.
     """
     steps = epochs * epoch_steps
     rate = optimizer.rate(steps)
@@ -109,18 +109,18 @@ def epoch_weights(optimizer: Adam, epochs: int, epoch_steps: int) -> list[float]
 def train(
     folder: Path, lm: Any, rows: Sequence[PoolRow], recipe: Recipe, *, seed: int, keep: bool = False
 ) -> Any:
-    """Trains adapters in a folder, or goes on there.
+    """Train adapters in a folder, or resume there.
 
     Args:
-        folder: of `checkpoints/` and `metrics.jsonl`.
-        lm: the model without adapters, whose parameters stay as they are.
-        rows: to train on.
-        recipe: how.
-        seed: of the adapters and the order of the rows.
-        keep: whether the end of every epoch is kept with the optimizer's state.
+        folder: folder of `checkpoints/` and `metrics.jsonl`.
+        lm: the model without adapters; its parameters are not changed.
+        rows: rows to train on.
+        recipe: how to train.
+        seed: seed of the adapters and of the order of rows.
+        keep: whether to keep a checkpoint of every epoch, with the optimizer's state.
 
     Returns:
-        The parameters in the end.
+        The final parameters.
 
     Raises:
         UserError: as `jaxlm.train.loop.fit`, or no step has a learning rate above 0.
@@ -152,14 +152,14 @@ def train(
 
 
 def load_epoch(folder: Path, lm: Any, rows: int, recipe: Recipe, epoch: int, *, seed: int) -> Epoch:
-    """The end of an epoch that `train` kept in a folder; arguments as there.
+    """Load the end of an epoch that `train` kept in a folder; other arguments as there.
 
     Args:
-        rows: how many there were.
-        epoch: from 1.
+        rows: number of rows that it trained on.
+        epoch: number of the epoch, from 1.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: the checkpoint is missing or damaged.
     """
     ready = _prepared(lm, recipe, seed)
     each = recipe.epoch_steps(rows)
@@ -177,7 +177,7 @@ def load_epoch(folder: Path, lm: Any, rows: int, recipe: Recipe, epoch: int, *, 
 
 
 def _prepared(lm: Any, recipe: Recipe, seed: int) -> Any:
-    """The model with new adapters, which lie where it lies."""
+    """Return the model with new adapters, on the mesh of its parameters."""
     ready, mesh = recipe.prepare(lm, seed), mesh_of(lm.params)
     return ready if mesh is None else ready.replace(params=place_params(ready.params, mesh))
 
@@ -187,7 +187,7 @@ class Measure:
 
     Attributes:
         metric: "accuracy" or "loss".
-        data: hash of what is measured on.
+        data: text that identifies the examples measured on.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class Measure:
 
 
 class _Loss:
-    """The mean over rows of the mean over the tokens that are learnt."""
+    """The mean over rows of the mean loss over their answer tokens."""
 
     def __init__(self, lm: Any, rows: Rows, batch_size: int):
         self._padded = PaddedRows(rows.rows, lm.config.pad_id or 0, "targets")

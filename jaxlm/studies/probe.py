@@ -1,7 +1,7 @@
-"""Linear probing: logistic regression on what the head reads where it predicts the label word.
+"""Linear probing: logistic regression on the head's input where it predicts the label word.
 
-Nothing of the model is trained. The coefficients are rows for the label words in the head, so that
-a probe is also a model.
+The model is not trained. The coefficients fit into the head as the rows of the label words, so a
+probe is also a model.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ Split = Literal["train", "validation", "test"]
 
 
 class LinearProbe(NamedTuple):
-    """Scores `features @ rows.T + intercept` of the label words.
+    """A probe, which scores the label words by `features @ rows.T + intercept`.
 
     Attributes:
         rows: [C, D], one row of the head for each label word.
         intercept: [C]; zeros where the head has no bias.
-        accuracy: on each split that has examples, by its name.
+        accuracy: accuracy on each split that has examples.
         peak_bytes: memory of the largest compiled program.
     """
 
@@ -38,7 +38,7 @@ class LinearProbe(NamedTuple):
 
 
 class InputOf:
-    """A tap that keeps the input of one parameter, which is used outside the scan over layers.
+    """A tap that keeps the input of one parameter, which must be used outside the layer scan.
 
     Attributes:
         x: the input.
@@ -57,7 +57,7 @@ class InputOf:
 
 
 def head_input(apply: Any, token_ids: Any, params: Params, batch: Batch) -> Any:
-    """What the head reads at the place that predicts the label word, [B, D] in float32.
+    """Return the head's input where it predicts the label word, [B, D] in float32.
 
     Args:
         apply: the model's forward pass, `lm.apply`.
@@ -79,11 +79,11 @@ def head_input(apply: Any, token_ids: Any, params: Params, batch: Batch) -> Any:
 
 
 def linear_probe(lm: Any, encoded: Any, *, batch_size: int = 64) -> LinearProbe:
-    """Fits on the training split, and scores every split.
+    """Fit a probe on the training split, and measure its accuracy on every split.
 
     The strength of the l2 penalty is chosen by cross-validation within the training split, in five
-    parts or as many as the rarest label allows. There is an intercept where the head has a bias, as
-    in the code of Malladi et al. (arXiv:2305.17333), for OPT without and for RoBERTa with one.
+    folds or as many as the rarest label allows. There is an intercept if the head has a bias, as
+    in the code of Malladi et al. (arXiv:2305.17333): OPT has none, RoBERTa has one.
 
     Args:
         lm: a model with a language-modelling head.
@@ -91,12 +91,12 @@ def linear_probe(lm: Any, encoded: Any, *, batch_size: int = 64) -> LinearProbe:
         batch_size: examples in a forward pass.
 
     Raises:
-        UserError: the model has no such head, a label word has several tokens, or a label has fewer
-            than two training examples.
+        UserError: the model has no language-modelling head, a label word has several tokens, or a
+            label has fewer than two training examples.
     """
     if lm.config.head not in ("lm", "mlm"):
         raise UserError(
-            "model: has no head of a language model, which a probe reads. Give another."
+            "model: has no language-modelling head, which a probe needs. Give another model."
         )
     if encoded.token_ids is None:
         raise UserError("task.labels: must be words of one token each. Choose others.")
@@ -126,15 +126,15 @@ def fit_rows(
     names: tuple[str, ...],
     intercept: bool,
 ) -> tuple[Float[np.ndarray, "C D"], Float[np.ndarray, " C"]]:
-    """Rows and intercept of scikit-learn's cross-validated logistic regression.
+    """Return rows and intercept of scikit-learn's cross-validated logistic regression.
 
     With two classes its one vector w becomes the rows -w/2 and w/2, whose difference is w.
 
     Args:
-        features: what to predict from.
+        features: inputs.
         labels: classes.
-        names: label words, for messages.
-        intercept: whether there is one.
+        names: label words, for error messages.
+        intercept: whether to fit an intercept.
 
     Raises:
         UserError: a label has fewer than two examples.
@@ -156,7 +156,7 @@ def fit_rows(
         tol=1e-4,
     )
     with warnings.catch_warnings():
-        # Some releases announce what later ones will call things.
+        # Some releases of scikit-learn warn about renamed arguments.
         warnings.simplefilter("ignore", FutureWarning)
         model.fit(features, labels)
     rows, constant = np.asarray(model.coef_), np.broadcast_to(model.intercept_, len(model.coef_))
@@ -169,12 +169,12 @@ def fit_rows(
 
 
 def with_rows(lm: Any, token_ids: Int[Any, " C"], probe: LinearProbe) -> Any:
-    """The model whose head has the probe's rows for the label words, and none of their old ones.
+    """Return the model with the probe's rows as the head's rows of the label words.
 
-    A head that is the embedding table becomes one of its own, so that what the model reads stays.
+    A head tied to the embedding table is untied, so that the embeddings do not change.
 
     Raises:
-        UserError: the head is kept in 8 or 4 bits.
+        UserError: the head is stored in 8 or 4 bits.
     """
     token_ids = np.asarray(token_ids)
     params, config = dict(lm.params), lm.config
@@ -182,9 +182,7 @@ def with_rows(lm: Any, token_ids: Int[Any, " C"], probe: LinearProbe) -> Any:
     table = params["embed"]["tokens"] if config.tie_embeddings else old
     embedding = table["embedding"]
     if isinstance(embedding, Packed):
-        raise UserError(
-            "bits: a probe is written into a head of floating-point numbers. Leave out."
-        )
+        raise UserError("bits: a probe needs a head of floating-point numbers. Leave out.")
     new = {"embedding": embedding.at[token_ids].set(probe.rows.astype(embedding.dtype))}
     if "bias" in old:
         new["bias"] = old["bias"].at[token_ids].set(probe.intercept.astype(old["bias"].dtype))

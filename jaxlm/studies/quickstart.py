@@ -1,9 +1,9 @@
-"""The quickstart: one model and one task, by forward passes alone and by everything beside them.
+"""The quickstart: MeZO on one model and one task, beside its baselines.
 
-What a pretrained model knows about a task shows in its zero-shot accuracy, raw and calibrated. MeZO
-adds what labels teach by forward passes; from random parameters of the same shape it shows how much
-of that rests on pretraining. Adam and a linear probe say what gradients and plain features would
-give.
+Zero-shot accuracy, raw and calibrated, shows what the pretrained model knows about the task. MeZO
+shows what forward passes learn from labels; MeZO from random parameters of the same shape shows how
+much of that rests on pretraining. Adam shows what gradients give, and logistic regression what
+plain features give.
 """
 
 import functools
@@ -21,12 +21,12 @@ from jaxlm.typing import Params
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One row of training.
+    """Settings of a row of the table that trains.
 
     Attributes:
         optimizer: see `jaxlm.train.optimizers`.
-        steps: updates.
-        batch_size: examples in a step.
+        steps: number of updates.
+        batch_size: examples per step.
     """
 
     optimizer: Optimizer = field(metadata={"registry": OPTIMIZERS})
@@ -40,14 +40,14 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
-    """The quickstart's settings; `jaxlm/assets/quickstart.yaml` holds those of the shipped model.
+    """Settings of the quickstart; `jaxlm/assets/quickstart.yaml` has those of the shipped model.
 
     Attributes:
-        model: folder or hub id; null means the model that comes with the package.
+        model: folder or hub id; null means the shipped model.
         task: the task.
-        seed: of the batches, of MeZO's directions and of the random initialisation.
-        unlabelled: training texts, labels unused, on whose scores a model is calibrated.
-        calibrate: whether training starts from the calibrated scores of its first parameters.
+        seed: seed of the batches, of MeZO's directions and of the random parameters.
+        unlabelled: number of training texts whose scores calibrate a model; labels are not used.
+        calibrate: whether training starts from calibrated scores of the initial parameters.
         eval_batch_size: examples in a forward pass of evaluation.
         log_every: steps in one dispatch.
         mezo: MeZO from the pretrained parameters.
@@ -73,7 +73,7 @@ class QuickstartConfig:
 
 
 class Setting(NamedTuple):
-    """A model and a task, ready to be scored and trained.
+    """A model and a task, ready for scoring and training.
 
     Attributes:
         config: see `QuickstartConfig`.
@@ -92,12 +92,12 @@ class Row(NamedTuple):
     """One line of the table.
 
     Attributes:
-        method: its name.
-        accuracy: on the test split.
-        forwards: forward passes over a batch, those of the test not counted.
+        method: name of the method.
+        accuracy: test accuracy.
+        forwards: forward passes over a batch, without those of the test.
         backwards: backward passes over a batch.
-        peak_bytes: memory of the largest compiled program; None where there is none.
-        seconds: wall time with compilation and test.
+        peak_bytes: memory of the largest compiled program; None if nothing is compiled.
+        seconds: wall time, with compilation and test.
     """
 
     method: str
@@ -109,7 +109,7 @@ class Row(NamedTuple):
 
 
 def setting(config: QuickstartConfig) -> Setting:
-    """Loads the model and the task.
+    """Load the model and the task.
 
     Raises:
         UserError: see `load_task`, `jaxlm.from_pretrained`, `jaxlm.data.prepare`.
@@ -131,7 +131,7 @@ def setting(config: QuickstartConfig) -> Setting:
 
 
 def run(config: QuickstartConfig, *, quiet: bool = False) -> list[Row]:
-    """Every row of the table, in its order."""
+    """Return the rows of the table, in order."""
     where = setting(config)
     rows = [majority(where), *zero_shot(where)]
     rows.append(train(where, "MeZO", config.mezo, where.lm.params, quiet=quiet))
@@ -142,7 +142,7 @@ def run(config: QuickstartConfig, *, quiet: bool = False) -> list[Row]:
 
 
 def majority(where: Setting) -> Row:
-    """Always the most frequent class of the test set."""
+    """Predict the most frequent class of the test set."""
     import numpy as np
 
     from jaxlm.evaluation import majority_accuracy
@@ -153,7 +153,7 @@ def majority(where: Setting) -> Row:
 
 
 def zero_shot(where: Setting) -> tuple[Row, Row]:
-    """The pretrained model as it is; and calibrated at the median scores of unlabelled text."""
+    """Test the pretrained model, raw and calibrated at the median scores of unlabelled text."""
     from jaxlm.evaluation import accuracy
 
     begin = time.perf_counter()
@@ -174,7 +174,7 @@ def train(
     seed: int | None = None,
     quiet: bool = False,
 ) -> Row:
-    """Trains from `params`, which stay as they are, and tests the last parameters."""
+    """Train from a copy of `params`, and test the last parameters."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -221,7 +221,7 @@ def train(
 
 
 def random_params(where: Setting, seed: int) -> Params:
-    """Random parameters in the shape of the model."""
+    """Return random parameters in the shape of the model."""
     import jax
 
     from jaxlm.models import init_params
@@ -232,7 +232,7 @@ def random_params(where: Setting, seed: int) -> Params:
 
 
 def probe(where: Setting) -> Row:
-    """Logistic regression on the mean of the token embeddings, standardised."""
+    """Fit logistic regression on the standardised mean of the token embeddings."""
     import numpy as np
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -1,4 +1,4 @@
-"""Running a study from its configuration."""
+"""Run a study from its configuration."""
 
 import importlib
 from typing import Any
@@ -23,12 +23,12 @@ def study(
 
     Args:
         config: `Config` of a study's module.
-        where: the file that it comes from, for messages and relative paths of data.
-        mesh: of `jaxlm.sharding.make_mesh`; None for one device.
-        say: is told what is done.
+        where: configuration file, for error messages and relative paths of data.
+        mesh: a mesh from `jaxlm.sharding.make_mesh`; None for one device.
+        say: called with each line of progress.
 
     Returns:
-        What was written.
+        The table, text and figures that were written.
 
     Raises:
         UserError: see `study_folder` and the study.

@@ -1,8 +1,8 @@
 """A sweep: every method over its grid and every seed, chosen on validation, in one table.
 
-A method is a list of candidates, the points of its grid; a candidate is one run for each seed. For
-each seed the candidate with the best validation result is kept, and its test result counts. Every
-run has a folder of its own, so a sweep that was stopped resumes.
+A method has a grid of candidates, and a candidate has one run for each seed. For each seed the
+candidate with the best validation result is chosen, and its test result is reported. Every run has
+its own folder, so a stopped sweep can be resumed.
 """
 
 import functools
@@ -39,11 +39,11 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "probe": probe_run,
     "icl": icl_run,
 }
-"""What a method may be: `(config, *, base_dir, mesh) -> summary`, which writes its folder."""
+"""The kinds of method: `(config, *, base_dir, mesh) -> summary`; each writes the run's folder."""
 
 
 class Unit(NamedTuple):
-    """How a metric is shown: `scale` times its value, with so many digits; `sign` -1 for a loss."""
+    """How to show a metric: `scale` times its value, `digits` decimals; `sign` is -1 for a loss."""
 
     title: str
     scale: int
@@ -64,11 +64,11 @@ UNITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig(GridConfig):
-    """A sweep as its file has it. It adds to the keys of `GridConfig`.
+    """The configuration of a sweep. It adds to the keys of `GridConfig`.
 
     Attributes:
-        methods: name of a method to its keys: those that differ from `run`, `grid` and `kind`.
-        grid: dotted key to the list of its values, where there are no methods.
+        methods: method name to its keys: those that differ from `run`, `grid` and `kind`.
+        grid: dotted key to the list of its values; only without `methods`.
     """
 
     methods: dict[str, Any] = field(default_factory=dict)
@@ -80,8 +80,8 @@ class SweepConfig(GridConfig):
         super().__post_init__()
         if self.grid and self.methods:
             raise UserError(
-                f"grid: stands beside methods (got {show(list(self.grid))}). Put it into the "
-                "methods that it belongs to."
+                f"grid: cannot be given together with methods (got {show(list(self.grid))}). Put "
+                "it into the methods that it belongs to."
             )
 
 
@@ -91,9 +91,9 @@ class Candidate:
 
     Attributes:
         method: name of the method.
-        settings: dotted key to value, what the point is.
+        settings: dotted key to value, the coordinates of the point.
         kind: one of `KINDS`.
-        runs: one for each seed, in the order of the seeds; they differ in seed and output.
+        runs: one run for each seed, in order; they differ in seed and output.
     """
 
     method: str
@@ -103,12 +103,12 @@ class Candidate:
 
     @property
     def title(self) -> str:
-        """The settings in one line."""
+        """The settings on one line."""
         return setting_title(self.settings)
 
 
 def setting_title(settings: dict[str, Any]) -> str:
-    """Dotted keys and values in one line.
+    """Return dotted keys and values on one line.
 
     >>> setting_title({"optimizer.learning_rate": "1e-6", "peft": {"name": "lora"}})
     'optimizer.learning_rate=1e-6, peft={"name": "lora"}'
@@ -118,14 +118,14 @@ def setting_title(settings: dict[str, Any]) -> str:
 
 
 def plan(config: SweepConfig, where: str) -> list[Candidate]:
-    """Every point of every grid, with a run for each seed.
+    """Return every point of every grid, with a run for each seed.
 
     Args:
         config: the sweep.
-        where: its file, for messages.
+        where: its file, for error messages.
 
     Raises:
-        UserError: a key is unknown, a value does not fit, or a list of a grid is empty.
+        UserError: a key is unknown, a value is invalid, or a list of a grid is empty.
     """
     methods = config.methods or {"": {"grid": config.grid}}
     return [
@@ -198,26 +198,26 @@ def sweep(
     mesh: Mesh | None = None,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Do every run that is not finished, and return the table of all.
+    """Do every run that is not finished, and return the table of all runs.
 
     Args:
-        candidates: see `Candidate`; those of one method follow each other.
-        base_dir: where the relative paths of the task start, before the working directory.
-        mesh: of all runs; None for one device.
-        say: is told of each run before it starts.
+        candidates: see `Candidate`; those of one method are adjacent.
+        base_dir: folder for relative paths of the task, tried before the working directory.
+        mesh: mesh of all runs; None for one device.
+        say: called with a line before each run.
 
     Returns:
         See `table`.
 
     Raises:
         UserError: a task has no validation data, a folder holds another run, or all runs failed; or
-            what a run raises, except that it diverged.
+            whatever a run raises, except `Diverged`.
     """
     runs = [(each, config) for each in candidates for config in each.runs]
     for each, config in runs:
         if config.data.validation is None:
             raise UserError(
-                f"{config.form}.validation: {each.method} has no examples by which a sweep chooses "
+                f"{config.form}.validation: {each.method} has no examples to choose settings by "
                 "(got none). Name a file of them, or hold_out."
             )
         RunFolder(config.output).check(config)
@@ -231,18 +231,18 @@ def sweep(
 
 
 def table(candidates: Sequence[Candidate], results: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
-    """Choose on validation, and gather the numbers.
+    """Choose settings on validation, and collect the results.
 
     Args:
         candidates: see `sweep`.
-        results: of each candidate, one for each seed.
+        results: outcomes of each candidate, one for each seed.
 
     Returns:
         `{"metric", "seeds", "methods", "points"}`. A method has its test result with the setting
-        chosen for each seed (`test`) and with the one of the best mean validation
-        (`one_setting`), each {mean, std, by_seed}; std is that of a sample, None for one seed.
-        Passes and seconds are means over the chosen runs, memory is the largest. A point has what
-        its runs were and why they failed.
+        chosen for each seed (`test`) and with the setting of the best mean validation result
+        (`one_setting`), each {mean, std, by_seed}; std is the sample standard deviation, None for
+        one seed. Passes and seconds are means over the chosen runs, memory is their maximum. A
+        point has the results of its runs, and why runs failed.
 
     Raises:
         UserError: every run failed.
@@ -304,9 +304,9 @@ def _method(
 
 
 def _best(pairs: list[tuple[Candidate, Sequence[Outcome]]], seed: int, metric: str) -> int | None:
-    """The place of the candidate that is best on validation, the first of equals.
+    """Return the index of the candidate that is best on validation; ties go to the first.
 
-    Baselines choose nothing on validation; then it is the first that has ended.
+    Baselines without a validation result rank equal, so the first that did not fail is chosen.
     """
     ended = [place for place, (_, made) in enumerate(pairs) if made[seed].summary is not None]
     return max(
@@ -338,7 +338,7 @@ def _values(results: Iterable[Outcome], split: Any) -> list[float | None]:
 
 
 def _score(result: float | None, metric: str) -> float:
-    """What is highest for the best result; a result that is missing is the worst."""
+    """Return a score, higher is better; a missing result ranks last."""
     return float("-inf") if result is None else UNITS[metric].sign * result
 
 
@@ -350,7 +350,7 @@ POINTS = ("method", "setting", "validation", "failed")
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """Two tables: one row for each method, and one for each point of its grid.
+    """Return two tables: a row for each method, and a row for each point of the grids.
 
     Args:
         table: as `jaxlm.studies.sweep.table` returns it.
@@ -364,8 +364,8 @@ def markdown(table: dict[str, Any]) -> str:
     }
     parts = [
         f"{unit.title}, mean (standard deviation) over the seeds {seeds}. The setting is chosen on "
-        "validation for each seed, in brackets for how many of them; beside it, the one setting "
-        "that is best on validation in the mean.",
+        "validation for each seed; brackets count its seeds. `test, one setting` uses the setting "
+        "with the best mean validation result for all seeds.",
         aligned(METHODS, [_method_row(each, unit) for each in table["methods"]]),
         "Every point of the grids:",
         aligned(POINTS, [_point_row(each, unit) for each in table["points"]]),

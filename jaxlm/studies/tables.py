@@ -1,4 +1,4 @@
-"""Tables of studies: means over seeds, Markdown that is also aligned for a terminal, files."""
+"""Tables of studies: means over seeds, Markdown aligned for a terminal, files."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ TABLES = ("table.json", "table.md")
 
 
 def write_tables(folder: Path, table: Mapping[str, Any], text: str) -> str:
-    """Write a table as JSON and as Markdown, and return the latter."""
+    """Write a table as JSON and as Markdown, and return the Markdown."""
     write_json(folder / TABLES[0], table)
     with report_write_errors(folder / TABLES[1]):
         write_shared(folder / TABLES[1], text)
@@ -19,7 +19,7 @@ def write_tables(folder: Path, table: Mapping[str, Any], text: str) -> str:
 
 
 def mean(values: Iterable[float | int | None]) -> float | None:
-    """Return the mean of the values that are known; None if none is.
+    """Return the mean of the values that are not None; None if all are.
 
     >>> mean([0.25, None, 0.75])
     0.5
@@ -29,7 +29,7 @@ def mean(values: Iterable[float | int | None]) -> float | None:
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any]:
-    """Return mean and sample standard deviation of the known values, and all values.
+    """Return mean and sample standard deviation of the values that are not None, and all values.
 
     >>> spread([0.5, None])
     {'mean': 0.5, 'std': None, 'by_seed': [0.5, None]}
@@ -82,7 +82,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def cell(text: str) -> str:
-    r"""Return a text that ends neither the cell nor the row that it stands in.
+    r"""Return a text escaped for a cell of a Markdown table: no bars, no line breaks.
 
     >>> cell("a|b")
     'a\\|b'

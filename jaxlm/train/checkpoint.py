@@ -1,14 +1,14 @@
-"""Checkpoints of a run: the latest and the best, written aside, read back, and renamed.
+"""Checkpoints of a run, each written to a temporary folder, read back and renamed.
 
 A checkpoint holds the whole training state (parameters, optimizer state, random key) and a small
-JSON record. A process killed while it writes one leaves the former one in force. On disk:
+JSON record. If a process is killed while it writes one, the previous one stays valid. On disk:
 
     <step>/record.json      the record
-    <step>/<p>/arrays.bin   what process p holds of the arrays, one part after another
+    <step>/<p>/arrays.bin   the parts of the arrays that process p holds, one after another
     <step>/<p>/index.json   path, dtype and shape of each array; place and CRC-32 of each part
-    <step>/checksums.json   of the JSON files
+    <step>/checksums.json   checksums of the JSON files
 
-Parts say where they belong, so that a checkpoint is read on any mesh.
+Each part records its place in the array, so a checkpoint can be read on any mesh.
 """
 
 import contextlib
@@ -41,9 +41,9 @@ Keys = tuple[str | int, ...]
 
 
 def copied_bytes(state: Any) -> int:
-    """Bytes of the host that a checkpoint takes beside `state` itself while it is written or read.
+    """Return the bytes of host memory that saving or restoring a state needs beside `state` itself.
 
-    One array at a time is there: the parts that were read, and what they are put together to.
+    Only one array at a time is in memory: its parts, and the array assembled from them.
 
     Args:
         state: pytree of arrays, or of their shapes.
@@ -63,7 +63,7 @@ class _Part(NamedTuple):
 
 
 class _Leaf(NamedTuple):
-    """An array of a checkpoint; `key` names the implementation of one that holds random keys."""
+    """An array of a checkpoint; `key` names the PRNG implementation if it holds random keys."""
 
     dtype: Any
     shape: tuple[int, ...]
@@ -76,27 +76,27 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _path(keys: Any) -> Keys:
-    """Of a leaf, from what `jax.tree_util` calls its keys."""
+    """Return the path of a leaf from its key entries in `jax.tree_util`."""
     names = ("key", "name", "idx")
     return tuple(next(getattr(key, n) for n in names if hasattr(key, n)) for key in keys)
 
 
 def _held(leaf: Any) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Start and values of each part of an array that this process is to write."""
+    """Yield the start and the values of each part of an array that this process writes."""
     if not isinstance(leaf, jax.Array):
         if is_main_process():
             yield [0] * np.ndim(leaf), np.asarray(leaf)
         return
     for shard in leaf.addressable_shards:
         if shard.replica_id == 0:
-            # An array of its own, since JAX keeps the copy on the host as long as the array lives.
+            # A separate array, since JAX caches the host copy for as long as the array lives.
             data = shard.data
             alone = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
             yield [axis.start or 0 for axis in shard.index], np.asarray(alone)
 
 
 def _write(folder: Path, state: Any) -> None:
-    """Writes what this process holds of a state, one part at a time."""
+    """Write the parts of a state that this process holds, one at a time."""
     leaves = []
     with (folder / _ARRAYS).open("wb") as file:
         for keys, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
@@ -104,6 +104,7 @@ def _write(folder: Path, state: Any) -> None:
             values = leaf if key is None else jax.random.key_data(leaf)
             parts = []
             for start, part in _held(values):
+                # As bytes, since NumPy exports no buffer of bfloat16.
                 data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
                 place = {"start": start, "shape": part.shape, "offset": file.tell()}
                 parts.append(place | {"crc32": zlib.crc32(data)})
@@ -116,10 +117,10 @@ def _write(folder: Path, state: Any) -> None:
 
 
 def _read(part: _Part, dtype: Any) -> np.ndarray:
-    """The values of a part.
+    """Return the values of a part.
 
     Raises:
-        UserError: they are not those that were written.
+        UserError: if their checksum differs.
     """
     values = np.empty(part.shape, dtype)
     data = values.reshape(-1).view(np.uint8).data
@@ -132,7 +133,7 @@ def _read(part: _Part, dtype: Any) -> np.ndarray:
 
 
 def _block(leaf: _Leaf, index: tuple[slice, ...], read: Callable[[_Part], np.ndarray]) -> Any:
-    """What an array has at `index`, out of the parts that overlap it."""
+    """Return the values of an array at `index`, assembled from the parts that overlap it."""
     spans = [axis.indices(size)[:2] for axis, size in zip(index, leaf.shape, strict=True)]
     out, filled = None, 0
     for part in leaf.parts:
@@ -159,6 +160,10 @@ def _block(leaf: _Leaf, index: tuple[slice, ...], read: Callable[[_Part], np.nda
     return np.empty([high - low for low, high in spans], leaf.dtype) if out is None else out
 
 
+class _Misfit(UserError):
+    """A sound checkpoint is of another run."""
+
+
 class _Stored:
     """The arrays of one checkpoint; its JSON files are verified when it is opened."""
 
@@ -179,7 +184,7 @@ class _Stored:
                         known.parts.append(_Part(index.parent / _ARRAYS, start, shape, *place))
 
     def _reader(self, path: Keys) -> Callable[[_Part], np.ndarray]:
-        """Reads each part of an array once, and refuses parameters that are not finite."""
+        """Return a function that reads each part once and refuses non-finite parameters."""
         found: dict[_Part, np.ndarray] = {}
 
         def read(part: _Part) -> np.ndarray:
@@ -192,33 +197,33 @@ class _Stored:
         return read
 
     def whole(self, path: Keys) -> np.ndarray:
-        """An array in the memory of the host; random keys as their data."""
+        """Return an array in host memory; random keys as their key data."""
         leaf = self.leaves[path]
         return _block(leaf, (slice(None),) * len(leaf.shape), self._reader(path))
 
     def placed(self, path: Keys, like: jax.ShapeDtypeStruct) -> Any:
-        """An array where `like` says, which has the shape and dtype of a key's data."""
+        """Return an array sharded like `like`, which for random keys describes their data."""
         leaf = self.leaves.get(path)
         if leaf is None or (leaf.shape, leaf.dtype) != (like.shape, like.dtype):
-            there = "is not there" if leaf is None else f"is {leaf.dtype}{list(leaf.shape)} there"
-            raise UserError(
-                f"{self.folder}: does not fit, since {'.'.join(map(str, path))} {there} and "
-                f"{like.dtype}{list(like.shape)} in this run. Choose another output."
+            stored = "nothing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
+            raise _Misfit(
+                f"{self.folder}: does not fit, since {'.'.join(map(str, path))} must be "
+                f"{like.dtype}{list(like.shape)} (got {stored}). Choose another output."
             )
         read = self._reader(path)
         sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        # Copies, since the memory of what is lent by NumPy cannot be donated to the first step.
+        # Copies, since a buffer that aliases a NumPy array cannot be donated to the first step.
         places = sharding.addressable_devices_indices_map(leaf.shape)
         arrays = [
             jax.device_put(_block(leaf, index or (), read), device, may_alias=False)
             for device, index in places.items()
         ]
         made = jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
-        made.block_until_ready()  # what was read may go before the next array is
+        made.block_until_ready()  # so that the host copy is freed before the next array is read
         return made if leaf.key is None else jax.random.wrap_key_data(made, impl=leaf.key)
 
     def tree(self, names: tuple[str, ...]) -> Any:
-        """The arrays below some names (none: all) as nested dicts and lists."""
+        """Return the arrays under some names, all if none is given, as nested dicts and lists."""
         root: dict[Any, Any] = {}
         for path in self.leaves:
             if not names or path[0] in names:
@@ -250,15 +255,15 @@ class Checkpoints:
     """The checkpoints in one folder, named by their step.
 
     Attributes:
-        folder: where they are.
-        select: parameters that a checkpoint holds, see `jaxlm.core.paths.matcher`; None for all.
-            The others must be those that the run began with.
-        keep_every: checkpoints of multiples of this number of steps are kept for good; None keeps
-            the best and the latest alone.
+        folder: the folder.
+        select: parameters that a checkpoint holds, see `jaxlm.core.paths.path_predicate`; None for
+            all. The others must equal those at the start of the run.
+        keep_every: checkpoints at multiples of this number of steps are never removed; None keeps
+            only the best and the latest.
 
     Args:
         folder, select, keep_every: as above.
-        read_only: leave alone what another process is writing there.
+        read_only: create and remove nothing, since another process may be writing there.
     """
 
     def __init__(
@@ -280,29 +285,29 @@ class Checkpoints:
                 shutil.rmtree(aside, ignore_errors=True)
 
     def steps(self) -> list[int]:
-        """The steps of all checkpoints."""
+        """Return the steps of all checkpoints, in ascending order."""
         if not self.folder.is_dir():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
     @property
     def latest_step(self) -> int | None:
-        """The step of the newest checkpoint, None where there is none."""
+        """The step of the newest checkpoint; None if there is none."""
         return max(self.steps(), default=None)
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Write the checkpoint of `step`, read it back, and remove those that need not be kept.
+        """Write the checkpoint of `step`, read it back, and remove those no longer needed.
 
-        Every process of a program calls it.
+        Every process must call it.
 
         Args:
             step: number of updates done.
             state: pytree of arrays; a `TrainState` where parameters are selected.
-            record: JSON values; `record["best_step"]`, where given, names the checkpoint to keep
-                beside this one.
+            record: JSON values; `record["best_step"]`, if given, is the step of the checkpoint to
+                keep beside this one.
 
         Raises:
-            UserError: it cannot be written; the former one is kept.
+            UserError: if it cannot be written; the previous one is kept.
         """
         place = self.folder / str(step)
         aside = self.folder / f"{step}{_ASIDE}"
@@ -338,25 +343,25 @@ class Checkpoints:
                     _read(part, leaf.dtype)
 
     def _keep(self, step: int, record: dict[str, Any]) -> None:
-        """Remove all checkpoints but that of `step`, the best, and those of `keep_every`."""
+        """Remove all checkpoints except that of `step`, the best, and those of `keep_every`."""
         for old in self.steps():
             kept = old and self.keep_every and old % self.keep_every == 0
             if not kept and old not in (step, record.get("best_step")):
                 self._remove(old)
 
     def _divide(self, state: Any) -> tuple[Any, Params | None]:
-        """The part of a state that a checkpoint holds, and the other parameters."""
+        """Return the part of a state that a checkpoint holds, and the other parameters."""
         if self.select is None:
             return state, None
         held, rest = split(state.params, self.select)
         return state._replace(params=held), rest
 
     def size(self, step: int) -> int:
-        """Bytes of the arrays in the checkpoint of `step`."""
+        """Return the size in bytes of the arrays in the checkpoint of `step`."""
         return sum(path.stat().st_size for path in (self.folder / str(step)).glob(f"*/{_ARRAYS}"))
 
     def _remove(self, step: int) -> None:
-        """Removes a checkpoint, which is there whole or not at all."""
+        """Remove a checkpoint; it is renamed first, so that a half-removed one is never read."""
         place, aside = self.folder / str(step), self.folder / f"{step}.old{_ASIDE}"
         with contextlib.suppress(FileNotFoundError):
             place.rename(aside)
@@ -365,19 +370,19 @@ class Checkpoints:
     def restore(
         self, like: Any, step: int | None = None, *, donate: bool = False
     ) -> tuple[int, Any, dict[str, Any]] | None:
-        """Read the checkpoint of `step` (None: the latest) into the shape of `like`.
+        """Restore a checkpoint into the structure, dtypes and shardings of `like`.
 
         Args:
             like: pytree of arrays, or of `jax.ShapeDtypeStruct`s. Parameters that are not selected
                 are taken from it.
-            step: of the checkpoint.
-            donate: free the arrays of `like` that are replaced before reading.
+            step: step of the checkpoint; None for the latest.
+            donate: delete the arrays of `like` that are replaced, before reading.
 
         Returns:
             (step, state, record), or None if there is no checkpoint.
 
         Raises:
-            UserError: the checkpoint does not fit `like`, or its files are damaged.
+            UserError: if the checkpoint does not fit `like`, or its files are damaged.
         """
         step = self.latest_step if step is None else step
         if step is None:
@@ -391,14 +396,14 @@ class Checkpoints:
                 lambda keys, leaf: stored.placed(_path(keys), leaf), shapes
             )
         if not self._read_only and is_main_process() and step == self.latest_step:
-            # A process that was killed may have left what it was about to remove.
+            # A killed process may have left checkpoints that it was about to remove.
             self._keep(step, stored.record)
         if rest is not None:
             state = state._replace(params=merge(state.params, rest))
         return step, state, stored.record
 
     def in_place_of(self, state: TrainState, step: int) -> Params:
-        """Return the parameters of a checkpoint; `state`, which they replace, is freed before."""
+        """Return the parameters of a checkpoint; the arrays of `state` are deleted first."""
         like = TrainState(state.params, ())
         free(state.opt_state)
         result = self.restore(like, step, donate=True)
@@ -416,11 +421,10 @@ class Checkpoints:
         )
         try:
             yield _Stored(place)
+        except _Misfit:
+            raise
         except UserError as error:
-            reason = str(error)
-            if "does not fit" in reason or "not finite" in reason:
-                raise
-            raise UserError(f"{reason.rpartition('. ')[0]}. {advice}") from error
+            raise UserError(f"{str(error).rpartition('. ')[0]}. {advice}") from error
         except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
@@ -428,31 +432,31 @@ class Checkpoints:
             ) from error
 
     def read(self, step: int, *names: str) -> Any:
-        """The state of one checkpoint as plain dicts and lists of NumPy arrays.
+        """Return the state of one checkpoint as plain dicts and lists of NumPy arrays.
 
-        Whatever devices it was on: none of them need be here.
+        The devices of the run need not be present.
 
         Args:
-            step: of the checkpoint.
-            names: of the state's parts to read; all of them where none is given.
+            step: step of the checkpoint.
+            names: parts of the state to read, such as "params"; all if none is given.
         """
         with self._reading(step) as stored:
             return stored.tree(names)
 
     def best_step(self) -> int | None:
-        """The step of the best checkpoint, or of the latest where none is called so."""
+        """Return the step of the best checkpoint, or of the latest if none is marked best."""
         while (latest := self.latest_step) is not None:
             try:
                 with self._reading(latest) as stored:
                     best = stored.record.get("best_step")
                     return latest if best is None else best
             except UserError:
-                if latest == self.latest_step:  # else a run that is going on has replaced it
+                if latest == self.latest_step:  # otherwise a running process has replaced it
                     raise
         return None
 
     def best_params(self) -> Any | None:
-        """Those of `best_step`; see `read`."""
+        """Return the parameters at `best_step`, see `read`; None if there is no checkpoint."""
         while (step := self.best_step()) is not None:
             try:
                 return self.read(step, "params")["params"]

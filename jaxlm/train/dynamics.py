@@ -1,9 +1,9 @@
-"""What the key `dynamics` of a configuration makes of the steps of a first-order run.
+"""The key `dynamics` of a configuration: variants of the steps of a first-order run.
 
-`dynamics: {name: svag, l: 4}` follows the run's stochastic equation closer, `{name: noise}`
-measures the noise of its gradients, `{name: local, workers: 8}` lets workers step apart. The steps
-of the run stay what they are: schedules, evaluations and checkpoints count them as before, and runs
-are compared step by step.
+`dynamics: {name: svag, l: 4}` follows the optimizer's stochastic differential equation more
+closely, `{name: noise}` measures gradient noise, and `{name: local, workers: 8}` takes local steps
+on several workers. The number of steps does not change: schedules, evaluations and checkpoints
+count them as before, so runs can be compared step by step.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,10 +24,10 @@ from jaxlm.train.state import Method, TrainState, first_order, many_steps, metho
 from jaxlm.typing import Batch, LossFn, Params, PRNGKey
 
 Batches = Callable[[int, int], Batch]
-"""`(first, count) -> batches of the steps from first`, leaves [count, ...]."""
+"""`(first, count) -> batches` of the steps from `first`, leaves [count, ...]."""
 
 Source = Callable[[int, Sequence[int]], Batches]
-"""`(batch_size, seeds) -> batches` of leaves [count, seeds, batch_size, ...], a stream a seed."""
+"""`(batch_size, seeds) -> batches` of leaves [count, seeds, batch_size, ...], a stream per seed."""
 
 NOISE_INFO = ("grad_square", "grad_noise")
 """Metrics: G and N of a batch (`dynamics.noise.NoiseStats`), averaged over past steps."""
@@ -35,15 +35,15 @@ NOISE_INFO = ("grad_square", "grad_noise")
 _SECTION, _MOST = "dynamics.", 2**12
 
 SECOND_STREAM = 2**64
-"""Added to a seed, it makes another order of the data, which no epoch of the first one has.
+"""Added to a seed, it gives another order of the data, unlike that of any epoch of the first.
 
-NumPy takes a seed in words of 32 bits, of which epochs and domains are others.
+NumPy splits a seed into 32-bit words, and epochs and domains are further words after them.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dynamics:
-    """What all of them have.
+    """Base class of the variants.
 
     Attributes:
         name: key in `DYNAMICS`.
@@ -52,15 +52,15 @@ class Dynamics:
     name: str
 
     def check(self, optimizer: Optimizer, batch_size: int) -> None:
-        """Refuses a run that cannot be.
+        """Raise UserError if the variant does not fit the run.
 
         Raises:
-            UserError: the optimizer has no gradients, or as the class says.
+            UserError: if the optimizer computes no gradients, or for a reason of the variant.
         """
         self.with_gradients(optimizer)
 
     def with_gradients(self, optimizer: Optimizer) -> FirstOrder:
-        """The optimizer, which is refused where it has no gradients."""
+        """Return the optimizer; raise UserError if it computes no gradients."""
         if not isinstance(optimizer, FirstOrder):
             raise UserError(
                 f"dynamics: {self.name} needs gradients, which the optimizer does not compute (got "
@@ -71,31 +71,31 @@ class Dynamics:
     def method(
         self, optimizer: FirstOrder, loss_fn: LossFn, steps: int, mesh: Mesh | None = None
     ) -> Method:
-        """The steps, on a mesh; `loss_fn` as in `jaxlm.train.state.method`."""
-        raise TypeError(f"{type(self).__name__} is no dynamics by itself")
+        """Return the training step on a mesh; `loss_fn` as in `jaxlm.train.state.method`."""
+        raise TypeError(f"{type(self).__name__} does not define method")
 
     def batches(
         self, source: Source, optimizer: FirstOrder, *, batch_size: int, seed: int
     ) -> Batches:
-        """What the steps read."""
-        raise TypeError(f"{type(self).__name__} is no dynamics by itself")
+        """Return the batches that the steps read."""
+        raise TypeError(f"{type(self).__name__} does not define batches")
 
     def report(self, optimizer: Optimizer, steps: int, opt_state: Any) -> dict[str, Any]:
-        """What the summary of a finished run says beside the rest."""
-        raise TypeError(f"{type(self).__name__} is no dynamics by itself")
+        """Return what the variant adds to the summary of a finished run."""
+        raise TypeError(f"{type(self).__name__} does not define report")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Svag(Dynamics):
     """Stochastic variance amplified gradient, see `jaxlm.dynamics.svag`.
 
-    A step makes l updates, or l² with Adam, and each reads two batches. The schedule of the
-    learning rate runs over all of them. With l = 1 it is the optimizer itself.
+    A step makes l updates, or l² with Adam, and each update reads two batches. The schedule of the
+    learning rate covers all updates. With l = 1 it is the optimizer itself.
 
     Attributes:
-        l: from 1.
-        pairing: "independent" takes the two batches from two orders of the data, "consecutive" one
-            after the other from one order, as the authors' code does.
+        l: the l of SVAG, at least 1.
+        pairing: "independent" takes the two batches from two orders of the data; "consecutive"
+            takes them one after the other from one order, as the authors' code does.
     """
 
     name: str = "svag"
@@ -107,13 +107,13 @@ class Svag(Dynamics):
         one_of("dynamics.pairing", self.pairing, ("independent", "consecutive"))
 
     def check(self, optimizer: Optimizer, batch_size: int) -> None:
-        """See `Dynamics`. Clipping and optimizers without an equation are refused too."""
+        """See `Dynamics`; clipping, and optimizers without a scaling rule, are refused too."""
         chosen = self.with_gradients(optimizer)
         chosen.hparams(1)
         if chosen.clip is not None:
             raise UserError(
-                "optimizer.clip: acts on gradients with amplified noise more than on others, so "
-                f"that svag would not follow the equation (got {chosen.clip}). Leave it out."
+                "optimizer.clip: acts more strongly on gradients with amplified noise, so svag "
+                f"would not follow the equation (got {chosen.clip}). Leave it out."
             )
 
     def _svag(self, optimizer: FirstOrder) -> Any:
@@ -151,7 +151,7 @@ class Svag(Dynamics):
     def batches(
         self, source: Source, optimizer: FirstOrder, *, batch_size: int, seed: int
     ) -> Batches:
-        """Leaves [count, updates, 2, batch_size, ...]."""
+        """Return batches with leaves [count, updates, 2, batch_size, ...]."""
         updates = self._svag(optimizer).steps_mult
         if self.pairing == "consecutive":
             pairs = source(2 * updates * batch_size, (seed,))
@@ -163,18 +163,19 @@ class Svag(Dynamics):
         )
 
     def report(self, optimizer: Optimizer, steps: int, opt_state: Any) -> dict[str, Any]:
-        """The number of updates."""
+        """Return the number of updates."""
         return {"updates": steps * self._svag(self.with_gradients(optimizer)).steps_mult}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Noise(Dynamics):
-    """The optimizer itself, with its batch in parts whose gradients tell the noise.
+    """The optimizer itself, on a batch in parts whose gradients measure the noise.
 
-    The gradient is the mean over the parts: that of the batch where each has as many targets.
+    The gradient is the mean over the parts, which is that of the batch if all have equally many
+    targets. Activations of one part at a time are in memory.
 
     Attributes:
-        parts: from 2, a divisor of the batch size; the memory of activations is that of one.
+        parts: number of parts, at least 2, a divisor of the batch size.
     """
 
     name: str = "noise"
@@ -184,7 +185,7 @@ class Noise(Dynamics):
         whole(self, "parts", least=2, most=_MOST, section=_SECTION)
 
     def check(self, optimizer: Optimizer, batch_size: int) -> None:
-        """See `Dynamics`. A batch that has no such parts is refused too."""
+        """See `Dynamics`; the number of parts must divide the batch size."""
         super().check(optimizer, batch_size)
         _check_divides("dynamics.parts", self.parts, batch_size)
 
@@ -227,11 +228,11 @@ class Noise(Dynamics):
     def batches(
         self, source: Source, optimizer: FirstOrder, *, batch_size: int, seed: int
     ) -> Batches:
-        """Leaves [count, parts, batch_size / parts, ...]."""
+        """Return batches with leaves [count, parts, batch_size / parts, ...]."""
         return _in_parts(source, self.parts, batch_size, seed)
 
     def report(self, optimizer: Optimizer, steps: int, opt_state: Any) -> dict[str, Any]:
-        """G and N of a batch near the end of the run, see `jaxlm.dynamics.noise.NoiseStats`.
+        """Return G and N of a batch near the end of the run, see `dynamics.noise.NoiseStats`.
 
         `ratio` is N/G; null where G is not above 0.
         """
@@ -244,19 +245,19 @@ class Noise(Dynamics):
 
 @dataclass(frozen=True, kw_only=True)
 class Local(Dynamics):
-    """Local steps of workers that average their parameters now and then.
+    """Local steps of several workers, which average their parameters from time to time.
 
-    A step reads a batch, of which each worker has its part. Evaluations and checkpoints see the
-    last average, and the run ends in one. With as many devices as workers, each has its own;
-    otherwise all are on one. Memory: parameters once more than those of the workers. SGD with H = 1
-    is that on the whole batch where each part has as many targets.
+    Each worker reads an equal part of a step's batch. Evaluations and checkpoints see the last
+    average, and the run ends with one. With at least as many devices as workers, each worker has
+    its own; otherwise all share one. Memory: one copy of the parameters beside those of the
+    workers. SGD with H = 1 equals SGD on the whole batch if all parts have equally many targets.
 
     Attributes:
-        workers: from 2, a divisor of the batch size.
-        rule: H, the number of steps from one average to the next, is "constant", "linear" in
-            1/η or "qsr", quadratic; see `jaxlm.dynamics.qsr`.
-        h: H, or the least of it.
-        alpha: the coefficient of "linear" and "qsr". In warm-up their H is that of the highest
+        workers: number of workers, at least 2, a divisor of the batch size.
+        rule: how H, the number of steps between averages, depends on the learning rate η:
+            "constant", "linear" in 1/η or quadratic, "qsr"; see `jaxlm.dynamics.qsr`.
+        h: H, or its smallest value.
+        alpha: the coefficient of "linear" and "qsr". During warmup H is that of the highest
             learning rate.
     """
 
@@ -273,7 +274,7 @@ class Local(Dynamics):
         one_of("dynamics.rule", self.rule, ("constant", "linear", "qsr"))
         if self.rule == "constant" and self.alpha is not None:
             raise UserError(
-                f"dynamics.alpha: has no use in the rule constant (got {self.alpha}). Give the "
+                f"dynamics.alpha: is not used by the rule constant (got {self.alpha}). Give the "
                 "rule linear or qsr."
             )
         if self.rule != "constant" and (self.alpha is None or self.alpha <= 0):
@@ -283,7 +284,7 @@ class Local(Dynamics):
             )
 
     def check(self, optimizer: Optimizer, batch_size: int) -> None:
-        """See `Dynamics`. A batch that has no such parts is refused too."""
+        """See `Dynamics`; the number of workers must divide the batch size."""
         super().check(optimizer, batch_size)
         _check_divides("dynamics.workers", self.workers, batch_size)
 
@@ -312,8 +313,8 @@ class Local(Dynamics):
             mesh = make_mesh(data=self.workers)
         if mesh is not None and mesh.shape["data"] != self.workers:
             raise UserError(
-                f"dynamics.workers: must be as many as the mesh has along data, "
-                f"{mesh.shape['data']} (got {self.workers}). Correct one of them."
+                f"dynamics.workers: must be the size of the mesh axis data, {mesh.shape['data']} "
+                f"(got {self.workers}). Correct one of them."
             )
         ends = jnp.asarray(local.sync_steps)
 
@@ -348,11 +349,11 @@ class Local(Dynamics):
     def batches(
         self, source: Source, optimizer: FirstOrder, *, batch_size: int, seed: int
     ) -> Batches:
-        """Leaves [count, workers, batch_size / workers, ...]."""
+        """Return batches with leaves [count, workers, batch_size / workers, ...]."""
         return _in_parts(source, self.workers, batch_size, seed)
 
     def report(self, optimizer: Optimizer, steps: int, opt_state: Any) -> dict[str, Any]:
-        """The number of averages, and their part of those of a run that averages every step."""
+        """Return the number of averages, and its ratio to the number of steps."""
         from jaxlm.dynamics.local import sync_steps
 
         averages = len(sync_steps(*self._plan(self.with_gradients(optimizer), steps), steps))
@@ -373,10 +374,10 @@ def method_and_batches(
     seed: int,
     mesh: Mesh | None = None,
 ) -> tuple[Method, Batches]:
-    """The method of a run and what its steps read, with `dynamics` or (None) without.
+    """Return the method of a run and the batches of its steps; `dynamics` may be None.
 
     Args:
-        mesh: that the parameters lie on.
+        mesh: mesh of the parameters.
     """
     if dynamics is None:
         batches = _shaped(source(batch_size, (seed,)), lambda x: x[:, 0])

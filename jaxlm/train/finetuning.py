@@ -18,6 +18,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.data import (
     DATA_FORMS,
     DataConfig,
+    EncodedRows,
     EncodedTask,
     MessagesConfig,
     Task,
@@ -45,23 +46,23 @@ Metric = MultipleChoiceMetric | GenerationMetric | TokenLossMetric
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
-    """A fine-tuning run. It adds to the keys of `RunConfig`, and has one of the three data forms.
+    """A fine-tuning run: the keys of `RunConfig` and those below, with one of three data forms.
 
     Attributes:
         model: folder or hub id; null means the shipped model.
         task: a task with prompts and right answers, or the name of a shipped one.
-        messages: conversations, of which the assistant's turns are learned.
-        text: documents, of which every token is learned.
+        messages: conversations; the loss is on the assistant's turns.
+        text: documents; the loss is on every token.
         objective: one of `jaxlm.train.objectives.OBJECTIVES` by its name; null for the likelihood
-            of what is right.
+            of the right answers.
         peft: what is trained in place of all parameters, one of `jaxlm.peft.TUNINGS` by its name;
-            `optimizer.select` chooses among the parameters that it leaves.
-        calibrate: subtract the first model's `option_offsets` from scores, in training and
+            `optimizer.select`, if given, replaces its choice of trained parameters.
+        calibrate: subtract the initial model's `option_offsets` from scores, in training and
             evaluation, so that training starts from calibrated zero-shot; "sfc" subtracts its
-            scores without the examples, `jaxlm.evaluation.domain_offsets`.
+            scores of the options without an example, `jaxlm.evaluation.domain_offsets`.
         eval_batch_size: examples in a forward pass of evaluation.
-        param_dtype: of the parameters, float32 (fp32) or bfloat16 (bf16).
-        bits: 8 or 4 quantizes matrices; then their scales, biases and norms are trained.
+        param_dtype: dtype of the parameters, float32 (fp32) or bfloat16 (bf16).
+        bits: 8 or 4 quantizes the matrices; then their scales, biases and norms are trained.
     """
 
     model: str | None = None
@@ -93,7 +94,7 @@ class FinetuneConfig(RunConfig):
         given = [form for form in DATA_FORMS if getattr(self, form) is not None]
         if len(given) != 1:
             raise UserError(
-                f"task: a run has one of {', '.join(DATA_FORMS)} (got "
+                f"task: a run must have one of {', '.join(DATA_FORMS)} (got "
                 f"{' and '.join(given) or 'none'}). Give one of them."
             )
         if self.objective is not None:
@@ -117,11 +118,11 @@ class FinetuneConfig(RunConfig):
 
 
 class Setting(NamedTuple):
-    """What a run is made of, or, with shapes as parameters, what a dry run plans.
+    """The parts of a run, or of a dry run, where the parameters are shapes.
 
     Attributes:
-        config: with what the optimizer selects.
-        lm: the model with what is trained.
+        config: the configuration, with `optimizer.select` filled in.
+        lm: the model, with the new parameters that are trained.
         objective: what is minimized.
         data: the examples; None in a dry run without a tokenizer.
         encoded: their tokens.
@@ -135,11 +136,11 @@ class Setting(NamedTuple):
 
     @property
     def reduction(self) -> Reduction:
-        """How the tokens of an option make its score."""
+        """How the log-probabilities of an option's tokens are reduced to its score."""
         return "sum" if self.config.calibrate == "sfc" else "mean"
 
     def metric(self) -> Metric:
-        """What the run is measured by."""
+        """Return the metric of the run."""
         size = self.config.eval_batch_size
         if not isinstance(self.encoded, EncodedTask):
             return TokenLossMetric(self.lm, self.encoded, batch_size=size)
@@ -150,7 +151,7 @@ class Setting(NamedTuple):
         )
 
     def loss_fn(self, offsets: Any) -> Any:
-        """The loss of a batch; `offsets` are subtracted from the scores of options."""
+        """Return the loss of a batch; `offsets` are subtracted from the scores of options."""
         scoring = {"offsets": offsets, "reduction": self.reduction}
         return self.objective.loss_fn(self.lm, self.data, self.encoded, scoring)
 
@@ -160,26 +161,26 @@ def finetune(
 ) -> dict[str, Any]:
     """Run `config` in its folder, resume it, or return the summary of the finished run.
 
-    The folder is made only when the configuration, the data and the model are known to be good. A
-    run resumes on another mesh, too.
+    The folder is created only after the configuration, the data and the model have been checked. A
+    run can resume on another mesh.
 
     Args:
         config: the run.
-        base_dir: where relative paths of the data start, before the working directory.
-        mesh: of `jaxlm.sharding.make_mesh`; None for one device.
+        base_dir: where relative paths of the data are looked up, before the working directory.
+        mesh: see `jaxlm.sharding.make_mesh`; None for one device.
 
     Returns:
-        What `summary.json` holds.
+        The content of `summary.json`.
 
     Raises:
-        UserError: see `load_task`, `jaxlm.from_pretrained`, `RunFolder.check` and `fit`.
+        UserError: see `read_data`, `jaxlm.from_pretrained`, `RunFolder.check` and `fit`.
     """
     folder = RunFolder(config.output)
     folder.check(config)
     if (summary := _finished(folder, config)) is not None:
         return summary
     if folder.path.is_dir():
-        with hold(folder.path):  # what would fail after minutes of loading fails now
+        with hold(folder.path):  # fail now rather than after minutes of loading
             pass
     data = read_data(config, base_dir=base_dir)
     lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
@@ -197,7 +198,7 @@ def finetune(
 
 
 def _finished(folder: RunFolder, config: FinetuneConfig) -> dict[str, Any] | None:
-    """The summary of a run that has done all its steps, or None."""
+    """Return the summary of a run that has done all its steps, or None."""
     sections = dict.fromkeys(("zero_shot", "validation", "test", "config"), dict)
     numbers = dict.fromkeys(("forwards", "backwards", "peak_memory_bytes", "tested_step"), int)
     found = folder.summary(
@@ -207,7 +208,7 @@ def _finished(folder: RunFolder, config: FinetuneConfig) -> dict[str, Any] | Non
 
 
 def _digests(config: FinetuneConfig, data: Data, encoded: Encoded) -> dict[str, str]:
-    """Digests of the examples and of their tokens, by what they are digests of."""
+    """Return the digests of the examples and of their tokens, by name."""
     digests = {}
     for split, digest in data.digests().items():
         source = getattr(data.config, split)
@@ -222,8 +223,8 @@ def read_data(config: FinetuneConfig, *, base_dir: Path | None = None) -> Data:
     """Read the examples of a run.
 
     Raises:
-        UserError: see `load` of the data form; or there are none to train on, or of a
-            task to test on.
+        UserError: see `load` of the data form; or if there are no training examples, or a task has
+            no test examples.
     """
     data: Data = config.data.load(seed=config.seed, base_dir=base_dir)
     for split in ("train", "test") if config.task is not None else ("train",):
@@ -242,17 +243,17 @@ def build(
     encoded: Encoded | None = None,
     mesh: Mesh | None = None,
 ) -> Setting:
-    """Put a run together, or its shapes if the parameters of `lm` are shapes.
+    """Assemble a run, or its shapes if the parameters of `lm` are shapes.
 
     Args:
         config: the run.
         lm: the model that it starts from.
         data: the examples.
-        encoded: in place of their tokens.
-        mesh: where the parameters go; None leaves them where they are.
+        encoded: tokens to use in place of those of `data`.
+        mesh: mesh for the parameters; None leaves them where they are.
 
     Raises:
-        UserError: `optimizer.select` selects nothing.
+        UserError: if `optimizer.select` matches nothing.
     """
     if encoded is None:
         assert data is not None
@@ -272,7 +273,7 @@ def build(
 def _prepared(
     config: FinetuneConfig, lm: LanguageModel, num_labels: int
 ) -> tuple[str | None, LanguageModel]:
-    """What is trained, and the model with it."""
+    """Return the selection of trained parameters, and the model that has them."""
     if config.task is not None:
         lm = with_head(lm, num_labels, seed=config.seed, names=config.task.class_names)
     select = config.optimizer.select
@@ -302,6 +303,12 @@ def _run(setting: Setting, folder: RunFolder) -> dict[str, Any]:
         progress.say(f"start from step {start}" if start is not None else f"start {folder.path}")
         if repeated := data.repeated("test"):
             progress.say(f"{repeated} of {sizes['test']} test rows are training rows, too")
+        for split, rows in encoded.dropped.items() if isinstance(encoded, EncodedRows) else ():
+            if rows:
+                progress.say(
+                    f"left out {len(rows)} {split} rows, which have no token in the loss within "
+                    f"max_length, the first {rows[0]}"
+                )
         first = folder.metrics.first() if start is not None else None
         if first is None or ("option_offsets" not in first and config.calibrate):
             zero_shot = measure("zero_shot", tested, lm.params)
@@ -354,7 +361,7 @@ def _run(setting: Setting, folder: RunFolder) -> dict[str, Any]:
 
 
 def _calibration(setting: Setting, metric: MultipleChoiceMetric) -> np.ndarray:
-    """What is subtracted from the score of each option, [C]."""
+    """Return the offsets to subtract from the scores of the options, [C]."""
     config, lm, _, data, encoded = setting
     assert isinstance(data, Task)
     assert isinstance(encoded, EncodedTask)
@@ -364,7 +371,7 @@ def _calibration(setting: Setting, metric: MultipleChoiceMetric) -> np.ndarray:
 
 
 def _calibration_passes(setting: Setting) -> int:
-    """Forward passes over a batch that calibration took."""
+    """Return the number of forward passes that calibration took."""
     config = setting.config
     texts = {False: 0, True: min(setting.encoded.sizes["train"], CALIBRATION_TEXTS), "sfc": 1}
     return -(-texts[config.calibrate] // config.eval_batch_size)

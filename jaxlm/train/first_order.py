@@ -35,7 +35,7 @@ class FirstOrder(Optimizer):
             UserError: if no scaling rule exists for this optimizer.
         """
         raise UserError(
-            f"optimizer.name: no scaling rule is known of it (got {self.name}). Give sgd or adamw."
+            f"optimizer.name: no scaling rule is known for it (got {self.name}). Give sgd or adamw."
         )
 
     def with_hparams(self, hp: OptHParams) -> "FirstOrder":
@@ -76,7 +76,7 @@ class Sgd(FirstOrder):
 
     def hparams(self, steps: int) -> OptHParams:
         """See `FirstOrder`."""
-        # Rules speak of averages; the sum of gradients is 1 / (1 - momentum) times their average.
+        # Rules assume averages; the sum of gradients is 1 / (1 - momentum) times their average.
         rest = 1 - self.momentum
         return OptHParams(
             self.learning_rate / rest,

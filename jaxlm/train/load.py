@@ -1,4 +1,4 @@
-"""Models by their name: a Hugging Face folder, a hub id, the shipped model, or a run's folder."""
+"""Load models by name: a Hugging Face folder, a hub id, the shipped model, or a run's folder."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,12 +41,12 @@ def load_model(
     mesh: Mesh | None = None,
     shapes_only: bool = False,
 ) -> LanguageModel:
-    """Load a language model from a folder, a hub id, a run's folder, or (None) the package.
+    """Load a language model from a folder, a hub id, a run's folder, or, for None, the package.
 
-    A run gives its best parameters on validation, or the last ones if it had no validation. They
-    stay quantized if they were trained so. If only `config.yaml` and `trajectory.zo` of a
-    zeroth-order run are left, its steps are replayed on the model that it began with. The mesh of
-    the run does not matter.
+    Of a run, the parameters that were best on validation are loaded, or the last ones if it had no
+    validation. Parameters that were trained quantized stay quantized. If only `config.yaml` and
+    `trajectory.zo` of a zeroth-order run are left, its steps are replayed on the model that it
+    began with. The run may have had any mesh.
 
     Args:
         name: which model.
@@ -54,7 +54,7 @@ def load_model(
         shapes_only: return `jax.ShapeDtypeStruct`s as parameters, and read no weights.
 
     Raises:
-        UserError: there is no model, or the run has neither a checkpoint nor a trajectory.
+        UserError: if there is no model, or the run has neither a checkpoint nor a trajectory.
     """
     folder = RunFolder(name, "model") if name is not None else None
     stored = folder.config() if folder is not None else None
@@ -68,7 +68,7 @@ def load_model(
     if not pretrained:
         check_run(folder, stored)
     best = None if shapes_only else _best_params(folder, replayable=not pretrained)
-    # A replay is exact in the dtype of the run alone.
+    # A replay is exact only in the dtype of the run.
     replay = best is None and not shapes_only
     dtype = stored["param_dtype"] if replay else param_dtype
     lm, trained_bits = _begun_with(folder, stored, dtype, mesh, shapes_only)
@@ -115,7 +115,7 @@ def changed(
 def _begun_with(
     folder: RunFolder, stored: Mapping[str, Any], dtype: str, mesh: Mesh | None, shapes_only: bool
 ) -> tuple[LanguageModel, Bits | None]:
-    """The model that a run began with, and its bits; shapes alone for one that was pretrained."""
+    """Return the model that a run began with, and its bits; only shapes for a pretraining run."""
     if "corpus" not in stored:
         options: dict[str, Any] = {"bits": stored["bits"], "mesh": mesh, "shapes_only": shapes_only}
         lm = load_model(stored["model"], param_dtype=dtype, **options)
@@ -133,7 +133,7 @@ def _begun_with(
 
 
 def _best_params(folder: RunFolder, *, replayable: bool) -> Any | None:
-    """The best parameters of a run; None if its trajectory must be replayed."""
+    """Return the best parameters of a run; None if its trajectory must be replayed."""
     params = None
     if folder.checkpoints.is_dir():
         params = Checkpoints(folder.checkpoints, read_only=True).best_params()
@@ -143,7 +143,7 @@ def _best_params(folder: RunFolder, *, replayable: bool) -> Any | None:
 
 
 def base_digest(lm: LanguageModel, select: paths.Select, name: str | None) -> dict[str, str]:
-    """Name and digest of the parameters that a run leaves alone, which its checkpoints lack."""
+    """Return name and digest of the frozen parameters, which checkpoints do not hold."""
     rest = paths.split(lm.params, select)[1]
     return {f"the weights of {name or 'the shipped model'}": fingerprint(rest)}
 
@@ -151,9 +151,9 @@ def base_digest(lm: LanguageModel, select: paths.Select, name: str | None) -> di
 def _placed(
     trained: Any, lm: LanguageModel, folder: RunFolder, stored: Mapping[str, Any]
 ) -> Params:
-    """The parameters of a checkpoint where those of the first model lie, or would lie.
+    """Return the parameters of a checkpoint, placed like those of the initial model.
 
-    The checkpoint of a run with `peft` holds what is trained alone.
+    The checkpoint of a run with `peft` holds only the trained parameters.
     """
     values = {leaf.path: leaf.value for leaf in paths.flatten(trained)[0]}
     like, rest = lm.params, None
@@ -170,7 +170,7 @@ def _placed(
 
 
 def _selected(lm: LanguageModel, folder: RunFolder, stored: Mapping[str, Any]) -> paths.Select:
-    """What a run with a tuning trains."""
+    """Return the selection of the parameters that a run with a tuning trains."""
     select: str | None = stored["optimizer"].get("select")
     return _tuning(folder, stored).select(lm) if select is None else select
 
@@ -178,12 +178,12 @@ def _selected(lm: LanguageModel, folder: RunFolder, stored: Mapping[str, Any]) -
 def _tuning(folder: RunFolder, stored: Mapping[str, Any]) -> Tuning:
     try:
         return TUNINGS[stored["peft"]["name"]](**stored["peft"])
-    except TypeError:  # other keys than it has
+    except TypeError:  # unknown keys
         raise folder.foreign() from None
 
 
 def check_run(folder: RunFolder, stored: Mapping[str, Any]) -> None:
-    """Refuse a `config.yaml` that is not of a fine-tuning run, or whose model leads back to it."""
+    """Refuse a `config.yaml` that is not a fine-tuning run's, or whose model leads back to it."""
     task = stored.get("task")
     texts = any(isinstance(stored.get(form), dict) for form in ("messages", "text"))
     kinds: dict[str, Any] = {"steps": int, "seed": int}
@@ -230,15 +230,16 @@ def _replayed(folder: RunFolder, params: Params, steps: int) -> Params:
         length = settings["steps"]
     except (KeyError, TypeError):
         raise UserError(
-            f"{folder.trajectory}: not of such a run. Put back what was there."
+            f"{folder.trajectory}: does not belong to this run. Put back what was there."
         ) from None
     if not isinstance(optimizer, ZerothOrder):
         raise UserError(
-            f"{folder.trajectory}: is not replayed (got {optimizer.name}). Put back what was there."
+            f"{folder.trajectory}: must be of a zeroth-order run (got {optimizer.name}). Put "
+            "back what was there."
         )
     if length != steps:
         raise UserError(
-            f"{folder.trajectory}: of a run of {length} steps (got {steps} in config.yaml). Put "
+            f"{folder.trajectory}: is of a run of {length} steps (got {steps} in config.yaml). Put "
             "back what was there."
         )
     return zo.replay(optimizer.build(length), params, trajectory)
@@ -251,8 +252,8 @@ def with_head(
 
     Args:
         lm: the model.
-        num_labels: classes of the task.
-        seed: of the new classifier.
+        num_labels: number of classes of the task.
+        seed: seed of the new classifier.
         names: class names, in the order of the task.
     """
     head, labels = lm.config.head, lm.config.num_labels

@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints: metrics, a log, JSON records, progress."""
+"""Metrics, log and progress of a run."""
 
 import sys
 import time
@@ -21,12 +21,12 @@ class Metrics:
         self.path = path
 
     def append(self, *records: Mapping[str, Any]) -> None:
-        """Add lines; they are on disk when this returns."""
+        """Append lines; they are on disk when this returns."""
         if is_main_process():
             append_jsonl(self.path, records)
 
     def cut(self, step: int | None) -> None:
-        """Keep the lines up to `step` (None: no line), without one that is cut short."""
+        """Keep the lines up to `step`, none if it is None; an incomplete last line is dropped."""
         lines = self.read() if step is not None else []
         write_jsonl(self.path, [line for line in lines if line["step"] <= (step or 0)])
 
@@ -34,7 +34,7 @@ class Metrics:
         """Read the complete lines of the file; none if there is no file.
 
         Raises:
-            UserError: a line is damaged.
+            UserError: if a line is damaged.
         """
         try:
             return read_jsonl(self.path, step=int)
@@ -42,21 +42,21 @@ class Metrics:
             return []
 
     def first(self) -> dict[str, Any] | None:
-        """What was measured before the first step; None where that is not there."""
+        """Return what was measured before the first step; None if there is no such line."""
         rows = self.read()
         return rows[0] if rows and rows[0]["step"] == 0 else None
 
     def put_first(self, record: Mapping[str, Any]) -> None:
-        """Writes what was measured before the first step in front of the other lines."""
+        """Write what was measured before the first step, in front of the other lines."""
         lines = [record, *(line for line in self.read() if "loss" in line or line["step"])]
         write_jsonl(self.path, lines)
 
 
 class Progress:
-    """One line of progress: a live one on a terminal, plain lines elsewhere; both go to the log.
+    """Progress of a run: a live line on a terminal, plain lines elsewhere; the log keeps both.
 
     Attributes:
-        total: steps in all.
+        total: total number of steps.
         log: file that keeps every line with its time, or None.
     """
 
@@ -93,7 +93,7 @@ class Progress:
             self._live.stop()
 
     def update(self, step: int, values: Mapping[str, float], peak_bytes: int = 0) -> None:
-        """Shows the state of the run after `step` steps; plain lines come every few seconds."""
+        """Show the state of the run after `step` steps; plain lines come every few seconds."""
         begin, first = self._begin
         rate = (step - first) / max(time.perf_counter() - begin, 1e-9)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -104,7 +104,7 @@ class Progress:
             self.say(f"step {step}/{self.total}  {shown}", screen=self._live is None)
 
     def waiting(self, what: str) -> None:
-        """Says what a run is at between its steps; lines come every few seconds."""
+        """Show what a run does between its steps; plain lines come every few seconds."""
         if self._live is not None:
             self._live.update(self._task, line=what)
         elif self._due():
@@ -117,7 +117,7 @@ class Progress:
         return due
 
     def say(self, line: str, *, screen: bool = True) -> None:
-        """Writes a line to the log and, unless told otherwise, to the screen."""
+        """Write a line to the log and, if `screen` is True, to the screen."""
         if not is_main_process():
             return
         if self.log is not None:

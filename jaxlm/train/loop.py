@@ -25,10 +25,10 @@ from jaxlm.zo import Trajectory
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long a run is and how often it looks up.
+    """The length of a run, and how often it evaluates, saves and reads metrics.
 
     Attributes:
-        steps: updates in all.
+        steps: total number of updates.
         eval_every: steps between evaluations.
         checkpoint_every: steps between checkpoints; one is also written where validation is best.
         log_every: steps in one dispatch; the host reads their metrics together.
@@ -44,7 +44,7 @@ class LoopConfig:
         whole(self, "eval_every", "checkpoint_every", "log_every")
 
     def dispatches(self, start: int) -> Iterator[tuple[int, int]]:
-        """(first step, number of steps) of each dispatch; a resumed run has the same."""
+        """Yield (first step, number of steps) of each dispatch, the same ones in a resumed run."""
         while start < self.steps:
             every = (self.log_every, self.eval_every, self.checkpoint_every)
             end = min(self.steps, *(start - start % n + n for n in every))
@@ -53,18 +53,18 @@ class LoopConfig:
 
 
 FAR = 10
-"""A loss so many times the first one, or that of guessing, is of a run that diverged."""
+"""A run has diverged when its loss is this many times the first one, or that of guessing."""
 
 
 class Diverged(UserError):
-    """The loss or the parameters of a run are no longer finite."""
+    """Raised when the loss or the parameters of a run are no longer finite."""
 
 
 def first_diverged(losses: np.ndarray, first_loss: float, chance: float | None) -> int | None:
-    """The index of the first loss that shows a run to have diverged; None where none does.
+    """Return the index of the first loss of a run that has diverged; None if it has not.
 
-    That is a loss above `FAR` times the first one, or above `FAR` times that of guessing. It must
-    also be above that of guessing itself and twice the first one, since a run may begin with a loss
+    Such a loss is above `FAR` times the first one, or above `FAR` times that of guessing. It must
+    also be above that of guessing and above twice the first one, since a run may begin with a loss
     near 0, or far above that of guessing.
 
     >>> first_diverged(np.array([0.5, 17.0, 9.0]), 0.7, np.log(2))
@@ -73,11 +73,11 @@ def first_diverged(losses: np.ndarray, first_loss: float, chance: float | None) 
     True
 
     Args:
-        losses: of some steps; their mean decides.
-        first_loss: of the first steps of the run.
+        losses: losses of some steps; their mean must be that high, too.
+        first_loss: mean loss of the first steps of the run.
         chance: the loss of guessing, log(number of options).
     """
-    if first_loss <= 0:  # the negative of an accuracy, say, has no such scale
+    if first_loss <= 0:  # minus a reward, for example, has no such scale
         return None
     chance = first_loss if chance is None else chance
     limit = max(2 * first_loss, chance, FAR * min(first_loss, chance))
@@ -90,14 +90,12 @@ class Record(NamedTuple):
     """What a checkpoint holds beside the state.
 
     Attributes:
-        seconds: wall time of the run so far, of all that it took to get here.
-        stepping: the part of it that went into steps, and not into starting, compiling, evaluating
-            or saving.
-        best_step: step of the best value of what is monitored, so far.
+        seconds: wall time of the run so far, including the time before it was resumed.
+        stepping: the part of it spent in steps, without starting, compiling, evaluating and saving.
+        best_step: step of the best monitored value so far.
         best_value: that value.
-        first_loss: the mean of the first dispatch that this run made, against which later ones are
-            held.
-        diverged: the first step after which the loss was far above it, see `first_diverged`.
+        first_loss: mean loss of the first dispatch, with which later ones are compared.
+        diverged: the first step whose loss was far above it, see `first_diverged`.
     """
 
     seconds: float = 0.0
@@ -117,10 +115,10 @@ class Outcome(NamedTuple):
     """Result of `fit`.
 
     Attributes:
-        state: after the last step.
+        state: the state after the last step.
         record: see `Record`.
         peak_bytes: memory of the largest compiled program.
-        infos: what the steps of this process returned, each a dict of scalars with its `step`.
+        infos: the info of each step that this process took, a dict of scalars with its `step`.
     """
 
     state: TrainState
@@ -145,32 +143,31 @@ def fit(
     progress: Progress | None = None,
     chance: float | None = None,
 ) -> Outcome:
-    """Trains; resumes from the latest checkpoint where there is one.
+    """Train, or resume from the latest checkpoint if there is one.
 
-    The parameters given are donated: their buffers are gone after the call. SIGINT, and in a
-    command SIGTERM, stop it after the steps under way, with a checkpoint.
+    The given parameters are donated: their buffers are deleted. SIGINT, and in a command SIGTERM,
+    stops the run after the steps in progress, with a checkpoint.
 
     Args:
         method: see `jaxlm.train.state.method`.
-        params: where training starts.
-        batches: `(first, count) -> batches of the steps from first`, stacked on axis 0; a pure
+        params: initial parameters.
+        batches: `(first, count) -> batches` of the steps from `first`, stacked on axis 0; a pure
             function.
         config: length and schedule.
-        key: of the optimizer's randomness.
-        evaluate: named numbers of parameters, for the metrics.
-        monitor: the number of `evaluate` whose best parameters are kept in the checkpoints.
-        mode: whether its best value is the highest or the lowest.
-        checkpoints: where states are saved; None keeps nothing.
-        trajectory: where the scalars of a zeroth-order method go, see `jaxlm.zo.Trajectory`.
-        metrics: where the scalars of each step go.
+        key: typed PRNG key of the optimizer.
+        evaluate: `params -> {name: value}`, for the metrics.
+        monitor: the name in `evaluate` whose best parameters are kept in the checkpoints.
+        mode: whether the highest or the lowest value is the best.
+        checkpoints: where states are saved; None saves nothing.
+        trajectory: file for the scalars of a zeroth-order method, see `jaxlm.zo.Trajectory`.
+        metrics: file for the scalars of each step.
         progress: shows them.
         chance: the loss of guessing; see `first_diverged`.
 
     Raises:
-        Diverged: the loss or the parameters are no longer finite. The last checkpoint is from
-            before.
-        Stopped: a signal came.
-        UserError: the trajectory is not that of these parameters and this method.
+        Diverged: if the loss or the parameters are no longer finite; checkpoints are kept.
+        Stopped: if a signal came.
+        UserError: if the trajectory is not that of these parameters and this method.
     """
     with defer_signals():
         loop = _Loop(config, evaluate, monitor, mode, checkpoints, metrics, progress, chance)
@@ -191,7 +188,7 @@ def _fit(
     if trajectory and method.settings is not None:
         loop.trajectory = _trajectory(trajectory, method.settings, params, key, latest)
     restored = checkpoints.restore(state, latest, donate=True) if checkpoints else None
-    if loop.trajectory and latest is not None:  # after the checkpoint is known to be sound
+    if loop.trajectory and latest is not None:  # only once the checkpoint has been read
         loop.trajectory.cut(latest, (method.settings or {}).get("steps"))
     if restored is None:
         start = 0
@@ -203,6 +200,7 @@ def _fit(
         loop.saved = start
     run = loop.program = Program(many_steps(method.step), moves=True, rows=1 + method.rows)
     loop.ready()
+    # One dispatch stays in flight: the device runs it while the host writes the one before.
     flight: list[tuple[int, Any]] = []
     if loop.progress and start < config.steps:
         loop.progress.say("compiling the steps")
@@ -231,7 +229,7 @@ def _fit(
 def _trajectory(
     path: Path, settings: dict[str, Any], params: Params, key: PRNGKey, step: int | None
 ) -> Trajectory | None:
-    """A new trajectory, or that so far, yet to be cut; None for a run that began without one."""
+    """Create a trajectory, or open that of a resumed run; None if the run began without one."""
     if step is None:
         return Trajectory.create(
             path,
@@ -250,7 +248,7 @@ def _trajectory(
 
 
 class _Loop:
-    """The part of `fit` that talks to the outside."""
+    """The side effects of `fit`: metrics, evaluations, checkpoints and progress."""
 
     def __init__(
         self,
@@ -283,11 +281,11 @@ class _Loop:
         )
 
     def ready(self) -> None:
-        """Steps begin now, or go on."""
+        """Start the clock of the steps."""
         self._mark = time.perf_counter()
 
     def elapsed(self) -> Record:
-        """The record with the time until now."""
+        """Return the record with the time until now."""
         compiling = 0.0 if self.program is None else self.program.compile_seconds
         return self.record._replace(
             seconds=self.record.seconds + time.perf_counter() - self._begin,
@@ -295,7 +293,7 @@ class _Loop:
         )
 
     def write(self, first: int, infos: dict[str, Any], peak_bytes: int) -> None:
-        """Takes the metrics of one dispatch from the device and writes them down."""
+        """Fetch the metrics of one dispatch from the device and write them."""
         host = jax.device_get(infos)
         count = len(host["loss"])
         lines = [
@@ -328,7 +326,7 @@ class _Loop:
             if place is not None:
                 record = record._replace(diverged=first + place + 1)
                 if self.monitor is None and self.saved is not None:
-                    # Nothing else says which parameters are the best: those from before are.
+                    # Without a monitored value, the last parameters saved before are the best.
                     record = record._replace(best_step=self.saved)
                 if self.progress:
                     self.progress.say(
@@ -347,7 +345,7 @@ class _Loop:
         self._stop(f"a parameter that is not finite after step {step}")
 
     def stop(self, signal: int, step: int, state: TrainState) -> None:
-        """Saves what there is after `step` steps, and ends the run.
+        """Save the state after `step` steps and end the run.
 
         Raises:
             Stopped: always.
@@ -367,7 +365,7 @@ class _Loop:
         self.saved = step
 
     def look_up(self, step: int, state: TrainState) -> None:
-        """Evaluates and saves, as the schedule has it."""
+        """Evaluate and save if the schedule says so."""
         if self.program is not None:
             self._stepped += time.perf_counter() - self._mark
         self._check_finite(step, state)
@@ -396,5 +394,5 @@ class _Loop:
 
 
 def _plain(value: Any) -> Any:
-    """A JSON number, or a list of them."""
+    """Return a JSON number, or a list of them."""
     return np.asarray(value, np.float64).tolist()

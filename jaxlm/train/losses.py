@@ -1,7 +1,7 @@
-"""Losses of a language model: choice among options, and the next token; losses in micro-batches.
+"""Losses of a language model: choice among options and next token; gradient accumulation.
 
-All are `loss_fn(params, batch, *, key=None, view=None) -> (loss, aux)`, so every optimizer takes
-them; `view` reaches the model and spares a copy of the parameters.
+All are `loss_fn(params, batch, *, key=None, view=None) -> (loss, aux)`, so every optimizer accepts
+them; `view` is passed to the model and saves a copy of the parameters.
 """
 
 import functools
@@ -33,9 +33,9 @@ def classification_objective(
     Args:
         apply: the model's forward pass, `lm.apply`.
         token_ids: the label words' tokens, `encoded.token_ids`; None for options of several tokens.
-        offsets: taken from the scores; see `jaxlm.evaluation.calibration_offsets`.
+        offsets: subtracted from the scores, see `jaxlm.evaluation.calibration_offsets`.
         log_probs: `lm.continuation_log_probs`, for options of several tokens after one prompt.
-        reduction: of the log-probabilities of an option's tokens.
+        reduction: how the log-probabilities of an option's tokens are reduced.
 
     Returns:
         `loss_fn(params, batch, *, key=None, view=None) -> (loss, {"accuracy"})`. Rows with
@@ -72,9 +72,9 @@ def accuracy_objective(
     log_probs: LogProbs | None = None,
     reduction: Reduction = "mean",
 ) -> LossFn:
-    """One less the accuracy of the batch; arguments and result as of `classification_objective`.
+    """One minus the accuracy of the batch; arguments and result as in `classification_objective`.
 
-    Its gradient is zero wherever it has one: for zeroth-order optimizers.
+    Its gradient is zero almost everywhere, so it is for zeroth-order optimizers alone.
     """
     scored = classification_objective(
         apply, token_ids, offsets=offsets, log_probs=log_probs, reduction=reduction
@@ -91,7 +91,7 @@ def lm_objective(log_probs: Callable[..., Any]) -> LossFn:
     r"""Cross-entropy of the next token, in nats a token.
 
     Args:
-        log_probs: those of every token but the first, `lm.log_probs`.
+        log_probs: log-probabilities of every token but the first, `lm.log_probs`.
 
     Returns:
         `loss_fn(params, batch, *, key=None, view=None) -> (loss, {"tokens"})` on a batch of
@@ -143,21 +143,21 @@ def mean_row_loss(lm: LanguageModel) -> LossFn:
 
 
 def _target_weights(batch: Batch) -> Array:
-    """[B, T - 1], the weight of every token but the first as a target."""
+    """Return the weight of every token but the first as a target, [B, T - 1]."""
     ones = jnp.ones(jnp.shape(batch["input_ids"]))
     return jnp.asarray(batch.get("weights", batch.get("attention_mask", ones)))[:, 1:]
 
 
 def num_targets(batch: Batch) -> Float[Array, ""] | Int[Array, ""]:
-    """What `lm_objective` divides by, the `share` of its batches in `accumulate`."""
+    """Return what `lm_objective` divides by, the `share` of its batches in `accumulate`."""
     return jnp.sum(_target_weights(batch))
 
 
 def example_weights(batch: Batch) -> Float[Array, " B"] | Int[Array, " B"]:
-    """`weights` of the batch, or ones where it has none.
+    """Return the `weights` of the batch, or ones if it has none.
 
     Raises:
-        UserError: the weights are those of tokens.
+        UserError: if the weights are those of tokens.
     """
     weights = batch.get("weights") if isinstance(batch, dict) else None
     if weights is None:
@@ -165,27 +165,27 @@ def example_weights(batch: Batch) -> Float[Array, " B"] | Int[Array, " B"]:
     if jnp.ndim(weights) != 1:
         raise UserError(
             f"weights: must be one for each example (got the shape {jnp.shape(weights)}). Give "
-            "those, or accumulate their share."
+            "those, or pass `share` to accumulate."
         )
     return jnp.asarray(weights)
 
 
 def num_examples(batch: Batch) -> Float[Array, ""] | Int[Array, ""]:
-    """The sum of `example_weights`."""
+    """Return the sum of `example_weights`."""
     return jnp.sum(example_weights(batch))
 
 
 def accumulate(
     loss_fn: LossFn, count: int, *, share: Callable[[Batch], Any] = num_examples
 ) -> LossFn:
-    r"""A loss over micro-batches, one after the other: $\sum_i s_i L_i / \sum_i s_i$.
+    r"""Return a loss over micro-batches, one after the other: $\sum_i s_i L_i / \sum_i s_i$.
 
     The memory of the activations is that of one part. Zeroth-order optimizers then average each
     sign of the loss over the parts before they subtract, which is exact. Part i has the examples i,
     i + count, ... of axis 0, so that each part of a sharded batch is spread over all devices.
 
     Args:
-        loss_fn: with a result that is a mean over the batch, and so is its aux.
+        loss_fn: a loss that is a mean over the batch, as is its aux.
         count: number of parts, a divisor of the batch.
         share: what `loss_fn` divides by, a function of the part: `num_targets` for `lm_objective`.
 
@@ -194,7 +194,7 @@ def accumulate(
         `fold_in(key, part)`.
 
     Raises:
-        UserError: (from the loss) the batch cannot be divided so.
+        UserError: if `count` is below 1; from the loss, if it does not divide the batch.
     """
     if count < 1:
         raise UserError(f"count: must be 1 or more (got {count}). Correct it.")

@@ -42,7 +42,7 @@ _STYLES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSizes:
-    """The sizes of a decoder; its other choices are those of its family.
+    """The sizes of a decoder; its family determines the rest of the architecture.
 
     Attributes:
         family: llama or gpt2.
@@ -51,7 +51,7 @@ class DecoderSizes:
         num_heads: attention heads.
         intermediate_size: width inside the MLPs.
         max_positions: longest sequence.
-        tie_embeddings: one table for the tokens and the head.
+        tie_embeddings: share one table between the token embedding and the head.
     """
 
     family: Literal["llama", "gpt2"] = "llama"
@@ -74,7 +74,7 @@ class DecoderSizes:
             )
 
     def build(self, tokenizer: Any) -> ModelConfig:
-        """The whole configuration, for the vocabulary of `tokenizer`."""
+        """Return the whole configuration, for the vocabulary of `tokenizer`."""
         return ModelConfig(
             **asdict(self),
             **_STYLES[self.family],
@@ -97,7 +97,7 @@ class CorpusConfig:
     Attributes:
         path: folder of `<domain>.jsonl[.gz]` files.
         domains: see `jaxlm.data.corpus.Domain`.
-        held_out: domain of `path` to measure bits per byte on, and not among `domains`; or null.
+        held_out: domain of `path`, not in `domains`, to measure bits per byte on; or null.
     """
 
     path: str
@@ -110,7 +110,7 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
-    """A pretraining run. It adds to the keys of `RunConfig`.
+    """A pretraining run: the keys of `RunConfig` and those below.
 
     Attributes:
         model: sizes; the vocabulary is the tokenizer's.
@@ -144,13 +144,13 @@ def pretrain(config: PretrainConfig, *, mesh: Mesh | None = None) -> dict[str, A
 
     Args:
         config: the run.
-        mesh: of `jaxlm.sharding.make_mesh`; None for one device.
+        mesh: see `jaxlm.sharding.make_mesh`; None for one device.
 
     Returns:
-        What `summary.json` holds.
+        The content of `summary.json`.
 
     Raises:
-        UserError: see `jaxlm.data.corpus` and `RunFolder.check`; the loss is not finite.
+        UserError: see `jaxlm.data.corpus` and `RunFolder.check`; or if the loss is not finite.
     """
     folder = RunFolder(config.output)
     folder.check(config)
@@ -161,7 +161,7 @@ def pretrain(config: PretrainConfig, *, mesh: Mesh | None = None) -> dict[str, A
 
 
 def _finished(folder: RunFolder) -> dict[str, Any] | None:
-    """The summary of a finished run, or None."""
+    """Return the summary of a finished run, or None."""
     numbers = dict.fromkeys(("steps", "tokens", "parameters"), int)
     return folder.summary(loss=float, seconds=float, config=dict, model=str, **numbers)
 
@@ -219,7 +219,7 @@ def _pretrain(config: PretrainConfig, folder: RunFolder, mesh: Mesh | None) -> d
 
 
 def _last_measured(config: PretrainConfig, folder: RunFolder) -> dict[str, float]:
-    """The mean loss over the last `log_every` steps, and the last measures on held-out text."""
+    """Return the mean loss of the last `log_every` steps and the last held-out measurements."""
     rows = folder.metrics.read()
     first = config.steps - config.log_every
     losses = [row["loss"] for row in rows if "loss" in row and row["step"] > first]

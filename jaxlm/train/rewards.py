@@ -62,8 +62,8 @@ def generation_objective(
         lm: a decoder with its tokenizer.
         reward: `(texts, examples) -> values`, a number for each text. Rows of weight 0 do not
             count.
-        examples: whatever the reward needs, such as gold answers; `index` of the batch tells which
-            are in it.
+        examples: whatever the reward needs, such as gold answers; `index` of the batch selects
+            those in it.
         max_new_tokens: most tokens of a text.
         stop_ids: tokens that end a text; None means those of the configuration.
         stop: a text is cut before the first of these, then stripped of white space.
@@ -73,7 +73,7 @@ def generation_objective(
         A loss of batches with `input_ids`, `attention_mask` [B, T] and `index` [B].
 
     Raises:
-        UserError: the model has no tokenizer.
+        UserError: if the model has no tokenizer.
 
     References: Malladi et al., arXiv:2305.17333, section 3.3, with F1 as the reward.
     """
@@ -115,7 +115,7 @@ def f1_objective(
 ) -> LossFn:
     """Return the loss that is minus the mean F1 of greedy answers; see `evaluate_generation`.
 
-    An answer ends with the line. The result is as in `generation_objective`.
+    An answer ends at the first line break. The result is as in `generation_objective`.
 
     Args:
         lm: a decoder with its tokenizer.
@@ -123,7 +123,7 @@ def f1_objective(
         max_new_tokens: most tokens of an answer.
 
     Raises:
-        UserError: the model has no tokenizer.
+        UserError: if the model has no tokenizer.
     """
 
     def f1(texts: list[str], golds: list[Sequence[str]]) -> list[float]:

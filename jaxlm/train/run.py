@@ -1,4 +1,4 @@
-"""What every training run has in common: its configuration, and the way to trained parameters."""
+"""The configuration and the training that all runs share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,11 +28,11 @@ class RunConfig(LoopConfig):
 
     Attributes:
         optimizer: one of `jaxlm.train.optimizers.OPTIMIZERS`, by its name.
-        dynamics: what a first-order optimizer's steps are replaced by, one of
+        dynamics: a variant of a first-order optimizer's steps, one of
             `jaxlm.train.dynamics.DYNAMICS` by its name.
         batch_size: rows in a step.
-        seed: of the data's order and the optimizer's randomness.
-        output: the run's folder.
+        seed: seed of the order of the data and of the optimizer.
+        output: folder of the run.
     """
 
     optimizer: Optimizer = field(metadata={"registry": OPTIMIZERS})
@@ -56,7 +56,7 @@ class Trained(NamedTuple):
     Attributes:
         params: the best parameters, or the last ones if nothing is monitored.
         best_value: the best value of what is monitored.
-        summary: what the summary of every run says.
+        summary: the part of the summary that all runs share.
     """
 
     params: Params
@@ -85,7 +85,7 @@ def train(
         lm: the model; training starts from its parameters, on their mesh.
         loss_fn: see `jaxlm.train.state.method`.
         source: the rows, see `jaxlm.train.dynamics.Source`.
-        folder: held by the caller.
+        folder: the run's folder, which the caller holds.
         progress: shows the steps.
         saved: parameters that checkpoints hold, see `Checkpoints`.
         evaluate, monitor, mode, chance: see `jaxlm.train.loop.fit`.

@@ -1,6 +1,6 @@
 """A run's folder: `config.yaml`, `metrics.jsonl`, `summary.json`, `checkpoints/`, `log.txt`.
 
-A zeroth-order run has a `trajectory.zo` too, and every run a `data.json`: digests of what it reads.
+A zeroth-order run also has `trajectory.zo`, and every run `data.json`: digests of what it reads.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from jaxlm.train.logging import Metrics
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain values for YAML and JSON: tuples become lists."""
+    """Return a configuration as plain values for YAML and JSON: tuples become lists."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -40,7 +40,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) of every key in which two configurations differ."""
+    """Yield (dotted key, old value, new value) for every key in which configurations differ."""
     pair = (to_dict(each) if dataclasses.is_dataclass(each) else each for each in (old, new))
     return artifacts.differences(*pair)
 
@@ -70,13 +70,12 @@ class RunFolder:
         self._summary = self.path / "summary.json"
 
     def check(self, config: Any) -> None:
-        """Refuses a place that cannot hold this run, without touching it.
+        """Refuse a folder that cannot hold this run, without writing to it.
 
         Raises:
-            UserError: the folder cannot be written, holds other things, or a run of another
-                configuration that has begun; that one is refused by the first key that differs.
-                `output` may differ, and so may `steps` where that makes the run longer and changes
-                none of the steps that are done.
+            UserError: if the folder cannot be written, holds other files, or holds a run that has
+                begun with another configuration; the error names the first key that differs.
+                `output` may differ, and `steps` too if the steps already done stay the same.
         """
         check_place(self.path, "config.yaml", "run")
         stored = self.config()
@@ -95,11 +94,11 @@ class RunFolder:
                 )
 
     def _begun(self) -> bool:
-        """Whether the run has done a step or is finished."""
+        """Return whether the run has done a step or is finished."""
         return self._summary.exists() or bool(self.latest_step())
 
     def latest_step(self) -> int | None:
-        """The step of the newest checkpoint, None where there is none."""
+        """Return the step of the newest checkpoint, or None."""
         from jaxlm.train.checkpoint import Checkpoints
 
         return Checkpoints(self.checkpoints, read_only=True).latest_step
@@ -111,12 +110,12 @@ class RunFolder:
         return step
 
     def tested_step(self) -> tuple[int, int] | None:
-        """The step whose parameters stand for the run, and the steps of the whole run.
+        """Return the step whose parameters are the result, and the number of steps of the run.
 
-        None where there is no run, or nothing of one beside its configuration.
+        The result is None if there is no run, or nothing of it but its configuration.
 
         Raises:
-            UserError: `config.yaml` is damaged, or the checkpoint.
+            UserError: if `config.yaml` or the checkpoint is damaged.
         """
         from jaxlm.train.checkpoint import Checkpoints
 
@@ -130,7 +129,7 @@ class RunFolder:
         return step, steps
 
     def _why_fixed(self, stored: Mapping[str, Any], config: Any) -> str | None:
-        """Why a run cannot go on to another number of steps; None where it can."""
+        """Return why the number of steps of a run cannot change; None if it can."""
         steps, optimizer = stored.get("steps"), stored.get("optimizer")
         if not isinstance(steps, int) or not isinstance(optimizer, dict):
             raise self.foreign()
@@ -140,19 +139,18 @@ class RunFolder:
         if optimizer.get("schedule") != "constant":
             return "the schedule of its learning rate depends on them"
         if stored.get("dynamics") or "corpus" in stored:
-            return "its data or its dynamics are laid out over them"
+            return "its data or its dynamics depend on them"
         return None
 
     @contextlib.contextmanager
     def held(self, config: Any) -> Iterator[None]:
-        """Makes the folder, keeps other processes from writing there, and writes `config.yaml`.
+        """Create the folder, lock it against other processes, and write `config.yaml`.
 
-        A start that fails before there is work in a new folder leaves none.
-
-        What a run left that has done no step is removed where its configuration was another one.
+        A new folder is removed again if the start fails before there is any work in it. The files
+        of a run that has done no step are removed if its configuration was another one.
 
         Raises:
-            UserError: see `check`, which is asked again; or another process writes there.
+            UserError: see `check`, which runs again; or if another process writes there.
         """
         import yaml
 
@@ -171,12 +169,12 @@ class RunFolder:
             yield
 
     def create(self, config: Any) -> None:
-        """What `held` does at its beginning, and no more."""
+        """Create the folder as `held` does, and release it."""
         with self.held(config):
             pass
 
     def _clear(self, *, whole: bool) -> None:
-        """Removes what says that the run is finished, or all that it has left."""
+        """Remove the summary, or with `whole` all results of the run."""
         self._summary.unlink(missing_ok=True)
         if whole:
             for folder in (self.checkpoints, self.path / "model"):
@@ -200,10 +198,10 @@ class RunFolder:
         A run that has done no step starts anew if they differ.
 
         Args:
-            digests: name of a file or of another part of the data to its digest.
+            digests: maps the name of a file, or of another part of the data, to its digest.
 
         Raises:
-            UserError: one of them has changed.
+            UserError: if one of them has changed.
         """
         known = read_json(self._data) if self._data.exists() else None
         changed = [name for name, old in (known or {}).items() if digests.get(name) != old]
@@ -216,12 +214,12 @@ class RunFolder:
             write_json(self._data, digests)
 
     def config(self) -> dict[str, Any] | None:
-        """The stored configuration, or None where there is none.
+        """Return the stored configuration, or None if there is none.
 
         A `config.yaml` beside a `config.json` belongs to a model and not to a run.
 
         Raises:
-            UserError: it is damaged or of something else.
+            UserError: if it is damaged or not that of a run.
         """
         import yaml
 
@@ -239,17 +237,17 @@ class RunFolder:
         return stored
 
     def foreign(self) -> UserError:
-        """What to raise where `config.yaml` is not what it should be."""
+        """Return the error for a `config.yaml` that is not that of a run."""
         return UserError(
-            f"{self.path / 'config.yaml'}: damaged, or not of such a run of jaxlm. Put back what "
-            "was there, or choose another folder."
+            f"{self.path / 'config.yaml'}: is damaged, or not that of a run of jaxlm. Put back "
+            "what was there, or choose another folder."
         )
 
     def option_offsets(self) -> np.ndarray | None:
-        """What the run takes from the score of each option, [C]; None where it takes nothing.
+        """Return the offsets that the run subtracts from option scores, [C], or None.
 
         Raises:
-            UserError: the metrics have something else in its place.
+            UserError: if the metrics hold something else in their place.
         """
         if (offsets := (self.metrics.first() or {}).get("option_offsets")) is None:
             return None
@@ -268,17 +266,17 @@ class RunFolder:
         return found
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Writes `summary.json`; the run is then finished."""
+        """Write `summary.json`; the run is then finished."""
         write_json(self._summary, summary)
 
     def summary(self, **fields: Any) -> dict[str, Any] | None:
-        """The summary of a finished run, or None.
+        """Return the summary of a finished run, or None.
 
         Args:
             fields: see `jaxlm.artifacts.files.read_json`.
 
         Raises:
-            UserError: it is damaged.
+            UserError: if it is damaged.
         """
         try:
             return read_json(self._summary, **fields)
@@ -287,6 +285,6 @@ class RunFolder:
         except UserError as error:
             reason = str(error).removeprefix(f"{self._summary}: ").partition(".")[0]
             raise UserError(
-                f"{self._summary}: damaged ({reason}). Remove it: the same command then writes it "
-                "again from the last checkpoint."
+                f"{self._summary}: is damaged ({reason}). Remove it: the same command then writes "
+                "it again from the last checkpoint."
             ) from None

@@ -1,4 +1,4 @@
-"""What training is made of: a state, a method that moves it, programs that know their memory."""
+"""The state of training, the method that updates it, and compiled programs with their memory."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
 
 
 class Method(NamedTuple):
-    """What the loop needs of an optimizer.
+    """An optimizer as the training loop uses it.
 
     Attributes:
         init: `(params, key) -> opt_state`.
@@ -40,11 +40,11 @@ class Method(NamedTuple):
         forwards: forward passes in a step.
         backwards: backward passes in a step.
         settings: what `jaxlm.zo.Trajectory` records of a zeroth-order optimizer, JSON values with
-            `num_directions`; its info then holds `projected_grad`
-            and `learning_rate`. None for the others.
+            `num_directions`; its info then holds `projected_grad` and `learning_rate`. None for
+            the others.
         rows: axis of the examples in a step's batch.
-        mesh: the devices that steps need, where `init` places the state itself; None for those of
-            the parameters.
+        mesh: the devices of the steps, if `init` places the state itself; None for those of the
+            parameters.
     """
 
     init: Callable[[Params, PRNGKey], Any]
@@ -56,7 +56,7 @@ class Method(NamedTuple):
     mesh: Mesh | None = None
 
     def start(self, params: Params, key: PRNGKey) -> TrainState:
-        """The state before the first step, where the steps run."""
+        """Return the state before the first step, on the devices of the steps."""
         if self.mesh is not None:
             params = place_params(params, self.mesh, WHOLE)
             return TrainState(params, self.init(params, key))
@@ -67,7 +67,7 @@ class Method(NamedTuple):
 
 
 def method(optimizer: Optimizer, loss_fn: LossFn, steps: int) -> Method:
-    """Turns the configuration of an optimizer into a `Method`.
+    """Turn the configuration of an optimizer into a `Method`.
 
     Args:
         optimizer: one of `jaxlm.train.optimizers`.
@@ -78,7 +78,7 @@ def method(optimizer: Optimizer, loss_fn: LossFn, steps: int) -> Method:
         return _zeroth_order(optimizer, loss_fn, steps)
     if isinstance(optimizer, FirstOrder):
         return first_order(optimizer.transform(steps), loss_fn, select=optimizer.select)
-    raise TypeError(f"{type(optimizer).__name__} is no optimizer of jaxlm.train.optimizers")
+    raise TypeError(f"{type(optimizer).__name__} is not an optimizer of jaxlm.train.optimizers")
 
 
 def _zeroth_order(config: ZerothOrder, loss_fn: LossFn, steps: int) -> Method:
@@ -102,13 +102,13 @@ def first_order(
     select: paths.Select = None,
     value_and_grad: Callable[[LossFn], Callable[..., Any]] | None = None,
 ) -> Method:
-    """A `Method` from an optax transformation, with gradients and state of what is selected.
+    """Return a `Method` from an optax transformation of the selected parameters.
 
     Args:
-        transform: updates are added to the parameters.
+        transform: its state covers the selected parameters; its updates are added to them.
         loss_fn: see `method`.
         select: parameters to train, see `jaxlm.core.paths.path_predicate`.
-        value_and_grad: in place of `jax.value_and_grad` with aux.
+        value_and_grad: replaces `jax.value_and_grad` with `has_aux=True`.
     """
     differentiate = value_and_grad or functools.partial(jax.value_and_grad, has_aux=True)
 
@@ -129,7 +129,7 @@ def first_order(
 
 
 def many_steps(step: Callable[..., Any]) -> Callable[[TrainState, Batch], Any]:
-    """`(state, batches) -> (state, infos)`: one step for each entry of axis 0 of the batches."""
+    """Return `(state, batches) -> (state, infos)`: a step for each entry of axis 0 of batches."""
 
     def run(state: TrainState, batches: Batch) -> tuple[TrainState, dict[str, Any]]:
         def body(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
@@ -142,10 +142,10 @@ def many_steps(step: Callable[..., Any]) -> Callable[[TrainState, Batch], Any]:
 
 
 class Program:
-    """A function compiled for each shape and place of its arguments, and the memory it takes.
+    """A function compiled for each shape and sharding of its arguments, and the memory it takes.
 
-    It runs on the mesh that its first argument lies on, or on one device. There the last argument,
-    a batch, is divided by rows, and results are given to every device.
+    It runs on the mesh of its first argument, or on one device. On a mesh the last argument, a
+    batch, is sharded by rows, and results are replicated.
 
     Attributes:
         peak_bytes: arguments + outputs + temporaries - aliased, of the largest compilation so far.
@@ -153,8 +153,8 @@ class Program:
 
     Args:
         function: `(..., batch) -> results`.
-        moves: whether the first argument is a state that the first result replaces: its memory is
-            used again, and it stays where it is.
+        moves: whether the first argument is a state that the first result replaces: it is donated,
+            and its sharding is kept.
         rows: axis of the rows of the batch.
     """
 
@@ -182,7 +182,7 @@ class Program:
         return program(*args)
 
     def lower(self, *args: Any) -> Any:
-        """The lowered function; of arguments that need only have shapes, dtypes and shardings."""
+        """Lower the function for arguments that need only have shapes, dtypes and shardings."""
         mesh = mesh_of(args[0])
         places: Any = None
         if mesh is not None:
@@ -202,7 +202,7 @@ def _peak_bytes(program: Any) -> int:
 
 
 def free(tree: Any, *, keep: Any = ()) -> None:
-    """Gives the memory of a tree's arrays back at once, but for those that are in `keep` too."""
+    """Delete the arrays of a tree at once, except those that are also in `keep`."""
     kept = {id(leaf) for leaf in jax.tree.leaves(keep)}
     for leaf in jax.tree.leaves(tree):
         if id(leaf) not in kept:
@@ -210,6 +210,6 @@ def free(tree: Any, *, keep: Any = ()) -> None:
 
 
 def device_peak_bytes() -> int | None:
-    """The highest memory use that the first device reports; None where it does not (CPU)."""
+    """Return the peak memory that the first device reports; None if it reports none (CPU)."""
     stats = jax.local_devices()[0].memory_stats()
     return None if stats is None else stats.get("peak_bytes_in_use")

@@ -87,9 +87,9 @@ def configuration(
     inherited = {f.name: f for f in dataclasses.fields(Optimizer)}
     parameters = inspect.signature(method, eval_str=True).parameters
     shared = {f.name for f in dataclasses.fields(ZerothOrder)} - {"name", "schedule", "warmup"}
-    if missing := sorted(shared - parameters.keys()):  # or such a key would do nothing
+    if missing := sorted(shared - parameters.keys()):  # otherwise the key would be ignored
         raise TypeError(f"{method.__name__} lacks the arguments {', '.join(missing)}")
-    for key in sorted(parameters, key=lambda key: key != "sampler"):  # the order of saved files
+    for key in sorted(parameters, key=lambda key: key != "sampler"):  # first in saved files, too
         default = parameters[key].default
         if key in inherited or key in ("decay", "mesh", *without):
             continue

@@ -1,4 +1,4 @@
-"""Checks of numbers that may be traced, as under `jit` or `vmap`: those are unknown and pass."""
+"""Checks of numbers; those that `jit` or `vmap` traces have no value yet and pass."""
 
 import types
 from typing import Any
@@ -12,7 +12,7 @@ MOST_COPIES = 2**16
 
 
 def is_traced(value: Any) -> bool:
-    """Whether the value of a number is unknown."""
+    """Return whether a number is traced, so that its value is unknown."""
     return isinstance(value, jax.core.Tracer)
 
 
@@ -23,7 +23,7 @@ def real(key: str, value: Any, **bounds: float) -> None:
 
 
 def decay_rates(**values: Any) -> None:
-    """Require numbers from 0 to below 1, which float32 must not round to 1."""
+    """Require numbers from 0 to below 1 that float32 does not round to 1."""
     for key, value in values.items():
         real(key, value, least=0.0, below=1.0)
     known = {key: value for key, value in values.items() if not is_traced(value)}

@@ -101,7 +101,7 @@ def forward_passes(estimator: Estimator, num_directions: int) -> int:
     """Return the number of forward passes of one estimate.
 
     Raises:
-      UserError: if the estimator does not state it.
+      UserError: if the estimator does not state its forward passes.
     """
     count = getattr(estimator, "forwards", None)
     if count is None:
@@ -143,7 +143,7 @@ def one_sided(measurement: Measurement, eps: Array, previous: Previous) -> Slope
 def forward_gradient(measurement: Measurement, eps: Array, previous: Previous) -> Slopes:
     """`g_j = z_j·∇L(θ)` exactly, by forward-mode differentiation; ε is not used.
 
-    One pass that carries values and derivatives, 1.5 times the products of two forward passes.
+    One pass carries values and derivatives, at 1.5 times the products of two forward passes.
 
     References: Baydin et al., "Gradients without Backpropagation", arXiv:2202.08587.
     """
@@ -310,7 +310,7 @@ def materialize(est: SPSAEstimate, params: Any) -> Any:
     """Return the gradient estimate `1/n Σ_j g_j z_j` as a pytree like `params`.
 
     The sum is computed in at least float32 and rounded once to the dtype of each parameter.
-    Parameters that were not perturbed get zeros, and leaves that are not numbers get None. This is
+    Parameters that were not perturbed get zeros, and leaves that are not numbers get None. Use it
     for optimizers that need a gradient in memory; those of `jaxlm.zo` update in place without it.
     """
     takes, drawn = paths.leaf_predicate(est.select), est.directions(params)

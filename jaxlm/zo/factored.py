@@ -1,4 +1,4 @@
-"""Update rules for low-rank directions, and the memory they keep in factors."""
+"""Update rules for low-rank directions, and their state in factors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -64,7 +64,7 @@ def factored_momentum(momentum: float = 0.9) -> Rule:
 
 
 def projected(now: Directions, before: Directions, site: Site, old: Array) -> Array:
-    """Return the N of the previous step for the V of this step; N itself while V stays."""
+    """Return N of the previous step, projected on the V of this step; N itself while V stays."""
     (sampler, key), (old_sampler, old_key) = reused_by(now), reused_by(before)
     new, last = sampler.reused_factor(key, site), old_sampler.reused_factor(old_key, site)
     if sampler.new_side(site.path) == "left":
@@ -145,7 +145,7 @@ def reused_by(directions: Directions) -> tuple[Any, Array]:
 
 
 def with_reused(sampler: Factored, key: Array, site: Site, new: Array) -> LowRank:
-    """Return the factors at the rows of a site, with a given new factor (of all rows)."""
+    """Return the factors at the rows of a site, given a new factor for all rows."""
     reused = drawn_once(sampler.reused_factor(key, site))
     if sampler.new_side(site.path) == "right":
         return LowRank(reused, new)
@@ -210,7 +210,7 @@ def remembered(params: Any, memory: dict[str, Array]) -> list[tuple[paths.Leaf, 
 def over_layers(
     function: Callable[[Site, Array], Array], memory: dict[str, Array], params: Any
 ) -> dict[str, Array]:
-    """Return the memory `function(site, own)` of every leaf that has one, layer by layer."""
+    """Return `function(site, own)` for every leaf that has a memory, layer by layer."""
 
     def one(leaf, site):
         own = memory[leaf_name(leaf)]

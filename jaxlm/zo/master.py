@@ -50,7 +50,7 @@ def float32_master(opt: ZerothOrderOptimizer) -> ZerothOrderOptimizer:
     if opt.finalize is not unchanged:
         raise UserError(
             "opt: must not keep a residual under float32_master (got the rule "
-            f"{opt.settings['rule']}). Use it as it is: it keeps small steps."
+            f"{opt.settings['rule']}). Use it alone: it loses no small steps."
         )
 
     def unwrapped(state):

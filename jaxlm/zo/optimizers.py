@@ -49,9 +49,9 @@ NO_DECAY = r"(^|[._])(bias|scale)(\.value)?$|norm"
 ScalarOrSchedule = float | Array | Callable[[Array], Any]
 Rounding = Literal["nearest", "stochastic"]
 PROBES: tuple[Any, ...] = (0, 1, 10, 100, 1000)
-"""Steps whose learning rates stand in the settings; those of all steps stand beside the slopes."""
+"""Steps whose learning rates the settings record; trajectories record those of all steps."""
 COUNTED_ROWS = 8
-"""Rows of a block on which `moved_fraction` is counted; evenly spaced, so that all shards count."""
+"""Rows of a block that `moved_fraction` reads; evenly spaced, so that all shards count."""
 
 
 class ZerothOrderState(NamedTuple):
@@ -108,7 +108,7 @@ class ZerothOrderInfo(NamedTuple):
 
 
 def no_bias_or_norm(path: str) -> bool:
-    """Whether a path is decayed by default: if it is not a bias, scale or norm."""
+    """Return whether a path is decayed by default: all but biases, scales and norms are."""
     return not paths.path_predicate(NO_DECAY)(path)
 
 
@@ -127,11 +127,11 @@ class ZerothOrderOptimizer(NamedTuple):
       update: `update(params, state, projected_grad, learning_rate=None) -> params, state,
         moved_fraction`, the part of a step that follows the forward passes; None for the
         optimizer's own η.
-      settings: settings that a replay must share: JSON values, and functions that choose paths;
-        None for a traced number.
+      settings: settings that a replay must share: JSON values, and functions that choose paths; a
+        traced number is None.
       forwards: number of forward passes in a step.
-      finalize: `finalize(params, state) -> params`, the result of a run, if the parameters of
-        `step` are not all of it.
+      finalize: `finalize(params, state) -> params`, the result of a run, where it differs from the
+        parameters of `step`.
       select: parameters to train.
       learning_rate: `learning_rate(step)`, η of a step.
     """
@@ -188,7 +188,7 @@ def info_of(est: SPSAEstimate, learning_rate: Array, moved_fraction: Array) -> Z
 
 
 RECORDED = {"reuse_key": "lazy"}
-"""Names of fields in trajectories, where they differ: old files must stay readable."""
+"""Fields that have another name in trajectories, so that old files stay readable."""
 
 
 def described(value: Any) -> str:
@@ -418,7 +418,7 @@ def round_to(new: Array, site: Site, rounding: Rounding, key: Array | None) -> A
     other = jnp.nextafter(near, jnp.where(error > 0, jnp.inf, -jnp.inf).astype(near.dtype))
     gap = jnp.abs(other.astype(new.dtype) - near.astype(new.dtype))
     bits = prng.bits(site.key(key), site.shape, site.rows)
-    uniform = (bits >> 8).astype(new.dtype) * 2.0**-24
+    uniform = (bits >> 8).astype(new.dtype) * 2.0**-24  # float32 holds 24 bits exactly
     return jnp.where(uniform * gap < jnp.abs(error), other, near)
 
 

@@ -67,7 +67,7 @@ class Perturbation:
 
 
 def drawn_once(z: Any) -> Any:
-    """Return z such that every use reads the same bits, of one draw."""
+    """Return z such that all its uses read the bits of one draw."""
     # Vectors and factors are broadcast over rows. XLA would fuse the draw into the broadcast and
     # repeat it for each row.
     if isinstance(z, views.LowRank) or z.ndim <= 1:
@@ -167,7 +167,7 @@ def trained(params: Any, select: paths.Select) -> list[paths.Leaf]:
 
 
 def width(params: Any, select: paths.Select) -> np.dtype:
-    """Return the dtype of slopes and their like: the widest of the trained leaves and float32.
+    """Return the dtype of slopes, losses and η: the widest of the trained leaves and float32.
 
     JAX's default dtype depends on a setting of the process; this does not.
     """
@@ -175,7 +175,7 @@ def width(params: Any, select: paths.Select) -> np.dtype:
 
 
 def accepts(function: Callable, keyword: str, *given: Any) -> bool:
-    """Whether a function called with `given` has a free parameter of that name."""
+    """Return whether a function called with `given` has a free parameter of that name."""
     try:
         signature = inspect.signature(function)
         taken = signature.bind_partial(*given).arguments

@@ -230,14 +230,14 @@ def lozo_residual(
 
 
 def one_by_one(measurement: Measurement, eps: Array, previous: Any) -> Slopes:
-    """`central` for a loss that is called on copies of the parameters, one of them at a time."""
+    """`central` for a loss that is called on copies of the parameters, one copy at a time."""
     return central(_OneByOne(**vars(measurement)), eps, previous)
 
 
 class _OneByOne(Measurement):
     """A measurement in which no two passes run together."""
 
-    # `seen` has a keyword `view`, so `Measurement` takes it for lean and would run both signs in
+    # `seen` has a keyword `view`, so `Measurement` regards it as lean and would run both signs in
     # one pass, with a copy of the parameters for each.
 
     def along(self, scales):
@@ -254,7 +254,7 @@ class _OneByOne(Measurement):
 def moved_fraction(
     sampler: Factored, params: Any, old: dict[str, Array], new: dict[str, Array]
 ) -> Float[Array, ""]:
-    """Return the fraction of trained parameters that changed: those in rows of N that did."""
+    """Return the fraction of trained parameters that changed; a matrix changes by rows of N."""
     moved, total = jnp.zeros((), jnp.float32), 0.0
     for leaf, site in remembered(params, new):
         changed = old[leaf_name(leaf)] != new[leaf_name(leaf)]

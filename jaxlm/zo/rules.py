@@ -217,10 +217,10 @@ def _replayed(name: str, horizon: int, block: Callable[[Callable[..., list], Sit
 
 
 def replayed_momentum(momentum: float = 0.9, *, horizon: int = 20) -> Rule:
-    r"""$u = \sum_s \beta^s G_{t-s} / \sum_s \beta^s$, $G = 1/n \sum_j g_j z_j$, without its memory.
+    r"""$u = \sum_s \beta^s G_{t-s} / \sum_s \beta^s$, $G = 1/n \sum_j g_j z_j$, without a buffer.
 
     The last estimates are drawn again from their keys and slopes: the state is `horizon` n scalars,
-    and a step draws `horizon` n directions. Older estimates are left out.
+    and each step draws `horizon` n directions. Older estimates are left out.
 
     Args:
       momentum: β.
@@ -239,7 +239,7 @@ def replayed_momentum(momentum: float = 0.9, *, horizon: int = 20) -> Rule:
 def replayed_adam(
     b1: float = 0.9, b2: float = 0.999, *, floor: float = 1e-8, horizon: int = 20
 ) -> Rule:
-    r"""Adam on the estimates G, without the memory of its moments.
+    r"""Adam on the estimates G, without storing its moments.
 
     $u = \hat m / (\sqrt{\hat v} + \epsilon)$ with weighted means over the last `horizon` steps in
     place of running ones: $\hat m = \sum_s \beta_1^s G_{t-s} / \sum_s \beta_1^s$, and $\hat v$

@@ -1,7 +1,7 @@
-"""Distributions of the perturbation z, drawn leaf by leaf or some rows at a time.
+"""Distributions of the perturbation z, drawn for a leaf or for some of its rows.
 
 A sampler is a frozen dataclass. The numbers it draws for a leaf are a function of a key and a
-`Site`, so that they can be computed where a weight is read and again where it is updated. The
+`Site`, so they can be drawn where a weight is read and again where it is updated. The
 samplers here are dense; low-rank, sparse and rescaled ones are in `jaxlm.zo.structured`.
 """
 
@@ -41,7 +41,7 @@ class Sampler:
         raise NotImplementedError
 
     def direction(self, key: Array, site: Site) -> Float[Array, "..."] | LowRank:
-        """Return what a slope is multiplied by in the gradient estimate; z by default."""
+        """Return the direction that a slope multiplies in the gradient estimate; z by default."""
         return self.sample(key, site)
 
     def at(self, key: Array, step: Any) -> "Sampler":

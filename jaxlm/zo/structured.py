@@ -32,7 +32,7 @@ OUT_FIRST = r"(^|[._])(embeddings?|weight)(\.(value|values|scale))?$"
 
 
 def is_matrix(site: Site) -> bool:
-    """Whether one layer of the leaf has two axes."""
+    """Return whether one layer of the leaf has two axes."""
     return len(site.shape) == 2
 
 
@@ -290,7 +290,7 @@ class Rescaled(Sampler):
 
 
 def group(path: str, layer: Any = None) -> str:
-    """Return the group of a path: "layers", each of which is one, "embed", or "head" otherwise."""
+    """Return the group of a path: "layers" (one group for each layer), "embed" or "head"."""
     if paths.is_declared(path) or paths.identity(path, layer)[1] is not None:
         return paths.LAYERS
     return "embed" if path.split(".", 1)[0] == "embed" else "head"
@@ -319,8 +319,8 @@ def low_rank(
       out_first: a regular expression that matches the paths of matrices stored [out, in], by
         default embedding tables and PyTorch's weights. None matches no path; "" matches all, which
         keeps V on the output side of a kernel.
-      scale: s of $Z = s U V^\top$; None for $1 / \sqrt r$. The authors' code has 1, which makes the
-        estimate of a matrix r times as long as that of a vector.
+      scale: s of $Z = s U V^\top$; None for $1 / \sqrt r$. The authors' code uses 1, which makes
+        the estimate of a matrix r times as long as that of a vector.
 
     References: Chen et al., "Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank
     Structures", arXiv:2410.07698. The paper has s = 1 and divides the estimate by r, which equals
@@ -360,7 +360,7 @@ def _check_factors(rank: int, interval: int) -> None:
 def layer_blocks(num_layers: int, *, size: int = 1, base: Sampler = Gaussian()) -> Blocks:
     """Perturb `size` consecutive layers in a step, and all other parameters in a step of their own.
 
-    The blocks take turns. Over a cycle the estimates add up to one of the whole gradient.
+    The blocks take turns; over a cycle they give one estimate of the whole gradient.
 
     References: Park et al., "Elucidating Subspace Perturbation in Zeroth-Order Optimization",
     arXiv:2501.19099 (block coordinate descent).

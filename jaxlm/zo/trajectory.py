@@ -241,8 +241,8 @@ class Trajectory:
           params: initial parameters; each is read once, for its checksum.
           key: typed PRNG key in the initial state of the optimizer.
           num_directions: number of scalars in a step.
-          settings: settings of the optimizer: JSON values, and functions on paths, of which the
-            file records what they match. `steps` among them is the length of the run.
+          settings: settings of the optimizer: JSON values, and functions on paths, for which the
+            file records a checksum of the matched paths. `steps` is the length of the run.
           version: version of the program that makes the run, for readers of the file.
         """
         described = tuple(parameters(params, checksums=True))
@@ -437,7 +437,7 @@ class Trajectory:
         """Require that the file has this number of steps, or the whole run if it is None.
 
         Raises:
-          UserError: if it has not.
+          UserError: if it has fewer.
         """
         planned = self.header.settings.get("steps")
         if steps is not None and not 0 <= steps <= self.steps:
@@ -509,7 +509,7 @@ def _encode_end(steps: int, end: dict[str, Any]) -> bytes:
 
 
 def _read_record(data: bytes, at: int, size: Callable[[int], int]) -> tuple[int, bytes] | None:
-    """Return first number and body of the record at a place, or None if it is not intact."""
+    """Return the first number and the body of the record at a place; None if it is not intact."""
     if at + _THREE.size > len(data):
         return None
     first, count, crc = _THREE.unpack_from(data, at)
@@ -522,13 +522,13 @@ def _read_record(data: bytes, at: int, size: Callable[[int], int]) -> tuple[int,
 
 
 def _read_chunk(data: bytes, row: np.dtype, at: int) -> tuple[int, np.ndarray] | None:
-    """Return first step and rows of the chunk at a place, or None if it is not intact."""
+    """Return the first step and the rows of the chunk at a place; None if it is not intact."""
     record = _read_record(data, at, lambda count: count * row.itemsize)
     return record and (record[0], np.frombuffer(record[1], row))
 
 
 def _read_end(data: bytes, at: int) -> tuple[int, dict[str, Any], int] | None:
-    """Return number of steps, summary and end of the last record, or None if it is not intact."""
+    """Return steps, summary and end offset of the last record; None if it is not intact."""
     words = data[at + _THREE.size : at + _THREE.size + 4]
     length = 4 + int.from_bytes(words, "little")
     record = _read_record(data, at, lambda count: 0 if count or len(words) < 4 else length)
@@ -543,7 +543,7 @@ def _read_end(data: bytes, at: int) -> tuple[int, dict[str, Any], int] | None:
 
 
 def _chunk_after(data: bytes, row: np.dtype, at: int) -> bool:
-    """Whether an intact chunk begins at a later place, so that the bytes at this one are damage."""
+    """Return whether an intact chunk begins later, so that the bytes at this place are damaged."""
     if len(data) - at < _THREE.size:
         return False
     words = np.frombuffer(data, "<u4", (len(data) - at) // 4, at)

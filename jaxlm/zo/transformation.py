@@ -57,12 +57,12 @@ def scale_by_spsa(
     view)`, is the loss on the current batch. Memory: one gradient beside the parameters.
 
     A slope that is not finite enters no state: the update is 0 along its direction, and the rest of
-    a chain treats that as a gradient. The transformation `then` does not run in a step without a
+    a chain treats this 0 as a gradient. The transformation `then` does not run in a step without a
     finite slope: its state stays, and the update is 0.
 
     `optax.masked` and `optax.multi_transform` around this transformation pass `value_fn` a part of
     the parameters: use `select`, and mask later transformations. `optax.MultiSteps` around it would
-    see one loss in k; put it after this transformation, where it averages k estimates.
+    see one loss of every k; put it after this transformation, where it averages k estimates.
 
     Args:
       eps: ε; under `optax.inject_hyperparams` it is kept in the state.

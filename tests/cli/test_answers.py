@@ -139,7 +139,7 @@ def test_mistakes(data, model, tmp_path, capsys) -> None:
         (["--calibrate=sfc"], "calibrate: needs the same options in every example, and"),
         (["--task.max_new_tokens=0"], "task.max_new_tokens: must be from 1 to"),
         (["--task.max_new_tokens=null"], "task.max_new_tokens: leaves no room for a prompt, "
-         "since task.max_length or the model allow 32 tokens in all (got 50). Lower it."),
+         "since task.max_length or the model allows 32 tokens in all (got 50). Lower it."),
     ):  # fmt: skip
         capsys.readouterr()
         keys = {flag.partition("=")[0] for flag in flags}

@@ -13,7 +13,7 @@ from scipy.stats import norm
 
 from jaxlm.core import prng
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.default_flags]
 
 GENERATORS = ("counter", "threefry")
 SHAPES = ((), (1,), (7,), (1001,), (8, 40), (17, 33), (8, 3, 5), (16, 8, 24))

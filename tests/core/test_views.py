@@ -14,7 +14,7 @@ from jaxlm.core import paths, views
 from jaxlm.models import layers
 from tests.helpers.models import GOLDEN
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.default_flags]
 
 FAMILIES = ("gpt2", "llama", "opt-projected", "bert", "bert-untied", "roberta-classifier")
 IDS = jnp.array([[5, 6, 7, 1, 1], [8, 9, 10, 11, 12]])

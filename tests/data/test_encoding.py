@@ -138,7 +138,7 @@ def test_truncated_rows_have_the_longest_length_allowed(bpe_bos, length: int) ->
 def test_no_room_for_the_template(bpe_bos) -> None:
     run(bpe_bos, "{text} it was {label}", ["great", "bad"], max_length=3, text="fun")
     with refused(
-        "task.template", "longer than task.max_length or the model allow (got 2 tokens too many)"
+        "task.template", "longer than task.max_length or the model allows (got 2 tokens too many)"
     ):
         run(bpe_bos, "{text} it was {label}", ["great", "bad"], max_length=1, text="fun")
 
@@ -191,7 +191,7 @@ def test_truncation_keeps_mask_and_end_of_an_encoder(wordpiece) -> None:
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        (["great", "badly"], "one token (got 'badly', of 2)"),
+        (["great", "badly"], "one token (got 'badly', 2 tokens)"),
         (["great", "xyz"], "unknown to the tokenizer (got 'xyz')"),
         (["great", "Great"], "the same tokens (got 'great' and 'Great')"),
     ],

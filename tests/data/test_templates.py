@@ -80,7 +80,7 @@ def test_usual_and_given_names_of_two_sentences() -> None:
         ("It was good", "has no {label} (got 'It was good')"),
         ("{{label}}", "has no {label}"),
         ("*cls**sent_0*", "has no *mask*"),
-        ("{label} {label}", "has several places of the label"),
+        ("{label} {label}", "has several places for the label"),
         ("{text {label}", "has an unmatched brace"),
         ("{} {label}", "has a brace that is not a field's name alone"),
         ("{text!r} {label}", "has a brace that is not a field's name alone"),

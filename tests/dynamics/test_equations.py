@@ -296,6 +296,13 @@ SOLVERS = {
 }
 
 
+@pytest.mark.parametrize("exact", [list, tuple, np.array])
+def test_exact_values_are_any_sequence(exact):
+    x = np.arange(12.0).reshape(6, 2)
+    found = weak_error(x, exact([1.0, 2.0]), [lambda x: x[0], lambda x: x[1]])
+    np.testing.assert_allclose(found.error, [4.0, 4.0])
+
+
 @pytest.mark.parametrize("solver", ["euler", pytest.param("ito_milstein", marks=needs_diffrax)])
 def test_noise_that_grows_with_x_has_its_second_moment(solver):
     make, x0, h, saved, factor = SOLVERS[solver]

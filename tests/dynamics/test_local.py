@@ -17,7 +17,7 @@ from jaxlm.train.checkpoint import Checkpoints
 from tests.dynamics import local_run
 from tests.helpers.sentences import refused
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.default_flags]
 
 WORKERS = 8
 

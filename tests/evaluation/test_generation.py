@@ -221,8 +221,8 @@ def test_bad_input_is_refused(lm):
 
     refuse("^model: has no tokenizer", lm.replace(tokenizer=None))
     refuse("^key: sampling needs one", sampling=SAMPLING)
-    refuse("^stop: has an empty text", stop=["#", ""])
-    refuse("^stop: is one text", stop="##")
+    refuse("^stop: has an empty string", stop=["#", ""])
+    refuse("^stop: must be a list of texts", stop="##")
     refuse("^chunk: must be from 1", chunk=0)
     refuse("^max_new_tokens: must be from 1", max_new_tokens=0)
     learned = lm.replace(config=lm.config.replace(positions="learned", max_positions=8))
@@ -235,6 +235,6 @@ def test_bad_input_is_refused(lm):
     small = lm.replace(config=lm.config.replace(vocab_size=100))
     refuse(r"^input_ids: must be from 0 to 99", small)
     refuse("^model: does not generate", lm.replace(config=lm.config.replace(kind="encoder")))
-    with pytest.raises(UserError, match=r"^prompts: is one text"):
+    with pytest.raises(UserError, match=r"^prompts: must be a list of texts"):
         generate_text(lm, "the film", max_new_tokens=2)
     assert generate_text(lm, [], max_new_tokens=2) == []

@@ -199,7 +199,7 @@ def test_mistakes_are_named():
     with refused("loss_fn", "must return [3] (got ())"):
         per_example.reduce(summed, params, x, forms)
     batch = {"ids": np.ones((1, 5), int), "segments": np.ones((1, 5), int)}
-    with refused("segments", "(5,) places", "(got (4,))"):
+    with refused("segments", "(5,) positions", "(got (4,))"):
         per_example.reduce(
             two_layers,
             two_layer_params(),

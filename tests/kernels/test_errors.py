@@ -60,7 +60,7 @@ ROWS = [
     ),
     ({"trace_axes": (0,)}, "trace_axes", "got 0"),
     ({"diagonal_axes": (2,)}, "diagonal_axes", "got 2"),
-    ({"trace_axes": (1,), "diagonal_axes": (-1,)}, "diagonal_axes", "traced as well"),
+    ({"trace_axes": (1,), "diagonal_axes": (-1,)}, "diagonal_axes", "axis is traced"),
     ({"options": lambda: KernelOptions(block_size=0)}, "block_size", "got 0"),
     ({"kind": lambda: SignGD(1.5)}, "threshold", "got 1.5"),
     ({"kind": lambda: Adam(None, b2=1)}, "b2", "got 1"),

@@ -106,7 +106,8 @@ def test_the_state_of_adam_counts(tmp_path):
         kernels.describe(PARAMS, X1, kind=kernels.Adam(state, eps=eps))
         for state, eps in ((fresh, 1e-8), (later, 1e-8), (fresh, 1e-6))
     )
-    assert len({each["adam"] for each in (one, two, three)}) == 3
+    reference = kernels.describe(PARAMS, X1, kind=kernels.Adam(fresh, variant="reference"))
+    assert len({each["adam"] for each in (one, two, three, reference)}) == 4
 
 
 def test_damaged_and_missing_files(tmp_path):

@@ -354,7 +354,7 @@ def test_gammas_without_a_solution_are_left_out():
     split = solve.Examples(K, np.array([0, 1]))
     fit = solve.fit(split, split, solve.AsymmetricSvm(gammas=(0.5, 3.0), ridges=()))
     assert [settings["gamma"] for settings, _, _ in fit.tried] == [3.0]
-    with refused("gammas", "none has a solution"):
+    with refused("solver", "has a solution"):
         solve.fit(split, split, solve.AsymmetricSvm(gammas=(0.5,), ridges=()))
 
 
@@ -401,6 +401,7 @@ FIT = functools.partial(lssvm.asymmetric_svm, 2 * K3, Y3, gamma=1.0)
         (lambda: logistic.kernel_logistic(K3, [0, 1], penalty=1.0), "labels", "got 2"),
         (lambda: logistic.kernel_logistic(FULL, [0, 1], penalty=1.0), "kernel", "kernel_softmax"),
         (lambda: logistic.kernel_softmax(ONE, [0, 1, 1], penalty=1.0), "kernel", "kernel_logistic"),
+        (lambda: logistic.kernel_softmax(np.eye(2), [0.5, 1], penalty=1.0), "labels", "whole"),
         (lambda: lssvm.asymmetric_svm(K3, Y3, gamma=0.0), "gamma", "got 0"),
         (lambda: lssvm.asymmetric_svm(broken(0, 1), Y3, gamma=1.0), "kernel", "examples 0 and 1"),
         (lambda: FIT().predict(K3, weight=0.5), "flipped", "got None for 0.5"),
@@ -423,7 +424,7 @@ def test_a_fit_with_f0_predicts_with_f0(outputs):
         lssvm.asymmetric_svm(K, y, gamma=0.3, f0=f0),
         lssvm.asymmetric_svm_with_bias(K, y, gamma=0.3, f0=f0),
     ):
-        with refused("f0", "missing, though the fit has it over 1"):
+        with refused("f0", "missing, though the fit used it divided by 1"):
             fit.predict(K_other)
     plain = solver(K, labels, penalty=0.1)
     wanted = np.einsum("mcnd,nd->mc", K_other, plain.coefficients)

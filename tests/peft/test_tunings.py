@@ -61,7 +61,7 @@ def test_null_is_all_parameters(run_yaml: Path):
         ({"peft": "{name: lora, targets: (}"}, r"peft.targets: not a regular expression"),
         ({"peft": "{name: prefix, length: 0}"}, r"peft.length: must be from 1 .*\(got 0\)"),
         ({"peft": "bitfit"}, r"^peft: needs a model with biases"),
-        ({"peft": "{name: lora, targets: query}"}, r"targets: takes no kernel \(got 'query'\)"),
+        ({"peft": "{name: lora, targets: query}"}, r"targets: selects no kernel \(got 'query'\)"),
     ],
 )
 def test_mistakes(flags, said, run_yaml: Path):

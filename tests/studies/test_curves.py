@@ -115,7 +115,7 @@ def test_the_runs_are_listed(study, tmp_path, capsys):
         (
             {"a": {"optimizer": {"name": "muon"}, "scale": {"rule": "sqrt", "k": 2}}},
             {},
-            "variant a: optimizer.name: no scaling rule is known of it (got muon)",
+            "variant a: optimizer.name: no scaling rule is known for it (got muon)",
         ),
         (
             {"a": {"optimizer.b1": 0.5, "scale": {"rule": "sqrt", "k": 4}}},

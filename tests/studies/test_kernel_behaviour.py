@@ -390,7 +390,7 @@ def test_a_damaged_report_is_named(tmp_path, text):
 
 def test_an_optimizer_without_a_kernel_is_refused():
     with pytest.raises(
-        UserError, match=r"no kernel is known of it \(got muon\)\. Choose one of sgd, mezo, adam"
+        UserError, match=r"no kernel is known for it \(got muon\)\. Choose one of sgd, mezo, adam"
     ):
         Training(optimizer=Muon())
     twice = (Training(optimizer=Sgd()), Training(optimizer=Sgd(learning_rate=1.0)))

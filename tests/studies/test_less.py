@@ -374,7 +374,7 @@ def test_a_choice_may_have_the_answers_of_the_target(tmp_path) -> None:
     assert matched(rows, scores, 2, shares) == [0, 3]  # 0.5 and 1.5: the first of equal rests
     made = write_choice(tmp_path, rows, scores, 0.5, shares)
     assert made["rows"] == 4
-    with pytest.raises(UserError, match=r"4 rows with the answer 'no' are to be taken \(got"):
+    with pytest.raises(UserError, match=r"needs 4 rows with the answer 'no' \(got"):
         matched(rows, scores, 4, {"no": 1.0})
     with pytest.raises(UserError, match="the target is conversations"):
         shares_of_answers(Rows(tuple(answered(None))))

@@ -225,7 +225,7 @@ def test_the_command_trains_probes_and_writes_the_table(tmp_path, tiny_model, ca
         ),
         (
             ["--run.task.validation=null"],
-            "task.validation: MeZO has no examples by which a sweep chooses (got none). Name a "
+            "task.validation: MeZO has no examples to choose settings by (got none). Name a "
             "file of them, or hold_out.",
         ),
         (

@@ -224,7 +224,7 @@ def test_workers_train_what_is_selected():
     ("optimizer", "dynamics", "message"),
     [
         (Mezo(), Svag(l=2), "dynamics: svag needs gradients, .* .got mezo.. Give sgd or"),
-        (Muon(), Svag(l=2), "optimizer.name: no scaling rule is known of it .got muon.. Give sgd"),
+        (Muon(), Svag(l=2), "optimizer.name: no scaling rule is known for it .got muon.. Give sgd"),
         (
             Adam(clip=1.0),
             Svag(l=2),
@@ -246,7 +246,7 @@ def test_what_cannot_be_is_refused(optimizer, dynamics, message):
         (lambda: Noise(parts=1), "dynamics.parts: must be from 2 to .* .got 1."),
         (lambda: Local(workers=1), "dynamics.workers: must be from 2 to .* .got 1."),
         (lambda: Local(h=0), "dynamics.h: must be from 1 to .* .got 0."),
-        (lambda: Local(alpha=0.1), "dynamics.alpha: has no use in the rule constant .got 0.1"),
+        (lambda: Local(alpha=0.1), "dynamics.alpha: is not used by the rule constant .got 0.1"),
         (lambda: Local(rule="qsr"), "dynamics.alpha: must be above 0 for the rule qsr .got None"),
         (
             lambda: Local(rule="qsr", alpha=0.0),

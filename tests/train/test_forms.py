@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,18 @@ def test_a_run_measures_its_loss_and_is_planned(form, optimizer, peft, write):
     assert adapter == (peft == "lora")
 
 
+def test_a_run_tells_which_rows_it_leaves_out(write):
+    path = write()
+    turns = [("user", "word " * 100), ("assistant", "It is good.")]
+    row = {"messages": [{"role": role, "content": said} for role, said in turns]}
+    with open(path.parent / "talk.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    config = load(path, steps="1")
+    finetune(config, base_dir=path.parent)
+    log = Path(config.output, "log.txt").read_text()
+    assert re.search(r"left out 1 (train|validation) rows, .* the first talk.jsonl:49\n", log)
+
+
 @pytest.mark.parametrize("optimizer", [ADAM, MEZO], ids=["adam", "mezo"])
 def test_a_killed_run_resumes_bitwise(optimizer, write):
     path = write("messages", optimizer)
@@ -157,7 +170,7 @@ def test_other_weights_below_the_adapters_are_refused(write, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "subj"}, r"^.*task: a run has one of task, messages, text .got task and mess"),
+        ({"task": "subj"}, r"^.*task: a run must have one of task, messages, text .got task and"),
         ({"objective": "classification"}, r"objective: classification reads task .got messages"),
         ({"calibrate": "true"}, r"calibrate: needs the same options in every example"),
         ({"messages.train": "null"}, r"messages: has no data|messages.num_validation"),

@@ -20,6 +20,8 @@ from jaxlm.train.logging import Metrics
 from tests.helpers.tiny import write_corpus, write_run
 from tests.train.test_pretraining import YAML
 
+pytestmark = pytest.mark.default_flags
+
 STEPS = 60
 
 

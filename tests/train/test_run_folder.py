@@ -194,7 +194,7 @@ def test_a_pretraining_run_is_a_model_finished_or_not(tmp_path, monkeypatch):
     last = load_model(folder / "model")
     jax.tree.map(np.testing.assert_array_equal, load_model(folder).params, last.params)
     (folder / "summary.json").write_text('{"steps": 12}')
-    with pytest.raises(UserError, match=r"summary\.json: damaged .* Remove it"):
+    with pytest.raises(UserError, match=r"summary\.json: is damaged .* Remove it"):
         pretrain(pretraining(tmp_path, steps=12, eval_every=12))
 
 

@@ -10,7 +10,7 @@ from jaxlm import zo
 from jaxlm.core.errors import UserError
 from tests.zo.problems import network_batch, network_loss, network_params
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.default_flags]
 
 
 def run(opt, params, path, steps=5, loss_fn=network_loss, length=None):

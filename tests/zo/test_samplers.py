@@ -24,7 +24,7 @@ from tests.zo.problems import (
     over_keys,
 )
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.default_flags]
 
 KEY = jax.random.key(11)
 SHAPES = {"head.bias": (3,), "embed.tokens": (5, 3), "layers.kernel": (2, 4, 3)}

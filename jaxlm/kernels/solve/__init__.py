@@ -1,11 +1,11 @@
-"""Solve a task with a kernel: fit every point of a grid, and keep the one validation chooses.
+"""Solve a task with a kernel: fit every point of a grid, and keep the best on validation.
 
     fit = solve.fit(train, validation, solve.Ridge())
     fit.accuracy(test)
 
-`Examples` holds what is known of some examples: their kernel with the training examples, their
-labels, and the function at its first parameters. The solvers behind the grids are in `ridge`,
-`logistic` and `lssvm`; `targets` and `classes` turn labels into numbers and scores into labels.
+`Examples` holds the inputs of a solver: the kernel of some examples with the training examples,
+their labels, and the function at its first parameters. The solvers behind the grids are in `ridge`,
+`logistic` and `lssvm`; `targets` converts labels to numbers, and `classes` scores to labels.
 """
 
 from jaxlm.kernels.solve import logistic, lssvm, ridge

@@ -1,7 +1,7 @@
 """What the solvers share: kernels as matrices, labels as targets, and checks of both.
 
-Systems are solved by NumPy in float64 on the host: they have as many rows as there are examples
-times outputs, and kernels of language models have condition numbers that float32 cannot hold.
+Systems are solved by NumPy in float64 on the host: they have one row per example and output, and
+kernels of language models have condition numbers too large for float32.
 """
 
 from typing import Any
@@ -20,13 +20,13 @@ def matrix(kernel: Any, name: str = "kernel") -> Float[np.ndarray, "MC NC"]:
 
     Args:
       kernel: [M, C, N, C], or [M, N] where outputs were traced.
-      name: of the kernel, for messages.
+      name: name of the kernel, for messages.
 
     Returns:
       [M * C, N * C], or [M, N].
 
     Raises:
-      UserError: if the shape is another, or an entry is not finite.
+      UserError: if the shape is wrong, or an entry is not finite.
     """
     kernel = np.asarray(kernel)
     full = kernel.ndim == 4 and kernel.shape[1] == kernel.shape[3]
@@ -85,14 +85,14 @@ def symmetric_matrix(kernel: Any) -> Float[np.ndarray, "NC NC"]:
 
 
 def columns(values: Any, shape: tuple[int, ...]) -> Float[np.ndarray, "... NC Q"]:
-    """Return values [..., N, C] as right-hand sides of `matrix` of a kernel.
+    """Return values [..., N, C] as right-hand sides of systems with `matrix(kernel)`.
 
     Args:
-      values: of the training examples.
-      shape: of the kernel.
+      values: values at the training examples.
+      shape: shape of the kernel.
 
     Returns:
-      [..., N * C, 1]; or for a kernel [N, N] [..., N, C], a column for each output.
+      [..., N * C, 1]; for a kernel [N, N], [..., N, C], with one column per output.
     """
     values = np.asarray(values, np.float64)
     return values if len(shape) == 2 else values.reshape(*values.shape[:-2], -1, 1)
@@ -110,7 +110,7 @@ def evaluate(
 
     Args:
       kernel: [M, C, N, C], or [M, N] where outputs were traced.
-      coefficients: of the training examples.
+      coefficients: coefficients of the training examples.
 
     Raises:
       UserError: as `matrix`; if the kernel has other training examples or outputs.
@@ -125,7 +125,7 @@ def evaluate(
 
 
 def num_outputs(kernel: Any, num_classes: int) -> int:
-    """Return C of a kernel; of traced outputs 1 for two classes, else the number of classes."""
+    """Return C; with traced outputs, 1 for two classes and else the number of classes."""
     if np.ndim(kernel) == 4:
         return int(np.shape(kernel)[1])
     return 1 if num_classes == 2 else num_classes
@@ -136,7 +136,7 @@ def targets(labels: Any, outputs: int) -> Float[np.ndarray, "N C"]:
 
     Args:
       labels: classes, from 0.
-      outputs: C. One output is for two classes and grows with the second.
+      outputs: C. A single output is for two classes, and is high for class 1.
 
     Raises:
       UserError: if a label is not a class, or all labels are the same.
@@ -153,7 +153,7 @@ def targets(labels: Any, outputs: int) -> Float[np.ndarray, "N C"]:
 
 
 def regression_targets(labels: np.ndarray, outputs: int) -> Float[np.ndarray, "N C"]:
-    """Return `targets` of labels that are checked, which may be of one class."""
+    """Return `targets` of checked labels, which may all be of one class."""
     one_hot = np.eye(max(outputs, 2))[labels]
     return one_hot[:, 1:] * 2 - 1 if outputs == 1 else one_hot
 
@@ -166,11 +166,11 @@ def check_labels(
     Args:
       labels: classes, from 0.
       num_classes: how many there are.
-      name: of the labels, for messages.
-      count: number of examples; None for any.
+      name: name of the labels, for messages.
+      count: number of examples; None accepts any number.
 
     Raises:
-      UserError: if a label is not a class, or their number is another.
+      UserError: if a label is not a class, or there are not `count` labels.
     """
     array = np.asarray(labels)
     if not np.issubdtype(array.dtype, np.integer) or array.ndim != 1:
@@ -218,7 +218,7 @@ def _check_values(array, shape, name):
 
 
 def classes(scores: Any) -> Int[np.ndarray, "... N"]:
-    """Return the class of the highest score; of one output, 1 where it is positive.
+    """Return the class of the highest score; for one output, 1 where it is positive.
 
     >>> classes([[-0.3], [2.0]]).tolist(), classes([[0.1, 0.7, 0.2]]).tolist()
     ([0, 1], [1])
@@ -230,7 +230,7 @@ def classes(scores: Any) -> Int[np.ndarray, "... N"]:
 
 
 def log_probs(scores: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N K"]:
-    """Return log-softmax; one output is the logit of class 1 beside 0 for class 0."""
+    """Return the log-softmax; a single output is the logit of class 1, and class 0 has logit 0."""
     if scores.shape[1] == 1:
         scores = np.concatenate([np.zeros_like(scores), scores], axis=1)
     shifted = scores - scores.max(axis=1, keepdims=True)
@@ -248,8 +248,8 @@ def offset(f0: Any, scale: float, shape: tuple[int, ...]) -> Float[np.ndarray, "
     if f0 is None:
         if scale < np.inf:
             raise UserError(
-                f"f0: missing, though the fit has it over {scale:g} (got None). Give the function "
-                "at its first parameters, of these examples."
+                f"f0: missing, though the fit used it divided by {scale:g} (got None). Give the "
+                "function at its first parameters, at these examples."
             )
         return np.zeros(shape)
     return _check_values(np.asarray(f0, np.float64), shape, "f0") / scale

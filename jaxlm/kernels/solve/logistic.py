@@ -19,10 +19,10 @@ class LogisticFit(NamedTuple):
     """A fit of kernel logistic or softmax regression.
 
     Attributes:
-      coefficients: of the training examples.
-      f0_scale: what f0 was divided by; infinite where it was left out.
+      coefficients: α, one for each training example and output.
+      f0_scale: the divisor of f0; infinite if f0 was left out.
       loss: the minimised sum, penalty included.
-      residual: largest entry of the equation at the solution.
+      residual: largest absolute residual of the equation that the solution satisfies.
       iterations: Newton steps.
     """
 
@@ -49,10 +49,10 @@ def kernel_logistic(
     r"""Minimise $\sum_i \log(1 + e^{-y_i F_i}) + \frac{\lambda \|K\|}{2} \alpha^\top K \alpha$.
 
     $F = f_0/s + K \alpha$, and $y_i$ is -1 or 1. At the solution $\lambda \|K\| \alpha_i = [y_i =
-    1] - \sigma(F_i)$, which is solved in α: so a singular kernel has a unique solution as well.
+    1] - \sigma(F_i)$. This equation for α has a unique solution even if the kernel is singular.
 
     Args:
-      kernel: of the training examples, symmetric: [N, 1, N, 1], or [N, N] of traced outputs.
+      kernel: kernel of the training examples, symmetric: [N, 1, N, 1], or [N, N] if traced.
       labels: 0 or 1.
       penalty: λ, above 0, relative to the largest eigenvalue $\|K\|$.
       f0: the function at its first parameters, for example a difference of two logits.
@@ -90,11 +90,11 @@ def kernel_softmax(
     \mathrm{softmax}(F)$, Y one-hot; Newton's method solves systems of N times C rows.
 
     Args:
-      kernel: of the training examples, symmetric; [N, C, N, C], or [N, N] of traced outputs,
-        which all classes share.
+      kernel: kernel of the training examples, symmetric; [N, C, N, C], or [N, N] if traced, which
+        all classes share.
       labels: classes from 0.
       penalty: λ, above 0, relative to the largest eigenvalue $\|K\|$.
-      num_classes: C where outputs were traced; by default one more than the largest label.
+      num_classes: C if outputs were traced; by default one more than the largest label.
       f0: the function at its first parameters, the logits.
       f0_scale: s; `inf` leaves f0 out.
 
@@ -106,7 +106,7 @@ def kernel_softmax(
         if num_classes == 1:
             raise UserError("kernel: must have several outputs (got 1). Call kernel_logistic.")
     elif num_classes is None:
-        num_classes = int(np.max(labels)) + 1
+        num_classes = int(systems.check_labels(labels, 2**31).max(initial=1)) + 1
     return _newton(kernel, labels, num_classes, penalty, f0, f0_scale)
 
 
@@ -141,7 +141,7 @@ def _newton(
     alpha = np.zeros(count * outputs)
     loss, log_probs = objective(alpha)
     for iteration in range(ITERATIONS + 1):
-        probs = np.exp(log_probs)[:, -outputs:]  # Of one output, that of class 1.
+        probs = np.exp(log_probs)[:, -outputs:]  # With one output, the probability of class 1.
         equation = strength * alpha - (one_hot[:, -outputs:] - probs).ravel()
         size = float(np.abs(equation).max())
         if size <= TOLERANCE:
@@ -151,7 +151,7 @@ def _newton(
         for halving in range(HALVINGS):
             scale = 0.5**halving
             trial = objective(alpha + scale * step)
-            # The last steps change the sum by less than its rounding: they are taken whole.
+            # The last term: the last steps change the loss by less than its rounding error.
             if trial[0] <= loss + 1e-4 * scale * slope + 1e-13 * abs(loss):
                 break
         alpha, (loss, log_probs) = alpha + scale * step, trial

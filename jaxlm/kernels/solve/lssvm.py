@@ -14,11 +14,11 @@ GAMMAS = (0.01, 0.1, 1.0, 10.0)
 """The grid of Malladi et al."""
 
 WORST_CONDITION = 1e12
-"""Above it, four of the sixteen digits of float64 are left at most."""
+"""Above this condition number, at most four of the sixteen digits of float64 are left."""
 
 
 class SingularSystem(UserError):
-    """The equations of an asymmetric machine have no unique solution."""
+    """The equations of an asymmetric SVM have no unique solution."""
 
 
 class AsymmetricFit(NamedTuple):
@@ -27,9 +27,9 @@ class AsymmetricFit(NamedTuple):
     Attributes:
       coefficients: β of the training examples as second argument of the kernel.
       flipped_coefficients: α of the training examples as first argument.
-      bias: b of the first function; zeros where none was fitted.
-      flipped_bias: b' of the second.
-      f0_scale: what f0 was divided by; infinite where it was left out.
+      bias: b of the first function; zeros if none was fitted.
+      flipped_bias: b' of the second function, likewise.
+      f0_scale: the divisor of f0; infinite if f0 was left out.
     """
 
     coefficients: Float[np.ndarray, "N C"]
@@ -44,10 +44,10 @@ class AsymmetricFit(NamedTuple):
         r"""Return $w\,(K(x, X)\,\beta + b) + (1 - w)\,(\alpha^\top K(X, x) + b') + f_0(x)/s$.
 
         Args:
-          kernel: K(x, X), of other examples with the training examples: [M, C, N, C] or [M, N].
-          flipped: K(X, x), of the training examples with these, [N, C, M, C] or [N, M]; not
-            needed if `weight` is 1.
-          weight: w, of the first function.
+          kernel: K(x, X), of new examples x with the training examples X: [M, C, N, C] or [M, N].
+          flipped: K(X, x), of the training examples with the new ones, [N, C, M, C] or [N, M];
+            not needed if `weight` is 1.
+          weight: w, the weight of the first function.
           f0: the function at its first parameters, [M, C].
 
         Raises:
@@ -74,7 +74,7 @@ class Factored(NamedTuple):
       left: P.
       values: s, the largest first.
       right: Q^T.
-      shape: of the kernel.
+      shape: shape of the kernel.
     """
 
     left: Float[np.ndarray, "NC NC"]
@@ -87,7 +87,7 @@ def factor(kernel: Any) -> Factored:
     """Return the singular value decomposition, from which every γ is solved.
 
     Args:
-      kernel: of the training examples, [N, C, N, C] or [N, N] of traced outputs.
+      kernel: kernel of the training examples, [N, C, N, C], or [N, N] if traced.
 
     Raises:
       UserError: if it is not square, not finite, zero, or of one example.
@@ -113,7 +113,7 @@ def asymmetric_svm(
 
     Args:
       kernel: K of the training examples, [N, C, N, C] or [N, N] of traced outputs; or its
-        `factor`, which spares the decomposition where many γ are tried. For the kind
+        `factor`, which decomposes K once if many γ are tried. For the kind
         "asymmetric_signgd" φ is the gradient and ψ its sign: the first function is what signed
         steps on the training examples do to other examples.
       targets: [N, C]; `jaxlm.kernels.solve.targets(labels, C)`, or any numbers.
@@ -175,7 +175,7 @@ class _System:
             )
 
     def ones(self) -> np.ndarray:
-        """Return a column of ones per output, or a single one where all share the kernel."""
+        """Return a column of ones per output, or a single one if all outputs share the kernel."""
         rows = len(self.K.values)
         if len(self.K.shape) == 2:
             return np.ones((rows, 1))

@@ -1,4 +1,4 @@
-"""A grid of fits, of which validation examples choose one."""
+"""A grid of fits, and the choice of one by validation."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -17,12 +17,12 @@ class Examples(NamedTuple):
     """Examples as a solver sees them.
 
     Attributes:
-      kernel: of these examples with the training examples, [M, C, N, C], or [M, N] where outputs
-        were traced.
+      kernel: kernel of these examples with the training examples, [M, C, N, C], or [M, N] if
+        outputs were traced.
       labels: classes, from 0.
-      f0: the function at its first parameters; None solves without.
-      flipped: of the training examples with these, [N, C, M, C] or [N, M], which an asymmetric
-        kernel may use beside.
+      f0: the function at its first parameters; None fits without it.
+      flipped: kernel of the training examples with these, [N, C, M, C] or [N, M]; needed by
+        `AsymmetricSvm` with a weight below 1.
     """
 
     kernel: Any
@@ -35,9 +35,10 @@ class GridPoint(NamedTuple):
     """One fit of a grid.
 
     Attributes:
-      settings: of the solver.
+      settings: settings of the solver.
       scores: returns the scores [M, C] of examples.
-      leave_one_out: scores of the training examples, where there is a closed form.
+      leave_one_out: scores of each training example by the fit to the others; None if the solver
+        has no closed form for them.
     """
 
     settings: dict[str, float]
@@ -52,14 +53,14 @@ class Solver(Protocol):
         """Yield every fit; settings whose system has no solution are left out."""
 
     def loss(self, scores: Float[np.ndarray, "M C"], labels: Int[Any, " M"]) -> float:
-        """Return what decides between fits of the same accuracy."""
+        """Return the loss that decides between fits of the same accuracy; lower is better."""
 
 
 class Fit(NamedTuple):
     """The chosen fit of a grid.
 
     Attributes:
-      settings: of the solver.
+      settings: settings of the solver.
       chosen_by: "validation", or "leave-one-out" on the training examples.
       accuracy_chosen: the accuracy by which it was chosen.
       scores: returns the scores [M, C] of examples.
@@ -155,11 +156,11 @@ class AsymmetricSvm:
     r"""The asymmetric least-squares SVM; see `jaxlm.kernels.lssvm`.
 
     Attributes:
-      gammas: γ as it is.
-      ridges: λ of further γ, $1/(\lambda \|K\|)$ with the largest singular value, which suit a
-        kernel of any size. Below 1 a λ may meet a singular value, and 1 does.
-      weights: of the first of the two functions; below 1 examples need `flipped`.
-      bias: whether the functions have constants.
+      gammas: values of γ.
+      ridges: λ of further values of γ, $1/(\lambda \|K\|)$ with the largest singular value
+        $\|K\|$, which suit a kernel of any scale. λ = 1 is always singular, and λ < 1 may be.
+      weights: weights of the first function; below 1, examples need `flipped`.
+      bias: whether to fit a constant for each function.
       f0_scales: what f0 is divided by; not used without f0.
     """
 
@@ -226,7 +227,7 @@ def fit(train: Examples, validation: Examples | None, solver: Any = None) -> Fit
         systems.check_labels(examples.labels, num_classes, f"{name}.labels", len(examples.kernel))
         if (examples.f0 is None) != (train.f0 is None):
             raise UserError(
-                "f0: needed for the training and the validation examples alike (got one of them). "
+                "f0: needed for both the training and the validation examples (got one of them). "
                 "Give it for both, or for neither."
             )
     held_out = train if validation is None else validation
@@ -236,8 +237,8 @@ def fit(train: Examples, validation: Examples | None, solver: Any = None) -> Fit
     for point in solver.grid(train, num_classes):
         if validation is None and point.leave_one_out is None:
             raise UserError(
-                f"validation: {type(solver).__name__} chooses by it (got None). Give examples, or "
-                "use Ridge."
+                f"validation: {type(solver).__name__} needs it (got None). Give validation "
+                "examples, or use Ridge."
             )
         scores = np.asarray(point.leave_one_out if validation is None else point.scores(validation))
         accuracy, loss = _accuracy(scores, held_out.labels), solver.loss(scores, held_out.labels)
@@ -245,13 +246,13 @@ def fit(train: Examples, validation: Examples | None, solver: Any = None) -> Fit
         if best is None or (accuracy, -loss) > best:
             best, kept = (accuracy, -loss), point
     if kept is None or best is None:
-        raise UserError("gammas: none has a solution (got singular systems). Give others.")
+        raise UserError("solver: no point of its grid has a solution (got none). Give other values.")
     by = "leave-one-out" if validation is None else "validation"
     return Fit(kept.settings, by, best[0], kept.scores, tuple(tried))
 
 
 def _num_classes(kernel: Any, labels: list[Any]) -> int:
-    """Return the number of classes; validation may have one that no training example has."""
+    """Return the number of classes; validation may have a class that training does not have."""
     if np.ndim(kernel) == 4:
         return max(np.shape(kernel)[1], 2)
     every = np.concatenate([np.ravel(each) for each in labels])

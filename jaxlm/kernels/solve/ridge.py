@@ -15,18 +15,18 @@ RIDGES = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 """The paper's grid, relative to the largest eigenvalue."""
 
 F0_SCALES = (10.0, 100.0, 1000.0, 10000.0, math.inf)
-"""The paper's grid of what f0 is divided by."""
+"""The paper's grid of divisors of f0."""
 
 
 class RidgePath(NamedTuple):
     """Solutions for R ridges and S scales of f0.
 
     Attributes:
-      coefficients: of the training examples.
+      coefficients: α, one for each training example and output.
       leave_one_out: value of each training example by the fit to all others.
-      ridges: as they were used, see `ridge_path`.
-      f0_scales: what f0 was divided by.
-      eigenvalues: of the kernel, the largest first.
+      ridges: the ridges that were used, see `ridge_path`.
+      f0_scales: the divisors of f0.
+      eigenvalues: eigenvalues of the kernel, the largest first.
       rank: how many of them are larger than the rounding errors of the kernel.
       duplicates: pairs of examples that the kernel does not tell apart.
     """
@@ -48,7 +48,7 @@ class RidgePath(NamedTuple):
         """Return the values of other examples, for every ridge and scale.
 
         Args:
-          kernel: of these examples with the training examples, [M, C, N, C] or [M, N].
+          kernel: kernel of these examples with the training examples, [M, C, N, C] or [M, N].
           f0: the function at its first parameters, [M, C]; needed if it was given for training.
 
         Raises:
@@ -75,18 +75,18 @@ def ridge_path(
     out, with its C outputs, moves its value to $y_i - [G_{ii}]^{-1} \alpha_i$, where $G = (K +
     \lambda\|K\|I)^{-1}$ and $G_{ii}$ is the block of the example.
 
-    A kernel is singular, for example, where an example occurs twice. Then smaller ridges are raised
-    to the root of the machine epsilon of the kernel's dtype, where the ridge and the rounding of
-    the kernel disturb values alike. The result is `singular`, names `duplicates`, and `ridges` has
-    what was used.
+    A kernel is singular, for example, if an example occurs twice. Then smaller ridges are raised to
+    the square root of the machine epsilon of the kernel's dtype, where the ridge and the rounding
+    of the kernel change values equally. The result is then `singular`, lists `duplicates`, and
+    has the ridges that were used in `ridges`.
 
     Args:
-      kernel: of the training examples, symmetric; [N, C, N, C], or [N, N] where outputs were
+      kernel: kernel of the training examples, symmetric; [N, C, N, C], or [N, N] if outputs were
         traced: then all C outputs share it.
       targets: `jaxlm.kernels.solve.targets(labels, C)`, or any numbers.
       ridges: λ, relative to the largest eigenvalue $\|K\|$.
       f0: the function at its first parameters.
-      f0_scales: s; by default `F0_SCALES`. `inf` leaves f0 out; without f0 it is the only one.
+      f0_scales: s; by default `F0_SCALES`. `inf` leaves f0 out; without f0 only `inf` is used.
 
     Raises:
       UserError: if the kernel is not symmetric, not positive, not finite, or of one example; or the
@@ -110,8 +110,8 @@ def ridge_path(
     top, epsilon = values[-1], resolution(kernel)
     if values[0] < -max(epsilon, systems.ASYMMETRY) * abs(top):
         raise UserError(
-            f"kernel: has a negative eigenvalue (got {values[0]:.3g} beside {top:.3g}). Give one "
-            "of kind sgd or signgd, which has none."
+            f"kernel: has a negative eigenvalue (got {values[0]:.3g}, the largest {top:.3g}). Give "
+            "one of kind sgd or signgd, which has none."
         )
     rank = int(np.sum(values > epsilon * top))
     values = np.maximum(values, 0.0)
@@ -139,7 +139,7 @@ def ridge_path(
 
 
 def resolution(kernel: Any) -> float:
-    """Return the size of an eigenvalue, relative to the largest, that is a rounding error."""
+    """Return the size, relative to the largest eigenvalue, below which one is rounding error."""
     size = np.shape(kernel)
     return size[0] * (size[1] if len(size) == 4 else 1) * _epsilon(kernel)
 
@@ -166,7 +166,7 @@ def _epsilon(kernel: Any) -> float:
 def _residuals(
     U: np.ndarray, inverse: np.ndarray, alpha: np.ndarray, block: int
 ) -> Float[np.ndarray, "S N C"]:
-    """Return what a held-out example is off by: its coefficients times its inverse block of G."""
+    """Return the error at each held-out example: the inverse of its block of G times its α."""
     parts = U.reshape(-1, block, U.shape[1])
     G = np.einsum("ncp,ndp->ncd", parts * inverse, parts)
     if block == 1:

@@ -41,7 +41,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """Where a HF checkpoint has one of our leaves.
+    """Where a HF checkpoint holds one of our leaves.
 
     Attributes:
       path: our path.
@@ -49,7 +49,7 @@ class Name:
       transpose: whether HF keeps the matrix as [out, in], like Linear of torch.
       part: (i, n) if our leaf is the i-th of n equal parts of the HF tensor, on its last axis after
         the transpose.
-      groups: number of equal groups of that axis, each of which has all n parts side by side.
+      groups: number of equal groups of that axis, each of which holds all n parts side by side.
     """
 
     path: str
@@ -85,7 +85,7 @@ SIZES = {
 
 
 def read_fields(hf: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
-    """Return fields of a decoder's `ModelConfig`: those of `keys`, special ids, and usual sizes.
+    """Return fields of a decoder's `ModelConfig`: those in `keys`, special ids and usual sizes.
 
     Args:
       hf: the HF config.
@@ -108,7 +108,7 @@ def write_fields(config: ModelConfig, keys: Mapping[str, str], architecture: str
 
 
 def require(hf: dict[str, Any], key: str, accepted: Any) -> None:
-    """Raise ValueError if the HF config has a value of `key` that is not implemented here."""
+    """Raise ValueError if the value of `key` in the HF config is not implemented here."""
     if hf.get(key, accepted) != accepted:
         raise ValueError(
             f"{key} is not supported (got {hf[key]!r}). Use a model with {accepted!r}."
@@ -177,7 +177,7 @@ def read_rope(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _yarn_attention(rope: dict[str, Any]) -> float:
-    """Return the factor of cosines and sines that YaRN derives if the config has none."""
+    """Return the factor of cosines and sines that YaRN derives if the config gives none."""
 
     def scale(weight: float) -> float:
         return 0.1 * weight * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0

@@ -29,7 +29,7 @@ _CLASSES = {
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Return our configuration of a HF BERT config; the checkpoint decides about the head."""
+    """Return our configuration for a HF BERT config; the checkpoint decides about the head."""
     require(hf, "position_embedding_type", "absolute")
     require(hf, "is_decoder", False)
     require(hf, "add_cross_attention", False)
@@ -45,7 +45,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF BERT config of ours."""
+    """Return the HF BERT config for ours."""
     hf = write_fields(config, KEYS, _CLASSES[config.head])
     hf["hidden_act"] = write_activation(config.activation)
     if config.head == "classifier":

@@ -14,14 +14,14 @@ DEFAULTS = {"head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddin
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Return our configuration of a HF Gemma config."""
+    """Return our configuration for a HF Gemma config."""
     require(
         {**hf, "use_bidirectional_attention": hf.get("use_bidirectional_attention") or False},
         "use_bidirectional_attention",
         False,
     )
     hf = {**DEFAULTS, **hf}
-    # The first release says the exact GELU where it means the approximation.
+    # The first release names the exact GELU but uses the tanh approximation.
     named = hf.get("hidden_act") or "gelu"
     meant = "gelu_pytorch_tanh" if named == "gelu" else named
     config = llama.read_config({**hf, "hidden_act": "silu"})
@@ -36,7 +36,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 def write_config(
     config: ModelConfig, architecture: str = "GemmaForCausalLM", **more: Any
 ) -> dict[str, Any]:
-    """Return the HF Gemma config of ours, or with `more` keys that of Gemma 2."""
+    """Return the HF Gemma config for ours; Gemma 2 adds `more` keys."""
     named = write_activation(config.activation)
     meant = "gelu_pytorch_tanh" if config.activation == "gelu_tanh" else named
     return llama.write_config(config, architecture, **{"hidden_act": meant, **more})

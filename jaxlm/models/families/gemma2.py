@@ -21,9 +21,9 @@ WINDOW = 4096
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Return our configuration of a HF Gemma 2 config."""
+    """Return our configuration for a HF Gemma 2 config."""
     config = gemma.read_config(hf)
-    # Unlike Gemma's, this key means what it says.
+    # Unlike Gemma's `hidden_act`, this key names the function that the model uses.
     named = hf.get("hidden_activation") or "gelu_pytorch_tanh"
     alternate = tuple(layer % 2 == 0 for layer in range(config.num_layers))
     return config.replace(
@@ -38,7 +38,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF Gemma 2 config of ours."""
+    """Return the HF Gemma 2 config for ours."""
     assert config.attention_scale is not None
     hf = gemma.write_config(
         config,
@@ -46,7 +46,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         query_pre_attn_scalar=round(config.attention_scale**-2),
         attn_logit_softcapping=config.attention_cap,
         final_logit_softcapping=config.logit_cap,
-        sliding_window=config.window or WINDOW,  # transformers needs it even for no layer
+        sliding_window=config.window or WINDOW,  # transformers needs it even if unused
         layer_types=write_layer_types(config),
     )
     hf["hidden_activation"] = hf.pop("hidden_act")

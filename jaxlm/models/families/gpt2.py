@@ -31,7 +31,7 @@ DEFAULTS = {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Return our configuration of a HF GPT-2 config."""
+    """Return our configuration for a HF GPT-2 config."""
     require(hf, "scale_attn_weights", True)
     require(hf, "scale_attn_by_inverse_layer_idx", False)
     require(hf, "reorder_and_upcast_attn", False)
@@ -45,7 +45,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF GPT-2 config of ours."""
+    """Return the HF GPT-2 config for ours."""
     hf = write_fields(config, KEYS, "GPT2LMHeadModel")
     return hf | {"activation_function": write_activation(config.activation)}
 

@@ -35,7 +35,7 @@ DEFAULTS = {
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Return our configuration of a HF GPT-NeoX config."""
+    """Return our configuration for a HF GPT-NeoX config."""
     rope = hf.get("rope_parameters") or {}
     share = rope.get("partial_rotary_factor", hf.get("rotary_pct", 0.25))
     fields = read_fields({**DEFAULTS, **hf}, KEYS)
@@ -51,7 +51,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF GPT-NeoX config of ours."""
+    """Return the HF GPT-NeoX config for ours."""
     assert config.rotary_size is not None
     share = config.rotary_size / config.head_size
     return write_fields(config, KEYS, "GPTNeoXForCausalLM") | {

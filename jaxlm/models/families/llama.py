@@ -36,7 +36,7 @@ DEFAULTS = {
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Return our configuration of a HF Llama config."""
+    """Return our configuration for a HF Llama config."""
     require(hf, "pretraining_tp", 1)
     fields = read_fields({**DEFAULTS, **hf}, KEYS)
     fields["num_kv_heads"] = hf.get("num_key_value_heads") or fields["num_heads"]
@@ -56,7 +56,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 def write_config(
     config: ModelConfig, architecture: str = "LlamaForCausalLM", **more: Any
 ) -> dict[str, Any]:
-    """Return the HF Llama config of ours, or with `more` keys that of a family like it."""
+    """Return the HF Llama config for ours; families like Llama add `more` keys."""
     return write_fields(config, KEYS, architecture) | {
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_size,

@@ -13,7 +13,7 @@ names = llama.names
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Return our configuration of a HF Mistral config."""
+    """Return our configuration for a HF Mistral config."""
     config = llama.read_config({"sliding_window": 4096, "num_key_value_heads": 8, **hf})
     windows = read_windows(
         {"sliding_window": 4096, **hf, "layer_types": None}, (True,) * config.num_layers
@@ -22,5 +22,5 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF Mistral config of ours."""
+    """Return the HF Mistral config for ours."""
     return llama.write_config(config, "MistralForCausalLM", sliding_window=config.window)

@@ -13,7 +13,7 @@ names = llama.names
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Return our configuration of a HF OLMo config."""
+    """Return our configuration for a HF OLMo config."""
     return llama.read_config(hf).replace(
         family="olmo",
         norm="layernorm",
@@ -24,5 +24,5 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF OLMo config of ours."""
+    """Return the HF OLMo config for ours."""
     return llama.write_config(config, "OlmoForCausalLM", clip_qkv=config.clip_qkv)

@@ -1,4 +1,4 @@
-"""OLMo 2: Llama with norms after the sublayers, and one over all queries and over all keys.
+"""OLMo 2: Llama with norms after the sublayers and of all queries and keys across heads.
 
 References: OLMo 2, arXiv:2501.00656.
 """
@@ -12,13 +12,13 @@ PREFIX = llama.PREFIX
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Return our configuration of a HF OLMo 2 config."""
+    """Return our configuration for a HF OLMo 2 config."""
     config = llama.read_config({"rms_norm_eps": 1e-5, **hf})
     return config.replace(family="olmo2", norm_position="after", query_key_norm="all")
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF OLMo 2 config of ours."""
+    """Return the HF OLMo 2 config for ours."""
     return llama.write_config(config, "Olmo2ForCausalLM")
 
 

@@ -31,7 +31,7 @@ DEFAULTS = {
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Return our configuration of a HF OPT config."""
+    """Return our configuration for a HF OPT config."""
     pre_norm = hf.get("do_layer_norm_before", True)
     fields = read_fields({**DEFAULTS, **hf}, KEYS)
     fields["embedding_size"] = hf.get("word_embed_proj_dim") or fields["hidden_size"]
@@ -48,7 +48,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF OPT config of ours."""
+    """Return the HF OPT config for ours."""
     pre_norm = config.norm_position == "pre"
     return write_fields(config, KEYS, "OPTForCausalLM") | {
         "word_embed_proj_dim": config.embedding_size,

@@ -13,7 +13,7 @@ names = llama.names
 
 
 def windows(hf: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    """Return the windows of Qwen2 and Qwen3, those of the layers from `max_window_layers` on."""
+    """Return the windows of Qwen2 and Qwen3: layers from `max_window_layers` on have one."""
     if not hf.get("use_sliding_window", False):
         return {}
     first = hf.get("max_window_layers", 28)
@@ -31,7 +31,7 @@ def write_windows(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Return our configuration of a HF Qwen2 config."""
+    """Return our configuration for a HF Qwen2 config."""
     config = llama.read_config({"max_position_embeddings": 32768, **hf})
     return config.replace(
         family="qwen2", attention_bias=True, output_bias=False, **windows(hf, config.num_layers)
@@ -39,5 +39,5 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF Qwen2 config of ours."""
+    """Return the HF Qwen2 config for ours."""
     return llama.write_config(config, "Qwen2ForCausalLM", **write_windows(config))

@@ -12,7 +12,7 @@ PREFIX = llama.PREFIX
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Return our configuration of a HF Qwen3 config."""
+    """Return our configuration for a HF Qwen3 config."""
     config = llama.read_config({"max_position_embeddings": 32768, "head_dim": 128, **hf})
     return config.replace(
         family="qwen3", query_key_norm="head", **qwen2.windows(hf, config.num_layers)
@@ -20,7 +20,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF Qwen3 config of ours."""
+    """Return the HF Qwen3 config for ours."""
     return llama.write_config(config, "Qwen3ForCausalLM", **qwen2.write_windows(config))
 
 

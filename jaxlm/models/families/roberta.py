@@ -1,4 +1,4 @@
-"""RoBERTa: BERT with positions that start behind the padding id, and heads of its own.
+"""RoBERTa: BERT with positions that start after the padding id, and its own heads.
 
 References: RoBERTa, arXiv:1907.11692.
 """
@@ -12,7 +12,7 @@ PREFIX = "roberta."
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Return our configuration of a HF RoBERTa config; the checkpoint decides about the head."""
+    """Return our configuration for a HF RoBERTa config; the checkpoint decides about the head."""
     require(hf, "hidden_act", "gelu")
     config = bert.read_config(hf)
     pad = 1 if config.pad_id is None else config.pad_id
@@ -25,7 +25,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF RoBERTa config of ours."""
+    """Return the HF RoBERTa config for ours."""
     hf = bert.write_config(config)
     return {
         **hf,

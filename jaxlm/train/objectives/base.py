@@ -1,4 +1,4 @@
-"""What every objective is made of."""
+"""The base class of objectives."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,16 +30,16 @@ class Objective:
     name: str
 
     forms: ClassVar[tuple[str, ...]] = ("task",)
-    """Data forms that it reads: keys of a run's configuration."""
+    """Data forms that it reads, by their keys in a run's configuration."""
     batches: ClassVar[Batches] = "classification"
     """Training batches of a task, see `jaxlm.data.EncodedTask`."""
     differentiable: ClassVar[bool] = True
 
     def check(self, form: str, data: DataConfig, optimizer: Optimizer) -> None:
-        """Refuse a run that this objective cannot be part of.
+        """Refuse a run that this objective does not fit.
 
         Raises:
-            UserError: it reads other data, or has no gradient for the optimizer to follow.
+            UserError: if it reads other data, or has no gradient for the optimizer to follow.
         """
         if form not in self.forms:
             raise UserError(
@@ -66,5 +66,5 @@ class Objective:
         raise NotImplementedError
 
     def chance(self, lm: LanguageModel, encoded: Encoded) -> float | None:
-        """The loss of guessing, by which a run is seen to diverge; None if there is none."""
+        """Return the loss of guessing, from which divergence is told; None if there is none."""
         return None

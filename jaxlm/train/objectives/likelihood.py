@@ -1,4 +1,4 @@
-"""Objectives that raise the likelihood of what is right."""
+"""Objectives that maximize the likelihood of right answers or tokens."""
 
 import math
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Classification(Objective):
         return classification_objective(lm.apply, encoded.token_ids, log_probs=log_probs, **scoring)
 
     def chance(self, lm: LanguageModel, encoded: Encoded) -> float | None:
-        """Log of the number of options."""
+        """Return the log of the number of options; None if there is only one."""
         assert isinstance(encoded, EncodedTask)
         return math.log(encoded.num_options) if encoded.num_options > 1 else None
 
@@ -48,5 +48,5 @@ class Completion(Objective):
         return lm_objective(lm.log_probs)
 
     def chance(self, lm: LanguageModel, encoded: Encoded) -> float | None:
-        """Log of the number of tokens, for rows whose every token is guessed."""
+        """Return the log of the vocabulary size for rows of tokens; None for a task."""
         return None if isinstance(encoded, EncodedTask) else math.log(lm.config.vocab_size)

@@ -1,4 +1,4 @@
-"""Objectives without a gradient: what a task is measured by, for zeroth-order optimizers."""
+"""Objectives without a gradient, for zeroth-order optimizers: the metrics of tasks."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -24,7 +24,7 @@ class Accuracy(Objective):
     metric: ClassVar[str] = "accuracy"
 
     def check(self, form: str, data: DataConfig, optimizer: Optimizer) -> None:
-        """See `Objective`; the task must be measured so."""
+        """See `Objective`; the task must be measured by this metric."""
         if isinstance(data, TaskConfig):
             metric = data.metric
             if metric != self.metric:
