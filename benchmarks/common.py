@@ -6,6 +6,8 @@ import json
 import platform
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -68,6 +70,14 @@ def fresh_peak() -> int:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     return resident_bytes()
+
+
+def in_fresh_process(call: str) -> Any:
+    """Return the value of `module.function(...)` of a benchmark, called in a new process."""
+    module = call.partition(".")[0]
+    code = f"import json; from benchmarks import {module}; print(json.dumps({call}))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def seconds(function: Callable[[], Any]) -> float:

@@ -25,8 +25,6 @@ training step computes it.
 
 import argparse
 import functools
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -154,13 +152,6 @@ def resident(name: str, count: int, length: int, dim: int) -> float:
     return (common.resident_bytes() - before) / 1e6
 
 
-def fresh_process(name: str, *sizes: int) -> float:
-    """Return `resident`, measured in a process of its own."""
-    code = f"from benchmarks import influence as i; print(i.resident({name!r}, *{sizes}))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(run.stdout.splitlines()[-1])
-
-
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the rows of the table."""
     count, length, dim = (8, 16, 512) if options.quick else (64, 128, 8192)
@@ -203,7 +194,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     ) -> None:
         total = gradient_s + project_s
         fresh = not options.quick and name != BATCH
-        held = fresh_process(name, count, length, dim) if fresh else None
+        call = f"influence.resident({name!r}, {count}, {length}, {dim})"
+        held = common.in_fresh_process(call) if fresh else None
         table.append(
             {
                 "features": name,

@@ -34,8 +34,6 @@ against 16, C = 1 only, and one kind in the first and last table. The last line 
 
 import argparse
 import functools
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -180,7 +178,7 @@ def whole_kernels(length: int, classes: int, options: argparse.Namespace) -> lis
         program, compile_s = compiled.get(name, (None, None))
         held = None
         if name in calls and not options.quick:
-            held = fresh_process(name, length, classes)
+            held = common.in_fresh_process(f"ntk.resident({name!r}, {length}, {classes})")
         rows.append(
             {
                 "method": name,
@@ -213,14 +211,6 @@ def resident(name: str, length: int, classes: int) -> float:
         before = common.fresh_peak()
         jax.block_until_ready(program(*arguments))
     return (common.resident_bytes() - before) / 1e6
-
-
-def fresh_process(name: str, length: int, classes: int) -> float:
-    """Return `resident`, measured in a process of its own."""
-    call = f"ntk.resident({name!r}, {length}, {classes})"
-    code = f"from benchmarks import ntk; print({call})"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(run.stdout.splitlines()[-1])
 
 
 MATRICES = {"attention": (256, 256), "up": (256, 1024), "down": (1024, 256)}
@@ -374,9 +364,10 @@ def main() -> None:
     common.print_table(report["waits"])
     report |= {"kernels": [], "parts": []}
     for length, classes in cases:
-        report["kernels"] += whole_kernels(length, classes, options)
+        rows = whole_kernels(length, classes, options)
         print(f"T={length}, C={classes}", flush=True)
-        common.print_table(report["kernels"][-8 if not options.no_torch else -4 :])
+        common.print_table(rows)
+        report["kernels"] += rows
     for length, classes in cases:
         counts = QUICK_COUNTS if options.quick else COUNTS
         report["parts"] += parts(length, classes, options.repeats, counts)

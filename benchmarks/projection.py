@@ -19,8 +19,6 @@ for P up to 2,000,000.
 
 import argparse
 import functools
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -92,13 +90,6 @@ def resident(name: str, numbers: int) -> float:
     return (common.resident_bytes() - before) / 1e6
 
 
-def fresh_process(name: str, numbers: int) -> float:
-    """Return `resident`, measured in a process of its own."""
-    code = f"from benchmarks import projection as p; print(p.resident({name!r}, {numbers}))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(run.stdout.splitlines()[-1])
-
-
 def error(projected: np.ndarray, whole: np.ndarray) -> float:
     """Return the error of inner products of unit rows, over that of Rademacher in theory."""
     size = np.linalg.norm(whole, axis=1, keepdims=True)
@@ -141,7 +132,9 @@ def measure(numbers: int, options: argparse.Namespace) -> list[dict[str, Any]]:
             "P": numbers,
             "seconds": seconds,
             "times": None if basic is None else basic / seconds,
-            "resident_MB": None if options.quick else fresh_process(name, numbers),
+            "resident_MB": None
+            if options.quick
+            else common.in_fresh_process(f"projection.resident({name!r}, {numbers})"),
             "error": errors.get(name),
         }
         for name, seconds in times.items()

@@ -22,9 +22,6 @@ scores that agree to 1e-6. --quick uses 20,000 rows of 256. The last line is one
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -143,13 +140,6 @@ def result(folder: str, name: str, begin: Begin, scores: Any, chosen: Any) -> di
     return {"seconds": wall, "cpu_s": cpu, "resident_MB": resident}
 
 
-def fresh(call: str) -> dict[str, Any]:
-    """Return the value of a call of this module, made in a process of its own."""
-    code = f"import json; from benchmarks import scoring; print(json.dumps(scoring.{call}))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 def stores(count: int, dim: int, encodings: tuple[str, ...], root: Path) -> list[dict[str, Any]]:
     """Return the rows of the first table."""
     table = []
@@ -163,7 +153,7 @@ def stores(count: int, dim: int, encodings: tuple[str, ...], root: Path) -> list
                 "write_s": write(folder, dtype, count, dim),
             }
             row["GB"] = sum(path.stat().st_size for path in folder.iterdir()) / 1e9
-            table.append(row | fresh(f"score({str(folder)!r})"))
+            table.append(row | common.in_fresh_process(f"scoring.score({str(folder)!r})"))
     return table
 
 
@@ -181,7 +171,7 @@ def against_authors(count: int, dim: int, repeats: int, root: Path) -> list[dict
         runs: dict[str, list[dict[str, Any]]] = {"selection": [], "authors": []}
         for _ in range(repeats):
             for each, found in runs.items():
-                found.append(fresh(f"{each}({str(folder)!r}, 285, 57)"))
+                found.append(common.in_fresh_process(f"scoring.{each}({str(folder)!r}, 285, 57)"))
         ours, theirs = (np.load(Path(name) / f"{each}.npz") for each in ("jaxlm", "authors"))
     difference = float(np.abs(ours["scores"] - theirs["scores"]).max())
     in_order = np.abs(theirs["scores"][ours["chosen"]] - theirs["scores"][theirs["chosen"]])

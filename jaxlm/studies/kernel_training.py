@@ -111,6 +111,7 @@ def fine_tune(task: KernelTask, training: Training, *, seed: int) -> Tuned:
     batches = functools.partial(task.encoded.batches, batch_size=training.batch_size, seed=seed)
     scorer = Program(task.f)
     best: tuple[tuple[float, float], Tuned] | None = None
+    reason: Any = "no finite validation loss"
     for rate in training.learning_rates or (training.optimizer.learning_rate,):
         look = _Best(task, training.eval_every, scorer)
         optimizer = dataclasses.replace(training.optimizer, learning_rate=rate)
@@ -137,5 +138,8 @@ def fine_tune(task: KernelTask, training: Training, *, seed: int) -> Tuned:
         if best is None or look.rank > best[0]:
             best = look.rank, Tuned(params, rate, min(step, training.steps), accuracy)
     if best is None:
-        raise UserError(f"learning_rates: fine-tuning failed with every one of them. {reason}")
+        raise UserError(
+            f"learning_rates: fine-tuning failed with every one of them (got {reason}). Give "
+            "smaller ones."
+        )
     return best[1]

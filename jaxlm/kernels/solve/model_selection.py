@@ -246,7 +246,7 @@ def fit(train: Examples, validation: Examples | None, solver: Any = None) -> Fit
         if best is None or (accuracy, -loss) > best:
             best, kept = (accuracy, -loss), point
     if kept is None or best is None:
-        raise UserError("solver: no point of its grid has a solution (got none). Give other values.")
+        raise UserError("solver: no setting has a solution (got singular systems). Give others.")
     by = "leave-one-out" if validation is None else "validation"
     return Fit(kept.settings, by, best[0], kept.scores, tuple(tried))
 
