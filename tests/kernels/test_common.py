@@ -88,7 +88,7 @@ def test_float64(classes, kind, method):
     check(toy_problem(classes), kind, method, jnp.float64, 1e-12)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS[1:])  # the other one: `test_axes_and_blocks`
 @pytest.mark.parametrize("kind", oracle.KINDS)
 def test_float32(kind, method):
     check(toy_problem(3), kind, method, jnp.float32, 1e-5)
@@ -96,10 +96,11 @@ def test_float32(kind, method):
 
 # Blocks of the Jacobian share their compiled gradients; each row of another method is a program.
 BLOCKS = [
-    ("jacobian", kind, axes, same, (None, 2, 3, 9))
+    ("jacobian", kind, axes, same, (None, 2, 3))
     for kind, axes, same in itertools.product(oracle.KINDS, AXES, (True, False))
 ]
 BLOCKS += [
+    ("jacobian", "sgd", "full", True, (9,)),  # more than there are
     ("ntk_vector_products", "sgd", "full", True, (3,)),
     ("ntk_vector_products", "sgd", "trace", True, (3,)),
     ("ntk_vector_products", "sgd", "diagonal", True, (3,)),

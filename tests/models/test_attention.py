@@ -57,25 +57,42 @@ def by_loops(q, k, v, mask: Mask, scale: float, cap: float | None, prefix: int =
     return out
 
 
-@pytest.mark.parametrize("name", PLAIN)
-@pytest.mark.parametrize(("window", "causal"), [(1, True), (3, False), (None, True)])
+def check(inputs, cases, prefix=0):
+    """Every implementation under each (mask, cap), all in one program."""
+    masks, caps = zip(*cases, strict=True)
+
+    @jax.jit
+    def outputs(inputs, masks):
+        return [
+            [IMPLEMENTATIONS[name](*inputs, mask, scale=0.3, cap=cap) for name in PLAIN]
+            for mask, cap in zip(masks, caps, strict=True)
+        ]
+
+    found = outputs(inputs, [mask.prefixed(prefix) if prefix else mask for mask in masks])
+    for (mask, cap), by_name in zip(cases, found, strict=True):
+        wanted = by_loops(*inputs, mask, 0.3, cap, prefix)
+        for name, output in zip(PLAIN, by_name, strict=True):
+            says = f"{name}, window {mask.window}, causal {mask.causal}, cap {cap}"
+            np.testing.assert_allclose(output, wanted, atol=1e-5, err_msg=says)
+
+
 @pytest.mark.parametrize(("length", "keys"), [(7, 7), (3, 9)])
-def test_a_prefix_against_loops(name, window, causal, length, keys, monkeypatch):
+def test_a_prefix_against_loops(length, keys, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 4)
-    inputs, mask = make(length, keys + 5), make_mask(length, keys, window, causal)
-    found = jax.jit(functools.partial(IMPLEMENTATIONS[name], scale=0.3))(*inputs, mask.prefixed(5))
-    np.testing.assert_allclose(found, by_loops(*inputs, mask, 0.3, None, prefix=5), atol=1e-5)
+    seen = [(1, True), (3, False), (None, True)]
+    cases = [(make_mask(length, keys, *window_and_causal), None) for window_and_causal in seen]
+    check(make(length, keys + 5), cases, prefix=5)
 
 
-@pytest.mark.parametrize("name", PLAIN)
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("window", "cap"), [(None, None), (3, None), (None, 0.7), (1, 2.0)])
 @pytest.mark.parametrize(("length", "keys"), [(7, 7), (1, 7), (3, 9)])
-def test_against_loops(name, causal, window, cap, length, keys, monkeypatch):
+def test_against_loops(length, keys, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 4)
-    inputs, mask = make(length, keys), make_mask(length, keys, window, causal)
-    found = jax.jit(functools.partial(IMPLEMENTATIONS[name], scale=0.3, cap=cap))(*inputs, mask)
-    np.testing.assert_allclose(found, by_loops(*inputs, mask, 0.3, cap), atol=1e-5)
+    cases = [
+        (make_mask(length, keys, window, causal), cap)
+        for causal in (True, False)
+        for window, cap in [(None, None), (3, None), (None, 0.7), (1, 2.0)]
+    ]
+    check(make(length, keys), cases)
 
 
 def test_blocks_of_real_size_and_their_derivatives():

@@ -28,9 +28,11 @@ def test_same_tree_and_same_numbers(name: str):
     module = Transformer(lm.config)
     shapes = jax.eval_shape(module.init, jax.random.key(0), IDS)["params"]
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, lm.params)
-    found = jax.jit(module.apply)({"params": lm.params}, IDS, MASK)
-    wanted = jax.jit(lm.hidden if lm.config.head == "none" else lm.apply)(lm.params, IDS, MASK)
-    np.testing.assert_array_equal(found, wanted)
+    free = lm.hidden if lm.config.head == "none" else lm.apply
+    found = jax.make_jaxpr(module.apply)({"params": lm.params}, IDS, MASK)
+    wanted = jax.make_jaxpr(free)(lm.params, IDS, MASK)
+    assert str(found) == str(wanted)  # one program, so it need not run
+    jax.tree.map(np.testing.assert_array_equal, found.consts, wanted.consts)
 
 
 @pytest.mark.parametrize(

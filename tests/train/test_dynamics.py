@@ -51,11 +51,11 @@ def source(batch_size, seeds):
     return batches
 
 
-def run(optimizer, dynamics=None, *, steps=STEPS):
+def run(optimizer, dynamics=None, *, steps=STEPS, log_every=STEPS):
     method, batches = method_and_batches(
         optimizer, dynamics, loss_fn, source, steps=steps, batch_size=SIZE, seed=3
     )
-    config = LoopConfig(steps=steps, log_every=2)
+    config = LoopConfig(steps=steps, log_every=log_every)
     return fit(method, params(), batches, config, key=jax.random.key(0))
 
 
@@ -73,7 +73,7 @@ ADAM = Adam(learning_rate=0.05, b1=0.8, b2=0.9, eps=1e-2, weight_decay=0.1)
 def test_svag_is_the_optimizer_on_weighted_pairs_of_batches(optimizer, pairing):
     """Against optax with the hyperparameters of the paper's table, written out."""
     l = 2
-    found = run(optimizer, Svag(l=l, pairing=pairing))
+    found = run(optimizer, Svag(l=l, pairing=pairing), log_every=2)
     adaptive = optimizer is ADAM
     updates = l**2 if adaptive else l
     plus, minus = theory.svag_coefficients(updates)
@@ -155,7 +155,7 @@ def test_workers_that_average_always_are_the_run_on_the_joint_batch(on, monkeypa
 def test_workers_step_apart_and_the_model_is_their_last_average():
     """SGD of two workers with H = 3 in five steps, written out."""
     sgd = Sgd(learning_rate=0.05)
-    found = run(sgd, Local(workers=2, rule="constant", h=3))
+    found = run(sgd, Local(workers=2, rule="constant", h=3), log_every=2)
     grad = jax.grad(lambda p, b: loss_fn(p, b)[0])
     workers, averages = [params(), params()], []
     for step in range(STEPS):

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from jaxlm import zo
@@ -29,10 +28,6 @@ from tests.zo.problems import (
 pytestmark = pytest.mark.optimized
 
 KEY = jax.random.key(7)
-TARGETS = {
-    "quadratic": (small_params, quadratic, lambda: jnp.float32(0.25)),
-    "network": (network_params, network_loss, network_batch),
-}
 LEARNING = {"lozo_momentum": 3e-2, "residual_feedback": 3e-3}
 """Learning rates that are not 1e-2."""
 each_method = pytest.mark.parametrize("name", METHODS)
@@ -43,29 +38,39 @@ class Run(NamedTuple):
 
     Attributes:
       params: parameters before and after each step, with what `finalize` adds.
+      state: the last state.
       infos: diagnostics of each step.
       compiled: number of programs.
       path: the file.
     """
 
     params: list[Any]
+    state: Any
     infos: list[Any]
     compiled: int
     path: Any
 
 
 def falling(rate):
-    """From twice the rate to 0 at step 3, up to rounding."""
-    return optax.linear_schedule(2 * rate, 0.0, 3)
+    """From twice the rate to 0 at step 3, the same bits where JAX has 64 of them."""
+    rates = np.float32(rate) * np.float32([2, 4 / 3, 2 / 3, 0])
+    return lambda step: jnp.take(rates, step, mode="clip")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """`run(name, dtype)`: four steps under a schedule that ends at 0."""
+    """`run(name, dtype, x64)`: four steps under a schedule that ends at 0."""
 
     @functools.cache
-    def made(name, dtype="float32"):
-        opt, params = method(name, falling), network_params(dtype)
+    def made(name, dtype, x64):
+        params, batch = (jax.tree.map(np.asarray, x) for x in (network_params(), network_batch()))
+        with jax.enable_x64(x64):
+            params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+            measured = jnp.promote_types(dtype, jnp.float32)
+            return steps(name, params, jax.tree.map(lambda x: jnp.asarray(x, measured), batch))
+
+    def steps(name, params, batch):
+        opt = method(name, falling)
         path = tmp_path_factory.mktemp(name) / "run.zo"
         log = zo.Trajectory.create(
             path,
@@ -78,36 +83,50 @@ def run(tmp_path_factory):
         seen, params = [params], jax.tree.map(jnp.copy, params)
         for t in range(4):
             donated = params, state
-            params, state, info = step(params, state, network_batch())
+            params, state, info = step(params, state, batch)
             assert all(x.is_deleted() for x in jax.tree.leaves(donated))
             log.append(t, info.projected_grad[None], info.learning_rate)
             infos.append(info)
             seen.append(jax.tree.map(jnp.copy, opt.finalize(params, state)))
         log.finish(seen[-1])
-        return Run(seen, infos, step._cache_size(), path)
+        return Run(seen, state, infos, step._cache_size(), path)
 
-    return made
+    return lambda name, dtype="float32", x64=False: made(name, dtype, x64)
 
 
-@pytest.mark.parametrize(
-    ("target", "name"),
-    [
-        *(("quadratic", name) for name in METHODS),
-        *(pytest.param("network", name, marks=pytest.mark.slow) for name in METHODS),
-    ],
-)
-def test_the_loss_falls(target, name):
-    params, loss_fn, batch = TARGETS[target]
-    params, batch = params(), batch()
+@functools.cache
+def scaled_step(name):
+    """A method, and its compiled step on a multiple of the loss of the network."""
+    opt, batch = method(name, lambda rate: LEARNING.get(name, 1e-2)), network_batch()
+
+    def step(params, state, scale):
+        return opt.step(lambda *args: scale * network_loss(*args), params, state, batch)
+
+    return opt, jax.jit(step)
+
+
+@each_method
+def test_the_loss_of_a_network_falls(name):
+    params, (opt, step) = network_params(), scaled_step(name)
+    before, state = network_loss(params, network_batch()), opt.init(params, KEY)
+    for _ in range(500):
+        params, state, _ = step(params, state, 1.0)
+    assert network_loss(opt.finalize(params, state), network_batch()) < 0.7 * before
+
+
+@pytest.mark.slow
+@each_method
+def test_a_quadratic_falls(name):
+    params, batch = small_params(), jnp.float32(0.25)
     opt = method(name, lambda rate: LEARNING.get(name, 1e-2))
 
     def body(carry, _):
-        params, state, info = opt.step(loss_fn, *carry, batch)
+        params, state, info = opt.step(quadratic, *carry, batch)
         return (params, state), info.loss
 
     state = opt.init(params, KEY)
     (end, state), _ = jax.jit(lambda *x: jax.lax.scan(body, x, length=500))(params, state)
-    before, after = (loss_fn(x, batch) for x in (params, opt.finalize(end, state)))
+    before, after = (quadratic(x, batch) for x in (params, opt.finalize(end, state)))
     assert after < 0.7 * before
 
 
@@ -151,15 +170,7 @@ def test_jit_equals_eager_and_no_number_is_infinite_or_nan(name, run):
 @each_method
 def test_a_step_without_a_finite_slope_changes_nothing_but_its_number(name):
     """A run that has such a step continues as one that never saw its batch."""
-    params, opt = network_params(), method(name)
-    step = jax.jit(
-        lambda params, state, scale: opt.step(
-            lambda params, batch: scale * network_loss(params, batch),
-            params,
-            state,
-            network_batch(),
-        )
-    )
+    params, (opt, step) = network_params(), scaled_step(name)
     state = opt.init(params, KEY)
     for scale in (np.inf, 1.0, 1.0, np.nan, np.inf):
         before = opt.finalize(params, state), state
@@ -188,40 +199,16 @@ SHORT = ("mezo", "adam", "momentum", "meazo", "lozo_momentum", "zo_muon", "resid
 WIDTHS = [(dtype, name) for dtype in ("float32", "float64") for name in METHODS]
 
 
-@functools.cache
-def narrow(name, dtype):
-    """What `scanned` returns where JAX has no 64 bits."""
-    params = jax.tree.map(lambda x: x.astype(dtype), network_params())
-    return scanned(name, params, network_batch())[0]
-
-
-def scanned(name, params, batch):
-    """Three steps in a scan, which requires that the state keeps its types."""
-    opt = method(name)
-
-    def body(carry, _):
-        params, state, info = opt.step(network_loss, *carry, batch)
-        return (params, state), info.learning_rate
-
-    state = opt.init(params, KEY)
-    (params, state), _ = jax.jit(lambda *x: jax.lax.scan(body, x, length=3))(params, state)
-    return opt.finalize(params, state), state
-
-
 @pytest.mark.parametrize(("dtype", "name"), [*WIDTHS, *(("bfloat16", name) for name in SHORT)])
-def test_the_width_of_numbers_is_that_of_the_leaves_and_not_of_the_process(dtype, name):
+def test_the_width_of_numbers_is_that_of_the_leaves_and_not_of_the_process(dtype, name, run):
     """Under 64 bits, methods do what they do without; leaves of 64 bits have states of 64."""
-    params, batch = network_params(), network_batch()
-    plain = narrow(name, "float32" if dtype == "float64" else dtype)
-    with jax.enable_x64(True):
-        measured = jnp.promote_types(dtype, jnp.float32)
-        wide, state = scanned(
-            name,
-            jax.tree.map(lambda x: jnp.asarray(np.asarray(x), dtype), params),
-            jax.tree.map(lambda x: jnp.asarray(np.asarray(x), measured), batch),
-        )
-        floats = {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
+    made = run(name, "float32" if dtype == "float64" else dtype)
+    params, plain = made.params[0], made.params[-1]
+    made = run(name, dtype, x64=True)
+    wide, leaves = made.params[-1], jax.tree.leaves(made.state)
+    assert made.compiled == 1  # so the state keeps its types
     assert {x.dtype for x in jax.tree.leaves(wide)} == {jnp.dtype(dtype)}
+    floats = {x.dtype for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)}
     if name != "lozo_residual":
         assert floats == {jnp.dtype("float64" if dtype == "float64" else "float32")}
     if dtype != "float64":
