@@ -62,7 +62,7 @@ def build(
     section: str = "",
     flags: Collection[str] = (),
 ) -> T:
-    """Build the frozen dataclass `cls` from text values.
+    """Build the frozen dataclass `cls` from text values, or from Python's numbers.
 
     Args:
         cls: the dataclass. If a field has metadata `registry` (name to dataclass), the key `name`
@@ -158,6 +158,8 @@ class _Reader:
         metadata: Mapping[str, Any] = types.MappingProxyType({}),
     ) -> Any:
         """Convert text, a list or a mapping to the declared type `kind`."""
+        if value is None or isinstance(value, bool | int | float):  # from Python, not from a file
+            value = "null" if value is None else repr(value).lower()
         if value in _NULL and type(None) in typing.get_args(kind):
             return None
         kind = without_none(kind)
@@ -180,7 +182,7 @@ class _Reader:
             }
         if origin is tuple:
             items = self._parsed(value, key)
-            if not isinstance(items, list):
+            if not isinstance(items, list | tuple):
                 raise self.error(key, value, "must be a list", "Write [a, b].")
             return tuple(
                 self.convert(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(items)
@@ -249,7 +251,8 @@ def _full_key(key: str, section: str, fields: Collection[str]) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, str):
         return show(value) if value else "nothing"
-    return "a list" if isinstance(value, list) else "a section"
+    kinds = ((list | tuple, "a list"), (Mapping, "a section"))
+    return next((name for kind, name in kinds if isinstance(value, kind)), show(value))
 
 
 def _whole(text: str) -> int:

@@ -9,6 +9,7 @@ from jaxlm.artifacts.config import load
 from jaxlm.artifacts.files import file_path
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
+from jaxlm.studies import STUDIES
 from jaxlm.train.run_folder import to_dict
 
 __all__ = ["dump", "load", "parse_args", "parse_model_args", "split_args"]
@@ -67,4 +68,7 @@ def parse_model_args(args: Sequence[str]) -> tuple[str | None, dict[str, str]]:
 
 def dump(config: Any) -> str:
     """Return a configuration as YAML with every key."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    keys = to_dict(config)
+    if getattr(config, "study", None) in STUDIES:
+        keys = {"study": config.study, **keys}
+    return yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)

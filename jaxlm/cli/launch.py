@@ -131,7 +131,7 @@ def parse(args: Sequence[str]) -> tuple[Launch, list[str]]:
     return configs.load(Launch, None, configs.split_args(taken)[1]), rest
 
 
-def supervise(launch: Launch, args: Sequence[str]) -> int:
+def supervise(launch: Launch, args: Sequence[str], script: str | None = None) -> int:
     """Run a command in child processes and return its exit code.
 
     When its peers are gone, JAX aborts a process from a thread that Python cannot interrupt, and it
@@ -140,6 +140,7 @@ def supervise(launch: Launch, args: Sequence[str]) -> int:
     Args:
         launch: with `processes` or `distributed`.
         args: the command and its arguments without the flags of `launch`.
+        script: see `jaxlm.cli.main.main`.
     """
     groups = [launch.distributed]
     if launch.processes is not None:
@@ -150,6 +151,7 @@ def supervise(launch: Launch, args: Sequence[str]) -> int:
             f"coordinator={where},processes={launch.processes},process={i}"
             for i in range(launch.processes)
         ]
+    program = ["-m", "jaxlm.cli.main"] if script is None else [script]
     children = []
     for group in groups:
         flags = vars(replace(launch, processes=None, distributed=group))
@@ -157,7 +159,7 @@ def supervise(launch: Launch, args: Sequence[str]) -> int:
         # In a session of its own, so that a terminal's signal arrives once, through this process.
         children.append(
             subprocess.Popen(
-                [sys.executable, "-m", "jaxlm.cli.main", *args, *words],
+                [sys.executable, *program, *args, *words],
                 env=os.environ | {_PARENT: str(os.getpid())},
                 start_new_session=True,
             )

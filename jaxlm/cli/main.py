@@ -46,8 +46,13 @@ PIPE = 141
 """Exit code if the reader of a pipe has ended, as with `| head`: that of SIGPIPE."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, script: str | None = None) -> int:
     """Run one command.
+
+    Args:
+        argv: the words after the program's name; None for those of this process.
+        script: a file that registers its own methods and then calls this function. It is started
+            in place of jaxlm where a command runs in several processes.
 
     Returns:
         The exit code: 0; 2 for a mistake that the user can fix; 1 for an unexpected error; 130 or
@@ -58,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Otherwise transformers warns at every start that PyTorch is missing; nothing here needs it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        code = _run(args)
+        code = _run(args, script)
         screen.flush()
         return code
     except Stopped as stopped:
@@ -79,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _leave_the_others(code)
 
 
-def _run(args: list[str]) -> int:
+def _run(args: list[str], script: str | None) -> int:
     if args == ["help", "launch"]:
         from jaxlm.cli import launch
 
@@ -114,7 +119,7 @@ def _run(args: list[str]) -> int:
 
     flags, rest = launch.parse(rest)
     if flags.supervised:
-        return launch.supervise(flags, [command, *rest, *everywhere])
+        return launch.supervise(flags, [command, *rest, *everywhere], script)
     with contextlib.ExitStack() as stack:
         stack.enter_context(handle_signals())
         if ALLOW_CODE in everywhere:

@@ -26,6 +26,7 @@ from jaxlm.studies.grid import (
     folder_name,
     no_seed_or_output,
     outcome,
+    per_seed,
     section_of,
     with_keys,
 )
@@ -156,11 +157,7 @@ def _variant(config: CurvesConfig, name: str, section: Any, where: str) -> Varia
     data = {**with_keys(config.run, section, place), "output": config.output}
     first = _scaled(data, scale, place) if scale else build(PretrainConfig, data, place)
     folder = Path(config.output, folder_name(name, "variants"))
-    runs = tuple(
-        dataclasses.replace(first, seed=seed, output=str(folder / f"seed-{seed}"))
-        for seed in config.seeds
-    )
-    return Variant(name=name, runs=runs)
+    return Variant(name=name, runs=per_seed(first, folder, config.seeds))
 
 
 def _scaled(data: dict[str, Any], scale: Any, place: str) -> PretrainConfig:

@@ -3,8 +3,8 @@
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +57,11 @@ def no_seed_or_output(run: Mapping[str, Any], place: str) -> None:
                 f"{place}.{key}: differs from run to run (got {show(run[key])}). Give {plural} "
                 "beside run."
             )
+
+
+def per_seed(run: Any, folder: Path, seeds: Iterable[int]) -> tuple[Any, ...]:
+    """Return a run's configuration for each seed, with a folder for each below `folder`."""
+    return tuple(replace(run, seed=seed, output=str(folder / f"seed-{seed}")) for seed in seeds)
 
 
 def section_of(value: Any, place: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -27,6 +27,7 @@ from jaxlm.studies.grid import (
     folder_name,
     no_seed_or_output,
     outcome,
+    per_seed,
     section_of,
     with_keys,
 )
@@ -154,9 +155,7 @@ def _candidates(config: SweepConfig, name: str, section: Any, where: str) -> Ite
         folder = Path(config.output, folder_name(method, "methods"))
         if settings:
             folder /= folder_name(setting_title(settings), "grid")
-        runs = tuple(
-            replace(first, seed=seed, output=str(folder / f"seed-{seed}")) for seed in config.seeds
-        )
+        runs = per_seed(first, folder, config.seeds)
         yield Candidate(method=method, settings=settings, kind=kind, runs=runs)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from jaxlm import zo
+from jaxlm.artifacts.keys import without_none
 from jaxlm.core.checks import one_of
 from jaxlm.core.errors import UserError
 from jaxlm.train.settings import SECTION, Optimizer, check
@@ -68,7 +69,8 @@ def configuration(
 ) -> type[Any]:
     """Derive the configuration of a method from its signature and docstring.
 
-    Keywords become keys of the same name and default. Objects that a file cannot hold (`decay`,
+    Keywords become keys of the same name and default; a keyword that is not annotated as a number,
+    a text or a truth value has the type of its default. Objects that a file cannot hold (`decay`,
     `mesh`) stay with the function, and a sampler is given by its name.
 
     Args:
@@ -86,6 +88,7 @@ def configuration(
     fields.append(("learning_rate", float, learning_rate))
     inherited = {f.name: f for f in dataclasses.fields(Optimizer)}
     parameters = inspect.signature(method, eval_str=True).parameters
+    declared = typing.get_type_hints(ZerothOrder)
     shared = {f.name for f in dataclasses.fields(ZerothOrder)} - {"name", "schedule", "warmup"}
     if missing := sorted(shared - parameters.keys()):  # otherwise the key would be ignored
         raise TypeError(f"{method.__name__} lacks the arguments {', '.join(missing)}")
@@ -96,7 +99,9 @@ def configuration(
         if key == "sampler":
             fields.append((key, SAMPLERS, type(default).__name__.lower()))
         else:
-            kind = typing.get_type_hints(ZerothOrder).get(key, type(default))
+            annotated = parameters[key].annotation
+            plain = without_none(annotated) in (bool, int, float, str)
+            kind = declared.get(key, annotated if plain else type(default))
             fields.append((key, kind, default))
     name = method.__name__.title().replace("_", "")
     text = inspect.cleandoc(method.__doc__ or "")

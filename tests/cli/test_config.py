@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 
+from jaxlm.artifacts.config import build
 from jaxlm.cli import config as configs
 from jaxlm.core.checks import whole
 from jaxlm.core.errors import UserError
@@ -239,6 +240,17 @@ def test_arguments():
     assert configs.parse_args(words) == ("c.yaml", {"a.b": "1", "c_d": "2", "e": "-3"})
     assert configs.parse_args(["--config", "c.yaml"]) == ("c.yaml", {})
     assert configs.parse_args([]) == (None, {})
+
+
+def test_numbers_of_python_are_read_like_text():
+    task = {"name": "subj", "k": 4, "validation": None}
+    data = {"task": task, "steps": 2, "calibrate": True, "optimizer": {"learning_rate": 1e-3}}
+    text = {"task": {"name": "subj", "k": "4", "validation": "null"}, "steps": "2"}
+    text |= {"calibrate": "true", "optimizer": {"learning_rate": "0.001"}}
+    there = {"output": "runs/x"}
+    assert build(FinetuneConfig, data | there, "") == build(FinetuneConfig, text | there, "")
+    with pytest.raises(UserError, match=r"steps: must be a whole number .got '2\.5'"):
+        build(FinetuneConfig, data | there | {"steps": 2.5}, "")
 
 
 def test_a_dictionary_and_back(tmp_path):

@@ -1,6 +1,8 @@
 """Flags that stand beside any command: help, --print-config, --allow-code."""
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -49,6 +51,28 @@ def test_print_config_is_a_file_that_gives_the_same_configuration(tmp_path, tiny
     assert config == load(FinetuneConfig, path, {"optimizer.name": "adam", "steps": "3"})
     assert yaml.safe_load(shown)["optimizer"]["b1"] == 0.9
     assert not (tmp_path / "run").exists()
+
+
+def test_print_config_of_a_study_is_a_file_of_that_study(tmp_path, capsys):
+    shown = []
+    for place in ("configs/studies/svag.yaml", str(tmp_path / "again.yaml")):
+        assert main(["study", place, "--print-config"]) == 0
+        shown.append(capsys.readouterr().out)
+        (tmp_path / "again.yaml").write_text(shown[-1])
+    assert shown[0] == shown[1]
+    assert shown[0].startswith("study: curves\n")
+
+
+def test_a_script_is_started_for_each_process(tmp_path):
+    script = tmp_path / "own.py"
+    script.write_text(
+        "import sys\nfrom jaxlm.cli.main import main\nprint('own', flush=True)\n"
+        "sys.exit(main(script=__file__))\n"
+    )
+    words = [sys.executable, script, "info", "--processes=2"]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout.count("own")) == (2, 3)
+    assert "info, which runs on one device" in result.stderr
 
 
 def test_print_config_of_the_quickstart(capsys):
