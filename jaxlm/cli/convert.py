@@ -2,9 +2,9 @@
 
 usage: jaxlm convert SOURCE TARGET [--dtype=float32|bfloat16] [--adapter]
 
-SOURCE is a folder with config.json and safetensors, a hub id, or the folder of a run, whose tested
-parameters are saved. TARGET is a new folder. `--adapter` saves only the low-rank adapters of a run,
-as a folder of Hugging Face PEFT; without it they are merged into the model.
+SOURCE is a folder with config.json and safetensors, a GGUF file, a hub id, or the folder of a run,
+whose tested parameters are saved. TARGET is a new folder. `--adapter` saves only the low-rank
+adapters of a run, as a folder of Hugging Face PEFT; without it they are merged into the model.
 """
 
 import contextlib

@@ -26,7 +26,7 @@ from jaxlm.core.checks import one_of, show
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import flatten, path_predicate
 from jaxlm.core.precision import MATRICES, Packed, dequantize, pack, quantize
-from jaxlm.models import adapters
+from jaxlm.models import adapters, gguf
 from jaxlm.models.attention import IMPLEMENTATIONS
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import family
@@ -47,6 +47,10 @@ from jaxlm.models.language_model import LanguageModel
 from jaxlm.sharding import param_shardings
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "model"
+CACHE = Path("~/.cache/jaxlm")
+"""Folder of the models in `MADE`."""
+MADE = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Models that a script makes, with the hub's id."""
 Read = Callable[[tuple[slice, ...]], np.ndarray]
 
 
@@ -64,8 +68,8 @@ def from_pretrained(
 
     Args:
       name_or_path: folder with config.json, one or several safetensors files and optionally a
-        tokenizer; or the id of such a repository on the hub; or None for the small model that comes
-        with the package.
+        tokenizer; or the id of such a repository on the hub; or a GGUF file, see
+        `jaxlm.models.gguf`; or "smollm2"; or None for the small model that comes with the package.
       param_dtype: dtype of every parameter, whatever the files have.
       mesh: a mesh of `jaxlm.sharding.make_mesh`. Each device gets its part of a parameter, by
         the rules of `jaxlm.sharding`, straight from the files. None loads onto the default device,
@@ -87,10 +91,9 @@ def from_pretrained(
     one_of("remat", remat, get_args(ModelConfig.__annotations__["remat"]))
     one_of("bits", bits, (8, 4, None))
     dtype = _float_dtype(param_dtype)
-    folder = SHIPPED if name_or_path is None else _resolve(name_or_path)
-    config, module = read_config(folder)
-    tokenizer = read_tokenizer(folder) if has_tokenizer(folder) else None
-    checkpoint = _open(folder, module)
+    place = SHIPPED if name_or_path is None else _resolve(name_or_path)
+    config, tokenizer, checkpoint = _read_model(place)
+    assert checkpoint is not None
     config = checkpoint.match(config).replace(
         compute_dtype=None if compute_dtype is None else str(jnp.dtype(compute_dtype)),
         attention=attention,
@@ -99,7 +102,7 @@ def from_pretrained(
     checkpoint.check(config)
     is_matrix = path_predicate(MATRICES)
     flat: dict[str, Any] = {}
-    with _enough_memory(folder, config, dtype):
+    with _enough_memory(place, config, dtype):
         for path, shape in param_shapes(config).items():
             read = partial(checkpoint.read, config, path, dtype)
             if bits is not None and is_matrix(path):
@@ -123,7 +126,7 @@ def _float_dtype(param_dtype: Any) -> np.dtype:
 
 
 @contextlib.contextmanager
-def _enough_memory(folder: Path, config: ModelConfig, dtype: np.dtype) -> Iterator[None]:
+def _enough_memory(place: Path, config: ModelConfig, dtype: np.dtype) -> Iterator[None]:
     """Raise UserError if memory runs out, with the sizes of the parameters in several dtypes."""
     try:
         yield
@@ -135,7 +138,7 @@ def _enough_memory(folder: Path, config: ModelConfig, dtype: np.dtype) -> Iterat
         sizes |= {"param_dtype=bfloat16": 2, "bits=8": 1, "bits=4": 0.5}
         asked, *less = (f"{count * size / 1e9:.3g} GB with {how}" for how, size in sizes.items())
         raise UserError(
-            f"{folder}: the parameters do not fit into memory (got {asked}). Choose less: about "
+            f"{place}: the parameters do not fit into memory (got {asked}). Choose less: about "
             f"{', '.join(less)}. The --dry-run of a command prints what else it needs."
         ) from error
 
@@ -162,41 +165,63 @@ def shapes_from_pretrained(
       UserError: see `from_pretrained`.
     """
     dtype = _float_dtype(param_dtype)
-    folder = SHIPPED if name_or_path is None else _resolve(name_or_path, weights=False)
-    config, module = read_config(folder)
-    if any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
-        checkpoint = _open(folder, module)
+    place = SHIPPED if name_or_path is None else _resolve(name_or_path, weights=False)
+    config, tokenizer, checkpoint = _read_model(place, weights=False)
+    if checkpoint is not None:
         config = checkpoint.match(config)
         checkpoint.check(config)
     elif config.kind == "encoder":
-        named = " ".join(read_json(folder / CONFIG).get("architectures") or ())
+        named = " ".join(read_json(place / CONFIG).get("architectures") or ())
         config = config.replace(head="mlm" if re.search("MaskedLM|PreTraining", named) else "none")
     params = nest(
         {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in param_shapes(config).items()}
     )
     if bits is not None:
         params = jax.eval_shape(partial(quantize, bits=bits), params)
-    tokenizer = read_tokenizer(folder) if has_tokenizer(folder) else None
     return LanguageModel(config, params, tokenizer)
 
 
 def _resolve(name_or_path, *, weights: bool = True) -> Path:
-    folder = file_path(name_or_path, "model")
-    if folder.is_dir():
-        return folder
+    place = file_path(name_or_path, "model")
+    if place.is_dir() or place.is_file():
+        return place
     text = str(name_or_path)
-    if text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise UserError(f"model: there is no such folder (got {text}). Give a folder or a hub id.")
+    if text in MADE and (CACHE.expanduser() / text / CONFIG).is_file():
+        return CACHE.expanduser() / text
+    if text.startswith((".", "/", "~")) or text.endswith(".gguf") or text.count("/") > 1:
+        raise UserError(
+            f"model: there is no such folder or file (got {text}). Give a folder, a GGUF file or a "
+            "hub id."
+        )
     from huggingface_hub import snapshot_download
 
     try:
         patterns = ["*.json", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
-        return Path(snapshot_download(text, allow_patterns=patterns))
+        return Path(snapshot_download(MADE.get(text, text), allow_patterns=patterns))
     except Exception as error:
+        fix = "Check the name and the network."
+        if text in MADE:
+            fix = f"Run python scripts/get_{text}.py, which makes it."
         raise UserError(
             f"model: is not a folder, and cannot be downloaded from the hub (got {text}: "
-            f"{type(error).__name__}). Check the name and the network."
+            f"{type(error).__name__}). {fix}"
         ) from error
+
+
+def _read_model(place: Path, *, weights: bool = True) -> tuple[ModelConfig, Any, Checkpoint | None]:
+    """Return the configuration, the tokenizer or None, and the tensors of a folder or a GGUF file.
+
+    Args:
+      place: the folder or file.
+      weights: whether a folder must have weights; without them, the tensors are None.
+    """
+    if place.is_file():
+        return gguf.read_model(place)
+    config, module = read_config(place)
+    tokenizer = read_tokenizer(place) if has_tokenizer(place) else None
+    if weights or any((place / name).is_file() for name in (WEIGHTS, INDEX)):
+        return config, tokenizer, _open(place, module)
+    return config, tokenizer, None
 
 
 def _open(folder: Path, module: ModuleType) -> Checkpoint:

@@ -222,28 +222,40 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> tuple[ModelConfig, ModuleType]:
     """Return the configuration and the family's module; raise UserError for a bad config.json."""
     check_regular(folder)
-    hf, path = read_json(folder / CONFIG), folder / CONFIG
+    config, module = parse_config(read_json(folder / CONFIG), str(folder / CONFIG))
+    stop_ids = _stop_ids(folder) or config.stop_ids
+    return config.replace(stop_ids=() if stop_ids == (config.eos_id,) else stop_ids), module
+
+
+def parse_config(hf: dict[str, Any], where: str) -> tuple[ModelConfig, ModuleType]:
+    """Return the configuration and the family's module for the fields of a config.json.
+
+    Args:
+      hf: the fields.
+      where: the file, for messages.
+
+    Raises:
+      UserError: the family is unknown, or a field is missing or wrong.
+    """
     try:
         module = family(hf.get("model_type", ""))
     except KeyError as error:
         known = ", ".join(MODULES)
         raise UserError(
-            f"{path}: model_type is not supported (got {error}). Choose one of {known}."
+            f"{where}: model_type is not supported (got {error}). Choose one of {known}."
         ) from None
-    check_config(hf, str(path))
+    check_config(hf, where)
     try:
         require(hf, "quantization_config", None)
         config = module.read_config(hf)
     except KeyError as error:
         raise UserError(
-            f"{path}: the key {error} is missing. Add it, or download the file again."
+            f"{where}: the key {error} is missing. Add it, or download the file again."
         ) from None
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-    check_sizes(config, str(path))
-    stop_ids = _stop_ids(folder) or config.stop_ids
-    stop_ids = () if stop_ids == (config.eos_id,) else stop_ids
-    return config.replace(stop_ids=stop_ids, label_names=_label_names(hf)), module
+        raise UserError(f"{where}: {error}") from None
+    check_sizes(config, where)
+    return config.replace(label_names=_label_names(hf)), module
 
 
 def _label_names(hf: dict[str, Any]) -> tuple[str, ...]:

@@ -78,7 +78,7 @@ class Checkpoint:
     """The tensors of a model folder, read by our paths.
 
     Attributes:
-      folder: folder of the model.
+      folder: folder of the model, or its GGUF file.
       module: its family.
       tensors: HF name -> where it is stored.
       open: context manager that opens the file at a path. A file is opened again for every `PIECE`
@@ -171,8 +171,8 @@ class Checkpoint:
             more = self.find(config, path, layers) if _stacked(path) else None
             if more is not None:
                 raise UserError(
-                    f"{self.folder}: holds {more[1]}, but config.json asks for {layers} layers. "
-                    "Correct config.json, or download the folder again."
+                    f"{self.folder}: holds {more[1]}, but its configuration has {layers} layers. "
+                    "Correct config.json, or download the model again."
                 )
         self._check_unused(config)
 
@@ -195,7 +195,7 @@ class Checkpoint:
                 continue
             raise UserError(
                 f"{self.folder}: {name} is not used by a {config.family} model with this "
-                "config.json. Correct config.json, or remove the tensor."
+                "configuration. Correct config.json, or remove the tensor."
             )
         if others:
             warnings.warn(
@@ -210,14 +210,14 @@ class Checkpoint:
             names = (row.hf for row in self.module.names(config) if row.path == path)
             raise UserError(
                 f"{self.folder}: has no tensor {next(names).format(layer=layer)}, which a "
-                f"{config.family} model needs. Correct config.json, or download the folder again."
+                f"{config.family} model needs. Correct config.json, or download the model again."
             )
         row, name = match
         stored, wanted = self.tensors[name], _shape(row, shape)
         if stored.shape != wanted:
             raise UserError(
-                f"{self.folder}: {name} must have the shape {list(wanted)} of config.json (got "
-                f"{list(stored.shape)}). Correct config.json, or download the folder again."
+                f"{self.folder}: {name} must have the shape {list(wanted)} of the configuration "
+                f"(got {list(stored.shape)}). Correct config.json, or download the model again."
             )
         if stored.dtype not in _FLOATS:
             raise UserError(
