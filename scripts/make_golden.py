@@ -20,6 +20,7 @@ NAMES = (
     *("gpt2", "llama", "llama-biases", "opt", "opt-projected", "bert", "bert-untied", "bert-base"),
     *("bert-classifier", "roberta", "roberta-classifier", "llama-rope-llama3", "mistral"),
     *("qwen2", "qwen3", "olmo-clipped", "olmo2", "gemma", "gemma2", "gpt_neox"),
+    *("gemma3_text", "olmo3", "granite", "phi3", "smollm3", "distilbert", "modernbert"),
 )
 
 

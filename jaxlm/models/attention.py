@@ -38,7 +38,8 @@ class Mask:
       query_positions: [B, T], positions of the queries.
       key_positions: [B, S], positions of the keys.
       first: index of the first query among the keys; the others follow it.
-      window: number of last tokens that a query sees, itself included; None for all.
+      window: number of last tokens that a query sees, itself included, and of next ones if the mask
+        is not causal; None for all.
       causal: whether keys after the query are hidden.
       segments: [B, S], segments of the keys. A query sees keys of its own segment and of segment
         `ANY`. None for one segment.
@@ -62,7 +63,10 @@ class Mask:
         if self.window is not None:
             here = lax.dynamic_slice_in_dim(self.query_positions, query, queries, axis=1)
             there = lax.dynamic_slice_in_dim(self.key_positions, key, keys, axis=1)
-            seen = seen & (here[:, :, None] - there[:, None, :] < self.window)
+            distance = here[:, :, None] - there[:, None, :]
+            seen = seen & (distance < self.window)
+            if not self.causal:
+                seen = seen & ((distance > -self.window) | (there == AHEAD)[:, None, :])
         if self.segments is not None:
             own = lax.dynamic_slice_in_dim(self.segments, self.first + query, queries, axis=1)
             there = lax.dynamic_slice_in_dim(self.segments, key, keys, axis=1)[:, None, :]

@@ -46,19 +46,30 @@ class ModelConfig:
       positions: absolute `learned` embeddings, or `rotary`.
       position_offset: index of the first position in the table (OPT 2, RoBERTa 2).
       token_types: number of segment embeddings; 0 for none.
+      norm_bias: whether a LayerNorm has a bias.
       norm_offset: number added to a stored scale (Gemma stores scale - 1).
       norm_position: norm of the input of each sublayer (`pre`), of the sum with the residual
         (`post`), of the output of the sublayer (`after`), or of input and output (`both`).
+      first_norm: whether the first layer norms the input of its attention, like the others.
       parallel: attention and MLP read the same residual, and both are added to it (GPT-NeoX).
       rotary_size: number of leading elements of a head that are rotated; None for all.
+      local_rope_theta: theta of layers with a window, which are not scaled; None for that of all.
+      unrotated: for each layer, whether its heads are not rotated; empty if all are.
       query_key_norm: RMSNorm of queries and keys, of each `head` or of `all` heads together.
       clip_qkv: bound on the absolute value of queries, keys and values.
-      window: number of last tokens, itself included, that a query of a windowed layer sees.
+      window: number of last tokens, itself included, that a query of a windowed layer sees; in an
+        encoder, as many next ones too.
       windowed: for each layer, whether it has the window; empty if none has.
       attention_scale: factor of the scores; None for `head_size**-0.5`.
       attention_cap, logit_cap: c of the soft cap `c tanh(x / c)` of scores and of logits.
       embedding_scale: factor of the token embeddings.
-      pooled: whether there is a pooler, tanh(dense(first token)), for the classifier to read.
+      residual_scale: factor of what a sublayer adds to the residual; None for 1.
+      logit_divisor: number by which logits are divided; None for 1.
+      head_bias: whether the dense layer of the masked-token head has a bias.
+      pooled: whether there is a pooler for the classifier to read.
+      pooler: a dense layer with `tanh` or `relu`; or dense layer and norm of the masked-token head
+        (`mlm`), which the classifier then shares.
+      pooling: what the pooler reads, the `first` token or the `mean` of all.
       num_labels: number of classes of the classifier.
       label_names: names of the classes in order, or empty.
       bos_id, eos_id, pad_id: special token ids, or None; the first one if HF lists several.
@@ -90,8 +101,10 @@ class ModelConfig:
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5
     norm_affine: bool = True
+    norm_bias: bool = True
     norm_offset: float = 0.0
     norm_position: Literal["pre", "post", "after", "both"] = "pre"
+    first_norm: bool = True
     parallel: bool = False
     embedding_norm: bool = False
     final_norm: bool = True
@@ -100,6 +113,8 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     rotary_size: int | None = None
+    local_rope_theta: float | None = None
+    unrotated: tuple[bool, ...] = ()
     query_key_norm: Literal["head", "all"] | None = None
     clip_qkv: float | None = None
     window: int | None = None
@@ -108,12 +123,17 @@ class ModelConfig:
     attention_cap: float | None = None
     logit_cap: float | None = None
     embedding_scale: float | None = None
+    residual_scale: float | None = None
+    logit_divisor: float | None = None
     token_types: int = 0
     attention_bias: bool = True
     output_bias: bool = True
     mlp_bias: bool = True
     tie_embeddings: bool = True
+    head_bias: bool = True
     pooled: bool = False
+    pooler: Literal["tanh", "relu", "mlm"] = "tanh"
+    pooling: Literal["first", "mean"] = "first"
     num_labels: int = 0
     label_names: tuple[str, ...] = ()
     bos_id: int | None = None

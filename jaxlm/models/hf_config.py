@@ -84,6 +84,10 @@ TOKENS = Kind(
         or (isinstance(x, list) and len(x) > 0 and all(map(TOKEN.holds, x)))
     ),
 )
+SWITCHES = Kind(
+    "a list of 0 and 1",
+    lambda x: isinstance(x, list) and all(type(item) is int and item in (0, 1) for item in x),
+)
 LABELS = Kind(
     "a string for each of the classes 0, 1, ...",
     lambda x: (
@@ -96,27 +100,51 @@ LABELS = Kind(
 FIELDS = {
     **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), whole()),
     **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "ffn_dim"), WIDTH),
+    **dict.fromkeys(("dim", "hidden_dim"), WIDTH),
+    **dict.fromkeys(("n_layers", "n_heads"), DEPTH),
     **dict.fromkeys(("n_inner", "word_embed_proj_dim", "head_dim"), optional(WIDTH)),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), DEPTH),
     "num_key_value_heads": optional(DEPTH),
     "type_vocab_size": whole(0, 2**16),
-    **dict.fromkeys(("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps"), number(most=1.0)),
+    **dict.fromkeys(
+        ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps"), number(most=1.0)
+    ),
     **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), optional(TEXT)),
+    **dict.fromkeys(("activation", "classifier_activation", "classifier_pooling"), TEXT),
     **dict.fromkeys(
         (
             *("attention_bias", "mlp_bias", "enable_bias", "tie_word_embeddings"),
             *("use_parallel_residual", "use_sliding_window", "do_layer_norm_before"),
             *("_remove_final_layer_norm", "layer_norm_elementwise_affine"),
+            *("norm_bias", "classifier_bias"),
         ),
         FLAG,
     ),
-    **dict.fromkeys(("rope_theta", "rotary_emb_base"), number(above=1.0)),
-    "rotary_pct": number(most=1.0),
+    **dict.fromkeys(
+        (
+            *("rope_theta", "rotary_emb_base", "rope_local_base_freq"),
+            *("global_rope_theta", "local_rope_theta"),
+        ),
+        number(above=1.0),
+    ),
+    **dict.fromkeys(("rotary_pct", "partial_rotary_factor"), number(most=1.0)),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), optional(SECTION)),
     "sliding_window": optional(whole()),
+    "local_attention": whole(),
+    **dict.fromkeys(
+        ("sliding_window_pattern", "global_attn_every_n_layers", "no_rope_layer_interval"), whole()
+    ),
+    "no_rope_layers": optional(SWITCHES),
     "max_window_layers": whole(0),
     "layer_types": optional(texts("full_attention", "sliding_attention")),
     "query_pre_attn_scalar": whole(),
+    **dict.fromkeys(
+        (
+            *("embedding_multiplier", "residual_multiplier"),
+            *("attention_multiplier", "logits_scaling"),
+        ),
+        number(),
+    ),
     **dict.fromkeys(
         ("clip_qkv", "attn_logit_softcapping", "final_logit_softcapping"), optional(number())
     ),
@@ -135,8 +163,7 @@ ROPE = {
     ),
     "partial_rotary_factor": number(most=1.0),
     "truncate": FLAG,
-    # No family here has frequencies that depend on the type of layer.
-    **dict.fromkeys(("full_attention", "sliding_attention"), Kind("left out", lambda x: False)),
+    **dict.fromkeys(("full_attention", "sliding_attention"), optional(SECTION)),
 }
 
 
@@ -160,7 +187,10 @@ def check_config(hf: Mapping[str, Any], where: str) -> None:
     """Check the fields of a config.json, including those of its rotary sections."""
     check_fields(hf, FIELDS, where)
     for section in ("rope_parameters", "rope_scaling"):
-        check_fields(hf.get(section) or {}, ROPE, f"{where}: {section}")
+        rope = hf.get(section) or {}
+        check_fields(rope, ROPE, f"{where}: {section}")
+        for kind in ("full_attention", "sliding_attention"):
+            check_fields(rope.get(kind) or {}, ROPE, f"{where}: {section}: {kind}")
 
 
 def check_sizes(config: ModelConfig, where: str) -> None:

@@ -48,6 +48,11 @@ def _stacked(path: str) -> bool:
     return path.startswith(LAYERS + ".")
 
 
+def _absent(config: ModelConfig, path: str, layer: int) -> bool:
+    """Return whether a layer has no tensor for a leaf, and the forward pass does not use it."""
+    return not config.first_norm and layer == 0 and path.startswith("layers.attention_norm.")
+
+
 def runs(row: Name, length: int, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
     """Yield where [start:stop] of our last axis lies on the HF tensor's, by contiguous runs.
 
@@ -61,15 +66,16 @@ def runs(row: Name, length: int, start: int, stop: int) -> Iterator[tuple[slice,
     """
     index, count = row.part
     size = length // row.groups
+    unit = size // row.span
     for group in range(start // size, -(-stop // size)):
         low, high = max(start, group * size), min(stop, (group + 1) * size)
-        shift = (group * (count - 1) + index) * size
+        shift = (group * (count - row.span) + index) * unit
         yield slice(low - start, high - start), slice(low + shift, high + shift)
 
 
 def _shape(row: Name, ours: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the HF tensor that holds one layer of our leaf."""
-    whole = (*ours[:-1], row.part[1] * ours[-1])
+    whole = (*ours[:-1], row.whole(ours[-1]))
     return whole[::-1] if row.transpose else whole
 
 
@@ -127,13 +133,15 @@ class Checkpoint:
     def _match_head(self, config: ModelConfig) -> ModelConfig:
         if config.kind == "decoder":
             return config
-        if self.find(config, "mlm.dense.kernel"):
-            return config.replace(head="mlm")
         classifier = config.replace(head="classifier", pooled=True)
         bias = self.find(classifier, "classifier.bias")
-        if bias and self.find(classifier, "pooler.kernel"):
+        shared = config.pooler == "mlm"
+        if self.find(config, "mlm.dense.kernel") and not (shared and bias):
+            return config.replace(head="mlm")
+        pooler = "mlm.dense.kernel" if shared else "pooler.kernel"
+        if bias and self.find(classifier, pooler):
             return classifier.replace(num_labels=self.tensors[bias[1]].shape[0])
-        return config.replace(pooled=self.find(config, "pooler.kernel") is not None)
+        return config.replace(pooled=self.find(config, pooler) is not None)
 
     def _untied(self, config: ModelConfig) -> bool:
         """Return whether an output table is stored that differs from the input table."""
@@ -166,7 +174,7 @@ class Checkpoint:
         """
         for path, shape in param_shapes(config).items():
             layers = config.num_layers if _stacked(path) else 1
-            for layer in range(layers):
+            for layer in range(_absent(config, path, 0), layers):
                 self._check(config, path, layer, shape[1:] if _stacked(path) else shape)
             more = self.find(config, path, layers) if _stacked(path) else None
             if more is not None:
@@ -181,7 +189,8 @@ class Checkpoint:
         used = set()
         for row in self.module.names(config):
             if row.path in shapes or (row.path == "lm_head.embedding" and config.head != "none"):
-                for layer in range(config.num_layers if _stacked(row.path) else 1):
+                layers = config.num_layers if _stacked(row.path) else 1
+                for layer in range(_absent(config, row.path, 0), layers):
                     name = row.hf.format(layer=layer)
                     used |= {name, name.removeprefix(prefix)}
         parts = {name.rpartition(".")[0] for name in used}
@@ -239,6 +248,9 @@ class Checkpoint:
         first = bounds.pop(0)[0] if _stacked(path) else 0
         *outer, (start, stop) = bounds
         for layer, block in enumerate(host if _stacked(path) else host[None], first):
+            if _absent(config, path, layer):
+                block[...] = path.endswith("scale")
+                continue
             match = self.find(config, path, layer)
             assert match is not None
             row, stored = match[0], self.tensors[match[1]]
@@ -303,7 +315,7 @@ def targets(config: ModelConfig, module: ModuleType, flat: Mapping[str, Any]) ->
             raise UserError(f"params: have no {row.path} of shape {list(shape)}. Give those of lm.")
         name = row.hf.removeprefix(module.PREFIX) if config.head == "none" else row.hf
         layers, ours = (shape[0], shape[1:]) if _stacked(row.path) else (1, shape)
-        for layer in range(layers):
+        for layer in range(_absent(config, row.path, 0), layers):
             empty = Target(_shape(row, ours), leaf.dtype, [])
             result.setdefault(name.format(layer=layer), empty).parts.append((row, layer))
     return result

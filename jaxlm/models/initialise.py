@@ -23,7 +23,9 @@ def _norm(path: str, config: ModelConfig, size: int | None = None) -> Shapes:
         return {}
     shape = (config.hidden_size if size is None else size,)
     shapes: Shapes = {path + ".scale": shape}
-    return shapes | ({path + ".bias": shape} if config.norm == "layernorm" else {})
+    return shapes | (
+        {path + ".bias": shape} if config.norm == "layernorm" and config.norm_bias else {}
+    )
 
 
 def _embed_shapes(config: ModelConfig) -> Shapes:
@@ -67,12 +69,14 @@ def _layer_shapes(config: ModelConfig) -> Shapes:
 def _head_shapes(config: ModelConfig) -> Shapes:
     width = config.hidden_size
     shapes: Shapes = {}
+    shared = config.pooled and config.pooler == "mlm"
+    if config.head == "mlm" or shared:
+        shapes |= _linear("mlm.dense", width, width, config.head_bias) | _norm("mlm.norm", config)
     if config.head == "mlm":
-        shapes |= _linear("mlm.dense", width, width, True) | _norm("mlm.norm", config)
         shapes["lm_head.bias"] = (config.vocab_size,)
     if config.head in ("lm", "mlm") and not config.tie_embeddings:
         shapes["lm_head.embedding"] = (config.vocab_size, config.embedding_size)
-    if config.pooled:
+    if config.pooled and not shared:
         shapes |= _linear("pooler", width, width, True)
     if config.head == "classifier":
         shapes |= _linear("classifier", width, config.num_labels, True)

@@ -59,7 +59,7 @@ class LanguageModel:
 def add_classifier(
     lm: LanguageModel, num_labels: int, key: jax.Array, label_names: Sequence[str] = ()
 ) -> LanguageModel:
-    """Replace the head of an encoder by a new classifier on the first token.
+    """Replace the head of an encoder by a new classifier on the first token or `config.pooling`.
 
     Args:
       lm: an encoder; its pooler is kept, or initialised if there is none.

@@ -5,7 +5,9 @@ arXiv:2309.00071.
 """
 
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -56,6 +58,23 @@ def table(
     angles = position_ids[:, :, None, None].astype(wide) * turns
     factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def tables(
+    config: ModelConfig, position_ids: Int[Array, "B T"], dtype: jnp.dtype
+) -> tuple[Any, Int[Array, " L"] | None]:
+    """Return the table of all layers and None; or two, stacked, and the index for each layer."""
+    usual = table(config, position_ids, dtype)
+    others = config.windowed if config.local_rope_theta is not None else config.unrotated
+    if not any(others):
+        return usual, None
+    if config.local_rope_theta is None:  # a rotation by nothing, so that one program does for all
+        other = jnp.ones_like(usual[0]), jnp.zeros_like(usual[1])
+    else:
+        local = config.replace(rope_theta=config.local_rope_theta, rope_scaling=None)
+        other = table(local, position_ids, dtype)
+    both = jax.tree.map(lambda *pair: jnp.stack(pair), usual, other)
+    return both, jnp.asarray(others, jnp.int32)
 
 
 def rotate(

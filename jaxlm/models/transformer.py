@@ -202,7 +202,12 @@ def _block(params, x_BxTxD, ctx: Context, turns, mask, cached):
     where = ctx.config.norm_position
 
     def before(name, x):
-        return norm(params, f"layers.{name}_norm", x, ctx) if where in ("pre", "both") else x
+        if where not in ("pre", "both"):
+            return x
+        y = norm(params, f"layers.{name}_norm", x, ctx)
+        if name == "attention" and not ctx.config.first_norm:
+            return jnp.where(ctx.layer == 0, x, y)
+        return y
 
     def after(name, x, y):
         if where == "post":
@@ -210,6 +215,9 @@ def _block(params, x_BxTxD, ctx: Context, turns, mask, cached):
         if where != "pre":
             suffix = "out_norm" if where == "both" else "norm"
             y = norm(params, f"layers.{name}_{suffix}", y, ctx)
+        if ctx.config.residual_scale is not None:
+            wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+            y = (ctx.config.residual_scale * wide).astype(y.dtype)
         return x + y
 
     attended, cached = _attention(params, before("attention", x_BxTxD), ctx, turns, mask, cached)
@@ -240,7 +248,9 @@ def _layers(params, x, ctx: Context, position_ids, mask: Mask, cached, count=Non
     prefix = lookup(stack[0] if unstacked else stack, PREFIX)
     if prefix is not None:
         mask = mask.prefixed(prefix.shape[-3])
-    turns = rotary.table(config, position_ids, x.dtype) if config.positions == "rotary" else None
+    turns, kinds = None, None
+    if config.positions == "rotary":
+        turns, kinds = rotary.tables(config, position_ids, x.dtype)
     windows = None
     if any(config.windowed):
         sizes = [config.window if local else NO_WINDOW for local in config.windowed]
@@ -248,15 +258,16 @@ def _layers(params, x, ctx: Context, position_ids, mask: Mask, cached, count=Non
     shared = mask.dense() if windows is None and config.attention != "blockwise" else mask
 
     def body(carry, scanned):
-        layer_params, layer, window, tap_slice = scanned
+        layer_params, layer, window, kind, tap_slice = scanned
         layer_tap = tap if tap_slice is None else dataclasses.replace(tap, layers=tap_slice)
         layer_ctx = Context(config, view, layer_tap, layer)
         seen = shared if window is None else dataclasses.replace(mask, window=window)
+        own = turns if kind is None else jax.tree.map(lambda both: both[kind], turns)
         x, cached = carry
-        return _block({"layers": layer_params}, x, layer_ctx, turns, seen, cached), None
+        return _block({"layers": layer_params}, x, layer_ctx, own, seen, cached), None
 
     layers = jnp.arange(config.num_layers, dtype=jnp.int32)
-    rest = (layers, windows, tap.layers if tap is not None else None)
+    rest = (layers, windows, kinds, tap.layers if tap is not None else None)
     if count is not None:  # a scan is as long as its arrays, so slice them (XLA copies the slice)
         rest = jax.tree.map(lambda leaf: leaf[:count], rest)
         stack = stack[:count] if unstacked else jax.tree.map(lambda leaf: leaf[:count], stack)
@@ -452,8 +463,7 @@ def apply(
     )
     ctx = Context(config, view, tap)
     if is_classifier:
-        pooled = jnp.tanh(dense(params, "pooler", x[:, 0], ctx))
-        classes = dense(params, "classifier", pooled, ctx)
+        classes = dense(params, "classifier", _pooled(params, x, attention_mask, ctx), ctx)
         return classes if token_ids is None else classes[:, jnp.asarray(token_ids)]
     if config.head == "none":
         raise UserError(
@@ -464,6 +474,28 @@ def apply(
         index = positions.reshape(positions.shape[0], -1, 1)
         x = jnp.take_along_axis(x, index, axis=1).reshape(*positions.shape, x.shape[-1])
     return logits(config, params, x, token_ids=token_ids, view=view, tap=tap)
+
+
+def _pooled(params, x_BxTxD, attention_mask, ctx: Context):
+    """Return what the classifier reads, [B, D]."""
+    if ctx.config.pooling == "first":
+        x = x_BxTxD[:, 0]
+    else:
+        shape = x_BxTxD.shape[:2]
+        real = jnp.ones(shape) if attention_mask is None else jnp.asarray(attention_mask) > 0
+        # A row of padding alone, which fills a batch, must not become NaN.
+        share = real / jnp.maximum(real.sum(1, keepdims=True), 1)
+        x = (x_BxTxD * share[..., None]).sum(1).astype(x_BxTxD.dtype)
+    if ctx.config.pooler == "mlm":
+        return _transform(params, x, ctx)
+    activation = jnp.tanh if ctx.config.pooler == "tanh" else jax.nn.relu
+    return activation(dense(params, "pooler", x, ctx))
+
+
+def _transform(params, x, ctx: Context):
+    """Apply dense layer and norm of the masked-token head."""
+    x = ACTIVATIONS[ctx.config.activation](dense(params, "mlm.dense", x, ctx))
+    return norm(params, "mlm.norm", x, ctx)
 
 
 def logits(
@@ -478,8 +510,7 @@ def logits(
     """Return the logits of the head for hidden states; C in place of V with `token_ids`."""
     ctx = Context(config, view, tap)
     if config.head == "mlm":
-        x = ACTIVATIONS[config.activation](dense(params, "mlm.dense", x, ctx))
-        x = norm(params, "mlm.norm", x, ctx)
+        x = _transform(params, x, ctx)
     if config.embedding_size != config.hidden_size:
         x = dense(params, "embed.project_out", x, ctx)
     token_ids = None if token_ids is None else jnp.asarray(token_ids)
@@ -489,6 +520,8 @@ def logits(
     if bias is not None:
         bias = bias.reshape((1,) * (y.ndim - 1) + bias.shape)
         y = ctx.out("lm_head.bias", "bias", y, y + bias, rows=token_ids)
+    if config.logit_divisor is not None:
+        y = y / config.logit_divisor
     if config.logit_cap is not None:
         wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
         y = (config.logit_cap * jnp.tanh(wide / config.logit_cap)).astype(y.dtype)

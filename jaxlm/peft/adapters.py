@@ -128,7 +128,7 @@ def _pair(rows: list[tuple[Name, int | None]], flat: dict[str, Any]) -> Any:
         return None
     first, _, one = parts[0]
     whole = np.concatenate([left for _, left, _ in parts])
-    blocks = np.zeros((first.part[1] * one.shape[0], whole.shape[0]), one.dtype)
+    blocks = np.zeros((first.whole(one.shape[0]), whole.shape[0]), one.dtype)
     start = 0
     for row, left, right in parts:
         stop = start + left.shape[0]
@@ -176,7 +176,7 @@ def load_adapter(
                 "adapter of this model."
             )
         size_in = shapes[rows[0][0].path][-2]
-        size_out = shapes[rows[0][0].path][-1] * rows[0][0].part[1]
+        size_out = rows[0][0].whole(shapes[rows[0][0].path][-1])
         left = _tensor(folder, tensors, name + ".lora_A.weight", (rank, size_in), dtype)
         right = _tensor(folder, tensors, name + ".lora_B.weight", (size_out, rank), dtype)
         for row, layer in rows:

@@ -44,7 +44,15 @@ def one_by_one(f, params, ids, select):
 
 
 @pytest.mark.parametrize(
-    ("name", "select"), [("gpt2", None), ("llama", "q_proj|norm|lm_head"), ("opt-projected", "pro")]
+    ("name", "select"),
+    [
+        ("gpt2", None),
+        ("llama", "q_proj|norm|lm_head"),
+        ("opt-projected", "pro"),
+        ("gemma3_text", "norm|k_proj"),
+        ("granite", "embed|up_proj"),
+        ("modernbert", "norm|mlm"),
+    ],
 )
 def test_every_kind_of_use(name: str, select):
     lm = jaxlm.from_pretrained(GOLDEN / name)

@@ -61,6 +61,32 @@ YARN = {
 LONG = {"max_position_embeddings": 160}
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
 WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+GEMMA3 = {**GEMMA2, "sliding_window_pattern": 3}
+LOCAL = {"rope_type": "default", "rope_theta": 50.0}
+GEMMA3_ROPE = {"full_attention": LINEAR, "sliding_attention": LOCAL}
+OLMO3 = {**GROUPED, "sliding_window": 4, "num_hidden_layers": 4}
+OLMO3_ROPE = {"full_attention": YARN, "sliding_attention": LOCAL}
+FACTORS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.22, "logits_scaling": 0.7}
+PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.5}
+DISTILBERT = {
+    "vocab_size": 37,
+    "pad_token_id": 0,
+    "dim": 24,
+    "n_layers": 2,
+    "n_heads": 3,
+    "hidden_dim": 20,
+    "max_position_embeddings": 16,
+}
+MODERNBERT = {
+    **BERT,
+    "num_hidden_layers": 4,
+    "local_attention": 4,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": LOCAL},
+}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+ALL_BIASES = {**BIASES, "norm_bias": True, "classifier_bias": True}
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}}
 
 # name -> class in transformers, its configuration.
@@ -94,6 +120,22 @@ CASES: dict[str, tuple[str, dict]] = {
     "olmo-clipped": ("OlmoForCausalLM", {**LLAMA, "clip_qkv": 0.5}),
     "olmo2": ("Olmo2ForCausalLM", GROUPED),
     "olmo2-biases": ("Olmo2ForCausalLM", {**LLAMA, "attention_bias": True, **ROPE}),
+    "olmo3": ("Olmo3ForCausalLM", {**OLMO3, "attention_bias": True}),
+    "olmo3-yarn": ("Olmo3ForCausalLM", {**OLMO3, **LONG, "rope_parameters": OLMO3_ROPE}),
+    "granite": ("GraniteForCausalLM", {**GROUPED, **FACTORS, "attention_multiplier": 0.3}),
+    "granite-biases": ("GraniteForCausalLM", {**LLAMA, **BIASES, "attention_multiplier": 0.3}),
+    "phi3": ("Phi3ForCausalLM", {**GROUPED, "sliding_window": 4}),
+    "phi3-tied": ("Phi3ForCausalLM", {**LLAMA, "tie_word_embeddings": True}),
+    "phi3-partial-rotary": (
+        "Phi3ForCausalLM",
+        {**LLAMA, "hidden_size": 32, "rope_parameters": PARTIAL},
+    ),
+    "smollm3": ("SmolLM3ForCausalLM", {**GROUPED, "no_rope_layer_interval": 2}),
+    "smollm3-window": (
+        "SmolLM3ForCausalLM",
+        {**GROUPED, **WINDOW, **BIASES, "no_rope_layers": [0, 1], "tie_word_embeddings": False},
+    ),
+    "smollm3-rotated": ("SmolLM3ForCausalLM", {**GROUPED, "no_rope_layers": [1, 1]}),
     "gemma": ("GemmaForCausalLM", GEMMA),
     "gemma-head-size": ("GemmaForCausalLM", {**GEMMA, "head_dim": 10, "num_key_value_heads": 1}),
     "gemma-untied": ("GemmaForCausalLM", {**GEMMA, "tie_word_embeddings": False}),
@@ -107,6 +149,16 @@ CASES: dict[str, tuple[str, dict]] = {
         {**GEMMA2, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0},
     ),
     "gemma2-biases": ("Gemma2ForCausalLM", {**GEMMA2, "attention_bias": True}),
+    "gemma3_text": ("Gemma3ForCausalLM", GEMMA3),
+    "gemma3_text-long": ("Gemma3ForCausalLM", {**GEMMA3, "rope_parameters": GEMMA3_ROPE}),
+    "gemma3_text-cap": (
+        "Gemma3ForCausalLM",
+        {**GEMMA3, "final_logit_softcapping": 2.0, "attention_bias": True},
+    ),
+    "gemma3_text-no-window": (
+        "Gemma3ForCausalLM",
+        {**GEMMA3, "layer_types": ["full_attention"] * 3},
+    ),
     "gpt_neox": ("GPTNeoXForCausalLM", NEOX),
     "gpt_neox-sequential": ("GPTNeoXForCausalLM", {**NEOX, "use_parallel_residual": False}),
     "gpt_neox-half-rotary": (
@@ -135,6 +187,27 @@ CASES: dict[str, tuple[str, dict]] = {
     "roberta-pad-3": ("RobertaForMaskedLM", {**ROBERTA, "pad_token_id": 3}),
     "roberta-base": ("RobertaModel", {**ROBERTA, "type_vocab_size": 2}),
     "roberta-classifier": ("RobertaForSequenceClassification", {**ROBERTA, "num_labels": 4}),
+    "distilbert": ("DistilBertForMaskedLM", DISTILBERT),
+    "distilbert-untied": ("DistilBertForMaskedLM", {**DISTILBERT, "tie_word_embeddings": False}),
+    "distilbert-base": ("DistilBertModel", {**DISTILBERT, "activation": "relu"}),
+    "distilbert-classifier": (
+        "DistilBertForSequenceClassification",
+        {**DISTILBERT, "num_labels": 3},
+    ),
+    "modernbert": ("ModernBertForMaskedLM", MODERNBERT),
+    "modernbert-untied": (
+        "ModernBertForMaskedLM",
+        {**MODERNBERT, **ALL_BIASES, "tie_word_embeddings": False},
+    ),
+    "modernbert-base": ("ModernBertModel", {**MODERNBERT, "num_hidden_layers": 1}),
+    "modernbert-classifier": (
+        "ModernBertForSequenceClassification",
+        {**MODERNBERT, "num_labels": 3},
+    ),
+    "modernbert-mean": (
+        "ModernBertForSequenceClassification",
+        {**MODERNBERT, **ALL_BIASES, "num_labels": 4, "classifier_pooling": "mean"},
+    ),
 }
 
 

@@ -40,13 +40,14 @@ def by_loops(q, k, v, mask: Mask, scale: float, cap: float | None, prefix: int =
     out = np.zeros_like(q)
     for b, t, h in np.ndindex(*q.shape[:3]):
         row, group = mask.first + t, h // (H // G)
-        here = mask.query_positions[b, t]
+        distances = mask.query_positions[b, t] - mask.key_positions[b]
+        distances = distances if mask.causal else np.abs(distances)
         seen = [True] * prefix + [
             s == row
             or (
                 bool(mask.keys[b, s])
                 and (not mask.causal or s <= row)
-                and (mask.window is None or here - mask.key_positions[b, s] < mask.window)
+                and (mask.window is None or distances[s] < mask.window)
             )
             for s in range(k.shape[1] - prefix)
         ]

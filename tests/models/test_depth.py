@@ -25,8 +25,10 @@ def lm() -> LanguageModel:
 
 @pytest.mark.torch
 @pytest.mark.parametrize(
-    "case", ["gpt2", "llama", "gemma2", "opt-projected", "opt-post-norm", "bert", "gpt_neox"]
-)
+    "case",
+    ["gpt2", "llama", "gemma2", "opt-projected", "opt-post-norm", "bert", "gpt_neox",
+     "gemma3_text", "olmo3", "smollm3", "modernbert"],
+)  # fmt: skip
 def test_states_after_every_layer_are_those_of_transformers(case: str, tmp_path):
     import torch
 
@@ -54,7 +56,7 @@ def first_layers(lm: LanguageModel, count: int) -> LanguageModel:
     return LanguageModel(config, {**lm.params, "layers": layers})
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize("layout", ["stack", "list", "packed"])
 def test_the_layers_after_it_do_not_exist(name: str, layout: str):
     lm = jaxlm.from_pretrained(GOLDEN / name)

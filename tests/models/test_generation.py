@@ -57,7 +57,8 @@ def test_greedy_tokens_are_those_of_whole_forward_passes(lm, attention):
 @pytest.mark.parametrize(
     "case",
     ["gpt2", "llama", "llama-rope-llama3", "mistral", "qwen2-window", "qwen3", "olmo-clipped",
-     "olmo2", "gemma", "gemma2", "gpt_neox", "opt", "opt-projected"],
+     "olmo2", "gemma", "gemma2", "gpt_neox", "opt", "opt-projected",
+     "gemma3_text", "olmo3-yarn", "granite", "phi3", "smollm3", "smollm3-window"],
 )  # fmt: skip
 def test_greedy_tokens_of_transformers(case, tmp_path):
     import torch

@@ -1,5 +1,6 @@
 """What from_pretrained and save_pretrained say to a user's mistake, and which files they read."""
 
+import copy
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxlm
 from jaxlm.core.errors import UserError
+from jaxlm.models.hf_config import parse_config
 from tests.helpers import reference
 from tests.helpers.models import GOLDEN
 from tests.helpers.sentences import refused
@@ -293,7 +295,7 @@ FAMILIES = sorted({case.partition("-")[0] for case in reference.CASES})
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("case", [*FAMILIES, "bert-classifier", "roberta-base"])
+@pytest.mark.parametrize("case", [*FAMILIES, "bert-classifier", "roberta-base", "modernbert-mean"])
 def test_shards_of_theirs_and_of_ours_opened_by_them(case: str, tmp_path: Path):
     import transformers
 
@@ -431,6 +433,31 @@ def test_links_of_the_hub_cache_are_followed(folder: Path, tmp_path: Path):
     jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
 
 
+# As on the hub, before transformers 5 gave each kind of layer its own rotation.
+FLAT = {
+    "gemma3_text": {"rope_theta": 900.0, "rope_local_base_freq": 90.0, "sliding_window_pattern": 2,
+                    "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "olmo3": {"rope_theta": 500000.0, "rope_scaling": reference.YARN},
+    "modernbert": {"global_rope_theta": 900.0, "local_rope_theta": 90.0,
+                   "global_attn_every_n_layers": 2, "rope_parameters": None},
+    "smollm3": {"rope_theta": 900.0, "no_rope_layers": [0, 1]},
+    "phi3": {"rope_theta": 900.0, "rope_scaling": None, "partial_rotary_factor": 0.5,
+             "hidden_size": 32},
+}  # fmt: skip
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("case", FLAT)
+def test_an_old_configuration_means_what_it_means_to_transformers(case: str):
+    import transformers
+
+    architecture, options = reference.CASES[case]
+    options = options | FLAT[case]
+    theirs = getattr(transformers, architecture).config_class(**copy.deepcopy(options))
+    wanted, _ = parse_config(json.loads(theirs.to_json_string()), "theirs")
+    assert parse_config(options | {"model_type": case}, "ours")[0] == wanted
+
+
 DIGITS = 10**400
 HOSTILE = [
     *(("llama", {key: value}) for key in ("num_attention_heads", "num_hidden_layers", "vocab_size",
@@ -458,6 +485,21 @@ HOSTILE = [
     ("roberta", {"max_position_embeddings": 2}), ("roberta", {"type_vocab_size": -1}),
     ("bert-classifier", {"id2label": {"0": "a", "1": "a", "2": "b"}}),
     ("bert-classifier", {"id2label": {"0": "a", "1": "b"}}), ("bert-classifier", {"id2label": [1]}),
+    ("gemma3_text", {"attn_logit_softcapping": 1.0}), ("gemma3_text", {"rope_parameters": {
+      "sliding_attention": {"rope_type": "linear", "factor": 2.0}}}),
+    *(("gemma3_text", {"rope_parameters": {"full_attention": value}}) for value in (3, [],
+      {"rope_type": "linear", "factor": 0}, {"rope_type": "longrope"})),
+    *(("gemma3_text", {key: 0, "layer_types": None}) for key in ("sliding_window_pattern",
+      "rope_local_base_freq")),
+    *(("granite", {key: value}) for value in (0, "a", None, DIGITS) for key in (
+      "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")),
+    *(("smollm3", {"no_rope_layers": value}) for value in ([1], [1, 2], [True, True], 4)),
+    *(("phi3", {"rope_parameters": {"rope_type": kind, "factor": 2.0}}) for kind in ("longrope",
+      "yarn", "linear")),
+    ("phi3", {"rope_parameters": {"partial_rotary_factor": 0}}),
+    *(("distilbert", {key: 0}) for key in ("dim", "n_layers", "n_heads", "hidden_dim")),
+    *(("modernbert", {key: "a"}) for key in ("norm_bias", "classifier_bias", "classifier_pooling",
+      "classifier_activation", "local_attention", "norm_eps", "decoder_bias")),
     ("gpt_neox", {"rotary_pct": 0, "rope_parameters": None}), ("gpt_neox", {"rotary_pct": "a"}),
 ]  # fmt: skip
 
@@ -489,7 +531,7 @@ def test_a_token_id_of_minus_one_is_none(tmp_path: Path):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("case", ["gpt2", "llama-tied", "gemma", "bert", "roberta"])
+@pytest.mark.parametrize("case", ["gpt2", "llama-tied", "gemma", "bert", "roberta", "modernbert"])
 def test_a_tied_model_with_another_output_table_keeps_it_as_theirs_does(case: str, tmp_path: Path):
     import transformers
 
@@ -497,8 +539,11 @@ def test_a_tied_model_with_another_output_table_keeps_it_as_theirs_does(case: st
     model = reference.make_model(case)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    (table,) = (x for name, x in tensors.items() if re.search("wte|embed_tokens|word_emb", name))
-    head = {"bert": "cls.predictions.decoder", "roberta": "lm_head.decoder"}.get(case, "lm_head")
+    (table,) = (
+        x for name, x in tensors.items() if re.search("wte|embed_tokens|word_emb|tok_emb", name)
+    )
+    heads = {"bert": "cls.predictions.decoder", "roberta": "lm_head.decoder"}
+    head = (heads | {"modernbert": "decoder"}).get(case, "lm_head")
     tensors[head + ".weight"] = table + 1
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     theirs = getattr(transformers, architecture).from_pretrained(
@@ -521,6 +566,7 @@ UNUSED = {
               "lm_head.bias", "model.layers.0.mlp.router.weight", "model.norm.bias"],
     "bert": ["bert.encoder.layer.0.attention.self.distance_embedding.weight"],
     "opt": ["model.decoder.layer_norm.weight"],
+    "modernbert": ["model.layers.0.attn_norm.weight", "head.norm.bias"],
 }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def test_positions_and_token_ids_restrict_the_head(name: str):
         np.testing.assert_allclose(found, wanted[..., tokens], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "bert", "roberta"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "bert", "roberta", "modernbert"])
 def test_padding_on_either_side_changes_nothing(name: str):
     lm = load(name)
     apply = jax.jit(lm.apply)
@@ -71,7 +71,8 @@ def test_rotary_positions_have_no_table_to_outgrow():
     assert jax.eval_shape(lm.apply, lm.params, jnp.ones((1, 17), int)).shape == (1, 17, 37)
 
 
-@pytest.mark.parametrize("name", ["bert", "bert-base", "bert-classifier", "roberta"])
+@pytest.mark.parametrize("name", ["bert", "bert-base", "bert-classifier", "roberta",
+                                  "distilbert", "modernbert"])  # fmt: skip
 def test_a_new_classifier_keeps_the_encoder(name: str, tmp_path: Path):
     old = load(name)
     lm = add_classifier(old, 2, jax.random.key(0))
@@ -87,6 +88,12 @@ def test_a_new_classifier_keeps_the_encoder(name: str, tmp_path: Path):
             assert leaf.value is before[leaf.path]
     jaxlm.save_pretrained(lm, tmp_path)
     assert jaxlm.from_pretrained(tmp_path).config == lm.config
+
+
+def test_the_mean_of_a_row_of_padding_alone_is_a_number():
+    lm = add_classifier(load("modernbert"), 2, jax.random.key(0))
+    lm = lm.replace(config=lm.config.replace(pooling="mean"))
+    assert np.isfinite(lm.apply(lm.params, IDS, jnp.zeros_like(IDS))).all()
 
 
 def test_a_decoder_has_no_classifier_and_an_encoder_without_head_no_logits():

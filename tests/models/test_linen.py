@@ -17,6 +17,7 @@ from tests.helpers.models import GOLDEN
 NAMES = (
     *("gpt2", "llama", "opt-projected", "bert", "bert-base", "roberta-classifier", "mistral"),
     *("qwen2", "qwen3", "olmo-clipped", "olmo2", "gemma", "gemma2", "gpt_neox"),
+    *("gemma3_text", "olmo3", "granite", "phi3", "smollm3", "distilbert", "modernbert"),
 )
 IDS = jnp.array([[5, 6, 7, 1], [8, 9, 10, 11]])
 MASK = jnp.array([[1, 1, 1, 0], [1, 1, 1, 1]])

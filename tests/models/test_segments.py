@@ -22,7 +22,7 @@ MASK = (np.arange(5) < np.array(LENGTHS)[:, None]).astype(int)
 
 
 @pytest.mark.parametrize("attention", ["xla", "blockwise"])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "bert"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "bert", "modernbert"])
 def test_logits_of_a_packed_row(name: str, attention: str):
     lm = jaxlm.from_pretrained(GOLDEN / name)
     lm = lm.replace(config=lm.config.replace(attention=attention))

@@ -16,18 +16,25 @@ from jaxlm.models.config import Activation, ModelConfig, RopeScaling
 
 MODULES = (
     "bert",
+    "distilbert",
     "gemma",
     "gemma2",
+    "gemma3_text",
     "gpt2",
     "gpt_neox",
+    "granite",
     "llama",
     "mistral",
+    "modernbert",
     "olmo",
     "olmo2",
+    "olmo3",
     "opt",
+    "phi3",
     "qwen2",
     "qwen3",
     "roberta",
+    "smollm3",
 )
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
@@ -49,6 +56,7 @@ class Name:
       transpose: whether HF keeps the matrix as [out, in], like Linear of torch.
       part: (i, n) if our leaf is the i-th of n equal parts of the HF tensor, on its last axis after
         the transpose.
+      span: number of these parts that our leaf fills, from the i-th on.
       groups: number of equal groups of that axis, each of which holds all n parts side by side.
     """
 
@@ -56,14 +64,21 @@ class Name:
     hf: str
     transpose: bool = False
     part: tuple[int, int] = (0, 1)
+    span: int = 1
     groups: int = 1
 
+    def whole(self, length: int) -> int:
+        """Return the length of the HF tensor's last axis, given that of ours."""
+        return length // self.span * self.part[1]
 
-def linear(path: str, hf: str) -> list[Name]:
-    """Return the names of a torch Linear: `kernel` (transposed) and `bias`."""
+
+def linear(
+    path: str, hf: str, part: tuple[int, int] = (0, 1), span: int = 1, groups: int = 1
+) -> list[Name]:
+    """Return the names of a torch Linear, or of parts of one: `kernel` (transposed) and `bias`."""
     return [
-        Name(path + ".kernel", hf + ".weight", transpose=True),
-        Name(path + ".bias", hf + ".bias"),
+        Name(path + ".kernel", hf + ".weight", True, part, span, groups),
+        Name(path + ".bias", hf + ".bias", False, part, span, groups),
     ]
 
 
@@ -150,6 +165,8 @@ def write_special_ids(config: ModelConfig) -> dict[str, Any]:
 def read_rope(hf: dict[str, Any]) -> dict[str, Any]:
     """Return `rope_theta` and `rope_scaling` for `ModelConfig`, from old and new HF configs."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    for kind in ("full_attention", "sliding_attention"):  # `split_rope` takes them apart
+        require(rope, kind, None)
     theta = rope.get("rope_theta") or hf.get("rope_theta", 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -206,6 +223,27 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def split_rope(hf: dict[str, Any], theta: float, local: float) -> tuple[dict[str, Any], float]:
+    """Return a HF config for `read_rope`, and `local_rope_theta`.
+
+    Args:
+      hf: the HF config of a family whose layers with a window have another rotation.
+      theta, local: theta of layers without and with a window, if `rope_parameters` has none.
+    """
+    rope = hf.get("rope_parameters") or {}
+    windowed = rope.get("sliding_attention") or {}
+    require(windowed, "rope_type", "default")
+    full = rope.get("full_attention") or hf.get("rope_scaling") or {}
+    hf = {**hf, "rope_parameters": {"rope_theta": theta, **full}}
+    return hf, windowed.get("rope_theta") or local
+
+
+def write_both_ropes(config: ModelConfig) -> dict[str, Any]:
+    """Return the HF `rope_parameters` of layers without and with a window."""
+    local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
+    return {"full_attention": write_rope(config), "sliding_attention": local}
+
+
 def read_windows(hf: dict[str, Any], default: tuple[bool, ...]) -> dict[str, Any]:
     """Return `window` and `windowed` for `ModelConfig`; `default` if there are no layer types."""
     window, kinds = hf.get("sliding_window"), hf.get("layer_types")
@@ -218,6 +256,12 @@ def read_windows(hf: dict[str, Any], default: tuple[bool, ...]) -> dict[str, Any
     if window is None or not any(windowed):
         return {}
     return {"window": window, "windowed": windowed}
+
+
+def local_layers(hf: dict[str, Any], every: int) -> list[str]:
+    """Return the HF `layer_types` of a family in which every so many layers have no window."""
+    layers = range(1, hf["num_hidden_layers"] + 1)
+    return ["sliding_attention" if layer % every else "full_attention" for layer in layers]
 
 
 def write_layer_types(config: ModelConfig) -> list[str]:

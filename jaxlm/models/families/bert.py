@@ -3,6 +3,7 @@
 References: BERT, arXiv:1810.04805.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
@@ -21,11 +22,7 @@ from jaxlm.models.families import (
 PREFIX = "bert."
 KEYS = SIZES | {"norm_eps": "layer_norm_eps", "token_types": "type_vocab_size"}
 DEFAULTS = {"layer_norm_eps": 1e-12, "type_vocab_size": 2, "tie_word_embeddings": True}
-_CLASSES = {
-    "mlm": "BertForMaskedLM",
-    "classifier": "BertForSequenceClassification",
-    "none": "BertModel",
-}
+_CLASSES = {"mlm": "ForMaskedLM", "classifier": "ForSequenceClassification", "none": "Model"}
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
@@ -46,8 +43,13 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """Return the HF BERT config for ours."""
-    hf = write_fields(config, KEYS, _CLASSES[config.head])
-    hf["hidden_act"] = write_activation(config.activation)
+    hf = write_encoder(config, KEYS, "Bert")
+    return hf | {"hidden_act": write_activation(config.activation)}
+
+
+def write_encoder(config: ModelConfig, keys: Mapping[str, str], name: str) -> dict[str, Any]:
+    """Return the HF keys of `write_fields` and the labels; `name` begins the names of classes."""
+    hf = write_fields(config, keys, name + _CLASSES[config.head])
     if config.head == "classifier":
         names = config.label_names or [f"LABEL_{i}" for i in range(config.num_labels)]
         hf["id2label"] = dict(enumerate(names))

@@ -37,17 +37,20 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     )
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF Gemma 2 config for ours."""
+def write_config(
+    config: ModelConfig, architecture: str = "Gemma2ForCausalLM", **more: Any
+) -> dict[str, Any]:
+    """Return the HF Gemma 2 config for ours; Gemma 3 adds `more` keys."""
     assert config.attention_scale is not None
     hf = gemma.write_config(
         config,
-        "Gemma2ForCausalLM",
+        architecture,
         query_pre_attn_scalar=round(config.attention_scale**-2),
         attn_logit_softcapping=config.attention_cap,
         final_logit_softcapping=config.logit_cap,
         sliding_window=config.window or WINDOW,  # transformers needs it even if unused
         layer_types=write_layer_types(config),
+        **more,
     )
     hf["hidden_activation"] = hf.pop("hidden_act")
     return hf

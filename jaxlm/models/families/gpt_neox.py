@@ -69,9 +69,7 @@ def names(config: ModelConfig) -> list[Name]:
     ]
     for part, name in enumerate("qkv"):
         fused, ours = block + "attention.query_key_value", f"layers.attention.{name}_proj"
-        place: dict[str, Any] = {"part": (part, 3), "groups": config.num_heads}
-        rows.append(Name(ours + ".kernel", fused + ".weight", transpose=True, **place))
-        rows.append(Name(ours + ".bias", fused + ".bias", **place))
+        rows += linear(ours, fused, part=(part, 3), groups=config.num_heads)
     rows += linear("layers.attention.o_proj", block + "attention.dense")
     rows += linear("layers.mlp.up_proj", block + "mlp.dense_h_to_4h")
     rows += linear("layers.mlp.down_proj", block + "mlp.dense_4h_to_h")
