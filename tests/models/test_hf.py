@@ -376,6 +376,8 @@ def test_a_head_is_found_by_what_the_checkpoint_holds():
         "bert-classifier": ("encoder", "classifier", True, 3),
         "roberta": ("encoder", "mlm", False, 0),
         "roberta-classifier": ("encoder", "classifier", True, 4),
+        "distilbert": ("encoder", "mlm", False, 0),
+        "modernbert": ("encoder", "mlm", False, 0),
     }
 
 

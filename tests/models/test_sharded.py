@@ -44,7 +44,10 @@ def random_model(config: ModelConfig) -> LanguageModel:
     return LanguageModel(config, jax.tree.map(jnp.add, params, structure.unflatten(noise)))
 
 
-@pytest.fixture(scope="module", params=["divides", "gpt_neox", "gemma2", "gpt2", "llama", "bert"])
+@pytest.fixture(
+    scope="module",
+    params=["divides", "gpt_neox", "gemma2", "gpt2", "llama", "bert", "phi3", "modernbert"],
+)
 def folder(request, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models in several files each; most have axes that eight devices do not divide."""
     made = {"divides": DIVIDES, "gpt_neox": NEOX, "gemma2": GEMMA2}

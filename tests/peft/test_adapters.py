@@ -76,6 +76,7 @@ def torch_logits(model, inputs: dict) -> np.ndarray:
         ("llama", "all-linear", "layers"),
         ("roberta", ["query", "value", "output.dense"], r"attention\.v_proj|down_proj"),
         pytest.param("gpt2", ["c_attn", "c_fc"], ATTENTION, marks=pytest.mark.slow),
+        pytest.param("phi3", ["qkv_proj", "gate_up_proj"], ATTENTION, marks=pytest.mark.slow),
         pytest.param("gpt_neox", ["query_key_value"], ATTENTION, marks=pytest.mark.slow),
     ],
 )
