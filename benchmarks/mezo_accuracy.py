@@ -5,10 +5,11 @@ usage: python -m benchmarks.mezo_accuracy [--output FOLDER] [--tasks mr,subj] [-
            [--quick]
 
 Every file of `--configs` is a method, and every file of its folder `tasks` a task: configs/accuracy
-is for the shipped model, and configs/smollm2 for a real one (scripts/get_smollm2.py). A method without `steps` takes as many as `--forwards` forward passes allow, so that zeroth-order
-methods are compared at equal numbers of forward passes; a task may multiply their learning rates by
-`zeroth_order_scale`. The task rte reads train.jsonl and validation.jsonl (premise, hypothesis,
-label) in the folder `--data`, and reviews the files of scripts/prepare_reviews.py.
+is for the shipped model, configs/smollm2 for a real one (scripts/get_smollm2.py). A method without
+`steps` takes as many as `--forwards` forward passes allow, so that zeroth-order methods are
+compared at equal numbers of forward passes; a task may multiply their learning rates by
+`zeroth_order_scale`. `--data` is the folder of the files of rte (train.jsonl and validation.jsonl
+with premise, hypothesis, label), or of reviews (scripts/prepare_reviews.py).
 
 Each (task, method, seed) is a run with its own folder; with the same --output the benchmark
 resumes. Without --output the folders are deleted at the end. --quick runs one seed with 40 forward
