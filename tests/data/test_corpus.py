@@ -225,7 +225,7 @@ def test_given_shares_draw_the_windows_of_a_plan_with_them():
     "shares", [[[0.5, 0.5]], [[0.5, 0.5], [0.5, 0.6]], [[1.0], [1.0]], [[1.5, -0.5]] * 2]
 )
 def test_shares_that_are_none(shares):
-    with pytest.raises(UserError, match=r"^shares: must be .*\(got "):
+    with pytest.raises(UserError, match=r"^shares: must .*\(got "):
         windows().batch(1, np.array(shares))
 
 

@@ -238,7 +238,7 @@ def test_without_offsets_truncation_and_mask(slow_special) -> None:
     row = ["<s>", "i", "t", " i", "s", "<mask>", ".", "</s>"]
     assert words(slow_special, encoded.input_ids) == [row] * 2
     assert words(slow_special, encoded.targets) == [[" a"], [" b"]]
-    with pytest.raises(UserError, match=r"one token \(got 'bad', of 3\)"):
+    with pytest.raises(UserError, match=r"one token \(got 'bad', 3 tokens\)"):
         run(slow_special, "{text} is {label}.", ["a", "bad"], kind="encoder", text="it")
 
 

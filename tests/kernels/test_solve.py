@@ -384,7 +384,7 @@ FIT = functools.partial(lssvm.asymmetric_svm, 2 * K3, Y3, gamma=1.0)
         (lambda: ridge.ridge_path(np.ones(3), Y3), "kernel", "got [3]"),
         (lambda: ridge.ridge_path(np.zeros((3, 3)), Y3), "kernel", "zeros"),
         (lambda: ridge.ridge_path(np.triu(np.ones((3, 3))), Y3), "kernel", "asymmetric_svm"),
-        (lambda: ridge.ridge_path(-K3, Y3), "kernel", "got -1 beside -1"),
+        (lambda: ridge.ridge_path(-K3, Y3), "kernel", "got -1, the largest -1"),
         (lambda: ridge.ridge_path(K3, Y3, ridges=[-1.0]), "ridges", "got -1"),
         (lambda: ridge.ridge_path(K3, Y3, ridges=[]), "ridges", "empty"),
         (lambda: ridge.ridge_path(K3, Y3[:2]), "targets", "got [2, 1]"),

@@ -376,7 +376,7 @@ def test_a_choice_may_have_the_answers_of_the_target(tmp_path) -> None:
     assert made["rows"] == 4
     with pytest.raises(UserError, match=r"needs 4 rows with the answer 'no' \(got"):
         matched(rows, scores, 4, {"no": 1.0})
-    with pytest.raises(UserError, match="the target is conversations"):
+    with pytest.raises(UserError, match="the target has conversations"):
         shares_of_answers(Rows(tuple(answered(None))))
 
 
