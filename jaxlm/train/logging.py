@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+
 from jaxlm.artifacts.files import append_jsonl, read_jsonl, report_write_errors, write_jsonl
 from jaxlm.artifacts.processes import is_main_process
 
@@ -40,6 +42,24 @@ class Metrics:
             return read_jsonl(self.path, step=int)
         except FileNotFoundError:
             return []
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the metrics by name, each with a row for every measured step.
+
+        Returns:
+            `step`, [N]; the other metrics as float64 [N], or [N, K] for K numbers a step. They are
+            NaN at the steps where they were not measured.
+        """
+        rows: dict[int, dict[str, Any]] = {}
+        for line in self.read():
+            rows.setdefault(line["step"], {}).update(line)
+        some = {name: value for row in rows.values() for name, value in row.items()}
+        columns = {
+            name: [row.get(name, np.full(np.shape(value), np.nan)) for row in rows.values()]
+            for name, value in some.items()
+        }
+        arrays = {name: np.array(column, np.float64) for name, column in columns.items()}
+        return {**arrays, "step": np.array(list(rows), np.int64)}
 
     def first(self) -> dict[str, Any] | None:
         """Return what was measured before the first step; None if there is no such line."""
