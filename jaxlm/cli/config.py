@@ -15,7 +15,7 @@ from jaxlm.artifacts.yaml import read_yaml
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
 from jaxlm.studies import STUDIES
-from jaxlm.train.run_folder import to_dict
+from jaxlm.train.run_folder import FREE, to_dict
 
 __all__ = ["dump", "from_call", "is_file", "load", "parse_args", "parse_model_args", "split_args"]
 
@@ -118,7 +118,8 @@ def from_call(
     keys = with_keys(keys, overrides, ARGUMENTS)
     required = [key.dotted for key in keys_of(cls) if key.default is MISSING]
     if "output" in required and "output" not in keys:
-        digest = inputs_digest(to_dict(build(cls, {**keys, "output": "runs"}, where)))
+        inputs = to_dict(build(cls, {**keys, "output": "runs"}, where))
+        digest = inputs_digest({key: inputs[key] for key in inputs if key not in FREE})
         keys["output"] = f"runs/{command}-{digest}"
     return build(cls, keys, where), base_dir
 

@@ -6,8 +6,9 @@ The configuration names the sizes of the model, a tokenizer, a corpus of `<domai
 files with their shares, and an optimizer; configs/pretrain/tiny.yaml is an example. `dynamics`
 (svag, noise, or local steps of workers: docs/dynamics.md) changes how steps are made. The run's
 folder `output` holds config.yaml, metrics.jsonl, log.txt, checkpoints/ and, at the end,
-summary.json and model/, a model in the Hugging Face layout. The same command resumes a run that was
-stopped, and shows the summary of a finished one.
+summary.json, learning_curve.png, if matplotlib is installed, and model/, a model in the Hugging
+Face layout. `log_to: [tensorboard, wandb]` sends the metrics there, too: pip install 'jaxlm[log]'.
+The same command resumes a run that was stopped, and shows the summary of a finished one.
 
 `--dry-run` prints what the run will cost, without running it; see `jaxlm finetune --help`.
 """
