@@ -20,8 +20,9 @@ A configuration:
 
 All keys are listed below. The run's folder holds config.yaml, metrics.jsonl, log.txt, checkpoints/
 and, at the end, summary.json and learning_curve.png, if matplotlib is installed. `log_to:
-[tensorboard, wandb]` sends the metrics there, too: pip install 'jaxlm[log]'. The same command resumes a run that was stopped, and shows the table of a
-finished one; `--resume=never` refuses both.
+[tensorboard, wandb]` sends the metrics there, too: pip install 'jaxlm[log]'. The same command
+resumes a run that was stopped, and shows the table of a finished one; `--resume=never` refuses
+both.
 
 `--dry-run` prints what the run will cost, without running it: shardings, memory per device, FLOPs,
 bytes between devices, seconds per step, and the largest batch that fits. The model's folder needs
