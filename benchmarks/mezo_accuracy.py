@@ -1,13 +1,15 @@
 """How accurate does each method get with forward passes alone, and do the curves flatten?
 
 usage: python -m benchmarks.mezo_accuracy [--output FOLDER] [--tasks mr,subj] [--methods mezo,lozo]
-           [--seeds 3] [--forwards 2000] [--model FOLDER] [--data FOLDER] [--quick]
+           [--seeds 3] [--forwards 2000] [--model FOLDER] [--data FOLDER] [--configs FOLDER]
+           [--quick]
 
-Every file of configs/accuracy is a method, and every file of configs/accuracy/tasks a task. A
-method without `steps` takes as many as `--forwards` forward passes allow, so that zeroth-order
-methods are compared at equal numbers of forward passes; a task may multiply their learning rates by
-`zeroth_order_scale`. The task rte reads train.jsonl and validation.jsonl (premise, hypothesis,
-label) in the folder `--data`.
+Every file of `--configs` is a method, and every file of its folder `tasks` a task: configs/accuracy
+is for the shipped model, configs/smollm2 for a real one (scripts/get_smollm2.py). A method without
+`steps` takes as many as `--forwards` forward passes allow, so that zeroth-order methods are
+compared at equal numbers of forward passes; a task may multiply their learning rates by
+`zeroth_order_scale`. `--data` is the folder of the files of rte (train.jsonl and validation.jsonl
+with premise, hypothesis, label), or of reviews (scripts/prepare_reviews.py).
 
 Each (task, method, seed) is a run with its own folder; with the same --output the benchmark
 resumes. Without --output the folders are deleted at the end. --quick runs one seed with 40 forward
@@ -37,9 +39,9 @@ QUICK = "zero_shot,calibrated,probe,mezo,lozo,adam"
 LOOKS = 16  # validations in a run whose length is set by `--forwards`
 
 
-def methods() -> list[str]:
+def methods(folder: Path = FOLDER) -> list[str]:
     """Return the names of all methods."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def candidates(
@@ -50,11 +52,12 @@ def candidates(
     forwards: int,
     output: str,
     changes: dict[str, Any],
+    folder: Path = FOLDER,
 ) -> list[Candidate]:
     """Return the runs of a task: each named method at `forwards` forward passes."""
-    run = read_yaml(FOLDER / "tasks" / f"{task}.yaml") | changes
+    run = read_yaml(folder / "tasks" / f"{task}.yaml") | changes
     scale = float(run.pop("zeroth_order_scale", 1))
-    sections = {name: read_yaml(FOLDER / f"{name}.yaml") for name in names}
+    sections = {name: read_yaml(folder / f"{name}.yaml") for name in names}
     for section in sections.values():
         if "optimizer" in section and "steps" not in section:
             rate = float(section["optimizer"]["learning_rate"])
@@ -67,7 +70,7 @@ def candidates(
     )
     return [
         each if "steps" in sections[each.method] or each.kind != "finetune" else cut(each, forwards)
-        for each in plan(config, str(FOLDER))
+        for each in plan(config, str(folder))
     ]
 
 
@@ -162,11 +165,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--forwards", type=int, default=2000)
     parser.add_argument("--model")
-    parser.add_argument("--data", type=Path, help="folder of the files of rte")
+    parser.add_argument("--data", type=Path, help="folder of the files of rte, or of reviews")
+    parser.add_argument("--configs", type=Path, default=FOLDER, help="methods and tasks")
     parser.add_argument("--quick", action="store_true", help="one seed, 40 forwards, few examples")
     options = parser.parse_args()
     options.tasks = options.tasks or ("subj" if options.quick else "mr,subj")
-    options.methods = options.methods or (QUICK if options.quick else ",".join(methods()))
+    options.methods = options.methods or (
+        QUICK if options.quick else ",".join(methods(options.configs))
+    )
     with tempfile.TemporaryDirectory() as folder:
         print_tables(options, options.output or folder)
 
@@ -184,6 +190,7 @@ def print_tables(options: argparse.Namespace, output: str) -> None:
             forwards=forwards,
             output=output,
             changes=changes,
+            folder=options.configs,
         )
         runs = [small(each) for each in runs] if options.quick else runs
         table = sweep(runs, base_dir=options.data, say=lambda line: print(line, file=sys.stderr))

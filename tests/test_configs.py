@@ -50,10 +50,9 @@ def check_run_or_sweep(path):
 
 def check_method(path):
     """All steps together come to the forward passes that were asked for, on every task."""
-    for task in FOLDER.glob("accuracy/tasks/*.yaml"):
-        (candidate,) = mezo_accuracy.candidates(
-            task.stem, [path.stem], seeds=[4], forwards=1000, output="o", changes={"model": "m"}
-        )
+    options = {"seeds": [4], "output": "o", "changes": {"model": "m"}, "folder": path.parent}
+    for task in path.parent.glob("tasks/*.yaml"):
+        (candidate,) = mezo_accuracy.candidates(task.stem, [path.stem], forwards=1000, **options)
         (run,) = candidate.runs
         assert (run.seed, run.model, run.task.name) == (4, "m", task.stem)
         if "steps" not in read_yaml(path) and candidate.kind == "finetune":
@@ -71,6 +70,7 @@ CHECKS = {
     "mezo": check_run_or_sweep,
     "pretrain": lambda path: configs.load(PretrainConfig, path),
     "prompts": check_prompts,
+    "smollm2": check_method,
     "studies": check_study,
 }
 FILES = [path.relative_to(FOLDER) for path in sorted(FOLDER.glob("*/*.yaml"))]

@@ -132,10 +132,12 @@ def setting(config: QuickstartConfig) -> Setting:
 
 def run(config: QuickstartConfig, *, quiet: bool = False) -> list[Row]:
     """Return the rows of the table, in order."""
+    from jaxlm.train.load import with_random_params
+
     where = setting(config)
     rows = [majority(where), *zero_shot(where)]
     rows.append(train(where, "MeZO", config.mezo, where.lm.params, quiet=quiet))
-    fresh = random_params(where, config.seed)
+    fresh = with_random_params(where.lm, seed=config.seed).params
     rows.append(train(where, "MeZO, random init", config.random_init, fresh, quiet=quiet))
     rows.append(train(where, "Adam", config.adam, where.lm.params, quiet=quiet))
     return [*rows, probe(where)]
@@ -218,17 +220,6 @@ def train(
     passes += chosen.forwards * steps
     backwards = chosen.backwards * steps
     return Row(name, result, passes, backwards, outcome.peak_bytes, _since(begin))
-
-
-def random_params(where: Setting, seed: int) -> Params:
-    """Return random parameters in the shape of the model."""
-    import jax
-
-    from jaxlm.models import init_params
-
-    key = jax.random.fold_in(jax.random.key(seed), 1)
-    dtype = jax.tree.leaves(where.lm.params)[0].dtype
-    return init_params(where.lm.config, key, dtype)
 
 
 def probe(where: Setting) -> Row:

@@ -30,7 +30,7 @@ from jaxlm.evaluation.calibration import CALIBRATION_TEXTS, domain_offsets, opti
 from jaxlm.evaluation.classification import Reduction
 from jaxlm.models import LanguageModel
 from jaxlm.peft import TUNINGS, Tuning
-from jaxlm.train.load import base_digest, changed, load_model, with_head
+from jaxlm.train.load import base_digest, changed, load_model, with_head, with_random_params
 from jaxlm.train.logging import Progress
 from jaxlm.train.measure import GenerationMetric, MultipleChoiceMetric, TokenLossMetric
 from jaxlm.train.objectives import OBJECTIVES, Objective
@@ -64,6 +64,8 @@ class FinetuneConfig(RunConfig):
         eval_batch_size: examples in a forward pass of evaluation.
         param_dtype: dtype of the parameters, float32 (fp32) or bfloat16 (bf16).
         bits: 8 or 4 quantizes the matrices; then their scales, biases and norms are trained.
+        random_init: start from random parameters in the model's shape, drawn from the seed: a
+            baseline that shows what pretraining gives.
     """
 
     model: str | None = None
@@ -79,6 +81,7 @@ class FinetuneConfig(RunConfig):
     eval_batch_size: int = 64
     param_dtype: str = "float32"
     bits: Literal[8, 4] | None = None
+    random_init: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -91,6 +94,10 @@ class FinetuneConfig(RunConfig):
             raise UserError(
                 f"dynamics: svag makes updates that rounding would lose (got {coarse}). Use "
                 "param_dtype float32 and no bits."
+            )
+        if self.random_init and self.bits:
+            raise UserError(
+                f"random_init: cannot be quantized (got bits {self.bits}). Drop one of them."
             )
         given = [form for form in DATA_FORMS if getattr(self, form) is not None]
         if len(given) != 1:
@@ -277,6 +284,8 @@ def _prepared(
     config: FinetuneConfig, lm: LanguageModel, num_labels: int
 ) -> tuple[str | None, LanguageModel]:
     """Return the selection of trained parameters, and the model that has them."""
+    if config.random_init:
+        lm = with_random_params(lm, seed=config.seed)
     if config.task is not None:
         lm = with_head(lm, num_labels, seed=config.seed, names=config.task.class_names)
     select = config.optimizer.select

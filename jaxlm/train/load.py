@@ -212,6 +212,8 @@ def check_run(folder: RunFolder, stored: Mapping[str, Any]) -> None:
 
 def _with_run(lm: LanguageModel, folder: RunFolder, stored: Mapping[str, Any]) -> LanguageModel:
     """Add the head and the tuning of a run to the model that it began with."""
+    if stored.get("random_init"):
+        lm = with_random_params(lm, seed=stored["seed"])
     if (task := stored.get("task")) is not None:
         labels, classes = (task.get(key) for key in ("labels", "classes"))
         named = isinstance(classes, list) and len(classes) == len(labels)
@@ -243,6 +245,13 @@ def _replayed(folder: RunFolder, params: Params, steps: int) -> Params:
             "back what was there."
         )
     return zo.replay(optimizer.build(length), params, trajectory)
+
+
+def with_random_params(lm: LanguageModel, *, seed: int) -> LanguageModel:
+    """Return the model with random parameters in place of its own, as before pretraining."""
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    dtype = jax.tree.leaves(lm.params)[0].dtype
+    return lm.replace(params=init_params(lm.config, key, dtype))
 
 
 def with_head(

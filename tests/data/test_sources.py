@@ -143,7 +143,12 @@ DAMAGED = [
     ("a.csv", b"text\nab\0c\n", "a.csv", "not a text file in UTF-8"),
     ("a.parquet", b"PAR1 but no more", "a.parquet", "not a whole Parquet file"),
     ("a.jsonl.gz", b'{"text": "plain"}\n', "task.train", "not a whole gzip file"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-9], "task.train", "not a whole gzip"),
+    (
+        "a.jsonl.gz",
+        gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-9],
+        "task.train",
+        "not a whole gzip",
+    ),
     ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2", "Expecting value at character 9"),
     (
         "a.jsonl",

@@ -228,7 +228,7 @@ def test_workers_train_what_is_selected():
         (
             Adam(clip=1.0),
             Svag(l=2),
-            "optimizer.clip: acts on gradients .* .got 1.0.. Leave",
+            "optimizer.clip: acts more .* .got 1.0.. Leave",
         ),
         (SGD, Noise(parts=3), "dynamics.parts: must divide the batch size, 8 .got 3."),
         (SGD, Local(workers=3), "dynamics.workers: must divide the batch size, 8 .got 3."),

@@ -1,6 +1,7 @@
 """A whole run in one process: what it writes, and that it learns."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import flatten
 from jaxlm.core.precision import quantize
+from jaxlm.models import init_params
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.finetuning import FinetuneConfig, finetune
 from jaxlm.train.load import load_model
@@ -215,6 +217,24 @@ def test_configuration_and_trajectory_are_enough_to_share_a_run(finished, tmp_pa
     again = load_model(tmp_path).params
     for new, old in zip(jax.tree.leaves(again), jax.tree.leaves(last), strict=True):
         np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
+
+
+@pytest.mark.parametrize(
+    "flags", [{"task.validation": "null"}, ADAM | {"peft": "lora"}], ids=["replayed", "adapters"]
+)
+def test_a_run_from_random_parameters_is_loaded_as_it_was(flags, run_yaml, tmp_path):
+    start(run_yaml, random_init="true", seed=1, **flags)
+    lm = load_model(tmp_path / "run")
+    fresh = init_params(lm.config, jax.random.fold_in(jax.random.key(1), 1))
+    table = np.asarray(lm.params["embed"]["tokens"]["embedding"])
+    if "peft" in flags:  # the table is not trained
+        np.testing.assert_array_equal(table, fresh["embed"]["tokens"]["embedding"])
+    else:
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+        again = load_model(tmp_path / "run").params["embed"]["tokens"]["embedding"]
+        np.testing.assert_array_equal(again, table)
+    with pytest.raises(UserError, match=r"random_init: .*got bits 4"):
+        start(run_yaml, random_init="true", bits=4)
 
 
 @pytest.mark.parametrize(
