@@ -75,7 +75,11 @@ def test_the_metrics_are_the_lines_of_the_file(run):
 def test_a_configuration_an_object_and_a_dotted_key_are_one(run, keys):
     config = FinetuneConfig(
         **run.summary["config"]
-        | {"task": run_config(run).task, "optimizer": Mezo(learning_rate=1e-2, eps=1e-3)}
+        | {
+            "task": run_config(run).task,
+            "optimizer": Mezo(learning_rate=1e-2, eps=1e-3),
+            "log_to": (),
+        }
     )
     assert config == run_config(run)
     assert jaxlm.finetune(config).summary == run.summary
