@@ -4,6 +4,7 @@
     from jaxlm import zo
 
     lm = jaxlm.from_pretrained("path-or-hub-id")
+    run = jaxlm.finetune(model="path-or-hub-id", task="subj", optimizer="mezo")
 
 Submodules are imported on first access, so that `import jaxlm` costs next to nothing.
 """
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
         train,
         zo,
     )
+    from jaxlm.cli.evaluate import evaluate
+    from jaxlm.cli.finetune import finetune
+    from jaxlm.cli.generate import generate
+    from jaxlm.cli.pretrain import pretrain
+    from jaxlm.cli.study import study
     from jaxlm.core.citation import cite
     from jaxlm.models import from_pretrained, save_pretrained
 
@@ -42,22 +48,31 @@ __all__ = [
     "cost",
     "data",
     "dynamics",
+    "evaluate",
     "evaluation",
+    "finetune",
     "from_pretrained",
+    "generate",
     "gradients",
     "influence",
     "kernels",
     "models",
     "peft",
+    "pretrain",
     "save_pretrained",
     "sharding",
     "studies",
+    "study",
     "train",
     "zo",
 ]
 
 _FUNCTIONS = {
     "cite": "jaxlm.core.citation",
+    **{
+        name: f"jaxlm.cli.{name}"
+        for name in ("evaluate", "finetune", "generate", "pretrain", "study")
+    },
     "from_pretrained": "jaxlm.models",
     "save_pretrained": "jaxlm.models",
 }

@@ -27,16 +27,14 @@ import os
 
 import jax
 import matplotlib.pyplot as plt
-import numpy as np
 
 import jaxlm
 from jaxlm import zo
 from jaxlm.data import load_task, prepare_for, shipped_task
-from jaxlm.evaluation import accuracy, calibrate, option_scores, score_split
 from jaxlm.train.losses import classification_objective
 
 QUICK = os.environ.get("JAXLM_QUICK") == "1"
-STEPS = 12 if QUICK else 600
+STEPS, NUM_TEST = (12, 100) if QUICK else (600, None)
 
 # %% [markdown]
 # ## Load
@@ -63,64 +61,48 @@ example = task.train[0]
 print(task.config.template, list(task.config.labels))
 print(example.fields["text"], "->", task.config.labels[example.label])
 
-encoded = prepare_for(lm, task, max_length=64)
-scorer = jax.jit(functools.partial(option_scores, lm.apply, encoded.token_ids))
-
-
-def evaluate(params, split="validation"):
-    scores, labels = score_split(scorer, params, encoded, split, batch_size=50)
-    return scores, labels
-
-
-scores, labels = evaluate(lm.params)
-print(f"zero-shot: {accuracy(scores, labels):.3f}")
-print(
-    f"zero-shot, calibrated on unlabelled text: {accuracy(calibrate(scores, scores), labels):.3f}"
-)
+jaxlm.evaluate(task="subj", split="validation")
 
 # %% [markdown]
 # ## MeZO
 #
-# The objective takes a keyword `view`: through it the model reads `W + eps z` one layer at a
-# time, so that no perturbed copy of the parameters exists. `jit_step` compiles the step and
-# updates in place.
+# `jaxlm.finetune` takes the keys of the command `jaxlm finetune`, and returns the summary of the
+# run, its metrics and its model. The same call again returns the same result without training.
 
 # %%
-loss_fn = classification_objective(lm.apply, encoded.token_ids)
-opt = zo.mezo(learning_rate=1e-4, eps=1e-3, sampler=zo.rademacher(), select="layers|final_norm")
-step = zo.jit_step(opt, loss_fn)
-
-params = jax.tree.map(jax.numpy.copy, lm.params)
-state = opt.init(params, jax.random.key(0))
-losses, slopes, curve = [], [], []
-for i in range(STEPS):
-    batch = encoded.batch(i, batch_size=32, seed=0)
-    params, state, info = step(params, state, batch)
-    losses.append(info.loss)
-    slopes.append(info.projected_grad[0])
-    if (i + 1) % (STEPS // 4) == 0:
-        curve.append((i + 1, accuracy(*evaluate(params))))
-        print(f"step {i + 1}: validation accuracy {curve[-1][1]:.3f}")
+run = jaxlm.finetune(
+    task={"name": "subj", "max_length": 64, "num_test": NUM_TEST},
+    optimizer={
+        "name": "mezo",
+        "learning_rate": 1e-4,
+        "eps": 1e-3,
+        "sampler": "rademacher",
+        "select": "layers|final_norm",
+    },
+    steps=STEPS,
+    batch_size=32,
+    eval_every=STEPS // 4,
+)
+run.summary["zero_shot"], run.summary["test"]
 
 # %% [markdown]
-# Training is these two columns of numbers: with the key of the run, the projected gradients
-# determine every update.
+# Training is two columns of numbers: with the key of the run, the projected gradients determine
+# every update.
 
 # %%
-figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.2))
-left.plot(np.convolve(np.array(losses), np.ones(10) / 10, "valid"))
-left.set(xlabel="step", ylabel="loss, mean of 10 steps")
-middle.plot(np.array(slopes), ".", markersize=2)
-middle.axhline(0, color="black", linewidth=0.5)
-middle.set(xlabel="step", ylabel="projected gradient")
-right.plot(*zip((0, accuracy(scores, labels)), *curve, strict=True), "o-")
-right.set(xlabel="step", ylabel="validation accuracy")
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
+run.plot(left)
+right.plot(run.metrics["step"], run.metrics["projected_grad"], ".", markersize=2)
+right.axhline(0, color="black", linewidth=0.5)
+right.set(xlabel="step", ylabel="projected gradient")
 figure.tight_layout()
 
 # %% [markdown]
 # ## Memory
 #
-# What the compiled step needs, beside one forward pass and beside one step of backpropagation.
+# What the compiled step needs, beside one forward pass and beside one step of backpropagation. The
+# objective takes a keyword `view`: through it the model reads `W + eps z` one layer at a time, so
+# that no perturbed copy of the parameters exists. The step updates in place.
 
 
 # %%
@@ -130,12 +112,15 @@ def peak_bytes(function, *args, donate=()):
     return used + memory.temp_size_in_bytes - memory.alias_size_in_bytes
 
 
+encoded = prepare_for(lm, task, max_length=64)
 batch = encoded.batch(0, batch_size=32, seed=0)
-mezo_step = functools.partial(opt.step, loss_fn)
+loss_fn = classification_objective(lm.apply, encoded.token_ids)
+opt = zo.mezo(learning_rate=1e-4, sampler=zo.rademacher(), select="layers|final_norm")
+mezo_step, state = functools.partial(opt.step, loss_fn), opt.init(lm.params, jax.random.key(0))
 peaks = {
-    "forward": peak_bytes(loss_fn, params, batch),
-    "MeZO step": peak_bytes(mezo_step, params, state, batch, donate=(0, 1)),
-    "gradient": peak_bytes(jax.grad(loss_fn, has_aux=True), params, batch),
+    "forward": peak_bytes(loss_fn, lm.params, batch),
+    "MeZO step": peak_bytes(mezo_step, lm.params, state, batch, donate=(0, 1)),
+    "gradient": peak_bytes(jax.grad(loss_fn, has_aux=True), lm.params, batch),
 }
 figure, axis = plt.subplots(figsize=(5, 1.6))
 axis.barh(list(peaks), [value / 2**20 for value in peaks.values()])

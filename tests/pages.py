@@ -94,7 +94,7 @@ WORK = {
         ("jaxlm.studies.quickstart.run", stop),
     ],
     "pretrain": [("jaxlm.cli.pretrain.pretrain", stop)],
-    "evaluate": [("jaxlm.cli.evaluate.evaluate", stop)],
+    "evaluate": [("jaxlm.cli.evaluate._evaluate", stop)],
     "study": [("jaxlm.studies.less_cost.plan_of", stop)],
     **{name: [("jaxlm.train.load.load_model", stop)] for name in ("generate", "convert", "info")},
 }

@@ -7,6 +7,7 @@ traps: PyYAML reads `1e-3` as text and the label word `no` as false. Flags are r
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -15,6 +16,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+import numpy as np
 import yaml
 
 from jaxlm.artifacts.keys import choice_text, default_of, keys_of, without_none
@@ -62,13 +64,13 @@ def build(
     section: str = "",
     flags: Collection[str] = (),
 ) -> T:
-    """Build the frozen dataclass `cls` from text values, or from Python's numbers.
+    """Build the frozen dataclass `cls` from text, or from values of Python.
 
     Args:
         cls: the dataclass. If a field has metadata `registry` (name to dataclass), the key `name`
             of its section chooses the dataclass; the default is the first. Metadata `make` is a
             function that builds the field from the mapping of its converted values.
-        data: key to text, list or mapping.
+        data: key to text, list or mapping; or to a number, path or dataclass, from Python.
         where: the file, for messages.
         section: dotted path of this dataclass in the file, for messages.
         flags: dotted keys that the command line gave, for messages.
@@ -158,8 +160,7 @@ class _Reader:
         metadata: Mapping[str, Any] = types.MappingProxyType({}),
     ) -> Any:
         """Convert text, a list or a mapping to the declared type `kind`."""
-        if value is None or isinstance(value, bool | int | float):  # from Python, not from a file
-            value = "null" if value is None else repr(value).lower()
+        value = _as_read(value)
         if value in _NULL and type(None) in typing.get_args(kind):
             return None
         kind = without_none(kind)
@@ -235,6 +236,25 @@ class _Reader:
         if best and likeness(best) >= 0.6 and f"{prefix}{name}" not in self.known:
             return f"Did you mean {best}?"
         return f"The keys are {', '.join(fields)}."
+
+
+def _as_read(value: Any) -> Any:
+    """Return a value of Python as files have it: text, or a list or mapping of such values."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _as_read(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_read(item) for item in value]
+    if value is None:
+        return "null"
+    if isinstance(value, bool | int | float):
+        return repr(value).lower()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value
 
 
 def _full_key(key: str, section: str, fields: Collection[str]) -> str:

@@ -1,18 +1,28 @@
-"""Command lines: words, a configuration file, and `--dotted.path=value` flags."""
+"""Command lines: words, a configuration file, and `--dotted.path=value` flags; and Python calls."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, TypeVar
 
 import yaml
 
-from jaxlm.artifacts.config import load
+from jaxlm.artifacts.config import build, load
 from jaxlm.artifacts.files import file_path
+from jaxlm.artifacts.folder import inputs_digest
+from jaxlm.artifacts.keys import keys_of
+from jaxlm.artifacts.yaml import read_yaml
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
 from jaxlm.studies import STUDIES
-from jaxlm.train.run_folder import to_dict
+from jaxlm.train.run_folder import FREE, to_dict
 
-__all__ = ["dump", "load", "parse_args", "parse_model_args", "split_args"]
+__all__ = ["dump", "from_call", "is_file", "load", "parse_args", "parse_model_args", "split_args"]
+
+T = TypeVar("T")
+
+ARGUMENTS = "arguments"
+"""Where the keys of a Python call stand, for messages."""
 
 
 def split_args(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -59,11 +69,59 @@ def parse_args(args: Sequence[str]) -> tuple[str | None, dict[str, str]]:
 def parse_model_args(args: Sequence[str]) -> tuple[str | None, dict[str, str]]:
     """Return the file and flags as `parse_args`; a word that is not YAML is the flag `model`."""
     path, flags = parse_args(args)
-    if path is None or path.endswith((".yaml", ".yml")):
+    if path is None or is_file(path):
         return path, flags
     if "model" in flags:
         raise UserError(f"model: is given twice (got {path} and {flags['model']}). Keep one.")
     return None, {**flags, "model": path}
+
+
+def is_file(config: Any) -> bool:
+    """Return whether the first argument of a command is a configuration file."""
+    return isinstance(config, str | Path) and str(config).endswith((".yaml", ".yml"))
+
+
+def from_call(
+    cls: type[T],
+    config: T | str | Path | None,
+    overrides: Mapping[str, Any],
+    command: str,
+    *,
+    only: Collection[str] | None = None,
+) -> tuple[T, Path | None]:
+    """Return the configuration of a command's Python function, and the folder of its file.
+
+    Args:
+        cls: see `jaxlm.artifacts.config.build`.
+        config: an object of `cls`, a YAML file, or None.
+        overrides: keys of the configuration, or dotted keys, with their values. A key replaces the
+            whole key of `config`; a dotted key changes one value in it.
+        command: names the default of `output`, `runs/COMMAND-DIGEST`, where the digest is that of
+            the rest of the configuration.
+        only: first-level keys of the file to read, or None for all.
+
+    Raises:
+        UserError: see `jaxlm.artifacts.config.load`.
+    """
+    from jaxlm.studies.grid import with_keys
+
+    keys, base_dir, where = {}, None, ARGUMENTS
+    if isinstance(config, str | Path):
+        path = file_path(config, "config")
+        keys, base_dir = read_yaml(path), path.parent
+        where = f"{path} and {ARGUMENTS}" if overrides else str(path)
+    elif config is not None:
+        if not overrides:
+            return config, None
+        keys = to_dict(config)
+    keys = {key: value for key, value in keys.items() if only is None or key in only}
+    keys = with_keys(keys, overrides, ARGUMENTS)
+    required = [key.dotted for key in keys_of(cls) if key.default is MISSING]
+    if "output" in required and "output" not in keys:
+        inputs = to_dict(build(cls, {**keys, "output": "runs"}, where))
+        digest = inputs_digest({key: inputs[key] for key in inputs if key not in FREE})
+        keys["output"] = f"runs/{command}-{digest}"
+    return build(cls, keys, where), base_dir
 
 
 def dump(config: Any) -> str:

@@ -15,10 +15,12 @@ measured by the F1 of its words and by exact match.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from jax.sharding import Mesh
 
 from jaxlm.artifacts.files import to_json
 from jaxlm.cli import config as configs
@@ -69,6 +71,10 @@ class EvaluateConfig:
             raise UserError(f"calibrate: {self.task.name} has no options (got sfc). Leave it out.")
 
 
+KEYS = [f.name for f in dataclasses.fields(EvaluateConfig)]
+"""Keys that are read from the file, which may be that of a fine-tuning run."""
+
+
 def config_class() -> type:
     """Return the class of this command's configuration."""
     return EvaluateConfig
@@ -82,28 +88,58 @@ def read_config(args: Sequence[str]) -> EvaluateConfig:
 def run(args: Sequence[str], mesh: Any = None) -> None:
     """Run the command `jaxlm evaluate`."""
     config, base_dir, offsets = _read(args)
-    print(to_json(evaluate(config, base_dir=base_dir, offsets=offsets, mesh=mesh), indent=2))
+    print(to_json(_evaluate(config, base_dir, offsets, mesh), indent=2))
+
+
+def evaluate(
+    config: EvaluateConfig | str | Path | None = None,
+    *,
+    mesh: Mesh | None = None,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Measure a model on a task without training it, as the command `jaxlm evaluate` does.
+
+    Args:
+        config: a configuration, its YAML file, or a model: a folder, a hub id, the folder of a run.
+        mesh: see `jaxlm.sharding.make_mesh`; None for one device.
+        **overrides: keys of `EvaluateConfig`; see `jaxlm.finetune`. Without `task` a run is
+            evaluated on its own task.
+
+    Returns:
+        What the command prints: the accuracies, by name.
+
+    Raises:
+        UserError: a key is unknown, a value does not fit, or the task has no such examples.
+    """
+    if isinstance(config, str | Path) and not configs.is_file(config):
+        config, overrides = None, {**overrides, "model": config}
+    file, offsets = _own_task(overrides) if config is None else (None, None)
+    built, base_dir = configs.from_call(
+        EvaluateConfig, file or config, overrides, "evaluate", only=KEYS
+    )
+    return _evaluate(built, base_dir, offsets, mesh)
 
 
 def _read(args: Sequence[str]) -> tuple[EvaluateConfig, Path | None, Any]:
     """Return the configuration, the folder of its file, and the offsets of a calibrated run."""
     path, flags = configs.parse_model_args(args)
-    file, offsets = Path(path) if path else None, None
-    if file is None and "model" in flags and not {"task", "task.name"} & flags.keys():
-        run_folder = RunFolder(flags["model"], "model")
-        if "task" in (run_folder.config() or {}):  # a run is evaluated on its own task
-            offsets, file = run_folder.option_offsets(), run_folder.path / "config.yaml"
-    known = {f.name for f in dataclasses.fields(EvaluateConfig)}
-    config = configs.load(EvaluateConfig, file, flags, only=known)
+    file, offsets = (Path(path), None) if path else _own_task(flags)
+    config = configs.load(EvaluateConfig, file, flags, only=KEYS)
     return config, file.parent if file else None, offsets
 
 
-def evaluate(
-    config: EvaluateConfig,
-    *,
-    base_dir: Path | None = None,
-    offsets: Any = None,
-    mesh: Any = None,
+def _own_task(keys: Mapping[str, Any]) -> tuple[Path | None, Any]:
+    """Return the configuration and the offsets of the run that is evaluated on its own task."""
+    if keys.get("model") is None or {"task", "task.name"} & keys.keys():
+        return None, None
+    folder = RunFolder(keys["model"], "model")
+    if "task" not in (folder.config() or {}):
+        return None, None
+    return folder.path / "config.yaml", folder.option_offsets()
+
+
+def _evaluate(
+    config: EvaluateConfig, base_dir: Path | None, offsets: Any, mesh: Mesh | None
 ) -> dict[str, Any]:
     """Score one split and return the accuracies.
 

@@ -18,8 +18,11 @@ A configuration:
   seed: 0
   output: runs/subj              # the run's folder
 
-All keys are listed below. The same command resumes a run that was stopped, and shows the table of a
-finished one; `--resume=never` refuses both.
+All keys are listed below. The run's folder holds config.yaml, metrics.jsonl, log.txt, checkpoints/
+and, at the end, summary.json and learning_curve.png, if matplotlib is installed. `log_to:
+[tensorboard, wandb]` sends the metrics there, too: pip install 'jaxlm[log]'. The same command
+resumes a run that was stopped, and shows the table of a finished one; `--resume=never` refuses
+both.
 
 `--dry-run` prints what the run will cost, without running it: shardings, memory per device, FLOPs,
 bytes between devices, seconds per step, and the largest batch that fits. The model's folder needs
@@ -32,18 +35,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jaxlm.artifacts.files import file_path
 from jaxlm.cli import config as configs
 from jaxlm.cli import dry_run, screen
+from jaxlm.cli.result import RunResult, finished
 from jaxlm.core.errors import UserError
+from jaxlm.train import finetuning
+from jaxlm.train.finetuning import FinetuneConfig
 
 QUICKSTART = Path(__file__).parent.parent / "assets" / "quickstart.yaml"
 
 
 def config_class() -> type:
     """Return the class of this command's configuration."""
-    from jaxlm.train.finetuning import FinetuneConfig
-
     return FinetuneConfig
 
 
@@ -61,8 +67,6 @@ def read_config(args: Sequence[str]) -> Any:
 def run(args: Sequence[str], mesh: Any = None) -> None:
     """Run the command `jaxlm finetune`."""
     if dry_run.FLAG in args:
-        from jaxlm.train.finetuning import FinetuneConfig
-
         return dry_run.run(FinetuneConfig, args, mesh)
     path, overrides = configs.parse_args(args)
     if path == "quickstart" or not args:
@@ -71,8 +75,6 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
                 "mesh: the quickstart runs on one device (got a mesh). Give a configuration."
             )
         return _quickstart(overrides)
-    from jaxlm.train.finetuning import FinetuneConfig, finetune
-
     resume = overrides.pop("resume", "auto")
     if resume not in ("auto", "never"):
         raise UserError(f"--resume: is not known (got {resume}). Choose one of auto, never.")
@@ -82,7 +84,43 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
             f"output: there is a run already (got {config.output}). Choose another output."
         )
     base_dir = Path(path).parent if path else None
-    show(finetune(config, base_dir=base_dir, mesh=mesh), config.output)
+    show(finetune(config, base_dir=base_dir, mesh=mesh).summary, config.output)
+
+
+def finetune(
+    config: FinetuneConfig | str | Path | None = None,
+    *,
+    base_dir: Path | None = None,
+    mesh: Mesh | None = None,
+    **overrides: Any,
+) -> RunResult:
+    """Fine-tune a model, as the command `jaxlm finetune` does.
+
+        run = jaxlm.finetune(task="subj", optimizer={"name": "mezo", "learning_rate": 2e-4})
+        run.summary["test"]["accuracy"], run.metrics["loss"], run.model, run.plot()
+
+    The run's folder holds its checkpoints, its metrics and its learning curve. The same call
+    resumes a run that was stopped, and returns the result of a finished one.
+
+    Args:
+        config: a configuration, its YAML file, or None.
+        base_dir: where relative paths of the data are looked up, before the working directory; by
+            default the folder of the YAML file.
+        mesh: see `jaxlm.sharding.make_mesh`; None for one device.
+        **overrides: keys of `jaxlm.train.finetuning.FinetuneConfig`, with numbers, texts, lists,
+            and a dict or a name for a section. They replace those of `config`. Without `output`
+            the run's folder is `runs/finetune-DIGEST`, where the digest is that of the other keys.
+
+    Returns:
+        The result, with `summary`, `metrics`, `model` and `plot()`.
+
+    Raises:
+        UserError: see `jaxlm.train.finetuning.finetune`; or a key is unknown, or a value does not
+            fit.
+    """
+    built, folder = configs.from_call(FinetuneConfig, config, overrides, "finetune")
+    summary = finetuning.finetune(built, base_dir=base_dir or folder, mesh=mesh)
+    return finished(built, summary, mesh)
 
 
 def _quickstart(overrides: dict[str, str]) -> None:

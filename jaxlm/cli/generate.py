@@ -9,12 +9,15 @@ samples, --json=true or --output, each sample is a line of JSON: index of the pr
 sample, text, finish ("stop" or "length"), token ids and their log-probabilities under the model.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from jax.sharding import Mesh
 
 from jaxlm.artifacts.files import file_path, parse_json, read_text, report_write_errors, to_json
 from jaxlm.artifacts.processes import is_main_process
@@ -104,13 +107,44 @@ def read_config(args: Sequence[str]) -> GenerateConfig:
     return configs.load(GenerateConfig, path, flags)
 
 
+def generate(
+    config: GenerateConfig | str | Path | None = None,
+    *,
+    mesh: Mesh | None = None,
+    **overrides: Any,
+) -> list[dict[str, Any]]:
+    """Generate text, as the command `jaxlm generate` does.
+
+    Args:
+        config: a configuration, its YAML file, or a model: a folder, a hub id, the folder of a run.
+        mesh: see `jaxlm.sharding.make_mesh`; None for one device.
+        **overrides: keys of `GenerateConfig`; see `jaxlm.finetune`.
+
+    Returns:
+        A record for each sample, with the keys that the command writes with `--json`: index,
+        prompt, sample, text, finish, tokens and log_probs.
+
+    Raises:
+        UserError: a key is unknown, a value does not fit, or `output` exists.
+    """
+    if isinstance(config, str | Path) and not configs.is_file(config):
+        config, overrides = None, {**overrides, "model": config}
+    if isinstance(stop := overrides.get("stop"), str):
+        overrides = {**overrides, "stop": [stop]}
+    built, _ = configs.from_call(GenerateConfig, config, overrides, "generate")
+    samples, kept = itertools.tee(_samples(built, mesh))
+    if built.output is not None:
+        write_new(file_path(built.output, "output"), map(to_json, samples))
+    return list(kept)
+
+
 def run(args: Sequence[str], mesh: Any = None) -> None:
     """Run the command `jaxlm generate`."""
     config = read_config(args)
     if config.output is not None:
-        write_new(file_path(config.output, "output"), map(to_json, generate(config, mesh=mesh)))
+        generate(config, mesh=mesh)
     elif config.file is not None or config.num_samples > 1 or config.json:
-        for row in generate(config, mesh=mesh):
+        for row in _samples(config, mesh):
             print(to_json(row), flush=True)
     else:
         from jaxlm.evaluation import stream_text
@@ -121,7 +155,7 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
         print()
 
 
-def generate(config: GenerateConfig, *, mesh: Any = None) -> Iterator[dict[str, Any]]:
+def _samples(config: GenerateConfig, mesh: Mesh | None) -> Iterator[dict[str, Any]]:
     """Yield a record for each sample, batch by batch."""
     prompts = [config.prompt]
     if config.file is not None:

@@ -1,12 +1,14 @@
-"""Print versions, devices and memory for a bug report; with a model, its parameters.
+"""Print versions, devices and memory, and the names there are; with a model, its parameters.
 
 usage: jaxlm info [MODEL]
 
-MODEL is a folder, a hub id, or the folder of a run.
+MODEL is a folder, a hub id, or the folder of a run. Without it, the tasks, model families,
+optimizers, objectives and studies are listed, as configurations name them.
 """
 
 import os
 import platform
+import textwrap
 from collections.abc import Sequence
 from importlib import metadata
 
@@ -38,6 +40,35 @@ def run(args: Sequence[str]) -> None:
         print(f"device {device.id}: {device.platform} {device.device_kind}{size}")
     if words:
         _parameters(words[0])
+    else:
+        for what, names in registries().items():
+            print(f"\n{what}")
+            print(
+                textwrap.fill(
+                    ", ".join(names),
+                    98,
+                    break_on_hyphens=False,
+                    initial_indent="  ",
+                    subsequent_indent="  ",
+                )
+            )
+
+
+def registries() -> dict[str, list[str]]:
+    """Return the names that a configuration may give, by kind."""
+    from jaxlm.data.tasks import task_names
+    from jaxlm.models.families import MODULES
+    from jaxlm.studies import STUDIES
+    from jaxlm.train.objectives import OBJECTIVES
+    from jaxlm.train.optimizers import OPTIMIZERS
+
+    return {
+        "tasks": task_names(),
+        "model families": list(MODULES),
+        "optimizers": list(OPTIMIZERS),
+        "objectives": list(OBJECTIVES),
+        "studies": list(STUDIES),
+    }
 
 
 def _parameters(name: str) -> None:

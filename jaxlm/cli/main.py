@@ -25,7 +25,7 @@ COMMANDS = {
     "generate": "generate text that continues a prompt",
     "pretrain": "train a causal language model from scratch on text",
     "convert": "load a model or a run folder and save it in the Hugging Face layout",
-    "info": "print versions, devices and memory; with a model, its parameters",
+    "info": "print versions, devices, tasks, families, methods; with a model, its parameters",
 }
 
 USAGE = """\
@@ -35,7 +35,8 @@ USAGE = """\
   --debug          show the traceback of an error
   --allow-code     let `task.read` name a function outside jaxlm, whose code then runs
 
-`jaxlm help launch` describes --mesh, several processes and traces."""
+`jaxlm --version` prints the version. `jaxlm help launch` describes --mesh, several processes and
+traces."""
 
 ALONE = ("convert", "info")
 """Commands that have nothing to divide over devices."""

@@ -12,14 +12,17 @@ diverged is a row of the table, and is repeated after you remove its folder.
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from jaxlm.artifacts.config import load
+from jax.sharding import Mesh
+
 from jaxlm.artifacts.yaml import read_yaml
-from jaxlm.cli.config import parse_args
+from jaxlm.cli import config as configs
 from jaxlm.core.checks import one_of
 from jaxlm.core.errors import UserError
 from jaxlm.studies import STUDIES
+from jaxlm.studies.grid import Result
 
 DRY = "--dry-run"
 
@@ -49,41 +52,82 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
     execute(*_required(words), dry=DRY in args, mesh=mesh)
 
 
+def study(config: Any, *, mesh: Mesh | None = None, **overrides: Any) -> Result:
+    """Run a study in its folder, or resume it, as the command `jaxlm study` does.
+
+    Args:
+        config: a study's name, its YAML file, or its configuration.
+        mesh: see `jaxlm.sharding.make_mesh`; None for one device.
+        **overrides: keys of the study; see `jaxlm.finetune`, also for the default of `output`.
+
+    Returns:
+        The table as JSON values, the text, and the figures that were written.
+
+    Raises:
+        UserError: see `jaxlm.studies.study.study`; or a key is unknown, or a value does not fit.
+    """
+    from jaxlm.studies.study import module_of
+
+    name, file = getattr(config, "study", config), None
+    if configs.is_file(config):
+        file = config
+        name = _known(read_yaml(file).get("study"))
+    elif isinstance(config, str):
+        config = None
+        _known(name)
+    cls = module_of(name).Config
+    built, _ = configs.from_call(cls, config, overrides, name, only=_keys(file))
+    return _run(built, str(file or configs.ARGUMENTS), mesh)
+
+
 def _list() -> str:
     return "\n".join(f"{name:<10}{study.question}" for name, study in STUDIES.items())
 
 
 def _named(args: Sequence[str]) -> tuple[str | None, str | None, dict[str, str]]:
     """Return the name of a study (None: not given), its file, and the other flags."""
-    path, flags = parse_args(args)
-    if path is not None and not path.endswith((".yaml", ".yml")):
-        one_of("study", path, tuple(STUDIES))
-        return path, None, flags
+    path, flags = configs.parse_args(args)
+    if path is not None and not configs.is_file(path):
+        return _known(path), None, flags
     return (None if path is None else read_yaml(path).get("study")), path, flags
 
 
 def _required(args: Sequence[str]) -> tuple[str, str | None, dict[str, str]]:
     name, path, flags = _named(args)
+    return _known(name), path, flags
+
+
+def _known(name: Any) -> str:
     if name is None:
         raise UserError(
             f"study: is missing (got nothing). Name one of {', '.join(STUDIES)} in the file."
         )
     one_of("study", name, tuple(STUDIES))
-    return name, path, flags
+    return str(name)
 
 
 def _load(name: str, path: str | None, flags: dict[str, str]) -> Any:
     from jaxlm.studies.study import module_of
 
-    keys = None if path is None else [key for key in read_yaml(path) if key != "study"]
-    return load(module_of(name).Config, path, flags, only=keys)
+    return configs.load(module_of(name).Config, path, flags, only=_keys(path))
+
+
+def _keys(path: str | Path | None) -> list[str] | None:
+    """Return the keys of a study's file that are those of its configuration."""
+    return None if path is None else [key for key in read_yaml(path) if key != "study"]
+
+
+def _run(config: Any, where: str, mesh: Mesh | None) -> Result:
+    from jaxlm.studies.study import study
+
+    return study(config, where=where, mesh=mesh, say=lambda line: print(line, file=sys.stderr))
 
 
 def execute(
     name: str, path: str | None, flags: dict[str, str], *, dry: bool, mesh: Any = None
 ) -> None:
     """Load the configuration of a study and run it, or print its outline."""
-    from jaxlm.studies.study import module_of, study
+    from jaxlm.studies.study import module_of
 
     module, where = module_of(name), path or "command line"
     # Flags of a plan, such as --device.memory=80e9, are not keys of the study.
@@ -94,7 +138,7 @@ def execute(
         print(module.outline(config, where, extra))
         return
     assert config is not None
-    result = study(config, where=where, mesh=mesh, say=lambda line: print(line, file=sys.stderr))
+    result = _run(config, where, mesh)
     print(result.text)
     for figure in result.figures:
         print(figure)

@@ -1,8 +1,13 @@
 """Matplotlib figures; matplotlib is imported only when one is drawn."""
 
+import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from jaxlm.artifacts.files import write_atomic
 from jaxlm.artifacts.processes import is_main_process
 from jaxlm.core.errors import UserError
 
@@ -25,5 +30,42 @@ def save_figure(axes: Any, path: Path) -> Path:
     if not is_main_process():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    axes.figure.savefig(path, dpi=150, bbox_inches="tight")
+    image = io.BytesIO()
+    axes.figure.savefig(image, format=path.suffix[1:], dpi=150, bbox_inches="tight")
+    write_atomic(path, image.getvalue())
     return path
+
+
+def learning_curve(metrics: Mapping[str, np.ndarray], *, axes: Any = None) -> Any:
+    """Plot the loss of each step with its running mean, and what was measured on other text.
+
+    Args:
+        metrics: as `jaxlm.train.logging.Metrics.arrays` returns them.
+        axes: where to draw; by default a new figure.
+
+    Returns:
+        The axes of the loss.
+    """
+    left = new_axes((5.2, 3.4)) if axes is None else axes
+    left.set(xlabel="step", ylabel="loss")
+    right: Any = None
+    lines: list[Any] = []
+
+    def points(name: str) -> tuple[np.ndarray, np.ndarray]:
+        known = np.isfinite(metrics[name])
+        return metrics["step"][known], metrics[name][known]
+
+    if "loss" in metrics:
+        steps, losses = points("loss")
+        width = max(1, len(losses) // 20)
+        means = np.convolve(losses, np.ones(width) / width, "valid")
+        left.plot(steps, losses, color="C0", alpha=0.3)
+        lines += left.plot(steps[width - 1 :], means, color="C0", label=f"loss, mean of {width}")
+    others = [name for name in metrics if name.startswith(("validation_", "held_out_"))]
+    for i, name in enumerate(others, start=1):
+        if not name.endswith("_loss") and right is None:
+            right = left.twinx()
+        where = left if name.endswith("_loss") else right
+        lines += where.plot(*points(name), "o-", color=f"C{i}", label=name.replace("_", " "))
+    left.legend(handles=lines)
+    return left

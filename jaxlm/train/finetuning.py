@@ -39,6 +39,7 @@ from jaxlm.train.optimizers import OPTIMIZERS, Mezo, Optimizer
 from jaxlm.train.run import RunConfig, train
 from jaxlm.train.run_folder import RunFolder
 from jaxlm.train.settings import MOST_ROWS
+from jaxlm.train.writers import needed
 from jaxlm.typing import Params
 
 Metric = MultipleChoiceMetric | GenerationMetric | TokenLossMetric
@@ -186,6 +187,8 @@ def finetune(
     folder.check(config)
     if (summary := _finished(folder, config)) is not None:
         return summary
+    for name in config.log_to:
+        needed(name)
     if folder.path.is_dir():
         with hold(folder.path):  # fail now rather than after minutes of loading
             pass

@@ -23,6 +23,7 @@ from jaxlm.train.losses import lm_objective
 from jaxlm.train.run import RunConfig, train
 from jaxlm.train.run_folder import RunFolder
 from jaxlm.train.settings import MOST_STEPS
+from jaxlm.train.writers import needed
 from jaxlm.typing import Batch, Params
 
 _STYLES: dict[str, dict[str, Any]] = {
@@ -156,6 +157,8 @@ def pretrain(config: PretrainConfig, *, mesh: Mesh | None = None) -> dict[str, A
     folder.check(config)
     if (summary := _finished(folder)) is not None:
         return summary
+    for name in config.log_to:
+        needed(name)
     with folder.held(config):
         return _finished(folder) or _pretrain(config, folder, mesh)
 

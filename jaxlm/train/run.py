@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from jaxlm.artifacts.files import file_path
-from jaxlm.core.checks import seeds, whole
+from jaxlm.core.checks import distinct, seeds, whole
 from jaxlm.core.paths import Select
 from jaxlm.models import LanguageModel
 from jaxlm.sharding import mesh_of
@@ -19,6 +19,7 @@ from jaxlm.train.optimizers import OPTIMIZERS, Optimizer
 from jaxlm.train.run_folder import RunFolder, to_dict
 from jaxlm.train.settings import MOST_ROWS
 from jaxlm.train.state import device_peak_bytes
+from jaxlm.train.writers import writing
 from jaxlm.typing import LossFn, Params
 
 
@@ -32,6 +33,8 @@ class RunConfig(LoopConfig):
             `jaxlm.train.dynamics.DYNAMICS` by its name.
         batch_size: rows in a step.
         seed: seed of the order of the data and of the optimizer.
+        log_to: where metrics are sent beside the run's folder: tensorboard, wandb; needs
+            pip install 'jaxlm[log]'.
         output: folder of the run.
     """
 
@@ -40,11 +43,14 @@ class RunConfig(LoopConfig):
     batch_size: int
     seed: int = 0
     output: str
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self):
         super().__post_init__()
         whole(self, "batch_size", most=MOST_ROWS)
         seeds(self, "seed")
+        if self.log_to:
+            distinct("log_to", self.log_to)
         file_path(self.output, "output")
         if self.dynamics is not None:
             self.dynamics.check(self.optimizer, self.batch_size)
@@ -104,21 +110,22 @@ def train(
         mesh=mesh_of(lm.params),
     )
     checkpoints = Checkpoints(folder.checkpoints, select=saved)
-    outcome = fit(
-        method,
-        lm.params,
-        batches,
-        config,
-        key=jax.random.key(config.seed),
-        evaluate=evaluate,
-        monitor=monitor,
-        mode=mode,
-        checkpoints=checkpoints,
-        trajectory=folder.trajectory,
-        metrics=folder.metrics,
-        progress=progress,
-        chance=chance,
-    )
+    with writing(config.log_to, folder, to_dict(config)):
+        outcome = fit(
+            method,
+            lm.params,
+            batches,
+            config,
+            key=jax.random.key(config.seed),
+            evaluate=evaluate,
+            monitor=monitor,
+            mode=mode,
+            checkpoints=checkpoints,
+            trajectory=folder.trajectory,
+            metrics=folder.metrics,
+            progress=progress,
+            chance=chance,
+        )
     state, record = outcome.state, outcome.record
     dynamics = config.dynamics and config.dynamics.report(
         config.optimizer, config.steps, state.opt_state

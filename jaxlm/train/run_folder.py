@@ -27,6 +27,9 @@ from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
 from jaxlm.train.logging import Metrics
 
+FREE = ("output", "log_to")
+"""Keys that change nothing in the results of a run."""
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a configuration as plain values for YAML and JSON: tuples become lists."""
@@ -75,7 +78,8 @@ class RunFolder:
         Raises:
             UserError: if the folder cannot be written, holds other files, or holds a run that has
                 begun with another configuration; the error names the first key that differs.
-                `output` may differ, and `steps` too if the steps already done stay the same.
+                `output` and `log_to` may differ, and `steps` too if the steps already done stay the
+                same.
         """
         check_place(self.path, "config.yaml", "run")
         stored = self.config()
@@ -86,7 +90,7 @@ class RunFolder:
             return
         for key, old, new in differences(stored, to_dict(config)):
             why = self._why_fixed(stored, config) if key == "steps" else None
-            if key != "output" and not (key == "steps" and why is None):
+            if key not in FREE and not (key == "steps" and why is None):
                 reason = f", since {why}" if why else ""
                 raise UserError(
                     f"output: the run in {self.path} has {key} = {show(old)} (got {show(new)}), "
@@ -158,7 +162,7 @@ class RunFolder:
             self.check(config)
             stored, begun = self.config(), self._begun()
             found = [] if stored is None else differences(stored, to_dict(config))
-            changed = any(key != "output" for key, _, _ in found)
+            changed = any(key not in FREE for key, _, _ in found)
             barrier(f"{self.path} is read")  # by every process, before the first one writes
             if stored is None or changed:
                 with report_write_errors(self.path):
@@ -177,8 +181,8 @@ class RunFolder:
         """Remove the summary, or with `whole` all results of the run."""
         self._summary.unlink(missing_ok=True)
         if whole:
-            for folder in (self.checkpoints, self.path / "model"):
-                shutil.rmtree(folder, ignore_errors=True)
+            for name in ("checkpoints", "model", "tensorboard", "wandb"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
             for file in (self.metrics.path, self.trajectory, self._data):
                 file.unlink(missing_ok=True)
 

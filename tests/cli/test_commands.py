@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import pytest
 
+import jaxlm
 import jaxlm.train.load
 from jaxlm.cli.main import main
 from jaxlm.models import from_pretrained
 from jaxlm.train.load import load_model
+from jaxlm.train.optimizers import OPTIMIZERS
 from jaxlm.train.run_folder import RunFolder
 from tests.helpers.tiny import sentences, write_jsonl, write_run
 
@@ -113,6 +115,25 @@ def test_a_folder_that_another_conversion_has_made_is_left_alone(
     assert main(["convert", str(tiny_model), str(target)]) == 2
     assert "TARGET: exists already" in capsys.readouterr().err
     assert list(target.iterdir()) == []
+
+
+def test_info_lists_what_a_configuration_may_name(capsys, monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "mine", OPTIMIZERS["sgd"])
+    assert main(["info"]) == 0
+    listed = dict(re.findall(r"^(\w[\w ]*)\n((?:  .*\n)+)", capsys.readouterr().out, re.M))
+    assert list(listed) == ["tasks", "model families", "optimizers", "objectives", "studies"]
+    names = {kind: text.replace("\n", "").split(", ") for kind, text in listed.items()}
+    names = {kind: [name.strip() for name in each] for kind, each in names.items()}
+    assert {"mr", "subj", "opt/rte", "roberta/sst-2"} <= set(names["tasks"])
+    assert {"llama", "roberta"} <= set(names["model families"])
+    assert names["optimizers"] == [*OPTIMIZERS]
+    assert "classification" in names["objectives"]
+    assert names["studies"] == ["curves", "kernel", "less"]
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{jaxlm.__version__}\n"
 
 
 def test_info_lists_the_parameters(tiny_model, capsys):

@@ -1,0 +1,108 @@
+"""Writers that send the metrics of a run to TensorBoard and to Weights & Biases."""
+
+import contextlib
+import importlib
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from jaxlm.artifacts.files import write_atomic
+from jaxlm.artifacts.processes import is_main_process
+from jaxlm.core.errors import UserError
+from jaxlm.train.run_folder import RunFolder
+
+Write = Callable[[Mapping[str, Any]], None]
+
+PACKAGES = {"tensorboard": ("tensorboardX", "SummaryWriter"), "wandb": ("wandb", "init")}
+"""Where metrics can be sent, with the package that does it and what is needed of it."""
+
+
+def needed(name: str) -> Any:
+    """Return what a writer needs of its package.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    package, attribute = PACKAGES[name]
+    try:
+        return getattr(importlib.import_module(package), attribute)
+    except (ImportError, AttributeError) as error:  # wandb's folder `wandb` can be imported, too
+        raise UserError(
+            f"log_to: {name} needs {package} (got: {error}). pip install 'jaxlm[log]'."
+        ) from None
+
+
+@contextlib.contextmanager
+def writing(names: Collection[str], folder: RunFolder, config: Mapping[str, Any]) -> Iterator[None]:
+    """Send the metrics of a run to writers, too, while the block runs.
+
+    A writer that is new gets the earlier lines as well.
+
+    Args:
+        names: of `PACKAGES`.
+        folder: the run's folder, which the caller holds.
+        config: the run's configuration, which Weights & Biases shows.
+
+    Raises:
+        UserError: a package is not installed, or Weights & Biases refuses the run.
+    """
+    if not is_main_process():
+        yield
+        return
+    done = folder.latest_step()
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            new = done is None or not (folder.path / name).exists()
+            begin = _tensorboard if name == "tensorboard" else _wandb
+            write = stack.enter_context(begin(folder, config, 0 if new else (done or 0) + 1))
+            for line in folder.metrics.read() if new else ():
+                write(line)
+            folder.metrics.writers.append(write)
+        try:
+            yield
+        finally:
+            folder.metrics.writers.clear()
+
+
+@contextlib.contextmanager
+def _tensorboard(folder: RunFolder, config: Mapping[str, Any], first: int) -> Iterator[Write]:
+    """Write event files into the folder `tensorboard` of the run, from the step `first`."""
+    del config
+    path = str(folder.path / "tensorboard")
+    with needed("tensorboard")(path, purge_step=first) as writer:
+
+        def write(line: Mapping[str, Any]) -> None:
+            for name, value in _numbers(line).items():
+                writer.add_scalar(name, value, line["step"])
+
+        yield write
+
+
+@contextlib.contextmanager
+def _wandb(folder: RunFolder, config: Mapping[str, Any], first: int) -> Iterator[Write]:
+    """Write a run of Weights & Biases, whose files are in the folder `wandb` of the run."""
+    del first  # a step that is done again has the same values again
+    name = folder.path / "wandb" / "run-id.txt"
+    if not name.exists():
+        name.parent.mkdir(exist_ok=True)
+        write_atomic(name, uuid.uuid4().hex)
+    options = {"dir": folder.path, "name": folder.path.name, "config": dict(config)}
+    try:
+        run = needed("wandb")(**options, id=name.read_text(), resume="allow")
+    except Exception as error:
+        raise UserError(
+            f"log_to: wandb does not start (got {type(error).__name__}: {error}). Log in with "
+            "wandb login, or set WANDB_MODE=offline."
+        ) from error
+    with run:
+        run.define_metric("*", step_metric="step")
+        yield lambda line: run.log({"step": line["step"], **_numbers(line)})
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a line of metrics, without its step and its lists."""
+    return {
+        name: value
+        for name, value in line.items()
+        if isinstance(value, int | float) and name != "step"
+    }
