@@ -22,7 +22,7 @@ __all__ = ["dump", "from_call", "is_file", "load", "parse_args", "parse_model_ar
 T = TypeVar("T")
 
 ARGUMENTS = "arguments"
-"""Where the keys of a Python call stand, for messages."""
+"""What error messages name as the source of the keys of a Python call."""
 
 
 def split_args(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:

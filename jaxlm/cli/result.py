@@ -1,4 +1,4 @@
-"""The result of a run as Python has it: its summary, its metrics, its model, its curves."""
+"""The result of a run in Python: its summary, its metrics, its model and its curves."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ CURVE = "learning_curve.png"
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run. What is not a summary is read from its folder when it is asked for.
+    """A finished run; its metrics and its model are read from its folder on first use.
 
     Attributes:
         folder: the run's folder.
@@ -44,7 +44,7 @@ class RunResult:
         return load_model(self.folder, param_dtype=dtype, mesh=self.mesh)
 
     def plot(self, axes: Any = None) -> Any:
-        """Plot the loss and what was measured on other text; return the matplotlib axes.
+        """Plot the training loss and the validation results; return the matplotlib axes.
 
         Args:
             axes: where to draw; by default a new figure.

@@ -6,7 +6,7 @@ and this is undone: rows of queries and keys of Llama are reordered, norms of Ge
 offset, and matrices of GPT-2 are transposed.
 
 A file is data from outside: its counts are compared with the bytes that are there before anything
-is allocated, and what is not known here is refused.
+is allocated, and anything unknown is refused.
 
 References: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the changes are those of
 llama.cpp's convert_hf_to_gguf.py.
@@ -38,7 +38,7 @@ MOST_METADATA = 2**27
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 TYPES = ("F32", "F16", "BF16", *QUANTISED)
 
-# The type of a value, as `struct` has it.
+# The type code of a value -> its character in `struct`.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 _SCALARS[12] = "d"
 _STRING, _ARRAY = 8, 9
@@ -70,7 +70,7 @@ _GEMMA2_SIZES = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
-# general.architecture, which is also the model_type -> keys that must be there, keys that may be,
+# general.architecture, which is also the model_type -> the required keys and the optional keys,
 # each with its field of config.json.
 ARCHITECTURES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "llama": _LLAMA,  # and Mistral, whose window llama.cpp does not have
@@ -87,14 +87,14 @@ _ROPE = {
     "rope.scaling.original_context_length": "original_max_position_embeddings",
 }
 _CHECKED = ("rope.dimension_count", "attention.value_length")  # must be the size of a head
-_IGNORED = ("vocab_size", "rope.scaling.finetuned")  # follow from the rest, or say nothing
+_IGNORED = ("vocab_size", "rope.scaling.finetuned")  # follow from the rest, or do not matter
 
 
 def read_model(path: Path) -> tuple[ModelConfig, Any, Checkpoint]:
     """Return the configuration, the tokenizer or None, and the tensors of a GGUF file.
 
     Raises:
-      UserError: the file is no GGUF file, is damaged, or holds what is not supported.
+      UserError: the file is not a GGUF file, is damaged, or needs something unsupported.
     """
     metadata, tensors = _read(path)
     hf = _hf_config(path, metadata, tensors)
@@ -115,7 +115,7 @@ class _Tensor:
     Attributes:
       path: the file.
       name: its name there.
-      type: its type, of package `gguf`.
+      type: its `GGMLQuantizationType`, of the package `gguf`.
       sizes: shape in the file, the longest stride first.
       start: its first byte in the file.
       row_bytes: bytes of a row, the last axis.
@@ -176,7 +176,7 @@ class _Header:
 
     Args:
       data: the whole file.
-      path: its name, for messages.
+      path: its path, for error messages.
     """
 
     def __init__(self, data: mmap.mmap, path: Path):
@@ -285,7 +285,7 @@ def _read_header(header: _Header) -> tuple[dict[str, Any], dict[str, _Tensor]]:
 def _check_tensor(
     path: Path, name: str, sizes: tuple[int, ...], code: int, start: int, end: int
 ) -> _Tensor:
-    """Return a tensor of the list; refuse one that the file cannot hold."""
+    """Return a listed tensor; refuse one that the file cannot hold."""
     try:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     except ImportError:
@@ -338,7 +338,7 @@ def _hf_config(
         hf["attention_bias"] = "blk.0.attn_q.bias" in tensors
         hf["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
     if architecture == "gemma2":
-        # llama.cpp knows the one model whose scale is another by its depth, too.
+        # The 27B model scales otherwise; llama.cpp, too, recognises it by its 46 layers.
         odd, width = hf["num_hidden_layers"] == 46, hf["hidden_size"] // hf["num_attention_heads"]
         hf["query_pre_attn_scalar"] = width if odd else hf["head_dim"]
     rope = {field: metadata[key] for key, field in scaling.items() if key in metadata}
@@ -366,7 +366,7 @@ def _hf_config(
 def _head_sizes(
     path: Path, architecture: str, metadata: Mapping[str, Any], hf: Mapping[str, Any]
 ) -> dict[str, int]:
-    """Return the number of key-value heads and the size of a head, from which no key may differ."""
+    """Return the number of key-value heads and the size of a head; refuse a key that differs."""
     size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
     for key in (f"{architecture}.{key}" for key in _CHECKED):
         if metadata.get(key, size) != size:
@@ -385,8 +385,8 @@ def _with_llama3_rope(
 ) -> tuple[ModelConfig, ModuleType]:
     """Return the configuration whose rotary frequencies a file divides by these factors.
 
-    llama.cpp stores the factors of Llama 3.1 and later in place of the settings, of which only the
-    largest factor differs between released models.
+    llama.cpp stores the factors of Llama 3.1 and later in place of the settings. Released models
+    differ only in the largest factor, so that the settings follow from it.
     """
     values = factors[(slice(None),)].ravel()
     settings = {
@@ -410,7 +410,7 @@ def _with_llama3_rope(
 def _rename(
     path: Path, config: ModelConfig, module: ModuleType, tensors: Mapping[str, _Tensor]
 ) -> dict[str, _Tensor]:
-    """Return the tensors by their Hugging Face names, with what llama.cpp changed undone."""
+    """Return the tensors by their Hugging Face names; undo what llama.cpp changed."""
     from gguf.constants import MODEL_ARCH_NAMES
     from gguf.tensor_mapping import get_tensor_name_map
 

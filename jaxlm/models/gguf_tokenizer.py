@@ -11,7 +11,7 @@ from jaxlm.models.config import ModelConfig
 from jaxlm.models.hf_config import FLAG, TEXT, Kind, texts, whole
 
 MOST_CHARACTERS = 1024
-"""Longest token: finding the merges of a vocabulary takes the square of it."""
+"""Longest token: the time to find the merges grows with the square of its length."""
 _CONTROL, _USER_DEFINED = 3, 4  # kinds of tokens that are never split
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 _GGML = "tokenizer.ggml."
@@ -44,7 +44,7 @@ _SPLITS = {
 
 
 def read_tokenizer(path: Path, metadata: Mapping[str, Any], config: ModelConfig) -> Any:
-    """Return the tokenizer of the metadata as one of transformers, or None if there is none.
+    """Return the tokenizer of the metadata as a tokenizer of transformers, or None without one.
 
     Raises:
       UserError: it is of a kind that is not supported, or cannot be built.
@@ -83,7 +83,7 @@ def read_tokenizer(path: Path, metadata: Mapping[str, Any], config: ModelConfig)
             clean_up_tokenization_spaces=False,
             **special,
         )
-    except Exception as error:  # tokenizers raises whatever a wrong value leads to
+    except Exception as error:  # tokenizers raises many kinds of errors
         raise UserError(
             f"{path}: the tokenizer cannot be built ({type(error).__name__}: {show(str(error))}). "
             "Download the file again."
@@ -121,7 +121,7 @@ def _sentencepiece(ggml: Mapping[str, Any], tokens: list[str], *, gemma: bool) -
     # Tokens of several spaces are spelled with spaces in files of Gemma.
     tokens = [token if token.strip(" ") else "▁" * len(token) for token in tokens]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    # The better score is merged first; Gemma's scores do not follow its merges, but its ids do.
+    # Higher scores merge first. In Gemma the ids, not the scores, give the order of the merges.
     scores = [-i for i in range(len(tokens))] if gemma else ggml["scores"]
     merges = [
         (-score, -cut, cut - len(token), token[:cut], token[cut:])

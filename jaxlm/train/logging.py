@@ -137,7 +137,7 @@ class Progress:
         begin, first = self._begin
         now = time.perf_counter()
         self._rate = (step - first) / max(now - begin, 1e-9)
-        if not self._shown:  # the first steps were slow, because they were compiled
+        if not self._shown:  # the first steps include compilation
             self._begin = (now, step)
         parts = [f"{name} {value:.4g}" for name, value in values.items()]
         parts.append(f"{self._rate:.3g} steps/s")
@@ -159,9 +159,9 @@ class Progress:
         return f"{line}  {timedelta(seconds=max(0, round(left)))} left"
 
     def _speak(self) -> None:
-        """Write the state whenever nothing was written for `SILENCE` seconds, until the exit.
+        """Write the state after every `SILENCE` seconds without output, until the exit.
 
-        It is a thread's work, since one dispatch, or the compiler, may take minutes.
+        It runs in a thread, because one dispatch or one compilation may take minutes.
         """
         while not self._left.wait(max(0.01, self._said + SILENCE - time.perf_counter())):
             if time.perf_counter() - self._said >= SILENCE:

@@ -14,11 +14,11 @@ from jaxlm.train.run_folder import RunFolder
 Write = Callable[[Mapping[str, Any]], None]
 
 PACKAGES = {"tensorboard": ("tensorboardX", "SummaryWriter"), "wandb": ("wandb", "init")}
-"""Where metrics can be sent, with the package that does it and what is needed of it."""
+"""Destination of metrics -> the package that writes there, and the name imported from it."""
 
 
 def needed(name: str) -> Any:
-    """Return what a writer needs of its package.
+    """Return the class or function that a writer imports from its package.
 
     Raises:
         UserError: the package is not installed.
@@ -26,7 +26,7 @@ def needed(name: str) -> Any:
     package, attribute = PACKAGES[name]
     try:
         return getattr(importlib.import_module(package), attribute)
-    except (ImportError, AttributeError) as error:  # wandb's folder `wandb` can be imported, too
+    except (ImportError, AttributeError) as error:  # wandb's output folder imports as a package
         raise UserError(
             f"log_to: {name} needs {package} (got: {error}). pip install 'jaxlm[log]'."
         ) from None
@@ -34,12 +34,12 @@ def needed(name: str) -> Any:
 
 @contextlib.contextmanager
 def writing(names: Collection[str], folder: RunFolder, config: Mapping[str, Any]) -> Iterator[None]:
-    """Send the metrics of a run to writers, too, while the block runs.
+    """Also send the metrics of a run to writers while the block runs.
 
-    A writer that is new gets the earlier lines as well.
+    A new writer gets the earlier lines as well.
 
     Args:
-        names: of `PACKAGES`.
+        names: keys of `PACKAGES`.
         folder: the run's folder, which the caller holds.
         config: the run's configuration, which Weights & Biases shows.
 
@@ -81,7 +81,7 @@ def _tensorboard(folder: RunFolder, config: Mapping[str, Any], first: int) -> It
 @contextlib.contextmanager
 def _wandb(folder: RunFolder, config: Mapping[str, Any], first: int) -> Iterator[Write]:
     """Write a run of Weights & Biases, whose files are in the folder `wandb` of the run."""
-    del first  # a step that is done again has the same values again
+    del first  # a repeated step has the same values
     name = folder.path / "wandb" / "run-id.txt"
     if not name.exists():
         name.parent.mkdir(exist_ok=True)

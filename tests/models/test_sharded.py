@@ -125,7 +125,8 @@ def test_a_part_of_a_leaf_is_that_part(piece: int, folder: Path, monkeypatch: py
             read = 0
             found = counted.read(config, leaf.path, np.float32, index)
             np.testing.assert_array_equal(found, np.asarray(leaf.value)[index])
-            assert read == found.size
+            without = hf_tensors._absent(config, leaf.path, 0) and index[0].start == 0
+            assert read == (found[1:] if without else found).size  # layer 0 has no such tensor
 
 
 @pytest.mark.multidevice

@@ -259,7 +259,7 @@ def read_windows(hf: dict[str, Any], default: tuple[bool, ...]) -> dict[str, Any
 
 
 def local_layers(hf: dict[str, Any], every: int) -> list[str]:
-    """Return the HF `layer_types` of a family in which every so many layers have no window."""
+    """Return the HF `layer_types` of a family in which each `every`-th layer has no window."""
     layers = range(1, hf["num_hidden_layers"] + 1)
     return ["sliding_attention" if layer % every else "full_attention" for layer in layers]
 

@@ -48,7 +48,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_encoder(config: ModelConfig, keys: Mapping[str, str], name: str) -> dict[str, Any]:
-    """Return the HF keys of `write_fields` and the labels; `name` begins the names of classes."""
+    """Return the HF keys of `write_fields` and the labels; `name` is the prefix of the class."""
     hf = write_fields(config, keys, name + _CLASSES[config.head])
     if config.head == "classifier":
         names = config.label_names or [f"LABEL_{i}" for i in range(config.num_labels)]

@@ -1,4 +1,4 @@
-"""Granite: Llama with factors of embeddings, scores, sublayers and logits.
+"""Granite: Llama with scaling factors for embeddings, scores, sublayers and logits.
 
 References: Granite 3.0, https://github.com/ibm-granite/granite-3.0-language-models.
 """

@@ -1,4 +1,4 @@
-"""OLMo 2: Llama with norms after the sublayers and of all queries and keys across heads.
+"""OLMo 2: Llama with norms after the sublayers, and norms over the queries and keys of all heads.
 
 References: OLMo 2, arXiv:2501.00656.
 """
