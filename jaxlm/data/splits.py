@@ -136,9 +136,11 @@ class SplitsConfig:
             them or, without it, up to `num_train`.
         test: the same as `train`.
         num_train: number of examples to draw for training; None for all.
-        num_validation: number of examples to hold out in addition to `num_train`.
+        num_validation: number of examples to hold out in addition to `num_train`, or to draw from
+            the given validation examples; None for all of those.
         num_test: number of examples to draw for testing; None for all.
-        test_seed: seed of the draw of `num_test` examples; the run's seed does not change it.
+        test_seed: seed of the draws from given validation and test examples; the run's seed does
+            not change them.
         max_length: number of tokens that examples are cut to; None for the limit of the model.
     """
 
@@ -197,15 +199,16 @@ class SplitsConfig:
         """Draw the examples of every split, held-out ones included."""
         checks.seeds(SimpleNamespace(seed=seed), "seed")
         drawn = dict(examples)
-        train, test = examples["train"], examples["test"]
+        train = examples["train"]
         if train or self.validation == HOLD_OUT:
             chosen, rest = self.draw_train(train, seed=seed)
             drawn["train"] = [train[i] for i in chosen]
             if self.validation == HOLD_OUT:
                 drawn["validation"] = [train[i] for i in rest]
-        if test and self.num_test is not None:
-            chosen, _ = draw_split(len(test), self.num_test, 0, seed=self.test_seed)
-            drawn["test"] = [test[i] for i in chosen]
+        for split, count in (("validation", self.num_validation), ("test", self.num_test)):
+            if (given := examples[split]) and count is not None:
+                chosen, _ = draw_split(len(given), count, 0, seed=self.test_seed)
+                drawn[split] = [given[i] for i in chosen]
         return drawn
 
     def draw_train(self, train: Sequence[Any], *, seed: int) -> tuple[list[int], list[int]]:

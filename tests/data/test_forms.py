@@ -199,6 +199,17 @@ def test_hold_out_is_a_part_of_training(form) -> None:
     assert encoded.sizes.keys() == texts.digests().keys() == encoded.digests().keys()
 
 
+def test_some_of_the_given_validation_examples_are_drawn(form) -> None:
+    whole = form()[0]
+    drawn = [form(seed=seed, num_validation=3)[0] for seed in (0, 1)]
+    assert [len(texts.validation) for texts in drawn] == [3, 3]
+    assert {each.id for each in drawn[0].validation} <= {each.id for each in whole.validation}
+    assert (
+        drawn[0].digests() == drawn[1].digests() != whole.digests()
+    )  # not drawn by the run's seed
+    assert len(form(num_validation=10_000)[0].validation) == len(whole.validation)
+
+
 def test_digests_are_of_each_split(form) -> None:
     texts, encoded = form(splits=("train", "test"))
     assert set(texts.digests()) == set(encoded.digests()) == {"train", "test"}
