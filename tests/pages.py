@@ -82,7 +82,8 @@ def stop(*args: Any, **kwargs: Any) -> None:
 
 def stop_with_folder(config: Any, **kwargs: Any) -> None:
     """In place of a run: its folder, for the commands that follow."""
-    RunFolder(config.output).create(config)
+    with RunFolder(config.output).held(config):
+        pass
     raise Stopped
 
 

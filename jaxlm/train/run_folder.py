@@ -172,11 +172,6 @@ class RunFolder:
                     write_shared(self.path / "config.yaml", text)
             yield
 
-    def create(self, config: Any) -> None:
-        """Create the folder as `held` does, and release it."""
-        with self.held(config):
-            pass
-
     def _clear(self, *, whole: bool) -> None:
         """Remove the summary, or with `whole` all results of the run."""
         self._summary.unlink(missing_ok=True)

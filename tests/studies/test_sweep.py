@@ -46,7 +46,8 @@ class Trainer:
         if len(self.calls) == self.stop_at:
             raise KeyboardInterrupt
         self.calls.append(place)
-        folder.create(config)
+        with folder.held(config):
+            pass
         if place in self.diverging:
             raise Diverged(f"the loss of {place} is nan")
         validation, test = FOUND[place]

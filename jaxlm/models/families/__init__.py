@@ -72,6 +72,12 @@ class Name:
         return length // self.span * self.part[1]
 
 
+def query_key_norms(attention: str) -> list[Name]:
+    """Return the names of the norms of queries and keys, given the HF prefix of attention."""
+    pairs = (layer_norm(f"layers.attention.{x}_norm", f"{attention}{x}_norm") for x in "qk")
+    return [row for rows in pairs for row in rows]
+
+
 def linear(
     path: str, hf: str, part: tuple[int, int] = (0, 1), span: int = 1, groups: int = 1
 ) -> list[Name]:

@@ -9,9 +9,9 @@ from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import (
     Name,
     gemma2,
-    layer_norm,
     llama,
     local_layers,
+    query_key_norms,
     require,
     split_rope,
     write_both_ropes,
@@ -41,8 +41,4 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 def names(config: ModelConfig) -> list[Name]:
     """Return our paths with their HF names."""
-    attention = PREFIX + "layers.{layer}.self_attn."
-    rows = gemma2.names(config)
-    for part in "qk":
-        rows += layer_norm(f"layers.attention.{part}_norm", f"{attention}{part}_norm")
-    return rows
+    return gemma2.names(config) + query_key_norms(PREFIX + "layers.{layer}.self_attn.")

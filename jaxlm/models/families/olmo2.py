@@ -6,7 +6,7 @@ References: OLMo 2, arXiv:2501.00656.
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.families import Name, layer_norm, llama
+from jaxlm.models.families import Name, layer_norm, llama, query_key_norms
 
 PREFIX = llama.PREFIX
 
@@ -26,8 +26,7 @@ def names(config: ModelConfig) -> list[Name]:
     """Return our paths with their HF names."""
     block = PREFIX + "layers.{layer}."
     rows = [row for row in llama.names(config) if "_norm." not in row.path]
-    for part in "qk":
-        rows += layer_norm(f"layers.attention.{part}_norm", f"{block}self_attn.{part}_norm")
+    rows += query_key_norms(block + "self_attn.")
     rows += layer_norm("layers.attention_norm", block + "post_attention_layernorm")
     rows += layer_norm("layers.mlp_norm", block + "post_feedforward_layernorm")
     return rows + layer_norm("final_norm", PREFIX + "norm")

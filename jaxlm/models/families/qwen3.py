@@ -6,7 +6,7 @@ References: Qwen3, arXiv:2505.09388.
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.families import Name, layer_norm, llama, qwen2
+from jaxlm.models.families import Name, llama, query_key_norms, qwen2
 
 PREFIX = llama.PREFIX
 
@@ -26,8 +26,4 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 def names(config: ModelConfig) -> list[Name]:
     """Return our paths with their HF names."""
-    attention = PREFIX + "layers.{layer}.self_attn."
-    rows = llama.names(config)
-    for part in "qk":
-        rows += layer_norm(f"layers.attention.{part}_norm", f"{attention}{part}_norm")
-    return rows
+    return llama.names(config) + query_key_norms(PREFIX + "layers.{layer}.self_attn.")
