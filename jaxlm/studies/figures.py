@@ -60,12 +60,15 @@ def learning_curve(metrics: Mapping[str, np.ndarray], *, axes: Any = None) -> An
         width = max(1, len(losses) // 20)
         means = np.convolve(losses, np.ones(width) / width, "valid")
         left.plot(steps, losses, color="C0", alpha=0.3)
-        lines += left.plot(steps[width - 1 :], means, color="C0", label=f"loss, mean of {width}")
+        label = "loss" if width == 1 else f"loss, mean of {width} steps"
+        lines += left.plot(steps[width - 1 :], means, color="C0", label=label)
     others = [name for name in metrics if name.startswith(("validation_", "held_out_"))]
     for i, name in enumerate(others, start=1):
         if not name.endswith("_loss") and right is None:
             right = left.twinx()
         where = left if name.endswith("_loss") else right
         lines += where.plot(*points(name), "o-", color=f"C{i}", label=name.replace("_", " "))
-    left.legend(handles=lines)
+    left.xaxis.get_major_locator().set_params(integer=True)
+    # Above the axes, since neither axis knows where the other's lines are.
+    left.legend(handles=lines, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     return left

@@ -172,9 +172,9 @@ def test_the_learning_curve_is_drawn_once_more_steps_are_done(run, monkeypatch):
     axes = run.plot()
     assert axes.get_xlabel() == "step"
     named = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
-    np.testing.assert_array_equal(named["loss, mean of 1"][:, 1], run.metrics["loss"][1:])
+    np.testing.assert_array_equal(named["loss"][:, 1], run.metrics["loss"][1:])
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["loss, mean of 1", "validation accuracy"]
+    assert labels == ["loss", "validation accuracy"]
     before = curve.stat().st_mtime_ns
     jaxlm.finetune(run_config(run))
     assert curve.stat().st_mtime_ns == before
