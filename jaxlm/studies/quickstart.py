@@ -219,7 +219,7 @@ def train(
     result = accuracy(scores - offsets, labels)
     passes += chosen.forwards * steps
     backwards = chosen.backwards * steps
-    return Row(name, result, passes, backwards, outcome.peak_bytes, _since(begin))
+    return Row(name, result, passes, backwards, outcome.record.peak_bytes, _since(begin))
 
 
 def probe(where: Setting) -> Row:

@@ -96,6 +96,8 @@ class Record(NamedTuple):
         best_value: that value.
         first_loss: mean loss of the first dispatch, with which later ones are compared.
         diverged: the first step whose loss was far above it, see `first_diverged`.
+        peak_bytes: memory of the largest program compiled so far. It is kept because a run that
+            was killed after its last step resumes without compiling anything.
     """
 
     seconds: float = 0.0
@@ -104,6 +106,7 @@ class Record(NamedTuple):
     best_value: float | None = None
     first_loss: float | None = None
     diverged: int | None = None
+    peak_bytes: int = 0
 
     @property
     def goodput(self) -> float:
@@ -117,13 +120,11 @@ class Outcome(NamedTuple):
     Attributes:
         state: the state after the last step.
         record: see `Record`.
-        peak_bytes: memory of the largest compiled program.
         infos: the info of each step that this process took, a dict of scalars with its `step`.
     """
 
     state: TrainState
     record: Record
-    peak_bytes: int
     infos: list[dict[str, Any]]
 
 
@@ -207,7 +208,7 @@ def _fit(
     for first, count in config.dispatches(start):
         if signal := pending_signal():
             while flight:
-                loop.write(*flight.pop(0), run.peak_bytes)
+                loop.write(*flight.pop(0))
             loop.stop(signal, first, state)
         state, infos = run(state, batches(first, count))
         flight.append((first, infos))
@@ -216,14 +217,14 @@ def _fit(
             step % config.eval_every and step % config.checkpoint_every
         )
         while len(flight) > (0 if due else 1):
-            loop.write(*flight.pop(0), run.peak_bytes)
+            loop.write(*flight.pop(0))
         if due:
             loop.look_up(step, state)
     if signal := pending_signal():
         loop.stop(signal, config.steps, state)
     if loop.trajectory:
         loop.trajectory.finish(state.params)
-    return Outcome(state, loop.elapsed(), run.peak_bytes, loop.infos)
+    return Outcome(state, loop.elapsed(), loop.infos)
 
 
 def _trajectory(
@@ -285,14 +286,17 @@ class _Loop:
         self._mark = time.perf_counter()
 
     def elapsed(self) -> Record:
-        """Return the record with the time until now."""
-        compiling = 0.0 if self.program is None else self.program.compile_seconds
+        """Return the record with the time and the memory until now."""
+        compiling, peak = 0.0, 0
+        if self.program is not None:
+            compiling, peak = self.program.compile_seconds, self.program.peak_bytes
         return self.record._replace(
             seconds=self.record.seconds + time.perf_counter() - self._begin,
             stepping=self.record.stepping + max(0.0, self._stepped - compiling),
+            peak_bytes=max(self.record.peak_bytes, peak),
         )
 
-    def write(self, first: int, infos: dict[str, Any], peak_bytes: int) -> None:
+    def write(self, first: int, infos: dict[str, Any]) -> None:
         """Fetch the metrics of one dispatch from the device and write them."""
         host = jax.device_get(infos)
         count = len(host["loss"])
@@ -311,10 +315,10 @@ class _Loop:
             self.metrics.append(*good)
         if bad:
             self._stop(f"a loss of {bad['loss']} at step {bad['step']}")
-        if self.progress:
+        if self.progress and self.program:
             shown = ("loss", "accuracy")
             means = {name: float(np.mean(host[name])) for name in shown if name in host}
-            self.progress.update(first + count, means, peak_bytes)
+            self.progress.update(first + count, means, self.program.peak_bytes)
 
     def _watch(self, first: int, lines: list[dict[str, Any]]) -> None:
         """Mark the metrics of a run that has diverged, and say so once."""

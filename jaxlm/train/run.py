@@ -142,7 +142,7 @@ def train(
         "backwards": method.backwards * config.steps,
         "seconds": record.seconds,
         "goodput": record.goodput,
-        "peak_memory_bytes": outcome.peak_bytes,
+        "peak_memory_bytes": outcome.record.peak_bytes,
         "device_peak_bytes": device_peak_bytes(),
         "checkpoint_bytes": checkpoints.size(config.steps),
         "dynamics": dynamics,
