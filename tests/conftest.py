@@ -1,6 +1,8 @@
 """One environment for every test: eight CPU devices, no network, annotations checked."""
 
+import dataclasses
 import importlib.util
+import inspect
 import os
 from importlib import metadata
 from pathlib import Path
@@ -28,15 +30,42 @@ if metadata.version("jax").startswith("0.10."):
     )
 
 import jax
+import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_legacy_prng_key", "error")
 
+jaxtyped = jaxtyping.jaxtyped
+
+
+def checked(*, typechecker):
+    """Decorate a function as `jaxtyping.jaxtyped` does, where that is worth its time.
+
+    That decorator takes milliseconds, and tens of microseconds at each call, to compare the axes of
+    arrays. Functions without arrays in their signatures need the type checker alone, and functions
+    within functions, which are decorated each time anew, are not public.
+    """
+
+    def decorate(function):
+        if isinstance(function, type):
+            if dataclasses.is_dataclass(function) and "__init__" in vars(function):
+                function.__init__ = decorate(function.__init__)
+            return function
+        if "<locals>" in function.__qualname__:
+            return function
+        annotations = inspect.get_annotations(function).values()
+        if any(isinstance(each, str) or "jaxtyping." in repr(each) for each in annotations):
+            return jaxtyped(function, typechecker=typechecker)
+        return typechecker(function)
+
+    return decorate
+
+
 # Every module of jaxlm imported from here on checks its annotations at each call.
-install_import_hook("jaxlm", "beartype.beartype")
+jaxtyping.jaxtyped = checked
+jaxtyping.install_import_hook("jaxlm", "beartype.beartype")
 
 
 def pytest_configure(config):

@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import yaml
@@ -87,8 +87,10 @@ def stop_with_folder(config: Any, **kwargs: Any) -> None:
     raise Stopped
 
 
+Until = Literal["work", "training", "end"]
+"""How far a command goes: to where its work begins, to the first step, or to its end."""
 DRY = ("sweep", "study")
-WORK = {
+WORK: dict[str, list[tuple[str, Callable]]] = {
     "finetune": [
         ("jaxlm.train.finetuning.finetune", stop_with_folder),
         ("jaxlm.cost.plan.dry_run", stop),
@@ -100,18 +102,21 @@ WORK = {
     **{name: [("jaxlm.train.load.load_model", stop)] for name in ("generate", "convert", "info")},
 }
 """Where the work of a command begins, and what is done in its place."""
+TRAINING = {**WORK, "finetune": [("jaxlm.train.finetuning._run", stop)]}
+"""The same where the data and the model of a run are read."""
 
 
-def run_jaxlm(args: list[str], run: bool) -> None:
-    """Runs a command of jaxlm; where not `run`, up to its work or as a dry run."""
+def run_jaxlm(args: list[str], until: Until) -> None:
+    """Runs a command of jaxlm, or as a dry run."""
     assert args, "jaxlm without a command"
     name = args[0]
     assert name in COMMANDS or name == "help" or name.startswith("--"), f"no command {name}"
     args = [name, *on_one_device(name, args[1:])]
     if name in DRY and len(args) > 1 and not {"--help", "--dry-run"} & set(args):
         args = [*args, "--dry-run"]
-    run = (run and len(args) > 1 and not any(map(AWAY.search, args))) or name not in WORK
-    if run and name == "finetune":
+    if len(args) == 1 or any(map(AWAY.search, args)):
+        until = "work"
+    if until != "work" and name == "finetune":
         named = any(word.startswith("--task.name=") for word in args)
         short = (*SHORT, *(FEW if named else ()))
         flags = {flag.partition("=")[0] for flag in short}
@@ -119,7 +124,8 @@ def run_jaxlm(args: list[str], run: bool) -> None:
     with contextlib.ExitStack() as patches:
         # A dry run compiles its programs, but does not look for the largest batch.
         patches.enter_context(mock.patch("jaxlm.cost.plan._largest_batch", return_value=None))
-        for place, stand_in in () if run else WORK[name]:
+        stand_ins = {"work": WORK, "training": TRAINING, "end": {}}[until]
+        for place, stand_in in stand_ins.get(name, []):
             patches.enter_context(mock.patch(place, stand_in))
         with contextlib.suppress(Stopped):
             succeeds(args)
@@ -143,16 +149,16 @@ def succeeds(args: list[str]) -> None:
         raise AssertionError(f"jaxlm {shlex.join(args)}: {error}") from None
 
 
-def parse_python(args: list[str], run: bool) -> None:
+def parse_python(args: list[str], until: Until) -> None:
     """Checks that `python -m module` or `python file.py` takes the arguments that follow."""
-    del run
+    del until
     if args[0] == "-m":
         name, rest = args[1], args[2:]
     else:
         assert (ROOT / args[0]).exists(), f"there is no {args[0]}"
         name, rest = args[0].removesuffix(".py").replace("/", "."), args[1:]
     if name == "jaxlm":
-        return run_jaxlm(rest, False)
+        return run_jaxlm(rest, "work")
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(parser: argparse.ArgumentParser, given: Any = None, space: Any = None):
@@ -168,25 +174,25 @@ def parse_python(args: list[str], run: bool) -> None:
     raise AssertionError(f"{name} reads no arguments")
 
 
-def check_files(args: list[str], run: bool) -> None:
+def check_files(args: list[str], until: Until) -> None:
     """Checks that the files that a command is given are in the repository."""
-    del run
+    del until
     for word in args:
         assert "/" not in word or word.startswith("-") or (ROOT / word).exists(), word
 
 
-def check_start(args: list[str], run: bool) -> None:
+def check_start(args: list[str], until: Until) -> None:
     """Checks the command of jaxlm that another one starts in every process."""
-    del run
-    run_jaxlm(args[args.index("jaxlm") + 1 :], False)
+    del until
+    run_jaxlm(args[args.index("jaxlm") + 1 :], "work")
 
 
-def check_tool(args: list[str], run: bool) -> None:
+def check_tool(args: list[str], until: Until) -> None:
     """A tool of the lint, notebooks or docs extra."""
-    del args, run
+    del args, until
 
 
-CHECKS: dict[str, Callable[[list[str], bool], None]] = {
+CHECKS: dict[str, Callable[[list[str], Until], None]] = {
     "jaxlm": run_jaxlm,
     "python": parse_python,
     **dict.fromkeys(("mpirun", "srun"), check_start),
@@ -197,7 +203,7 @@ CHECKS: dict[str, Callable[[list[str], bool], None]] = {
 }
 
 
-def command(line: str, *, run: bool) -> None:
+def command(line: str, until: Until = "work") -> None:
     """Checks one shell command, or runs it; of a kind that is not known it fails."""
     for part in re.split(r" && ", line):
         words = shlex.split(part, comments=True)
@@ -205,7 +211,7 @@ def command(line: str, *, run: bool) -> None:
             words.pop(0)
         if words:
             assert words[0] in CHECKS, f"nothing checks the command {words[0]}"
-            CHECKS[words[0]](words[1:], run)
+            CHECKS[words[0]](words[1:], until)
 
 
 def commands(text: str) -> list[str]:
@@ -247,7 +253,7 @@ def add_family(block: Block, monkeypatch: Any) -> None:
     monkeypatch.delitem(sys.modules, f"{families.__name__}.{path.stem}", raising=False)
 
 
-def execute(block: Block, names: dict[str, Any], monkeypatch: Any, *, run: bool) -> None:
+def execute(block: Block, names: dict[str, Any], monkeypatch: Any, until: Until = "work") -> None:
     """Runs a block, or checks it; one of a kind that is not known fails."""
     if block.language == "python":
         if block.title and not (ROOT / block.title).exists():
@@ -256,7 +262,7 @@ def execute(block: Block, names: dict[str, Any], monkeypatch: Any, *, run: bool)
             exec(compile(block.text, block.where, "exec"), names)
     elif block.language == "bash":
         for line in commands(block.text):
-            command(line, run=run)
+            command(line, until)
     elif block.language == "yaml":
         assert isinstance(yaml.safe_load(block.text), dict)
         assert block.title, f"{block.where}: nothing reads this; give it the title of its file"

@@ -22,7 +22,7 @@ from tests.helpers import reference
 DOCS = pages.ROOT / "docs"
 PAGES = [pytest.param(path, id=str(path.relative_to(pages.ROOT))) for path in pages.pages()]
 RUN = ("README.md", "index.md", "add_a_task.md")
-"""Pages whose commands of jaxlm run, because they print the files that these read.
+"""Pages whose commands of jaxlm run up to the first step, because they print what these read.
 
 Those of the other pages stop where their work begins: `tests/cli` and `tests/peft` do that work.
 """
@@ -58,17 +58,27 @@ def readme(names: dict) -> None:
 
 @pytest.mark.parametrize("path", PAGES)
 def test_the_blocks_of_a_page_run_in_order(path: Path, names: dict, monkeypatch):
+    run_blocks(path, names, monkeypatch, "training" if path.name in RUN else "work")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [page for page in PAGES if page.values[0].name in RUN])
+def test_the_commands_of_a_page_run_to_their_end(path: Path, names: dict, monkeypatch):
+    run_blocks(path, names, monkeypatch, "end")
+
+
+def run_blocks(path: Path, names: dict, monkeypatch, until: pages.Until) -> None:
     if path.name == "README.md":
         readme(names)
     for block in pages.blocks(path):
-        pages.execute(block, names, monkeypatch, run=path.name in RUN)
+        pages.execute(block, names, monkeypatch, until)
 
 
 @pytest.mark.parametrize("path", PAGES)
 def test_the_commands_within_the_text_of_a_page_are_known(path: Path, names: dict):
     for span in pages.spans(path):
         if pages.is_command(span):
-            pages.command(span, run=False)
+            pages.command(span)
 
 
 @pytest.mark.parametrize("path", PAGES)
@@ -94,7 +104,7 @@ def test_the_names_within_the_text_of_a_page_are_there(path: Path):
 )
 def test_a_command_that_is_wrong_is_found(line: str, reason: str, names: dict):
     with pytest.raises((AssertionError, SystemExit)) as caught:
-        pages.command(line, run=False)
+        pages.command(line)
     assert reason in repr(caught.value)
 
 
@@ -143,7 +153,7 @@ def test_the_family_of_a_page_has_the_logits_of_transformers(
 
     for block in pages.blocks(DOCS / "howto" / "add_a_model.md"):
         if block.language == "python":
-            pages.execute(block, names, monkeypatch, run=False)
+            pages.execute(block, names, monkeypatch)
     for case in ("stablelm", "stablelm-biases"):
         test_parity.test_logits_of_theirs_and_of_ours_opened_by_them(case, tmp_path / case)
 

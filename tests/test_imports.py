@@ -12,6 +12,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import TypeCheckError
 
 import jaxlm
@@ -211,5 +212,7 @@ def test_an_unknown_attribute_says_so():
 
 
 def test_the_tests_check_annotations():
-    with pytest.raises(TypeCheckError):
+    with pytest.raises(BeartypeCallHintViolation):
         jaxlm.cite(3)
+    with pytest.raises(TypeCheckError):
+        jaxlm.dynamics.laws.bootstrap_power_law(3, [1.0], [1.0])

@@ -103,20 +103,12 @@ def svag_value_and_grad(
 
 
 def _stacked(batch_a: Batch, batch_b: Batch) -> Batch:
-    (first, structure), (second, other) = paths.flatten(batch_a), paths.flatten(batch_b)
-    if structure != other:
+    shapes = [jax.tree.map(jnp.shape, batch) for batch in (batch_a, batch_b)]
+    if jax.tree.flatten(shapes[0]) != jax.tree.flatten(shapes[1]):
         raise UserError(
-            f"batch_b: must have the fields of batch_a, {structure} (got {other}). Give two "
-            "batches of one kind."
+            f"batch_b: must have the fields and shapes of batch_a, {shapes[0]} (got {shapes[1]}). "
+            "Give two batches of one kind and size."
         )
-    for a, b in zip(first, second, strict=True):
-        shapes = [list(jnp.shape(leaf.value)) for leaf in (a, b)]
-        if shapes[0] != shapes[1]:
-            place = f".{a.path}" if a.path else ""
-            raise UserError(
-                f"batch_b{place}: must have the shape of batch_a, {shapes[0]} (got {shapes[1]}). "
-                "Give two batches of one size."
-            )
     return jax.tree.map(lambda a, b: jnp.stack([a, b]), batch_a, batch_b)
 
 
@@ -174,15 +166,6 @@ class SVAG:
         """The factor on the learning rate, 1/l."""
         return 1 / self.l
 
-    @property
-    def eps_mult(self) -> float | int:
-        """The factor on ε."""
-        return self.l if self.kind == "adaptive" else 1
-
-    def beta_map(self, beta: float | int) -> float | int:
-        """Return the decay of a moment: $1 - (1 - β)/l^2$ for adaptive methods, else unchanged."""
-        return 1 - (1 - beta) / self.l**2 if self.kind == "adaptive" and beta else beta
-
     def hparams(self, hp: OptHParams) -> OptHParams:
         """Return the hyperparameters of the SVAG run, given those of the optimizer itself.
 
@@ -206,18 +189,6 @@ class SVAG:
             return self.lr_mult * schedule(effective)
 
         return scaled
-
-    def effective_step(self, step: Any) -> Any:
-        """Return how many optimizer steps `step` SVAG steps replace, for the axis of a plot."""
-        return step / self.steps_mult
-
-    def time_per_step(self, lr: Any) -> Any:
-        r"""Return the time that a step takes: $\eta / l$, for adaptive methods $(\eta/l)^2$.
-
-        Args:
-            lr: η of the optimizer itself, not of the SVAG run.
-        """
-        return (lr / self.l) ** 2 if self.kind == "adaptive" else lr / self.l
 
     def value_and_grad(self, loss_fn: LossFn, *, has_aux: bool = False) -> Callable[..., Any]:
         """Return `svag_value_and_grad` with this amplification."""

@@ -70,10 +70,6 @@ def fit_power_law(
         delta: δ.
         start: a law to start from, in place of a grid of exponents.
 
-    Raises:
-        UserError: if a number is not finite and above 0, the lengths differ, or there are fewer
-            points than parameters, 1 + 2 J.
-
     References:
         Hoffmann et al. 2022, arXiv:2203.15556, whose δ is the default.
 
@@ -87,16 +83,27 @@ def fit_power_law(
     logs = np.log(columns)
     # Centred logarithms decouple A from α; otherwise the fit would creep along a narrow valley.
     centre = logs.mean(0)
-    points = _starts(logs - centre, losses, delta) if start is None else [_packed(start, centre)]
-    fits = [_minimum(point, logs - centre, np.log(losses), delta) for point in points]
+    if start is None:
+        points = _starts(logs - centre, losses, delta)
+    else:
+        E, A, alpha, _ = start
+        points = [np.concatenate([[np.log(E)], np.log(A) - alpha * centre, alpha])]
+    fits = [
+        scipy.optimize.least_squares(
+            _residuals,
+            point,
+            _jacobian,
+            loss="huber",
+            f_scale=delta,
+            args=(logs - centre, np.log(losses)),
+            max_nfev=300,
+            **dict.fromkeys(("ftol", "xtol", "gtol"), 1e-10),
+        )
+        for point in points
+    ]
     best = min(fits, key=lambda fit: fit.cost)
     e, a, alpha = _unpacked(best.x)
-    return PowerLaw(
-        E=float(np.exp(e)),
-        A=np.exp(a + alpha * centre),
-        alpha=alpha,
-        objective=float(best.cost),
-    )
+    return PowerLaw(float(np.exp(e)), np.exp(a + alpha * centre), alpha, float(best.cost))
 
 
 def fit_chinchilla(N: Any, D: Any, loss: Any, *, delta: float = 1e-3) -> PowerLaw:
@@ -134,10 +141,6 @@ def _checked(x: Any, loss: Any) -> tuple[np.ndarray, np.ndarray]:
     return columns, losses
 
 
-def _packed(law: PowerLaw, centre: np.ndarray) -> np.ndarray:
-    return np.concatenate([[np.log(law.E)], np.log(law.A) - law.alpha * centre, law.alpha])
-
-
 def _unpacked(point: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
     """Return log E, log A at the centre of x, and α."""
     return point[0], *np.split(point[1:], 2)
@@ -156,14 +159,10 @@ def _starts(logs: np.ndarray, losses: np.ndarray, delta: float) -> list[np.ndarr
         amounts, _ = scipy.optimize.nnls(relative, np.ones(len(losses)))
         amounts = np.maximum(amounts, SMALLEST_SHARE * losses.min())
         point = np.concatenate([np.log(amounts), exponents])
-        starts.append((_huber(_residuals(point, logs, np.log(losses)), delta), point))
+        residuals = _residuals(point, logs, np.log(losses))
+        starts.append((scipy.special.huber(delta, residuals).sum(), point))
     starts.sort(key=lambda pair: pair[0])
     return [point for _, point in starts[:FITTED_STARTS]]
-
-
-def _huber(residuals: np.ndarray, delta: float) -> float:
-    size = np.abs(residuals)
-    return float(np.where(size <= delta, size**2 / 2, delta * (size - delta / 2)).sum())
 
 
 def _log_terms(point: np.ndarray, logs: np.ndarray) -> np.ndarray:
@@ -176,24 +175,8 @@ def _residuals(point: np.ndarray, logs: np.ndarray, targets: np.ndarray) -> np.n
 
 
 def _jacobian(point: np.ndarray, logs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    del targets
-    terms = _log_terms(point, logs)
-    shares = np.exp(terms - scipy.special.logsumexp(terms, axis=1, keepdims=True))
+    shares = scipy.special.softmax(_log_terms(point, logs), axis=1)
     return np.concatenate([shares, -shares[:, 1:] * logs], axis=1)
-
-
-def _minimum(point: np.ndarray, logs: np.ndarray, targets: np.ndarray, delta: float) -> Any:
-    tolerances = dict.fromkeys(("ftol", "xtol", "gtol"), 1e-10)
-    return scipy.optimize.least_squares(
-        _residuals,
-        point,
-        _jacobian,
-        loss="huber",
-        f_scale=delta,
-        args=(logs, targets),
-        max_nfev=300,
-        **tolerances,
-    )
 
 
 def bootstrap_power_law(
@@ -201,13 +184,7 @@ def bootstrap_power_law(
 ) -> list[PowerLaw]:
     """Fit laws to bootstrap resamples: n of the n points, drawn with replacement.
 
-    Args:
-        key: a typed key for the draws.
-        x, loss, delta: see `fit_power_law`. Each fit starts from the fit to all points.
-        resamples: the number of laws.
-
-    Raises:
-        UserError: see `fit_power_law`.
+    The other arguments are those of `fit_power_law`. Each fit starts from the fit to all points.
     """
     columns, losses = _checked(x, loss)
     whole = fit_power_law(columns, losses, delta=delta)
@@ -248,9 +225,6 @@ def crossover(
     Args:
         first, second: laws of one variable, for example compute.
         low, high: the range to search, ends included.
-
-    Raises:
-        UserError: if a law has several variables, or not 0 < low < high < inf.
 
     References:
         Xiao 2024, arXiv:2409.15156.
@@ -304,9 +278,6 @@ def average_params(tokens: Any, params: Any) -> float:
         tokens: [K], ascending knots, in tokens or in fractions of the run.
         params: [K], N at the knots, linear between them. Two knots at the same place make a jump.
 
-    Raises:
-        UserError: if the knots do not ascend, or a count is not positive.
-
     References:
         Jin et al. 2025, arXiv:2501.12486, where the average replaces N in Chinchilla's law.
 
@@ -329,12 +300,7 @@ def average_params(tokens: Any, params: Any) -> float:
 
 
 class StepLaw(NamedTuple):
-    """The prediction of `step_law`.
-
-    Attributes:
-        lr: the best peak learning rate.
-        batch_tokens: the best batch size in tokens; divide by the sequence length.
-    """
+    """The best peak learning rate, and the best batch size in tokens."""
 
     lr: float
     batch_tokens: float
@@ -351,9 +317,6 @@ def step_law(N: float | int, D: float | int) -> StepLaw:
     Args:
         N: parameters without embeddings.
         D: tokens of the run.
-
-    Raises:
-        UserError: if N or D is not above 0.
 
     References:
         Li et al. 2025, arXiv:2503.04715.

@@ -5,7 +5,7 @@ float32 the integer part of $(\alpha/\eta)^2$ would sometimes be off by one. H n
 data, so the steps at which workers average are known before a run starts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -71,7 +71,14 @@ def linear_h(
     20
     """
     real("beta", beta, above=0)
-    return _power_rule(beta, h_base, 1.0, warmup_steps, warmup_h, total_steps)
+    return qsr(
+        beta,
+        h_base,
+        1.0,
+        warmup_steps=warmup_steps,
+        warmup_h=warmup_h,
+        total_steps=total_steps,
+    )
 
 
 def qsr(
@@ -106,17 +113,6 @@ def qsr(
     [4, 19, 306]
     """
     real("alpha", alpha, above=0)
-    return _power_rule(alpha, h_base, power, warmup_steps, warmup_h, total_steps)
-
-
-def _power_rule(
-    alpha: float | int,
-    h_base: int,
-    power: float | int,
-    warmup_steps: int,
-    warmup_h: int | None,
-    total_steps: int | None,
-) -> HSchedule:
     integer("h_base", h_base)
     integer("warmup_h", warmup_h)
 
@@ -124,18 +120,13 @@ def _power_rule(
         if step < warmup_steps:
             h = h_base if warmup_h is None else warmup_h
         else:
-            h = max(h_base, _floor(alpha, lr, power))
+            real("learning rate", lr, least=0)
+            # A learning rate of 0 would divide by 0, and a tiny one would overflow.
+            never = lr == 0 or power * np.log(alpha / lr) > np.log(NEVER)
+            h = NEVER if never else max(h_base, int((alpha / lr) ** power))
         return h if total_steps is None else max(1, min(h, total_steps - step))
 
     return schedule
-
-
-def _floor(alpha: float | int, lr: float | int, power: float | int) -> int:
-    real("learning rate", lr, least=0)
-    # A learning rate that has decayed to 0 would divide by 0, and a tiny one would overflow.
-    if lr == 0 or power * np.log(alpha / lr) > np.log(NEVER):
-        return NEVER
-    return int((alpha / lr) ** power)
 
 
 def sync_steps(
@@ -146,16 +137,13 @@ def sync_steps(
     >>> sync_steps(constant_h(4), lambda step: 0.1, 10).tolist()
     [4, 8, 10]
     """
-
-    def ends() -> Iterator[int]:
-        step = 0
-        while step < total_steps:
-            h = min(int(h_schedule(step, float(lr_schedule(step)))), total_steps - step)
-            integer("h_schedule", h)
-            step += h
-            yield step
-
-    return np.fromiter(ends(), np.int64)
+    steps, step = [], 0
+    while step < total_steps:
+        h = min(int(h_schedule(step, float(lr_schedule(step)))), total_steps - step)
+        integer("h_schedule", h)
+        step += h
+        steps.append(step)
+    return np.array(steps, np.int64)
 
 
 def comm_fraction(h_schedule: HSchedule, lr_schedule: LearningRate, total_steps: int) -> float:
@@ -168,11 +156,9 @@ def comm_fraction(h_schedule: HSchedule, lr_schedule: LearningRate, total_steps:
 
 
 class LocalState(NamedTuple):
-    """State of one worker, or of all workers.
+    """Each worker's state of its optimizer, and the number of local steps done by every one.
 
-    Attributes:
-        inner: state of its optimizer; each worker has its own.
-        step: local steps done, the same for all workers; it alone decides when workers average.
+    The number alone decides when workers average.
     """
 
     inner: Any
@@ -265,9 +251,7 @@ def local_update(
 class Workers(NamedTuple):
     """All workers: a tree of arrays that may be saved at any step, even inside a round.
 
-    Attributes:
-        params: parameters with a leading axis of K workers.
-        state: `LocalState` whose optimizer states have that axis; `step` has none.
+    The leaves have a leading axis of K workers, except the number of steps.
     """
 
     params: Params
@@ -277,13 +261,9 @@ class Workers(NamedTuple):
 def start_workers(
     optimizer: LocalOptimizer, params: Params, count: int, *, mesh: Mesh | None = None
 ) -> Workers:
-    """Return K workers with equal parameters.
+    """Return `count` workers with equal parameters.
 
-    Args:
-        optimizer: see `local_update`.
-        params: parameters of one model.
-        count: K.
-        mesh: if given, worker i lives on device i of its axis `optimizer.axis_name`.
+    With a mesh, worker i lives on device i of its axis `optimizer.axis_name`.
     """
 
     def start(params):
@@ -317,17 +297,11 @@ def run_workers(
 
     Args:
         optimizer: see `local_update`.
-        value_and_grad: `(params, batch) -> (value, grads)`, such as `jax.value_and_grad(loss_fn)`.
+        value_and_grad: `(params, batch) -> (value, grads)`; the values are returned as [K, S, ...].
         workers: from `start_workers` or an earlier call.
         batches: a tree of arrays [K, S, ...]: S batches for each of K workers.
         mesh: None runs all workers on one device by `vmap`; otherwise worker i runs on device i of
             the axis `optimizer.axis_name` by `shard_map`, and other axes are left to the compiler.
-
-    Returns:
-        (workers, values with axes [K, S, ...]).
-
-    Raises:
-        UserError: if the mesh does not have one device for each worker.
 
     >>> opt = local_update(optax.sgd(0.5), constant_h(2), lambda step: 0.5, total_steps=4)
     >>> loss = lambda x, target: 0.5 * (x - target) ** 2
@@ -349,8 +323,9 @@ def run_workers(
         (params, state), values = lax.scan(body, (params, LocalState(inner, step)), batches)
         return params, state.inner, state.step, values
 
+    over_workers = (0, 0, None, 0)
     if mesh is None:
-        run = jax.vmap(run_worker, (0, 0, None, 0), (0, 0, None, 0), axis_name=axis)
+        run = jax.vmap(run_worker, over_workers, over_workers, axis_name=axis)
     else:
         count = jax.tree.leaves(workers.params)[0].shape[0]
         if mesh.shape[axis] != count:
@@ -358,13 +333,14 @@ def run_workers(
                 f"mesh: must have a device for each of {count} workers along {axis!r} (got "
                 f"{mesh.shape[axis]}). Start as many workers."
             )
-        every, own = PartitionSpec(), PartitionSpec(axis)
+        own = PartitionSpec(axis)
+        specs = (own, own, PartitionSpec(), own)
         run = jax.shard_map(
             # Each device has one worker, so the leading axis has size 1 and needs no name.
-            jax.vmap(run_worker, (0, 0, None, 0), (0, 0, None, 0)),
+            jax.vmap(run_worker, over_workers, over_workers),
             mesh=mesh,
-            in_specs=(own, own, every, own),
-            out_specs=(own, own, every, own),
+            in_specs=specs,
+            out_specs=specs,
             axis_names={axis},
             # The branches of `maybe_sync` differ in whether values vary over workers, which the
             # check rejects.

@@ -5,6 +5,7 @@ $\eta g$ over time, as SGD does at once. If noise dominates and η is small, the
 short and in long runs (Wang et al. 2023, arXiv:2307.15196).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,13 +33,7 @@ def sgdm(
     bias correction. "heavy_ball": $m \leftarrow \beta m + g$, which is `optax.sgd(eta, beta)`; its
     η is $1 - \beta$ times that of the other form and of SGD, see `effective_lr_schedule`.
 
-    Args:
-        eta: η, a number or an optax schedule.
-        beta: β, likewise; a schedule needs `params` in `update`.
-        form: "ema" or "heavy_ball".
-
-    Raises:
-        UserError: if β is outside [0, 1), or the form is unknown.
+    η and β are numbers or optax schedules; a schedule of β needs `params` in `update`.
 
     References:
         Wang et al. 2023, arXiv:2307.15196.
@@ -49,17 +44,14 @@ def sgdm(
     [-0.009999999776482582, -0.009999999776482582]
     """
     one_of("form", form, ("ema", "heavy_ball"))
-    average: Any = _ema if form == "ema" else optax.trace
+    ema = functools.partial(optax.ema, debias=False)
+    average: Any = ema if form == "ema" else optax.trace
     if callable(beta):
         # optax takes schedules for learning rates only.
         average = optax.inject_hyperparams(average)
     else:
         real("beta", beta, least=0, below=1)
     return optax.chain(average(decay=beta), optax.scale_by_learning_rate(eta))
-
-
-def _ema(decay: Any) -> optax.GradientTransformation:
-    return optax.ema(decay, debias=False)
 
 
 def effective_lr_schedule(
@@ -73,16 +65,7 @@ def effective_lr_schedule(
     after the run; constants give η itself. With η = $\gamma / (1 - \beta)$ this also holds for the
     form "heavy_ball" with learning rate γ and constant β.
 
-    Args:
-        eta: η, a number or an optax schedule.
-        beta: β, likewise.
-        steps: length of the run.
-
-    Returns:
-        float64; `lambda step: jnp.asarray(table)[step]` is a schedule.
-
-    Raises:
-        UserError: if a β is outside [0, 1).
+    The table is in float64; `lambda step: jnp.asarray(table)[step]` is a schedule.
 
     References:
         Wang et al. 2023, arXiv:2307.15196.
@@ -111,12 +94,7 @@ def _table(schedule: Any, length: int) -> np.ndarray:
 
 
 class MomentumComparison(NamedTuple):
-    """Values of F functions of the last iterate, for R runs of SGD and of SGDM.
-
-    Attributes:
-        sgd: the F values of each run of SGD.
-        sgdm: the F values of the run of SGDM with the same noise.
-    """
+    """Values of F functions of the last iterate, for R runs of SGD and SGDM with common noise."""
 
     sgd: Float[Array, "R F"]
     sgdm: Float[Array, "R F"]
@@ -158,8 +136,7 @@ def compare_momentum(
         key: in step k of run r both use the key `fold_in(fold_in(key, r), k)`.
         oracle: `(key, x) -> noisy gradient`.
         x0: the start of each run.
-        eta: η of the form "ema", a number or a schedule.
-        beta: β, likewise.
+        eta, beta: as in `sgdm`.
         steps: steps of each run.
         num_runs: R.
         test_fn: `x -> [F]`, applied to the last x.
@@ -177,9 +154,9 @@ def compare_momentum(
     rates = jnp.asarray(effective_lr_schedule(eta, beta, steps), jnp.float32)
     keys = jax.vmap(lambda run: jax.random.fold_in(key, run))(jnp.arange(num_runs))
 
-    def values(tx: optax.GradientTransformation) -> Array:
-        def run(run_key: Array) -> Array:
-            def step(carry: Any, k: Array) -> Any:
+    def values(tx):
+        def run(run_key):
+            def step(carry, k):
                 x, state = carry
                 updates, state = tx.update(oracle(jax.random.fold_in(run_key, k), x), state, x)
                 return (optax.apply_updates(x, updates), state), None

@@ -60,13 +60,7 @@ class NoiseStats(NamedTuple):
 
 
 class NoiseSums(NamedTuple):
-    """The sums that gradient accumulation keeps for `NoiseStats`: one gradient and two scalars.
-
-    Attributes:
-        batches: m, the number of gradients so far.
-        gradient: their sum, in at least float32; divided by m, the gradient for the optimizer.
-        square: the sum of their squared distances from their mean.
-    """
+    """Of m gradients: their number, their sum, and their squared distances from their mean."""
 
     batches: Float[Array, ""]
     gradient: Params
@@ -106,12 +100,7 @@ class NoiseSums(NamedTuple):
 
 
 class RunningNoise(NamedTuple):
-    """Averages of G and N over the steps of a run; the ratio is that of the averages.
-
-    Attributes:
-        G, N: weighted sums.
-        weight: the sum of the weights.
-    """
+    """Weighted sums of G and N over the steps of a run, and that of the weights."""
 
     G: Float[Array, ""]
     N: Float[Array, ""]
@@ -146,10 +135,7 @@ def grad_noise_stats(per_batch_grads: Params) -> NoiseStats:
     `value_and_grad_with_noise` does.
 
     Args:
-        per_batch_grads: leaves [m, ...], of batches drawn independently.
-
-    Raises:
-        UserError: if there are fewer than two gradients.
+        per_batch_grads: leaves [m, ...], of m >= 2 batches drawn independently.
 
     References:
         Li, Malladi, Arora 2021, arXiv:2102.12470.
@@ -198,7 +184,7 @@ def value_and_grad_with_noise(loss_fn: LossFn, *, has_aux: bool = False) -> Call
         m = len(jax.tree.leaves(batches)[0])
         keys = None if key is None else jax.random.split(key, m)
 
-        def add(sums: NoiseSums, part: Any) -> tuple[NoiseSums, Any]:
+        def add(sums, part):
             batch, own_key = part
             given = options if own_key is None else {**options, "key": own_key}
             value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(

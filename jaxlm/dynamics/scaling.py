@@ -7,7 +7,6 @@ from typing import Any
 from jaxlm.core.checks import number, one_of, real
 from jaxlm.core.errors import UserError
 
-RULES = ("linear", "sqrt", "none")
 ROUNDING = 1e-9
 
 
@@ -76,7 +75,7 @@ def scale_rule(rule: str, k: float | int, hp: OptHParams) -> OptHParams:
     >>> scaled.lr, round(scaled.b1, 9), round(scaled.b2, 9), scaled.steps
     (0.002, 0.6, 0.996, 250)
     """
-    one_of("rule", rule, RULES)
+    one_of("rule", rule, ("linear", "sqrt", "none"))
     real("k", k, above=0)
     root = math.sqrt(k)
     changed: dict[str, Any] = {}

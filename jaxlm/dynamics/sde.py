@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float
 
 from jaxlm.core.errors import UserError
@@ -62,9 +63,7 @@ class SDE(NamedTuple):
 
 
 class NoiseOperator(NamedTuple):
-    """A linear map from white noise to noise of the state.
-
-    It represents a matrix with one row for each element of the state, which is never formed.
+    """A linear map from white noise to noise of the state; its matrix is never formed.
 
     Attributes:
         mv: maps a tree of `structure` to a tree like the state.
@@ -85,21 +84,14 @@ class NoiseOperator(NamedTuple):
 
 
 def as_operator(noise: Any, x: Any) -> NoiseOperator:
-    """Convert the value of a diffusion to a `NoiseOperator`.
+    """Convert the value of a diffusion at the state x to a `NoiseOperator`.
 
-    Args:
-        noise: the diagonal of a matrix, as a tree like x whose leaves may be scalars; or a matrix
-            [d, r] where x is one vector [d]; or a `NoiseOperator`; or an operator of lineax.
-        x: the state, a tree of floats.
-
-    Raises:
-        UserError: if `noise` is none of these.
+    A diagonal is a tree like x whose leaves may be scalars; a matrix is [d, r] where x is [d].
     """
     if hasattr(noise, "mv") and hasattr(noise, "in_structure"):
         return NoiseOperator(noise.mv, noise.in_structure())
     if _is_diagonal(noise, x):
-        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
-        return NoiseOperator(lambda z: jax.tree.map(jnp.multiply, noise, z), like)
+        return NoiseOperator(lambda z: jax.tree.map(jnp.multiply, noise, z), shapes_of(x))
     if isinstance(x, jax.Array) and x.ndim == 1 and np.shape(noise)[:-1] == x.shape:
         white = jax.ShapeDtypeStruct(np.shape(noise)[1:], x.dtype)
         # Accelerators multiply float32 in fewer bits by default, and the covariance would be off.
@@ -111,12 +103,27 @@ def as_operator(noise: Any, x: Any) -> NoiseOperator:
     )
 
 
+def shapes_of(x: Any) -> Any:
+    """Return the shapes and dtypes of a tree of arrays."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
+
+
 def _is_diagonal(noise: Any, x: Any) -> bool:
     structure: Any = jax.tree.structure(noise)
     if structure != jax.tree.structure(x):
         return False
     pairs = zip(jax.tree.leaves(noise), jax.tree.leaves(x), strict=True)
     return all(np.shape(scale) in ((), np.shape(leaf)) for scale, leaf in pairs)
+
+
+def _diffusion(sqrt_cov: SqrtCov, embed: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Return the diffusion `embed(state, noise of the gradient)`, where `state.params` is θ."""
+
+    def diffusion(t, state):
+        noise = as_operator(sqrt_cov(state.params), state.params)
+        return NoiseOperator(lambda z: embed(state, noise.mv(z)), noise.structure)
+
+    return diffusion
 
 
 def example_noise(
@@ -132,12 +139,9 @@ def example_noise(
     gradient plus a draw is a step of noisy gradient descent.
 
     Args:
-        losses: x -> the loss of each example, [n].
+        losses: x -> the loss of each example, [n], the shape of the white noise too.
         x: parameters, a tree of floats.
         batch_size: B.
-
-    Returns:
-        The operator at x; its white noise is [n].
 
     References:
         Wu et al. 2020, arXiv:1906.07405 (weights in place of a matrix root); Li, Malladi, Arora
@@ -160,9 +164,8 @@ def sgd_sde(grad: Grad, sqrt_cov: SqrtCov, eta: float | int) -> SDE:
     $$dX = -\nabla f(X)\,dt + (\eta \Sigma(X))^{1/2}\,dW$$
 
     Args:
-        grad: θ -> gradient.
-        sqrt_cov: θ -> $\Sigma^{1/2}$ of one step's gradient: a diagonal like θ, a matrix, or an
-            operator.
+        grad: θ -> ∇f.
+        sqrt_cov: θ -> $\Sigma^{1/2}$: a diagonal like θ, a matrix, or an operator.
         eta: η.
 
     References:
@@ -173,16 +176,11 @@ def sgd_sde(grad: Grad, sqrt_cov: SqrtCov, eta: float | int) -> SDE:
     -6.0
     """
 
-    def drift(t, x):
-        del t
-        return jax.tree.map(jnp.negative, grad(x))
-
     def diffusion(t, x):
-        del t
         noise = as_operator(sqrt_cov(x), x)
-        return NoiseOperator(lambda z: _scaled(eta**0.5, noise.mv(z)), noise.structure)
+        return NoiseOperator(lambda z: optax.tree.scale(eta**0.5, noise.mv(z)), noise.structure)
 
-    return SDE(drift, diffusion, eta)
+    return SDE(lambda t, x: jax.tree.map(jnp.negative, grad(x)), diffusion, eta)
 
 
 class MomentumState(NamedTuple):
@@ -213,19 +211,19 @@ def sgdm_sde(grad: Grad, sqrt_cov: SqrtCov, eta: float | int, beta: float | int)
     c = (1 - beta) / eta
 
     def drift(t, state):
-        del t
-        return MomentumState(_scaled(-1.0, state.m), _relax(c, state.m, grad(state.params)))
+        velocity = jax.tree.map(jnp.negative, state.m)
+        return MomentumState(velocity, _relax(c, state.m, grad(state.params)))
 
-    def diffusion(t, state):
-        del t
-        noise = as_operator(sqrt_cov(state.params), state.params)
+    def embed(state, noise):
+        still = optax.tree.zeros_like(state.params)
+        return MomentumState(still, optax.tree.scale(c * eta**0.5, noise))
 
-        def mv(z):
-            return MomentumState(_zeros(state.params), _scaled(c * eta**0.5, noise.mv(z)))
-
-        return NoiseOperator(mv, noise.structure)
-
-    return SDE(drift, diffusion, eta, lambda params: MomentumState(params, grad(params)))
+    return SDE(
+        drift,
+        _diffusion(sqrt_cov, embed),
+        eta,
+        init=lambda params: MomentumState(params, grad(params)),
+    )
 
 
 class RMSpropState(NamedTuple):
@@ -326,9 +324,8 @@ def rmsprop_sde(grad: Grad, diag_cov: Grad, sqrt_cov: SqrtCov, constants: Adapti
     The state is an `RMSpropState`, which starts with u = diag Σ.
 
     Args:
-        grad: θ -> ∇f.
+        grad, sqrt_cov: as in `sgd_sde`; Σ is without σ.
         diag_cov: θ -> diag Σ, like θ.
-        sqrt_cov: θ -> $\Sigma^{1/2}$, without σ: a diagonal like θ, a matrix, or an operator.
         constants: `AdaptiveConstants.of(eta, sigma=..., b2=..., eps=...)`.
 
     References:
@@ -340,24 +337,17 @@ def rmsprop_sde(grad: Grad, diag_cov: Grad, sqrt_cov: SqrtCov, constants: Adapti
         return jax.tree.map(lambda u: 1 / (c.sigma0 * jnp.sqrt(u) + c.eps0), u)
 
     def drift(t, state):
-        del t
         velocity = jax.tree.map(lambda r, g: -r * g, rates(state.u), grad(state.params))
         return RMSpropState(velocity, _relax(c.c2, state.u, diag_cov(state.params)))
 
-    def diffusion(t, state):
-        del t
-        noise, rate = as_operator(sqrt_cov(state.params), state.params), rates(state.u)
-
-        def mv(z):
-            kick = jax.tree.map(lambda r, s: -c.sigma0 * r * s, rate, noise.mv(z))
-            return RMSpropState(kick, _zeros(state.u))
-
-        return NoiseOperator(mv, noise.structure)
+    def embed(state, noise):
+        kick = jax.tree.map(lambda r, s: -c.sigma0 * r * s, rates(state.u), noise)
+        return RMSpropState(kick, optax.tree.zeros_like(state.u))
 
     def init(params):
-        return RMSpropState(params, _full_like(params, diag_cov(params)))
+        return RMSpropState(params, jax.tree.map(jnp.full_like, params, diag_cov(params)))
 
-    return SDE(drift, diffusion, c.eta**2, init)
+    return SDE(drift, _diffusion(sqrt_cov, embed), c.eta**2, init)
 
 
 def adam_sde(grad: Grad, diag_cov: Grad, sqrt_cov: SqrtCov, constants: AdaptiveConstants) -> SDE:
@@ -375,9 +365,6 @@ def adam_sde(grad: Grad, diag_cov: Grad, sqrt_cov: SqrtCov, constants: AdaptiveC
     Args:
         grad, diag_cov, sqrt_cov: as in `rmsprop_sde`.
         constants: `AdaptiveConstants.of(eta, sigma=..., b1=..., b2=..., eps=...)`.
-
-    Raises:
-        UserError: if the constants have no c1.
 
     References:
         Malladi, Lyu, Panigrahi, Arora 2022, arXiv:2205.10287.
@@ -403,23 +390,18 @@ def adam_sde(grad: Grad, diag_cov: Grad, sqrt_cov: SqrtCov, constants: AdaptiveC
             _relax(c.c2, state.u, diag_cov(state.params)),
         )
 
-    def diffusion(t, state):
-        del t
-        noise = as_operator(sqrt_cov(state.params), state.params)
-
-        def mv(z):
-            kick = _scaled(c.sigma0 * c1, noise.mv(z))
-            return AdamState(_zeros(state.params), kick, _zeros(state.u))
-
-        return NoiseOperator(mv, noise.structure)
+    def embed(state, noise):
+        still = optax.tree.zeros_like(state)
+        return still._replace(m=optax.tree.scale(c.sigma0 * c1, noise))
 
     t0 = c.eta**2
 
     def init(params):
-        u = _scaled(correction(c.c2, t0), _full_like(params, diag_cov(params)))
-        return AdamState(params, _scaled(correction(c1, t0), grad(params)), u)
+        u = jax.tree.map(jnp.full_like, params, diag_cov(params))
+        m = optax.tree.scale(correction(c1, t0), grad(params))
+        return AdamState(params, m, optax.tree.scale(correction(c.c2, t0), u))
 
-    return SDE(drift, diffusion, t0, init, t0)
+    return SDE(drift, _diffusion(sqrt_cov, embed), t0, init, t0)
 
 
 def local_sgd_sde(
@@ -445,16 +427,9 @@ def local_sgd_sde(
         Gu, Lyu, Arora, Zhang, Huang 2023, arXiv:2310.14423; Gu, Lyu, Huang, Arora 2023,
         arXiv:2303.01215.
     """
-
-    def drift(t, x):
-        del t
-        return _scaled(factor, slow_drift(x))
-
-    def diffusion(t, x):
-        del t
-        return sqrt_cov(x)
-
-    return SDE(drift, diffusion, eta**2)
+    return SDE(
+        lambda t, x: optax.tree.scale(factor, slow_drift(x)), lambda t, x: sqrt_cov(x), eta**2
+    )
 
 
 def local_drift_factor(workers: int, h: int, eta: float | int, curvature: float | int) -> float:
@@ -485,19 +460,6 @@ def local_drift_factor(workers: int, h: int, eta: float | int, curvature: float 
     return 1 + (workers - 1) * (1 - (1 - rho**h) / (h * (1 - rho)))
 
 
-def _scaled(factor: Any, tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: factor * leaf, tree)
-
-
 def _relax(rate: Any, tree: Any, target: Any) -> Any:
     """Return the velocity of a tree that relaxes to another."""
     return jax.tree.map(lambda leaf, goal: rate * (goal - leaf), tree, target)
-
-
-def _zeros(tree: Any) -> Any:
-    return jax.tree.map(jnp.zeros_like, tree)
-
-
-def _full_like(tree: Any, values: Any) -> Any:
-    """Broadcast values that may be scalars to the shapes of a tree."""
-    return jax.tree.map(lambda leaf, value: jnp.full_like(leaf, value), tree, values)

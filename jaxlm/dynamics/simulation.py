@@ -20,31 +20,24 @@ from jaxlm.core import paths, prng
 from jaxlm.core.checks import integer, one_of, real
 from jaxlm.core.dtypes import wide
 from jaxlm.core.errors import UserError
-from jaxlm.dynamics.sde import SDE, as_operator
+from jaxlm.dynamics.sde import SDE, as_operator, shapes_of
 from jaxlm.typing import Params, PRNGKey
 
 __all__ = ["WeakError", "ou_moments", "run_optimizer", "simulate", "weak_error"]
 
-ITO = {"ito_milstein": "ItoMilstein"}
-STRATONOVICH = {
+SOLVERS = {
+    "ito_milstein": "ItoMilstein",
     "heun": "Heun",
     "euler_heun": "EulerHeun",
     "sea": "SEA",
     "shark": "ShARK",
     "sra1": "SRA1",
 }
+"""Solvers of diffrax; all but the first solve the Stratonovich equation."""
 
 
 class Interval(NamedTuple):
-    """A run of equal steps that ends at a saved time, or a stacked batch of such runs.
-
-    Attributes:
-        start: start time.
-        end: end time, at which the state is saved.
-        width: length of a step.
-        count: number of steps.
-        first: number of the first step, from 0.
-    """
+    """`count` equal steps between two saved times, or a stack of such; `first` counts from 0."""
 
     start: Any
     end: Any
@@ -101,17 +94,16 @@ def simulate(
     (5, 2)
     """
     integer("n_paths", n_paths)
-    one_of("solver", solver, ("euler", *ITO, *STRATONOVICH))
+    one_of("solver", solver, ("euler", *SOLVERS))
     intervals, start = _intervals(sde.t0, t1, dt0, save_at), _wide(x0)
     if solver == "euler":
         return _like(x0, _euler(key, sde, start, intervals, n_paths))
-    if solver in STRATONOVICH and not is_additive(sde.diffusion, sde.t0, start):
+    if solver != "ito_milstein" and not is_additive(sde.diffusion, sde.t0, start):
         raise UserError(
             "solver: solves the Stratonovich equation, which differs from Itô's because the noise "
             f"depends on the state (got {solver!r}). Choose euler or ito_milstein."
         )
-    name = {**ITO, **STRATONOVICH}[solver]
-    return _like(x0, _diffrax(key, sde, start, intervals, n_paths, name))
+    return _like(x0, _diffrax(key, sde, start, intervals, n_paths, solver))
 
 
 def run_optimizer(
@@ -152,26 +144,21 @@ def run_optimizer(
     intervals, start = _intervals(0, steps, 1, save_at), _wide(x0)
 
     def step(interval, z, carry):
-        del interval
         x, state = carry
         kick = as_operator(sqrt_cov(x), x).mv(z)
         noisy = jax.tree.map(lambda g, kick: g + sigma * kick, grad(x), kick)
         updates, state = optimizer.update(noisy, state, x)
         return optax.apply_updates(x, updates), state
 
-    white = _white(key, n_paths, as_operator(sqrt_cov(start), start).structure, intervals)
-    return _like(x0, _run(n_paths, white, step, (start, optimizer.init(start)), intervals)[0])
+    structure = as_operator(sqrt_cov(start), start).structure
+    carry = start, optimizer.init(start)
+    return _like(x0, _run(key, structure, step, carry, intervals, n_paths)[0])
 
 
 def is_additive(diffusion: Callable[[Any, Any], Any], t: Any, x: Any) -> bool:
     """Return whether the noise is the same at every state.
 
     The answer comes from the trace and not from values, so `0 * x` counts as depending on x.
-
-    Args:
-        diffusion: `(t, x)` -> noise, as `as_operator` takes it.
-        t: a time.
-        x: a state.
 
     >>> is_additive(lambda t, x: jnp.full_like(x, 0.3), 0.0, jnp.ones(2))
     True
@@ -194,8 +181,7 @@ def is_additive(diffusion: Callable[[Any, Any], Any], t: Any, x: Any) -> bool:
 
     def noise(x):
         operator = as_operator(diffusion(t, x), x)
-        white = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), operator.structure)
-        return watch(operator.mv(white))
+        return watch(operator.mv(optax.tree.zeros_like(operator.structure)))
 
     jax.eval_shape(lambda x: jax.jvp(noise, (x,), (x,)), x)
     return not any(depends)
@@ -245,10 +231,18 @@ def _intervals(t0: float | int, t1: float | int, dt0: float | int, save_at: Any)
     )
 
 
-def _white(
-    key: Any, n_paths: int, structure: Any, intervals: Interval
-) -> Callable[[Any, Any], Any]:
-    """Return a function of path and step that draws a tree of standard normal numbers."""
+def _run(
+    key: Any,
+    structure: Any,
+    step: Callable[[Interval, Any, Any], Any],
+    start: Any,
+    intervals: Interval,
+    n_paths: int,
+) -> Any:
+    """Return the carries at the ends of the intervals, of every path.
+
+    A step is `step(interval that begins now, white noise of that structure, carry) -> carry`.
+    """
     leaves, tree = paths.flatten(structure)
 
     @jax.vmap
@@ -260,32 +254,19 @@ def _white(
     # would take as long as drawing them.
     keys = keys_of(jnp.arange(int(np.sum(intervals.count))))
 
-    def draw(path, index):
-        def normal(leaf, keys):
-            shape, dtype = leaf.value.shape, leaf.value.dtype
-            # The bits of a row depend on its index alone, and not on `n_paths`.
-            z = prng.normal(keys[index], (n_paths, *shape), rows=(path, 1))[0]
-            return prng.prevent_recompute(z).astype(dtype)
-
-        return jax.tree.unflatten(tree, map(normal, leaves, keys))
-
-    return draw
-
-
-def _run(
-    n_paths: int,
-    white: Callable[[Any, Any], Any],
-    step: Callable[[Interval, Any, Any], Any],
-    start: Any,
-    intervals: Interval,
-) -> Any:
-    """Run every path: `step(interval, z, carry) -> carry` for all steps, saving the carries."""
-
     def run_path(path):
+        def white(index):
+            def normal(leaf, keys):
+                # The bits of a row depend on its index alone, and not on `n_paths`.
+                z = prng.normal(keys[index], (n_paths, *leaf.value.shape), rows=(path, 1))[0]
+                return prng.prevent_recompute(z).astype(leaf.value.dtype)
+
+            return jax.tree.unflatten(tree, map(normal, leaves, keys))
+
         def run_interval(carry, interval):
             def body(j, carry):
                 now = interval._replace(start=interval.start + j * interval.width)
-                return step(now, white(path, interval.first + j), carry)
+                return step(now, white(interval.first + j), carry)
 
             carry = lax.fori_loop(0, interval.count, body, carry)
             return carry, carry
@@ -307,8 +288,8 @@ def _euler(key: Any, sde: SDE, x0: Any, intervals: Interval, n_paths: int) -> An
 
         return jax.tree.map(add, x, sde.drift(interval.start, x), kick)
 
-    white = _white(key, n_paths, as_operator(sde.diffusion(sde.t0, x0), x0).structure, intervals)
-    return _run(n_paths, white, step, x0, intervals)
+    structure = as_operator(sde.diffusion(sde.t0, x0), x0).structure
+    return _run(key, structure, step, x0, intervals, n_paths)
 
 
 def _diffrax(key: Any, sde: SDE, x0: Any, intervals: Interval, n_paths: int, name: str) -> Any:
@@ -321,19 +302,18 @@ def _diffrax(key: Any, sde: SDE, x0: Any, intervals: Interval, n_paths: int, nam
             "install 'jaxlm[sde]', or choose euler."
         ) from missing
 
-    solver = getattr(diffrax, name)()
+    solver = getattr(diffrax, SOLVERS[name])()
     areas = isinstance(solver, diffrax.AbstractSRK)
     kind = diffrax.SpaceTimeLevyArea if areas else diffrax.BrownianIncrement
     parts = zip(intervals.start, intervals.end, intervals.count, strict=True)
     grid = np.unique([time for a, b, count in parts for time in np.linspace(a, b, count + 1)])
     grid = grid.astype(intervals.start.dtype)
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x0)
 
     def linear(t, x, _):
         # These solvers differentiate the noise and map over it, so it must be a matrix.
         noise = as_operator(sde.diffusion(t, x), x)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), noise.structure)
-        return lineax.PyTreeLinearOperator(jax.jacfwd(noise.mv)(zeros), like)
+        columns = jax.jacfwd(noise.mv)(optax.tree.zeros_like(noise.structure))
+        return lineax.PyTreeLinearOperator(columns, shapes_of(x0))
 
     def path(key):
         structure = as_operator(sde.diffusion(sde.t0, x0), x0).structure
@@ -363,14 +343,7 @@ def ou_moments(
 
     $$x_0 e^{-at}, \qquad \frac{\sigma^2}{2a}(1 - e^{-2at})$$
 
-    Args:
-        a: not 0.
-        sigma2: σ².
-        t: time.
-        x0: X(0).
-
-    Returns:
-        (mean, variance) in float64, in the shape that the arguments broadcast to.
+    Both are in float64, in the shape that the arguments broadcast to; a is not 0.
 
     >>> mean, variance = ou_moments(1.0, 2.0, 100.0, 3.0)
     >>> round(float(mean), 6), round(float(variance), 6)
@@ -383,12 +356,7 @@ def ou_moments(
 
 
 class WeakError(NamedTuple):
-    """Differences of means.
-
-    Attributes:
-        error: |E g(X) - E g(Y)| for each of F test functions, with the shape of their values.
-        standard_error: the standard error of that difference.
-    """
+    """|E g(X) - E g(Y)| for each of F test functions, and the standard error of the difference."""
 
     error: Float[np.ndarray, "F ..."]
     standard_error: Float[np.ndarray, "F ..."]
@@ -402,9 +370,6 @@ def weak_error(samples: Any, reference: Any, test_fns: Sequence[Callable[[Any], 
         reference: samples of Y, such a tree; or the exact $\mathbb E\,g(Y)$ of each g, a sequence
             of numbers.
         test_fns: g, from one sample to a number or an array, of one shape for all.
-
-    Raises:
-        UserError: if the number of exact values is not that of test functions.
 
     >>> result = weak_error(np.array([1.0, 3.0]), [2.5], [lambda x: x])
     >>> result.error.tolist(), result.standard_error.tolist()

@@ -152,7 +152,7 @@ def test_an_equation_is_the_mean_of_one_step_and_its_noise(name):
 
 def test_rmsprop_goes_to_its_equation_with_the_square_of_eta():
     """With Σ = 1 and u = 1 the equation is an Ornstein-Uhlenbeck process."""
-    end, widths = 0.96, (0.4, 0.2, 0.1)
+    end, widths = 0.96, (0.4, 0.2)
     first = AdaptiveConstants(eta=0.4, sigma0=1.0, eps0=0.1, c2=2.0)
     mean, variance = ou_moments(1 / 1.1, (1.0 / 1.1) ** 2, end, 1.0)
     errors = []
@@ -381,9 +381,8 @@ def test_a_diagonal_a_matrix_and_an_operator_are_one_noise():
     diagonal = jnp.array([1.0, 2.0, 3.0])
     white = jax.ShapeDtypeStruct((3,), jnp.float32)
     forms = [diagonal, jnp.diag(diagonal), NoiseOperator(lambda z: diagonal * z, white)]
-    paths = [
-        run(sde=brownian(form), x0=jnp.zeros(3), t1=1.0, dt0=0.25, n_paths=4) for form in forms
-    ]
+    simulated = functools.partial(simulate, x0=jnp.zeros(3), t1=1.0, dt0=0.25, n_paths=4)
+    paths = jax.jit(lambda key: [simulated(key, brownian(form)) for form in forms])(KEY)
     for other in paths[1:]:
         np.testing.assert_allclose(other, paths[0], rtol=1e-5)
     assert np.unique(paths[0]).size == 12
@@ -449,7 +448,7 @@ def test_noise_of_examples_has_their_covariance():
     x, batch_size = {"w": jnp.array([0.3, -0.2, 0.5]), "b": jnp.array(0.1)}, 2
     noise = example_noise(losses, x, batch_size)
     assert noise.in_structure().shape == (5,)
-    columns = jax.vmap(noise.mv)(jnp.eye(5))
+    columns = jax.jit(jax.vmap(noise.mv))(jnp.eye(5))
     root = np.concatenate([columns["w"], columns["b"][:, None]], 1).T
     rows = jax.jacrev(losses)(x)
     g = np.concatenate([rows["w"], rows["b"][:, None]], 1)
@@ -457,9 +456,10 @@ def test_noise_of_examples_has_their_covariance():
     np.testing.assert_allclose(root @ root.T, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_million_parameters_need_no_matrix():
-    x0 = {"w": jnp.full((1000, 1000), 1e-3), "b": jnp.zeros(1000)}
-    data = jax.random.normal(jax.random.key(1), (4, 1000))
+def test_many_parameters_need_no_matrix():
+    n = 300
+    x0 = {"w": jnp.full((n, n), 1e-3), "b": jnp.zeros(n)}
+    data = jax.random.normal(jax.random.key(1), (4, n))
 
     def losses(x):
         return jnp.mean((data @ x["w"] + x["b"][None] - 1) ** 2, axis=1)
@@ -467,9 +467,9 @@ def test_a_million_parameters_need_no_matrix():
     sde = sgd_sde(jax.grad(lambda x: losses(x).mean()), lambda x: example_noise(losses, x, 1), 0.1)
     program = jax.jit(lambda x0: simulate(KEY, sde, x0, 0.2, 0.1, n_paths=2)).lower(x0).compile()
     memory = program.memory_analysis()
-    assert memory.temp_size_in_bytes < 20 * 4 * 1_001_000 * 2
+    assert memory.temp_size_in_bytes < 20 * 4 * n * (n + 1) * 2
     paths = program(x0)
-    assert paths["w"].shape == (2, 1, 1000, 1000)
+    assert paths["w"].shape == (2, 1, n, n)
     assert np.isfinite(paths["w"]).all()
     assert not np.array_equal(paths["w"][0], paths["w"][1])
 
@@ -478,13 +478,16 @@ def test_a_state_in_bfloat16_moves():
     """dX = -X dt."""
     sde = sgd_sde(lambda x: x, lambda x: jax.tree.map(jnp.zeros_like, x), 0.1)
     x0 = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.float16(2.0)}
-    found = run(sde=sde, x0=x0, t1=1.0, dt0=1e-3, n_paths=2)
+
+    @jax.jit
+    def both(key):
+        chain = (optax.sgd(1e-3), lambda x: x, lambda x: 0 * x, jnp.bfloat16(1), 1000)
+        return simulate(key, sde, x0, 1.0, 1e-3, n_paths=2), run_optimizer(key, *chain, n_paths=1)
+
+    found, chain = both(KEY)
     assert (found["a"].dtype, found["b"].dtype) == (jnp.bfloat16, jnp.float16)
     np.testing.assert_allclose(found["a"].astype(np.float32), np.exp(-1), atol=2e-3)
     np.testing.assert_allclose(found["b"].astype(np.float32), 2 * np.exp(-1), atol=1e-3)
-    chain = run_optimizer(
-        *(KEY, optax.sgd(1e-3), lambda x: x, lambda x: 0 * x, jnp.bfloat16(1), 1000), n_paths=1
-    )
     assert chain.dtype == jnp.bfloat16
     np.testing.assert_allclose(chain.astype(np.float32), 0.999**1000, atol=2e-3)
 

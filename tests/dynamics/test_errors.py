@@ -54,7 +54,7 @@ MISTAKES = {
     "kind": ("kind", lambda: dynamics.svag(2, "lion")),
     "amplification": ("amplification", lambda: dynamics.svag_coefficients(0)),
     "infinite": ("amplification", lambda: dynamics.svag_value_and_grad(jnp.sum, np.inf)),
-    "sizes of halves": ("batch_b.x", lambda: amplified({"x": X}, {"x": X[:3]})),
+    "sizes of halves": ("batch_b", lambda: amplified({"x": X}, {"x": X[:3]})),
     "fields of halves": ("batch_b", lambda: amplified({"x": X}, {"x": X, "y": X})),
     "an odd batch": ("batch.x", lambda: dynamics.split_halves({"x": X[:3]})),
     "rule": ("rule", lambda: scale_rule("cubic", 2, HP)),

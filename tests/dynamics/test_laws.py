@@ -66,7 +66,7 @@ def test_a_few_bad_runs_count_little():
 
 @pytest.mark.parametrize(
     ("E", "A", "alpha"),
-    [(2.0, 6.0, 0.30), (1.8, 3.0, 0.08)],
+    [pytest.param(2.0, 6.0, 0.30, marks=pytest.mark.slow), (1.8, 3.0, 0.08)],
 )
 def test_one_variable_over_a_narrow_range(E, A, alpha):
     """The losses are found though the parameters are not determined."""
