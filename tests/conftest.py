@@ -1,6 +1,7 @@
 """One environment for every test: eight CPU devices, no network, annotations checked."""
 
 import dataclasses
+import gc
 import importlib.util
 import inspect
 import os
@@ -68,24 +69,41 @@ jaxtyping.jaxtyped = checked
 jaxtyping.install_import_hook("jaxlm", "beartype.beartype")
 
 
+# Tracing makes millions of objects that live shortly, among millions that stay: with these settings
+# it takes a tenth less time.
+gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_collection_finish():
+    gc.freeze()
+
+
 def pytest_configure(config):
     """Compile as users do where only the tests `default_flags` are asked for."""
     if config.option.markexpr == "default_flags":  # before the first program, which reads the flags
         os.environ["XLA_FLAGS"] = os.environ["FLAGS_OF_THE_CALLER"]
 
 
+MOST_MAPS = 2_500
+"""Of memory, by a process; a program has several, and 1,300 come to about half a gigabyte."""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs(request):
-    """How those of a module are compiled, here and in what it starts; then they are forgotten.
-
-    Programs of all modules would take gigabytes, and more memory maps than may be had.
-    """
+    """How those of a module are compiled, here and in what it starts."""
     as_users = request.config.option.markexpr == "default_flags"
     quickly = not as_users and request.node.get_closest_marker("optimized") is None
+    if quickly != jax.config.read("jax_disable_most_optimizations"):
+        jax.clear_caches()  # they do not know how a program was compiled
     jax.config.update("jax_disable_most_optimizations", quickly)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))
     yield
-    jax.clear_caches()
+    # The next module needs many of the same small programs. Those of all modules would take
+    # gigabytes, and more memory maps than may be had.
+    maps = Path("/proc/self/maps")
+    count = len(maps.read_bytes().splitlines()) if maps.exists() else MOST_MAPS + 1
+    if count > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
