@@ -33,6 +33,12 @@ LEARNING = {"lozo_momentum": 3e-2, "residual_feedback": 3e-3}
 each_method = pytest.mark.parametrize("name", METHODS)
 
 
+def rows(*quick):
+    """All methods, of which the default run has some: one for each way to go about it."""
+    marks = {name: () if name in quick else pytest.mark.slow for name in METHODS}
+    return [pytest.param(name, marks=mark) for name, mark in marks.items()]
+
+
 class Run(NamedTuple):
     """A run of `jit_step` and its trajectory file.
 
@@ -152,7 +158,7 @@ def test_a_replay_ends_where_the_run_ended_bit_for_bit(name, dtype, run):
     assert_same_bits(again, made.params[-1])
 
 
-@each_method
+@pytest.mark.parametrize("name", rows("adam", "fzoo", "lozo_residual"))
 def test_jit_equals_eager_and_no_number_is_infinite_or_nan(name, run):
     """`JAX_DEBUG_NANS=1` and `JAX_DEBUG_INFS=1` find nothing, and arguments are kept."""
     made, opt = run(name), method(name, falling)
@@ -195,11 +201,20 @@ def test_a_step_without_a_finite_slope_changes_nothing_but_its_number(name):
             assert jnp.array_equal(new, old)
 
 
-SHORT = ("mezo", "adam", "momentum", "meazo", "lozo_momentum", "zo_muon", "residual_feedback")
-WIDTHS = [(dtype, name) for dtype in ("float32", "float64") for name in METHODS]
+# Whatever keeps numbers of its own: slopes, scalars, losses, factors, a residual.
+WITH_STATE = ("adam", "meazo", "residual_feedback", "lozo_momentum", "lozo_residual")
+SHORT = ("mezo", "adam", "momentum", "meazo", "zo_muon", "residual_feedback")
 
 
-@pytest.mark.parametrize(("dtype", "name"), [*WIDTHS, *(("bfloat16", name) for name in SHORT)])
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        *(pytest.param("float64", *row.values, marks=row.marks) for row in rows(*WITH_STATE)),
+        *(pytest.param("float32", *row.values, marks=row.marks) for row in rows("adam")),
+        ("bfloat16", "lozo_momentum"),
+        *(pytest.param("bfloat16", name, marks=pytest.mark.slow) for name in SHORT),
+    ],
+)
 def test_the_width_of_numbers_is_that_of_the_leaves_and_not_of_the_process(dtype, name, run):
     """Under 64 bits, methods do what they do without; leaves of 64 bits have states of 64."""
     made = run(name, "float32" if dtype == "float64" else dtype)
@@ -241,7 +256,7 @@ def odd_loss(params, batch):
     return (y**2).sum() + params["count"]
 
 
-@each_method
+@pytest.mark.parametrize("name", rows("mezo", "lozo_momentum", "lozo_residual", "master"))
 def test_leaves_that_are_not_arrays_of_real_floats_stay_fixed(name, tmp_path):
     """In steps, in the copy of `float32_master`, and in a replay."""
     opt, params, batch = method(name), odd_params(), jnp.ones((4, 2))
