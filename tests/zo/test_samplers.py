@@ -56,7 +56,9 @@ def samplers():
     }
 
 
-NAMES = list(samplers())
+# The others share the way by which these come to their numbers.
+QUICK = ("gaussian", "subspace", "layer_blocks", "magnitude", "variance_modified")
+NAMES = [pytest.param(name, marks=() if name in QUICK else slow) for name in samplers()]
 
 
 def dense(z):
@@ -121,7 +123,7 @@ def small_half():
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", samplers())
 def test_mean_and_covariance_are_those_of_the_docstring(name):
     sampler, params = samplers()[name], tree()
     z = np.asarray(over_keys(lambda key: flat(perturbation(sampler, key, params)), 4096))
