@@ -42,6 +42,7 @@ def factored_momentum(momentum: float = 0.9) -> Rule:
 
     def update(drawn, params, state):
         now, before = drawn.now, drawn.directions(jnp.maximum(drawn.last, 0))
+        key, sampler = now.at(0)
         slopes = drawn.projected_grad
         first = drawn.last < 0
 
@@ -57,7 +58,7 @@ def factored_momentum(momentum: float = 0.9) -> Rule:
             own = memory_at(state, site.path, site.layer)
             if not is_matrix(site):
                 return views.take(own, site.rows)
-            return with_reused(*now.at(0), site, own).dense()
+            return with_reused(key, sampler, site, own).dense()
 
         return state, block
 
@@ -96,12 +97,13 @@ def orthogonalized(*, vector_scale: float = 1e-5) -> Rule:
     def update(drawn, params, state):
         del params
         now, slopes = drawn.now, drawn.projected_grad
+        key, sampler = now.at(0)
 
         def block(site):
             if not is_matrix(site):
                 return vector_scale * now.combine(slopes / now.count, site)
             mean = mean_new_factor(now, slopes, site._replace(rows=None))
-            return with_reused(*now.at(0), site, newton_schulz(mean)).dense()
+            return with_reused(key, sampler, site, newton_schulz(mean)).dense()
 
         return state, block
 
@@ -134,7 +136,7 @@ def mean_new_factor(directions: Directions, slopes: Array, site: Site) -> Array:
     total: Any = 0.0
     for j in range(directions.count):
         key, sampler = directions.at(j)
-        new = drawn_once(sampler.new_factor(key, site))  # type: ignore[attr-defined]
+        new = drawn_once(sampler.new_factor(key, site))
         total += slopes[j] / directions.count * new
     return total
 

@@ -87,7 +87,7 @@ class Directions:
     samplers: Sampler
     count: int = dataclasses.field(metadata={"static": True})
 
-    def at(self, j: Any) -> tuple[Array, Sampler]:
+    def at(self, j: Any) -> tuple[Array, Any]:
         """Return the key and the sampler of direction j."""
         return direction_key(self.key, j), jax.tree.map(lambda x: x[j], self.samplers)
 
