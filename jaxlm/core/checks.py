@@ -1,8 +1,9 @@
 """Checks of values, so that the same mistake gives the same message everywhere.
 
-`integer`, `real`, `text`, `texts`, `one_of`, `distinct` and `regex` take a key and a value;
-`whole`, `number`, `in_float32` and `seeds` check several fields of a dataclass. None passes, since
-it means "not given". Every message has the form `KEY: what is wrong (got VALUE). What to do.`
+`integer`, `real`, `in_float32`, `text`, `texts`, `one_of`, `distinct` and `regex` take a key and a
+value; `whole`, `number` and `seeds` check several fields of a dataclass. None passes, since it
+means "not given". They raise UserError with a message of the form
+`KEY: what is wrong (got VALUE). What to do.`
 """
 
 import math
@@ -32,11 +33,7 @@ def show(value: Any) -> str:
 
 
 def integer(key: str, value: Any, *, least: int = 1, most: int = MOST) -> None:
-    """Require a whole number from `least` to `most`.
-
-    Raises:
-      UserError: it is not.
-    """
+    """Require a whole number from `least` to `most`."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
@@ -54,11 +51,7 @@ def real(
     most: int | float = math.inf,
     below: int | float = math.inf,
 ) -> None:
-    """Require a finite number x with `least <= x <= most` and `above < x < below`.
-
-    Raises:
-      UserError: it is not.
-    """
+    """Require a finite number x with `least <= x <= most` and `above < x < below`."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
@@ -75,55 +68,37 @@ def real(
     raise UserError(f"{key}: must be {wanted} (got {show(value)}). Correct it.")
 
 
-def whole(config: Any, *names: str, least: int = 1, most: int = MOST, section: str = "") -> None:
+def whole(config: Any, *names: str, section: str = "", **bounds: int) -> None:
     """Apply `integer` to several fields; `section` (`optimizer.`) goes before their names."""
     for name in names:
-        integer(section + name, getattr(config, name), least=least, most=most)
+        integer(section + name, getattr(config, name), **bounds)
 
 
-def number(
-    config: Any,
-    *names: str,
-    least: int | float = -math.inf,
-    above: int | float = -math.inf,
-    most: int | float = math.inf,
-    below: int | float = math.inf,
-    section: str = "",
-) -> None:
+def number(config: Any, *names: str, section: str = "", **bounds: int | float) -> None:
     """Apply `real` to several fields; `section` (`optimizer.`) goes before their names."""
     for name in names:
-        value = getattr(config, name)
-        real(section + name, value, least=least, above=above, most=most, below=below)
+        real(section + name, getattr(config, name), **bounds)
 
 
-def in_float32(config: Any, *names: str, below: int | float = math.inf, section: str = "") -> None:
-    """Require numbers that neither overflow nor vanish in float32, nor round up to `below`.
-
-    Raises:
-      UserError: naming the first field that does.
-    """
-    limits = np.finfo(np.float32)
-    for name in names:
-        value = getattr(config, name)
-        if value is None or value == 0:
-            continue
-        with np.errstate(over="ignore"):
-            rounded = float(np.float32(value))
-        reason = "overflows" if math.isinf(rounded) else ""
-        reason = "vanishes" if abs(rounded) < limits.tiny else reason
-        reason = f"is {below:g}" if rounded >= below and not reason else reason
-        if reason:
-            raise UserError(
-                f"{section}{name}: {reason} in float32 (got {show(value)}). Give another number."
-            )
+def in_float32(key: str, value: Any, *, below: int | float = math.inf) -> None:
+    """Require a number that neither overflows nor vanishes in float32, nor rounds up to `below`."""
+    if value is None or value == 0:
+        return
+    with np.errstate(over="ignore"):
+        rounded = float(np.float32(value))
+    if math.isinf(rounded):
+        reason = "overflows"
+    elif abs(rounded) < np.finfo(np.float32).tiny:
+        reason = "vanishes"
+    elif rounded >= below:
+        reason = f"is {below:g}"
+    else:
+        return
+    raise UserError(f"{key}: {reason} in float32 (got {show(value)}). Give another number.")
 
 
 def seeds(config: Any, *names: str) -> None:
-    """Require seeds from 0 to 2**32 - 1, or tuples of them.
-
-    Raises:
-      UserError: naming the first field that is not.
-    """
+    """Require seeds from 0 to 2**32 - 1, or tuples of them."""
     for name in names:
         values = getattr(config, name)
         for value in values if isinstance(values, tuple) else (values,):
@@ -134,11 +109,7 @@ def seeds(config: Any, *names: str) -> None:
 
 
 def text(key: str, value: Any) -> None:
-    """Require a text that UTF-8 can write.
-
-    Raises:
-      UserError: it is not; YAML and JSON may write half of a surrogate pair.
-    """
+    """Require a text that UTF-8 can write; YAML and JSON may write half of a surrogate pair."""
     if value is None:
         return
     if not isinstance(value, str):
@@ -152,11 +123,7 @@ def text(key: str, value: Any) -> None:
 
 
 def texts(key: str, values: Any, *, numbers: bool = False) -> None:
-    """Require a list of texts; with `numbers`, whole numbers are accepted too.
-
-    Raises:
-      UserError: it is not.
-    """
+    """Require a list of texts; with `numbers`, whole numbers are accepted too."""
     if values is None:
         return
     if not isinstance(values, list | tuple):
@@ -181,9 +148,6 @@ def dtype_name(value: Any, key: str = "param_dtype") -> str:
 
     >>> dtype_name("bf16")
     'bfloat16'
-
-    Raises:
-      UserError: it is not a dtype of parameters.
     """
     short = str(value).lower().removeprefix("torch.")
     for name, spellings in _DTYPES.items():
@@ -195,11 +159,7 @@ def dtype_name(value: Any, key: str = "param_dtype") -> str:
 
 
 def one_of(key: str, value: Any, choices: Collection[Any]) -> None:
-    """Require one of several values.
-
-    Raises:
-      UserError: listing the choices.
-    """
+    """Require one of several values."""
     if value not in choices:
         raise UserError(
             f"{key}: not known (got {show(value)}). Choose one of {', '.join(map(str, choices))}."
@@ -207,11 +167,7 @@ def one_of(key: str, value: Any, choices: Collection[Any]) -> None:
 
 
 def distinct(key: str, values: Iterable[Any]) -> None:
-    """Require at least one value, and no value twice.
-
-    Raises:
-      UserError: naming the repeated value.
-    """
+    """Require at least one value, and no value twice."""
     seen: list[Any] = []
     for value in values:
         if value in seen:
@@ -222,18 +178,11 @@ def distinct(key: str, values: Iterable[Any]) -> None:
 
 
 def regex(key: str, pattern: str | None) -> Callable[[str], bool]:
-    """Return a predicate: whether a regular expression is found in a text.
+    """Return a predicate: whether a regular expression is found in a text; None is in every text.
 
     An expression such as `(a+)+$` can backtrack almost for ever, and the module `re` has no time
-    limit. The package `regex` has the same syntax and takes one.
-
-    Args:
-      key: name of the option, for messages.
-      pattern: the expression; None matches every text.
-
-    Raises:
-      UserError: it is not a regular expression, or is too long. The predicate raises it when a
-        search takes too long.
+    limit. The package `regex` has the same syntax and takes one, so the predicate raises UserError
+    when a search takes too long.
     """
     if pattern is None:
         return lambda text: True

@@ -8,7 +8,7 @@ after `layers` is left out of the path, so that both trees give a parameter the 
 
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -43,15 +43,10 @@ class Leaf(NamedTuple):
 def declare_stacked(axes: Mapping[str, int]) -> None:
     """Declare leaves whose first axis runs over the layers of a model.
 
-    Call it once, where the model is defined; like the registration of a pytree node, it holds for
-    the whole process. A leaf is stacked if it has a declared path and one axis more than the value
-    of one layer, so `{"layers": {"mlp": {"kernel": [in, out]}}}` stays a tree of plain matrices.
-
-    Args:
-      axes: maps a path that begins with `layers` to the number of axes of one layer's value.
-
-    Raises:
-      UserError: a path does not begin with `layers`, or a number is negative.
+    `axes` maps a path that begins with `layers` to the number of axes of one layer's value. Call it
+    once, where the model is defined; like the registration of a pytree node, it holds for the whole
+    process. A leaf is stacked if it has a declared path and one axis more than the value of one
+    layer, so `{"layers": {"mlp": {"kernel": [in, out]}}}` stays a tree of plain matrices.
 
     >>> declare_stacked({"layers.block.kernel": 2, "layers.block.bias": 1})
     >>> [leaf] = flatten({"layers": {"block": {"kernel": jnp.ones((12, 8, 8))}}})[0]
@@ -86,16 +81,6 @@ def _own_models() -> dict[str, int]:
 declare_stacked(_own_models())
 
 
-def _names(key_path) -> Iterator[str]:
-    for entry in key_path:
-        for attribute in ("key", "idx", "name"):
-            if hasattr(entry, attribute):
-                yield str(getattr(entry, attribute))
-                break
-        else:
-            yield str(entry)
-
-
 def _without_index(names: list[str]) -> tuple[list[str], int | None]:
     """Return the names without the index after `layers`, and that index."""
     after = names.index(LAYERS) + 1 if LAYERS in names else len(names)
@@ -110,7 +95,7 @@ def _axes(names: list[str]) -> set[int]:
 
 
 def _leaf(key_path, value) -> Leaf:
-    names = list(_names(key_path))
+    names = [jax.tree_util.keystr((entry,), simple=True) for entry in key_path]
     rest, layer = _without_index(names)
     if layer is not None and _axes(rest):
         return Leaf(".".join(rest), layer, False, value)
@@ -202,12 +187,7 @@ def check_unique_hashes(tree) -> None:
 
 
 def path_predicate(select: Select, key: str = "select") -> Callable[[str], bool]:
-    """Return a selection as a predicate on paths.
-
-    Args:
-      select: None for every path, a regular expression searched in the path, or a predicate.
-      key: name of the option, for messages.
-    """
+    """Return a selection as a predicate on paths; `key` names the option in messages."""
     return select if callable(select) else checks.regex(key, select)
 
 
@@ -233,11 +213,7 @@ def leaf_predicate(select: Select) -> Callable[[str, Any], bool]:
 
 
 def mask(tree, select: Select):
-    """Return a tree of Python booleans, True where a leaf of floats is selected.
-
-    Raises:
-      UserError: no leaf is selected, or a complex leaf is.
-    """
+    """Return a tree of booleans, True where a leaf of floats is selected; one has to be."""
     takes = leaf_predicate(select)
     result = map_with_path(lambda leaf: takes(leaf.path, leaf.value), tree)
     if not any(jax.tree.leaves(result)):

@@ -31,6 +31,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jaxlm.core import checks, paths
+from jaxlm.core.dtypes import wide
 from jaxlm.core.errors import UserError
 from jaxlm.typing import Params
 
@@ -85,13 +86,12 @@ class Packed:
 
     def dense(self) -> Float[Array, "..."]:
         """Return the weights as an array: products in at least float32, rounded once."""
-        wide = jnp.promote_types(self.dtype, jnp.float32)
         values = _divide(self.values, self.axis, self.scale.shape[self.axis])
         if self.bits == 4:
             pair = (values & 15, values >> 4)
             values = jnp.concatenate(pair, axis=self.axis).astype(jnp.int8) - 8
-        unit = jnp.expand_dims(self.scale, self.axis).astype(wide) / 2 ** (self.bits - 1)
-        weights = _join((values.astype(wide) * unit).astype(self.dtype), self.axis)
+        unit = wide(jnp.expand_dims(self.scale, self.axis)) / 2 ** (self.bits - 1)
+        weights = _join((values.astype(unit.dtype) * unit).astype(self.dtype), self.axis)
         return lax.slice_in_dim(weights, 0, self.length, axis=weights.ndim + self.axis)
 
 
@@ -115,7 +115,7 @@ def _pack(matrix: Array, *, bits: Literal[8, 4], axis: int, group_size: int | No
     limit = 2 ** (bits - 1)
     widths = [(0, 0)] * matrix.ndim
     widths[axis] = (0, -length % group)
-    padded = jnp.pad(matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32)), widths)
+    padded = jnp.pad(wide(matrix), widths)
     weights = _divide(padded, axis, padded.shape[axis] // group)
     largest = jnp.abs(weights).max(axis, keepdims=True)
 
@@ -183,10 +183,6 @@ def quantize(
     Returns:
       The same tree with `Packed` leaves, which every function of the model accepts. Each group has
       a scale in the dtype of the matrix.
-
-    Raises:
-      UserError: `bits` or `group_size` is not supported, a leaf is packed already, or `select`
-        takes no parameter.
 
     >>> params = {"layers": {"mlp": {"up_proj": {"kernel": jnp.ones((2, 96, 8))}}}}
     >>> packed = quantize(params, bits=4)["layers"]["mlp"]["up_proj"]["kernel"]

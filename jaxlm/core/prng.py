@@ -70,15 +70,8 @@ def counter_bits(key: Array, shape: tuple[int, ...], rows: Rows = None) -> UInt3
     """Return 32 random bits for each element of a leaf, by a keyed hash of its flat index.
 
     With key words `(k0, k1)`, counter `c = index + k0` and finaliser `f`: `f((f(c) ^ k1) + c)`.
-
-    Args:
-      key: typed PRNG key.
-      shape: shape of the whole leaf; its size must be below 2**32.
-      rows: the rows to draw, as indices on axis 0 (any shape) or a pair (start, size); None for
-        all.
-
-    Returns:
-      uint32 of shape `[*rows.shape, *shape[1:]]`.
+    `shape` is that of the whole leaf, of fewer than 2**32 elements. `rows` are indices on axis 0
+    of any shape, or a pair (start, size): the result has shape `[*rows.shape, *shape[1:]]`.
     """
     if math.prod(shape) >= 2**32:
         raise UserError(f"shape: has 2**32 elements or more (got {shape}). Split the leaf.")

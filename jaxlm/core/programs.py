@@ -23,10 +23,7 @@ _compiled: OrderedDict[Any, Any] = OrderedDict()
 
 
 def is_array(leaf: Any) -> bool:
-    """Return whether a leaf of a parameter tree is an array, or a Python float that acts as one.
-
-    Functions, strings, sizes and flags, which Equinox modules contain, are not.
-    """
+    """Return whether a leaf is an array, or a Python float that acts as one."""
     if isinstance(leaf, float):
         return True
     if isinstance(leaf, np.ndarray | np.generic):
@@ -35,17 +32,11 @@ def is_array(leaf: Any) -> bool:
 
 
 def held(function: Callable[..., Any], params: Any) -> tuple[Callable[..., Any], Any]:
-    """Return a function of only the arrays in `params`, and these arrays.
+    """Return a function of only the arrays in `params`, and `params` with None for other leaves.
 
-    The other leaves keep their present values. The function is a new object, so that no cache of
-    JAX confuses it with an earlier one.
-
-    Args:
-      function: `function(params, *args, **options)`.
-      params: any pytree.
-
-    Returns:
-      The function, with the same signature; and `params` with None in place of other leaves.
+    The other leaves keep their present values. The function, with the same signature
+    `function(params, *args, **options)`, is a new object, so that no cache of JAX confuses it with
+    an earlier one.
 
     >>> function, arrays = held(lambda p, x: p["f"](p["w"] * x), {"w": 2.0, "f": jnp.tanh})
     >>> arrays["f"] is None, float(function(arrays, 0.0))
@@ -115,8 +106,8 @@ A finished trace no longer uses these rules, and they are new objects in every t
 def _as_value(part: Any) -> Any:
     """Return a hashable value that is equal for traces that compute the same.
 
-    Objects in the trace that cannot be compared count by identity. The cache keeps the trace alive,
-    so no identity is reused.
+    Objects in the trace that cannot be compared count by identity, which is not reused: the cache
+    keeps the trace alive.
     """
     if isinstance(part, core.ClosedJaxpr):
         return _as_value(part.jaxpr), tuple(map(_as_value, part.consts))

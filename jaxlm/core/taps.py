@@ -31,7 +31,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
-from jax.extend import core
+from jax.interpreters import partial_eval
 from jaxtyping import Array
 
 from jaxlm.core import paths
@@ -74,10 +74,7 @@ _MARK = "tap "
 
 
 class _Recorder:
-    """A tap that records shapes.
-
-    It also names every use in the trace, since a use in a loop is seen once here but runs often.
-    """
+    """A tap that records shapes, and names uses: one in a loop is seen once but runs often."""
 
     layers = None
 
@@ -99,12 +96,7 @@ def carrier(x: Any) -> Any:
 
 
 def uses(f: Callable[..., Array], params: Any, x: Any) -> dict[Key, Use]:
-    """Return the uses of parameters that pass a tap.
-
-    Args:
-      f: `f(params, x, *, tap)`.
-      params, x: arrays or their shapes.
-    """
+    """Return the uses of parameters that pass a tap of `f(params, x, *, tap)`."""
     recorder = _Recorder()
     traced = jax.make_jaxpr(lambda params, x: f(params, x, tap=recorder))(params, x)
     counts: Counter[str] = Counter()
@@ -117,28 +109,17 @@ def uses(f: Callable[..., Array], params: Any, x: Any) -> dict[Key, Use]:
 
 
 def read(f: Callable[..., Any], params: Any, x: Any) -> set[str]:
-    """Return the paths of the parameters that the value of f depends on, found from its trace.
-
-    Args:
-      f: `f(params, x)`.
-      params, x: arrays or their shapes.
-    """
+    """Return the paths of the parameters that the value of `f(params, x)` depends on."""
     jaxpr = jax.make_jaxpr(f)(params, x).jaxpr
-    reached = _reached(jaxpr)
-    pairs = zip(paths.flatten(params)[0], jaxpr.invars, strict=False)
-    return {leaf.path for leaf, variable in pairs if variable in reached}
+    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    pairs = zip(paths.flatten(params)[0], used, strict=False)
+    return {leaf.path for leaf, is_used in pairs if is_used}
 
 
 def check_ids(f: Callable[..., Any], params: Any, x: Any, name: str) -> None:
-    """Check the ids that f looks up outside layers, which JAX would silently clip to the table.
+    """Raise UserError for ids that `f(params, x, *, tap)` looks up and a table does not have.
 
-    Args:
-      f: `f(params, x, *, tap)`.
-      params, x: arrays with values.
-      name: name of x, for messages.
-
-    Raises:
-      UserError: naming an example with an id that its table does not have.
+    JAX would silently clip them. Ids that are looked up in layers are not seen.
     """
 
     def run(params, x):
@@ -166,22 +147,6 @@ def check_ids(f: Callable[..., Any], params: Any, x: Any, name: str) -> None:
                 f"{name}: ids of {path} must be from 0 to {size - 1} (got {ids[at]} in example "
                 f"{at[0]}). Use the model's own tokenizer."
             )
-
-
-def _reached(jaxpr) -> set[Any]:
-    """Return the variables of a trace on which an output depends."""
-    reached = {variable for variable in jaxpr.outvars if not isinstance(variable, core.Literal)}
-    for equation in reversed(jaxpr.eqns):
-        if reached.isdisjoint(equation.outvars):
-            continue
-        taken = equation.invars
-        inner = list(traces_in(equation))
-        if len(inner) == 1 and len(inner[0].invars) == len(taken):  # a scan, or a call
-            needed = _reached(inner[0])
-            pairs = zip(taken, inner[0].invars, strict=True)
-            taken = [outer for outer, variable in pairs if variable in needed]
-        reached.update(v for v in taken if not isinstance(v, core.Literal))
-    return reached
 
 
 def traces_in(equation: Any) -> Iterator[Any]:
@@ -280,13 +245,8 @@ def _send_reduced(rule, key, y, x, layer, extra, probe):
 class _Sender:
     """The tap that sends out factors or, in layers and with a rule, the values of the rule.
 
-    A probe is a zero array; its cotangent is what is sent.
-
-    Attributes:
-      layers: a probe for each key, with the axis of layers in front; with a rule, (extra, probe).
-      rest: probes of uses outside layers.
-      total: probe of the sum over layers.
-      rule: see `reduce`, or None.
+    A probe is a zero array; its cotangent is what is sent. Probes in `layers` have the axis of
+    layers in front; with a rule each is a pair (extra, probe).
     """
 
     layers: dict[Key, Any]
@@ -327,19 +287,11 @@ def factors(
     cotangents: Array | None = None,
     keep: Mapping[Key, Use] | None = None,
 ) -> dict[Key, Factors]:
-    """Return the two factors of every per-example gradient of `f`.
+    """Return `{(path, op): Factors}` for every per-example gradient of `f`.
 
-    Args:
-      f: `f(params, x, *, tap) -> [N, ...]`; value n depends on row n of `x` alone.
-      params: the parameters.
-      x: a batch, any pytree.
-      cotangents: [K, *shape of f's value], for K backward passes at once; None for one pass with
-        ones.
-      keep: the uses to return factors of; None for all of `uses(f, params, x)`.
-
-    Returns:
-      `{(path, op): Factors}`. With `cotangents`, each `b` has an axis K in front. `a` has none,
-      since it is the same for all.
+    Value n of `f(params, x, *, tap) -> [N, ...]` depends on row n of `x` alone. `cotangents`,
+    [K, *shape of the value], stand for K backward passes at once: each `b` then has an axis K in
+    front, `a` has none. None is one pass with ones. `keep` are the uses to return; None for all.
     """
     used = uses(f, params, x) if keep is None else keep
     probes = (_probes(used, True), _probes(used, False))
@@ -375,10 +327,9 @@ def reduce(
     Only the factors of one layer are in memory at a time.
 
     Args:
-      f, params, x, keep: see `factors`.
+      f, params, x, keep, cotangents: see `factors`.
       rule: `rule(key, a, b, layer, extra) -> (total, own)`, two pytrees of arrays, with b
-        [K, N, ...] for all cotangents. `total` has the same shapes at every use.
-      cotangents: [K, *shape of f's value].
+        [K, N, ...]. `total` has the same shapes at every use.
       extras: for some keys a pytree of arrays with a leading axis of layers; `rule` gets the part
         of its layer.
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxlm.core.dtypes import wide_dtype
 from jaxlm.core.precision import Packed
 from jaxlm.core.prng import Rows
 
@@ -37,12 +38,7 @@ class View(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """A matrix as two factors, `left @ right`.
-
-    Attributes:
-      left: [*rows, rank].
-      right: [rank, out].
-    """
+    """A matrix as two factors, `left @ right`: [*rows, rank] and [rank, out]."""
 
     left: Array
     right: Array
@@ -67,10 +63,7 @@ class LowRank:
 class LowRankSum:
     """`weight + left @ right.T`, kept apart so that a dense layer reads `weight` once.
 
-    Attributes:
-      weight: [in, out].
-      left: [in, rank].
-      right: [out, rank].
+    The shapes are [in, out], [in, rank] and [out, rank].
     """
 
     weight: Array
@@ -111,10 +104,7 @@ class GatheredRows:
 
 
 def take(leaf: Any, rows: Rows) -> Any:
-    """Return `leaf[rows]` on axis 0 of an array or `LowRankSum`.
-
-    `GatheredRows` are unwrapped, and a `Packed` leaf becomes an array.
-    """
+    """Return `leaf[rows]` as an array or `LowRankSum`; `GatheredRows` are unwrapped."""
     if isinstance(leaf, GatheredRows):
         return leaf.value
     if isinstance(leaf, Packed):
@@ -152,8 +142,8 @@ def add(leaf: Any, delta: Array | LowRank) -> Any:
         return leaf + delta
     if isinstance(delta, LowRank):
         delta = delta.dense()
-    wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    return (leaf.astype(wide) + delta.astype(wide)).astype(leaf.dtype)
+    dtype = wide_dtype(leaf)
+    return (leaf.astype(dtype) + delta.astype(dtype)).astype(leaf.dtype)
 
 
 def add_factors(path: str, leaf: Any, delta: LowRank, rows: Rows) -> Any:

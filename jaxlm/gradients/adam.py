@@ -27,13 +27,7 @@ Variant = Literal["paper", "reference"]
 
 
 class Constants(NamedTuple):
-    """The static part of an `Adam`.
-
-    Attributes:
-      b1, b2: decay rates of the two moments.
-      eps: added to the root ("paper") or under it ("reference").
-      variant: "paper" or "reference".
-    """
+    """The static part of an `Adam`, see there."""
 
     b1: float = 0.9
     b2: float = 0.999
@@ -78,15 +72,9 @@ def step(
 ) -> tuple[Array, Array]:
     """Return Adam's next step on g, without the learning rate and the minus sign.
 
-    Args:
-      g: gradient.
-      first, second: moments, which broadcast to the shape of g.
-      count: number of steps that the moments have seen.
-      constants: constants of the optimizer.
-
-    Returns:
-      The step, in at least float32, 0 where m' is 0; and a mask that is true where eps is the
-      larger term of the denominator.
+    The moments broadcast to the shape of g, and have seen `count` steps. The step is in at least
+    float32, and 0 where m' is 0. The second result is true where eps is the larger term of the
+    denominator.
     """
     b1, b2, eps, variant = constants
     dtype = wide_dtype(g)
@@ -112,18 +100,8 @@ def moments(
 ) -> tuple[list[Array], list[Array], Array]:
     """Return Adam's moments of the selected parameters, wherever they are in an optax state.
 
-    Args:
-      state: state of `optax.scale_by_adam`, or of any chain that includes it.
-      params: the parameters that were trained.
-      select: selects some of them.
-
-    Returns:
-      First and second moments, one array per leaf in the order of the tree; and the number of steps
-      that they have seen.
-
-    Raises:
-      UserError: if a selected leaf has no moments, moments in several states, or moments of another
-        shape; the message names the leaf.
+    First and second moments have one array per leaf in the order of the tree; the third result is
+    the number of steps that they have seen.
     """
     states = _adam_states(state)
     if not states:

@@ -104,15 +104,7 @@ class Reduced(NamedTuple):
 
 
 def count_examples(x: Any, name: str) -> int:
-    """Return how many examples a batch has, from axis 0 of its arrays.
-
-    Args:
-      x: a pytree of arrays.
-      name: name of x, for messages.
-
-    Raises:
-      UserError: if there are no examples, or the arrays disagree.
-    """
+    """Return how many examples a batch has, from axis 0 of its arrays; `name` is for messages."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(x)]
     sizes = {shape[0] if shape else None for shape in shapes}
     shown = ", ".join(map(str, shapes)) or "no array"
@@ -162,10 +154,6 @@ def reduce(
       shared: a pytree of small arrays that every call gets.
       segments: for rows that hold several examples: the example of each token, 1 to S, and 0 for
         padding. Losses are then [rows, S], and gradients those of rows * S examples. Needs a tap.
-
-    Raises:
-      UserError: if `segments` are given without a tap, or losses have the wrong shape.
-      ValueError: if `select` selects nothing.
     """
     count = len(jax.tree.leaves(paths.split(params, select)[0]))
     extras = [None] * count if extras is None else list(extras)
@@ -192,17 +180,11 @@ def _by_gradients(loss_fn, params, examples, rule, select, extras, shared) -> Re
 def gradients(
     loss_fn: Callable[..., Array], params: Any, examples: Any, select: paths.Select = None
 ) -> tuple[Float[Array, "N"], Any]:
-    """Return the losses and the gradients of all examples.
+    """Return the losses [N] and the gradients, each [N, *shape], of all examples; see `reduce`.
 
     >>> losses, g = gradients(lambda w, x: (w * x) ** 2, jnp.float32(1), jnp.array([1.0, 2.0]))
     >>> losses.tolist(), g.tolist()
     ([1.0, 4.0], [2.0, 8.0])
-
-    Args:
-      loss_fn, params, examples, select: see `reduce`.
-
-    Returns:
-      Losses [N], and a tree of the selected leaves, each [N, *shape].
     """
     taken, rest = paths.split(params, select)
     batched = takes_tap(loss_fn)
@@ -221,7 +203,7 @@ def _by_factors(loss_fn, params, examples, rule, select, extras, shared, segment
     by_path: dict[str, list[int]] = {}
     for i, leaf in enumerate(leaves):
         by_path.setdefault(leaf.path, []).append(i)
-    shapes = {leaf.path: _layer_shape(leaf) for leaf in leaves}
+    shapes = {leaf.path: leaf.value.shape[leaf.stacked :] for leaf in leaves}
 
     def with_losses(params, examples, *, tap=None):
         losses = loss_fn(params, examples, tap=tap)
@@ -280,10 +262,6 @@ def _by_factors(loss_fn, params, examples, rule, select, extras, shared, segment
     return Reduced(total, own, losses.reshape(-1))
 
 
-def _layer_shape(leaf: paths.Leaf) -> tuple[int, ...]:
-    return leaf.value.shape[1:] if leaf.stacked else leaf.value.shape
-
-
 def _by_layer(places, leaves, extras):
     """The extras of a path, with a leading axis of layers."""
     if leaves[places[0]].stacked:
@@ -329,16 +307,7 @@ def _check_losses(value, examples, segments) -> None:
 
 
 def untapped(f: Callable[..., Any], params: Any, x: Any, select: paths.Select = None) -> str | None:
-    """Return why the gradients of f are not products of factors, or None if they are.
-
-    Args:
-      f: a function with or without a keyword `tap`.
-      params, x: arguments of f, or their shapes.
-      select: selects the parameters in question.
-
-    Returns:
-      A clause for an error message, or None.
-    """
+    """Return why the gradients of f are not products of factors, or None if they are."""
     if not takes_tap(f):
         return "it has no keyword tap"
     uses = taps.uses(f, params, x)

@@ -68,7 +68,7 @@ class Projector:
         """
         leaves = paths.flatten(gradients)[0]
         _check_leaves(leaves)
-        _check_hashes(gradients)
+        paths.check_unique_hashes(gradients)
         total = None
         for leaf in sorted(leaves, key=_in_order):
             total = self.leaf(leaf.path, leaf.layer, leaf.value, total)
@@ -89,7 +89,7 @@ class Projector:
           g: gradients [N, ...]; for a stack [N, L, ...], whose layers are added in order.
           total: array to add to; None for zeros.
         """
-        total = self._zeros(len(g), g.dtype) if total is None else total
+        total = jnp.zeros((len(g), self.dim), wide_dtype(g)) if total is None else total
         key = prng.leaf_key(jax.random.key(self.seed), path, layer)
         stacked = layer is None and paths.is_stacked(path, g.ndim - 1)
         add = _add_layers if stacked else _add_leaf
@@ -115,12 +115,9 @@ class Projector:
         if self.family != "kronecker":
             formed = jnp.einsum("nti,nto->nio", a, b, precision=lax.Precision.HIGHEST)
             return self.leaf(path, layer, formed, total)
-        total = self._zeros(len(a), dtype) if total is None else total
+        total = jnp.zeros((len(a), self.dim), dtype) if total is None else total
         key = prng.leaf_key(jax.random.key(self.seed), path, layer)
         return _add(_add_factors, self.family, self.dim, self.mesh or _mesh_of(a), key, total, a, b)
-
-    def _zeros(self, count: int, dtype: Any) -> Array:
-        return jnp.zeros((count, self.dim), wide_dtype(dtype))
 
 
 def _in_order(leaf: paths.Leaf) -> tuple[str, int]:
@@ -236,13 +233,6 @@ def _check_leaves(leaves: list[paths.Leaf]) -> None:
                 f"gradients: {path} must have the {len(first.value)} examples of {first.path} (got "
                 f"{len(value)}). Give all leaves the same examples."
             )
-
-
-def _check_hashes(tree: Any) -> None:
-    try:
-        paths.check_unique_hashes(tree)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def _check_finite(rows: Array, leaves: list[paths.Leaf]) -> None:

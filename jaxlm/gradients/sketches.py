@@ -127,15 +127,10 @@ def dense_blocks(
     blocks_at_once: int,
     examples: int,
 ) -> Float[Array, "N dim"]:
-    """Return `g @ S / sqrt(dim)`, drawing the rows of S in blocks.
+    """Return `g @ S / sqrt(dim)` for g [N, n], drawing the rows of S in blocks.
 
-    Args:
-      entries: function `(key, rows, dim, dtype)` that draws a block of S.
-      key: key of the leaf.
-      g: gradients [N, n].
-      dim: number of columns of S.
-      blocks_at_once: blocks drawn in one turn of the loop.
-      examples: rows of g in one product.
+    `entries(key, rows, dim, dtype)` draws a block of S. One turn of the loop draws
+    `blocks_at_once` of them; one product takes `examples` rows of g.
     """
     count, size = g.shape
     padded = -(-count // examples) * examples
@@ -203,9 +198,8 @@ def draw_windows(
 ) -> tuple[Array, Array]:
     """Draw the randomness of a group of windows.
 
-    Returns:
-      Words [sets, numbers in the group], whose top bits are signs; and the index in the ring at
-      which each window begins.
+    The words [sets, numbers in the group], whose top bits are signs; and the index in the ring at
+    which each window begins.
     """
     count = windows_in_group(width)
     drawn = prng.counter_bits(jax.random.fold_in(key, group), (sets * width + count,))
@@ -218,8 +212,7 @@ def draw_windows(
 def hadamard(x: Float[Array, " n"], size: int) -> Float[Array, " n"]:
     """Multiply each run of `size` numbers, a power of 4, by a symmetric orthogonal matrix.
 
-    Its entries are +-1 / sqrt(size): a Hadamard matrix, applied as the Kronecker product of two
-    smaller ones.
+    A Hadamard matrix over sqrt(size), applied as the Kronecker product of two smaller ones.
     """
     inner = min(64, size)
     outer = size // inner
@@ -244,12 +237,7 @@ def add_windows(
 ) -> Float[Array, "N R"]:
     """Add windows to `total` one after another, which suits a CPU.
 
-    Args:
-      read: reads the numbers of the windows.
-      size: how many numbers there are.
-      width: length of a window; the last may be shorter.
-      places: where each window begins.
-      total: twice as long as the ring, so that no window has to wrap around.
+    `total` is twice as long as the ring, so that no window has to wrap around.
     """
 
     def add(i, total, length=width):
@@ -282,14 +270,8 @@ def ring_sketch(
     """Add the numbers of each row of g, with random signs, window by window to a ring.
 
     Two numbers of different windows collide with probability 1 / dim; two of the same window never
-    collide.
-
-    Args:
-      key: key of the leaf.
-      g: gradients.
-      dim: length of the ring.
-      mix: size of the Hadamard matrices that mix the numbers; 1 for none.
-      place: `add_windows` or `gather_windows`.
+    collide. `mix` is the size of the Hadamard matrices that mix the numbers, 1 for none; `place`
+    is `add_windows` or `gather_windows`.
     """
     width = dim // mix * mix
     group = windows_in_group(width) * width

@@ -24,7 +24,8 @@ def check(
     """Require fields to be numbers from `least`, or above 0, to below `below`, in float32 too."""
     above = 0.0 if positive else -math.inf
     number(config, *names, least=least, above=above, below=below, section=SECTION)
-    in_float32(config, *names, below=below, section=SECTION)
+    for name in names:
+        in_float32(SECTION + name, getattr(config, name), below=below)
 
 
 @dataclass(frozen=True, kw_only=True)

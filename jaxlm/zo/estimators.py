@@ -37,14 +37,9 @@ from jaxlm.zo.sites import over_blocks
 
 
 class Slopes(NamedTuple):
-    """The result of an estimator.
+    """The result of an estimator; `loss` is its value of the loss, `aux` the mean of the outputs.
 
-    Attributes:
-      loss: the estimator's value of the loss.
-      plus: [n], losses at θ + ε z_j.
-      minus: [n], losses that `plus` is compared with.
-      projected_grad: [n], g_j.
-      aux: the mean of the auxiliary outputs of the loss; None if it has none.
+    `plus` are losses at θ + ε z_j; `minus`, the losses that they are compared with.
     """
 
     loss: Float[Array, ""]
@@ -55,12 +50,7 @@ class Slopes(NamedTuple):
 
 
 class Previous(NamedTuple):
-    """Losses of the previous step.
-
-    Attributes:
-      plus: [n], losses at θ + ε z_j.
-      known: [n], False where no such loss exists yet; `plus` is undefined there.
-    """
+    """Losses of the last step at θ + ε z_j; they are undefined where `known` is False."""
 
     plus: Float[Array, "n"]
     known: Bool[Array, "n"]
@@ -98,11 +88,7 @@ def estimator(forwards: Callable[[int], int]) -> Callable[[Function], Function]:
 
 
 def forward_passes(estimator: Estimator, num_directions: int) -> int:
-    """Return the number of forward passes of one estimate.
-
-    Raises:
-      UserError: if the estimator does not state its forward passes.
-    """
+    """Return the number of forward passes of one estimate, which the estimator states."""
     count = getattr(estimator, "forwards", None)
     if count is None:
         name = getattr(estimator, "__name__", type(estimator).__name__)

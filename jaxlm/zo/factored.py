@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxlm.core import paths, views
 from jaxlm.core.checks import show
+from jaxlm.core.dtypes import wide_dtype
 from jaxlm.core.errors import UserError
 from jaxlm.core.views import LowRank
 from jaxlm.zo.checks import decay_rates, real
@@ -41,6 +42,7 @@ def factored_momentum(momentum: float = 0.9) -> Rule:
 
     def update(drawn, params, state):
         now, before = drawn.now, drawn.directions(jnp.maximum(drawn.last, 0))
+        key, sampler = now.at(0)
         slopes = drawn.projected_grad
         first = drawn.last < 0
 
@@ -56,7 +58,7 @@ def factored_momentum(momentum: float = 0.9) -> Rule:
             own = memory_at(state, site.path, site.layer)
             if not is_matrix(site):
                 return views.take(own, site.rows)
-            return with_reused(*reused_by(now), site, own).dense()
+            return with_reused(key, sampler, site, own).dense()
 
         return state, block
 
@@ -65,7 +67,7 @@ def factored_momentum(momentum: float = 0.9) -> Rule:
 
 def projected(now: Directions, before: Directions, site: Site, old: Array) -> Array:
     """Return N of the previous step, projected on the V of this step; N itself while V stays."""
-    (sampler, key), (old_sampler, old_key) = reused_by(now), reused_by(before)
+    (key, sampler), (old_key, old_sampler) = now.at(0), before.at(0)
     new, last = sampler.reused_factor(key, site), old_sampler.reused_factor(old_key, site)
     if sampler.new_side(site.path) == "left":
         moved = old @ (last @ new.T) / new.shape[1]
@@ -95,12 +97,13 @@ def orthogonalized(*, vector_scale: float = 1e-5) -> Rule:
     def update(drawn, params, state):
         del params
         now, slopes = drawn.now, drawn.projected_grad
+        key, sampler = now.at(0)
 
         def block(site):
             if not is_matrix(site):
                 return vector_scale * now.combine(slopes / now.count, site)
             mean = mean_new_factor(now, slopes, site._replace(rows=None))
-            return with_reused(*reused_by(now), site, newton_schulz(mean)).dense()
+            return with_reused(key, sampler, site, newton_schulz(mean)).dense()
 
         return state, block
 
@@ -133,19 +136,16 @@ def mean_new_factor(directions: Directions, slopes: Array, site: Site) -> Array:
     total: Any = 0.0
     for j in range(directions.count):
         key, sampler = directions.at(j)
-        new = drawn_once(sampler.new_factor(key, site))  # type: ignore[attr-defined]
+        new = drawn_once(sampler.new_factor(key, site))
         total += slopes[j] / directions.count * new
     return total
 
 
-def reused_by(directions: Directions) -> tuple[Any, Array]:
-    """Return a sampler and a key that draw the reused factor, which all directions share."""
-    key, sampler = directions.at(0)
-    return sampler, key
+def with_reused(key: Array, sampler: Any, site: Site, new: Array) -> LowRank:
+    """Return the factors at the rows of a site, given a new factor for all rows.
 
-
-def with_reused(sampler: Factored, key: Array, site: Site, new: Array) -> LowRank:
-    """Return the factors at the rows of a site, given a new factor for all rows."""
+    The key and the sampler may be those of any direction, since all share the reused factor.
+    """
     reused = drawn_once(sampler.reused_factor(key, site))
     if sampler.new_side(site.path) == "right":
         return LowRank(reused, new)
@@ -160,10 +160,7 @@ def leaf_name(leaf: paths.Leaf) -> str:
 def memory_at(memory: dict[str, Array], path: str, layer: Any) -> Any:
     """Return the memory of a leaf, of one layer if it is stacked; None if it has none.
 
-    Args:
-      memory: arrays by the name of the leaf.
-      path: path of the leaf.
-      layer: index of the layer, or None. For a list of layers of equal shape it may be traced.
+    For a list of layers of equal shape the index may be traced.
     """
     path, layer = paths.identity(path, layer)
     if layer is None or path in memory:
@@ -184,14 +181,14 @@ def new_factors(
 
     def own(leaf):
         value = leaf.value
-        wide = jnp.promote_types(value.dtype, jnp.float32)
+        dtype = wide_dtype(value)
         shape = value.shape[leaf.stacked :]
         if len(shape) != 2:
-            return vector(value, wide)
+            return vector(value, dtype)
         rank = sampler.rank_of(leaf.path, shape)
         left = sampler.new_side(leaf.path) == "left"
         new = (shape[0], rank) if left else (rank, shape[1])
-        return jnp.zeros((*value.shape[: leaf.stacked], *new), wide)
+        return jnp.zeros((*value.shape[: leaf.stacked], *new), dtype)
 
     takes = paths.leaf_predicate(select)
     leaves = [leaf for leaf in paths.flatten(params)[0] if takes(leaf.path, leaf.value)]

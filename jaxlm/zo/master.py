@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core import paths
+from jaxlm.core.dtypes import wide_dtype
 from jaxlm.core.errors import UserError
 from jaxlm.zo.optimizers import ZerothOrderOptimizer, unchanged
 
@@ -82,4 +83,4 @@ def float32_master(opt: ZerothOrderOptimizer) -> ZerothOrderOptimizer:
 
 def _wide(leaf):
     # Always a copy, since a step donates both the leaf and the copy.
-    return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
+    return jnp.array(leaf, wide_dtype(leaf))

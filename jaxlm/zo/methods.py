@@ -5,6 +5,8 @@ To add a method, write a function with its whole signature here; a line in
 from `eps` to `mesh`, are documented at `mezo`.
 """
 
+from typing import NamedTuple
+
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -25,6 +27,19 @@ from jaxlm.zo.structured import low_rank, subspace
 
 GAUSSIAN = Gaussian()
 SIGNS = Rademacher()
+
+
+class Shared(NamedTuple):
+    """The arguments that all methods share, see `mezo`."""
+
+    eps: float | Array
+    num_directions: int
+    sampler: Sampler
+    weight_decay: float | Array
+    select: paths.Select
+    decay: paths.Select
+    rounding: Rounding
+    mesh: Mesh | None
 
 
 def mezo(
@@ -69,17 +84,8 @@ def mezo(
     >>> int(state.step)
     1
     """
-    return zeroth_order(
-        learning_rate,
-        eps=eps,
-        num_directions=num_directions,
-        sampler=sampler,
-        weight_decay=weight_decay,
-        select=select,
-        decay=decay,
-        rounding=rounding,
-        mesh=mesh,
-    )
+    shared = Shared(eps, num_directions, sampler, weight_decay, select, decay, rounding, mesh)
+    return zeroth_order(learning_rate, **shared._asdict())
 
 
 def mezo_momentum(
@@ -103,18 +109,9 @@ def mezo_momentum(
       momentum: decay rate of the mean over estimates.
       horizon: number of past estimates, which are drawn again in each step.
     """
-    return zeroth_order(
-        learning_rate,
-        rule=rules.replayed_momentum(momentum, horizon=horizon),
-        eps=eps,
-        num_directions=num_directions,
-        sampler=sampler,
-        weight_decay=weight_decay,
-        select=select,
-        decay=decay,
-        rounding=rounding,
-        mesh=mesh,
-    )
+    shared = Shared(eps, num_directions, sampler, weight_decay, select, decay, rounding, mesh)
+    rule = rules.replayed_momentum(momentum, horizon=horizon)
+    return zeroth_order(learning_rate, rule=rule, **shared._asdict())
 
 
 def mezo_adam(
@@ -144,18 +141,9 @@ def mezo_adam(
       floor: Adam's ε, added to the root of the second moment.
       horizon: number of past estimates, which are drawn again in each step.
     """
-    return zeroth_order(
-        learning_rate,
-        rule=rules.replayed_adam(b1, b2, floor=floor, horizon=horizon),
-        eps=eps,
-        num_directions=num_directions,
-        sampler=sampler,
-        weight_decay=weight_decay,
-        select=select,
-        decay=decay,
-        rounding=rounding,
-        mesh=mesh,
-    )
+    shared = Shared(eps, num_directions, sampler, weight_decay, select, decay, rounding, mesh)
+    rule = rules.replayed_adam(b1, b2, floor=floor, horizon=horizon)
+    return zeroth_order(learning_rate, rule=rule, **shared._asdict())
 
 
 def meazo(
@@ -181,18 +169,9 @@ def meazo(
 
     References: MEAZO, arXiv:2605.03869.
     """
-    return zeroth_order(
-        learning_rate,
-        rule=rules.normalized_by_average(decay_rate),
-        eps=eps,
-        num_directions=num_directions,
-        sampler=sampler,
-        weight_decay=weight_decay,
-        select=select,
-        decay=decay,
-        rounding=rounding,
-        mesh=mesh,
-    )
+    shared = Shared(eps, num_directions, sampler, weight_decay, select, decay, rounding, mesh)
+    rule = rules.normalized_by_average(decay_rate)
+    return zeroth_order(learning_rate, rule=rule, **shared._asdict())
 
 
 def fzoo(
@@ -219,19 +198,9 @@ def fzoo(
     Models towards Adam-Scale Speed", arXiv:2506.09034.
     """
     integer("num_directions", num_directions, least=2, most=MOST_COPIES)
-    return zeroth_order(
-        learning_rate,
-        estimator=one_sided,
-        rule=rules.normalized_by_spread(),
-        eps=eps,
-        num_directions=num_directions,
-        sampler=sampler,
-        weight_decay=weight_decay,
-        select=select,
-        decay=decay,
-        rounding=rounding,
-        mesh=mesh,
-    )
+    shared = Shared(eps, num_directions, sampler, weight_decay, select, decay, rounding, mesh)
+    rule = rules.normalized_by_spread()
+    return zeroth_order(learning_rate, estimator=one_sided, rule=rule, **shared._asdict())
 
 
 def lozo(
@@ -261,18 +230,10 @@ def lozo(
     References: Chen et al., "Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank
     Structures", arXiv:2410.07698.
     """
-    return zeroth_order(
-        learning_rate,
-        sampler=low_rank(rank, interval=interval),
-        rule=factored.factored_momentum(momentum) if momentum else None,
-        eps=eps,
-        num_directions=num_directions,
-        weight_decay=weight_decay,
-        select=select,
-        decay=decay,
-        rounding=rounding,
-        mesh=mesh,
-    )
+    sampler = low_rank(rank, interval=interval)
+    shared = Shared(eps, num_directions, sampler, weight_decay, select, decay, rounding, mesh)
+    rule = factored.factored_momentum(momentum) if momentum else None
+    return zeroth_order(learning_rate, rule=rule, **shared._asdict())
 
 
 def lozo_momentum(
@@ -331,16 +292,7 @@ def zo_muon(
 
     References: arXiv:2602.17155.
     """
-    return zeroth_order(
-        learning_rate,
-        estimator=one_sided,
-        sampler=subspace(rank, interval=interval),
-        rule=factored.orthogonalized(vector_scale=vector_scale),
-        eps=eps,
-        num_directions=num_directions,
-        weight_decay=weight_decay,
-        select=select,
-        decay=decay,
-        rounding=rounding,
-        mesh=mesh,
-    )
+    sampler = subspace(rank, interval=interval)
+    shared = Shared(eps, num_directions, sampler, weight_decay, select, decay, rounding, mesh)
+    rule = factored.orthogonalized(vector_scale=vector_scale)
+    return zeroth_order(learning_rate, estimator=one_sided, rule=rule, **shared._asdict())

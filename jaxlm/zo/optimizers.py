@@ -176,15 +176,8 @@ def first_state(
 
 def info_of(est: SPSAEstimate, learning_rate: Array, moved_fraction: Array) -> ZerothOrderInfo:
     """Return the diagnostics of a step from its estimate and its update."""
-    return ZerothOrderInfo(
-        loss=est.loss,
-        loss_plus=est.loss_plus,
-        loss_minus=est.loss_minus,
-        projected_grad=est.projected_grad,
-        learning_rate=learning_rate,
-        moved_fraction=moved_fraction,
-        aux=est.aux,
-    )
+    measured = est.loss, est.loss_plus, est.loss_minus, est.projected_grad
+    return ZerothOrderInfo(*measured, learning_rate, moved_fraction, est.aux)
 
 
 RECORDED = {"reuse_key": "lazy"}

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxlm.core import paths, prng, views
+from jaxlm.core.dtypes import wide_dtype
 from jaxlm.core.errors import UserError
 from jaxlm.core.precision import Packed
 from jaxlm.zo.samplers import Sampler
@@ -80,32 +81,22 @@ def drawn_once(z: Any) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Directions:
-    """The n directions of one estimate.
-
-    Attributes:
-      key: key of the estimate.
-      samplers: the sampler of each direction, stacked.
-      count: n.
-    """
+    """The n = `count` directions of one estimate: its key, and the sampler of each, stacked."""
 
     key: Array
     samplers: Sampler
     count: int = dataclasses.field(metadata={"static": True})
 
-    def at(self, j: Any) -> tuple[Array, Sampler]:
+    def at(self, j: Any) -> tuple[Array, Any]:
         """Return the key and the sampler of direction j."""
         return direction_key(self.key, j), jax.tree.map(lambda x: x[j], self.samplers)
-
-    def z(self, j: Any, site: Site) -> Any:
-        """Return direction j at a site as it enters the estimate; see `Sampler.direction`."""
-        key, sampler = self.at(j)
-        return drawn_once(sampler.direction(key, site))
 
     def combine(self, coefficients: Float[Array, "n"], site: Site) -> Float[Array, "..."]:
         """Return `Σ_j c_j z_j` at a site, in at least float32."""
 
         def term(j):
-            z = self.z(j, site)
+            key, sampler = self.at(j)
+            z = drawn_once(sampler.direction(key, site))
             return coefficients[j] * (z.dense() if isinstance(z, views.LowRank) else z)
 
         # A loop rather than an unrolled sum, so that one z is alive at a time.
@@ -117,11 +108,7 @@ class Directions:
 def directions(
     key: Array, sampler: Sampler, params: Any, select: paths.Select, count: int
 ) -> Directions:
-    """Return the directions of the estimate with this key.
-
-    Raises:
-      UserError: inside `shard_map`, if the parameters are shards or cannot be told from shards.
-    """
+    """Return the directions of the estimate with this key."""
     _refuse_shards(params, select)
 
     def one(j):
@@ -192,16 +179,9 @@ def accepts(function: Callable, keyword: str, *given: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """A loss and the directions along which it is measured.
+    """A loss `loss_fn(params, *args, [key], [view])` and the directions along which it is measured.
 
-    Attributes:
-      loss_fn: `loss_fn(params, *args, [key], [view]) -> loss` or `(loss, aux)`.
-      params: θ.
-      args: further arguments of `loss_fn`.
-      directions: the z_j.
-      select: parameters that are perturbed.
-      materialize_params: perturb a copy of the parameters even if `loss_fn` has a keyword `view`.
-      mesh: mesh over whose axis `data` the directions are spread, or None.
+    See `spsa`. With `one_by_one`, no two passes run together.
     """
 
     loss_fn: Callable[..., Any]
@@ -211,11 +191,17 @@ class Measurement:
     select: paths.Select = None
     materialize_params: bool = False
     mesh: Mesh | None = None
+    one_by_one: bool = False
 
     @property
     def lean(self) -> bool:
         """Whether the loss reads its parameters through a view."""
         return self._accepts("view") and not self.materialize_params
+
+    @property
+    def together(self) -> bool:
+        """Whether passes run together; without views, each would need a copy of the parameters."""
+        return self.lean and not self.one_by_one
 
     def _accepts(self, keyword: str) -> bool:
         return accepts(self.loss_fn, keyword, self.params, *self.args)
@@ -240,7 +226,7 @@ class Measurement:
         dtype = jnp.result_type(loss)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise UserError(f"loss_fn: must return a float (got {dtype}). Convert it to float32.")
-        return jnp.asarray(loss, jnp.promote_types(dtype, jnp.float32)), aux
+        return jnp.asarray(loss, wide_dtype(dtype)), aux
 
     def along(self, scales: Float[Array, "s"]) -> tuple[Float[Array, "n s"], Any]:
         """Return the losses at `θ + scale z_j` and the auxiliary outputs, both stacked.
@@ -257,7 +243,7 @@ class Measurement:
                 # all of it: a third copy of the parameters.
                 return self.loss(self._view(*lax.optimization_barrier((j, scale))))
 
-            return jax.vmap(at)(scales) if self.lean else lax.map(alone, scales)
+            return jax.vmap(at)(scales) if self.together else lax.map(alone, scales)
 
         return self._over_directions(one)
 
@@ -282,11 +268,11 @@ class Measurement:
     def _over_directions(self, one):
         # Factored directions read each weight once for the whole batch of them. Dense ones would
         # need a perturbed layer each, so they run one after another.
-        together = SHARED_PASS if self.lean and self.directions.samplers.factored else None
+        together = self.together and self.directions.samplers.factored
         indices = jnp.arange(self.directions.count)
 
         def some(indices):
-            return lax.map(one, indices, batch_size=together)
+            return lax.map(one, indices, batch_size=SHARED_PASS if together else None)
 
         if self.mesh is None:
             return some(indices)

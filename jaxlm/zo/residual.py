@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 
 from jaxlm.core import paths, prng, views
 from jaxlm.core.precision import Packed
-from jaxlm.core.views import LowRank
 from jaxlm.zo.checks import real
 from jaxlm.zo.estimators import Slopes, central, check, spsa
 from jaxlm.zo.factored import (
@@ -42,14 +41,7 @@ from jaxlm.zo.optimizers import (
     round_to,
     value_at,
 )
-from jaxlm.zo.perturbation import (
-    Measurement,
-    Perturbation,
-    accepts,
-    directions,
-    materialized,
-    width,
-)
+from jaxlm.zo.perturbation import Measurement, accepts, directions, materialized, width
 from jaxlm.zo.samplers import Gaussian, Sampler
 from jaxlm.zo.sites import Site, over_blocks
 from jaxlm.zo.structured import OUT_FIRST, Factored, LowRankSampler, is_matrix, low_rank
@@ -60,10 +52,7 @@ from jaxlm.zo.structured import OUT_FIRST, Factored, LowRankSampler, is_matrix, 
 class Residual:
     r"""The view $W + N V^\top$ of matrices, and the float32 copies of other leaves.
 
-    Attributes:
-      memory: N and copies, by the name of the leaf.
-      sampler: sampler that draws V.
-      key: any key; V does not depend on it.
+    `memory` holds N and the copies by the name of the leaf; `sampler` draws V, whatever the key.
     """
 
     memory: dict[str, Array]
@@ -80,11 +69,8 @@ class Residual:
         site = Site(path, leaf.shape, layer, rows, seen)
         if not is_matrix(site):
             return views.take(own, rows).astype(leaf.dtype)
-        return views.add_factors(path, seen, self.factors(site, own), rows)
-
-    def factors(self, site: Site, own: Array) -> LowRank:
-        """Return the factors of the residual at a site."""
-        return with_reused(self.sampler, self.key, site, own)
+        factors = with_reused(self.key, self.sampler, site, own)
+        return views.add_factors(path, seen, factors, rows)
 
 
 def lozo_residual(
@@ -209,7 +195,8 @@ def lozo_residual(
                 own = memory_at(state.memory, site.path, site.layer)
                 if not is_matrix(site):
                     return views.take(own, site.rows).astype(site.value.dtype), jnp.zeros(())
-                new = site.value.astype(own.dtype) + base.factors(site, own).dense()
+                added = with_reused(base.key, base.sampler, site, own).dense()
+                new = site.value.astype(own.dtype) + added
                 return round_to(new, site, "stochastic", key), jnp.zeros(())
 
             return over_blocks(block, leaf)[0]
@@ -231,24 +218,9 @@ def lozo_residual(
 
 def one_by_one(measurement: Measurement, eps: Array, previous: Any) -> Slopes:
     """`central` for a loss that is called on copies of the parameters, one copy at a time."""
-    return central(_OneByOne(**vars(measurement)), eps, previous)
-
-
-class _OneByOne(Measurement):
-    """A measurement in which no two passes run together."""
-
-    # `seen` has a keyword `view`, so `Measurement` regards it as lean and would run both signs in
-    # one pass, with a copy of the parameters for each.
-
-    def along(self, scales):
-        def at(j, scale):
-            # Without the barrier XLA hoists the draw of z out of the loop and keeps all of it.
-            j, scale = lax.optimization_barrier((j, scale))
-            key, sampler = self.directions.at(j)
-            return self.loss(Perturbation(key, scale, sampler, self.select))
-
-        indices = jnp.arange(self.directions.count)
-        return lax.map(lambda j: lax.map(lambda scale: at(j, scale), scales), indices)
+    # `seen` has a keyword `view`, so a measurement would run both signs in one pass, with a copy of
+    # the parameters for each.
+    return central(dataclasses.replace(measurement, one_by_one=True), eps, previous)
 
 
 def moved_fraction(

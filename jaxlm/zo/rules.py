@@ -8,7 +8,6 @@ and a rule computes u, one block of parameters at a time. A rule is a pair of pu
 its own state: nothing, some scalars, or small matrices.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.core import paths
 from jaxlm.core.checks import integer
+from jaxlm.core.dtypes import wide_dtype
 from jaxlm.zo.checks import MOST_COPIES, decay_rates, real
 from jaxlm.zo.perturbation import Directions, width
 from jaxlm.zo.samplers import Sampler
@@ -164,38 +164,11 @@ class History(NamedTuple):
     slopes: Float[Array, "h n"]
     steps: Int[Array, "h"]
 
-    def averages(
-        self, drawn: Directions, site: Site, decays: tuple[float, ...], powers: tuple[int, ...]
-    ) -> list:
-        """Return `Σ_s β^s G_s^p / Σ_s β^s` over the steps at a site, for each pair of β and p.
 
-        Args:
-          drawn: the directions of each step, stacked.
-          site: the leaf, or some of its rows.
-          decays: the β.
-          powers: the p.
-        """
-        count, n = self.slopes.shape
-        zero = jnp.zeros(jnp.shape(site.value), jnp.promote_types(site.value.dtype, jnp.float32))
-
-        def add(age, carry):
-            totals, weights = carry
-            directions = jax.tree.map(lambda x: x[age], drawn)
-            estimate = directions.combine(self.slopes[age] / n, site).astype(zero.dtype)
-            known = self.steps[age] >= 0
-            factors = [known * decay ** age.astype(zero.dtype) for decay in decays]
-            totals = [
-                total + jnp.where(known, factor * estimate**power, 0)
-                for total, factor, power in zip(totals, factors, powers, strict=True)
-            ]
-            return totals, [w + factor for w, factor in zip(weights, factors, strict=True)]
-
-        start = ([zero for _ in decays], [jnp.zeros((), zero.dtype) for _ in decays])
-        totals, weights = lax.fori_loop(0, count, add, start)
-        return [total / weight for total, weight in zip(totals, weights, strict=True)]
-
-
-def _replayed(name: str, horizon: int, block: Callable[[Callable[..., list], Site], Array]) -> Rule:
+def _replayed(
+    name: str, horizon: int, decays: tuple[float, ...], direction: Callable[..., Array]
+) -> Rule:
+    """Return the rule `u = direction(m_1, m_2, ...)`, `m_p = Σ_s β_p^s G_s^p / Σ_s β_p^s`."""
     integer("horizon", horizon, most=MOST_COPIES)
 
     def init(setup):
@@ -209,9 +182,29 @@ def _replayed(name: str, horizon: int, block: Callable[[Callable[..., list], Sit
             return jnp.concatenate([new[None].astype(old.dtype), old[:-1]])
 
         history = History(*map(first, (drawn.projected_grad, drawn.step), state))
-        directions = lax.map(drawn.directions, jnp.maximum(history.steps, 0))
-        averages = functools.partial(history.averages, directions)
-        return history, lambda site: block(averages, site)
+        drawn_again = lax.map(drawn.directions, jnp.maximum(history.steps, 0))
+        n = history.slopes.shape[1]
+
+        def block(site):
+            zero = jnp.zeros(jnp.shape(site.value), wide_dtype(site.value))
+
+            def add(age, carry):
+                totals, weights = carry
+                directions = jax.tree.map(lambda x: x[age], drawn_again)
+                estimate = directions.combine(history.slopes[age] / n, site).astype(zero.dtype)
+                known = history.steps[age] >= 0
+                factors = [known * decay ** age.astype(zero.dtype) for decay in decays]
+                totals = [
+                    total + jnp.where(known, factor * estimate**power, 0)
+                    for power, (total, factor) in enumerate(zip(totals, factors, strict=True), 1)
+                ]
+                return totals, [w + factor for w, factor in zip(weights, factors, strict=True)]
+
+            start = ([zero for _ in decays], [jnp.zeros((), zero.dtype) for _ in decays])
+            totals, weights = lax.fori_loop(0, horizon, add, start)
+            return direction(*(x / weight for x, weight in zip(totals, weights, strict=True)))
+
+        return history, block
 
     return Rule(name, init, update)
 
@@ -229,11 +222,8 @@ def replayed_momentum(momentum: float = 0.9, *, horizon: int = 20) -> Rule:
     References: arXiv:2305.17333, appendix B.
     """
     decay_rates(momentum=momentum)
-
-    def block(averages, site):
-        return averages(site, (momentum,), (1,))[0]
-
-    return _replayed(f"replayed_momentum(decay={momentum}, horizon={horizon})", horizon, block)
+    name = f"replayed_momentum(decay={momentum}, horizon={horizon})"
+    return _replayed(name, horizon, (momentum,), lambda mean: mean)
 
 
 def replayed_adam(
@@ -256,9 +246,8 @@ def replayed_adam(
     decay_rates(b1=b1, b2=b2)
     real("floor", floor, least=0.0)
 
-    def block(averages, site):
-        mean, square = averages(site, (b1, b2), (1, 2))
+    def direction(mean, square):
         return mean / (jnp.sqrt(square) + floor)
 
     name = f"replayed_adam(b1={b1}, b2={b2}, eps={floor}, horizon={horizon})"
-    return _replayed(name, horizon, block)
+    return _replayed(name, horizon, (b1, b2), direction)

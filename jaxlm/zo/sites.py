@@ -58,8 +58,7 @@ def over_blocks(
 ) -> tuple[Array, Array]:
     """Apply `function(site) -> (new value, number)` to the layers and blocks of a leaf in turn.
 
-    Returns:
-      The leaf with its new values, and the sum of the numbers.
+    The leaf with its new values, and the sum of the numbers, are returned.
     """
     if not leaf.stacked:
         return _over_rows(function, leaf.path, leaf.value, leaf.layer)

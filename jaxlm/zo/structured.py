@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from jaxlm.core import paths, views
 from jaxlm.core.checks import integer, real, show
+from jaxlm.core.dtypes import wide
 from jaxlm.core.errors import UserError
 from jaxlm.core.views import LowRank
 from jaxlm.zo.checks import MOST_COPIES
@@ -40,14 +41,8 @@ def is_matrix(site: Site) -> bool:
 class Factored(Sampler):
     """Base of low-rank samplers: two factors for a matrix, dense noise for all other leaves.
 
-    One factor is new for each direction; the other one is reused for an interval of steps.
-
-    Attributes:
-      rank: r; smaller matrices get a smaller rank, see `rank_of`.
-      interval: number of steps for which the reused factor stays.
-      base: distribution of the entries.
-      out_first: a regular expression that matches the paths of matrices stored [out, in].
-      reuse_key: key of the reused factor; None for the key of the direction.
+    One factor is new for each direction; the other one, drawn from `reuse_key` if it is given,
+    stays for `interval` steps. `base` draws the entries.
     """
 
     rank: int
@@ -383,8 +378,8 @@ def magnitude(params: Any, fraction: float = 0.25, *, base: Sampler = Gaussian()
     real("fraction", fraction, above=0, most=1)
 
     def limits(leaf: paths.Leaf) -> Array:
-        wide = jnp.abs(leaf.value.astype(jnp.promote_types(leaf.value.dtype, jnp.float32)))
-        rows = wide.reshape(wide.shape[0] if leaf.stacked else 1, -1)
+        size = jnp.abs(wide(leaf.value))
+        rows = size.reshape(len(size) if leaf.stacked else 1, -1)
         kept = jnp.quantile(rows, fraction, axis=1, method="lower")
         return kept if leaf.stacked else kept[0]
 
@@ -432,8 +427,8 @@ def tree_norms(tree: Any, select: paths.Select = None) -> dict[str, Array]:
     depth = _depth(leaves)
     squares: dict[str, Array] = {}
     for leaf in leaves:
-        wide = leaf.value.astype(jnp.promote_types(leaf.value.dtype, jnp.float32))
-        square = jnp.square(wide).sum(tuple(range(1 if leaf.stacked else 0, wide.ndim)))
+        axes = tuple(range(1 if leaf.stacked else 0, leaf.value.ndim))
+        square = jnp.square(wide(leaf.value)).sum(axes)
         name, layer = group(leaf.path), paths.identity(leaf.path, leaf.layer)[1]
         if layer is not None:
             square = jnp.zeros(depth, square.dtype).at[layer].set(square)

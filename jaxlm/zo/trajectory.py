@@ -51,13 +51,7 @@ _HEAD = len(MAGIC) + _THREE.size
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """The identity of a parameter.
-
-    Attributes:
-      path: path, with the index of the layer if layers are not stacked.
-      shape, dtype: shape and dtype of the values.
-      crc32: CRC-32 of their bytes in C order; None if it was not computed.
-    """
+    """The identity of a parameter: path (with the layer of a list), shape, dtype and checksum."""
 
     path: str
     shape: tuple[int, ...]
@@ -107,15 +101,9 @@ def as_json(settings: dict[str, Any], params: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """The constants of a run.
+    """The constants of a run; see the module for the file.
 
-    Attributes:
-      version: version of the program that wrote the file.
-      key: typed PRNG key in the initial state of the optimizer.
-      num_directions: n.
-      dtype: dtype of the numbers of a step, "float32" or "float64".
-      settings: settings of the optimizer as JSON values, see `as_json`.
-      params: the initial parameters.
+    `dtype` is that of the numbers of a step; `settings` are JSON values, see `as_json`.
     """
 
     version: str
@@ -397,9 +385,7 @@ class Trajectory:
             if step > kept.steps:
                 kept._add(chunk[: step - kept.steps])
         write_shared(self.path, kept._encode())
-        self._head, self._chunks, self._end = kept._head, kept._chunks, kept._end
-        self.steps, self.torn = step, 0
-        self.end = None
+        vars(self).update(vars(kept))
 
     def check(
         self,

@@ -16,8 +16,14 @@ from jaxlm.core import prng
 pytestmark = [pytest.mark.optimized, pytest.mark.default_flags]
 
 GENERATORS = ("counter", "threefry")
-SHAPES = ((), (1,), (7,), (1001,), (8, 40), (17, 33), (8, 3, 5), (16, 8, 24))
-DRAWN = [("counter", shape) for shape in SHAPES] + [("threefry", shape) for shape in ((), (5, 6))]
+SHAPES = ((), (7,), (8, 3, 5))
+MORE_SHAPES = ((1,), (1001,), (8, 40), (17, 33), (16, 8, 24))
+DRAWN = [
+    *(("counter", shape) for shape in SHAPES),
+    ("threefry", (5, 6)),
+    *(pytest.param("counter", shape, marks=pytest.mark.slow) for shape in MORE_SHAPES),
+    pytest.param("threefry", (), marks=pytest.mark.slow),
+]
 SHARDED = [("counter", shape) for shape in ((64,), (8, 40), (16, 8, 24))] + [("threefry", (8, 40))]
 
 
@@ -142,15 +148,17 @@ def test_a_leaf_of_two_to_the_32_elements_is_refused(shape):
         prng.bits(jax.random.key(0), shape, (0, 1))
 
 
-def test_normal_is_within_5e_5_of_the_inverse_distribution_function():
+@pytest.mark.parametrize("apart", [pytest.param(1, marks=pytest.mark.slow), 15])
+def test_normal_is_within_5e_5_of_the_inverse_distribution_function(apart):
     """Over every argument that there is, so that variance and kurtosis are known exactly."""
-    x = (2 * np.arange(2**24) - (2**24 - 1)) * 2.0**-24
+    x = (2 * np.arange(0, 2**24, apart) - (2**24 - 1)) * 2.0**-24
     z = np.asarray(jax.jit(prng._inverse_normal)(jnp.asarray(x, jnp.float32)), np.float64)
     assert np.abs(z - ndtri((x + 1) / 2)).max() < 5e-5
     np.testing.assert_array_equal(z, -z[::-1])
     assert (np.diff(z) >= 0).all()
-    assert abs((z**2).mean() - 1) < 1e-6
-    assert abs((z**4).mean() - 3) < 1e-5
+    if apart == 1:
+        assert abs((z**2).mean() - 1) < 1e-6
+        assert abs((z**4).mean() - 3) < 1e-5
 
 
 def test_normal_takes_the_upper_24_bits_and_rademacher_the_top_one():

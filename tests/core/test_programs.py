@@ -115,7 +115,7 @@ def test_what_is_no_array_is_held():
     np.testing.assert_allclose(found, np.sin(np.ones(2)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "signgd"])
+@pytest.mark.parametrize("kind", ["sgd", pytest.param("signgd", marks=pytest.mark.slow)])
 def test_a_second_kernel_of_a_language_model_compiles_nothing(kind: str):
     lm, ids = small_model(), jnp.arange(24).reshape(4, 6)
 

@@ -11,7 +11,9 @@ import jaxlm
 from jaxlm.core import paths, taps
 from tests.helpers.models import GOLDEN
 
-FAMILIES = ("gpt2", "llama-biases", "opt-projected", "bert-untied", "roberta-classifier")
+slow = pytest.mark.slow
+FAMILIES = ("gpt2", "llama-biases", "roberta-classifier")
+OTHERS = ("opt-projected", "bert-untied")
 HEAD = ("lm_head.embedding", "head")
 BATCH = {
     "input_ids": jnp.array([[5, 6, 7, 1], [8, 9, 10, 11], [8, 8, 8, 8]]),
@@ -91,7 +93,7 @@ def assert_equal(found, wanted):
         np.testing.assert_allclose(found[path], value, atol=atol, err_msg=path)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(x, marks=slow) for x in OTHERS)])
 def test_factors_of_every_leaf_of_every_family(name: str):
     lm = jaxlm.from_pretrained(GOLDEN / name)
     f = score(lm)
@@ -160,7 +162,7 @@ def square_norms(key, a, b, layer, scale):
     return norms, (1 + layer) * (1.0 if scale is None else scale) * norms
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "layer"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=slow), "layer"])
 def test_a_rule_sees_every_use_in_a_layer_with_all_cotangents(remat: str):
     lm = jaxlm.from_pretrained(GOLDEN / "gpt2")
     lm = lm.replace(config=lm.config.replace(remat=remat))

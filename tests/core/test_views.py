@@ -16,7 +16,9 @@ from tests.helpers.models import GOLDEN
 
 pytestmark = [pytest.mark.optimized, pytest.mark.default_flags]
 
-FAMILIES = ("gpt2", "llama", "opt-projected", "bert", "bert-untied", "roberta-classifier")
+slow = pytest.mark.slow
+FAMILIES = ("gpt2", "llama", "bert-untied")
+OTHERS = ("opt-projected", "bert", "roberta-classifier")
 IDS = jnp.array([[5, 6, 7, 1, 1], [8, 9, 10, 11, 12]])
 MASK = jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
 
@@ -92,16 +94,12 @@ def assert_seen(lm, view, **options):
     return seen
 
 
-@pytest.fixture(params=FAMILIES)
-def lm(request: pytest.FixtureRequest):
-    return jaxlm.from_pretrained(GOLDEN / request.param)
-
-
 WAVE = Wave(0.3, 0.1)
 
 
-def test_no_leaf_escapes_the_view(lm):
-    seen = set()
+@pytest.mark.parametrize("name", FAMILIES + OTHERS)
+def test_no_leaf_escapes_the_view(name: str):
+    lm, seen = jaxlm.from_pretrained(GOLDEN / name), set()
 
     def record(path, leaf, layer, *, rows=None):
         seen.add((path, layer is not None))
@@ -111,11 +109,13 @@ def test_no_leaf_escapes_the_view(lm):
     assert seen == {(leaf.path, leaf.stacked) for leaf in paths.flatten(lm.params)[0]}
 
 
-def test_every_leaf_and_low_rank_sum_of_every_family_is_seen_through_the_view(lm):
+@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(x, marks=slow) for x in OTHERS)])
+def test_every_leaf_and_low_rank_sum_of_every_family_is_seen_through_the_view(name: str):
+    lm = jaxlm.from_pretrained(GOLDEN / name)
     assert_seen(lm, views.compose(Adapter(0.1), Wave(0.7, 0.05)))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=slow)])
 def test_restricted_heads_see_the_same_rows(name: str):
     lm = jaxlm.from_pretrained(GOLDEN / name)
     whole = assert_seen(lm, WAVE)
@@ -126,8 +126,13 @@ def test_restricted_heads_see_the_same_rows(name: str):
     )
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert-untied"])
-@pytest.mark.parametrize("rows", [5, 36])
+@pytest.mark.parametrize(
+    ("rows", "name"),
+    [
+        *((5, "gpt2"), (36, "bert-untied")),
+        *(pytest.param(*row, marks=slow) for row in ((5, "bert-untied"), (36, "gpt2"))),
+    ],
+)
 def test_a_large_head_is_consumed_in_blocks(name: str, rows: int, monkeypatch: pytest.MonkeyPatch):
     # 37 rows: seven blocks of 5 and a rest of 2; one of 36 and a row.
     lm = jaxlm.from_pretrained(GOLDEN / name)
@@ -150,7 +155,7 @@ def test_a_view_crosses_vmap_over_any_of_its_arrays():
     lm = jaxlm.from_pretrained(GOLDEN / "gpt2")
     seen = jax.jit(lambda view: lm.apply(lm.params, IDS, MASK, view=view))
     phases, scales = jnp.array([0.0, 1.0, 2.0]), jnp.array([0.1, -0.1, 0.0])
-    for stack in (Wave(0.5, scales), Wave(phases, 0.1), Wave(phases, scales)):
+    for stack in (Wave(jnp.float32(0.5), scales), Wave(phases, scales)):
         axes = jax.tree.map(lambda x: 0 if jnp.ndim(x) else None, stack)
         found = jax.jit(jax.vmap(seen, in_axes=(axes,)))(stack)
         for i, out in enumerate(found):

@@ -48,10 +48,10 @@ def one_by_one(f, params, ids, select):
     [
         ("gpt2", None),
         ("llama", "q_proj|norm|lm_head"),
-        ("opt-projected", "pro"),
-        ("gemma3_text", "norm|k_proj"),
-        ("granite", "embed|up_proj"),
         ("modernbert", "norm|mlm"),
+        pytest.param("opt-projected", "pro", marks=pytest.mark.slow),
+        pytest.param("gemma3_text", "norm|k_proj", marks=pytest.mark.slow),
+        pytest.param("granite", "embed|up_proj", marks=pytest.mark.slow),
     ],
 )
 def test_every_kind_of_use(name: str, select):

@@ -24,6 +24,15 @@ paths.declare_stacked(
 )
 FAMILIES = sorted(sketches.SKETCHES)
 RINGS = ("countsketch", "srht")
+
+
+def rows(*quick):
+    """All families, of which the default run has some: others share their loops."""
+    marks = {name: () if name in quick else pytest.mark.slow for name in FAMILIES}
+    return [pytest.param(name, marks=mark) for name, mark in marks.items()]
+
+
+each_loop = pytest.mark.parametrize("family", rows("rademacher", "srht", "kronecker"))
 SHAPES = {
     "embed": {"embedding": (30, 24)},
     "layers": {"up": {"kernel": (3, 24, 96), "bias": (3, 96)}},
@@ -249,7 +258,14 @@ def test_ten_thousand_pairs(family, dim, columns):
     assert np.abs(norms).max() < (6 if family == "rademacher" else 12)
 
 
-@pytest.mark.parametrize("family", ["rademacher", "countsketch", "srht"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "countsketch",
+        "srht",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("rademacher",)),
+    ],
+)
 def test_blocks_filled_alike_meet_by_chance(family):
     """Leaves of which only a few numbers count, at the same places of each."""
     rng = np.random.default_rng(0)
@@ -264,7 +280,19 @@ def test_blocks_filled_alike_meet_by_chance(family):
     assert 4.5 * spread < 0.7 / 64
 
 
-@pytest.mark.parametrize("family", ["rademacher", "countsketch", "srht"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "srht",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                "rademacher",
+                "countsketch",
+            )
+        ),
+    ],
+)
 def test_the_best_five_percent_stay_the_best(family):
     """By cosine with a query: planted examples share a direction with it."""
     rng = np.random.default_rng(3)
@@ -289,7 +317,7 @@ def test_the_best_five_percent_stay_the_best(family):
 # The same rows whatever stands beside them, and wherever they lie.
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_loop
 def test_a_row_does_not_depend_on_its_batch(family):
     run, tree = project(projector(family, 64, 1)), gradients(37, FEW)
     whole = np.asarray(run(tree))
@@ -300,7 +328,7 @@ def test_a_row_does_not_depend_on_its_batch(family):
     assert run(jax.tree.map(lambda g: g[:0], tree)).shape == (0, 64)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_loop
 def test_layers_may_be_stacked_streamed_or_apart(family):
     proj, tree = projector(family, 64, 1), gradients(3)
     whole = project(proj)(tree)
@@ -332,7 +360,7 @@ def test_every_leaf_layer_and_seed_has_a_map_of_its_own():
 
 
 @pytest.mark.multidevice
-@pytest.mark.parametrize("family", FAMILIES)
+@each_loop
 def test_sharding_changes_no_bit(family):
     mesh = make_mesh(data=2, fsdp=2, model=2)
     tree = {"layers": gradients(12, SHAPES["layers"])}
@@ -351,7 +379,7 @@ def test_sharding_changes_no_bit(family):
     np.testing.assert_array_equal(plain.project(sharded), whole)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_loop
 def test_it_is_linear(family):
     run = project(projector(family, 64, 1))
     x, y = gradients(3), gradients(3, seed=1)
@@ -378,7 +406,7 @@ def test_other_machines_have_other_loops_and_the_same_map():
         np.testing.assert_allclose(added, gathered, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_loop
 def test_narrow_gradients_are_summed_in_float32(family):
     tree = gradients(3, FEW)
     run = project(projector(family, 64, 1))
@@ -390,7 +418,7 @@ def test_narrow_gradients_are_summed_in_float32(family):
         np.testing.assert_array_equal(found, wide)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_loop
 def test_only_blocks_are_alive(family):
     """Temporary memory is that of a block, whatever the size of the leaf."""
     count, dim = 32, 256

@@ -30,7 +30,18 @@ pytestmark = pytest.mark.optimized
 KEY = jax.random.key(7)
 LEARNING = {"lozo_momentum": 3e-2, "residual_feedback": 3e-3}
 """Learning rates that are not 1e-2."""
-each_method = pytest.mark.parametrize("name", METHODS)
+
+
+def rows(*quick):
+    """All methods, of which the default run has some: one for each way to go about it."""
+    marks = {name: () if name in quick else pytest.mark.slow for name in METHODS}
+    return [pytest.param(name, marks=mark) for name, mark in marks.items()]
+
+
+# The others are compositions of which test_golden knows every step.
+each_method = pytest.mark.parametrize(
+    "name", rows(*(name for name in METHODS if name not in ("momentum", "lozo", "population")))
+)
 
 
 class Run(NamedTuple):
@@ -40,6 +51,7 @@ class Run(NamedTuple):
       params: parameters before and after each step, with what `finalize` adds.
       state: the last state.
       infos: diagnostics of each step.
+      step: `step(params, state, scale)`, which copies what the program donates.
       compiled: number of programs.
       path: the file.
     """
@@ -47,14 +59,26 @@ class Run(NamedTuple):
     params: list[Any]
     state: Any
     infos: list[Any]
+    step: Any
     compiled: int
     path: Any
 
 
-def falling(rate):
-    """From twice the rate to 0 at step 3, the same bits where JAX has 64 of them."""
-    rates = np.float32(rate) * np.float32([2, 4 / 3, 2 / 3, 0])
-    return lambda step: jnp.take(rates, step, mode="clip")
+def scheduled(name):
+    """The method of a row: from twice its rate to 0 at step 3, and then at the rate of learning."""
+    rate = np.float32(METHODS[name][0])
+    rates = np.append(rate * np.float32([2, 4 / 3, 2 / 3, 0]), LEARNING.get(name, 1e-2))
+    rates = rates.astype(np.float32)  # the same bits where JAX has 64 of them
+    return method(name, lambda rate: lambda step: jnp.take(rates, step, mode="clip"))
+
+
+def scaled_loss(params, batch, *, view=None):
+    return batch["scale"] * network_loss(params, batch, view=view)
+
+
+@functools.cache
+def scaled_batch(scale=1.0):
+    return network_batch() | {"scale": jnp.float32(scale)}
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +87,14 @@ def run(tmp_path_factory):
 
     @functools.cache
     def made(name, dtype, x64):
-        params, batch = (jax.tree.map(np.asarray, x) for x in (network_params(), network_batch()))
+        params, batch = (jax.tree.map(np.asarray, x) for x in (network_params(), scaled_batch()))
         with jax.enable_x64(x64):
             params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
             measured = jnp.promote_types(dtype, jnp.float32)
             return steps(name, params, jax.tree.map(lambda x: jnp.asarray(x, measured), batch))
 
     def steps(name, params, batch):
-        opt = method(name, falling)
+        opt = scheduled(name)
         path = tmp_path_factory.mktemp(name) / "run.zo"
         log = zo.Trajectory.create(
             path,
@@ -79,7 +103,7 @@ def run(tmp_path_factory):
             num_directions=opt.settings["num_directions"],
             settings=opt.settings,
         )
-        step, state, infos = zo.jit_step(opt, network_loss), opt.init(params, KEY), []
+        step, state, infos = zo.jit_step(opt, scaled_loss), opt.init(params, KEY), []
         seen, params = [params], jax.tree.map(jnp.copy, params)
         for t in range(4):
             donated = params, state
@@ -89,28 +113,21 @@ def run(tmp_path_factory):
             infos.append(info)
             seen.append(jax.tree.map(jnp.copy, opt.finalize(params, state)))
         log.finish(seen[-1])
-        return Run(seen, state, infos, step._cache_size(), path)
+
+        def kept(params, state, scale):
+            return step(*jax.tree.map(jnp.copy, (params, state)), scaled_batch(scale))
+
+        return Run(seen, state, infos, kept, step._cache_size(), path)
 
     return lambda name, dtype="float32", x64=False: made(name, dtype, x64)
 
 
-@functools.cache
-def scaled_step(name):
-    """A method, and its compiled step on a multiple of the loss of the network."""
-    opt, batch = method(name, lambda rate: LEARNING.get(name, 1e-2)), network_batch()
-
-    def step(params, state, scale):
-        return opt.step(lambda *args: scale * network_loss(*args), params, state, batch)
-
-    return opt, jax.jit(step)
-
-
 @each_method
-def test_the_loss_of_a_network_falls(name):
-    params, (opt, step) = network_params(), scaled_step(name)
+def test_the_loss_of_a_network_falls(name, run):
+    made, opt, params = run(name), scheduled(name), network_params()
     before, state = network_loss(params, network_batch()), opt.init(params, KEY)
     for _ in range(500):
-        params, state, _ = step(params, state, 1.0)
+        params, state, _ = made.step(params, state, 1.0)
     assert network_loss(opt.finalize(params, state), network_batch()) < 0.7 * before
 
 
@@ -141,21 +158,24 @@ def test_steps_compile_once_and_follow_a_schedule(name, run):
     np.testing.assert_allclose(flat(made.params[4]), flat(made.params[3]), rtol=1e-6, atol=1e-8)
 
 
-REPLAYED = [*((name, "float32") for name in METHODS), ("stochastic", "bfloat16")]
-REPLAYED.append(("master", "bfloat16"))
-
-
-@pytest.mark.parametrize(("name", "dtype"), REPLAYED)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(pytest.param(*row.values, "float32", marks=row.marks) for row in each_method.args[1]),
+        ("stochastic", "bfloat16"),
+        ("master", "bfloat16"),
+    ],
+)
 def test_a_replay_ends_where_the_run_ended_bit_for_bit(name, dtype, run):
     made = run(name, dtype)
-    again = zo.replay(method(name, falling), made.params[0], made.path)
+    again = zo.replay(scheduled(name), made.params[0], made.path)
     assert_same_bits(again, made.params[-1])
 
 
-@each_method
+@pytest.mark.parametrize("name", rows("adam", "fzoo"))
 def test_jit_equals_eager_and_no_number_is_infinite_or_nan(name, run):
     """`JAX_DEBUG_NANS=1` and `JAX_DEBUG_INFS=1` find nothing, and arguments are kept."""
-    made, opt = run(name), method(name, falling)
+    made, opt = run(name), scheduled(name)
     params = made.params[0]
     state = opt.init(params, KEY)
     with jax.debug_nans(True), jax.debug_infs(True):
@@ -168,13 +188,13 @@ def test_jit_equals_eager_and_no_number_is_infinite_or_nan(name, run):
 
 
 @each_method
-def test_a_step_without_a_finite_slope_changes_nothing_but_its_number(name):
+def test_a_step_without_a_finite_slope_changes_nothing_but_its_number(name, run):
     """A run that has such a step continues as one that never saw its batch."""
-    params, (opt, step) = network_params(), scaled_step(name)
+    made, opt, params = run(name), scheduled(name), network_params()
     state = opt.init(params, KEY)
     for scale in (np.inf, 1.0, 1.0, np.nan, np.inf):
         before = opt.finalize(params, state), state
-        params, state, info = step(params, state, scale)
+        params, state, info = made.step(params, state, scale)
         if scale == 1:
             # The first loss of residual feedback has none to be compared with.
             first = name == "residual_feedback" and not before[1].known.any()
@@ -195,11 +215,20 @@ def test_a_step_without_a_finite_slope_changes_nothing_but_its_number(name):
             assert jnp.array_equal(new, old)
 
 
-SHORT = ("mezo", "adam", "momentum", "meazo", "lozo_momentum", "zo_muon", "residual_feedback")
-WIDTHS = [(dtype, name) for dtype in ("float32", "float64") for name in METHODS]
+# Whatever keeps numbers of its own: slopes, scalars, losses, factors, a residual.
+WITH_STATE = ("adam", "meazo", "residual_feedback", "lozo_momentum", "lozo_residual")
+SHORT = ("mezo", "adam", "momentum", "lozo_momentum", "zo_muon", "residual_feedback")
 
 
-@pytest.mark.parametrize(("dtype", "name"), [*WIDTHS, *(("bfloat16", name) for name in SHORT)])
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        *(pytest.param("float64", *row.values, marks=row.marks) for row in rows(*WITH_STATE)),
+        *(pytest.param("float32", *row.values, marks=row.marks) for row in rows("adam")),
+        ("bfloat16", "meazo"),
+        *(pytest.param("bfloat16", name, marks=pytest.mark.slow) for name in SHORT),
+    ],
+)
 def test_the_width_of_numbers_is_that_of_the_leaves_and_not_of_the_process(dtype, name, run):
     """Under 64 bits, methods do what they do without; leaves of 64 bits have states of 64."""
     made = run(name, "float32" if dtype == "float64" else dtype)
@@ -241,7 +270,7 @@ def odd_loss(params, batch):
     return (y**2).sum() + params["count"]
 
 
-@each_method
+@pytest.mark.parametrize("name", rows("mezo", "lozo_momentum", "lozo_residual", "master"))
 def test_leaves_that_are_not_arrays_of_real_floats_stay_fixed(name, tmp_path):
     """In steps, in the copy of `float32_master`, and in a replay."""
     opt, params, batch = method(name), odd_params(), jnp.ones((4, 2))

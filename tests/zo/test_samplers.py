@@ -26,6 +26,7 @@ from tests.zo.problems import (
 
 pytestmark = [pytest.mark.optimized, pytest.mark.default_flags]
 
+slow = pytest.mark.slow
 KEY = jax.random.key(11)
 SHAPES = {"head.bias": (3,), "embed.tokens": (5, 3), "layers.kernel": (2, 4, 3)}
 NORMS = {"layers": jnp.array([0.5, 2.0]), "embed": jnp.float32(4), "head": jnp.float32(3)}
@@ -55,7 +56,9 @@ def samplers():
     }
 
 
-NAMES = list(samplers())
+# The others share the way by which these come to their numbers.
+QUICK = ("gaussian", "subspace", "layer_blocks", "magnitude", "variance_modified")
+NAMES = [pytest.param(name, marks=() if name in QUICK else slow) for name in samplers()]
 
 
 def dense(z):
@@ -120,7 +123,7 @@ def small_half():
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", samplers())
 def test_mean_and_covariance_are_those_of_the_docstring(name):
     sampler, params = samplers()[name], tree()
     z = np.asarray(over_keys(lambda key: flat(perturbation(sampler, key, params)), 4096))
@@ -135,24 +138,25 @@ def test_rows_drawn_alone_are_those_of_the_whole(name):
     one = drawn(KEY, samplers()[name], params, None, 1)
     key, sampler = one.at(0)
 
+    indices = jnp.array([[3, 0], [2, 2]])
+
     @jax.jit
-    def draw(value, layer, rows):
-        path, shape = ("embed.tokens", (5, 3)) if layer is None else ("layers.kernel", (4, 3))
-        site = zo.Site(path, shape, layer, rows, views.take(value, rows))
-        return dense(sampler.sample(key, site))
+    def draw(value, layer):
+        path = "embed.tokens" if layer is None else "layers.kernel"
+
+        def at(rows):
+            site = zo.Site(path, value.shape, layer, rows, views.take(value, rows))
+            return dense(sampler.sample(key, site))
+
+        return at(indices), at((1, 2)), at(None)
 
     for value, layer in (
         (params["embed"]["tokens"], None),
         (params["layers"]["kernel"][1], jnp.int32(1)),
     ):
-        whole = np.asarray(draw(value, layer, None))
-        indices = jnp.array([[3, 0], [2, 2]])
-        np.testing.assert_array_equal(draw(value, layer, indices), whole[np.asarray(indices)])
-        path, shape = ("embed.tokens", (5, 3)) if layer is None else ("layers.kernel", (4, 3))
-        block = zo.Site(path, shape, layer, (1, 2), value[1:3])
-        np.testing.assert_array_equal(
-            jax.jit(lambda block=block: dense(sampler.sample(key, block)))(), whole[1:3]
-        )
+        taken, block, whole = draw(value, layer)
+        np.testing.assert_array_equal(taken, whole[indices])
+        np.testing.assert_array_equal(block, whole[1:3])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -169,7 +173,11 @@ def test_layers_of_a_list_get_the_noise_of_stacked_ones(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["rademacher", "low_rank", "layer_blocks", "magnitude", "variance_modified"]
+    "name",
+    [
+        *("low_rank", "layer_blocks", "magnitude"),
+        *(pytest.param(name, marks=slow) for name in ("rademacher", "variance_modified")),
+    ],
 )
 def test_a_view_along_any_sampler_sees_perturbed_parameters(name):
     params, batch = network_params(), network_batch()
@@ -222,7 +230,7 @@ def ill_conditioned(n: int, rank: int) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 8, 31, 64, 96])
+@pytest.mark.parametrize("n", [1, 3, 64, *(pytest.param(n, marks=slow) for n in (2, 8, 31, 96))])
 def test_a_basis_is_orthonormal_at_every_rank_whatever_is_drawn(n):
     for rank in range(1, n + 1) if n <= 8 else sorted({1, 2, n // 2, n - 1, n}):
         drawn = jnp.asarray(np.stack([*ill_conditioned(n, rank).values()]), jnp.float32)
@@ -230,7 +238,7 @@ def test_a_basis_is_orthonormal_at_every_rank_whatever_is_drawn(n):
             np.testing.assert_allclose(p.T @ p, np.eye(rank), atol=1e-5)
 
 
-@pytest.mark.parametrize(("rank", "size"), [(32, 32), (64, 64), (64, 3)])
+@pytest.mark.parametrize(("rank", "size"), [pytest.param(32, 32, marks=slow), (64, 64), (64, 3)])
 def test_a_subspace_is_orthonormal_step_after_step(rank, size):
     """A new basis in each of many steps, as large as the matrix or larger."""
     sampler = zo.subspace(rank, interval=1)
@@ -265,17 +273,17 @@ def test_newton_schulz_brings_singular_values_near_one(shape):
 
 
 MUON = functools.partial(zo.zo_muon, vector_scale=1.0)
+NO_MATRIX = {"b": jnp.ones(3), "x": jnp.ones((2, 2, 2)), "t": jnp.float32(1)}
 
 
 @pytest.mark.parametrize("make", [zo.lozo, zo.lozo_momentum, zo.lozo_residual, MUON])
 @pytest.mark.parametrize(
     "params",
     [
-        {"w": jnp.ones((5, 1))},
-        {"w": jnp.ones((1, 5))},
-        {"b": jnp.ones(3), "x": jnp.ones((2, 2, 2)), "t": jnp.float32(1)},
+        {"one output": jnp.ones((5, 1)), "one input": jnp.ones((1, 5)), **NO_MATRIX},
+        pytest.param(NO_MATRIX, marks=slow),
     ],
-    ids=["one output", "one input", "no matrix"],
+    ids=["matrices", "no matrix"],
 )
 def test_a_rank_is_at_most_that_of_the_matrix_and_other_leaves_get_dense_noise(make, params):
     opt = make(1e-3, rank=4, interval=2)

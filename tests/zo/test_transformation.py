@@ -14,7 +14,8 @@ from tests.zo.problems import directions, flat, quadratic, small_params
 
 pytestmark = pytest.mark.optimized
 
-WIDTHS = ["float32", "bfloat16", "float16", "float64"]
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("float32", "float16")]
+WIDTHS = ["bfloat16", "float64", *OTHERS]
 EPS = 2.0**-6
 CHAINS = {
     "alone": lambda **o: zo.scale_by_spsa(EPS, **o),
@@ -210,26 +211,25 @@ def finite(tree):
     )
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("name", CHAINS)
-def test_a_slope_that_is_not_finite_reaches_no_state(name, bad, dtype):
+def test_a_slope_that_is_not_finite_reaches_no_state(name, dtype):
     params, tx = small_params(dtype), CHAINS[name](num_directions=2)
     update = jax.jit(
         lambda state, scale: tx.update(None, state, params, value_fn=lambda p: value_fn(p) * scale)
     )
     _, before = update(tx.init(params), 1.0)
-    updates, after = update(before, bad)
-    assert finite((updates, after))
-    own, last = (state if name == "alone" else state[0] for state in (after, before))
-    assert (own.step, own.skipped) == (2, 1)
-    for new, old in zip(own._replace(step=1, skipped=0), last, strict=True):
-        assert jnp.array_equal(new, old)
-    if name == "alone":
-        assert not flat(updates).any()
-    if name == "then":  # the moments and the count of Adam are as before, and nothing decays
-        assert not flat(updates).any()
-        for new, old in zip(*map(jax.tree.leaves, (after[1], before[1])), strict=True):
-            np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
+    for bad in (np.nan, np.inf):
+        updates, after = update(before, bad)
+        assert finite((updates, after))
+        own, last = (state if name == "alone" else state[0] for state in (after, before))
+        assert (own.step, own.skipped) == (2, 1)
+        for new, old in zip(own._replace(step=1, skipped=0), last, strict=True):
+            assert jnp.array_equal(new, old)
+        if name in ("alone", "then"):
+            assert not flat(updates).any()
+        if name == "then":  # the moments and the count of Adam are as before
+            for new, old in zip(*map(jax.tree.leaves, (after[1], before[1])), strict=True):
+                np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
 
 
 def test_one_bad_direction_of_two_is_left_out():
