@@ -53,16 +53,15 @@ def _absent(config: ModelConfig, path: str, layer: int) -> bool:
     return not config.first_norm and layer == 0 and path.startswith("layers.attention_norm.")
 
 
+def _layers(config: ModelConfig, path: str) -> range:
+    """Return the layers that have a tensor for a leaf; 0 stands for a leaf outside the layers."""
+    return range(_absent(config, path, 0), config.num_layers if _stacked(path) else 1)
+
+
 def runs(row: Name, length: int, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
-    """Yield where [start:stop] of our last axis lies on the HF tensor's, by contiguous runs.
+    """Yield where [start:stop] of our last axis, of `length`, lies on that of the HF tensor.
 
-    Args:
-      row: how our leaf lies in the tensor.
-      length: length of our last axis.
-      start, stop: bounds of the part.
-
-    Yields:
-      For each run, its slice of the part and its slice of the tensor.
+    For each contiguous run, its slice of the part and its slice of the tensor.
     """
     index, count = row.part
     size = length // row.groups
@@ -81,14 +80,10 @@ def _shape(row: Name, ours: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a model folder, read by our paths.
+    """The tensors of a model folder or GGUF file, read by our paths.
 
-    Attributes:
-      folder: folder of the model, or its GGUF file.
-      module: its family.
-      tensors: HF name -> where it is stored.
-      open: context manager that opens the file at a path. A file is opened again for every `PIECE`
-        elements, since the pages of a mapped file stay in memory until it is closed.
+    `open` is called again for every `PIECE` elements, since the pages of a mapped file stay in
+    memory until it is closed.
     """
 
     folder: Path
@@ -111,11 +106,7 @@ class Checkpoint:
         return None
 
     def match(self, config: ModelConfig) -> ModelConfig:
-        """Return the configuration with the head and the tying that the tensors show.
-
-        Raises:
-          UserError: config.json does not name each class of a classifier once.
-        """
+        """Return the configuration with the head and the tying that the tensors show."""
         config = self._match_head(config)
         if config.head != "classifier":
             untied = config.tie_embeddings and config.head != "none" and self._untied(config)
@@ -167,17 +158,12 @@ class Checkpoint:
         """Compare every leaf with what is stored, before any tensor is read.
 
         Tensors of another head are left out with a warning.
-
-        Raises:
-          UserError: a tensor is missing, has another shape or does not hold floats; there are more
-            layers than the configuration has; or a tensor of a known part is not used.
         """
         for path, shape in param_shapes(config).items():
-            layers = config.num_layers if _stacked(path) else 1
-            for layer in range(_absent(config, path, 0), layers):
+            for layer in _layers(config, path):
                 self._check(config, path, layer, shape[1:] if _stacked(path) else shape)
-            more = self.find(config, path, layers) if _stacked(path) else None
-            if more is not None:
+            layers = config.num_layers
+            if _stacked(path) and (more := self.find(config, path, layers)) is not None:
                 raise UserError(
                     f"{self.folder}: holds {more[1]}, but its configuration has {layers} layers. "
                     "Correct config.json, or download the model again."
@@ -189,8 +175,7 @@ class Checkpoint:
         used = set()
         for row in self.module.names(config):
             if row.path in shapes or (row.path == "lm_head.embedding" and config.head != "none"):
-                layers = config.num_layers if _stacked(row.path) else 1
-                for layer in range(_absent(config, row.path, 0), layers):
+                for layer in _layers(config, row.path):
                     name = row.hf.format(layer=layer)
                     used |= {name, name.removeprefix(prefix)}
         parts = {name.rpartition(".")[0] for name in used}
@@ -237,11 +222,7 @@ class Checkpoint:
     def read(
         self, config: ModelConfig, path: str, dtype: Any, index: tuple[slice, ...]
     ) -> np.ndarray:
-        """Read the part `index` of one of our leaves; nothing else is read from the files.
-
-        Raises:
-          UserError: a number is not finite, or overflows in this dtype.
-        """
+        """Read the part `index` of one of our leaves; nothing else is read from the files."""
         shape = param_shapes(config)[path]
         bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
         host = np.empty([stop - start for start, stop in bounds], dtype)
@@ -299,11 +280,7 @@ class Target:
 
 
 def targets(config: ModelConfig, module: ModuleType, flat: Mapping[str, Any]) -> dict[str, Target]:
-    """Return the tensor to write under each HF name.
-
-    Raises:
-      UserError: a leaf is missing or has another shape.
-    """
+    """Return the tensor to write under each HF name."""
     result: dict[str, Target] = {}
     shapes = param_shapes(config)
     for row in module.names(config):
@@ -314,8 +291,8 @@ def targets(config: ModelConfig, module: ModuleType, flat: Mapping[str, Any]) ->
         if leaf is None or leaf.shape != shape:
             raise UserError(f"params: have no {row.path} of shape {list(shape)}. Give those of lm.")
         name = row.hf.removeprefix(module.PREFIX) if config.head == "none" else row.hf
-        layers, ours = (shape[0], shape[1:]) if _stacked(row.path) else (1, shape)
-        for layer in range(_absent(config, row.path, 0), layers):
+        ours = shape[1:] if _stacked(row.path) else shape
+        for layer in _layers(config, row.path):
             empty = Target(_shape(row, ours), leaf.dtype, [])
             result.setdefault(name.format(layer=layer), empty).parts.append((row, layer))
     return result

@@ -75,11 +75,6 @@ def check_ids(name: str, ids: Any, size: int) -> None:
     """Raise UserError for ids outside [0, size), which JAX would clip to this range.
 
     Tracers have no values, so under `jit`, `vmap` and `grad` nothing is checked.
-
-    Args:
-      name: name of the ids, for error messages.
-      ids: array, tracer, or None.
-      size: length of the table.
     """
     if ids is None or isinstance(ids, jax.core.Tracer):
         return
@@ -298,9 +293,7 @@ def unstack(tree):
     """Return a tree of stacked layers as a list of trees.
 
     Every function here accepts either under `layers`; with a list, keys and values of a cache are
-    lists too. A program over a list has a copy of the code for each layer. But on a CPU it reads
-    weights in place, whereas XLA copies the weights of one layer out of a stack before each
-    product.
+    lists too, and a program has a copy of the code for each layer.
     """
     leaves, structure = jax.tree.flatten(tree)
     rows = zip(*map(jnp.unstack, leaves), strict=True)
