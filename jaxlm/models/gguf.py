@@ -295,7 +295,15 @@ def _hf_config(
     if "token_embd.weight" not in tensors:
         raise damaged(path, "has no token_embd.weight")
     if architecture != "gpt2":
-        hf |= _head_sizes(path, architecture, metadata, hf)
+        size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+        for key in (f"{architecture}.{key}" for key in _CHECKED):
+            if metadata.get(key, size) != size:
+                raise UserError(
+                    f"{path}: {key} must be {size}, the size of a head (got "
+                    f"{show(metadata[key])}). Use another model."
+                )
+        groups = hf.get("num_key_value_heads") or hf["num_attention_heads"]
+        hf |= {"num_key_value_heads": groups, "head_dim": size}
         hf["attention_bias"] = "blk.0.attn_q.bias" in tensors
         hf["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
     if architecture == "gemma2":
@@ -321,23 +329,6 @@ def _hf_config(
         "bos_token_id": ids["bos"],
         "eos_token_id": ends if len(ends) > 1 and ids["eos"] is not None else ids["eos"],
         "pad_token_id": ids["pad"],
-    }
-
-
-def _head_sizes(
-    path: Path, architecture: str, metadata: Mapping[str, Any], hf: Mapping[str, Any]
-) -> dict[str, int]:
-    """Return the number of key-value heads and the size of a head; refuse a key that differs."""
-    size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-    for key in (f"{architecture}.{key}" for key in _CHECKED):
-        if metadata.get(key, size) != size:
-            raise UserError(
-                f"{path}: {key} must be {size}, the size of a head (got {show(metadata[key])}). "
-                "Use another model."
-            )
-    return {
-        "num_key_value_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        "head_dim": size,
     }
 
 

@@ -44,7 +44,8 @@ class Stored(NamedTuple):
     dtype: str
 
 
-def _stacked(path: str) -> bool:
+def is_stacked(path: str) -> bool:
+    """Return whether a leaf of ours holds all layers."""
     return path.startswith(LAYERS + ".")
 
 
@@ -55,7 +56,17 @@ def _absent(config: ModelConfig, path: str, layer: int) -> bool:
 
 def _layers(config: ModelConfig, path: str) -> range:
     """Return the layers that have a tensor for a leaf; 0 stands for a leaf outside the layers."""
-    return range(_absent(config, path, 0), config.num_layers if _stacked(path) else 1)
+    return range(_absent(config, path, 0), config.num_layers if is_stacked(path) else 1)
+
+
+def hf_names(config: ModelConfig, module: ModuleType) -> Iterator[tuple[Name, int, str]]:
+    """Yield the names of all parameters, each with its layer and the HF tensor of that layer."""
+    shapes = param_shapes(config)
+    for row in module.names(config):
+        if row.path in shapes:
+            name = row.hf.removeprefix(module.PREFIX) if config.head == "none" else row.hf
+            for layer in _layers(config, row.path):
+                yield row, layer, name.format(layer=layer)
 
 
 def runs(row: Name, length: int, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
@@ -161,9 +172,9 @@ class Checkpoint:
         """
         for path, shape in param_shapes(config).items():
             for layer in _layers(config, path):
-                self._check(config, path, layer, shape[1:] if _stacked(path) else shape)
+                self._check(config, path, layer, shape[1:] if is_stacked(path) else shape)
             layers = config.num_layers
-            if _stacked(path) and (more := self.find(config, path, layers)) is not None:
+            if is_stacked(path) and (more := self.find(config, path, layers)) is not None:
                 raise UserError(
                     f"{self.folder}: holds {more[1]}, but its configuration has {layers} layers. "
                     "Correct config.json, or download the model again."
@@ -226,9 +237,9 @@ class Checkpoint:
         shape = param_shapes(config)[path]
         bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
         host = np.empty([stop - start for start, stop in bounds], dtype)
-        first = bounds.pop(0)[0] if _stacked(path) else 0
+        first = bounds.pop(0)[0] if is_stacked(path) else 0
         *outer, (start, stop) = bounds
-        for layer, block in enumerate(host if _stacked(path) else host[None], first):
+        for layer, block in enumerate(host if is_stacked(path) else host[None], first):
             if _absent(config, path, layer):
                 block[...] = path.endswith("scale")
                 continue
@@ -272,7 +283,7 @@ class Target:
         tensor = np.empty(self.shape, self.dtype)
         for row, layer in self.parts:
             leaf = flat[row.path]
-            value = to_host(leaf[layer] if _stacked(row.path) else leaf)
+            value = to_host(leaf[layer] if is_stacked(row.path) else leaf)
             whole = tensor.T if row.transpose else tensor
             for ours, theirs in runs(row, value.shape[-1], 0, value.shape[-1]):
                 whole[..., theirs] = value[..., ours]
@@ -283,16 +294,11 @@ def targets(config: ModelConfig, module: ModuleType, flat: Mapping[str, Any]) ->
     """Return the tensor to write under each HF name."""
     result: dict[str, Target] = {}
     shapes = param_shapes(config)
-    for row in module.names(config):
-        if row.path not in shapes:
-            continue
-        shape = shapes[row.path]
-        leaf = flat.get(row.path)
+    for row, layer, name in hf_names(config, module):
+        shape, leaf = shapes[row.path], flat.get(row.path)
         if leaf is None or leaf.shape != shape:
             raise UserError(f"params: have no {row.path} of shape {list(shape)}. Give those of lm.")
-        name = row.hf.removeprefix(module.PREFIX) if config.head == "none" else row.hf
-        ours = shape[1:] if _stacked(row.path) else shape
-        for layer in _layers(config, row.path):
-            empty = Target(_shape(row, ours), leaf.dtype, [])
-            result.setdefault(name.format(layer=layer), empty).parts.append((row, layer))
+        ours = shape[1:] if is_stacked(row.path) else shape
+        empty = Target(_shape(row, ours), leaf.dtype, [])
+        result.setdefault(name, empty).parts.append((row, layer))
     return result

@@ -18,11 +18,10 @@ from jaxlm.artifacts.arrays import check_finite
 from jaxlm.artifacts.files import file_path
 from jaxlm.artifacts.folder import replacing
 from jaxlm.core.errors import UserError
-from jaxlm.core.paths import LAYERS
 from jaxlm.models import LanguageModel, ModelConfig, param_shapes
 from jaxlm.models.families import Name, family
 from jaxlm.models.hf_config import FLAG, WIDTH, Kind, check_fields, damaged, optional, read_json
-from jaxlm.models.hf_tensors import runs
+from jaxlm.models.hf_tensors import hf_names, is_stacked, runs
 from jaxlm.models.initialise import nest, unnest
 from jaxlm.peft.methods import refuse_second
 
@@ -43,17 +42,12 @@ _FIELDS = {"r": WIDTH, "lora_alpha": _FINITE, "use_rslora": optional(FLAG)}
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
-def _modules(config: ModelConfig) -> dict[str, list[tuple[Name, int | None]]]:
+def _modules(config: ModelConfig) -> dict[str, list[tuple[Name, int]]]:
     """Return our kernels that each HF module holds, with their layers."""
-    module, shapes = family(config.family), param_shapes(config)
-    modules: dict[str, list[tuple[Name, int | None]]] = {}
-    for row in module.names(config):
-        if row.path in shapes and row.path.endswith(KERNEL):
-            name = row.hf.removesuffix(".weight")
-            name = name.removeprefix(module.PREFIX) if config.head == "none" else name
-            stacked = row.path.startswith(LAYERS + ".")
-            for layer in range(config.num_layers) if stacked else (None,):
-                modules.setdefault(name.format(layer=layer), []).append((row, layer))
+    modules: dict[str, list[tuple[Name, int]]] = {}
+    for row, layer, name in hf_names(config, family(config.family)):
+        if row.path.endswith(KERNEL):
+            modules.setdefault(name.removesuffix(".weight"), []).append((row, layer))
     return modules
 
 
@@ -103,13 +97,13 @@ def save_adapter(
         (place / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _pair(rows: list[tuple[Name, int | None]], flat: dict[str, Any]) -> Any:
+def _pair(rows: list[tuple[Name, int]], flat: dict[str, Any]) -> Any:
     """Return A [r, in] and B [out, r] of one HF module, or None if it has no adapter."""
     parts = []
     for row, layer in rows:
         stem = row.path.removesuffix(KERNEL)
         if stem + LEFT in flat:
-            at = ... if layer is None else layer
+            at = layer if is_stacked(row.path) else ...
             left, right = (np.asarray(flat[stem + name][at]).T for name in (LEFT, RIGHT))
             parts.append((row, left, right))
     if not parts:
@@ -177,13 +171,14 @@ def load_adapter(
                 new.setdefault(path, {})[layer] = value
     flat = unnest(lm.params)
     for path, by_layer in new.items():
-        if None not in by_layer and len(by_layer) < lm.config.num_layers:
-            missing = next(i for i in range(lm.config.num_layers) if i not in by_layer)
-            raise UserError(
-                f"{folder}: {path} is missing in layer {missing}. Give an adapter of all layers."
-            )
-        stack = [by_layer[layer] for layer in sorted(by_layer, key=lambda i: i or 0)]
-        flat[path] = jnp.asarray(stack[0] if None in by_layer else np.stack(stack), dtype)
+        layers = range(lm.config.num_layers if is_stacked(path) else 1)
+        for layer in layers:
+            if layer not in by_layer:
+                raise UserError(
+                    f"{folder}: {path} is missing in layer {layer}. Give an adapter of all layers."
+                )
+        stack = np.stack([by_layer[layer] for layer in layers])
+        flat[path] = jnp.asarray(stack if is_stacked(path) else stack[0], dtype)
     return lm.replace(config=lm.config.replace(lora_scale=scale), params=nest(flat))
 
 

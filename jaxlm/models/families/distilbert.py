@@ -3,6 +3,7 @@
 References: DistilBERT, arXiv:1910.01108.
 """
 
+from functools import partial
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
@@ -17,6 +18,7 @@ KEYS = SIZES | {
     "intermediate_size": "hidden_dim",
 }
 DEFAULTS = {"activation": "gelu", "tie_word_embeddings": True}
+write_config = partial(bert.write_config, keys=KEYS, name="DistilBert")
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
@@ -30,11 +32,6 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
         final_norm=False,
         pooler="relu",
     )
-
-
-def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF DistilBERT config for ours."""
-    return bert.write_config(config, KEYS, "DistilBert")
 
 
 def names(config: ModelConfig) -> list[Name]:

@@ -3,6 +3,7 @@
 References: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
 """
 
+from functools import partial
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
@@ -25,6 +26,7 @@ DEFAULTS = {
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
 }
+write_config = partial(write_fields, keys=KEYS, architecture="GPT2LMHeadModel")
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
@@ -35,11 +37,6 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     require(hf, "add_cross_attention", False)
     inner = hf.get("n_inner") or 4 * hf["n_embd"]
     return ModelConfig(**read_fields({**DEFAULTS, **hf, "n_inner": inner}, KEYS), family="gpt2")
-
-
-def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF GPT-2 config for ours."""
-    return write_fields(config, KEYS, "GPT2LMHeadModel")
 
 
 def names(config: ModelConfig) -> list[Name]:

@@ -10,6 +10,7 @@ from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import llama
 
 PREFIX = llama.PREFIX
+write_config = partial(llama.write_config, architecture="Olmo2ForCausalLM")
 NORMS = {"attention_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}
 names = partial(llama.names, norms=NORMS)
 
@@ -18,8 +19,3 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     """Return our configuration for a HF OLMo 2 config."""
     config = llama.read_config({"rms_norm_eps": 1e-5, **hf})
     return config.replace(family="olmo2", norm_position="after", query_key_norm="all")
-
-
-def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF OLMo 2 config for ours."""
-    return llama.write_config(config, "Olmo2ForCausalLM")

@@ -3,6 +3,7 @@
 References: Qwen3, arXiv:2505.09388.
 """
 
+from functools import partial
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
@@ -10,6 +11,7 @@ from jaxlm.models.families import llama, qwen2
 
 PREFIX = llama.PREFIX
 names = llama.names
+write_config = partial(qwen2.write_config, architecture="Qwen3ForCausalLM")
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
@@ -18,8 +20,3 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     return config.replace(
         family="qwen3", query_key_norm="head", **qwen2.windows(hf, config.num_layers)
     )
-
-
-def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF Qwen3 config for ours."""
-    return qwen2.write_config(config, "Qwen3ForCausalLM")
