@@ -1,9 +1,7 @@
 """Read a GGUF file of llama.cpp as if it were a model folder in the Hugging Face layout.
 
-The metadata give the fields of config.json and the tokenizer. Tensors get their Hugging Face names
-and are dequantised where they are read. llama.cpp changes some of them when it converts a model,
-and this is undone: rows of queries and keys of Llama are reordered, norms of Gemma hold their
-offset, and matrices of GPT-2 are transposed.
+llama.cpp changes some tensors when it converts a model, and this is undone: rows of queries and
+keys of Llama are reordered, norms of Gemma hold their offset, matrices of GPT-2 are transposed.
 
 A file is data from outside: its counts are compared with the bytes that are there before anything
 is allocated, and anything unknown is refused.
