@@ -27,11 +27,7 @@ def has(params: Any, pattern: str) -> bool:
 
 
 def merge(config: ModelConfig, params: Any) -> Any:
-    """Return the tree with `W + s A B`, summed in float32, for every kernel W with an adapter.
-
-    Raises:
-      UserError: such a kernel is packed.
-    """
+    """Return the tree with `W + s A B`, summed in float32, for every kernel W with an adapter."""
     flat = unnest(params)
     takes = path_predicate(LORA)
     merged = {path: leaf for path, leaf in flat.items() if not takes(path)}

@@ -5,7 +5,6 @@ size.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,11 +23,7 @@ ANY = -1
 """The segment of a key that every query sees."""
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("keys", "query_positions", "key_positions", "first", "window", "segments"),
-    meta_fields=("causal",),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """Which keys a query sees, stored so that any block of the mask can be computed.
@@ -50,7 +45,7 @@ class Mask:
     key_positions: Int[Array, "B S"]
     first: Any = 0
     window: int | Array | None = None
-    causal: bool = True
+    causal: bool = dataclasses.field(default=True, metadata={"static": True})
     segments: Int[Array, "B S"] | None = None
 
     def block(self, query: Any, queries: int, key: Any, keys: int) -> Bool[Array, "B t s"]:

@@ -34,16 +34,10 @@ _worker: subprocess.Popen[str] | None = None
 def render_chat(
     tokenizer: Any, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
 ) -> str:
-    """Render a conversation with the tokenizer's chat template, as transformers does.
+    """Render messages with the tokenizer's chat template, as transformers does.
 
-    Args:
-      tokenizer: a transformers tokenizer.
-      messages: each with `role` and `content`.
-      add_generation_prompt: whether to end the text with the prompt for an answer.
-
-    Raises:
-      UserError: there is no template, it fails on these messages, or it exceeds `SECONDS`, `MEMORY`
-        or `LENGTH`.
+    A message has `role` and `content`. `add_generation_prompt` ends the text with the prompt for an
+    answer.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("tokenizer: has no chat template (got none). Give a chat model.")

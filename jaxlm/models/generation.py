@@ -6,7 +6,6 @@ Shapes: B prompts, N new tokens, V vocabulary.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -218,11 +217,23 @@ class Generator:
     ) -> State:
         """Read the prompts and draw the first token; arguments as in `generate`."""
         mask = np.ones(np.shape(input_ids), np.int32) if attention_mask is None else attention_mask
+        longest = np.shape(input_ids)[1]
         if has_values(input_ids, mask):
-            longest = self._check_prompts(np.asarray(input_ids), np.asarray(mask))
-        else:
-            longest = np.shape(input_ids)[1]
-        self._check_choices(longest + max_new_tokens - 1, max_new_tokens, num_samples, key)
+            lengths = np.asarray(mask).sum(axis=1)
+            if (lengths == 0).any() or not len(lengths):
+                raise UserError(
+                    "prompts: each must have a token (got an empty one). Give it one, such as "
+                    "bos_id."
+                )
+            check_ids("input_ids", input_ids, self.config.vocab_size)
+            longest = int(lengths.max())
+        checks.integer("max_new_tokens", max_new_tokens)
+        checks.integer("num_samples", num_samples, most=MOST_SAMPLES)
+        self._check_model(longest + max_new_tokens - 1, max_new_tokens)
+        if self.sampling.temperature > 0 and key is None:
+            raise UserError(
+                "key: sampling needs one (got None). Give key=jax.random.key(0), or temperature 0."
+            )
         return _start(
             self,
             params,
@@ -268,41 +279,25 @@ class Generator:
         stop = self.stop_ids[0] if self.stop_ids else 0
         return stop if self.config.pad_id is None else self.config.pad_id
 
-    def _check_prompts(self, ids, mask) -> int:
-        """Check the values of the prompts; return the length of the longest."""
-        if ids.shape[0] == 0 or (mask.sum(axis=1) == 0).any():
-            raise UserError(
-                "prompts: each must have a token (got an empty one). Give it one, such as bos_id."
-            )
-        check_ids("input_ids", ids, self.config.vocab_size)
-        return int(mask.sum(axis=1).max())
-
-    def _check_choices(self, needed, max_new_tokens, num_samples, key):
+    def _check_model(self, needed: int, max_new_tokens: int) -> None:
         config = self.config
         if config.kind != "decoder" or config.head != "lm":
             raise UserError(
                 f"model: does not generate (got a {config.family} model with head "
                 f"'{config.head}'). Give a decoder."
             )
-        sizes = SimpleNamespace(max_new_tokens=max_new_tokens, num_samples=num_samples)
-        checks.whole(sizes, "max_new_tokens")
-        checks.whole(sizes, "num_samples", most=MOST_SAMPLES)
         if needed > config.longest_text:
             raise UserError(
                 f"max_new_tokens: with the prompt needs {needed} positions, and the model has "
                 f"{config.longest_text} (got {max_new_tokens}). Lower it, or shorten the prompt."
             )
-        if self.sampling.temperature > 0 and key is None:
-            raise UserError(
-                "key: sampling needs one (got None). Give key=jax.random.key(0), or temperature 0."
-            )
 
 
-def decoding_params(params: Any) -> Any:
+def decoding_params(params: Any, view: Any = None) -> Any:
     """Return the parameters in the form that `Generator.advance` reads fastest.
 
-    On a CPU it is a copy with a list of layers and a transposed output table, elsewhere `params`
-    itself.
+    On a CPU it is a copy with a list of layers and, without a view, a transposed output table;
+    elsewhere `params` itself.
     """
     if jax.default_backend() != "cpu" or isinstance(params["layers"], list):
         return params
@@ -312,7 +307,9 @@ def decoding_params(params: Any) -> Any:
     params = {**params, "layers": unstack(params["layers"])}
     table = lookup(params, "lm_head.embedding")
     table = lookup(params, "embed.tokens.embedding") if table is None else table
-    return params if isinstance(table, Packed) else {**params, "output_kernel": table.T}
+    if view is not None or isinstance(table, Packed):  # the transpose would not be read
+        return params
+    return {**params, "output_kernel": table.T}
 
 
 def generate(
@@ -361,13 +358,6 @@ def generate(
     stop_ids = (stop,) if isinstance(stop, int) else tuple(stop)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     generator = Generator(config, sampling, stop_ids)
-    state = generator.start(
-        params,
-        input_ids,
-        attention_mask,
-        max_new_tokens=max_new_tokens,
-        num_samples=num_samples,
-        key=key,
-        view=view,
-    )
-    return generator.advance(decoding_params(params), state, max_new_tokens, view=view).found
+    sizes = {"max_new_tokens": max_new_tokens, "num_samples": num_samples}
+    state = generator.start(params, input_ids, attention_mask, key=key, view=view, **sizes)
+    return generator.advance(decoding_params(params, view), state, max_new_tokens, view=view).found

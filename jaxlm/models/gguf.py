@@ -1,9 +1,7 @@
 """Read a GGUF file of llama.cpp as if it were a model folder in the Hugging Face layout.
 
-The metadata give the fields of config.json and the tokenizer. Tensors get their Hugging Face names
-and are dequantised where they are read. llama.cpp changes some of them when it converts a model,
-and this is undone: rows of queries and keys of Llama are reordered, norms of Gemma hold their
-offset, and matrices of GPT-2 are transposed.
+llama.cpp changes some tensors when it converts a model, and this is undone: rows of queries and
+keys of Llama are reordered, norms of Gemma hold their offset, matrices of GPT-2 are transposed.
 
 A file is data from outside: its counts are compared with the bytes that are there before anything
 is allocated, and anything unknown is refused.
@@ -20,7 +18,7 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,7 @@ from jaxlm.core.checks import MOST, show
 from jaxlm.core.errors import UserError
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.gguf_tokenizer import TOKENIZER, read_tokenizer, special_ids
-from jaxlm.models.hf_config import FIELDS, check_fields, parse_config, whole
+from jaxlm.models.hf_config import FIELDS, check_fields, damaged, parse_config, whole
 from jaxlm.models.hf_tensors import Checkpoint, Stored
 from jaxlm.models.rotary import frequencies
 
@@ -91,11 +89,7 @@ _IGNORED = ("vocab_size", "rope.scaling.finetuned")  # follow from the rest, or 
 
 
 def read_model(path: Path) -> tuple[ModelConfig, Any, Checkpoint]:
-    """Return the configuration, the tokenizer or None, and the tensors of a GGUF file.
-
-    Raises:
-      UserError: the file is not a GGUF file, is damaged, or needs something unsupported.
-    """
+    """Return the configuration, the tokenizer or None, and the tensors of a GGUF file."""
     metadata, tensors = _read(path)
     hf = _hf_config(path, metadata, tensors)
     config, module = parse_config(hf, str(path))
@@ -103,7 +97,8 @@ def read_model(path: Path) -> tuple[ModelConfig, Any, Checkpoint]:
         config, module = _with_llama3_rope(path, hf, factors)
     named = _rename(path, config, module, tensors)
     stored = {hf: Stored(path, part.name, part.shape, "F32") for hf, part in named.items()}
-    file = _File({part.name: part for part in named.values()})
+    parts = {part.name: part for part in named.values()}
+    file = SimpleNamespace(get_slice=parts.__getitem__)  # as an open safetensors file
     checkpoint = Checkpoint(path, module, stored, lambda _: contextlib.nullcontext(file))
     return config, read_tokenizer(path, metadata, config), checkpoint
 
@@ -112,21 +107,14 @@ def read_model(path: Path) -> tuple[ModelConfig, Any, Checkpoint]:
 class _Tensor:
     """A tensor of a file, dequantised where it is read.
 
-    Attributes:
-      path: the file.
-      name: its name there.
-      type: its `GGMLQuantizationType`, of the package `gguf`.
-      sizes: shape in the file, the longest stride first.
-      start: its first byte in the file.
-      row_bytes: bytes of a row, the last axis.
-      rows: order of the rows, or None to keep it.
-      transpose: whether the Hugging Face tensor is the transpose.
-      offset: what is subtracted.
+    `sizes` is the shape in the file, longest stride first, whose rows (last axis) take `row_bytes`
+    each from byte `start` on. To get the Hugging Face tensor, put the rows in the order `rows`,
+    transpose, and subtract `offset`.
     """
 
     path: Path
     name: str
-    type: Any
+    type: Any  # a GGMLQuantizationType of the package gguf
     sizes: tuple[int, ...]
     start: int
     row_bytes: int
@@ -140,16 +128,14 @@ class _Tensor:
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         """Return a part in float32; only its rows are read."""
+        index = (*index, *[slice(None)] * (len(self.sizes) - len(index)))
         if self.transpose:
-            return dataclasses.replace(self, transpose=False)[self._whole(index)[::-1]].T
-        first, *rest = self._whole(index)
+            return dataclasses.replace(self, transpose=False)[index[::-1]].T
+        first, *rest = index
         if len(self.sizes) == 1:  # one row
             return self._dequantised((None,))[0][self.rows if self.rows is not None else ...][first]
         rows = first if self.rows is None else self.rows[first]
         return self._dequantised(rows)[:, *rest]
-
-    def _whole(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
-        return (*index, *[slice(None)] * (len(self.sizes) - len(index)))
 
     def _dequantised(self, rows: Any) -> np.ndarray:
         from gguf.quants import dequantize
@@ -161,23 +147,8 @@ class _Tensor:
             return dequantize(np.ascontiguousarray(stored), self.type) - np.float32(self.offset)
 
 
-@dataclasses.dataclass(frozen=True)
-class _File:
-    """The tensors of an open file, as safetensors gives them."""
-
-    tensors: Mapping[str, _Tensor]
-
-    def get_slice(self, name: str) -> _Tensor:
-        return self.tensors[name]
-
-
 class _Header:
-    """The bytes before the tensors, read from the front.
-
-    Args:
-      data: the whole file.
-      path: its path, for error messages.
-    """
+    """The bytes before the tensors, read from the front of a file."""
 
     def __init__(self, data: mmap.mmap, path: Path):
         self.data, self.path, self.at = data, path, 0
@@ -186,14 +157,10 @@ class _Header:
         """Return the next bytes; refuse more than there are."""
         end = self.at + count
         if end > len(self.data):
-            raise UserError(
-                f"{self.path}: is truncated (got {len(self.data)} bytes). Download it again."
-            )
+            raise damaged(self.path, f"is truncated (got {len(self.data)} bytes)")
         if end > MOST_METADATA:
-            raise UserError(
-                f"{self.path}: has more metadata than a model needs (got more than "
-                f"{MOST_METADATA >> 20} MiB). Download it again."
-            )
+            most = f"(got more than {MOST_METADATA >> 20} MiB)"
+            raise damaged(self.path, f"has more metadata than a model needs {most}")
         self.at, start = end, self.at
         return self.data[start:end]
 
@@ -208,9 +175,7 @@ class _Header:
         try:
             return self.take(self.number("Q")).decode()
         except UnicodeDecodeError:
-            raise UserError(
-                f"{self.path}: holds a string that is not UTF-8. Download it again."
-            ) from None
+            raise damaged(self.path, "holds a string that is not UTF-8") from None
 
     def value(self, key: str) -> Any:
         """Return the next value of the metadata, which begins with its type."""
@@ -226,16 +191,14 @@ class _Header:
             if kind in _SCALARS:
                 code = np.dtype("<" + _SCALARS[kind])
                 return np.frombuffer(self.take(count * code.itemsize), code).tolist()
-        raise UserError(
-            f"{self.path}: {key} has a type that is not supported (got {kind}). Download it again."
-        )
+        raise damaged(self.path, f"{key} has a type that is not supported (got {kind})")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
     """Return the metadata and the tensors of a file, by their names in it."""
     try:
         if path.stat().st_size == 0:  # an empty file cannot be mapped
-            raise UserError(f"{path}: is empty (got 0 bytes). Download it again.")
+            raise damaged(path, "is empty (got 0 bytes)")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _read_header(_Header(data, path))
     except OSError as error:
@@ -263,14 +226,14 @@ def _read_header(header: _Header) -> tuple[dict[str, Any], dict[str, _Tensor]]:
     for _ in range(num_keys):
         key = header.text()
         if key in metadata:
-            raise UserError(f"{path}: has {show(key)} twice. Download it again.")
+            raise damaged(path, f"has {show(key)} twice")
         metadata[key] = header.value(key)
     check_fields(metadata, {"general.alignment": whole(1, 2**16)}, str(path))
     listed = {}
     for _ in range(num_tensors):
         name = header.text()
         if name in listed:
-            raise UserError(f"{path}: has {show(name)} twice. Download it again.")
+            raise damaged(path, f"has {show(name)} twice")
         sizes = tuple(header.number("Q") for _ in range(min(header.number("I"), 5)))[::-1]
         listed[name] = (sizes, header.number("I"), header.number("Q"))
     alignment = metadata.get("general.alignment", 32)
@@ -299,16 +262,12 @@ def _check_tensor(
     type = GGMLQuantizationType(code)
     block, block_bytes = GGML_QUANT_SIZES[type]
     if not 1 <= len(sizes) <= 4 or not all(1 <= n <= MOST for n in sizes) or sizes[-1] % block:
-        raise UserError(
-            f"{path}: {name} has a shape that {type.name} cannot have (got {show(list(sizes))}). "
-            "Download it again."
-        )
+        shape = show(list(sizes))
+        raise damaged(path, f"{name} has a shape that {type.name} cannot have (got {shape})")
     row_bytes = sizes[-1] // block * block_bytes
     if start + math.prod(sizes[:-1]) * row_bytes > end:
-        raise UserError(
-            f"{path}: {name} ends beyond the file, which is truncated (got {end} bytes). Download "
-            "it again."
-        )
+        problem = f"{name} ends beyond the file, which is truncated (got {end} bytes)"
+        raise damaged(path, problem)
     return _Tensor(path, name, type, sizes, start, row_bytes)
 
 
@@ -332,9 +291,17 @@ def _hf_config(
         if key not in metadata:
             raise UserError(f"{path}: has no {key}. Download it again, or convert the model again.")
     if "token_embd.weight" not in tensors:
-        raise UserError(f"{path}: has no token_embd.weight. Download it again.")
+        raise damaged(path, "has no token_embd.weight")
     if architecture != "gpt2":
-        hf |= _head_sizes(path, architecture, metadata, hf)
+        size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+        for key in (f"{architecture}.{key}" for key in _CHECKED):
+            if metadata.get(key, size) != size:
+                raise UserError(
+                    f"{path}: {key} must be {size}, the size of a head (got "
+                    f"{show(metadata[key])}). Use another model."
+                )
+        groups = hf.get("num_key_value_heads") or hf["num_attention_heads"]
+        hf |= {"num_key_value_heads": groups, "head_dim": size}
         hf["attention_bias"] = "blk.0.attn_q.bias" in tensors
         hf["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
     if architecture == "gemma2":
@@ -360,23 +327,6 @@ def _hf_config(
         "bos_token_id": ids["bos"],
         "eos_token_id": ends if len(ends) > 1 and ids["eos"] is not None else ids["eos"],
         "pad_token_id": ids["pad"],
-    }
-
-
-def _head_sizes(
-    path: Path, architecture: str, metadata: Mapping[str, Any], hf: Mapping[str, Any]
-) -> dict[str, int]:
-    """Return the number of key-value heads and the size of a head; refuse a key that differs."""
-    size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-    for key in (f"{architecture}.{key}" for key in _CHECKED):
-        if metadata.get(key, size) != size:
-            raise UserError(
-                f"{path}: {key} must be {size}, the size of a head (got {show(metadata[key])}). "
-                "Use another model."
-            )
-    return {
-        "num_key_value_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        "head_dim": size,
     }
 
 
@@ -431,7 +381,7 @@ def _rename(
         layer = block[1] if block else "0"
         hf = names.get(re.sub(r"^blk\.\d+\.", "blk.0.", name), name).format(layer=layer)
         if hf in renamed:  # "blk.1." and "blk.01."
-            raise UserError(f"{path}: has {show(hf)} twice. Download it again.")
+            raise damaged(path, f"has {show(hf)} twice")
         heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
         part = name.split(".")[2] if block else ""
         if config.family == "llama" and part in heads and tensor.sizes[0] % (2 * heads[part]) == 0:

@@ -8,7 +8,7 @@ from typing import Any
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.hf_config import FLAG, TEXT, Kind, texts, whole
+from jaxlm.models.hf_config import FLAG, TEXT, Kind, damaged, texts, whole
 
 MOST_CHARACTERS = 1024
 """Longest token: the time to find the merges grows with the square of its length."""
@@ -44,11 +44,7 @@ _SPLITS = {
 
 
 def read_tokenizer(path: Path, metadata: Mapping[str, Any], config: ModelConfig) -> Any:
-    """Return the tokenizer of the metadata as a tokenizer of transformers, or None without one.
-
-    Raises:
-      UserError: it is of a kind that is not supported, or cannot be built.
-    """
+    """Return the tokenizer of the metadata as a tokenizer of transformers, or None without one."""
     from transformers import PreTrainedTokenizerFast
 
     ggml = {key.removeprefix(_GGML): x for key, x in metadata.items() if key.startswith(_GGML)}
@@ -68,10 +64,9 @@ def read_tokenizer(path: Path, metadata: Mapping[str, Any], config: ModelConfig)
                 f"with one of {', '.join(known)}."
             )
     if not tokens or len(tokens) > config.vocab_size or max(map(len, tokens)) > MOST_CHARACTERS:
-        raise UserError(
-            f"{path}: tokenizer.ggml.tokens must hold 1 to {config.vocab_size} tokens of at most "
-            f"{MOST_CHARACTERS} characters (got {len(tokens or ())} tokens). Download it again."
-        )
+        wanted_tokens = f"1 to {config.vocab_size} tokens of at most {MOST_CHARACTERS} characters"
+        got = f"(got {len(tokens or ())} tokens)"
+        raise damaged(path, f"tokenizer.ggml.tokens must hold {wanted_tokens} {got}")
     try:
         backend = kinds[kind](ggml, tokens)
         _add_special(backend, ggml, tokens)

@@ -34,6 +34,7 @@ from jaxlm.models.hf_config import (
     CONFIG,
     INDEX,
     WEIGHTS,
+    damaged,
     is_of_a_model,
     modern_name,
     read_config,
@@ -211,9 +212,7 @@ def _resolve(name_or_path, *, weights: bool = True) -> Path:
 def _read_model(place: Path, *, weights: bool = True) -> tuple[ModelConfig, Any, Checkpoint | None]:
     """Return the configuration, the tokenizer or None, and the tensors of a folder or a GGUF file.
 
-    Args:
-      place: the folder or file.
-      weights: whether a folder must have weights; without them, the tensors are None.
+    The tensors may be None in a folder that needs no `weights`.
     """
     if place.is_file():
         return gguf.read_model(place)
@@ -244,9 +243,7 @@ def _open(folder: Path, module: ModuleType) -> Checkpoint:
                 f"{path}: cannot be read ({reason}). Give a file that you may read."
             ) from error
         except SafetensorError as error:
-            raise UserError(
-                f"{path}: is truncated or not a safetensors file. Download it again."
-            ) from error
+            raise damaged(path, "is truncated or not a safetensors file") from error
     return Checkpoint(folder, module, tensors, open_file)
 
 
@@ -326,8 +323,7 @@ def save_pretrained(
     config = {**module.write_config(lm.config), "dtype": dtype}
     count = sum(math.prod(shape) for shape in param_shapes(lm.config).values())
     if not is_main_process():
-        for names in split.filename_to_tensors.values():
-            _gathered(names, tensors, flat)
+        _write_weights(None, split, tensors, flat)
         barrier(str(folder))
         return
     with replacing(folder, last=CONFIG, stale=is_of_a_model) as place:
@@ -359,17 +355,17 @@ def _split(tensors: dict[str, Target], max_shard_size: int | str) -> Any:
         ) from error
 
 
-def _gathered(names: Any, tensors: dict[str, Target], flat: Any) -> dict[str, np.ndarray]:
-    """Gather the tensors of one file; every process must take part."""
-    return {name: tensors[name].gather(flat) for name in names}
-
-
-def _write_weights(folder: Path, split: Any, tensors: dict[str, Target], flat) -> None:
+def _write_weights(
+    folder: Path | None, split: Any, tensors: dict[str, Target], flat: dict[str, Any]
+) -> None:
+    """Gather the tensors, in which every process takes part, and write them unless it is None."""
     from safetensors.numpy import save_file
 
     for file, names in split.filename_to_tensors.items():
-        save_file(_gathered(names, tensors, flat), folder / file, {"format": "pt"})
-    if split.is_sharded:
+        gathered = {name: tensors[name].gather(flat) for name in names}
+        if folder is not None:
+            save_file(gathered, folder / file, {"format": "pt"})
+    if folder is not None and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / INDEX).write_text(text, encoding="utf-8")

@@ -19,6 +19,7 @@ from jaxlm.models.families import MODULES, family, require
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 GENERATION = "generation_config.json"
+_PICKLES = (".bin", ".pt", ".pth")
 _OF_A_MODEL = re.compile(
     r"(config|(generation|adapter|preprocessor|processor|tokenizer)_config|tokenizer|vocab"
     r"|special_tokens_map|added_tokens|chat_template)\.json"
@@ -28,12 +29,7 @@ _OF_A_MODEL = re.compile(
 
 
 class Kind(NamedTuple):
-    """A kind of value.
-
-    Attributes:
-      wanted: its description, for error messages.
-      holds: whether a value is of this kind.
-    """
+    """A kind of value: its description for messages, and whether a value is of it."""
 
     wanted: str
     holds: Callable[[Any], bool]
@@ -64,11 +60,12 @@ def texts(*known: str) -> Kind:
     wanted = f"a list of {', '.join(known)}" if known else "a list of strings"
     return Kind(
         wanted,
-        lambda x: (
-            isinstance(x, list)
-            and all(isinstance(item, str) and (not known or item in known) for item in x)
-        ),
+        lambda x: _all(x, lambda item: isinstance(item, str) and (not known or item in known)),
     )
+
+
+def _all(x: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(x, list) and all(map(holds, x))
 
 
 FLAG = Kind("true or false", lambda x: isinstance(x, bool))
@@ -78,15 +75,11 @@ WIDTH, DEPTH = whole(1, 2**24), whole(1, 2**16)
 TOKEN = whole(-1)  # -1 means none in some configurations
 TOKENS = Kind(
     "a token id, a list of at least one, or null",
-    lambda x: (
-        x is None
-        or TOKEN.holds(x)
-        or (isinstance(x, list) and len(x) > 0 and all(map(TOKEN.holds, x)))
-    ),
+    lambda x: x is None or TOKEN.holds(x) or (_all(x, TOKEN.holds) and len(x) > 0),
 )
 SWITCHES = Kind(
     "a list of 0 and 1",
-    lambda x: isinstance(x, list) and all(type(item) is int and item in (0, 1) for item in x),
+    lambda x: _all(x, lambda item: type(item) is int and item in (0, 1)),
 )
 LABELS = Kind(
     "a string for each of the classes 0, 1, ...",
@@ -97,84 +90,57 @@ LABELS = Kind(
     ),
 )
 
-FIELDS = {
-    **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), whole()),
-    **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "ffn_dim"), WIDTH),
-    **dict.fromkeys(("dim", "hidden_dim"), WIDTH),
-    **dict.fromkeys(("n_layers", "n_heads"), DEPTH),
-    **dict.fromkeys(("n_inner", "word_embed_proj_dim", "head_dim"), optional(WIDTH)),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), DEPTH),
-    "num_key_value_heads": optional(DEPTH),
-    "type_vocab_size": whole(0, 2**16),
-    **dict.fromkeys(
-        ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps"), number(most=1.0)
-    ),
-    **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), optional(TEXT)),
-    **dict.fromkeys(("activation", "classifier_activation", "classifier_pooling"), TEXT),
-    **dict.fromkeys(
-        (
-            *("attention_bias", "mlp_bias", "enable_bias", "tie_word_embeddings"),
-            *("use_parallel_residual", "use_sliding_window", "do_layer_norm_before"),
-            *("_remove_final_layer_norm", "layer_norm_elementwise_affine"),
-            *("norm_bias", "classifier_bias"),
-        ),
-        FLAG,
-    ),
-    **dict.fromkeys(
-        (
-            *("rope_theta", "rotary_emb_base", "rope_local_base_freq"),
-            *("global_rope_theta", "local_rope_theta"),
-        ),
-        number(above=1.0),
-    ),
-    **dict.fromkeys(("rotary_pct", "partial_rotary_factor"), number(most=1.0)),
-    **dict.fromkeys(("rope_parameters", "rope_scaling"), optional(SECTION)),
-    "sliding_window": optional(whole()),
-    "local_attention": whole(),
-    **dict.fromkeys(
-        ("sliding_window_pattern", "global_attn_every_n_layers", "no_rope_layer_interval"), whole()
-    ),
-    "no_rope_layers": optional(SWITCHES),
-    "max_window_layers": whole(0),
-    "layer_types": optional(texts("full_attention", "sliding_attention")),
-    "query_pre_attn_scalar": whole(),
-    **dict.fromkeys(
-        (
-            *("embedding_multiplier", "residual_multiplier"),
-            *("attention_multiplier", "logits_scaling"),
-        ),
-        number(),
-    ),
-    **dict.fromkeys(
-        ("clip_qkv", "attn_logit_softcapping", "final_logit_softcapping"), optional(number())
-    ),
-    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), TOKENS),
-    "id2label": optional(LABELS),
-    "architectures": optional(texts()),
-}
-ROPE = {
-    **dict.fromkeys(("rope_type", "type"), TEXT),
-    "rope_theta": optional(number(above=1.0)),
-    "original_max_position_embeddings": optional(whole()),
-    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), number()),
-    **dict.fromkeys(
-        ("beta_slow", "beta_fast", "attention_factor", "mscale", "mscale_all_dim"),
-        optional(number()),
-    ),
-    "partial_rotary_factor": number(most=1.0),
-    "truncate": FLAG,
-    **dict.fromkeys(("full_attention", "sliding_attention"), optional(SECTION)),
-}
+# Each kind with the fields that are of it.
+_KINDS: list[tuple[Kind, str]] = [
+    (whole(), "vocab_size max_position_embeddings n_positions query_pre_attn_scalar"),
+    (whole(), "local_attention sliding_window_pattern global_attn_every_n_layers"),
+    (whole(), "no_rope_layer_interval"),
+    (whole(0), "max_window_layers"),
+    (whole(0, 2**16), "type_vocab_size"),
+    (optional(whole()), "sliding_window"),
+    (WIDTH, "hidden_size n_embd intermediate_size ffn_dim dim hidden_dim"),
+    (optional(WIDTH), "n_inner word_embed_proj_dim head_dim"),
+    (DEPTH, "num_hidden_layers n_layer n_layers num_attention_heads n_head n_heads"),
+    (optional(DEPTH), "num_key_value_heads"),
+    (number(most=1.0), "layer_norm_eps layer_norm_epsilon rms_norm_eps norm_eps"),
+    (number(most=1.0), "rotary_pct partial_rotary_factor"),
+    (number(above=1.0), "rope_theta rotary_emb_base rope_local_base_freq"),
+    (number(above=1.0), "global_rope_theta local_rope_theta"),
+    (number(), "embedding_multiplier residual_multiplier attention_multiplier logits_scaling"),
+    (optional(number()), "clip_qkv attn_logit_softcapping final_logit_softcapping"),
+    (optional(TEXT), "hidden_act hidden_activation activation_function"),
+    (TEXT, "activation classifier_activation classifier_pooling"),
+    (FLAG, "attention_bias mlp_bias enable_bias norm_bias classifier_bias tie_word_embeddings"),
+    (FLAG, "use_parallel_residual use_sliding_window do_layer_norm_before"),
+    (FLAG, "_remove_final_layer_norm layer_norm_elementwise_affine"),
+    (optional(SECTION), "rope_parameters rope_scaling"),
+    (optional(SWITCHES), "no_rope_layers"),
+    (optional(texts("full_attention", "sliding_attention")), "layer_types"),
+    (TOKENS, "bos_token_id eos_token_id pad_token_id"),
+    (optional(LABELS), "id2label"),
+    (optional(texts()), "architectures"),
+]
+_ROPE_KINDS: list[tuple[Kind, str]] = [
+    (TEXT, "rope_type type"),
+    (optional(number(above=1.0)), "rope_theta"),
+    (optional(whole()), "original_max_position_embeddings"),
+    (number(), "factor low_freq_factor high_freq_factor"),
+    (optional(number()), "beta_slow beta_fast attention_factor mscale mscale_all_dim"),
+    (number(most=1.0), "partial_rotary_factor"),
+    (FLAG, "truncate"),
+    (optional(SECTION), "full_attention sliding_attention"),
+]
+FIELDS = {name: kind for kind, names in _KINDS for name in names.split()}
+ROPE = {name: kind for kind, names in _ROPE_KINDS for name in names.split()}
+
+
+def damaged(where: object, problem: str) -> UserError:
+    """Return the error for a file or folder that was not received as it was published."""
+    return UserError(f"{where}: {problem}. Download it again.")
 
 
 def check_fields(config: Mapping[str, Any], kinds: Mapping[str, Kind], where: str) -> None:
-    """Raise UserError for the first field that is not of its kind.
-
-    Args:
-      config: the fields of a file.
-      kinds: `FIELDS`, or another table.
-      where: the file, for error messages.
-    """
+    """Raise UserError for the first field of a file that is not of its kind."""
     for name, kind in kinds.items():
         if name in config and not kind.holds(config[name]):
             raise UserError(
@@ -234,8 +200,7 @@ def is_of_a_model(path: Path) -> bool:
 def check_regular(folder: Path) -> None:
     """Raise UserError if a pipe, a device or a folder has the name of a file of a model."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        known = _OF_A_MODEL.fullmatch(path.name) is not None
-        if known and path.exists() and not path.is_file():
+        if _OF_A_MODEL.fullmatch(path.name) and path.exists() and not path.is_file():
             raise UserError(f"{path}: not a regular file. Give the file that was written.")
 
 
@@ -258,15 +223,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, ModuleType]:
 
 
 def parse_config(hf: dict[str, Any], where: str) -> tuple[ModelConfig, ModuleType]:
-    """Return the configuration and the family's module for the fields of a config.json.
-
-    Args:
-      hf: the fields.
-      where: the file, for messages.
-
-    Raises:
-      UserError: the family is unknown, or a field is missing or wrong.
-    """
+    """Return the configuration and the family's module for the fields of a config.json."""
     try:
         module = family(hf.get("model_type", ""))
     except KeyError as error:
@@ -311,26 +268,20 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         places = read_json(folder / INDEX).get("weight_map")
         if not isinstance(places, dict) or not places:
-            raise UserError(f"{folder / INDEX}: has no weight_map. Download it again.")
+            raise damaged(folder / INDEX, "has no weight_map")
         paths = {inside(folder, name, str(folder / INDEX)) for name in places.values()}
         for path in sorted(paths):
             if not path.is_file():
-                raise UserError(
-                    f"{folder / INDEX}: names {path.name}, which is missing. Download it again."
-                )
+                raise damaged(folder / INDEX, f"names {path.name}, which is missing")
         return sorted(paths)
-    for ending in ("bin", "pt", "pth"):
-        for path in sorted(folder.glob(f"*.{ending}")):
-            raise UserError(
-                f"{path}: is a pickle, which is never read, and there is no {WEIGHTS}. Convert it "
-                "to safetensors."
-            )
-    raise UserError(f"{folder / WEIGHTS}: there is no such file. Download it again.")
+    if pickles := sorted(path for path in folder.iterdir() if path.suffix in _PICKLES):
+        raise UserError(
+            f"{pickles[0]}: is a pickle, which is never read, and there is no {WEIGHTS}. Convert "
+            "it to safetensors."
+        )
+    raise damaged(folder / WEIGHTS, "there is no such file")
 
 
 def modern_name(name: str) -> str:
     """Return the current name of a tensor; the oldest checkpoints have gamma and beta in norms."""
-    for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
-        if name.endswith(old):
-            return name.removesuffix(old) + new
-    return name
+    return re.sub(r"\.beta$", ".bias", re.sub(r"\.gamma$", ".weight", name))

@@ -44,7 +44,8 @@ class Stored(NamedTuple):
     dtype: str
 
 
-def _stacked(path: str) -> bool:
+def is_stacked(path: str) -> bool:
+    """Return whether a leaf of ours holds all layers."""
     return path.startswith(LAYERS + ".")
 
 
@@ -53,16 +54,25 @@ def _absent(config: ModelConfig, path: str, layer: int) -> bool:
     return not config.first_norm and layer == 0 and path.startswith("layers.attention_norm.")
 
 
+def _layers(config: ModelConfig, path: str) -> range:
+    """Return the layers that have a tensor for a leaf; 0 stands for a leaf outside the layers."""
+    return range(_absent(config, path, 0), config.num_layers if is_stacked(path) else 1)
+
+
+def hf_names(config: ModelConfig, module: ModuleType) -> Iterator[tuple[Name, int, str]]:
+    """Yield the names of all parameters, each with its layer and the HF tensor of that layer."""
+    shapes = param_shapes(config)
+    for row in module.names(config):
+        if row.path in shapes:
+            name = row.hf.removeprefix(module.PREFIX) if config.head == "none" else row.hf
+            for layer in _layers(config, row.path):
+                yield row, layer, name.format(layer=layer)
+
+
 def runs(row: Name, length: int, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
-    """Yield where [start:stop] of our last axis lies on the HF tensor's, by contiguous runs.
+    """Yield where [start:stop] of our last axis, of `length`, lies on that of the HF tensor.
 
-    Args:
-      row: how our leaf lies in the tensor.
-      length: length of our last axis.
-      start, stop: bounds of the part.
-
-    Yields:
-      For each run, its slice of the part and its slice of the tensor.
+    For each contiguous run, its slice of the part and its slice of the tensor.
     """
     index, count = row.part
     size = length // row.groups
@@ -81,14 +91,10 @@ def _shape(row: Name, ours: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a model folder, read by our paths.
+    """The tensors of a model folder or GGUF file, read by our paths.
 
-    Attributes:
-      folder: folder of the model, or its GGUF file.
-      module: its family.
-      tensors: HF name -> where it is stored.
-      open: context manager that opens the file at a path. A file is opened again for every `PIECE`
-        elements, since the pages of a mapped file stay in memory until it is closed.
+    `open` is called again for every `PIECE` elements, since the pages of a mapped file stay in
+    memory until it is closed.
     """
 
     folder: Path
@@ -111,11 +117,7 @@ class Checkpoint:
         return None
 
     def match(self, config: ModelConfig) -> ModelConfig:
-        """Return the configuration with the head and the tying that the tensors show.
-
-        Raises:
-          UserError: config.json does not name each class of a classifier once.
-        """
+        """Return the configuration with the head and the tying that the tensors show."""
         config = self._match_head(config)
         if config.head != "classifier":
             untied = config.tie_embeddings and config.head != "none" and self._untied(config)
@@ -167,17 +169,12 @@ class Checkpoint:
         """Compare every leaf with what is stored, before any tensor is read.
 
         Tensors of another head are left out with a warning.
-
-        Raises:
-          UserError: a tensor is missing, has another shape or does not hold floats; there are more
-            layers than the configuration has; or a tensor of a known part is not used.
         """
         for path, shape in param_shapes(config).items():
-            layers = config.num_layers if _stacked(path) else 1
-            for layer in range(_absent(config, path, 0), layers):
-                self._check(config, path, layer, shape[1:] if _stacked(path) else shape)
-            more = self.find(config, path, layers) if _stacked(path) else None
-            if more is not None:
+            for layer in _layers(config, path):
+                self._check(config, path, layer, shape[1:] if is_stacked(path) else shape)
+            layers = config.num_layers
+            if is_stacked(path) and (more := self.find(config, path, layers)) is not None:
                 raise UserError(
                     f"{self.folder}: holds {more[1]}, but its configuration has {layers} layers. "
                     "Correct config.json, or download the model again."
@@ -189,8 +186,7 @@ class Checkpoint:
         used = set()
         for row in self.module.names(config):
             if row.path in shapes or (row.path == "lm_head.embedding" and config.head != "none"):
-                layers = config.num_layers if _stacked(row.path) else 1
-                for layer in range(_absent(config, row.path, 0), layers):
+                for layer in _layers(config, row.path):
                     name = row.hf.format(layer=layer)
                     used |= {name, name.removeprefix(prefix)}
         parts = {name.rpartition(".")[0] for name in used}
@@ -237,17 +233,13 @@ class Checkpoint:
     def read(
         self, config: ModelConfig, path: str, dtype: Any, index: tuple[slice, ...]
     ) -> np.ndarray:
-        """Read the part `index` of one of our leaves; nothing else is read from the files.
-
-        Raises:
-          UserError: a number is not finite, or overflows in this dtype.
-        """
+        """Read the part `index` of one of our leaves; nothing else is read from the files."""
         shape = param_shapes(config)[path]
         bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
         host = np.empty([stop - start for start, stop in bounds], dtype)
-        first = bounds.pop(0)[0] if _stacked(path) else 0
+        first = bounds.pop(0)[0] if is_stacked(path) else 0
         *outer, (start, stop) = bounds
-        for layer, block in enumerate(host if _stacked(path) else host[None], first):
+        for layer, block in enumerate(host if is_stacked(path) else host[None], first):
             if _absent(config, path, layer):
                 block[...] = path.endswith("scale")
                 continue
@@ -291,7 +283,7 @@ class Target:
         tensor = np.empty(self.shape, self.dtype)
         for row, layer in self.parts:
             leaf = flat[row.path]
-            value = to_host(leaf[layer] if _stacked(row.path) else leaf)
+            value = to_host(leaf[layer] if is_stacked(row.path) else leaf)
             whole = tensor.T if row.transpose else tensor
             for ours, theirs in runs(row, value.shape[-1], 0, value.shape[-1]):
                 whole[..., theirs] = value[..., ours]
@@ -299,23 +291,14 @@ class Target:
 
 
 def targets(config: ModelConfig, module: ModuleType, flat: Mapping[str, Any]) -> dict[str, Target]:
-    """Return the tensor to write under each HF name.
-
-    Raises:
-      UserError: a leaf is missing or has another shape.
-    """
+    """Return the tensor to write under each HF name."""
     result: dict[str, Target] = {}
     shapes = param_shapes(config)
-    for row in module.names(config):
-        if row.path not in shapes:
-            continue
-        shape = shapes[row.path]
-        leaf = flat.get(row.path)
+    for row, layer, name in hf_names(config, module):
+        shape, leaf = shapes[row.path], flat.get(row.path)
         if leaf is None or leaf.shape != shape:
             raise UserError(f"params: have no {row.path} of shape {list(shape)}. Give those of lm.")
-        name = row.hf.removeprefix(module.PREFIX) if config.head == "none" else row.hf
-        layers, ours = (shape[0], shape[1:]) if _stacked(row.path) else (1, shape)
-        for layer in range(_absent(config, row.path, 0), layers):
-            empty = Target(_shape(row, ours), leaf.dtype, [])
-            result.setdefault(name.format(layer=layer), empty).parts.append((row, layer))
+        ours = shape[1:] if is_stacked(row.path) else shape
+        empty = Target(_shape(row, ours), leaf.dtype, [])
+        result.setdefault(name, empty).parts.append((row, layer))
     return result

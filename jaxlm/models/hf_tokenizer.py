@@ -19,9 +19,6 @@ def read_tokenizer(folder: Path) -> Any:
 
     A folder may name its own class in `auto_map`, with a Python file beside it. Such code is never
     run, and the user is not asked to allow it.
-
-    Raises:
-      UserError: the tokenizer cannot be opened, or needs such code.
     """
     from transformers import AutoTokenizer
 

@@ -19,13 +19,10 @@ def _linear(path: str, size_in: int, size_out: int, bias: bool) -> Shapes:
 
 
 def _norm(path: str, config: ModelConfig, size: int | None = None) -> Shapes:
-    if not config.norm_affine:
-        return {}
     shape = (config.hidden_size if size is None else size,)
-    shapes: Shapes = {path + ".scale": shape}
-    return shapes | (
-        {path + ".bias": shape} if config.norm == "layernorm" and config.norm_bias else {}
-    )
+    has_bias = config.norm == "layernorm" and config.norm_bias
+    leaves = (".scale", ".bias") if has_bias else (".scale",)
+    return {path + leaf: shape for leaf in leaves} if config.norm_affine else {}
 
 
 def _embed_shapes(config: ModelConfig) -> Shapes:
@@ -117,11 +114,8 @@ def init_leaf(
     name = path.rsplit(".", 1)[1]
     if name in ("scale", "bias"):
         return jnp.full(shape, 1 - config.norm_offset if name == "scale" else 0.0, dtype)
-    depth = (
-        math.sqrt(2 * config.num_layers)
-        if path.endswith(("o_proj.kernel", "down_proj.kernel"))
-        else 1
-    )
+    is_output = path.endswith(("o_proj.kernel", "down_proj.kernel"))
+    depth = math.sqrt(2 * config.num_layers) if is_output else 1
     return (0.02 / depth * jax.random.normal(leaf_key(key, path), shape, jnp.float32)).astype(dtype)
 
 

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxlm.core import taps, views
+from jaxlm.core.dtypes import wide
 from jaxlm.core.paths import lookup
 from jaxlm.core.precision import Packed
 from jaxlm.models.config import ModelConfig
@@ -25,8 +26,8 @@ HEAD_BLOCK = 2**24
 def gelu(x: Array) -> Array:
     r"""Return $x \Phi(x) = x (1 + \mathrm{erf}(x / \sqrt 2)) / 2$, in at least float32."""
     # With erf, as in PyTorch: `jax.nn.gelu` uses erfc, whose derivative is slower.
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (0.5 * wide * (1 + lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+    y = wide(x)
+    return (0.5 * y * (1 + lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
 
 
 ACTIVATIONS = {
@@ -97,15 +98,15 @@ def norm(params, path: str, x, ctx: Context):
     """Apply LayerNorm or RMSNorm to the last axis, with scale and bias if the tree has them."""
     # In at least float32, and rounded once at the end. Gemma adds an offset of 1 to scales that may
     # be 1e-3, which a sum in bfloat16 would lose.
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y = wide(x)
     if ctx.config.norm == "layernorm":
-        wide = wide - wide.mean(-1, keepdims=True)
-    wide = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + ctx.config.norm_eps)
+        y = y - y.mean(-1, keepdims=True)
+    y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + ctx.config.norm_eps)
     scale = ctx.read(params, path + ".scale")
     if scale is not None:
-        scale = _broadcast(scale.astype(wide.dtype) + ctx.config.norm_offset, wide)
-        wide = ctx.out(path + ".scale", "scale", wide, wide * scale)
-    return add_bias(params, path, wide, ctx).astype(x.dtype)
+        scale = _broadcast(scale.astype(y.dtype) + ctx.config.norm_offset, y)
+        y = ctx.out(path + ".scale", "scale", y, y * scale)
+    return add_bias(params, path, y, ctx).astype(x.dtype)
 
 
 def embed(params, path: str, ids_BxT, ctx: Context):

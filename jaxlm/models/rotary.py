@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxlm.core.dtypes import wide_dtype
 from jaxlm.models.config import ModelConfig, RopeScaling
 
 
@@ -53,7 +54,7 @@ def table(
     config: ModelConfig, position_ids: Int[Array, "B T"], dtype: jnp.dtype
 ) -> tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]:
     """Return cosines and sines of every position, in at least float32."""
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = wide_dtype(dtype)
     turns = jnp.asarray(frequencies(config), wide)[None, None, None]
     angles = position_ids[:, :, None, None].astype(wide) * turns
     factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor

@@ -15,7 +15,6 @@ The parameter tree, with a leading axis L on every leaf under `layers`:
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxlm.core import checks
+from jaxlm.core.dtypes import wide
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import lookup
 from jaxlm.models import rotary
@@ -40,11 +40,7 @@ PREFIX = "attention.prefix_keys"
 ATTENDED = "attended"
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("keys", "values", "mask", "positions", "length"),
-    meta_fields=(),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """Keys and values of the tokens read so far, at most S in a row.
@@ -75,11 +71,6 @@ def check_ids(name: str, ids: Any, size: int) -> None:
     """Raise UserError for ids outside [0, size), which JAX would clip to this range.
 
     Tracers have no values, so under `jit`, `vmap` and `grad` nothing is checked.
-
-    Args:
-      name: name of the ids, for error messages.
-      ids: array, tracer, or None.
-      size: length of the table.
     """
     if ids is None or isinstance(ids, jax.core.Tracer):
         return
@@ -216,8 +207,7 @@ def _block(params, x_BxTxD, ctx: Context, turns, mask, cached):
             suffix = "out_norm" if where == "both" else "norm"
             y = norm(params, f"layers.{name}_{suffix}", y, ctx)
         if ctx.config.residual_scale is not None:
-            wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
-            y = (ctx.config.residual_scale * wide).astype(y.dtype)
+            y = (ctx.config.residual_scale * wide(y)).astype(y.dtype)
         return x + y
 
     attended, cached = _attention(params, before("attention", x_BxTxD), ctx, turns, mask, cached)
@@ -298,9 +288,7 @@ def unstack(tree):
     """Return a tree of stacked layers as a list of trees.
 
     Every function here accepts either under `layers`; with a list, keys and values of a cache are
-    lists too. A program over a list has a copy of the code for each layer. But on a CPU it reads
-    weights in place, whereas XLA copies the weights of one layer out of a stack before each
-    product.
+    lists too, and a program has a copy of the code for each layer.
     """
     leaves, structure = jax.tree.flatten(tree)
     rows = zip(*map(jnp.unstack, leaves), strict=True)
@@ -523,6 +511,5 @@ def logits(
     if config.logit_divisor is not None:
         y = y / config.logit_divisor
     if config.logit_cap is not None:
-        wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
-        y = (config.logit_cap * jnp.tanh(wide / config.logit_cap)).astype(y.dtype)
+        y = (config.logit_cap * jnp.tanh(wide(y) / config.logit_cap)).astype(y.dtype)
     return y

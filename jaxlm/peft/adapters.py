@@ -18,11 +18,10 @@ from jaxlm.artifacts.arrays import check_finite
 from jaxlm.artifacts.files import file_path
 from jaxlm.artifacts.folder import replacing
 from jaxlm.core.errors import UserError
-from jaxlm.core.paths import LAYERS
 from jaxlm.models import LanguageModel, ModelConfig, param_shapes
 from jaxlm.models.families import Name, family
-from jaxlm.models.hf_config import FLAG, WIDTH, Kind, check_fields, optional, read_json
-from jaxlm.models.hf_tensors import runs
+from jaxlm.models.hf_config import FLAG, WIDTH, Kind, check_fields, damaged, optional, read_json
+from jaxlm.models.hf_tensors import hf_names, is_stacked, runs
 from jaxlm.models.initialise import nest, unnest
 from jaxlm.peft.methods import refuse_second
 
@@ -32,45 +31,23 @@ KERNEL, LEFT, RIGHT = ".kernel", ".lora_a", ".lora_b"
 CONFIG = "adapter_config.json"
 # Settings of PEFT that change the result and are not supported; falsy values are harmless.
 _REFUSED = (
-    "alora_invocation_tokens",
-    "alpha_pattern",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "monteclora_config",
-    "rank_pattern",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
+    *("alora_invocation_tokens", "alpha_pattern", "arrow_config", "kasa_config"),
+    *("layer_replication", "lora_bias", "modules_to_save", "monteclora_config", "rank_pattern"),
+    *("target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora"),
     "velora_config",
 )
-_FIELDS = {
-    "r": WIDTH,
-    "lora_alpha": Kind(
-        "a finite number",
-        lambda x: type(x) in (int, float) and -1e30 <= x <= 1e30,
-    ),
-    "use_rslora": optional(FLAG),
-}
+_FINITE = Kind("a finite number", lambda x: type(x) in (int, float) and -1e30 <= x <= 1e30)
+_FIELDS = {"r": WIDTH, "lora_alpha": _FINITE, "use_rslora": optional(FLAG)}
 # Initialisations that leave the base weights as they are; the others change them.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
-def _modules(config: ModelConfig) -> dict[str, list[tuple[Name, int | None]]]:
+def _modules(config: ModelConfig) -> dict[str, list[tuple[Name, int]]]:
     """Return our kernels that each HF module holds, with their layers."""
-    module, shapes = family(config.family), param_shapes(config)
-    modules: dict[str, list[tuple[Name, int | None]]] = {}
-    for row in module.names(config):
-        if row.path in shapes and row.path.endswith(KERNEL):
-            name = row.hf.removesuffix(".weight")
-            name = name.removeprefix(module.PREFIX) if config.head == "none" else name
-            stacked = row.path.startswith(LAYERS + ".")
-            for layer in range(config.num_layers) if stacked else (None,):
-                modules.setdefault(name.format(layer=layer), []).append((row, layer))
+    modules: dict[str, list[tuple[Name, int]]] = {}
+    for row, layer, name in hf_names(config, family(config.family)):
+        if row.path.endswith(KERNEL):
+            modules.setdefault(name.removesuffix(".weight"), []).append((row, layer))
     return modules
 
 
@@ -101,27 +78,32 @@ def save_adapter(
         padded = np.pad(left, [more, (0, 0)]), np.pad(right, [(0, 0), more])
         for letter, matrix in zip("AB", padded, strict=True):
             tensors[f"{ROOT}{name}.lora_{letter}.weight"] = np.ascontiguousarray(matrix)
-    settings = _write_settings(
-        rank,
-        lm.config.lora_scale,
-        base_model=base_model,
-        task="CAUSAL_LM" if lm.config.head == "lm" else None,
-        targets=_targets(list(modules), list(pairs)),
-        transposed=not any(row.transpose for name in pairs for row, _ in modules[name]),
-    )
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if lm.config.head == "lm" else None,
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": lm.config.lora_scale * rank,
+        "target_modules": _targets(list(modules), list(pairs)),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        # whether HF keeps the weights as [in, out]
+        "fan_in_fan_out": not any(row.transpose for name in pairs for row, _ in modules[name]),
+        "inference_mode": True,
+    }
     folder = file_path(directory, "directory")
     with replacing(folder, last=CONFIG, stale=lambda path: path.name in (CONFIG, WEIGHTS)) as place:
         save_file(tensors, place / WEIGHTS, {"format": "pt"})
-        (place / CONFIG).write_text(settings, encoding="utf-8")
+        (place / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _pair(rows: list[tuple[Name, int | None]], flat: dict[str, Any]) -> Any:
+def _pair(rows: list[tuple[Name, int]], flat: dict[str, Any]) -> Any:
     """Return A [r, in] and B [out, r] of one HF module, or None if it has no adapter."""
     parts = []
     for row, layer in rows:
         stem = row.path.removesuffix(KERNEL)
         if stem + LEFT in flat:
-            at = ... if layer is None else layer
+            at = layer if is_stacked(row.path) else ...
             left, right = (np.asarray(flat[stem + name][at]).T for name in (LEFT, RIGHT))
             parts.append((row, left, right))
     if not parts:
@@ -189,13 +171,14 @@ def load_adapter(
                 new.setdefault(path, {})[layer] = value
     flat = unnest(lm.params)
     for path, by_layer in new.items():
-        if None not in by_layer and len(by_layer) < lm.config.num_layers:
-            missing = next(i for i in range(lm.config.num_layers) if i not in by_layer)
-            raise UserError(
-                f"{folder}: {path} is missing in layer {missing}. Give an adapter of all layers."
-            )
-        stack = [by_layer[layer] for layer in sorted(by_layer, key=lambda i: i or 0)]
-        flat[path] = jnp.asarray(stack[0] if None in by_layer else np.stack(stack), dtype)
+        layers = range(lm.config.num_layers if is_stacked(path) else 1)
+        for layer in layers:
+            if layer not in by_layer:
+                raise UserError(
+                    f"{folder}: {path} is missing in layer {layer}. Give an adapter of all layers."
+                )
+        stack = np.stack([by_layer[layer] for layer in layers])
+        flat[path] = jnp.asarray(stack if is_stacked(path) else stack[0], dtype)
     return lm.replace(config=lm.config.replace(lora_scale=scale), params=nest(flat))
 
 
@@ -212,9 +195,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: is truncated or not a safetensors file. Download it again."
-        ) from error
+        raise damaged(path, "is truncated or not a safetensors file") from error
     for name in tensors:
         if not name.startswith(ROOT) or not name.endswith((".lora_A.weight", ".lora_B.weight")):
             raise UserError(
@@ -234,18 +215,16 @@ def _tensor(
 ) -> np.ndarray:
     """Return one matrix in a dtype; raise UserError if its shape or its numbers are wrong."""
     if name not in tensors:
-        raise UserError(f"{folder / WEIGHTS}: has no {name}. Download it again.")
-    if tensors[name].shape != shape:
-        raise UserError(
-            f"{folder}: {name} must have the shape {list(shape)} (got "
-            f"{list(tensors[name].shape)}). Give an adapter of this model."
-        )
+        raise damaged(folder / WEIGHTS, f"has no {name}")
     tensor = tensors[name]
-    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+    if tensor.shape != shape:
         raise UserError(
-            f"{folder / WEIGHTS}: {name} must have floating-point numbers (got {tensor.dtype}). "
-            "Download it again."
+            f"{folder}: {name} must have the shape {list(shape)} (got {list(tensor.shape)}). Give "
+            "an adapter of this model."
         )
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        problem = f"{name} must have floating-point numbers (got {tensor.dtype})"
+        raise damaged(folder / WEIGHTS, problem)
     check_finite(tensor, name, folder / WEIGHTS)
     with np.errstate(over="ignore"):
         tensor = tensor.astype(dtype)
@@ -254,11 +233,7 @@ def _tensor(
 
 
 def _read_settings(folder: Path) -> tuple[int, float]:
-    """Return rank and scale of the adapters in a folder.
-
-    Raises:
-      UserError: there is no configuration, or it has settings that are not supported.
-    """
+    """Return rank and scale of the adapters in a folder; refuse settings without support."""
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder / CONFIG}: there is no such file. Give a folder of PEFT.")
     config = read_json(folder / CONFIG)
@@ -275,32 +250,7 @@ def _read_settings(folder: Path) -> tuple[int, float]:
             f"{folder / CONFIG}: {name} is not supported (got {value!r}). Give plain LoRA."
         )
     if config.get("r") is None or config.get("lora_alpha") is None:
-        raise UserError(f"{folder / CONFIG}: has no r or no lora_alpha. Download it again.")
+        raise damaged(folder / CONFIG, "has no r or no lora_alpha")
     check_fields(config, _FIELDS, str(folder / CONFIG))
     rank = config["r"]
     return rank, config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def _write_settings(
-    rank: int,
-    scale: float,
-    *,
-    base_model: str | None,
-    task: str | None,
-    targets: list[str],
-    transposed: bool,
-) -> str:
-    """Return the text of a configuration; with `transposed`, HF keeps weights as [in, out]."""
-    config = {
-        "peft_type": "LORA",
-        "task_type": task,
-        "base_model_name_or_path": base_model,
-        "r": rank,
-        "lora_alpha": scale * rank,
-        "target_modules": targets,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": transposed,
-        "inference_mode": True,
-    }
-    return json.dumps(config, indent=2) + "\n"

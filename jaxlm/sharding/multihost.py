@@ -18,12 +18,9 @@ HEARTBEAT = 20
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a program, and which of them this one is.
+    """The "host:port" of process 0, the number of processes, and the index of this one.
 
-    Attributes:
-      coordinator: "host:port" of process 0; None if the environment describes the group.
-      processes: number of processes.
-      process: index of this one, from 0.
+    All are None if the environment describes the group.
     """
 
     coordinator: str | None = None
@@ -31,7 +28,7 @@ class Group:
     process: int | None = None
 
     def __post_init__(self):
-        if self.coordinator is None and self.processes is None and self.process is None:
+        if (self.coordinator, self.processes, self.process) == (None, None, None):
             return
         if self.coordinator is None or self.processes is None or self.process is None:
             raise UserError(

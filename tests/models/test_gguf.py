@@ -470,7 +470,7 @@ def test_a_wrong_byte_is_refused_or_harmless(small: Path, tmp_path: Path):
     content, path = small.read_bytes(), tmp_path / "damaged.gguf"
     rng = np.random.default_rng(0)
     sentences = []
-    for _ in range(200):
+    for _ in range(100):
         damaged = bytearray(content)
         damaged[rng.integers(2000)] ^= 1 << rng.integers(8)
         path.write_bytes(damaged)
@@ -478,7 +478,7 @@ def test_a_wrong_byte_is_refused_or_harmless(small: Path, tmp_path: Path):
             shapes_from_pretrained(path)
         except UserError as error:
             sentences.append(str(error))
-    assert len(sentences) > 50
+    assert len(sentences) > 25
     assert all(map(FORM.fullmatch, sentences))
 
 

@@ -21,8 +21,20 @@ ROWS = np.stack([np.pad(text, (0, 5 - len(text))) for text in TEXTS])
 MASK = (np.arange(5) < np.array(LENGTHS)[:, None]).astype(int)
 
 
-@pytest.mark.parametrize("attention", ["xla", "blockwise"])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "bert", "modernbert"])
+# With windows in both directions and in one, learned positions, and rotary ones.
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        *(("gpt2", "xla"), ("gemma2", "blockwise"), ("modernbert", "xla")),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                *(("gpt2", "blockwise"), ("gemma2", "xla"), ("modernbert", "blockwise")),
+                *((name, how) for name in ("llama", "bert") for how in ("xla", "blockwise")),
+            )
+        ),
+    ],
+)
 def test_logits_of_a_packed_row(name: str, attention: str):
     lm = jaxlm.from_pretrained(GOLDEN / name)
     lm = lm.replace(config=lm.config.replace(attention=attention))

@@ -39,7 +39,12 @@ def random_b(lm: LanguageModel) -> LanguageModel:
 
 
 @pytest.mark.parametrize(
-    ("name", "targets"), [("llama", r"_proj"), ("roberta-classifier", "kernel"), ("opt", "q_proj")]
+    ("name", "targets"),
+    [
+        ("llama", r"_proj"),
+        ("roberta-classifier", "kernel"),
+        pytest.param("opt", "q_proj", marks=pytest.mark.slow),
+    ],
 )
 def test_against_weights_summed_in_float64(name: str, targets: str):
     base = jaxlm.from_pretrained(GOLDEN / name)

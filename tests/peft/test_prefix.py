@@ -46,7 +46,7 @@ def test_activations_of_tokens_stand_for_the_tokens(name: str, attention: str):
     assert np.abs(found - without)[real].max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["gemma", "bert"])
+@pytest.mark.parametrize("name", ["gemma", pytest.param("bert", marks=pytest.mark.slow)])
 def test_the_first_prefix_is_of_tokens_drawn_from_the_vocabulary(name: str):
     lm = jaxlm.from_pretrained(GOLDEN / name)
     params = peft.prefix(lm, KEY, length=1).params["layers"]["attention"]

@@ -47,7 +47,12 @@ def assert_only(select: str, before, after) -> None:
         assert leaf.value == paths.path_predicate(select)(leaf.path), leaf.path
 
 
-@pytest.mark.parametrize("name", ["lora", "prefix", "bitfit", "head"])
+def slow(*row):
+    """BitFit and the head are selections of leaves that every model has; the full run has them."""
+    return pytest.param(*row, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["lora", "prefix", slow("bitfit"), slow("head")])
 def test_backprop(name: str):
     lm, select = model(name)
     loss_fn = loss_of(lm)
@@ -74,7 +79,12 @@ def test_backprop(name: str):
 
 @pytest.mark.parametrize(
     ("name", "rate", "eps"),
-    [("lora", 0.05, 1e-2), ("prefix", 0.5, 1e-1), ("bitfit", 0.05, 1e-2), ("head", 0.1, 1e-2)],
+    [
+        ("lora", 0.05, 1e-2),
+        ("prefix", 0.5, 1e-1),
+        slow("bitfit", 0.05, 1e-2),
+        slow("head", 0.1, 1e-2),
+    ],
 )
 def test_mezo(name: str, rate: float, eps: float):
     """Through a view and on materialised parameters it is the same estimate."""

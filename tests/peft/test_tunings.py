@@ -26,7 +26,10 @@ def start(path: Path, **overrides: str):
     ("flags", "select"),
     [
         ({"peft": "{name: lora, rank: 2, targets: up_proj}", "optimizer": "adam"}, peft.LORA),
-        ({"peft": "prefix", "optimizer.select": "prefix_keys"}, "prefix_keys"),
+        pytest.param(
+            *({"peft": "prefix", "optimizer.select": "prefix_keys"}, "prefix_keys"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_and_its_model(flags, select, run_yaml: Path, tmp_path: Path):

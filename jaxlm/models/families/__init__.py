@@ -72,18 +72,17 @@ class Name:
         return length // self.span * self.part[1]
 
 
-def query_key_norms(attention: str) -> list[Name]:
-    """Return the names of the norms of queries and keys, given the HF prefix of attention."""
-    pairs = (layer_norm(f"layers.attention.{x}_norm", f"{attention}{x}_norm") for x in "qk")
-    return [row for rows in pairs for row in rows]
-
-
 def linear(
-    path: str, hf: str, part: tuple[int, int] = (0, 1), span: int = 1, groups: int = 1
+    path: str,
+    hf: str,
+    part: tuple[int, int] = (0, 1),
+    span: int = 1,
+    groups: int = 1,
+    transpose: bool = True,
 ) -> list[Name]:
-    """Return the names of a torch Linear, or of parts of one: `kernel` (transposed) and `bias`."""
+    """Return the names of `kernel` and `bias` of a torch Linear, or of parts of one."""
     return [
-        Name(path + ".kernel", hf + ".weight", True, part, span, groups),
+        Name(path + ".kernel", hf + ".weight", transpose, part, span, groups),
         Name(path + ".bias", hf + ".bias", False, part, span, groups),
     ]
 
@@ -96,6 +95,7 @@ def layer_norm(path: str, hf: str) -> list[Name]:
 SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
+    "activation": "hidden_act",
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "intermediate_size": "intermediate_size",
@@ -108,14 +108,10 @@ SIZES = {
 def read_fields(hf: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
     """Return fields of a decoder's `ModelConfig`: those in `keys`, special ids and usual sizes.
 
-    Args:
-      hf: the HF config.
-      keys: field to HF key, for fields that both have with the same meaning.
-
-    Raises:
-      KeyError: a key is missing.
+    `keys` maps a field to the HF key with the same meaning; a missing one raises KeyError.
     """
     fields = {ours: hf[theirs] for ours, theirs in keys.items()}
+    fields["activation"] = read_activation(hf, keys["activation"])
     width, heads = fields["hidden_size"], fields["num_heads"]
     sizes = {"num_kv_heads": heads, "head_size": width // heads, "embedding_size": width}
     return {"kind": "decoder", "head": "lm", **sizes, **fields, **read_special_ids(hf)}
@@ -124,6 +120,7 @@ def read_fields(hf: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
 def write_fields(config: ModelConfig, keys: Mapping[str, str], architecture: str) -> dict[str, Any]:
     """Return the HF keys of `read_fields`, with the HF class that opens them."""
     fields = {theirs: getattr(config, ours) for ours, theirs in keys.items()}
+    fields[keys["activation"]] = write_activation(config.activation)
     names = {"model_type": config.family, "architectures": [architecture]}
     return {**names, **fields, **write_special_ids(config)}
 
@@ -136,9 +133,9 @@ def require(hf: dict[str, Any], key: str, accepted: Any) -> None:
         )
 
 
-def read_activation(hf: dict[str, Any], key: str, default: str) -> Activation:
+def read_activation(hf: dict[str, Any], key: str) -> Activation:
     """Return our name of the activation at `key`; raise ValueError if there is none."""
-    name = hf.get(key, default)
+    name = hf[key]
     if name not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
         raise ValueError(f"{key} is not supported (got {name!r}). Use a model with one of {known}.")
@@ -232,9 +229,7 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
 def split_rope(hf: dict[str, Any], theta: float, local: float) -> tuple[dict[str, Any], float]:
     """Return a HF config for `read_rope`, and `local_rope_theta`.
 
-    Args:
-      hf: the HF config of a family whose layers with a window have another rotation.
-      theta, local: theta of layers without and with a window, if `rope_parameters` has none.
+    `theta` and `local` are those of layers without and with a window if `rope_parameters` has none.
     """
     rope = hf.get("rope_parameters") or {}
     windowed = rope.get("sliding_attention") or {}
@@ -270,10 +265,11 @@ def local_layers(hf: dict[str, Any], every: int) -> list[str]:
     return ["sliding_attention" if layer % every else "full_attention" for layer in layers]
 
 
-def write_layer_types(config: ModelConfig) -> list[str]:
-    """Return the HF `layer_types`."""
+def write_windows(config: ModelConfig, unused: int | None = None) -> dict[str, Any]:
+    """Return the HF keys of the windows; `unused` is the size where no layer has one."""
     windowed = config.windowed or (False,) * config.num_layers
-    return ["sliding_attention" if local else "full_attention" for local in windowed]
+    kinds = ["sliding_attention" if local else "full_attention" for local in windowed]
+    return {"sliding_window": config.window or unused, "layer_types": kinds}
 
 
 def family(model_type: str) -> ModuleType:

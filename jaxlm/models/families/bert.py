@@ -12,16 +12,19 @@ from jaxlm.models.families import (
     Name,
     layer_norm,
     linear,
-    read_activation,
     read_fields,
     require,
-    write_activation,
     write_fields,
 )
 
 PREFIX = "bert."
 KEYS = SIZES | {"norm_eps": "layer_norm_eps", "token_types": "type_vocab_size"}
-DEFAULTS = {"layer_norm_eps": 1e-12, "type_vocab_size": 2, "tie_word_embeddings": True}
+DEFAULTS = {
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "type_vocab_size": 2,
+    "tie_word_embeddings": True,
+}
 _CLASSES = {"mlm": "ForMaskedLM", "classifier": "ForSequenceClassification", "none": "Model"}
 
 
@@ -34,21 +37,16 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         **fields | {"kind": "encoder", "head": "none"},
         family="bert",
-        activation=read_activation(hf, "hidden_act", "gelu"),
         norm_position="post",
         embedding_norm=True,
         final_norm=False,
     )
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF BERT config for ours."""
-    hf = write_encoder(config, KEYS, "Bert")
-    return hf | {"hidden_act": write_activation(config.activation)}
-
-
-def write_encoder(config: ModelConfig, keys: Mapping[str, str], name: str) -> dict[str, Any]:
-    """Return the HF keys of `write_fields` and the labels; `name` is the prefix of the class."""
+def write_config(
+    config: ModelConfig, keys: Mapping[str, str] = KEYS, name: str = "Bert"
+) -> dict[str, Any]:
+    """Return the HF BERT config for ours, or that of another encoder and its prefix of classes."""
     hf = write_fields(config, keys, name + _CLASSES[config.head])
     if config.head == "classifier":
         names = config.label_names or [f"LABEL_{i}" for i in range(config.num_labels)]

@@ -3,48 +3,35 @@
 References: DistilBERT, arXiv:1910.01108.
 """
 
+from functools import partial
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.families import (
-    SIZES,
-    Name,
-    bert,
-    layer_norm,
-    linear,
-    read_activation,
-    read_fields,
-    write_activation,
-)
+from jaxlm.models.families import SIZES, Name, bert, layer_norm, linear, read_fields
 
 PREFIX = "distilbert."
 KEYS = SIZES | {
     "hidden_size": "dim",
+    "activation": "activation",
     "num_layers": "n_layers",
     "num_heads": "n_heads",
     "intermediate_size": "hidden_dim",
 }
+DEFAULTS = {"activation": "gelu", "tie_word_embeddings": True}
+write_config = partial(bert.write_config, keys=KEYS, name="DistilBert")
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
     """Return our configuration for a HF config; the checkpoint decides about the head."""
     return ModelConfig(
-        **read_fields({"tie_word_embeddings": True, **hf}, KEYS)
-        | {"kind": "encoder", "head": "none"},
+        **read_fields({**DEFAULTS, **hf}, KEYS) | {"kind": "encoder", "head": "none"},
         family="distilbert",
-        activation=read_activation(hf, "activation", "gelu"),
         norm_eps=1e-12,
         norm_position="post",
         embedding_norm=True,
         final_norm=False,
         pooler="relu",
     )
-
-
-def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF DistilBERT config for ours."""
-    hf = bert.write_encoder(config, KEYS, "DistilBert")
-    return hf | {"activation": write_activation(config.activation)}
 
 
 def names(config: ModelConfig) -> list[Name]:

@@ -3,21 +3,21 @@
 References: Gemma 2, arXiv:2408.00118.
 """
 
+from functools import partial
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.families import (
-    Name,
-    gemma,
-    layer_norm,
-    llama,
-    read_activation,
-    read_windows,
-    write_layer_types,
-)
+from jaxlm.models.families import gemma, llama, read_activation, read_windows, write_windows
 
 PREFIX = llama.PREFIX
 WINDOW = 4096
+NORMS = {
+    "attention_norm": "input_layernorm",
+    "attention_out_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
+names = partial(llama.names, norms=NORMS)
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
@@ -28,7 +28,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     alternate = tuple(layer % 2 == 0 for layer in range(config.num_layers))
     return config.replace(
         family="gemma2",
-        activation=read_activation({}, "hidden_activation", named),
+        activation=read_activation({"hidden_activation": named}, "hidden_activation"),
         norm_position="both",
         attention_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
         attention_cap=hf.get("attn_logit_softcapping", 50.0),
@@ -48,20 +48,8 @@ def write_config(
         query_pre_attn_scalar=round(config.attention_scale**-2),
         attn_logit_softcapping=config.attention_cap,
         final_logit_softcapping=config.logit_cap,
-        sliding_window=config.window or WINDOW,  # transformers needs it even if unused
-        layer_types=write_layer_types(config),
+        **write_windows(config, unused=WINDOW),  # transformers needs the size in any case
         **more,
     )
     hf["hidden_activation"] = hf.pop("hidden_act")
     return hf
-
-
-def names(config: ModelConfig) -> list[Name]:
-    """Return our paths with their HF names."""
-    block = PREFIX + "layers.{layer}."
-    rows = [row for row in llama.names(config) if "_norm." not in row.path]
-    rows += layer_norm("layers.attention_norm", block + "input_layernorm")
-    rows += layer_norm("layers.attention_out_norm", block + "post_attention_layernorm")
-    rows += layer_norm("layers.mlp_norm", block + "pre_feedforward_layernorm")
-    rows += layer_norm("layers.mlp_out_norm", block + "post_feedforward_layernorm")
-    return rows + layer_norm("final_norm", PREFIX + "norm")

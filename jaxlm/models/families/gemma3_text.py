@@ -6,18 +6,10 @@ References: Gemma 3, arXiv:2503.19786.
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.families import (
-    Name,
-    gemma2,
-    llama,
-    local_layers,
-    query_key_norms,
-    require,
-    split_rope,
-    write_both_ropes,
-)
+from jaxlm.models.families import gemma2, local_layers, require, split_rope, write_both_ropes
 
-PREFIX = llama.PREFIX
+PREFIX = gemma2.PREFIX
+names = gemma2.names
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
@@ -37,8 +29,3 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     """Return the HF Gemma 3 text config for ours."""
     rope = write_both_ropes(config)
     return gemma2.write_config(config, "Gemma3ForCausalLM", rope_parameters=rope)
-
-
-def names(config: ModelConfig) -> list[Name]:
-    """Return our paths with their HF names."""
-    return gemma2.names(config) + query_key_norms(PREFIX + "layers.{layer}.self_attn.")

@@ -11,10 +11,8 @@ from jaxlm.models.families import (
     Name,
     layer_norm,
     linear,
-    read_activation,
     read_fields,
     read_rope,
-    write_activation,
     write_fields,
     write_rope,
 )
@@ -26,6 +24,7 @@ KEYS = SIZES | {
     "attention_bias": "attention_bias",
 }
 DEFAULTS = {
+    "hidden_act": "gelu",
     "max_position_embeddings": 2048,
     "layer_norm_eps": 1e-5,
     "use_parallel_residual": True,
@@ -42,7 +41,6 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         **fields,
         family="gpt_neox",
-        activation=read_activation(hf, "hidden_act", "gelu"),
         positions="rotary",
         rotary_size=int(fields["head_size"] * share),
         output_bias=fields["attention_bias"],
@@ -55,7 +53,6 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     assert config.rotary_size is not None
     share = config.rotary_size / config.head_size
     return write_fields(config, KEYS, "GPTNeoXForCausalLM") | {
-        "hidden_act": write_activation(config.activation),
         "rope_parameters": write_rope(config) | {"partial_rotary_factor": share},
     }
 

@@ -3,6 +3,7 @@
 References: Llama, arXiv:2302.13971; Llama 3, arXiv:2407.21783.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
@@ -11,11 +12,9 @@ from jaxlm.models.families import (
     Name,
     layer_norm,
     linear,
-    read_activation,
     read_fields,
     read_rope,
     require,
-    write_activation,
     write_fields,
     write_rope,
 )
@@ -27,12 +26,14 @@ KEYS = SIZES | {
     "mlp_bias": "mlp_bias",
 }
 DEFAULTS = {
+    "hidden_act": "silu",
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
     "attention_bias": False,
     "mlp_bias": False,
     "tie_word_embeddings": False,
 }
+NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
@@ -44,7 +45,6 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         **fields,
         family="llama",
-        activation=read_activation(hf, "hidden_act", "silu"),
         gated_mlp=True,
         norm="rmsnorm",
         positions="rotary",
@@ -60,14 +60,13 @@ def write_config(
     return write_fields(config, KEYS, architecture) | {
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_size,
-        "hidden_act": write_activation(config.activation),
         "rope_parameters": write_rope(config),
         **more,
     }
 
 
-def names(config: ModelConfig) -> list[Name]:
-    """Return our paths with their HF names."""
+def names(config: ModelConfig, norms: Mapping[str, str] = NORMS) -> list[Name]:
+    """Return our paths with their HF names; families like Llama have other `norms` in a layer."""
     block = PREFIX + "layers.{layer}."
     rows = [
         Name("embed.tokens.embedding", PREFIX + "embed_tokens.weight"),
@@ -75,8 +74,10 @@ def names(config: ModelConfig) -> list[Name]:
     ]
     for part in "qkvo":
         rows += linear(f"layers.attention.{part}_proj", f"{block}self_attn.{part}_proj")
+    for part in "qk":
+        rows += layer_norm(f"layers.attention.{part}_norm", f"{block}self_attn.{part}_norm")
     for part in ("gate", "up", "down"):
         rows += linear(f"layers.mlp.{part}_proj", f"{block}mlp.{part}_proj")
-    rows += layer_norm("layers.attention_norm", block + "input_layernorm")
-    rows += layer_norm("layers.mlp_norm", block + "post_attention_layernorm")
+    for ours, theirs in norms.items():
+        rows += layer_norm(f"layers.{ours}", block + theirs)
     return rows + layer_norm("final_norm", PREFIX + "norm")

@@ -12,19 +12,18 @@ from jaxlm.models.families import (
     bert,
     layer_norm,
     linear,
-    read_activation,
     read_fields,
     read_rope,
     read_windows,
     require,
     split_rope,
-    write_activation,
     write_both_ropes,
-    write_layer_types,
+    write_windows,
 )
 
 PREFIX = "model."
 KEYS = SIZES | {
+    "activation": "hidden_activation",
     "norm_eps": "norm_eps",
     "norm_bias": "norm_bias",
     "attention_bias": "attention_bias",
@@ -32,6 +31,7 @@ KEYS = SIZES | {
     "head_bias": "classifier_bias",
 }
 DEFAULTS = {
+    "hidden_activation": "gelu",
     "max_position_embeddings": 8192,
     "norm_eps": 1e-5,
     "tie_word_embeddings": True,
@@ -54,7 +54,6 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         **fields | {"kind": "encoder", "head": "none"},
         family="modernbert",
-        activation=read_activation(hf, "hidden_activation", "gelu"),
         gated_mlp=True,
         first_norm=False,
         embedding_norm=True,
@@ -70,13 +69,12 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """Return the HF ModernBERT config for ours."""
-    activation = write_activation(config.activation)
-    return bert.write_encoder(config, KEYS, "ModernBert") | {
-        "hidden_activation": activation,
-        "classifier_activation": activation,
+    hf = bert.write_config(config, KEYS, "ModernBert")
+    return hf | {
+        "classifier_activation": hf["hidden_activation"],
         "classifier_pooling": "mean" if config.pooling == "mean" else "cls",
         "local_attention": 2 * (config.window - 1) if config.window else 128,
-        "layer_types": write_layer_types(config),
+        "layer_types": write_windows(config)["layer_types"],
         "rope_parameters": write_both_ropes(config),
     }
 

@@ -13,7 +13,7 @@ from jaxlm.models.families import (
     read_windows,
     split_rope,
     write_both_ropes,
-    write_layer_types,
+    write_windows,
 )
 
 PREFIX = llama.PREFIX
@@ -37,6 +37,5 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         config,
         "Olmo3ForCausalLM",
         rope_parameters=write_both_ropes(config),
-        sliding_window=config.window or WINDOW,  # transformers needs it even if unused
-        layer_types=write_layer_types(config),
+        **write_windows(config, unused=WINDOW),  # transformers needs the size in any case
     )

@@ -11,19 +11,19 @@ from jaxlm.models.families import (
     Name,
     layer_norm,
     linear,
-    read_activation,
     read_fields,
-    write_activation,
     write_fields,
 )
 
 PREFIX = "model."
 KEYS = SIZES | {
+    "activation": "activation_function",
     "intermediate_size": "ffn_dim",
     "norm_affine": "layer_norm_elementwise_affine",
     "attention_bias": "enable_bias",
 }
 DEFAULTS = {
+    "activation_function": "relu",
     "layer_norm_elementwise_affine": True,
     "enable_bias": True,
     "tie_word_embeddings": True,
@@ -38,7 +38,6 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         **fields,
         family="opt",
-        activation=read_activation(hf, "activation_function", "relu"),
         norm_position="pre" if pre_norm else "post",
         final_norm=pre_norm and not hf.get("_remove_final_layer_norm", False),
         position_offset=2,
@@ -52,7 +51,6 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     pre_norm = config.norm_position == "pre"
     return write_fields(config, KEYS, "OPTForCausalLM") | {
         "word_embed_proj_dim": config.embedding_size,
-        "activation_function": write_activation(config.activation),
         "do_layer_norm_before": pre_norm,
         "_remove_final_layer_norm": pre_norm and not config.final_norm,
     }

@@ -6,7 +6,7 @@ References: Qwen2, arXiv:2407.10671.
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.families import llama, read_windows, write_layer_types
+from jaxlm.models.families import llama, read_windows, write_windows
 
 PREFIX = llama.PREFIX
 names = llama.names
@@ -21,15 +21,6 @@ def windows(hf: dict[str, Any], num_layers: int) -> dict[str, Any]:
     return read_windows({"sliding_window": 4096, **hf}, default)
 
 
-def write_windows(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF keys of the windows."""
-    return {
-        "use_sliding_window": any(config.windowed),
-        "sliding_window": config.window,
-        "layer_types": write_layer_types(config),
-    }
-
-
 def read_config(hf: dict[str, Any]) -> ModelConfig:
     """Return our configuration for a HF Qwen2 config."""
     config = llama.read_config({"max_position_embeddings": 32768, **hf})
@@ -38,6 +29,9 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     )
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF Qwen2 config for ours."""
-    return llama.write_config(config, "Qwen2ForCausalLM", **write_windows(config))
+def write_config(
+    config: ModelConfig, architecture: str = "Qwen2ForCausalLM", **more: Any
+) -> dict[str, Any]:
+    """Return the HF Qwen2 config for ours; families with these windows add `more` keys."""
+    more |= {"use_sliding_window": any(config.windowed), **write_windows(config)}
+    return llama.write_config(config, architecture, **more)

@@ -3,12 +3,15 @@
 References: Qwen3, arXiv:2505.09388.
 """
 
+from functools import partial
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.families import Name, llama, query_key_norms, qwen2
+from jaxlm.models.families import llama, qwen2
 
 PREFIX = llama.PREFIX
+names = llama.names
+write_config = partial(qwen2.write_config, architecture="Qwen3ForCausalLM")
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
@@ -17,13 +20,3 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     return config.replace(
         family="qwen3", query_key_norm="head", **qwen2.windows(hf, config.num_layers)
     )
-
-
-def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the HF Qwen3 config for ours."""
-    return llama.write_config(config, "Qwen3ForCausalLM", **qwen2.write_windows(config))
-
-
-def names(config: ModelConfig) -> list[Name]:
-    """Return our paths with their HF names."""
-    return llama.names(config) + query_key_norms(PREFIX + "layers.{layer}.self_attn.")

@@ -26,10 +26,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """Return the HF RoBERTa config for ours."""
-    hf = bert.write_config(config)
-    return {
-        **hf,
-        "architectures": [name.replace("Bert", "Roberta") for name in hf["architectures"]],
+    return bert.write_config(config, name="Roberta") | {
         "max_position_embeddings": config.max_positions + config.position_offset,
         "pad_token_id": config.position_offset - 1,
     }

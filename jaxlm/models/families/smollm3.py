@@ -6,7 +6,7 @@ References: https://huggingface.co/blog/smollm3; layers without positions, arXiv
 from typing import Any
 
 from jaxlm.models.config import ModelConfig
-from jaxlm.models.families import llama, read_windows, write_layer_types
+from jaxlm.models.families import llama, qwen2, read_windows
 
 PREFIX = llama.PREFIX
 names = llama.names
@@ -38,11 +38,5 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """Return the HF SmolLM3 config for ours."""
     unrotated = config.unrotated or (False,) * config.num_layers
-    return llama.write_config(
-        config,
-        "SmolLM3ForCausalLM",
-        no_rope_layers=[int(not layer) for layer in unrotated],
-        use_sliding_window=any(config.windowed),
-        sliding_window=config.window,
-        layer_types=write_layer_types(config),
-    )
+    rotated = [int(not layer) for layer in unrotated]
+    return qwen2.write_config(config, "SmolLM3ForCausalLM", no_rope_layers=rotated)
