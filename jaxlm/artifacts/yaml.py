@@ -30,11 +30,7 @@ class _Loader(yaml.BaseLoader):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping; every scalar stays text.
-
-    Raises:
-        UserError: the file is missing, too large, not a regular file, or not such a mapping.
-    """
+    """Read a YAML mapping; every scalar stays text."""
     file = file_path(path, "config")
     try:
         status = file.stat()
@@ -66,12 +62,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the value of a YAML text; every scalar stays text.
-
-    Raises:
-        yaml.YAMLError: it is not YAML.
-        UserError: it is too deep or too large.
-    """
+    """Return the value of a YAML text that is neither too deep nor too large; scalars stay text."""
     try:
         # Checked before parsing: PyYAML takes time quadratic in the depth.
         steps = ((letter in "[{") - (letter in "]}") for letter in text)

@@ -61,15 +61,7 @@ class Domain:
 
 
 def check_domains(domains: Sequence[Domain], held_out: str | None = None) -> None:
-    """Check the domains of a run.
-
-    Args:
-      domains: domains to train on.
-      held_out: domain to measure on.
-
-    Raises:
-      UserError: there is no domain, one is repeated or also held out, or no share is above 0.
-    """
+    """Raise UserError if no domain has a share, or one is repeated or also held out."""
     names = [str(PurePosixPath(domain.name)) for domain in domains]
     checks.distinct("corpus.domains", names)
     for field, shares in (
@@ -113,11 +105,7 @@ class Tokens:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """Read the transformers tokenizer of a folder, see `jaxlm.models.hf_tokenizer`.
-
-    Raises:
-      UserError: there is no tokenizer.json, or it cannot be read.
-    """
+    """Read the transformers tokenizer of a folder, see `jaxlm.models.hf_tokenizer`."""
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"tokenizer: has no tokenizer.json (got {folder}). Train one.")
     return hf_tokenizer.read_tokenizer(folder)
@@ -128,11 +116,7 @@ def tokenize(path: Path, tokenizer: Any) -> Tokens:
 
     Args:
       path: a `.jsonl` or `.jsonl.gz` file.
-      tokenizer: a transformers tokenizer with offsets.
-
-    Raises:
-      UserError: the file or a line of it cannot be read, or the tokenizer has no eos_token or too
-        many tokens.
+      tokenizer: a transformers tokenizer with offsets, an eos_token and at most 65536 tokens.
     """
     boundary = tokenizer.eos_token_id
     if boundary is None:
@@ -194,11 +178,7 @@ def _documents(path: Path) -> Iterator[list[str]]:
 
 
 def find(folder: Path, name: str) -> Path:
-    """Return the file of a domain.
-
-    Raises:
-      UserError: there is no such file, or the name leaves the folder.
-    """
+    """Return the file of a domain, which must lie in the folder."""
     for suffix in (".jsonl", ".jsonl.gz"):
         if (path := inside(folder, name + suffix, "corpus.domains")).exists():
             return path
@@ -216,14 +196,9 @@ def source_digest(path: Path, tokenizer: Any) -> str:
 def cached(path: Path, tokenizer: Any, cache: Path, digest: str | None = None) -> Tokens:
     """Tokenize a file once: store its tokens in the folder `cache` and memory-map them from there.
 
-    The cache is keyed by the content of the file and the tokenizer, not by their names. Damaged
-    tokens fail their checksums and are made again. The main process tokenizes for all processes.
-
-    Args:
-      path: a `<domain>.jsonl[.gz]`.
-      tokenizer: as `read_tokenizer` returns it.
-      cache: folder of the cache.
-      digest: `source_digest`, if it is known.
+    The cache is keyed by the content of the file and the tokenizer (`source_digest`), not by their
+    names. Damaged tokens fail their checksums and are made again. The main process tokenizes for
+    all processes.
     """
     digest = source_digest(path, tokenizer) if digest is None else digest
     name = path.name.removesuffix(".gz").removesuffix(".jsonl")

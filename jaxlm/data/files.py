@@ -43,16 +43,7 @@ def room() -> int:
 
 
 def pieces(path: Path, where: str) -> Iterator[bytes]:
-    """Yield the content of a regular file in pieces, unpacked if its name ends in `.gz`.
-
-    Args:
-        path: the file.
-        where: name of the file in error messages.
-
-    Raises:
-        UserError: it is not a regular file, cannot be read, is not a whole gzip file, or unpacks to
-            far more than text does.
-    """
+    """Yield the content of a regular file in pieces, unpacked if its name ends in `.gz`."""
     with _refusing(where), _open(path, where) as packed:
         if path.suffix != ".gz":
             yield from iter(lambda: packed.read(_PIECE), b"")
@@ -70,11 +61,7 @@ def pieces(path: Path, where: str) -> Iterator[bytes]:
 
 
 def read_bytes(path: Path, where: str) -> bytes:
-    """Return the whole content of a file, see `pieces`.
-
-    Raises:
-        UserError: as in `pieces`; or it is larger than `room()`.
-    """
+    """Return the whole content of a file of at most `room()` bytes."""
     limit, size, parts = room(), 0, []
     for piece in pieces(path, where):
         size += len(piece)
@@ -92,12 +79,7 @@ def too_large(where: str) -> UserError:
 
 
 def check_folder(folder: Path, where: str) -> None:
-    """Check the files of a folder before a library reads and unpacks them.
-
-    Raises:
-        UserError: a file is not regular, is an archive other than `.gz`, or as in `pieces`; or
-            there are too many files.
-    """
+    """Refuse what `pieces` does, archives and too many files, before a library reads a folder."""
     for count, path in enumerate(folder.rglob("*")):
         if count == _FILES:
             raise UserError(
@@ -114,11 +96,7 @@ def check_folder(folder: Path, where: str) -> None:
 
 
 def lines(path: Path, where: str) -> Iterator[bytes]:
-    """Yield the lines of a file of any size, without their ends.
-
-    Raises:
-        UserError: as in `pieces`; or a line is longer than `LONGEST_LINE`.
-    """
+    """Yield the lines of a file of any size, without their ends."""
     rest, number = b"", 1
     for piece in pieces(path, where):
         *whole, rest = (rest + piece).split(b"\n")

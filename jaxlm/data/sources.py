@@ -14,7 +14,6 @@ from jaxlm.core.errors import UserError
 from jaxlm.data.delimited import read_table
 from jaxlm.data.files import check_folder, read_bytes, room, too_large
 
-SPLITS = ("train", "validation", "test")
 SHIPPED = Path(__file__).parent.parent / "assets" / "tasks"
 _PREFIX = "jaxlm:"
 _ROWS = 1024  # rows of a Parquet file that are unpacked at once
@@ -25,10 +24,8 @@ class Record:
     """One row of a source.
 
     Attributes:
-        values: the fields by name.
         source: the source as the user named it.
-        number: line of the file or row of the table, from 1.
-        unit: "line" or "row".
+        number: line of the file or row of the table, from 1; `unit` is "line" or "row".
         class_names: by field, the names of the classes whose index it holds, if the source has such
             names.
     """
@@ -55,15 +52,6 @@ def read_rows(
     files or of `Dataset.save_to_disk`, or `name`, `name/config` or `namespace/name/config` on the
     hub. The split is `key`, or the one after a colon: `nyu-mll/glue/sst2:validation`. The code of a
     data set never runs.
-
-    Args:
-        source: the file or data set.
-        key: "train", "validation" or "test".
-        section: section of the configuration, for error messages.
-        base_dir: folder where relative paths start, usually that of the YAML file.
-
-    Raises:
-        UserError: the source is missing, empty, too large or damaged.
     """
     option = f"{section}.{key}"
     path = _find(source, option, base_dir)

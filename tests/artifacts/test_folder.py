@@ -20,7 +20,6 @@ from jaxlm.artifacts.folder import (
     hold,
     is_whole,
     mark_failed,
-    read_manifest,
     replace_contents,
     seal,
     stage,
@@ -144,7 +143,6 @@ def test_the_first_input_that_differs_is_named(tmp_path):
 
 def test_a_failure_is_told_by_its_marker(tmp_path):
     assert failure(tmp_path) is None
-    assert read_manifest(tmp_path) is None
     mark_failed(tmp_path, "diverged")
     assert failure(tmp_path) == "diverged"
 

@@ -466,7 +466,7 @@ def test_bad_rows(name: str, changes: dict[str, Any], message: str, tmp_path: Pa
 
 
 def test_a_missing_field(tmp_path: Path) -> None:
-    for name, said in (("opt/rte", "task.template names"), ("opt/boolq", "opt/boolq reads")):
+    for name, said in (("opt/rte", "task.template reads"), ("opt/boolq", "opt/boolq reads")):
         with pytest.raises(
             UserError, match=rf"line 1: has no field '(premise|question)', which {said}"
         ):
