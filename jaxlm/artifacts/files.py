@@ -88,12 +88,12 @@ def report_write_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_shared(path: Path, content: str | bytes, *, once: bool = False) -> None:
-    """Write a file that all processes share, with `write_atomic`; `once` keeps one that exists.
+def write_shared(path: Path, content: str | bytes) -> None:
+    """Write a file that all processes share, with `write_atomic`.
 
     All processes call it. The main process writes, and none returns before the file exists.
     """
-    if is_main_process() and not (once and path.exists()):
+    if is_main_process():
         write_atomic(path, content)
     barrier(str(path))
 

@@ -392,28 +392,22 @@ def replacing(folder: Path, *, last: str, stale: Callable[[Path], bool]) -> Iter
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="saving-") as name:
-            yield Path(name)
-            replace_contents(Path(name), folder, last=last, stale=stale)
+            source = Path(name)
+            yield source
+            for path in source.rglob("*"):
+                sync(path)
+            (folder / last).unlink(missing_ok=True)
+            sync(folder)  # the old `last` must be gone on disk before any of its files changes
+            for path in [path for path in folder.iterdir() if stale(path)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for path in source.iterdir():
+                if path.name != last:
+                    path.replace(folder / path.name)
+            sync(folder)
+            (source / last).replace(folder / last)
+            sync(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"{folder}: cannot be written ({reason}). Choose another folder."
         ) from error
-
-
-def replace_contents(
-    source: Path, target: Path, *, last: str, stale: Callable[[Path], bool]
-) -> None:
-    """Move the files of one folder into another on the same file system; see `replacing`."""
-    for path in source.rglob("*"):
-        sync(path)
-    (target / last).unlink(missing_ok=True)
-    sync(target)  # the old `last` must be gone on disk before any of its files changes
-    for path in [path for path in target.iterdir() if stale(path)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in source.iterdir():
-        if path.name != last:
-            path.replace(target / path.name)
-    sync(target)
-    (source / last).replace(target / last)
-    sync(target)

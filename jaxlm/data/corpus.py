@@ -19,7 +19,6 @@ from jaxtyping import Float, Int, Integer
 
 from jaxlm.artifacts.files import (
     inside,
-    parse_json,
     read_json,
     report_write_errors,
     to_json,
@@ -164,17 +163,11 @@ def _batches(path: Path) -> Iterator[list[list[str]]]:
 
 def _documents(path: Path) -> Iterator[list[str]]:
     """Yield the lines of each document, without empty ones."""
-    for number, record in enumerate(files.lines(path, str(path)), start=1):
-        if not record.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            value = parse_json(record.decode("utf-8-sig"), where)
-        except UnicodeDecodeError:
-            raise UserError(f"{where}: not text in UTF-8. Save the file as UTF-8.") from None
-        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-            raise UserError(f'{where}: not a document. Write {{"text": "..."}}.')
-        yield [line for line in value["text"].split("\n") if line.strip()]
+    for number, record in files.json_objects(files.lines(path, str(path)), str(path)):
+        text = record.get("text")
+        if not isinstance(text, str):
+            raise UserError(f'{path}, line {number}: not a document. Write {{"text": "..."}}.')
+        yield [line for line in text.split("\n") if line.strip()]
 
 
 def find(folder: Path, name: str) -> Path:

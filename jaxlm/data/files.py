@@ -13,9 +13,11 @@ import os
 import resource
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+from jaxlm.artifacts.files import parse_json
 from jaxlm.core.errors import UserError
 
 LONGEST_LINE = 2**26
@@ -109,6 +111,26 @@ def lines(path: Path, where: str) -> Iterator[bytes]:
             )
     if rest:
         yield rest
+
+
+def json_objects(lines: Iterable[bytes], where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the JSON object of every line that is not empty, with its number from 1."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name = f"{where}, line {number}"
+        try:
+            text = line.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise UserError(f"{name}: not a text file in UTF-8. Save it as UTF-8.") from None
+        yield number, as_object(parse_json(text, name), name)
+
+
+def as_object(value: Any, where: str) -> dict[str, Any]:
+    """Return a JSON value that must be an object."""
+    if not isinstance(value, dict):
+        raise UserError(f'{where}: not a JSON object. Write {{"name": value}} there.')
+    return value
 
 
 def digest(path: Path, where: str) -> str:

@@ -20,7 +20,7 @@ from jaxlm.artifacts.folder import (
     hold,
     is_whole,
     mark_failed,
-    replace_contents,
+    replacing,
     seal,
     stage,
     verify,
@@ -189,8 +189,8 @@ def test_sealed_files_are_told_from_damaged_ones(tmp_path):
         verify(tmp_path)
 
 
-def write(folder: Path, **files: str) -> Path:
-    folder.mkdir()
+def fill(folder: Path, **files: str) -> Path:
+    folder.mkdir(exist_ok=True)
     for name, text in files.items():
         (folder / name).write_text(text)
     return folder
@@ -214,12 +214,14 @@ def test_a_stop_at_any_moment_leaves_no_mixture(tmp_path: Path, monkeypatch: pyt
     seen = set()
     for most in range(20):
         old = {"config": "old", "a": "old", "b": "old", "mine": "mine"}
-        target = write(tmp_path / f"target{most}", **old)
+        target = fill(tmp_path / f"target{most}", **old)
         new = {"config": "new", "a": "new", "c": "new"}
-        source = write(tmp_path / f"source{most}", **new)
         steps |= {"count": 0, "most": most}
-        with contextlib.suppress(KeyboardInterrupt):
-            replace_contents(source, target, last="config", stale=lambda path: path.name in "abc")
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            replacing(target, last="config", stale=lambda path: path.name in "abc") as source,
+        ):
+            fill(source, **new)
         found = {path.name: path.read_text() for path in target.iterdir()}
         assert found["mine"] == "mine"
         if "config" in found:

@@ -102,7 +102,9 @@ def letters(text: str) -> str:
     return "".join(character for character in text.casefold() if character.isalnum())
 
 
-@pytest.mark.parametrize(("name", "train"), [("mr", 7661), ("subj", 7000)])
+@pytest.mark.parametrize(
+    ("name", "train"), [("mr", 7661), pytest.param("subj", 7000, marks=pytest.mark.slow)]
+)
 def test_shipped_data(name: str, train: int) -> None:
     """Whole, of both classes, and no sentence in two splits."""
     task = load_task(shipped_task(name), seed=0)
