@@ -1,17 +1,6 @@
 """One folder: which process writes it, what it was made from, whether it is whole.
 
-Run folders, stage folders, kernel stores, token caches and sweeps are all made of these parts:
-
-    claim(folder, marker, what)      create a folder and hold its lock while a block runs
-      check_place, make_folder, hold   its three parts, for callers that need only one
-    stage(root, name, inputs, work)  do work once for its inputs: resume it, or return its result
-      inputs_digest(inputs)            the key in the folder's name
-      check_inputs(folder, old, new)   one error for all: which input differs, old and new value
-    mark_failed, failure             the marker of work that failed and need not be tried again
-    write_folder(folder, write)      write a sealed folder that is whole or absent
-      seal, verify, is_whole           its `checksums.json`
-    replacing(folder)                replace the files of an earlier save, never mixing the two
-
+Run folders, stage folders, kernel stores, token caches and sweeps are all made of these parts.
 Checksums find damage, not malice: whoever can change a file can change its checksum.
 """
 
@@ -32,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxlm.artifacts.files import read_json, to_json, write_atomic, write_json
+from jaxlm.artifacts.files import read_json, report_write_errors, to_json, write_atomic, write_json
 from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
@@ -348,27 +337,25 @@ def verify(folder: Path, *, below: str = "") -> None:
         raise UserError(f"{place}: damaged ({reason}). Make it again.")
 
 
-def is_whole(folder: Path) -> bool:
-    """Return whether a folder exists, is sealed, and agrees with its checksums."""
-    try:
-        verify(folder)
-    except (UserError, OSError):
-        return False
-    return True
+def ensure_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a sealed folder, which is whole or absent, unless it agrees with its checksums.
 
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a sealed folder that is whole or absent, in place of an earlier one, from one process.
-
-    `write(place)` fills an empty folder beside `folder`, which is then sealed and renamed.
+    `write(place)` fills an empty folder beside `folder`, which is then sealed and renamed. All
+    processes call this, and the main process writes.
     """
-    aside = folder.with_name(folder.name + ".tmp")
-    for old in (aside, folder):
-        shutil.rmtree(old, ignore_errors=True)
-    aside.mkdir(parents=True)
-    write(aside)
-    seal(aside)
-    aside.rename(folder)
+    if is_main_process():
+        try:
+            verify(folder)
+        except (UserError, OSError):
+            with report_write_errors(folder):
+                aside = folder.with_name(folder.name + ".tmp")
+                for old in (aside, folder):
+                    shutil.rmtree(old, ignore_errors=True)
+                aside.mkdir(parents=True)
+                write(aside)
+                seal(aside)
+                aside.rename(folder)
+    barrier(str(folder))
 
 
 def sync(path: Path) -> None:

@@ -20,12 +20,10 @@ from jaxtyping import Float, Int, Integer
 from jaxlm.artifacts.files import (
     inside,
     read_json,
-    report_write_errors,
     to_json,
     write_atomic,
 )
-from jaxlm.artifacts.folder import is_whole, write_folder
-from jaxlm.artifacts.processes import barrier, is_main_process
+from jaxlm.artifacts.folder import ensure_folder
 from jaxlm.core import checks
 from jaxlm.core.errors import UserError
 from jaxlm.data import files
@@ -196,10 +194,15 @@ def cached(path: Path, tokenizer: Any, cache: Path, digest: str | None = None) -
     digest = source_digest(path, tokenizer) if digest is None else digest
     name = path.name.removesuffix(".gz").removesuffix(".jsonl")
     folder = cache / f"{name}-{digest[:16]}"
-    if is_main_process() and not is_whole(folder):
-        with report_write_errors(folder):
-            write_folder(folder, functools.partial(_write, tokenize(path, tokenizer)))
-    barrier(str(folder))
+
+    def write(place: Path) -> None:
+        tokens = tokenize(path, tokenizer)
+        np.save(place / "ids.npy", tokens.ids)
+        np.save(place / "starts.npy", tokens.starts)
+        record = {"boundary": tokens.boundary, "size": tokens.size}
+        write_atomic(place / "tokens.json", to_json(record))
+
+    ensure_folder(folder, write)
     record = read_json(folder / "tokens.json", boundary=int, size=int)
     ids, starts = (np.load(folder / f"{field}.npy", mmap_mode="r") for field in ("ids", "starts"))
     return Tokens(ids, starts, record["boundary"], record["size"], digest)
@@ -211,13 +214,6 @@ def _digest(tokenizer: Any) -> str:
     state |= {"truncation": None, "padding": None}  # of an earlier call, not of `tokenize`
     text = json.dumps([state, tokenizer.eos_token_id], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _write(tokens: Tokens, folder: Path) -> None:
-    for field in ("ids", "starts"):
-        np.save(folder / f"{field}.npy", getattr(tokens, field))
-    record = {"boundary": tokens.boundary, "size": tokens.size}
-    write_atomic(folder / "tokens.json", to_json(record))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

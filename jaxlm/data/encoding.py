@@ -78,17 +78,12 @@ def encode_all(
     max_length: int | None = None,
     first_field_limit: int | None = None,
 ) -> Iterator[Encoded]:
-    """Tokenize examples with every label word.
+    """Tokenize examples with every label word, each string once and as a whole.
 
-    Each string is tokenized once, as a whole, with the special tokens that the tokenizer adds, but
-    without those at the end for a decoder. A decoder scores every token that ends after the start
-    of the label word, so its first token may include the space before the word, and text after the
-    label is scored too. An encoder reads its mask token in place of the label word, which must be
-    one token. If a row is too long, tokens are removed one by one from the end of whichever field
-    then has the most.
-
-    Without character offsets, a decoder scores the tokens after the longest common prefix of the
-    whole string's tokens and the prompt's.
+    A decoder scores every token that ends after the start of the label word, so its first token may
+    include the space before the word, and text after the label is scored too. An encoder reads its
+    mask token in place of the label word, which must be one token. If a row is too long, tokens are
+    removed one by one from the end of whichever field then has the most.
     """
     if kind == "encoder" and tokenizer.mask_token_id is None:
         raise UserError("tokenizer: has no mask token. Give an encoder with one, or a decoder.")
@@ -110,12 +105,10 @@ def encode_all(
 def encode_prompted(
     examples: Sequence[Prompted], tokenizer: Any, *, max_length: int | None = None
 ) -> Iterator[Encoded]:
-    """Tokenize prompts with each of their options, for a decoder.
+    """Tokenize prompts with each of their options, each string once and as a whole, for a decoder.
 
-    Each string is tokenized once, as a whole. The tokens of an option are those that end after the
-    prompt, so a token that begins with the space between them belongs to the option. A row that is
-    too long is cut on the left, by the same number of tokens for every option of an example;
-    special tokens at the beginning are kept.
+    The tokens of an option are those that end after the prompt, so a token that begins with the
+    space between them belongs to the option. Rows that are too long are cut on the left.
     """
     special = set(tokenizer.all_special_ids)
 

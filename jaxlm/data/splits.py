@@ -7,7 +7,6 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
@@ -170,7 +169,7 @@ class SplitsConfig:
 
     def draw(self, examples: Mapping[str, Sequence[Any]], *, seed: int) -> dict[str, Sequence[Any]]:
         """Draw the examples of every split, held-out ones included."""
-        checks.seeds(SimpleNamespace(seed=seed), "seed")
+        checks.integer("seed", seed, least=0, most=2**32 - 1)
         drawn = dict(examples)
         train = examples["train"]
         if train or self.validation == HOLD_OUT:

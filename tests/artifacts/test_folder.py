@@ -16,15 +16,14 @@ from jaxlm.artifacts.folder import (
     check_inputs,
     claim,
     crc32,
+    ensure_folder,
     failure,
     hold,
-    is_whole,
     mark_failed,
     replacing,
     seal,
     stage,
     verify,
-    write_folder,
 )
 from jaxlm.core.errors import UserError
 
@@ -154,15 +153,16 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
         (place / "x").write_text("new")
         raise KeyboardInterrupt
 
-    write_folder(folder, lambda place: (place / "x").write_text("old") and None)
-    assert is_whole(folder)
-    with pytest.raises(KeyboardInterrupt):
-        write_folder(folder, half)
-    assert not is_whole(folder)
-    write_folder(folder, lambda place: (place / "x").write_text("new") and None)
-    assert is_whole(folder)
+    def whole(text: str) -> str:
+        ensure_folder(folder, lambda place: (place / "x").write_text(text) and None)
+        return (folder / "x").read_text()
+
+    assert whole("old") == whole("new") == "old"
     (folder / "x").write_text("bad")
-    assert not is_whole(folder)
+    with pytest.raises(KeyboardInterrupt):
+        ensure_folder(folder, half)
+    assert not folder.exists()
+    assert whole("new") == "new"
 
 
 def test_sealed_files_are_told_from_damaged_ones(tmp_path):
