@@ -13,8 +13,8 @@ from jaxlm.core.errors import UserError
 from jaxlm.data.encoding import (
     Encoded,
     Kind,
+    Tokens,
     check_words,
-    completion,
     encode_all,
     encode_prompted,
     share_prompts,
@@ -133,9 +133,15 @@ class EncodedTask(EncodedSplits):
         return [self._row(name, each) for name, each in zip(ids, getattr(self, split), strict=True)]
 
     def _row(self, name: str, example: Encoded) -> TokenRow:
-        words = None if self.token_ids is None else self.token_ids.tolist()
-        ids, count = completion(example, words)
-        return TokenRow(name, ids, tuple(range(len(ids) - count, len(ids))))
+        if self.token_ids is not None:
+            option: Tokens = (int(self.token_ids[example.label]),)
+        else:
+            option = example.targets[example.label]
+        if self.form == "options":
+            ids = (*example.input_ids[example.label], option[-1])
+        else:
+            ids = example.input_ids[0] + option
+        return TokenRow(name, ids, tuple(range(len(ids) - len(option), len(ids))))
 
     def digests(self) -> dict[str, str]:
         """Return SHA-256 of the tokens of each non-empty split and of how they are scored."""

@@ -133,9 +133,10 @@ def _tokenized(
     examples: Sequence[X], render: Callable[[X], list[Rendered]], tokenizer: Any, kind: Kind
 ) -> Iterator[tuple[X, list[TokenizedText]]]:
     """Yield each example with the tokens of its rendered options."""
+    read = _rows_by_offsets if getattr(tokenizer, "is_fast", False) else _rows_by_prefixes
     for start in range(0, len(examples), _CHUNK):
         chunk = [(example, render(example)) for example in examples[start : start + _CHUNK]]
-        rows = iter(read_tokens(tokenizer, [text for _, texts in chunk for text in texts], kind))
+        rows = iter(read(tokenizer, [text for _, texts in chunk for text in texts], kind))
         for example, texts in chunk:
             yield example, [next(rows) for _ in texts]
 
@@ -260,25 +261,6 @@ def share_prompts(examples: Sequence[Encoded]) -> list[Encoded] | None:
             return None
         shared.append(replace(each, input_ids=tuple(prompts), positions=()))
     return shared
-
-
-def completion(each: Encoded, words: Sequence[int] | None) -> tuple[Tokens, int]:
-    """Return the tokens of an example with the right option, and how many of them are the option's.
-
-    `words` are the label words' tokens in the form "label_words", else None.
-    """
-    if words is not None:
-        return (*each.input_ids[0], words[each.label]), 1
-    option = each.targets[each.label]
-    if not each.positions:
-        return each.input_ids[0] + option, len(option)
-    return (*each.input_ids[each.label], option[-1]), len(option)
-
-
-def read_tokens(tokenizer: Any, rendered: Sequence[Rendered], kind: Kind) -> list[TokenizedText]:
-    """Tokenize strings and find their labels, by character offsets if the tokenizer has them."""
-    read = _rows_by_offsets if getattr(tokenizer, "is_fast", False) else _rows_by_prefixes
-    return read(tokenizer, rendered, kind)
 
 
 def _rows_by_offsets(

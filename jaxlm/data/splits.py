@@ -167,8 +167,10 @@ class SplitsConfig:
             for split, source in sources.items()
         }
 
-    def draw(self, examples: Mapping[str, Sequence[Any]], *, seed: int) -> dict[str, Sequence[Any]]:
-        """Draw the examples of every split, held-out ones included."""
+    def draw(
+        self, examples: Mapping[str, Sequence[Any]], *, seed: int
+    ) -> tuple[tuple[Any, ...], ...]:
+        """Draw the examples of every split, in the order of `SPLITS`, held-out ones included."""
         checks.integer("seed", seed, least=0, most=2**32 - 1)
         drawn = dict(examples)
         train = examples["train"]
@@ -181,7 +183,7 @@ class SplitsConfig:
             if (given := examples[split]) and count is not None:
                 chosen, _ = draw_split(len(given), count, 0, seed=self.test_seed)
                 drawn[split] = [given[i] for i in chosen]
-        return drawn
+        return tuple(tuple(drawn[split]) for split in SPLITS)
 
     def draw_train(self, train: Sequence[Any], *, seed: int) -> tuple[list[int], list[int]]:
         """Draw the places of the examples to train on and of those to hold out."""
@@ -226,8 +228,7 @@ class TextsConfig(SplitsConfig):
             split: [self.parse(record) for record in records]
             for split, records in self.records(base_dir).items()
         }
-        drawn = self.draw(examples, seed=seed)
-        return Texts(self, *(tuple(drawn[split]) for split in SPLITS))
+        return Texts(self, *self.draw(examples, seed=seed))
 
     def parse(self, record: Record) -> Any:
         """Return the example in a row of a source."""

@@ -207,8 +207,7 @@ class TaskConfig(SplitsConfig):
             ]
             for split, found in records.items()
         }
-        drawn = self.draw(examples, seed=seed)
-        return Task(self, template, *(tuple(drawn[split]) for split in SPLITS))
+        return Task(self, template, *self.draw(examples, seed=seed))
 
     def draw_train(self, train: Sequence[Any], *, seed: int) -> tuple[list[int], list[int]]:
         """Draw the places of the examples to train on and of those to hold out."""
@@ -423,10 +422,7 @@ def _by_keys(row: Record, template: Template, config: TaskConfig) -> ParsedRow:
     texts = {name: _value(row, name, "template") for name in template.field_names}
     for name, text in texts.items():
         if not isinstance(text, str):
-            raise UserError(
-                f"{row.where}: field {name!r} is not text (got {checks.show(text)}). Put it in "
-                "quotes."
-            )
+            raise _wrong(row, f"field {name!r} is not text", text, "Put it in quotes.")
     if not config.has_per_example_options:
         return ParsedRow(texts, (_label(row, config),))
     value = _value(row, config.label_field, "label_field")
@@ -434,24 +430,22 @@ def _by_keys(row: Record, template: Template, config: TaskConfig) -> ParsedRow:
         answers = value if isinstance(value, list) and value else [value]
         for answer in answers:
             if not isinstance(answer, str):
-                raise UserError(
-                    f"{row.where}: field {config.label_field!r} is neither a text nor a list of "
-                    f"them (got {checks.show(value)}). Give the right answers."
-                )
+                what = f"field {config.label_field!r} is neither a text nor a list of them"
+                raise _wrong(row, what, value, "Give the right answers.")
         return written(texts, answers)
     options = _value(row, "options", "options")
     if not isinstance(options, list) or not all(isinstance(each, str) for each in options):
-        raise UserError(
-            f"{row.where}: field 'options' is not a list of texts (got {checks.show(options)}). "
-            "Give the options of the row."
-        )
+        what = "field 'options' is not a list of texts"
+        raise _wrong(row, what, options, "Give the options of the row.")
     place = options.index(value) if value in options else value
     if isinstance(place, bool) or place not in range(len(options)):
-        raise UserError(
-            f"{row.where}: the label is neither an option nor the index of one (got "
-            f"{checks.show(value)}). Correct it."
-        )
+        what = "the label is neither an option nor the index of one"
+        raise _wrong(row, what, value, "Correct it.")
     return ParsedRow(texts, (int(place),), tuple(options))
+
+
+def _wrong(row: Record, what: str, value: Any, todo: str) -> UserError:
+    return UserError(f"{row.where}: {what} (got {checks.show(value)}). {todo}")
 
 
 def _value(row: Record, name: str, key: str) -> Any:
@@ -473,23 +467,18 @@ def _label(row: Record, config: TaskConfig) -> int:
     indices, which must agree.
     """
     value = _value(row, config.label_field, "label_field")
-    shown = checks.show(value)
     if config.threshold is not None:
         try:
             score = float(value)
         except (TypeError, ValueError, OverflowError):
             score = math.nan
         if not math.isfinite(score):
-            raise UserError(
-                f"{row.where}: the label is not a number, which task.threshold compares (got "
-                f"{shown}). Correct it."
-            )
+            what = "the label is not a number, which task.threshold compares"
+            raise _wrong(row, what, value, "Correct it.")
         return int(score >= config.threshold)
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise UserError(
-            f"{row.where}: the label is neither text nor a whole number (got {shown}). Give an "
-            "index, a label word or a class name."
-        )
+        what = "the label is neither text nor a whole number"
+        raise _wrong(row, what, value, "Give an index, a label word or a class name.")
     name = str(value)
     classes = [str(word) for word in config.classes or ()]
     if name in classes:
@@ -508,14 +497,10 @@ def _label(row: Record, config: TaskConfig) -> int:
     indices = [str(i) for i in range(len(config.labels))]
     found = {words.index(name) for words in (config.labels, indices) if name in words}
     if len(found) > 1:
-        raise UserError(
-            f"{row.where}: the label may be an index or a label word (got {shown}). Name the "
-            "classes in task.classes."
-        )
+        what = "the label may be an index or a label word"
+        raise _wrong(row, what, value, "Name the classes in task.classes.")
     if not found:
-        raise UserError(
-            f"{row.where}: the label is not one of {', '.join(classes or config.labels)} nor an "
-            f"index from 0 to {len(config.labels) - 1} (got {shown}). Correct it, or name the "
-            "classes in task.classes."
-        )
+        words = ", ".join(classes or config.labels)
+        what = f"the label is not one of {words} nor an index from 0 to {len(config.labels) - 1}"
+        raise _wrong(row, what, value, "Correct it, or name the classes in task.classes.")
     return found.pop()
