@@ -12,11 +12,7 @@ from jaxlm.core.errors import UserError
 
 
 def fingerprint(tree: Any) -> str:
-    """Return the SHA-256 of the paths, dtypes, shapes and bytes of a pytree of arrays, in hex.
-
-    >>> fingerprint({"a": np.zeros(2)}) == fingerprint({"b": np.zeros(2)})
-    False
-    """
+    """Return the SHA-256 of the paths, dtypes, shapes and bytes of a pytree of arrays, in hex."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         value = to_host(leaf)
@@ -32,13 +28,7 @@ def all_finite(values: np.ndarray) -> bool:
 
 
 def check_finite(values: np.ndarray, name: str, where: object) -> None:
-    """Raise UserError if a tensor has an infinite number or a NaN.
-
-    Args:
-      values: the tensor, or a part of it.
-      name: name of the tensor, for the message.
-      where: file or folder that it was read from.
-    """
+    """Raise UserError if the tensor `name`, read from `where`, has an infinite number or a NaN."""
     if not all_finite(values):
         first = values.flat[int(np.argmin(np.isfinite(values)))]
         raise UserError(

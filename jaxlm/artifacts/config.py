@@ -36,16 +36,9 @@ def load(
     *,
     only: Collection[str] | None = None,
 ) -> T:
-    """Read a file, apply flags, and build `cls`.
+    """Read a YAML file, None for the defaults alone, apply the flags, and build `cls`.
 
-    Args:
-        cls: see `build`.
-        path: YAML file, or None for the defaults alone.
-        overrides: dotted key to text, from flags.
-        only: first-level keys of the file to read, or None for all.
-
-    Raises:
-        UserError: the file cannot be read, a key is unknown, or a value does not fit.
+    `overrides` are flags, dotted key to text; `only` names the first-level keys to read.
     """
     data = read_yaml(path) if path else {}
     data = {key: value for key, value in data.items() if only is None or key in only}
@@ -66,17 +59,10 @@ def build(
 ) -> T:
     """Build the frozen dataclass `cls` from text, or from values of Python.
 
-    Args:
-        cls: the dataclass. If a field has metadata `registry` (name to dataclass), the key `name`
-            of its section chooses the dataclass; the default is the first. Metadata `make` is a
-            function that builds the field from the mapping of its converted values.
-        data: key to text, list or mapping; or to a number, path or dataclass, from Python.
-        where: the file, for messages.
-        section: dotted path of this dataclass in the file, for messages.
-        flags: dotted keys that the command line gave, for messages.
-
-    Raises:
-        UserError: a key is unknown or missing, or a value does not fit.
+    If a field has metadata `registry` (name to dataclass), the key `name` of its section chooses
+    the dataclass; the default is the first. Metadata `make` is a function that builds the field
+    from the mapping of its converted values. For messages, `where` is the file, `section` the
+    dotted path of this dataclass in it, and `flags` the dotted keys that the command line gave.
     """
     prefix = f"{section}." if section else ""
     known = tuple(dict.fromkeys(key.dotted for key in keys_of(cls, prefix)))
@@ -102,10 +88,7 @@ def put(data: dict[str, Any], dotted: str, value: Any, where: str) -> None:
 class _Reader:
     """Converts text, lists and mappings to the declared types.
 
-    Attributes:
-        where: the file, for messages.
-        known: dotted keys of the whole configuration, for suggestions.
-        flags: dotted keys that the command line gave.
+    `known` are the dotted keys of the whole configuration, for suggestions.
     """
 
     where: str

@@ -16,15 +16,7 @@ LARGEST = 2**30
 
 
 def file_path(given: str | os.PathLike, key: str) -> Path:
-    """Return a path that a user gave, with `~` expanded.
-
-    Args:
-      given: the path as it was typed.
-      key: name of the option, for messages.
-
-    Raises:
-      UserError: the path is empty or too long, holds a NUL, or names the home of an unknown user.
-    """
+    """Return a path that a user gave for the option `key`, with `~` expanded."""
     text = os.fspath(given)
     if not text.strip():
         raise UserError(f"{key}: is empty (got nothing). Give a path.")
@@ -44,18 +36,10 @@ def file_path(given: str | os.PathLike, key: str) -> Path:
 
 
 def inside(folder: Path, name: object, where: str) -> Path:
-    """Return the path of a name that was read from a file; it must stay inside the folder.
+    """Return the path of a name that the file `where` gives; it must stay inside the folder.
 
     The check is on the text of the name. Symbolic links are followed, since the cache of the
     Hugging Face hub consists of them.
-
-    Args:
-      folder: what the name is relative to.
-      name: the name as it stands in the file.
-      where: the file, for messages.
-
-    Raises:
-      UserError: the name is not a string, is absolute, or contains `..`.
     """
     if isinstance(name, str) and name and "\0" not in name:
         posix, windows = PurePosixPath(name), PureWindowsPath(name)
@@ -68,11 +52,7 @@ def inside(folder: Path, name: object, where: str) -> Path:
 
 
 def folder_name(name: str, key: str) -> str:
-    """Return a name, checked to be usable for one folder.
-
-    Raises:
-      UserError: the name is empty, `.` or `..`, has a slash or a NUL, or is too long.
-    """
+    """Return the value of the option `key`, checked to be usable as the name of one folder."""
     text = str(name)
     if text in ("", ".", "..") or set(text) & set("/\\\0") or len(text.encode()) > 200:
         raise UserError(
@@ -108,27 +88,18 @@ def report_write_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_shared(path: Path, content: str | bytes, *, once: bool = False) -> None:
+def write_shared(path: Path, content: str | bytes) -> None:
     """Write a file that all processes share, with `write_atomic`.
 
     All processes call it. The main process writes, and none returns before the file exists.
-
-    Args:
-      path: the file, on a file system that all processes see.
-      content: text or bytes.
-      once: keep a file that exists already.
     """
-    if is_main_process() and not (once and path.exists()):
+    if is_main_process():
         write_atomic(path, content)
     barrier(str(path))
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Return strict JSON; numbers that are not finite become null.
-
-    >>> to_json({"loss": float("nan"), "steps": (1, 2)})
-    '{"loss": null, "steps": [1, 2]}'
-    """
+    """Return strict JSON; numbers that are not finite become null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -160,8 +131,7 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 def append_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Append one JSON object a line; they are on disk when this returns.
 
-    Every process that calls it writes. A last line that was cut short by a kill is ignored by
-    `read_jsonl`.
+    Every process that calls it writes. `read_jsonl` ignores a last line that a kill cut short.
     """
     text = to_jsonl(records)
     with report_write_errors(path), path.open("a", encoding="utf-8") as file:
@@ -186,16 +156,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Parse a JSON text that comes from outside.
-
-    Args:
-      text: one JSON value.
-      where: file, or file and line, for messages.
-
-    Raises:
-      UserError: the text is not JSON, is nested too deeply, repeats a name in one object, has a
-        number of thousands of digits, or a string that is not Unicode (half of a surrogate pair).
-    """
+    """Parse a JSON text from outside; `where` is the file, or file and line."""
     try:
         value = _DECODER.decode(text)
         if "\\ud" in text or "\\uD" in text:  # JSON allows half a surrogate pair, UTF-8 does not
@@ -216,12 +177,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Read a file in UTF-8.
-
-    Raises:
-      UserError: the path is a pipe or a device, the file is too large, unreadable, or not UTF-8.
-      FileNotFoundError: there is no such file; the caller explains it.
-    """
+    """Read a file in UTF-8; the caller explains a FileNotFoundError."""
     try:
         endless = not path.is_dir() and path.exists() and not path.is_file()
         endless &= path.parent != Path("/dev/fd")  # where a shell puts the output of a command
@@ -245,16 +201,9 @@ Fields = type | tuple[type, ...]
 
 
 def read_json(path: Path, **fields: Fields) -> dict[str, Any]:
-    """Read a JSON object and check the fields that the caller relies on.
+    """Read a JSON object, and check the names and types of the fields that the caller relies on.
 
-    Args:
-      path: the file.
-      fields: name to type of each field that must be there. `float` accepts integers too.
-
-    Raises:
-      UserError: see `read_text`; or the file is not a JSON object, or a field is missing or of
-        another type.
-      FileNotFoundError: there is no such file.
+    `float` accepts integers too. The caller explains a FileNotFoundError.
     """
     return _record(parse_json(read_text(path), str(path)), str(path), fields)
 

@@ -1,18 +1,6 @@
 """One folder: which process writes it, what it was made from, whether it is whole.
 
-Run folders, stage folders, kernel stores, token caches and sweeps are all made of these parts:
-
-    claim(folder, marker, what)      create a folder and hold its lock while a block runs
-      check_place, make_folder, hold   its three parts, for callers that need only one
-    stage(root, name, inputs, work)  do work once for its inputs: resume it, or return its result
-      inputs_digest(inputs)            the key in the folder's name
-      read_manifest, write_manifest    `manifest.json`: inputs, and the result once there is one
-      check_inputs(folder, old, new)   one error for all: which input differs, old and new value
-    mark_failed, failure             the marker of work that failed and need not be tried again
-    write_folder(folder, write)      write a sealed folder that is whole or absent
-      seal, verify, is_whole           its `checksums.json`
-    replacing(folder)                replace the files of an earlier save, never mixing the two
-
+Run folders, stage folders, kernel stores, token caches and sweeps are all made of these parts.
 Checksums find damage, not malice: whoever can change a file can change its checksum.
 """
 
@@ -31,9 +19,9 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from jaxlm.artifacts.files import read_json, to_json, write_atomic, write_json
+from jaxlm.artifacts.files import read_json, report_write_errors, to_json, write_atomic, write_json
 from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
@@ -50,27 +38,20 @@ _PIECE = 2**22
 # Who writes: a place that can be written, a new folder, a lock.
 
 
-def check_place(folder: Path, marker: str | None, what: str, key: str = "output") -> None:
+def check_place(folder: Path, marker: str | None, what: str) -> None:
     """Refuse a folder that cannot be written or that holds other things, without touching it.
 
-    Args:
-      folder: where something is to be written; it need not exist.
-      marker: name of the file that marks a folder of the right kind; None requires an empty folder.
-      what: the kind of folder, for the message.
-      key: name of the option that gave the folder, for messages.
-
-    Raises:
-      UserError: the folder cannot be written, or has files but no marker.
+    A folder of the right kind, `what`, holds the file `marker`; None requires an empty folder.
     """
     there = next(p for p in (folder, *folder.absolute().parents) if _exists(p))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         reason = "is a folder that cannot be written" if there.is_dir() else "is not a folder"
-        raise UserError(f"{key}: {there} {reason} (got {folder}). Choose another {key}.")
+        raise UserError(f"output: {there} {reason} (got {folder}). Choose another output.")
     if there != folder or (marker is not None and (folder / marker).exists()):
         return
     if any(p.suffix != ".tmp" and p.name != LOCK for p in folder.iterdir()):
         raise UserError(
-            f"{key}: the folder has files but no {what} (got {folder}). Choose another {key}."
+            f"output: the folder has files but no {what} (got {folder}). Choose another output."
         )
 
 
@@ -82,16 +63,11 @@ def _exists(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def make_folder(folder: Path, *disposable: str, key: str = "output") -> Iterator[None]:
+def make_folder(folder: Path, *disposable: str) -> Iterator[None]:
     """Create a folder, and remove it again if the block fails before there is work in it.
 
-    Args:
-      folder: one that exists already is never removed.
-      disposable: names of files and empty folders that do not count as work.
-      key: name of the option that gave the folder, for messages.
-
-    Raises:
-      UserError: the folder cannot be created.
+    Files and empty folders named in `disposable` do not count as work. A folder that exists already
+    is never removed.
     """
     new = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
     barrier(f"{folder} is known")  # every process has looked before the first one creates it
@@ -99,8 +75,8 @@ def make_folder(folder: Path, *disposable: str, key: str = "output") -> Iterator
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{key}: cannot be written ({error.strerror or error}; got {folder}). Choose another "
-            f"{key}."
+            f"output: cannot be written ({error.strerror or error}; got {folder}). Choose another "
+            "output."
         ) from error
     try:
         yield
@@ -117,25 +93,18 @@ def make_folder(folder: Path, *disposable: str, key: str = "output") -> Iterator
 
 
 @contextlib.contextmanager
-def hold(folder: Path, key: str = "output") -> Iterator[None]:
+def hold(folder: Path) -> Iterator[None]:
     """Keep other processes from writing into `folder`, which must exist, until the block ends.
 
     The operating system releases the lock of a process that dies, so no lock is ever stale. With
     several processes, the main process holds the lock for all. The traceback of an unexpected
     error is appended to the folder's `log.txt`, and a note on the error says so.
-
-    Args:
-      folder: the folder.
-      key: name of the option that gave it, for the message.
-
-    Raises:
-      UserError: another process holds the lock; the message says which.
     """
     if not is_main_process():
         yield
         return
     path = folder / LOCK
-    file = acquire(path, folder, key)
+    file = acquire(path, folder, "output")
     try:
         yield
     except Exception as error:
@@ -160,13 +129,7 @@ def where_logged(error: Exception) -> str | None:
 def acquire(path: Path, folder: Path, key: str) -> int:
     """Return the descriptor of a locked file; the lock ends when it is closed or the process ends.
 
-    Args:
-      path: the file, made if it is missing. Unlink it before you close the descriptor.
-      folder: what the lock is for, for the message.
-      key: name of the option that gave the folder, for the message.
-
-    Raises:
-      UserError: another process holds the lock; the message says which.
+    The file is made if it is missing. Unlink it before you close the descriptor.
     """
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -209,88 +172,28 @@ def _holder(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def claim(
-    folder: Path, marker: str, what: str, *disposable: str, key: str = "output"
-) -> Iterator[None]:
+def claim(folder: Path, marker: str, what: str) -> Iterator[None]:
     """Create a folder of one kind, or open one that exists, and hold its lock.
 
-    Args:
-      folder: the folder.
-      marker, what: see `check_place`. The caller writes the marker.
-      disposable: see `make_folder`; the marker is disposable too.
-      key: name of the option that gave the folder, for messages.
-
-    Raises:
-      UserError: as `check_place`, `make_folder` and `hold`.
+    The caller writes the marker; see `check_place`.
     """
     if is_main_process():
-        check_place(folder, marker, what, key)
-    with make_folder(folder, marker, *disposable, key=key), hold(folder, key):
+        check_place(folder, marker, what)
+    with make_folder(folder, marker), hold(folder):
         yield
 
 
 # What it was made from: the manifest.
 
 
-class Manifest(NamedTuple):
-    """What a folder was made from, and the result once the work has ended.
-
-    Attributes:
-      inputs: JSON values, all that the result depends on.
-      result: JSON values, or None while the work is unfinished.
-      seconds: how long the work took, or None.
-    """
-
-    inputs: dict[str, Any]
-    result: dict[str, Any] | None = None
-    seconds: float | None = None
-
-
-def read_manifest(folder: Path, inputs: Mapping[str, Any] | None = None) -> Manifest | None:
-    """Read the manifest of a folder; None if there is none.
-
-    Args:
-      folder: the folder.
-      inputs: what the folder must have been made from; None accepts whatever is there.
-
-    Raises:
-      UserError: the manifest is damaged, or has other inputs.
-    """
-    path = folder / MANIFEST
-    try:
-        record = read_json(path, inputs=dict)
-    except FileNotFoundError:
-        return None
-    result, seconds = record.get("result"), record.get("seconds")
-    if not isinstance(result, dict | None) or not isinstance(seconds, int | float | None):
-        raise UserError(f"{path}: damaged. Remove the folder, and it is made again.")
-    if inputs is not None:
-        check_inputs(folder, record["inputs"], inputs)
-    return Manifest(record["inputs"], result, seconds)
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest of a folder that exists; all processes call this."""
-    record = {name: value for name, value in manifest._asdict().items() if value is not None}
-    write_json(folder / MANIFEST, record)
-
-
 def inputs_digest(inputs: Mapping[str, Any]) -> str:
-    """Return 12 hexadecimal digits that stand for JSON values, whatever the order of their names.
-
-    >>> inputs_digest({"a": 1, "b": 2}) == inputs_digest({"b": 2, "a": 1})
-    True
-    """
+    """Return 12 hexadecimal digits for JSON values, whatever the order of their names."""
     text = json.dumps(inputs, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Yield `(dotted key, old value, new value)` for every key in which two records differ.
-
-    >>> list(differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}))
-    [('a.c', 2, 3)]
-    """
+    """Yield `(dotted key, old value, new value)` for every key in which two records differ."""
     olds, news = dict(_dotted(old)), dict(_dotted(new))
     for key in sorted(olds.keys() | news.keys()):
         if olds.get(key) != news.get(key):
@@ -308,14 +211,7 @@ def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def check_inputs(
     folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], *, key: str | None = None
 ) -> None:
-    """Raise UserError unless a folder was made from these inputs.
-
-    Args:
-      folder: the folder.
-      old: what it was made from.
-      new: what is asked for.
-      key: name of the option that gave the folder, for the message; None for its path.
-    """
+    """Raise UserError unless a folder, the value of option `key`, was made from these inputs."""
     for name, before, now in differences(_plain(old), _plain(new)):
         what = "was made" if key is None else f"{folder} was made"
         raise UserError(
@@ -344,39 +240,41 @@ def stage(
     *,
     log: Callable[[str], None] = lambda line: None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Do a piece of work once for its inputs, in a folder of its own.
+    """Do `work(folder) -> result` once for its inputs, in a folder of its own; return both.
 
     The folder is named `NAME-DIGEST`, with a digest of the inputs, so other inputs get another
-    folder and nothing is overwritten. Work that was stopped is called again in its folder.
-
-    Args:
-      root: parent of the folder.
-      name: what the work is called.
-      inputs: JSON values, all that the result depends on.
-      work: `work(folder) -> result`, JSON values. It must be able to resume.
-      log: called with a line about what happens.
-
-    Returns:
-      The folder, and the result.
-
-    Raises:
-      UserError: the manifest is damaged or has other inputs.
+    folder and nothing is overwritten. Work that was stopped is called again in its folder, so it
+    must be able to resume.
     """
     plain = _plain(inputs)
     folder = root / f"{name}-{inputs_digest(plain)}"
-    manifest = read_manifest(folder, plain)
+    manifest = _read_manifest(folder / MANIFEST)
     barrier(f"{folder} is read")  # by every process, before the first one writes a manifest
-    if manifest is not None and manifest.result is not None:
+    if manifest:
+        check_inputs(folder, manifest["inputs"], plain)
+    if "result" in manifest:
         log(f"{name}: nothing has changed, {folder}")
-        return folder, manifest.result
-    log(f"{name}: {'starts' if manifest is None else 'resumes'}, {folder}")
+        return folder, manifest["result"]
+    log(f"{name}: {'resumes' if manifest else 'starts'}, {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    if manifest is None:
-        write_manifest(folder, Manifest(plain))
+    if not manifest:
+        write_json(folder / MANIFEST, {"inputs": plain})
     begin = time.perf_counter()
     result = _plain(work(folder))
-    write_manifest(folder, Manifest(plain, result, time.perf_counter() - begin))
+    seconds = time.perf_counter() - begin
+    write_json(folder / MANIFEST, {"inputs": plain, "result": result, "seconds": seconds})
     return folder, result
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Return what a stage was made from, and its result once there is one; {} for a new stage."""
+    try:
+        manifest = read_json(path, inputs=dict)
+    except FileNotFoundError:
+        return {}
+    if not isinstance(manifest.get("result", {}), dict):
+        raise UserError(f"{path}: damaged. Remove the folder, and it is made again.")
+    return manifest
 
 
 def mark_failed(folder: Path, reason: str) -> None:
@@ -406,12 +304,7 @@ def crc32(path: Path) -> int:
 
 
 def seal(folder: Path, pattern: str = "*") -> None:
-    """Write the size and CRC-32 of files below `folder` into its `checksums.json`.
-
-    Args:
-      folder: a folder with complete files.
-      pattern: the files to include, as in `Path.rglob`.
-    """
+    """Write the size and CRC-32 of the files below `folder` into its `checksums.json`."""
     files = {
         path.relative_to(folder).as_posix(): [path.stat().st_size, crc32(path)]
         for path in sorted(folder.rglob(pattern))
@@ -421,15 +314,7 @@ def seal(folder: Path, pattern: str = "*") -> None:
 
 
 def verify(folder: Path, *, below: str = "") -> None:
-    """Compare the files of a sealed folder with their checksums.
-
-    Args:
-      folder: a folder that `seal` was called for.
-      below: compare only files whose relative path starts with this.
-
-    Raises:
-      UserError: a file or the checksums are missing or changed; the message names the first one.
-    """
+    """Compare the files of a sealed folder that start with `below` with their checksums."""
     path = folder / CHECKSUMS
     try:
         files = read_json(path, files=dict)["files"]
@@ -452,31 +337,25 @@ def verify(folder: Path, *, below: str = "") -> None:
         raise UserError(f"{place}: damaged ({reason}). Make it again.")
 
 
-def is_whole(folder: Path) -> bool:
-    """Return whether a folder exists, is sealed, and agrees with its checksums."""
-    try:
-        verify(folder)
-    except (UserError, OSError):
-        return False
-    return True
+def ensure_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a sealed folder, which is whole or absent, unless it agrees with its checksums.
 
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a sealed folder that is whole or absent, in place of an earlier one.
-
-    Only one process may call it.
-
-    Args:
-      folder: the folder.
-      write: `write(place)` fills an empty folder beside `folder`, which is then sealed and renamed.
+    `write(place)` fills an empty folder beside `folder`, which is then sealed and renamed. All
+    processes call this, and the main process writes.
     """
-    aside = folder.with_name(folder.name + ".tmp")
-    for old in (aside, folder):
-        shutil.rmtree(old, ignore_errors=True)
-    aside.mkdir(parents=True)
-    write(aside)
-    seal(aside)
-    aside.rename(folder)
+    if is_main_process():
+        try:
+            verify(folder)
+        except (UserError, OSError):
+            with report_write_errors(folder):
+                aside = folder.with_name(folder.name + ".tmp")
+                for old in (aside, folder):
+                    shutil.rmtree(old, ignore_errors=True)
+                aside.mkdir(parents=True)
+                write(aside)
+                seal(aside)
+                aside.rename(folder)
+    barrier(str(folder))
 
 
 def sync(path: Path) -> None:
@@ -490,48 +369,32 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(folder: Path, *, last: str, stale: Callable[[Path], bool]) -> Iterator[Path]:
-    """Yield a new folder inside `folder`; `replace_contents` then moves its files up.
+    """Yield a new folder inside `folder`, and move its files up when the block ends.
 
-    Raises:
-      UserError: the folder cannot be written.
+    A stop at any moment leaves the old files, the new files, or a folder without `last`, which no
+    reader accepts; never a mixture. `stale` tells which entries belong to an earlier save.
     """
     from safetensors import SafetensorError
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="saving-") as name:
-            yield Path(name)
-            replace_contents(Path(name), folder, last=last, stale=stale)
+            source = Path(name)
+            yield source
+            for path in source.rglob("*"):
+                sync(path)
+            (folder / last).unlink(missing_ok=True)
+            sync(folder)  # the old `last` must be gone on disk before any of its files changes
+            for path in [path for path in folder.iterdir() if stale(path)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for path in source.iterdir():
+                if path.name != last:
+                    path.replace(folder / path.name)
+            sync(folder)
+            (source / last).replace(folder / last)
+            sync(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"{folder}: cannot be written ({reason}). Choose another folder."
         ) from error
-
-
-def replace_contents(
-    source: Path, target: Path, *, last: str, stale: Callable[[Path], bool]
-) -> None:
-    """Move the files of one folder into another, in place of those of an earlier save.
-
-    A stop at any moment leaves the old files, the new files, or a folder without `last`, which no
-    reader accepts; never a mixture.
-
-    Args:
-      source: folder on the same file system.
-      target: folder that receives the files.
-      last: the file without which the others are not read.
-      stale: tells whether an entry of `target` belongs to an earlier save and must be removed.
-    """
-    for path in source.rglob("*"):
-        sync(path)
-    (target / last).unlink(missing_ok=True)
-    sync(target)  # the old `last` must be gone on disk before any of its files changes
-    for path in [path for path in target.iterdir() if stale(path)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in source.iterdir():
-        if path.name != last:
-            path.replace(target / path.name)
-    sync(target)
-    (source / last).replace(target / last)
-    sync(target)

@@ -16,11 +16,7 @@ def distributed() -> bool:
 
 
 def is_main_process() -> bool:
-    """Return whether this process writes what all share: files, the log, tables.
-
-    >>> is_main_process()
-    True
-    """
+    """Return whether this process writes what all share: files, the log, tables."""
     return not distributed() or jax.process_index() == 0
 
 
@@ -36,9 +32,6 @@ def to_host(x: Any) -> np.ndarray:
     """Return an array in the memory of this process, whichever devices it lies on.
 
     All processes must call it for an array that has shards on devices of other processes.
-
-    >>> to_host(jax.numpy.ones(2))
-    array([1., 1.], dtype=float32)
     """
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         from jax.experimental.multihost_utils import process_allgather

@@ -19,11 +19,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """A loop has stopped because of a signal.
-
-    Attributes:
-      code: exit code of the process: 130 after SIGINT, 143 after SIGTERM.
-    """
+    """A loop has stopped because of a signal; the process ends with `code`, 128 + its number."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)
@@ -31,13 +27,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class _State:
-    """The state of this process.
-
-    Attributes:
-      pending: first signal that came while a loop deferred signals; 0 for none.
-      loops: number of loops that defer signals.
-      watched: whether a thread waits for signals.
-    """
+    """The state of this process: the first signal that loops deferred, their number, the thread."""
 
     pending = 0
     loops = 0

@@ -1,6 +1,6 @@
 """From text to batches: the data forms `task`, `messages` and `text`."""
 
-from jaxlm.data.batching import EncodedTask, collate, prepare, prepare_for
+from jaxlm.data.batching import EncodedTask, prepare, prepare_for
 from jaxlm.data.encoding import Encoded
 from jaxlm.data.messages import Conversation, Message, MessagesConfig
 from jaxlm.data.prompts import Prompted, prompted, with_demonstrations, without_examples
@@ -50,7 +50,6 @@ __all__ = [
     "TextConfig",
     "Texts",
     "TokenRow",
-    "collate",
     "load_task",
     "prepare",
     "prepare_for",

@@ -19,14 +19,11 @@ from jaxtyping import Float, Int, Integer
 
 from jaxlm.artifacts.files import (
     inside,
-    parse_json,
     read_json,
-    report_write_errors,
     to_json,
     write_atomic,
 )
-from jaxlm.artifacts.folder import is_whole, write_folder
-from jaxlm.artifacts.processes import barrier, is_main_process
+from jaxlm.artifacts.folder import ensure_folder
 from jaxlm.core import checks
 from jaxlm.core.errors import UserError
 from jaxlm.data import files
@@ -61,15 +58,7 @@ class Domain:
 
 
 def check_domains(domains: Sequence[Domain], held_out: str | None = None) -> None:
-    """Check the domains of a run.
-
-    Args:
-      domains: domains to train on.
-      held_out: domain to measure on.
-
-    Raises:
-      UserError: there is no domain, one is repeated or also held out, or no share is above 0.
-    """
+    """Raise UserError if no domain has a share, or one is repeated or also held out."""
     names = [str(PurePosixPath(domain.name)) for domain in domains]
     checks.distinct("corpus.domains", names)
     for field, shares in (
@@ -113,11 +102,7 @@ class Tokens:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """Read the transformers tokenizer of a folder, see `jaxlm.models.hf_tokenizer`.
-
-    Raises:
-      UserError: there is no tokenizer.json, or it cannot be read.
-    """
+    """Read the transformers tokenizer of a folder, see `jaxlm.models.hf_tokenizer`."""
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"tokenizer: has no tokenizer.json (got {folder}). Train one.")
     return hf_tokenizer.read_tokenizer(folder)
@@ -128,11 +113,7 @@ def tokenize(path: Path, tokenizer: Any) -> Tokens:
 
     Args:
       path: a `.jsonl` or `.jsonl.gz` file.
-      tokenizer: a transformers tokenizer with offsets.
-
-    Raises:
-      UserError: the file or a line of it cannot be read, or the tokenizer has no eos_token or too
-        many tokens.
+      tokenizer: a transformers tokenizer with offsets, an eos_token and at most 65536 tokens.
     """
     boundary = tokenizer.eos_token_id
     if boundary is None:
@@ -180,25 +161,15 @@ def _batches(path: Path) -> Iterator[list[list[str]]]:
 
 def _documents(path: Path) -> Iterator[list[str]]:
     """Yield the lines of each document, without empty ones."""
-    for number, record in enumerate(files.lines(path, str(path)), start=1):
-        if not record.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            value = parse_json(record.decode("utf-8-sig"), where)
-        except UnicodeDecodeError:
-            raise UserError(f"{where}: not text in UTF-8. Save the file as UTF-8.") from None
-        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-            raise UserError(f'{where}: not a document. Write {{"text": "..."}}.')
-        yield [line for line in value["text"].split("\n") if line.strip()]
+    for number, record in files.json_objects(files.lines(path, str(path)), str(path)):
+        text = record.get("text")
+        if not isinstance(text, str):
+            raise UserError(f'{path}, line {number}: not a document. Write {{"text": "..."}}.')
+        yield [line for line in text.split("\n") if line.strip()]
 
 
 def find(folder: Path, name: str) -> Path:
-    """Return the file of a domain.
-
-    Raises:
-      UserError: there is no such file, or the name leaves the folder.
-    """
+    """Return the file of a domain, which must lie in the folder."""
     for suffix in (".jsonl", ".jsonl.gz"):
         if (path := inside(folder, name + suffix, "corpus.domains")).exists():
             return path
@@ -216,22 +187,22 @@ def source_digest(path: Path, tokenizer: Any) -> str:
 def cached(path: Path, tokenizer: Any, cache: Path, digest: str | None = None) -> Tokens:
     """Tokenize a file once: store its tokens in the folder `cache` and memory-map them from there.
 
-    The cache is keyed by the content of the file and the tokenizer, not by their names. Damaged
-    tokens fail their checksums and are made again. The main process tokenizes for all processes.
-
-    Args:
-      path: a `<domain>.jsonl[.gz]`.
-      tokenizer: as `read_tokenizer` returns it.
-      cache: folder of the cache.
-      digest: `source_digest`, if it is known.
+    The cache is keyed by the content of the file and the tokenizer (`source_digest`), not by their
+    names. Damaged tokens fail their checksums and are made again. The main process tokenizes for
+    all processes.
     """
     digest = source_digest(path, tokenizer) if digest is None else digest
     name = path.name.removesuffix(".gz").removesuffix(".jsonl")
     folder = cache / f"{name}-{digest[:16]}"
-    if is_main_process() and not is_whole(folder):
-        with report_write_errors(folder):
-            write_folder(folder, functools.partial(_write, tokenize(path, tokenizer)))
-    barrier(str(folder))
+
+    def write(place: Path) -> None:
+        tokens = tokenize(path, tokenizer)
+        np.save(place / "ids.npy", tokens.ids)
+        np.save(place / "starts.npy", tokens.starts)
+        record = {"boundary": tokens.boundary, "size": tokens.size}
+        write_atomic(place / "tokens.json", to_json(record))
+
+    ensure_folder(folder, write)
     record = read_json(folder / "tokens.json", boundary=int, size=int)
     ids, starts = (np.load(folder / f"{field}.npy", mmap_mode="r") for field in ("ids", "starts"))
     return Tokens(ids, starts, record["boundary"], record["size"], digest)
@@ -243,13 +214,6 @@ def _digest(tokenizer: Any) -> str:
     state |= {"truncation": None, "padding": None}  # of an earlier call, not of `tokenize`
     text = json.dumps([state, tokenizer.eos_token_id], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _write(tokens: Tokens, folder: Path) -> None:
-    for field in ("ids", "starts"):
-        np.save(folder / f"{field}.npy", getattr(tokens, field))
-    record = {"boundary": tokens.boundary, "size": tokens.size}
-    write_atomic(folder / "tokens.json", to_json(record))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -26,17 +26,7 @@ Record = tuple[int, list[str]]
 
 
 def read_table(text: str, delimiter: str, source: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the rows of a table with a header, each with the line on which it begins.
-
-    Args:
-        text: the table.
-        delimiter: a comma or a tab.
-        source: name of the table in error messages.
-
-    Raises:
-        UserError: two columns have the same name, a row has more or fewer values than columns, or
-            a quote is stray in one of the ways above.
-    """
+    """Yield the rows of a table with a header, each with the line on which it begins."""
     records, suspects = _records(text, delimiter, source)
     if not records:
         return

@@ -6,9 +6,9 @@ options as texts. Both return `Encoded`.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from jaxlm.core.errors import UserError
 from jaxlm.data.prompts import Prompted
@@ -18,8 +18,10 @@ from jaxlm.data.templates import Rendered, Template
 Kind = Literal["decoder", "encoder"]
 Tokens = tuple[int, ...]
 
-# Strings per call of the tokenizer: enough for all its threads, few enough to hold their offsets.
-_CHUNK = 4096
+X = TypeVar("X")
+
+# Examples per call of the tokenizer: enough for all its threads, few enough to hold their offsets.
+_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -76,50 +78,70 @@ def encode_all(
     max_length: int | None = None,
     first_field_limit: int | None = None,
 ) -> Iterator[Encoded]:
-    """Tokenize examples with every label word.
+    """Tokenize examples with every label word, each string once and as a whole.
 
-    Each string is tokenized once, as a whole, with the special tokens that the tokenizer adds, but
-    without those at the end for a decoder. A decoder scores every token that ends after the start
-    of the label word, so its first token may include the space before the word, and text after the
-    label is scored too. An encoder reads its mask token in place of the label word, which must be
-    one token. If a row is too long, tokens are removed one by one from the end of whichever field
-    then has the most.
-
-    Without character offsets, a decoder scores the tokens after the longest common prefix of the
-    whole string's tokens and the prompt's.
-
-    Args:
-        template: the template.
-        tokenizer: a transformers tokenizer.
-        examples: the examples.
-        labels: the label words.
-        kind: "decoder" or "encoder".
-        max_length: largest number of tokens in a row of `input_ids`.
-        first_field_limit: largest number of tokens of the template's first field.
-
-    Raises:
-        UserError: a label word is not a single token (encoder), has no token or the same tokens as
-            another, or has nothing before it (decoder); or the template is longer than
-            `max_length`.
+    A decoder scores every token that ends after the start of the label word, so its first token may
+    include the space before the word, and text after the label is scored too. An encoder reads its
+    mask token in place of the label word, which must be one token. If a row is too long, tokens are
+    removed one by one from the end of whichever field then has the most.
     """
     if kind == "encoder" and tokenizer.mask_token_id is None:
         raise UserError("tokenizer: has no mask token. Give an encoder with one, or a decoder.")
     # A decoder does not read its last target, so its string may have one token more.
     room = None if max_length is None else max_length + (kind == "decoder")
-    size = max(1, _CHUNK // len(labels))
-    for start in range(0, len(examples), size):
-        chunk = examples[start : start + size]
-        rendered = [template.render(x.fields, label) for x in chunk for label in labels]
-        rows = read_tokens(tokenizer, rendered, kind)
-        for i, example in enumerate(chunk):
-            options = rows[i * len(labels) : (i + 1) * len(labels)]
-            bounds = [limit for limit in (room, first_field_limit) if limit is not None]
-            if bounds and max(len(row.ids) for row in options) > min(bounds):
-                options = _truncate(options, room, first_field_limit)
-            yield _join(options, example, labels, tokenizer, kind)
+    bounds = [limit for limit in (room, first_field_limit) if limit is not None]
+
+    def render(example: Example) -> list[Rendered]:
+        return [template.render(example.fields, label) for label in labels]
+
+    for example, rows in _tokenized(examples, render, tokenizer, kind):
+        if bounds and max(len(row.ids) for row in rows) > min(bounds):
+            rows = _cut_fields(rows, room, first_field_limit)
+        encoded = _joined(rows, labels, tokenizer, kind, example.id)
+        check_words(encoded, labels, tokenizer)
+        yield replace(encoded, label=example.label)
 
 
-def _truncate(
+def encode_prompted(
+    examples: Sequence[Prompted], tokenizer: Any, *, max_length: int | None = None
+) -> Iterator[Encoded]:
+    """Tokenize prompts with each of their options, each string once and as a whole, for a decoder.
+
+    The tokens of an option are those that end after the prompt, so a token that begins with the
+    space between them belongs to the option. Rows that are too long are cut on the left.
+    """
+    special = set(tokenizer.all_special_ids)
+
+    def render(example: Prompted) -> list[Rendered]:
+        if not example.options:
+            raise UserError(f"{example.id}: has no options (got none). Leave it out.")
+        start = len(example.prompt)
+        return [
+            Rendered(example.prompt + option, (start, start + len(option)), ())
+            for option in example.options
+        ]
+
+    for example, rows in _tokenized(examples, render, tokenizer, "decoder"):
+        if max_length is not None:
+            rows = _cut_left(rows, max_length, special)
+        encoded = _joined(rows, example.options, tokenizer, "decoder", example.id)
+        gold = example.gold if len(example.gold) > 1 else ()
+        yield replace(encoded, label=example.gold[0], gold=gold)
+
+
+def _tokenized(
+    examples: Sequence[X], render: Callable[[X], list[Rendered]], tokenizer: Any, kind: Kind
+) -> Iterator[tuple[X, list[TokenizedText]]]:
+    """Yield each example with the tokens of its rendered options."""
+    read = _rows_by_offsets if getattr(tokenizer, "is_fast", False) else _rows_by_prefixes
+    for start in range(0, len(examples), _CHUNK):
+        chunk = [(example, render(example)) for example in examples[start : start + _CHUNK]]
+        rows = iter(read(tokenizer, [text for _, texts in chunk for text in texts], kind))
+        for example, texts in chunk:
+            yield example, [next(rows) for _ in texts]
+
+
+def _cut_fields(
     options: Sequence[TokenizedText], room: int | None, first: int | None
 ) -> list[TokenizedText]:
     """Remove tokens from the ends of the fields, the same number from every option."""
@@ -136,132 +158,93 @@ def _truncate(
         )
     for _ in range(excess):
         kept[kept.index(max(kept))] -= 1
+    return [
+        _without(row, {i for field, n in zip(row.fields(), kept, strict=True) for i in field[n:]})
+        for row in options
+    ]
+
+
+def _cut_left(
+    options: Sequence[TokenizedText], limit: int, special: Collection[int]
+) -> list[TokenizedText]:
+    """Remove tokens after the special ones at the beginning, the same number from every option."""
+    # The same cut for all options: they must be compared after the same prompt.
+    excess = max(0, max(len(row.ids) for row in options) - limit)
+    kept = special_prefix(options[0].ids, special)
     shorter = []
     for row in options:
-        gone = {i for field, keep in zip(row.fields(), kept, strict=True) for i in field[keep:]}
-        left = [i for i in range(len(row.ids)) if i not in gone]
-        scored = [place for place, i in enumerate(left) if i in row.scored]
-        shorter.append(
-            TokenizedText(
-                [row.ids[i] for i in left],
-                [row.types[i] for i in left],
-                range(scored[0], scored[-1] + 1) if scored else range(0),
-                row.fields,
-            )
-        )
+        cut = _without(row, range(kept, kept + excess))
+        if row.scored.start < kept + excess:  # no prompt is left, which `_joined` refuses
+            cut = replace(cut, scored=range(len(cut.ids)))
+        shorter.append(cut)
     return shorter
 
 
-def _join(
-    options: Sequence[TokenizedText],
-    example: Example,
-    labels: Sequence[str],
-    tokenizer: Any,
-    kind: Kind,
+def special_prefix(ids: Sequence[int], special: Collection[int]) -> int:
+    """Return the number of special tokens at the beginning."""
+    return next((i for i, token in enumerate(ids) if token not in special), 0)
+
+
+def _without(row: TokenizedText, gone: Collection[int]) -> TokenizedText:
+    """Remove the tokens at some places."""
+    left = [i for i in range(len(row.ids)) if i not in gone]
+    scored = [place for place, i in enumerate(left) if i in row.scored]
+    return replace(
+        row,
+        ids=[row.ids[i] for i in left],
+        types=[row.types[i] for i in left],
+        scored=range(scored[0], scored[-1] + 1) if scored else range(0),
+    )
+
+
+def _joined(
+    rows: Sequence[TokenizedText], options: Sequence[str], tokenizer: Any, kind: Kind, name: str
 ) -> Encoded:
     """Check the options of one example and combine them."""
     inputs: list[Tokens] = []
     positions: list[Tokens] = []
     targets: list[Tokens] = []
-    for row, label in zip(options, labels, strict=True):
-        scored = tuple(row.ids[i] for i in row.scored)
+    for row, option in zip(rows, options, strict=True):
+        place, scored = row.scored.start, tuple(row.ids[i] for i in row.scored)
         if kind == "encoder" and len(scored) != 1:
             raise UserError(
                 "task.labels: an encoder needs words of one token (got "
-                f"{label!r}, {len(scored)} tokens). Choose another."
+                f"{option!r}, {len(scored)} tokens). Choose another."
             )
         if not scored:
-            raise UserError(f"task.labels: a word has no token (got {label!r}). Choose another.")
-        if tokenizer.unk_token_id in scored:
-            raise UserError(
-                f"task.labels: a word is unknown to the tokenizer (got {label!r}). Choose another."
-            )
+            raise UserError(f"{name}: an option has no token (got {option!r}). Give it text.")
         if kind == "encoder":
-            place = row.scored.start
             inputs.append((*row.ids[:place], tokenizer.mask_token_id, *row.ids[place + 1 :]))
             positions.append((place,))
         else:
-            if row.scored.start == 0:
+            if place == 0:
                 raise UserError(
-                    f"{example.id}: has no token before the label word (got {label!r}). Put text "
-                    "before {label} in task.template."
+                    f"{name}: has no token before an option (got {option!r}). Give it a prompt, or "
+                    "a model that reads longer texts."
                 )
             inputs.append(tuple(row.ids[:-1]))
             positions.append(tuple(i - 1 for i in row.scored))
         targets.append(scored)
+    types = None
+    if kind == "encoder" and "token_type_ids" in tokenizer.model_input_names:
+        types = tuple(tuple(row.types) for row in rows)
+    return Encoded(0, tuple(inputs), tuple(positions), tuple(targets), types)
+
+
+def check_words(encoded: Encoded, labels: Sequence[str], tokenizer: Any) -> None:
+    """Raise UserError for a label word that the tokenizer does not know, or two that are alike."""
     seen: dict[tuple[Tokens, Tokens], str] = {}
-    for label, option in zip(labels, zip(inputs, targets, strict=True), strict=True):
-        twin = seen.setdefault(option, label)
+    for label, *row in zip(labels, encoded.input_ids, encoded.targets, strict=True):
+        if tokenizer.unk_token_id in row[1]:
+            raise UserError(
+                f"task.labels: a word is unknown to the tokenizer (got {label!r}). Choose another."
+            )
+        twin = seen.setdefault((row[0], row[1]), label)
         if twin != label:
             raise UserError(
                 f"task.labels: two words have the same tokens (got {twin!r} and {label!r}). Change "
                 "one."
             )
-    types = None
-    if kind == "encoder" and "token_type_ids" in tokenizer.model_input_names:
-        types = tuple(tuple(row.types) for row in options)
-    return Encoded(example.label, tuple(inputs), tuple(positions), tuple(targets), types)
-
-
-def encode_prompted(
-    examples: Sequence[Prompted], tokenizer: Any, *, max_length: int | None = None
-) -> Iterator[Encoded]:
-    """Tokenize prompts with each of their options, for a decoder.
-
-    Each string is tokenized once, as a whole. The tokens of an option are those that end after the
-    prompt, so a token that begins with the space between them belongs to the option. A row that is
-    too long is cut on the left, by the same number of tokens for every option of an example;
-    special tokens at the beginning are kept.
-
-    Args:
-        examples: the examples.
-        tokenizer: a transformers tokenizer.
-        max_length: largest number of tokens of a prompt with an option.
-
-    Raises:
-        UserError: an option has no token, or no token of the prompt is left before it.
-    """
-    for each in examples:
-        if not each.options:
-            raise UserError(f"{each.id}: has no options (got none). Leave it out.")
-    special = set(tokenizer.all_special_ids)
-    for start in range(0, len(examples), _CHUNK // 8):
-        chunk = examples[start : start + _CHUNK // 8]
-        rendered = [
-            Rendered(each.prompt + option, (len(each.prompt), len(each.prompt + option)), ())
-            for each in chunk
-            for option in each.options
-        ]
-        rows = iter(read_tokens(tokenizer, rendered, "decoder"))
-        for each in chunk:
-            yield _encoded(each, [next(rows) for _ in each.options], special, max_length)
-
-
-def _encoded(
-    each: Prompted, rows: Sequence[TokenizedText], special: set[int], limit: int | None
-) -> Encoded:
-    ids = rows[0].ids
-    kept = next((i for i, token in enumerate(ids) if token not in special), 0)
-    # The same cut for all options: they must be compared after the same prompt.
-    excess = 0 if limit is None else max(0, max(len(row.ids) for row in rows) - limit)
-    inputs: list[Tokens] = []
-    positions: list[Tokens] = []
-    targets: list[Tokens] = []
-    for option, row in zip(each.options, rows, strict=True):
-        first = row.scored.start - excess
-        if not row.scored:
-            raise UserError(f"{each.id}: an option has no token (got {option!r}). Give it text.")
-        if first < max(kept, 1):
-            raise UserError(
-                f"{each.id}: has no token before an option (got {option!r}). Give it a prompt, or "
-                "a model that reads longer texts."
-            )
-        cut = (*row.ids[:kept], *row.ids[kept + excess :])
-        inputs.append(cut[:-1])
-        positions.append(tuple(range(first - 1, len(cut) - 1)))
-        targets.append(cut[first:])
-    gold = each.gold if len(each.gold) > 1 else ()
-    return Encoded(each.gold[0], tuple(inputs), tuple(positions), tuple(targets), None, gold)
 
 
 def share_prompts(examples: Sequence[Encoded]) -> list[Encoded] | None:
@@ -278,27 +261,6 @@ def share_prompts(examples: Sequence[Encoded]) -> list[Encoded] | None:
             return None
         shared.append(replace(each, input_ids=tuple(prompts), positions=()))
     return shared
-
-
-def completion(each: Encoded, words: Sequence[int] | None) -> tuple[Tokens, int]:
-    """Return the tokens of an example with the right option, and how many of them are the option's.
-
-    Args:
-        each: the example, in any form.
-        words: the label words' tokens in the form "label_words", else None.
-    """
-    if words is not None:
-        return (*each.input_ids[0], words[each.label]), 1
-    option = each.targets[each.label]
-    if not each.positions:
-        return each.input_ids[0] + option, len(option)
-    return (*each.input_ids[each.label], option[-1]), len(option)
-
-
-def read_tokens(tokenizer: Any, rendered: Sequence[Rendered], kind: Kind) -> list[TokenizedText]:
-    """Tokenize strings and find their labels, by character offsets if the tokenizer has them."""
-    read = _rows_by_offsets if getattr(tokenizer, "is_fast", False) else _rows_by_prefixes
-    return read(tokenizer, rendered, kind)
 
 
 def _rows_by_offsets(
@@ -343,8 +305,24 @@ def _rows_by_prefixes(
     tokenizer: Any, rendered: Sequence[Rendered], kind: Kind
 ) -> list[TokenizedText]:
     """Find labels by comparing with the tokens of the prompt alone, or with a mask in its place."""
-    tokens = functools.partial(_tokens, tokenizer)
-    body = functools.partial(_tokens_before_end, tokenizer)
+
+    def tokens(text: str) -> list[int]:
+        return list(tokenizer(text, verbose=False)["input_ids"])
+
+    def body(text: str) -> list[int]:
+        """Return the tokens of a text without the special ones at its end."""
+        ids = tokens(text)
+        special = tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
+        while ids and special[len(ids) - 1]:
+            ids.pop()
+        return ids
+
+    def fields(each: Rendered) -> list[range]:
+        return [
+            range(len(body(each.text[:start].rstrip(" "))), len(body(each.text[:end])))
+            for start, end in each.fields
+        ]
+
     rows = []
     for each in rendered:
         start, end = each.label
@@ -357,30 +335,12 @@ def _rows_by_prefixes(
             first = _first_difference(ids, masked)
             scored = range(first, first + len(ids) - len(masked) + 1)
         types = tokenizer(each.text, verbose=False).get("token_type_ids") or [0] * len(ids)
-        fields = functools.partial(_fields_by_prefixes, each, body)
-        rows.append(TokenizedText(ids, list(types)[: len(ids)], scored, fields))
+        rows.append(
+            TokenizedText(ids, list(types)[: len(ids)], scored, functools.partial(fields, each))
+        )
     return rows
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, verbose=False)["input_ids"])
-
-
-def _tokens_before_end(tokenizer: Any, text: str) -> list[int]:
-    ids = _tokens(tokenizer, text)
-    special = tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
-    while ids and special[len(ids) - 1]:
-        ids.pop()
-    return ids
 
 
 def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
-
-
-def _fields_by_prefixes(each: Rendered, body: Callable[[str], list[int]]) -> list[range]:
-    return [
-        range(len(body(each.text[:start].rstrip(" "))), len(body(each.text[:end])))
-        for start, end in each.fields
-    ]

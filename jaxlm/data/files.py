@@ -13,9 +13,11 @@ import os
 import resource
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+from jaxlm.artifacts.files import parse_json
 from jaxlm.core.errors import UserError
 
 LONGEST_LINE = 2**26
@@ -43,16 +45,7 @@ def room() -> int:
 
 
 def pieces(path: Path, where: str) -> Iterator[bytes]:
-    """Yield the content of a regular file in pieces, unpacked if its name ends in `.gz`.
-
-    Args:
-        path: the file.
-        where: name of the file in error messages.
-
-    Raises:
-        UserError: it is not a regular file, cannot be read, is not a whole gzip file, or unpacks to
-            far more than text does.
-    """
+    """Yield the content of a regular file in pieces, unpacked if its name ends in `.gz`."""
     with _refusing(where), _open(path, where) as packed:
         if path.suffix != ".gz":
             yield from iter(lambda: packed.read(_PIECE), b"")
@@ -70,11 +63,7 @@ def pieces(path: Path, where: str) -> Iterator[bytes]:
 
 
 def read_bytes(path: Path, where: str) -> bytes:
-    """Return the whole content of a file, see `pieces`.
-
-    Raises:
-        UserError: as in `pieces`; or it is larger than `room()`.
-    """
+    """Return the whole content of a file of at most `room()` bytes."""
     limit, size, parts = room(), 0, []
     for piece in pieces(path, where):
         size += len(piece)
@@ -92,12 +81,7 @@ def too_large(where: str) -> UserError:
 
 
 def check_folder(folder: Path, where: str) -> None:
-    """Check the files of a folder before a library reads and unpacks them.
-
-    Raises:
-        UserError: a file is not regular, is an archive other than `.gz`, or as in `pieces`; or
-            there are too many files.
-    """
+    """Refuse what `pieces` does, archives and too many files, before a library reads a folder."""
     for count, path in enumerate(folder.rglob("*")):
         if count == _FILES:
             raise UserError(
@@ -114,11 +98,7 @@ def check_folder(folder: Path, where: str) -> None:
 
 
 def lines(path: Path, where: str) -> Iterator[bytes]:
-    """Yield the lines of a file of any size, without their ends.
-
-    Raises:
-        UserError: as in `pieces`; or a line is longer than `LONGEST_LINE`.
-    """
+    """Yield the lines of a file of any size, without their ends."""
     rest, number = b"", 1
     for piece in pieces(path, where):
         *whole, rest = (rest + piece).split(b"\n")
@@ -131,6 +111,26 @@ def lines(path: Path, where: str) -> Iterator[bytes]:
             )
     if rest:
         yield rest
+
+
+def json_objects(lines: Iterable[bytes], where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the JSON object of every line that is not empty, with its number from 1."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name = f"{where}, line {number}"
+        try:
+            text = line.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise UserError(f"{name}: not a text file in UTF-8. Save it as UTF-8.") from None
+        yield number, as_object(parse_json(text, name), name)
+
+
+def as_object(value: Any, where: str) -> dict[str, Any]:
+    """Return a JSON value that must be an object."""
+    if not isinstance(value, dict):
+        raise UserError(f'{where}: not a JSON object. Write {{"name": value}} there.')
+    return value
 
 
 def digest(path: Path, where: str) -> str:

@@ -5,8 +5,7 @@ A template turns it into one text. The tokens of the assistant's turns are in th
 the token that ends each turn.
 """
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -19,7 +18,7 @@ from jaxlm.models.chat_template import render_chat
 
 ROLES = ("system", "user", "assistant")
 MessageTemplate = Literal["chat", "tulu", "plain"]
-_CHUNK = 1024  # conversations per call of the tokenizer
+_CHUNK = 512  # conversations per call of the tokenizer
 
 
 class Message(NamedTuple):
@@ -69,10 +68,6 @@ class MessagesConfig(TextsConfig):
     template: MessageTemplate = "chat"
 
     key: ClassVar[str] = "messages"
-    CHECKS: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {
-        **TextsConfig.CHECKS,
-        "template": functools.partial(one_of, choices=("chat", "tulu", "plain")),
-    }
 
     def parse(self, record: Record) -> Conversation:
         """Return the conversation in a row.
@@ -100,10 +95,7 @@ def _messages(record: Record) -> tuple[Message, ...]:
     values = record.values
     found = values.get("messages")
     if found is None and "prompt" in values and "completion" in values:
-        found = [
-            *_turns(values["prompt"], "user"),
-            *_turns(values["completion"], "assistant"),
-        ]
+        found = _turns(values["prompt"], "user") + _turns(values["completion"], "assistant")
     if not isinstance(found, list) or not found:
         raise UserError(
             f"{record.where}: has no messages. Give a list of {{role, content}} in that field, or "
@@ -126,12 +118,7 @@ def _turns(value: Any, role: str) -> list[Any]:
 
 
 class Transcript(NamedTuple):
-    """A conversation as one text.
-
-    Attributes:
-        text: what the tokenizer reads.
-        spans: (start, end) of the characters in the loss, one for each turn of the assistant.
-    """
+    """A conversation as one text, and the spans of its characters that are in the loss."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
@@ -144,39 +131,27 @@ def tulu(messages: Sequence[Message], eos: str) -> Transcript:
 
     White space at the ends of each content is removed. The line break after `eos` is not in the
     loss; in the authors' code, which LESS copied, it is.
-
-    >>> tulu([Message("user", " Hi "), Message("assistant", "Yes.")], "</s>").text
-    '<|user|>\nHi\n<|assistant|>\nYes.</s>\n'
-
-    Args:
-        messages: the conversation.
-        eos: the token that ends a turn of the assistant, as text.
     """
-    text, spans = "", []
-    for role, content in messages:
-        text += f"<|{role}|>\n"
-        start = len(text)
-        text += content.strip()
-        if role == "assistant":
-            text += eos
-            spans.append((start, len(text)))
-        text += "\n"
-    return Transcript(text, tuple(spans))
+    turns = ((f"<|{role}|>\n", role, content.strip(), "\n") for role, content in messages)
+    return _written(turns, eos)
 
 
 def plain(messages: Sequence[Message], eos: str) -> Transcript:
-    """Concatenate the contents of a conversation, with `eos` after each of the assistant's.
+    """Concatenate the contents of a conversation, with `eos` after each of the assistant's."""
+    return _written((("", role, content, "") for role, content in messages), eos)
 
-    >>> plain([Message("user", "2 + 2 ="), Message("assistant", " 4")], "</s>").text
-    '2 + 2 = 4</s>'
-    """
+
+def _written(turns: Iterable[tuple[str, str, str, str]], eos: str) -> Transcript:
+    """Join turns of (text before, role, content, text after)."""
     text, spans = "", []
-    for role, content in messages:
+    for before, role, content, after in turns:
+        text += before
         start = len(text)
         text += content
         if role == "assistant":
             text += eos
             spans.append((start, len(text)))
+        text += after
     return Transcript(text, tuple(spans))
 
 
@@ -185,10 +160,6 @@ def chat(messages: Sequence[Message], tokenizer: Any) -> Transcript:
 
     A turn of the assistant is the text between the prompt for it and the next turn, without white
     space at its end.
-
-    Raises:
-        UserError: the tokenizer cannot use its template, or the template writes a turn differently
-            when others follow.
     """
     turns = [message._asdict() for message in messages]
     whole = render_chat(tokenizer, turns)
@@ -226,16 +197,6 @@ def encode_messages(
 
     A row has no token in the loss if all of them were cut, or if the assistant says nothing. Skip
     such a row, since its mean loss is undefined.
-
-    Args:
-        conversations: the conversations.
-        tokenizer: a fast transformers tokenizer, which has character offsets.
-        template: see `MessagesConfig`. "tulu" and "plain" get the special tokens that the tokenizer
-            puts before a text; a chat template writes its own.
-        max_length: largest number of tokens in a row.
-
-    Raises:
-        UserError: the tokenizer has no offsets or no token that ends a turn, or as in `chat`.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
@@ -245,7 +206,7 @@ def encode_messages(
     rows: list[TokenRow] = []
     for start in range(0, len(conversations), _CHUNK):
         chunk = conversations[start : start + _CHUNK]
-        transcripts = [_rendered(render, conversation) for conversation in chunk]
+        transcripts = [render(conversation) for conversation in chunk]
         # Tokenize each text as a whole: tokens of turns tokenized separately would differ from what
         # the model reads when it generates. A token is in the loss if a character of it is.
         encodings = tokenizer(
@@ -260,25 +221,25 @@ def encode_messages(
     return rows
 
 
-def _renderer(tokenizer: Any, template: str) -> Callable[[Sequence[Message]], Transcript]:
-    if template == "chat":
-        if not getattr(tokenizer, "chat_template", None):
-            raise UserError(
-                "template: the tokenizer has no chat template (got chat). Choose tulu or plain."
-            )
-        return lambda messages: chat(messages, tokenizer)
-    one_of("template", template, ("chat", *_TEMPLATES))
-    eos = tokenizer.eos_token
-    if eos is None:
+def _renderer(tokenizer: Any, template: str) -> Callable[[Conversation], Transcript]:
+    eos, write = tokenizer.eos_token, {"tulu": tulu, "plain": plain}
+    one_of("template", template, ("chat", *write))
+    if template == "chat" and not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "template: the tokenizer has no chat template (got chat). Choose tulu or plain."
+        )
+    if template != "chat" and eos is None:
         raise UserError("tokenizer: has no eos_token, which ends a turn. Add one.")
-    return lambda messages: _TEMPLATES[template](messages, eos)
 
+    def render(conversation: Conversation) -> Transcript:
+        try:
+            if template == "chat":
+                return chat(conversation.messages, tokenizer)
+            return write[template](conversation.messages, eos)
+        except UserError as error:
+            raise UserError(f"{conversation.id}: {error}") from None
 
-def _rendered(render: Callable[..., Transcript], conversation: Conversation) -> Transcript:
-    try:
-        return render(conversation.messages)
-    except UserError as error:
-        raise UserError(f"{conversation.id}: {error}") from None
+    return render
 
 
 def _cut(

@@ -55,15 +55,7 @@ def code_allowed() -> Iterator[None]:
 
 
 def find_reader(name: str, *, allow_code: bool = False) -> Reader:
-    """Return the function that `task.read` names.
-
-    Args:
-        name: `package.module:function`.
-        allow_code: whether it may be outside this module; within `code_allowed`, it always may.
-
-    Raises:
-        UserError: there is no such function, or it is not allowed.
-    """
+    """Return the function that `task.read` names; inside `code_allowed`, it may be any."""
     # A configuration may come from someone else, and this is its only key that names code. Not even
     # other functions of jaxlm are allowed: `jaxlm.cli.main:main` would run a row as a command line.
     module, _, function = name.partition(":")

@@ -16,6 +16,7 @@ from jaxlm.core.errors import UserError
 
 Batch = dict[str, np.ndarray]
 SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 RowForm = Literal["weights", "targets"]
 
 MULTIPLE = 8
@@ -33,10 +34,6 @@ def round_up(count: int) -> int:
 
 def length_buckets(lengths: Sequence[int], limit: int | None = None) -> tuple[int, ...]:
     """Return a few increasing lengths to pad rows to: quantiles of their lengths, rounded up.
-
-    Args:
-        lengths: lengths of the rows, at least one.
-        limit: largest number of tokens in a row, which no bucket exceeds.
 
     >>> length_buckets([3, 5, 9, 30], limit=29)
     (16, 29)
@@ -57,12 +54,9 @@ def bucket_of(longest: int, buckets: Sequence[int]) -> int:
 def epoch_places(start: int, count: int, size: int, *, seed: int) -> list[int]:
     """Return rows `start, ..., start + count - 1` of an endless stream of shuffled epochs.
 
-    Row p of the stream is entry p mod `size` of a permutation keyed by (seed, p div `size`), so
-    every epoch has each row once. The stream is a pure function of the arguments: a run that
-    resumes at any step sees the same rows as one that was never interrupted.
-
-    >>> sorted(epoch_places(3, 3, 3, seed=0))
-    [0, 1, 2]
+    Row p of the stream is entry p mod `size` of a permutation keyed by (seed, p div `size`). The
+    stream is a pure function of the arguments: a run that resumes at any step sees the same rows as
+    one that was never interrupted.
     """
     return [int(_permutation(seed, p // size, size)[p % size]) for p in range(start, start + count)]
 
@@ -81,20 +75,10 @@ def stack_steps(
     batch_size: int,
     seeds: Sequence[int],
 ) -> Batch:
-    """Return the training batches of `count` steps from `first` on, under each of several seeds.
+    """Return the training batches of `count` steps from `first` on, leaves [count, seeds, B, ...].
 
     A batch may hold the end of one epoch and the start of the next; a batch larger than the data
     repeats rows. The rows of all steps are collated together, so all batches have the same length.
-
-    Args:
-        collate: function that makes one batch of the rows at some places.
-        size: number of rows.
-        first, count: the first step and the number of steps.
-        batch_size: rows in a batch.
-        seeds: seeds for `epoch_places`.
-
-    Returns:
-        Leaves [count, seeds, B, ...].
     """
     # Draw places, a few bytes per row, on the host, and collate once for all steps and seeds.
     drawn = [
@@ -116,6 +100,60 @@ def eval_places(lengths: Sequence[int], batch_size: int) -> Iterator[np.ndarray]
         index = np.full(batch_size, -1, np.int32)
         index[: len(places)] = places
         yield index
+
+
+def pad(
+    rows: Sequence[Any], shape: tuple[int, ...], fill: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pad rows, or lists of rows, on the right to one shape; return them and the mask of theirs."""
+    padded = np.full((len(rows), *shape), fill, np.int32)
+    mask = np.zeros_like(padded)
+    for i, row in enumerate(rows):
+        if len(shape) > 1:
+            places = slice(len(row))
+            padded[i, places], mask[i, places] = pad(row, shape[1:], fill)
+        else:
+            padded[i, : len(row)] = row
+            mask[i, : len(row)] = 1
+    return padded, mask
+
+
+class EncodedSplits:
+    """The encoded splits of a data form; a trainer uses these methods and `eval_batches`."""
+
+    key: str
+    train: Any
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of examples of each split."""
+        return {name: len(getattr(self, name)) for name in SPLITS}
+
+    def batch(self, step: int, *, batch_size: int, seed: int) -> Batch:
+        """Return the training batch of a step, a pure function of (seed, step)."""
+        stacked = self.batches(step, 1, batch_size=batch_size, seed=seed)
+        return {key: x[0] for key, x in stacked.items()}
+
+    def batches(self, step: int, count: int, *, batch_size: int, seed: int) -> Batch:
+        """Return the batches of `count` steps from `step` on, leaves [count, B, ...]."""
+        streams = self.streams(step, count, batch_size=batch_size, seeds=(seed,))
+        return {key: x[:, 0] for key, x in streams.items()}
+
+    def streams(self, step: int, count: int, *, batch_size: int, seeds: Sequence[int]) -> Batch:
+        """Return training batches of `count` steps, leaves [count, seeds, B, ...].
+
+        Raises:
+            UserError: there are no training examples.
+        """
+        size = len(self.train)
+        if not size:
+            raise UserError(
+                f"{self.key}.train: there are no training examples (got none). Give some."
+            )
+        return stack_steps(self._train_batch, size, step, count, batch_size=batch_size, seeds=seeds)
+
+    def _train_batch(self, places: Sequence[int]) -> Batch:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,37 +235,23 @@ class PaddedRows:
         """Return the batch of the rows at some places, in the shape of the longest row."""
         length, width = self.shapes[int(self._bucket[list(places)].max())]
         rows = [self.rows[place] for place in places]
-        batch = {
-            "input_ids": np.full((len(rows), length), self.pad_id, np.int32),
-            "attention_mask": np.zeros((len(rows), length), np.int32),
-        }
+        ids, mask = pad([row.ids for row in rows], (length,), self.pad_id)
+        batch = {"input_ids": ids, "attention_mask": mask}
         if self.form == "weights":
             batch["weights"] = np.zeros((len(rows), length), np.float32)
-        else:
-            batch["positions"] = np.zeros((len(rows), width), np.int32)
-            batch["targets"] = np.zeros((len(rows), width), np.int32)
-            batch["target_mask"] = np.zeros((len(rows), width), np.float32)
-        for i, row in enumerate(rows):
-            batch["input_ids"][i, : len(row.ids)] = row.ids
-            batch["attention_mask"][i, : len(row.ids)] = 1
-            scored = np.array(row.loss_positions, int)
-            if self.form == "weights":
-                batch["weights"][i, scored] = 1
-            else:
-                batch["positions"][i, : len(scored)] = scored - 1
-                batch["targets"][i, : len(scored)] = np.array(row.ids)[scored]
-                batch["target_mask"][i, : len(scored)] = 1
+            for i, row in enumerate(rows):
+                batch["weights"][i, list(row.loss_positions)] = 1
+            return batch
+        scored = [np.array(row.loss_positions, int) for row in rows]
+        batch["positions"], mask = pad([places - 1 for places in scored], (width,))
+        batch["targets"] = np.take_along_axis(ids, batch["positions"] + mask, axis=1) * mask
+        batch["target_mask"] = mask.astype(np.float32)
         return batch
 
-    def streams(self, first: int, count: int, *, batch_size: int, seeds: Sequence[int]) -> Batch:
-        """Return training batches, leaves [count, seeds, B, ...]; see `stack_steps`."""
-        return stack_steps(
-            self.batch, len(self.rows), first, count, batch_size=batch_size, seeds=seeds
-        )
-
     def batches(self, first: int, count: int, *, batch_size: int, seed: int) -> Batch:
-        """Return `streams` of one seed, leaves [count, B, ...]."""
-        streams = self.streams(first, count, batch_size=batch_size, seeds=(seed,))
+        """Return the training batches of `count` steps from `first` on, leaves [count, B, ...]."""
+        size = len(self.rows)
+        streams = stack_steps(self.batch, size, first, count, batch_size=batch_size, seeds=(seed,))
         return {key: x[:, 0] for key, x in streams.items()}
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
@@ -266,11 +290,8 @@ class PaddedRows:
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedRows:
+class EncodedRows(EncodedSplits):
     """The token rows of a data form's splits, and their batches.
-
-    `EncodedTask` has the same `sizes`, `digests`, `streams` and `eval_batches`, so a trainer that
-    uses only these runs on every data form.
 
     Attributes:
         train, validation, test: rows with a token in the loss; a split that does not exist is
@@ -294,7 +315,6 @@ class EncodedRows:
         *,
         pad_id: int,
         limit: int | None = None,
-        form: RowForm = "weights",
         key: str = "data",
     ) -> "EncodedRows":
         """Drop rows without a loss, and give all splits the same buckets.
@@ -303,7 +323,6 @@ class EncodedRows:
             splits: rows of "train", "validation" and "test".
             pad_id: id of the padding token.
             limit: largest number of tokens in a row.
-            form: form of the batches.
             key: section of the data form, for error messages.
 
         Raises:
@@ -319,33 +338,19 @@ class EncodedRows:
                 )
         everything = [len(row.ids) for rows in kept.values() for row in rows]
         buckets = length_buckets(everything, limit)
-        padded = {name: PaddedRows(rows, pad_id, form, buckets) for name, rows in kept.items()}
+        padded = {name: PaddedRows(rows, pad_id, buckets=buckets) for name, rows in kept.items()}
         dropped = {
             name: tuple(row.id for row in rows if not row.loss_positions)
             for name, rows in splits.items()
         }
         return cls(**padded, buckets=buckets, dropped=dropped, key=key)
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Number of rows of each split."""
-        return {name: len(getattr(self, name)) for name in ("train", "validation", "test")}
-
     def digests(self) -> dict[str, str]:
         """Return `digest` of each split that exists."""
         return {name: digest(getattr(self, name).rows) for name, size in self.sizes.items() if size}
 
-    def streams(self, first: int, count: int, *, batch_size: int, seeds: Sequence[int]) -> Batch:
-        """Return training batches of `count` steps from `first` on, see `stack_steps`.
-
-        Raises:
-            UserError: there are no training rows.
-        """
-        if not len(self.train):
-            raise UserError(
-                f"{self.key}.train: there are no rows to train on (got none). Give some."
-            )
-        return self.train.streams(first, count, batch_size=batch_size, seeds=seeds)
+    def _train_batch(self, places: Sequence[int]) -> Batch:
+        return self.train.batch(places)
 
     def eval_batches(self, split: SplitName, *, batch_size: int) -> Iterator[Batch]:
         """Yield batches that hold every row of a split once, see `PaddedRows.eval_batches`."""

@@ -12,9 +12,8 @@ from jaxlm.artifacts.files import file_path, inside, parse_json, read_json
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
 from jaxlm.data.delimited import read_table
-from jaxlm.data.files import check_folder, read_bytes, room, too_large
+from jaxlm.data.files import as_object, check_folder, json_objects, read_bytes, room, too_large
 
-SPLITS = ("train", "validation", "test")
 SHIPPED = Path(__file__).parent.parent / "assets" / "tasks"
 _PREFIX = "jaxlm:"
 _ROWS = 1024  # rows of a Parquet file that are unpacked at once
@@ -25,10 +24,8 @@ class Record:
     """One row of a source.
 
     Attributes:
-        values: the fields by name.
         source: the source as the user named it.
-        number: line of the file or row of the table, from 1.
-        unit: "line" or "row".
+        number: line of the file or row of the table, from 1; `unit` is "line" or "row".
         class_names: by field, the names of the classes whose index it holds, if the source has such
             names.
     """
@@ -55,32 +52,23 @@ def read_rows(
     files or of `Dataset.save_to_disk`, or `name`, `name/config` or `namespace/name/config` on the
     hub. The split is `key`, or the one after a colon: `nyu-mll/glue/sst2:validation`. The code of a
     data set never runs.
-
-    Args:
-        source: the file or data set.
-        key: "train", "validation" or "test".
-        section: section of the configuration, for error messages.
-        base_dir: folder where relative paths start, usually that of the YAML file.
-
-    Raises:
-        UserError: the source is missing, empty, too large or damaged.
     """
     option = f"{section}.{key}"
     path = _find(source, option, base_dir)
-    format_ = _format(source)
-    if format_ is None and (path is None or path.is_dir()):
+    reader = _READERS.get(Path(source.removesuffix(".gz")).suffix)
+    if reader is None and (path is None or path.is_dir()):
         rows = _read_dataset(source, option, base_dir)
     elif path is None:
         raise UserError(
             f"{option}: there is no such file (got {source!r}). Give a path relative to the YAML "
             "file or to the working directory, or the name of a data set."
         )
-    elif format_ is None:
+    elif reader is None:
         raise UserError(
             f"{option}: its ending is not known (got {source!r}). Use one of {', '.join(_READERS)}."
         )
     else:
-        rows = list(_READERS[format_](source, read_bytes(path, f"{option}: {source}")))
+        rows = list(reader(source, read_bytes(path, f"{option}: {source}")))
     if not rows:
         raise UserError(
             f"{option}: is empty (got {source}). Give a file with at least one example."
@@ -102,11 +90,6 @@ def _find(source: str, key: str, base_dir: Path | None) -> Path | None:
         ) from None
 
 
-def _format(source: str) -> str | None:
-    ending = Path(source.removesuffix(".gz")).suffix
-    return ending if ending in _READERS else None
-
-
 def _decode(source: str, data: bytes) -> str:
     try:
         text = data.decode("utf-8-sig")
@@ -118,10 +101,8 @@ def _decode(source: str, data: bytes) -> str:
 
 
 def _read_jsonl(source: str, data: bytes) -> Iterator[Record]:
-    for number, line in enumerate(_decode(source, data).split("\n"), start=1):
-        if line.strip():
-            where = f"{source}, line {number}"
-            yield Record(_object(parse_json(line, where), where), source, number, "line")
+    for number, values in json_objects(data.split(b"\n"), source):
+        yield Record(values, source, number, "line")
 
 
 def _read_json(source: str, data: bytes) -> Iterator[Record]:
@@ -130,13 +111,7 @@ def _read_json(source: str, data: bytes) -> Iterator[Record]:
         yield from _read_jsonl(source, data)
         return
     for number, value in enumerate(parse_json(text, source), start=1):
-        yield Record(_object(value, f"{source}, row {number}"), source, number)
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f'{where}: not a JSON object. Write {{"name": value}} there.')
-    return value
+        yield Record(as_object(value, f"{source}, row {number}"), source, number)
 
 
 def _read_table(delimiter: str, source: str, data: bytes) -> Iterator[Record]:
@@ -193,6 +168,8 @@ _READERS: dict[str, Callable[[str, bytes], Iterator[Record]]] = {
 
 
 def _read_dataset(source: str, key: str, base_dir: Path | None) -> list[Record]:
+    from datasets import load_dataset
+
     name, _, given = source.partition(":")
     split, where = given or key.rpartition(".")[2], f"{key}: {source}"
     failure: Exception | None = None
@@ -200,7 +177,7 @@ def _read_dataset(source: str, key: str, base_dir: Path | None) -> list[Record]:
         try:
             if isinstance(path, Path):
                 return _read_folder(path, config, given, split, where)
-            return _rows(_hub().load_dataset(path, config, split=split), source, where)
+            return _rows(load_dataset(path, config, split=split), source, where)
         except UserError:
             raise
         except Exception as error:  # the library may raise anything for files from outside
@@ -213,19 +190,15 @@ def _read_dataset(source: str, key: str, base_dir: Path | None) -> list[Record]:
     ) from failure
 
 
-def _hub() -> Any:
-    import datasets
-
-    return datasets
-
-
 def _rows(loaded: Any, source: str, where: str) -> list[Record]:
+    from datasets import ClassLabel
+
     if loaded.data.nbytes > room():
         raise too_large(where)
     names = {
         column: tuple(feature.names)
         for column, feature in loaded.features.items()
-        if isinstance(feature, _hub().ClassLabel)
+        if isinstance(feature, ClassLabel)
     }
     return [
         Record(values, source, number, class_names=names)
@@ -237,6 +210,8 @@ def _read_folder(
     path: Path, config: str | None, given: str, split: str, where: str
 ) -> list[Record]:
     """Read a split of a folder; `given` is empty if the source names no split."""
+    import datasets
+
     source = where.partition(": ")[2]
     check_folder(path, where)
     if (path / "dataset_dict.json").is_file():
@@ -256,8 +231,8 @@ def _read_folder(
                 f"{where}: holds one split, {state.get('_split')!r} (got {given!r}). Leave out "
                 "the colon and the name after it."
             )
-        return _rows(_hub().Dataset.load_from_disk(str(path)), source, where)
-    builder = _hub().load_dataset_builder(str(path), config)
+        return _rows(datasets.Dataset.load_from_disk(str(path)), source, where)
+    builder = datasets.load_dataset_builder(str(path), config)
     files: Mapping[str, list[str]] = builder.config.data_files or {}
     for file in (file for several in files.values() for file in several):
         # The README of a folder from outside may name files elsewhere on this machine.
@@ -268,7 +243,7 @@ def _read_folder(
             )
     delimiter = getattr(builder.config, "sep", "")
     if delimiter not in (",", "\t") or split not in files:
-        return _rows(_hub().load_dataset(str(path), config, split=split), source, where)
+        return _rows(datasets.load_dataset(str(path), config, split=split), source, where)
     # Read tables ourselves: `datasets` uses pandas, which loses rows to stray quotes.
     return [
         row

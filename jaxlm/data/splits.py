@@ -3,18 +3,21 @@
 import functools
 import hashlib
 import json
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 
+from jaxlm.artifacts.keys import without_none
 from jaxlm.core import checks
 from jaxlm.core.errors import UserError
-from jaxlm.data.rows import EncodedRows, TokenRow, check_vocabulary, tokenizer_of
-from jaxlm.data.sources import SPLITS, Record, read_rows
+from jaxlm.data.rows import SPLITS, EncodedRows, TokenRow, check_vocabulary, tokenizer_of
+from jaxlm.data.sources import Record, read_rows
+
+Check = Callable[[str, Any], None]
 
 HOLD_OUT = "hold_out"
 """Value of `validation` that holds out a part of the training examples."""
@@ -23,24 +26,11 @@ HOLD_OUT = "hold_out"
 def draw_per_class(
     labels: Sequence[int], k: int, *, seed: int, names: Sequence[str], skip: int = 0
 ) -> list[int]:
-    """Draw k examples of every class.
+    """Return increasing indices of k examples of every class, `names` being the label words.
 
     Each class is permuted by a PCG64 generator keyed by (seed, class), and the places
     `skip, ..., skip + k - 1` of the permutation are drawn. So a draw with `skip=k` is a held-out
     set: k more examples of each class, none of which is in the draw with `skip=0`.
-
-    Args:
-        labels: class of each example.
-        k: examples per class.
-        seed: seed of the draw.
-        names: the label words, one per class; used in error messages too.
-        skip: how many places of the permutation to skip.
-
-    Returns:
-        Increasing indices into `labels`, k per class.
-
-    Raises:
-        UserError: a class has fewer than `skip + k` examples.
 
     >>> draw_per_class([0, 1, 0, 1, 0, 1], 1, seed=0, names=["terrible", "great"])
     [4, 5]
@@ -73,20 +63,7 @@ def draw_split(
 
     NumPy's `RandomState(seed)` permutes all places. The first `num_train + num_validation` are
     taken, and the last `num_validation` of these are held out; if there are too few examples, the
-    training set is smaller. These are the draws of MeZO's code.
-
-    Args:
-        count: number of examples.
-        num_train: examples to train on; None for all that are not held out.
-        num_validation: examples to hold out.
-        seed: seed of the draw.
-        section: section of the configuration, for error messages.
-
-    Returns:
-        Indices of the training and of the held-out examples, in the order of the permutation.
-
-    Raises:
-        UserError: no example is left to train on.
+    training set is smaller. These are the draws of MeZO's code. `num_train=None` takes all.
 
     >>> draw_split(8, 3, 2, seed=0)
     ([6, 2, 1], [7, 3])
@@ -118,7 +95,7 @@ class Splits:
 
     def digests(self) -> dict[str, str]:
         """Return SHA-256 of the examples of each non-empty split, whatever their source."""
-        digests = {}
+        digests: dict[str, str] = {}
         for split in SPLITS:
             if examples := getattr(self, split):
                 content = "".join(json.dumps(example.content) for example in examples)
@@ -154,11 +131,10 @@ class SplitsConfig:
     max_length: int | None = None
 
     key: ClassVar[str] = "data"
-    CHECKS: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {
-        **dict.fromkeys(SPLITS, checks.text),
-        **dict.fromkeys(("num_train", "num_validation", "num_test", "max_length"), checks.integer),
+    CHECKS: ClassVar[Mapping[str, Check]] = {
         "test_seed": functools.partial(checks.integer, least=0, most=2**32 - 1),
     }
+    """Checks of fields whose types do not say all."""
 
     def __post_init__(self) -> None:
         self.check(vars(self))
@@ -172,16 +148,12 @@ class SplitsConfig:
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> None:
         """Check the values of some keys; raise UserError for a wrong type or size."""
-        for name, check in cls.CHECKS.items():
+        for name, check in _checks(cast(Any, cls)).items():
             if name in values:
                 check(f"{cls.key}.{name}", values[name])
 
     def records(self, base_dir: str | Path | None = None) -> dict[str, list[Record]]:
-        """Read the rows of every split.
-
-        Raises:
-            UserError: there is no source, or one cannot be read.
-        """
+        """Read the rows of every split."""
         sources = {split: getattr(self, split) for split in SPLITS}
         if sources["validation"] == HOLD_OUT:
             sources["validation"] = None
@@ -195,9 +167,11 @@ class SplitsConfig:
             for split, source in sources.items()
         }
 
-    def draw(self, examples: Mapping[str, Sequence[Any]], *, seed: int) -> dict[str, Sequence[Any]]:
-        """Draw the examples of every split, held-out ones included."""
-        checks.seeds(SimpleNamespace(seed=seed), "seed")
+    def draw(
+        self, examples: Mapping[str, Sequence[Any]], *, seed: int
+    ) -> tuple[tuple[Any, ...], ...]:
+        """Draw the examples of every split, in the order of `SPLITS`, held-out ones included."""
+        checks.integer("seed", seed, least=0, most=2**32 - 1)
         drawn = dict(examples)
         train = examples["train"]
         if train or self.validation == HOLD_OUT:
@@ -209,7 +183,7 @@ class SplitsConfig:
             if (given := examples[split]) and count is not None:
                 chosen, _ = draw_split(len(given), count, 0, seed=self.test_seed)
                 drawn[split] = [given[i] for i in chosen]
-        return drawn
+        return tuple(tuple(drawn[split]) for split in SPLITS)
 
     def draw_train(self, train: Sequence[Any], *, seed: int) -> tuple[list[int], list[int]]:
         """Draw the places of the examples to train on and of those to hold out."""
@@ -228,25 +202,33 @@ class SplitsConfig:
         return draw_split(len(train), self.num_train, count, seed=seed, section=self.key)
 
 
+@functools.cache
+def _checks(cls: Any) -> dict[str, Check]:
+    """Return a check of every field: that of its declared type, or its own."""
+    hints = typing.get_type_hints(cls)
+    checks_of_types = {name: _check_of(hints[name]) for name in cls.__dataclass_fields__}
+    return checks_of_types | cls.CHECKS
+
+
+def _check_of(kind: Any) -> Check:
+    inner = without_none(kind)
+    if typing.get_origin(inner) is Literal:
+        choices = (*typing.get_args(inner), *([None] if inner is not kind else []))
+        return functools.partial(checks.one_of, choices=choices)
+    by_type: dict[Any, Check] = {str: checks.text, int: checks.integer, float: checks.real}
+    return by_type.get(inner, checks.texts)
+
+
 class TextsConfig(SplitsConfig):
     """A data form of token rows; a subclass defines `parse` and `tokenize`."""
 
     def load(self, *, seed: int, base_dir: str | Path | None = None) -> "Texts":
-        """Read and draw the examples of every split.
-
-        Args:
-            seed: seed of the draw of `num_train` and `num_validation`.
-            base_dir: folder where relative paths start, before the working directory.
-
-        Raises:
-            UserError: a source cannot be read, a row is not of this form, or there are too few.
-        """
+        """Read and draw the examples of every split; relative paths start in `base_dir`."""
         examples = {
             split: [self.parse(record) for record in records]
             for split, records in self.records(base_dir).items()
         }
-        drawn = self.draw(examples, seed=seed)
-        return Texts(self, *(tuple(drawn[split]) for split in SPLITS))
+        return Texts(self, *self.draw(examples, seed=seed))
 
     def parse(self, record: Record) -> Any:
         """Return the example in a row of a source."""
@@ -285,7 +267,7 @@ class Texts(Splits):
             )
         limits = (lm.config.max_positions, max_length, config.max_length)
         limit = min(limit for limit in limits if limit is not None)
-        splits = {
+        splits: dict[str, list[TokenRow]] = {
             split: config.tokenize(getattr(self, split), tokenizer, limit) for split in SPLITS
         }
         tokens = (token for rows in splits.values() for row in rows for token in row.ids)

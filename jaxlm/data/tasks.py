@@ -5,10 +5,9 @@ folders with a `task.yaml` and their files, and suites `SUITE.yaml` of tasks nam
 """
 
 import dataclasses
-import difflib
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from jaxlm.core import checks
 from jaxlm.core.errors import UserError
 from jaxlm.data.readers import ParsedRow, Reader, find_reader, written
-from jaxlm.data.sources import SHIPPED, SPLITS, Record
-from jaxlm.data.splits import HOLD_OUT, Splits, SplitsConfig, draw_per_class
+from jaxlm.data.rows import SPLITS
+from jaxlm.data.sources import SHIPPED, Record
+from jaxlm.data.splits import HOLD_OUT, Check, Splits, SplitsConfig, draw_per_class
 from jaxlm.data.templates import Field, Template
 
 if TYPE_CHECKING:
@@ -81,28 +81,17 @@ class TaskConfig(SplitsConfig):
     truncation: Literal["fields", "left"] = "fields"
 
     key: ClassVar[str] = "task"
-    CHECKS: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {
+    CHECKS: ClassVar[Mapping[str, Check]] = {
         **SplitsConfig.CHECKS,
-        **dict.fromkeys(("name", "template", "label_field", "read", "calibration"), checks.text),
-        **dict.fromkeys(("labels", "fields"), checks.texts),
         "classes": functools.partial(checks.texts, numbers=True),
-        **dict.fromkeys(("k", "max_new_tokens", "first_field_limit"), checks.integer),
         "missing_label": functools.partial(checks.integer, least=-checks.MOST),
-        "threshold": checks.real,
-        "options": functools.partial(checks.one_of, choices=("shared", "per_example")),
-        "output": functools.partial(checks.one_of, choices=("choice", "text")),
-        "metric": functools.partial(checks.one_of, choices=(None, "accuracy", "f1")),
-        "objective": functools.partial(
-            checks.one_of, choices=(None, "classification", "completion")
-        ),
-        "truncation": functools.partial(checks.one_of, choices=("fields", "left")),
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        text = self.output == "text"
-        self._fill("metric", ("f1",) if text else ("accuracy",))
-        self._fill("objective", ("completion",) if text else ("classification", "completion"))
+        generative = self.is_generative
+        self._fill("metric", ("f1",) if generative else ("accuracy",))
+        self._fill("objective", ("classification", "completion")[generative:])
         Template.parse(self.template)
         if self.labels or not self.has_per_example_options:
             self._check_labels()
@@ -172,10 +161,10 @@ class TaskConfig(SplitsConfig):
         return [places.index(place) for place in range(count)]
 
     def _check_labels(self) -> None:
-        for number, label in enumerate(self.labels, start=1):
+        for label in self.labels:
             if not label.strip():
                 raise UserError(
-                    f"task.labels: word {number} is empty (got {label!r}). Give one to each class."
+                    f"task.labels: has an empty word (got {label!r}). Give one to each class."
                 )
         if len(self.labels) < 2:
             raise UserError(
@@ -207,22 +196,18 @@ class TaskConfig(SplitsConfig):
                 large, or `read` is not allowed.
         """
         read = None if self.read is None else find_reader(self.read, allow_code=allow_code)
-        records = {
-            split: [record for record in found if self._has_label(record)]
-            for split, found in self.records(base_dir).items()
-        }
+        records, missing = self.records(base_dir), self.missing_label
         columns = next((tuple(found[0].values) for found in records.values() if found), ())
         template = Template.parse(self.template).with_names(self.fields, columns)
         examples = {
-            split: [_example(record, template, self, read) for record in found]
+            split: [
+                _example(record, template, self, read)
+                for record in found
+                if missing is None or record.values.get(self.label_field) != missing
+            ]
             for split, found in records.items()
         }
-        drawn = self.draw(examples, seed=seed)
-        return Task(self, template, *(tuple(drawn[split]) for split in SPLITS))
-
-    def _has_label(self, record: Record) -> bool:
-        missing = self.missing_label
-        return missing is None or record.values.get(self.label_field) != missing
+        return Task(self, template, *self.draw(examples, seed=seed))
 
     def draw_train(self, train: Sequence[Any], *, seed: int) -> tuple[list[int], list[int]]:
         """Draw the places of the examples to train on and of those to hold out."""
@@ -331,10 +316,7 @@ def task_config(values: Mapping[str, Any]) -> TaskConfig:
         raise UserError(f"task: not a section of keys (got {checks.show(values)}). Give its keys.")
     known = [field.name for field in dataclasses.fields(TaskConfig)]
     for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"Did you mean task.{near[0]}?" if near else f"Use one of {', '.join(known)}."
-            raise UserError(f"task.{key}: not a key of a task. {hint}")
+        checks.one_of(f"task.{key}", key, known)
     name = values.get("name")
     merged: dict[str, Any] = {**_known_values(str(name)), **values}
     TaskConfig.check(merged)
@@ -348,11 +330,9 @@ def task_config(values: Mapping[str, Any]) -> TaskConfig:
                 f"{checks.show(name)}). Give it, or the name of a shipped task "
                 f"({', '.join(shipped_names())}).{hint}"
             )
-    if merged.get("labels") is None:  # a configuration removes a key by null
-        merged["labels"] = ()
-    for key, value in merged.items():
-        merged[key] = tuple(value) if isinstance(value, list) else value
-    return TaskConfig(**merged)
+    merged["labels"] = merged.get("labels") or ()  # a configuration removes a key by null
+    lists = {key: tuple(value) for key, value in merged.items() if isinstance(value, list)}
+    return TaskConfig(**merged | lists)
 
 
 def _known_values(name: str) -> Mapping[str, Any]:
@@ -392,7 +372,7 @@ def _example(row: Record, template: Template, config: TaskConfig, read: Reader |
         right = all(isinstance(text, str) for text in strings) and bool(parsed.gold)
         right = right and all(place in places for place in parsed.gold)
     except KeyError as error:
-        raise _lacks(row, config, error) from None
+        raise _lacks(row, error.args[0], config.name) from None
     if not right:
         raise _not_a_row(row, config)
     first = next(iter(template.before), "")
@@ -408,7 +388,7 @@ def _by_reader(row: Record, config: TaskConfig, read: Reader) -> ParsedRow:
     try:
         return read(_renumbered(row, config))
     except KeyError as error:
-        raise _lacks(row, config, error) from None
+        raise _lacks(row, error.args[0], config.name) from None
     except (TypeError, ValueError, AttributeError, IndexError, OverflowError):
         raise _not_a_row(row, config) from None
 
@@ -422,10 +402,11 @@ def _renumbered(row: Record, config: TaskConfig) -> Mapping[str, Any]:
     return {**row.values, field: classes.index(names[label])}
 
 
-def _lacks(row: Record, config: TaskConfig, error: KeyError) -> UserError:
-    names = ", ".join(repr(name) for name in row.values)
+def _lacks(row: Record, field: str, reader: str) -> UserError:
+    names = ", ".join(map(repr, row.values))
     return UserError(
-        f"{row.where}: has no field {error}, which {config.name} reads (got {names}). Give it."
+        f"{row.where}: has no field {field!r}, which {reader} reads (got {names}). Give it, or "
+        "name one of these."
     )
 
 
@@ -438,7 +419,10 @@ def _not_a_row(row: Record, config: TaskConfig) -> UserError:
 
 def _by_keys(row: Record, template: Template, config: TaskConfig) -> ParsedRow:
     """Read a row by the keys of the task."""
-    texts = {name: _text(row, name) for name in template.field_names}
+    texts = {name: _value(row, name, "template") for name in template.field_names}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise _wrong(row, f"field {name!r} is not text", text, "Put it in quotes.")
     if not config.has_per_example_options:
         return ParsedRow(texts, (_label(row, config),))
     value = _value(row, config.label_field, "label_field")
@@ -446,46 +430,31 @@ def _by_keys(row: Record, template: Template, config: TaskConfig) -> ParsedRow:
         answers = value if isinstance(value, list) and value else [value]
         for answer in answers:
             if not isinstance(answer, str):
-                raise UserError(
-                    f"{row.where}: field {config.label_field!r} is neither a text nor a list of "
-                    f"them (got {checks.show(value)}). Give the right answers."
-                )
+                what = f"field {config.label_field!r} is neither a text nor a list of them"
+                raise _wrong(row, what, value, "Give the right answers.")
         return written(texts, answers)
     options = _value(row, "options", "options")
     if not isinstance(options, list) or not all(isinstance(each, str) for each in options):
-        raise UserError(
-            f"{row.where}: field 'options' is not a list of texts (got {checks.show(options)}). "
-            "Give the options of the row."
-        )
+        what = "field 'options' is not a list of texts"
+        raise _wrong(row, what, options, "Give the options of the row.")
     place = options.index(value) if value in options else value
     if isinstance(place, bool) or place not in range(len(options)):
-        raise UserError(
-            f"{row.where}: the label is neither an option nor the index of one (got "
-            f"{checks.show(value)}). Correct it."
-        )
+        what = "the label is neither an option nor the index of one"
+        raise _wrong(row, what, value, "Correct it.")
     return ParsedRow(texts, (int(place),), tuple(options))
+
+
+def _wrong(row: Record, what: str, value: Any, todo: str) -> UserError:
+    return UserError(f"{row.where}: {what} (got {checks.show(value)}). {todo}")
 
 
 def _value(row: Record, name: str, key: str) -> Any:
     if name not in row.values:
-        names = ", ".join(repr(name) for name in row.values)
-        raise UserError(
-            f"{row.where}: has no field {name!r}, which task.{key} names (got {names}). Name one "
-            "of these."
-        )
+        raise _lacks(row, name, f"task.{key}")
     value = row.values[name]
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise UserError(
             f"{row.where}: field {name!r} is null. Give a value or leave the {row.unit} out."
-        )
-    return value
-
-
-def _text(row: Record, name: str) -> str:
-    value = _value(row, name, "template")
-    if not isinstance(value, str):
-        raise UserError(
-            f"{row.where}: field {name!r} is not text (got {checks.show(value)}). Put it in quotes."
         )
     return value
 
@@ -498,23 +467,18 @@ def _label(row: Record, config: TaskConfig) -> int:
     indices, which must agree.
     """
     value = _value(row, config.label_field, "label_field")
-    shown = checks.show(value)
     if config.threshold is not None:
         try:
             score = float(value)
         except (TypeError, ValueError, OverflowError):
             score = math.nan
         if not math.isfinite(score):
-            raise UserError(
-                f"{row.where}: the label is not a number, which task.threshold compares (got "
-                f"{shown}). Correct it."
-            )
+            what = "the label is not a number, which task.threshold compares"
+            raise _wrong(row, what, value, "Correct it.")
         return int(score >= config.threshold)
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise UserError(
-            f"{row.where}: the label is neither text nor a whole number (got {shown}). Give an "
-            "index, a label word or a class name."
-        )
+        what = "the label is neither text nor a whole number"
+        raise _wrong(row, what, value, "Give an index, a label word or a class name.")
     name = str(value)
     classes = [str(word) for word in config.classes or ()]
     if name in classes:
@@ -533,14 +497,10 @@ def _label(row: Record, config: TaskConfig) -> int:
     indices = [str(i) for i in range(len(config.labels))]
     found = {words.index(name) for words in (config.labels, indices) if name in words}
     if len(found) > 1:
-        raise UserError(
-            f"{row.where}: the label may be an index or a label word (got {shown}). Name the "
-            "classes in task.classes."
-        )
+        what = "the label may be an index or a label word"
+        raise _wrong(row, what, value, "Name the classes in task.classes.")
     if not found:
-        raise UserError(
-            f"{row.where}: the label is not one of {', '.join(classes or config.labels)} nor an "
-            f"index from 0 to {len(config.labels) - 1} (got {shown}). Correct it, or name the "
-            "classes in task.classes."
-        )
+        words = ", ".join(classes or config.labels)
+        what = f"the label is not one of {words} nor an index from 0 to {len(config.labels) - 1}"
+        raise _wrong(row, what, value, "Correct it, or name the classes in task.classes.")
     return found.pop()

@@ -31,10 +31,8 @@ _USUAL_NAMES: tuple[tuple[str, ...], ...] = (
 class Field:
     """A field of the example, with LM-BFF's changes of its text.
 
-    Attributes:
-        name: the field's name in the data.
-        first_letter: "keep", "lower" or "upper".
-        drop_last: leave out the last character, usually a full stop.
+    `first_letter` is "keep", "lower" or "upper"; `drop_last` leaves out the last character, usually
+    a full stop.
     """
 
     name: str
@@ -56,13 +54,7 @@ Part = str | Field
 
 @dataclass(frozen=True)
 class Rendered:
-    """A filled-in template, with the character spans of its parts.
-
-    Attributes:
-        text: the whole string.
-        label: (start, end) of the label word.
-        fields: (start, end) of each field, in the order of the template.
-    """
+    """A filled-in template, with the (start, end) of the label word and of each field in order."""
 
     text: str
     label: tuple[int, int]

@@ -1,7 +1,7 @@
 """Plain documents: every token is in the loss."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +9,7 @@ from jaxlm.core import checks
 from jaxlm.core.errors import UserError
 from jaxlm.data.rows import TokenRow
 from jaxlm.data.sources import Record
-from jaxlm.data.splits import TextsConfig
+from jaxlm.data.splits import Check, TextsConfig
 
 _CHUNK = 256  # documents per call of the tokenizer
 
@@ -40,11 +40,10 @@ class TextConfig(TextsConfig):
     field: str = "text"
 
     key: ClassVar[str] = "text"
-    CHECKS: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {
+    CHECKS: ClassVar[Mapping[str, Check]] = {
         **TextsConfig.CHECKS,
         # A piece begins with a special token, which alone would leave nothing to predict.
         "max_length": functools.partial(checks.integer, least=2),
-        "field": checks.text,
     }
 
     def parse(self, record: Record) -> Document:
@@ -69,19 +68,11 @@ class TextConfig(TextsConfig):
 def encode_documents(
     documents: Sequence[Document], tokenizer: Any, *, length: int
 ) -> list[TokenRow]:
-    """Tokenize documents and cut them into pieces.
+    """Tokenize documents and cut them into pieces of at most `length` tokens.
 
     A document ends with the tokenizer's `eos_token`, if there is one, so that a model learns where
     to stop. Every piece begins with the `bos_token`, or else the `eos_token`, which is not in the
     loss, so every token of a document is predicted exactly once.
-
-    Args:
-        documents: the documents.
-        tokenizer: a transformers tokenizer.
-        length: largest number of tokens in a piece, at least 2.
-
-    Raises:
-        UserError: the tokenizer has neither token.
     """
     end = tokenizer.eos_token_id
     begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxlm.artifacts.processes import to_host
 from jaxlm.core.checks import integer, show
 from jaxlm.core.errors import UserError
+from jaxlm.data.encoding import special_prefix
 from jaxlm.models import LanguageModel
 from jaxlm.models.generation import Generated, Generator, Sampling, State, decoding_params
 
@@ -83,28 +84,35 @@ def generate_text(
             model's positions, a stop string is empty, or the model does not generate or has scores
             that are not finite.
     """
-    _check(prompts, stop, chunk)
     if not prompts:
         return []
-    ids = [_cut(lm.tokenizer, row, max_prompt_tokens) for row in _tokenise(lm, prompts)]
     generator, state, rows = _start(
-        lm, ids, max_new_tokens, sampling, stop, num_samples=num_samples, key=key, view=view
+        lm,
+        prompts,
+        max_new_tokens,
+        sampling,
+        stop,
+        chunk,
+        max_prompt_tokens,
+        num_samples=num_samples,
+        key=key,
+        view=view,
     )
     ended: dict[int, Completion] = {}
-    params = decoding_params(lm.params)
+    params, count = decoding_params(lm.params), len(rows) * num_samples
     while True:
         generated = _read(state)
-        for i in range(len(rows) * num_samples):
+        for i in range(count):
             completion = ended.get(i) or rows[i // num_samples].end(generated, i)
             if completion is not None:
                 ended[i] = completion
-        if len(ended) == len(rows) * num_samples:
+        if len(ended) == count:
             break
-        done = np.isin(np.arange(len(rows) * num_samples), list(ended))
+        done = np.isin(np.arange(count), list(ended))
         state = dataclasses.replace(state, done=state.done | done)
         # Only stop strings are searched for on the host; stop tokens end a row on the device.
-        count = chunk if stop else max_new_tokens
-        state = generator.advance(params, state, count, view=view)
+        steps = chunk if stop else max_new_tokens
+        state = generator.advance(params, state, steps, view=view)
     samples = [ended[i] for i in range(len(ended))]
     return [samples[i : i + num_samples] for i in range(0, len(samples), num_samples)]
 
@@ -125,16 +133,8 @@ def stream_text(
     No piece ends inside a character, or inside what may become a stop string. Joined, the pieces
     are the text of `generate_text`. Wrong arguments raise at the call, before the first piece.
     """
-    _check([prompt], stop, chunk)
     generator, state, (row,) = _start(
-        lm,
-        _tokenise(lm, [prompt]),
-        max_new_tokens,
-        sampling,
-        stop,
-        num_samples=1,
-        key=key,
-        view=view,
+        lm, [prompt], max_new_tokens, sampling, stop, chunk, num_samples=1, key=key, view=view
     )
 
     def pieces(state: State) -> Iterator[str]:
@@ -214,26 +214,26 @@ def _read(state: State) -> Generated:
     return generated
 
 
-def _check(prompts: Sequence[str], stop: Sequence[str], chunk: int) -> None:
+def _start(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str],
+    chunk: int,
+    max_prompt_tokens: int | None = None,
+    **options: Any,
+) -> tuple[Generator, State, list[_Row]]:
+    """Check the arguments, and read the prompts, padded on the left."""
     for name, value in (("prompts", prompts), ("stop", stop)):
         if isinstance(value, str):
             raise UserError(f"{name}: must be a list of texts (got {show(value)}). Give a list.")
     if "" in stop:
         raise UserError("stop: has an empty string (got ''). Leave it out.")
     integer("chunk", chunk)
-
-
-def _start(
-    lm: LanguageModel,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop: Sequence[str],
-    **options: Any,
-) -> tuple[Generator, State, list[_Row]]:
-    """Read the prompts, padded on the left."""
     config = lm.config
-    rows = [_Row(lm.tokenizer, ids, stop, config.stops) for ids in prompts]
+    tokens = _tokenise(lm, prompts, max_prompt_tokens)
+    rows = [_Row(lm.tokenizer, ids, stop, config.stops) for ids in tokens]
     # Padded on the left, so that all samples start at the same position.
     length = -(-max(len(row.prompt) for row in rows) // _MULTIPLE) * _MULTIPLE
     ids, mask = np.zeros((2, len(rows), length), np.int32)
@@ -245,18 +245,11 @@ def _start(
     return generator, state, rows
 
 
-def _cut(tokenizer: Any, ids: list[int], most: int | None) -> list[int]:
-    """Keep at most `most` tokens: the special ones at the start, and the last of the others."""
-    excess = 0 if most is None else len(ids) - most
-    if excess <= 0:
-        return ids
-    special = set(tokenizer.all_special_ids)
-    kept = next((i for i, token in enumerate(ids) if token not in special), 0)
-    return ids[:kept] + ids[kept + excess :]
+def _tokenise(lm: LanguageModel, prompts: Sequence[str], most: int | None) -> list[list[int]]:
+    """Tokenise prompts, without the tokens that the tokenizer puts after every text.
 
-
-def _tokenise(lm: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:
-    """Tokenise prompts, without the tokens that the tokenizer puts after every text."""
+    Prompts of more than `most` tokens are cut after the special tokens at their beginning.
+    """
     tokenizer = lm.tokenizer
     if tokenizer is None:
         raise UserError(
@@ -265,11 +258,15 @@ def _tokenise(lm: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:
         )
     alone = tokenizer("a", add_special_tokens=False)["input_ids"]
     behind = tokenizer("a")["input_ids"][::-1].index(alone[-1])
+    special = set(tokenizer.all_special_ids)
     rows = []
     for prompt in prompts:
         ids = tokenizer(prompt, verbose=False)["input_ids"]
-        rows.append(ids[: len(ids) - behind])
-        if not rows[-1]:
+        ids = ids[: len(ids) - behind]
+        excess = 0 if most is None else max(0, len(ids) - most)
+        kept = special_prefix(ids, special)
+        rows.append(ids[:kept] + ids[kept + excess :])
+        if not ids:
             raise UserError(
                 f"prompt: has no tokens, and the tokenizer puts none before it (got {prompt!r}). "
                 "Give text."

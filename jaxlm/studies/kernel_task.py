@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxlm.core.errors import UserError
-from jaxlm.data import TaskConfig, Template, collate, load_task, prepare_for
+from jaxlm.data import TaskConfig, Template, load_task, prepare_for
 from jaxlm.evaluation import calibration_offsets
 from jaxlm.kernels.solve import classes
 from jaxlm.sharding import place_params, placed_like
@@ -81,14 +81,7 @@ class KernelTask:
 
     def _inputs(self, places: np.ndarray, split: Split) -> dict[str, Any]:
         examples = getattr(self.encoded, split)
-        batch = collate(
-            [examples[i] for i in places],
-            form=self.encoded.form,
-            buckets=self.encoded.buckets,
-            num_targets=self.encoded.num_targets,
-            pad_id=self.encoded.pad_id,
-            num_options=1,
-        )
+        batch = self.encoded.collate([examples[i] for i in places])
         return {name: batch[name] for name in batch if name not in ("labels", "weights")}
 
     def values(self, function: Callable[..., Any], split: Split, *params: Any) -> np.ndarray:

@@ -16,16 +16,14 @@ from jaxlm.artifacts.folder import (
     check_inputs,
     claim,
     crc32,
+    ensure_folder,
     failure,
     hold,
-    is_whole,
     mark_failed,
-    read_manifest,
-    replace_contents,
+    replacing,
     seal,
     stage,
     verify,
-    write_folder,
 )
 from jaxlm.core.errors import UserError
 
@@ -144,7 +142,6 @@ def test_the_first_input_that_differs_is_named(tmp_path):
 
 def test_a_failure_is_told_by_its_marker(tmp_path):
     assert failure(tmp_path) is None
-    assert read_manifest(tmp_path) is None
     mark_failed(tmp_path, "diverged")
     assert failure(tmp_path) == "diverged"
 
@@ -156,15 +153,16 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
         (place / "x").write_text("new")
         raise KeyboardInterrupt
 
-    write_folder(folder, lambda place: (place / "x").write_text("old") and None)
-    assert is_whole(folder)
-    with pytest.raises(KeyboardInterrupt):
-        write_folder(folder, half)
-    assert not is_whole(folder)
-    write_folder(folder, lambda place: (place / "x").write_text("new") and None)
-    assert is_whole(folder)
+    def whole(text: str) -> str:
+        ensure_folder(folder, lambda place: (place / "x").write_text(text) and None)
+        return (folder / "x").read_text()
+
+    assert whole("old") == whole("new") == "old"
     (folder / "x").write_text("bad")
-    assert not is_whole(folder)
+    with pytest.raises(KeyboardInterrupt):
+        ensure_folder(folder, half)
+    assert not folder.exists()
+    assert whole("new") == "new"
 
 
 def test_sealed_files_are_told_from_damaged_ones(tmp_path):
@@ -191,8 +189,8 @@ def test_sealed_files_are_told_from_damaged_ones(tmp_path):
         verify(tmp_path)
 
 
-def write(folder: Path, **files: str) -> Path:
-    folder.mkdir()
+def fill(folder: Path, **files: str) -> Path:
+    folder.mkdir(exist_ok=True)
     for name, text in files.items():
         (folder / name).write_text(text)
     return folder
@@ -216,12 +214,14 @@ def test_a_stop_at_any_moment_leaves_no_mixture(tmp_path: Path, monkeypatch: pyt
     seen = set()
     for most in range(20):
         old = {"config": "old", "a": "old", "b": "old", "mine": "mine"}
-        target = write(tmp_path / f"target{most}", **old)
+        target = fill(tmp_path / f"target{most}", **old)
         new = {"config": "new", "a": "new", "c": "new"}
-        source = write(tmp_path / f"source{most}", **new)
         steps |= {"count": 0, "most": most}
-        with contextlib.suppress(KeyboardInterrupt):
-            replace_contents(source, target, last="config", stale=lambda path: path.name in "abc")
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            replacing(target, last="config", stale=lambda path: path.name in "abc") as source,
+        ):
+            fill(source, **new)
         found = {path.name: path.read_text() for path in target.iterdir()}
         assert found["mine"] == "mine"
         if "config" in found:

@@ -195,8 +195,8 @@ ROWS = [
     Row(RUN, "task.max_new_tokens", long_answers),
     Row(RUN, "task.train", written(DATA, "")),
     Row(
-        RUN, "train.jsonl", written(DATA, b"\x00\xff\xfe\x00"),
-        sentence="train.jsonl: not a text file in UTF-8. Save it as UTF-8.",
+        RUN, "train.jsonl, line 1", written(DATA, b"\x00\xff\xfe\x00"),
+        sentence="train.jsonl, line 1: not a text file in UTF-8. Save it as UTF-8.",
     ),
     Row(RUN, "train.jsonl, line 2", written(DATA, GOOD + "{text: 1}\n")),
     Row(RUN, "train.jsonl, line 2", written(DATA, GOOD + "[1]\n")),

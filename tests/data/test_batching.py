@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core.errors import UserError
-from jaxlm.data import Encoded, Example, Task, TaskConfig, Template, collate, prepare
+from jaxlm.data import Encoded, EncodedTask, Example, Task, TaskConfig, Template, prepare
 from tests.helpers.sentences import refused
 
 LABELS = ("great", "bad")
@@ -138,8 +138,9 @@ def test_no_tokenizer() -> None:
 
 def test_row_longer_than_the_buckets() -> None:
     row = Encoded(0, ((1, 2, 3),), ((1,),), ())
+    task = EncodedTask((), np.arange(2, dtype=np.int32), 0, (2,), (), (), (row,))
     with pytest.raises(ValueError, match="a row has 3 tokens, but the longest bucket is 2"):
-        collate([row], form="label_words", buckets=(2,), num_targets=1, pad_id=0)
+        task.collate([row])
 
 
 def test_a_tokenizer_of_another_model_is_refused(bpe) -> None:

@@ -89,8 +89,17 @@ def test_tokens_are_of_the_file_and_the_tokenizer_as_they_are_now(tmp_path, toke
     assert len({first.digest, changed.digest, again.digest}) == 3
 
 
-@pytest.mark.parametrize("name", ["ids.npy", "starts.npy", "tokens.json", "checksums.json"])
-@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "text"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("ids.npy", "flipped"),
+        ("ids.npy", "cut"),
+        ("starts.npy", "gone"),
+        ("tokens.json", "text"),
+        ("checksums.json", "flipped"),
+        ("checksums.json", "gone"),
+    ],
+)
 def test_damaged_tokens_are_made_again(tmp_path, tokenizer, name, damage):
     path, cache = write(tmp_path / "a.jsonl", "w0 w1\nw2", "w3"), tmp_path / "cache"
     fresh = corpus.cached(path, tokenizer, cache)

@@ -92,8 +92,8 @@ def test_k_leaves_other_splits_whole(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"sentence": "a", "label": 0}, "has no field 'text', which task.template names"),
-        ({"text": "a", "y": 0}, "has no field 'label', which task.label_field names"),
+        ({"sentence": "a", "label": 0}, "has no field 'text', which task.template reads"),
+        ({"text": "a", "y": 0}, "has no field 'label', which task.label_field reads"),
         ({"text": None, "label": 0}, "field 'text' is null"),
         ({"text": float("nan"), "label": 0}, "field 'text' is null"),
         ({"text": 3, "label": 0}, "field 'text' is not text (got 3)"),

@@ -78,7 +78,7 @@ FORMS = {
     "text": (TextConfig, task_row),
 }
 
-FILES = {"train": 40, "validation": 7, "test": 11}
+FILES = {"train": 25, "validation": 7, "test": 11}
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_every_epoch_has_every_row_once(form) -> None:
     assert [row.tobytes() for row in other] != orders[0]
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
+@pytest.mark.parametrize("batch_size", [4, 64])
 def test_evaluation_sees_every_row_once_in_few_shapes(form, batch_size) -> None:
     _, encoded = form()
     seen, shapes = [], set()
@@ -188,9 +188,9 @@ def test_evaluation_sees_every_row_once_in_few_shapes(form, batch_size) -> None:
 
 
 def test_hold_out_is_a_part_of_training(form) -> None:
-    drawn = {"validation": "hold_out", "num_train": 20, "num_validation": 6, "num_test": 5}
+    drawn = {"validation": "hold_out", "num_train": 15, "num_validation": 6, "num_test": 5}
     texts, encoded = form(**drawn)
-    assert [len(getattr(texts, split)) for split in FILES] == [20, 6, 5]
+    assert [len(getattr(texts, split)) for split in FILES] == [15, 6, 5]
     assert texts.repeated("validation") == texts.repeated("test") == 0
     again, other = form(**drawn)[0], form(seed=1, **drawn)[0]
     assert again.digests() == texts.digests()

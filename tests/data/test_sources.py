@@ -139,7 +139,7 @@ DAMAGED = [
     ("a.csv", b"text,label\n", "task.train", "is empty (got a.csv)"),
     ("a.parquet", b"", "task.train", "is empty (got a.parquet)"),
     ("a.jsonl.gz", b"", "task.train", "is empty (got a.jsonl.gz)"),
-    ("a.jsonl", b"\x80\x04\x95", "a.jsonl", "not a text file in UTF-8"),
+    ("a.jsonl", b"\x80\x04\x95", "a.jsonl, line 1", "not a text file in UTF-8"),
     ("a.csv", b"text\nab\0c\n", "a.csv", "not a text file in UTF-8"),
     ("a.parquet", b"PAR1 but no more", "a.parquet", "not a whole Parquet file"),
     ("a.jsonl.gz", b'{"text": "plain"}\n', "task.train", "not a whole gzip file"),

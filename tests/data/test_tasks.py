@@ -74,9 +74,8 @@ def test_a_mistake_in_its_words() -> None:
 
 
 def test_keys_that_are_none() -> None:
-    for key, hint in (("lables", "Did you mean task.labels?"), ("zzz", "Use one of train, ")):
-        with refused(f"task.{key}", hint):
-            task_config({**GIVEN, key: 1})
+    with refused("task.lables", "not known", "Choose one of train, "):
+        task_config({**GIVEN, "lables": 1})
 
 
 @pytest.mark.parametrize("key", ["name", "template", "labels"])
@@ -103,7 +102,9 @@ def letters(text: str) -> str:
     return "".join(character for character in text.casefold() if character.isalnum())
 
 
-@pytest.mark.parametrize(("name", "train"), [("mr", 7661), ("subj", 7000)])
+@pytest.mark.parametrize(
+    ("name", "train"), [("mr", 7661), pytest.param("subj", 7000, marks=pytest.mark.slow)]
+)
 def test_shipped_data(name: str, train: int) -> None:
     """Whole, of both classes, and no sentence in two splits."""
     task = load_task(shipped_task(name), seed=0)

@@ -17,16 +17,22 @@ from tests.helpers.tiny import sentences, write_jsonl
 LABELS = ("good film", "bad film number")
 
 
-def by_hand(lm):
-    """(prompt, option) -> log-probability of all tokens of the option."""
+@pytest.fixture(scope="module")
+def base(tiny_model):
+    return jaxlm.from_pretrained(tiny_model)
 
-    @jax.jit
-    def log_softmax(ids):
-        return jax.nn.log_softmax(lm.apply(lm.params, ids)[0])
+
+@pytest.fixture(scope="module")
+def log_softmax(base):
+    return jax.jit(lambda params, ids: jax.nn.log_softmax(base.apply(params, ids)[0]))
+
+
+def by_hand(lm, log_softmax):
+    """(prompt, option) -> log-probability of all tokens of the option."""
 
     def log_prob(prompt: str, option: str) -> float:
         before, ids = (lm.tokenizer(text)["input_ids"] for text in (prompt, f"{prompt} {option}"))
-        logits = np.asarray(log_softmax(np.array([ids + [0] * (24 - len(ids))])))
+        logits = np.asarray(log_softmax(lm.params, np.array([ids + [0] * (24 - len(ids))])))
         return float(sum(logits[i - 1, ids[i]] for i in range(len(before), len(ids))))
 
     return log_prob
@@ -39,64 +45,56 @@ def task(tmp_path):
     return load_task(task_config({**values, "train": rows, "test": rows}), seed=0)
 
 
-@pytest.fixture
-def lm(tiny_model):
+@pytest.fixture(scope="module")
+def lm(base):
     """With an output that tells options apart."""
-    lm = jaxlm.from_pretrained(tiny_model)
-    return lm.replace(params=jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, lm.params))
+    return base.replace(params=jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, base.params))
 
 
-def test_label_words_have_one_row(lm, task) -> None:
-    log_prob = by_hand(lm)
+def test_label_words_have_one_row(lm, log_softmax, task) -> None:
+    log_prob = by_hand(lm, log_softmax)
     wanted = np.array([log_prob("it was", label) for label in LABELS])
     scores = domain_scores(lm, lm.params, task, "test", batch_size=4)
     np.testing.assert_allclose(scores, wanted[None], rtol=1e-5)
     np.testing.assert_allclose(domain_offsets(lm, task), wanted - wanted.mean(), rtol=1e-4)
 
 
-def test_demonstrations_stay(lm, task) -> None:
+def test_demonstrations_stay(lm, log_softmax, task) -> None:
     texts = [f"the film was {label}\n\n" for label in LABELS]
     test = (dataclasses.replace(task.test[i], context=text) for i, text in enumerate(texts))
     task = dataclasses.replace(task, test=tuple(test))
-    log_prob = by_hand(lm)
+    log_prob = by_hand(lm, log_softmax)
     wanted = [[log_prob(f"{text} it was", label) for label in LABELS] for text in texts]
     scores = domain_scores(lm, lm.params, task, "test", batch_size=4)
     np.testing.assert_allclose(scores, wanted, rtol=1e-5)
 
 
-def copa(words: int) -> dict:
-    choices = {"choice1": "it was good", "choice2": " ".join(["it was bad", "film"][:words])}
-    return {"premise": "the film was bright", "question": "cause", **choices, "label": 0}
-
-
-def test_options_of_its_own_by_the_command(tiny_model, tmp_path, capsys) -> None:
-    rows = [copa(1), copa(2)]
-    source = write_jsonl(tmp_path / "rows.jsonl", rows)
-    log_prob = by_hand(jaxlm.from_pretrained(tiny_model))
-    gains = [
-        [
-            log_prob(f"{row['premise']} because", row[name]) - log_prob("because", row[name])
-            for name in ("choice1", "choice2")
-        ]
-        for row in rows
+def test_options_of_each_example(lm, log_softmax, tmp_path) -> None:
+    choices = [("it was good", "it was bad"), ("it was good", "it was bad film")]
+    rows = [
+        {"premise": "the film was bright", "question": "cause", "choice1": a, "choice2": b}
+        for a, b in choices
     ]
-    words = [f"--model={tiny_model}", "--task.name=opt/copa", f"--task.test={source}"]
-    words += ["--task.train=null", "--task.validation=null", "--calibrate=sfc"]
-    capsys.readouterr()
-    assert main(["evaluate", *words]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["calibrated_accuracy"] == np.mean(np.argmax(gains, axis=1) == 0)
+    source = str(write_jsonl(tmp_path / "rows.jsonl", [row | {"label": 0} for row in rows]))
+    config = {"name": "opt/copa", "train": None, "validation": None, "test": source}
+    config["num_test"] = None  # all, in their order
+    task = load_task(task_config(config), seed=0)
+    log_prob = by_hand(lm, log_softmax)
+    wanted = [[log_prob("because", option) for option in options] for options in choices]
+    scores = domain_scores(lm, lm.params, task, "test", batch_size=4)
+    np.testing.assert_allclose(scores, wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_scores_less_those_of_the_domain(
-    run_yaml, capsys, monkeypatch
+    run_yaml, base, log_softmax, capsys, monkeypatch
 ) -> None:
     folder = run_yaml.parent / "run"
     labels = f"--task.labels=[{', '.join(LABELS)}]"
     flags = [labels, "--calibrate=sfc", "--steps=1", "--optimizer.learning_rate=0"]
     assert main(["finetune", str(run_yaml), *flags]) == 0
     summary = json.loads((folder / "summary.json").read_text())
-    log_prob = by_hand(jaxlm.from_pretrained(summary["model"]))
+    log_prob = by_hand(base, log_softmax)
     offsets = np.array([log_prob("it was", label) for label in LABELS])
     found = RunFolder(folder).option_offsets()
     np.testing.assert_allclose(found, offsets - offsets.mean(), rtol=1e-3)

@@ -70,12 +70,15 @@ def check(scores, expected) -> None:
         assert np.all(np.isneginf(row[len(wanted) :]))
 
 
-@pytest.mark.parametrize(("reduction", "reduce"), [("mean", np.mean), ("sum", np.sum)])
-def test_scores_are_those_of_each_option_with_its_prompt(lm, reduction, reduce) -> None:
-    @jax.jit
-    def log_softmax(ids):
-        return jax.nn.log_softmax(lm.apply(lm.params, ids)[0])
+@pytest.fixture(scope="module")
+def log_softmax(lm):
+    return jax.jit(lambda ids: jax.nn.log_softmax(lm.apply(lm.params, ids)[0]))
 
+
+@pytest.mark.parametrize(("reduction", "reduce"), [("mean", np.mean), ("sum", np.sum)])
+def test_scores_are_those_of_each_option_with_its_prompt(
+    lm, log_softmax, reduction, reduce
+) -> None:
     score = functools.partial(
         option_scores,
         lm.apply,
@@ -131,16 +134,12 @@ def test_the_loss_of_ragged_options_and_its_gradient(lm) -> None:
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_the_loss_of_a_completion_is_the_mean_over_its_option_tokens(lm) -> None:
+def test_the_loss_of_a_completion_is_the_mean_over_its_option_tokens(lm, log_softmax) -> None:
     import dataclasses
 
     task = dataclasses.replace(encoded(), objective="completion")
     inputs = task.batch(0, batch_size=3, seed=0)
     loss, aux = jax.jit(lm_objective(lm.log_probs))(lm.params, inputs)
-
-    @jax.jit
-    def log_softmax(ids):
-        return jax.nn.log_softmax(lm.apply(lm.params, ids)[0])
 
     totals = separately(log_softmax, np.sum)
     counts = [len(options[gold[0]]) for options, gold in zip(OPTIONS, GOLD, strict=True)]

@@ -61,20 +61,23 @@ def test_greedy_text_is_the_decoded_text_of_the_tokens(lm):
     assert {sample.finish for (sample,) in found} == {"stop", "length"}
 
 
-def test_samples_carry_the_log_probabilities_of_their_tokens(lm):
-    found = generate_text(
-        lm, PROMPTS[:2], max_new_tokens=9, sampling=SAMPLING, num_samples=3, key=KEY
-    )
-    again = generate_text(
-        lm, PROMPTS[:2], max_new_tokens=9, sampling=SAMPLING, num_samples=3, key=KEY
-    )
+SAMPLES = {"max_new_tokens": 12, "sampling": SAMPLING, "num_samples": 3, "key": KEY}
+
+
+@pytest.fixture(scope="module")
+def samples(lm):
+    return generate_text(lm, PROMPTS[:2], **SAMPLES)
+
+
+def test_samples_carry_the_log_probabilities_of_their_tokens(lm, samples):
+    found, again = samples, generate_text(lm, PROMPTS[:2], **SAMPLES)
     assert [[s.text for s in row] for row in found] == [[s.text for s in row] for row in again]
     assert len({sample.text for row in found for sample in row}) == 6
     score = jax.jit(lm.log_probs)
     for prompt, row in zip(PROMPTS, found, strict=False):
         for sample in row:
             start = lm.tokenizer(prompt)["input_ids"]
-            whole, ids = [*start, *sample.tokens], np.zeros((1, 16), np.int32)
+            whole, ids = [*start, *sample.tokens], np.zeros((1, 32), np.int32)
             ids[0, : len(whole)] = whole  # no token sees those behind it
             scored = score(lm.params, ids)[0, len(start) - 1 : len(whole) - 1]
             np.testing.assert_allclose(sample.log_probs, scored, rtol=1e-3, atol=1e-4)
@@ -91,21 +94,20 @@ def brute_force(text_of, tokens, stop):
     return None
 
 
-def test_stop_strings_end_a_sample_where_brute_force_finds_them(lm):
-    options = {"max_new_tokens": 24, "sampling": SAMPLING, "key": KEY}
-    (full,) = generate_text(lm, PROMPTS[:1], num_samples=4, **options)
+def test_stop_strings_end_a_sample_where_brute_force_finds_them(lm, samples):
+    full = [sample for row in samples for sample in row]
     rng = np.random.default_rng(0)
     text = max((sample.text for sample in full), key=len)
     cases = [["zebra"], ["e"], [text[5:14], text[7:9]], [" "], [text], [text[5:9] + "#", "zz"]]
-    for _ in range(8):
+    for _ in range(3):
         start, length = rng.integers(0, len(text) - 8), rng.integers(1, 8)
         piece = text[start : start + length]
         cases.append([piece, piece + "zz", text[start + 1 : start + 9]])
     stopped = 0
     for i, stop in enumerate(cases):
-        chunk = (1, 4, 100)[i % 3]
-        (found,) = generate_text(lm, PROMPTS[:1], num_samples=4, stop=stop, chunk=chunk, **options)
-        for sample, whole in zip(found, full, strict=True):
+        chunk = (4, 100)[i % 2]
+        rows = generate_text(lm, PROMPTS[:2], stop=stop, chunk=chunk, **SAMPLES)
+        for sample, whole in zip([x for row in rows for x in row], full, strict=True):
             body = whole.tokens[whole.tokens != lm.config.eos_id].tolist()
             wanted = brute_force(lm.tokenizer.decode, body, stop)
             stopped += wanted is not None
@@ -114,23 +116,16 @@ def test_stop_strings_end_a_sample_where_brute_force_finds_them(lm):
             assert (sample.text, len(sample.tokens)) == wanted
             assert sample.finish == finish
             assert sample.tokens.tolist() == whole.tokens[: wanted[1]].tolist()
-    assert 15 < stopped < 4 * len(cases)
+    assert 10 < stopped < 6 * len(cases)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("chunk", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_pieces_joined_are_the_text(lm, chunk):
-    options = {"max_new_tokens": 24, "sampling": SAMPLING, "key": KEY}
+    options = {"max_new_tokens": 12, "sampling": SAMPLING, "key": KEY}
     sample = generate_text(lm, PROMPTS[:1], **options)[0][0]
     text, seen = sample.text, len(lm.tokenizer.decode(sample.tokens[:4]))
     late = text[seen - 4 : seen + 1]  # its last character comes with the fifth token
-    for stop in (
-        [],
-        [late],
-        [text[9:14]],
-        [text[3:7] + "#", text[12:20], text[13:15]],
-        ["e"],
-        [text[:2]],
-    ):
+    for stop in ([], [late], [text[3:7] + "#", text[12:20], text[13:15]], [text[:2]]):
         wanted = generate_text(lm, PROMPTS[:1], stop=stop, **options)[0][0].text
         pieces = list(stream_text(lm, PROMPTS[0], stop=stop, chunk=chunk, **options))
         assert "".join(pieces) == wanted
@@ -183,7 +178,7 @@ def sentencepiece_tokenizer(template):
     )
 
 
-@pytest.mark.parametrize("template", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+@pytest.mark.parametrize("template", ["$A", "<s> $A </s>"])
 def test_what_a_tokenizer_adds(template):
     tokenizer = sentencepiece_tokenizer(template)
     words = ["▁start", "▁one", *(f"<0x{byte:02X}>" for byte in "😀".encode()), "▁two", "</s>"]
