@@ -195,14 +195,7 @@ def _info(sums: dict[str, Array], params: Any, select: paths.Select) -> Features
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """What is computed for each example.
-
-    Attributes:
-      loss_fn: loss of one example or, if it has a keyword `tap`, of a batch.
-      select: selects the parameters to differentiate by.
-      constants: constants of Adam, or None.
-      project: whether rows are projected layer by layer inside the backward pass.
-    """
+    """What is computed for each example; with `project`, inside the backward pass, leaf by leaf."""
 
     loss_fn: Callable[..., Array]
     select: paths.Select
@@ -235,13 +228,6 @@ def _groups(
 
     A group is projected at once, and consists of blocks of `size` examples. On a mesh, groups are
     given to its devices in turn; each runs the program that a single device would run.
-
-    Args:
-      task: what is computed for each example.
-      arguments: parameters, projector and moments.
-      batch: examples, and their segments or None.
-      size: examples in a block.
-      mesh: devices, or None for the default device.
     """
     count = len(jax.tree.leaves(batch)[0])
     at_once = size * max(1, TOGETHER // size)

@@ -20,11 +20,7 @@ BATCH = 8
 
 
 def count_outputs(f: Callable[..., Array], params: Any, x: Any, name: str) -> int:
-    """Return C, from the shape of f's value at x.
-
-    Raises:
-      UserError: if that is not [N, C], or its dtype is not a float.
-    """
+    """Return C, from the shape of f's value at x, which must be floats [N, C]."""
     count = count_examples(x, name)
     out = jax.eval_shape(f, params, x)
     shape = getattr(out, "shape", None)
@@ -45,9 +41,6 @@ def check_independence(f: Callable[..., Array], params: Any, x: Any, name: str) 
 
     f at a batch is compared with f at the batch in reverse order, and with f at the batch with its
     second half replaced by copies of the first example.
-
-    Raises:
-      UserError: if either changes f at an example.
     """
     order = [0, *_others(x)[: BATCH - 1].tolist()]
     half = (len(order) + 1) // 2
@@ -99,11 +92,7 @@ def map_singly(function: Callable[..., Any], params: Any, x: Any) -> Any:
 def check_finite(
     f: Callable[..., Array], params: Any, x: Any, select: paths.Select, name: str
 ) -> None:
-    """Check that f and its gradients are finite.
-
-    Raises:
-      UserError: naming the first example for which they are not, and the leaf.
-    """
+    """Check that f and its gradients are finite; the error names the example and the leaf."""
 
     def finite(params, batch):
         by_leaf = [jnp.isfinite(g).all() for g in gradients(f, params, batch, select)]

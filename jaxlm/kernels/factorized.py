@@ -38,18 +38,7 @@ from jaxlm.kernels.leaf_kernels import LeafKernel, Pairing
 
 
 def block(f: Callable[..., Array], params: Any, x1: Any, x2: Any, spec: KernelSpec) -> Array:
-    """Return the kernel of a block of examples; `x2=None` means `x1`.
-
-    Args:
-      f: `f(params, x, *, tap=None) -> [N, C]`, which passes `tap` to every use of a parameter.
-      params: a nested dict of arrays.
-      x1, x2: pytrees of arrays whose axis 0 is N1 and N2.
-      spec: which kernel.
-
-    Raises:
-      UserError: if a selected parameter passes no tap, or is used more than once and is not an
-        embedding tied to the head.
-    """
+    """Return the kernel of a block of examples; `x2=None` means `x1`."""
     problem = obstacle(f, params, x1, spec.select)
     if problem is not None:
         raise UserError(problem)
@@ -157,8 +146,8 @@ class _Backward:
     def _contraction(self, op, a, b, shape) -> cost.Contraction:
         outputs = b.shape[0]
         pairs = outputs**2 if self.pairing.inner == "full" else outputs
-        counts = self.pairing.counts(a)
-        return cost.choose(op, counts, (outputs, pairs), a.shape[1], shape)
+        first, second = map(len, self.pairing.split(a))
+        return cost.choose(op, (first, second), (outputs, pairs), a.shape[1], shape)
 
     def _outside_layers(self, rest) -> list[LeafKernel]:
         moments = self._moments(dict.fromkeys(rest, False))
@@ -188,8 +177,7 @@ class _Backward:
                 head = leaf_kernels.Head(a, b.swapaxes(0, 1))
             else:
                 rows.append(leaf_kernels.head_rows(a, b, ids))
-        joined = leaf_kernels.concatenate_rows(rows)
-        return leaf_kernels.table(self.pairing, shape, joined, head, contraction, moments)
+        return leaf_kernels.table(self.pairing, shape, rows, head, contraction, moments)
 
     def _uses(self, x):
         chosen = {leaf.path for leaf in self.spec.leaves(self.params)}
