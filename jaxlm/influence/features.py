@@ -176,15 +176,10 @@ def features_with_info(
         projector = dataclasses.replace(projector, mesh=None)
     task = _Task(loss_fn, select, constants, projector is not None and not whole)
     arguments = (params, projector, moments)
-    size = default if block_size is None else block_size
-    parts = list(_groups(task, arguments, (examples, segments), size, mesh))
+    parts = _groups(task, arguments, (examples, segments), block_size or default, mesh)
     rows, sums = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-    return rows, _info(sums, params, select)
-
-
-def _info(sums: dict[str, Array], params: Any, select: paths.Select) -> FeaturesInfo:
     count = sum(leaf.size for leaf in jax.tree.leaves(paths.split(params, select)[0]))
-    return FeaturesInfo(
+    return rows, FeaturesInfo(
         loss=sums["loss"],
         norm=jnp.sqrt(sums["square"]),
         skipped=sums["skipped"],
@@ -245,20 +240,15 @@ def _groups(
             part = part if devices[at] is None else jax.device_put(part, devices[at])
             blocks.append(program(params, part, projector, moments))
         features, sums = jax.tree.map(lambda *parts: jnp.concatenate(parts), *blocks)
-        if not task.project:
-            features = _join_leaves(features, params, task.select, projector)
+        if not task.project and projector is None:
+            features = jnp.concatenate([g.reshape(len(g), -1) for g in features], axis=1)
+        elif not task.project:
+            structure = jax.tree.structure(paths.split(params, task.select)[0])
+            features = projector.project(jax.tree.unflatten(structure, features))
         per_row = len(sums["loss"]) // (size * len(blocks))
         real = per_row * min(at_once, count - first)
         result = jax.tree.map(lambda a, real=real: a[:real], (features, sums))
         yield result if len(devices) == 1 else jax.device_put(result, devices[0])
-
-
-def _join_leaves(leaves: Any, params: Any, select: paths.Select, projector: Any) -> Array:
-    """Make rows from the gradients of each leaf."""
-    if projector is None:
-        return jnp.concatenate([g.reshape(len(g), -1) for g in leaves], axis=1)
-    structure = jax.tree.structure(paths.split(params, select)[0])
-    return projector.project(jax.tree.unflatten(structure, leaves))
 
 
 def _rows(task: _Task, params: Any, batch: Any, projector: Projector | None, moments: Any) -> Any:

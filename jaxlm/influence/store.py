@@ -109,8 +109,7 @@ def row_bytes(dtype: str, dim: int) -> int:
     >>> row_bytes("int8", 8192)
     8196
     """
-    sizes = {"float32": 4 * dim, "float16": 2 * dim, "int8": dim, "1bit": (dim + 7) // 8}
-    return sizes[dtype] + (4 if dtype != "float32" else 0)
+    return sum(part.nbytes for part in _encode(np.zeros((1, dim), np.float32), dtype).values())
 
 
 def _encode(rows: Float[np.ndarray, "N dim"], dtype: str) -> Tensors:

@@ -164,12 +164,11 @@ class Blocks:
 
     def _from_gradients(self, i, j):
         left, over = self._left(i), self.spec.over
-        if self.x2 is None and i == j:
-            if self.half:
-                # On a mesh the tiles of `contract_self` would cut across devices.
-                return _alone(left, over=over, halves=self.mesh is None)
-            return _against(left, left, self.spec.kind, over=over)
-        gradients = self._gradients(self.params, self._part(1, j))
+        same = self.x2 is None and i == j
+        if same and self.half:
+            # On a mesh the tiles of `contract_self` would cut across devices.
+            return _alone(left, over=over, halves=self.mesh is None)
+        gradients = left if same else self._gradients(self.params, self._part(1, j))
         return _against(left, gradients, self.spec.kind, over=over)
 
     def _left(self, i):

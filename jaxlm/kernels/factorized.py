@@ -1,18 +1,11 @@
 r"""Method "factorized": the kernel from what passes each parameter, for models that take a tap.
 
-Let A [T, I] be the inputs of a matrix at one example, and B [T, O] the cotangents of its outputs.
-Then the gradient is $A^\top B$, and the kernel is a sum over matrices of
-
-    ⟨A_iᵀ B_i, A_jᵀ B_j⟩ = Σ_ts (A_i A_jᵀ)_ts (B_i B_jᵀ)_ts.
-
-The right side is cheaper for short sequences; the left side, formed some columns at a time, for
-long ones. One forward pass of all examples and one backward pass per output suffice: at every use
-of a parameter the backward pass computes that parameter's part of the kernel
-(`jaxlm.kernels.leaf_kernels`). Gradients exist only in chunks that fit into a cache, one layer at a
-time, and no example gets an array of the shape of an embedding table.
-
-Memory is that of the activations of N1 + N2 examples and of C backward passes in one layer. x1 and
-x2 may differ in length, but then the factors of all layers are kept.
+At every use of a parameter the backward pass computes that parameter's part of the kernel from its
+inputs and cotangents (`jaxlm.kernels.leaf_kernels`): one forward pass of all examples and one
+backward pass per output. Gradients exist only in chunks that fit into a cache, one layer at a time,
+and no example gets an array of the shape of an embedding table. Memory is that of the activations
+of N1 + N2 examples and of C backward passes in one layer. x1 and x2 may differ in length, but then
+the factors of all layers are kept.
 
 References: Novak et al., "Fast Finite Width Neural Tangent Kernel", arXiv:2206.08720 (structured
 derivatives); Goodfellow, "Efficient Per-Example Gradient Computations", arXiv:1510.01799 (the

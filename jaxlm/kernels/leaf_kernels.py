@@ -14,8 +14,8 @@ where their ids are equal ("matches"). If matching costs more than forming the w
 positions and small vocabularies, some rows of all gradients are formed at a time ("chunked"). A
 head over the whole vocabulary is a matrix; if the table is tied, cross products of both uses count.
 
-`jaxlm.kernels.cost` chooses the contraction. All examples are in one batch, those of x before those
-of x'. The factors are a [N, T, ...] and b [C, N, T, ...].
+All examples are in one batch, those of x before those of x'. The factors are a [N, T, ...] and
+b [C, N, T, ...].
 """
 
 import dataclasses
@@ -127,7 +127,8 @@ class Pairing:
 
         def kernel(part):
             start, moments = part
-            return self.contract(*make(start), tops, moments)
+            left, right = make(start)
+            return self.contract(left, right, tops, moments)
 
         return LeafKernel(_fold(operator.add, kernel, (starts, moments)), tops)
 

@@ -155,12 +155,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: is missing, so the inputs of the kernel are unknown. Remove the folder and "
             "compute it again."
         ) from None
-    except UserError as error:
-        if isinstance(error.__context__, OSError):  # For example, no permission to read it.
-            raise
-        raise UserError(
-            f"{path}: is not the manifest of a kernel. Remove the folder and compute it again."
-        ) from None
 
 
 def saved_ntk(

@@ -229,14 +229,6 @@ def test_language_models(name, tied, classes, kinds, method, dtype):
         check(lm_problem(name, tied, classes), kind, method, dtype, tolerance)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("axes", ["trace", "diagonal"])
-@pytest.mark.parametrize("kind", oracle.KINDS)
-def test_axes_of_a_language_model(kind, axes):
-    problem = lm_problem("encoder", True, 3)
-    check(problem, kind, "factorized", jnp.float64, 1e-9, axes=axes)
-
-
 def test_padding_and_the_other_examples_never_change_an_entry():
     f, params, x1, x2, *_ = lm_problem("encoder", True, 3)
     assert not x1["attention_mask"].all()

@@ -18,8 +18,7 @@ from jaxlm.kernels.leaf_kernels import Pairing
 from jaxlm.models import LanguageModel, init_params
 from tests.helpers.slow import slow
 from tests.kernels import oracle
-from tests.kernels.test_common import assert_close, lm_problem
-from tests.kernels.test_common import check as check_model
+from tests.kernels.test_common import assert_close
 
 AXES = ("full", "trace", "diagonal")
 FIRST = 3
@@ -181,20 +180,6 @@ def test_the_kernel_of_biases_and_scales(kind: str):
     check(run("bias", b), pairing, np.einsum("cnto->nco", b))
     check(run("scale", b), pairing, np.einsum("nto,cnto->nco", a, b))
     check(run("bias", b[..., :3], tokens), pairing, np.einsum("cnto->nco", wide))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("contraction", ["paired", "chunked"])
-def test_each_contraction_gives_the_kernel_of_a_model(contraction: str, monkeypatch):
-    called = []
-    monkeypatch.setattr(cost, "choose", lambda *_: contraction)
-    for name in ("dense_paired", "dense_chunked"):
-        real = getattr(leaf_kernels, name)
-        monkeypatch.setattr(
-            leaf_kernels, name, lambda *a, n=name, r=real: (called.append(n), r(*a))[1]
-        )
-    check_model(lm_problem("encoder", True, 3), "sgd", "factorized", jnp.float64, 1e-9)
-    assert ("dense_chunked" in called) == (contraction == "chunked")
 
 
 def arrays(jaxpr):

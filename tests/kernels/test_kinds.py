@@ -11,27 +11,12 @@ import pytest
 
 import jaxlm
 from jaxlm import kernels
-from jaxlm.core import paths
 from jaxlm.kernels import kinds
-from jaxlm.kernels.jacobian import gradients
 from tests.kernels import oracle
 from tests.kernels.test_common import UNCHECKED, assert_close, toy_problem
 
 B2, EPS = 0.99, 1e-4
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
-
-
-def test_gradients_have_layers_apart():
-    f, params = oracle.toy(3)
-    x = oracle.toy_examples(4)
-    wanted = oracle.jacobian(f, params, x)
-    params = oracle.of_dtype(params, jnp.float32)
-    found = jax.jit(lambda params: gradients(f, params, x))(params)
-    for leaf, rows in zip(paths.flatten(params)[0], found, strict=True):
-        assert rows.shape[:3] == (4, 3, 2 if leaf.stacked else 1)
-        for layer in range(rows.shape[2]):
-            value = wanted[leaf.path, layer if leaf.stacked else None]
-            np.testing.assert_allclose(rows[:, :, layer], value, atol=1e-5)
 
 
 def test_signs_by_hand():

@@ -182,4 +182,4 @@ def _fit(
         constants = np.linalg.solve(both.T @ moved, both.T @ solution)
         solution, biases = solution - moved @ constants, constants.reshape(2, outputs)
     alpha, beta = (systems.rows(half, outputs) for half in np.split(solution, 2))
-    return AsymmetricFit(beta, alpha, *biases, f0_scale)
+    return AsymmetricFit(beta, alpha, biases[0], biases[1], f0_scale)
