@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.special import log_softmax
 
 from jaxlm.core.errors import UserError
 
@@ -187,8 +188,7 @@ def log_probs(scores: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N K"]:
     """Return the log-softmax; a single output is the logit of class 1, and class 0 has logit 0."""
     if scores.shape[1] == 1:
         scores = np.concatenate([np.zeros_like(scores), scores], axis=1)
-    shifted = scores - scores.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return log_softmax(scores, axis=1)
 
 
 def offset(f0: Any, scale: float, shape: tuple[int, ...]) -> Float[np.ndarray, "N C"]:
