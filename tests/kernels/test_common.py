@@ -212,7 +212,7 @@ SOME = [
     ("rotary decoder", True, 1),
 ]
 LANGUAGE_MODELS = [
-    ("encoder", True, 3, oracle.KINDS, "jacobian", jnp.float64),
+    ("encoder", True, 3, ("adam",), "jacobian", jnp.float64),
     ("encoder", True, 3, ("sgd",), "factorized", jnp.float64),
     ("rotary decoder", False, 3, ("adam",), "factorized", jnp.float64),
     *(slow(*case, oracle.KINDS, "jacobian", jnp.float64) for case in SOME),

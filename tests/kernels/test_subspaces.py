@@ -87,6 +87,7 @@ def test_activation_projected_of_two_sets_and_unstacked_leaves():
     np.testing.assert_allclose(trace, whole[:2, 0, 2:, 0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_with_an_orthogonal_square_adapter_nothing_is_lost():
     lm, x = single("decoder"), oracle.examples(4)
     f, path = oracle.label_logits(lm, 3), "layers.attention.q_proj.kernel"
@@ -137,7 +138,8 @@ def test_the_kernel_of_biases_in_closed_form():
     np.testing.assert_array_equal(found, np.ones((2, 1, 2, 1)) * np.eye(3)[None, :, None])
 
 
-@pytest.mark.parametrize("name", [slow("decoder"), "rotary decoder"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["decoder", "rotary decoder"])
 def test_the_kernel_of_prefixes(name):
     lm, x = single(name), oracle.examples(4)
     lm = peft.prefix(lm, jax.random.key(0), length=2, init="normal")
