@@ -242,7 +242,7 @@ def parts(
 
         def table(contraction, ids, b, shape=shape):
             rows = leaf_kernels.lookup_rows(ids, b)
-            return leaf_kernels.table(pairing, shape, rows, None, contraction).kernel
+            return leaf_kernels.table(pairing, shape, [rows], None, contraction).kernel
 
         chosen = cost.table(counts, (classes, classes**2), length, *shape)
         rows.append(part_row(name, table, ("matches", "chunked"), chosen, (ids, b), repeats))

@@ -23,6 +23,9 @@ from jaxlm.influence.products import CheckpointRows, check_pair, rows_of, subtas
 from jaxlm.influence.store import GradientStore
 from jaxlm.typing import PRNGKey
 
+OVER = ("max", "mean", None)
+"""What may be taken over subtasks."""
+
 
 def score(
     train: Any,
@@ -75,19 +78,15 @@ def score(
     arXiv:2402.04333.
     """
     one_of("aggregate", aggregate, ("cosine_of_mean", "mean_of_cosines"))
-    _check_over(over)
-    left, right = rows_of(train, "train"), rows_of(targets, "targets")
-    check_pair(left, right)
-    w = weights_of(left, weights)
-    groups = subtasks_of(right.examples, subtask)
+    one_of("over", over, OVER)
+    left, right, groups = _pair(train, targets, subtask)
+    if aggregate == "cosine_of_mean":
+        direction = products.unit_sums
+    else:
+        direction = functools.partial(products.means, normalize=True)
     directions = [
-        weight
-        * (
-            products.unit_sums(right, checkpoint, groups)
-            if aggregate == "cosine_of_mean"
-            else products.means(right, checkpoint, groups, normalize=True)
-        )
-        for checkpoint, weight in enumerate(w)
+        weight * direction(right, checkpoint, groups)
+        for checkpoint, weight in enumerate(weights_of(left, weights))
     ]
     return _reduce(products.products(left, directions, products.cosines), subtask, over)
 
@@ -139,8 +138,13 @@ def select(
     return order[:count]
 
 
-def _check_over(over: str | None) -> None:
-    one_of("over", over, ("max", "mean", None))
+def _pair(
+    train: Any, targets: Any, subtask: Any
+) -> tuple[CheckpointRows, CheckpointRows, Int[np.ndarray, " M"]]:
+    """Return the rows of both sides, which fit together, and the subtask of each target."""
+    left, right = rows_of(train, "train"), rows_of(targets, "targets")
+    check_pair(left, right)
+    return left, right, subtasks_of(right.examples, subtask)
 
 
 def _reduce(
@@ -178,7 +182,7 @@ def grad_dot(train: Any, targets: Any, subtask: Any = None) -> Float[np.ndarray,
     arXiv:2002.08484.
     """
     left = rows_of(train, "train")
-    return _dots(left, targets, np.full(len(left.rows), 1 / len(left.rows)), subtask)
+    return tracin(left, targets, np.full(len(left.rows), 1 / len(left.rows)), subtask)
 
 
 def tracin(
@@ -204,17 +208,10 @@ def tracin(
     References: Pruthi et al., "Estimating Training Data Influence by Tracing Gradient Descent",
     arXiv:2002.08484.
     """
-    left = rows_of(train, "train")
-    return _dots(left, targets, weights_of(left, weights), subtask)
-
-
-def _dots(left: CheckpointRows, targets: Any, weights: np.ndarray, subtask: Any) -> np.ndarray:
-    right = rows_of(targets, "targets")
-    check_pair(left, right)
-    groups = subtasks_of(right.examples, subtask)
+    left, right, groups = _pair(train, targets, subtask)
     directions = [
         weight * products.means(right, checkpoint, groups)
-        for checkpoint, weight in enumerate(weights)
+        for checkpoint, weight in enumerate(weights_of(left, weights))
     ]
     return _reduce(products.products(left, directions, products.dots), subtask)
 
@@ -258,9 +255,7 @@ def trak(
 
     References: Park et al., "TRAK: Attributing Model Behavior at Scale", arXiv:2303.14186.
     """
-    left, right = rows_of(train, "train"), rows_of(targets, "targets")
-    check_pair(left, right)
-    groups = subtasks_of(right.examples, subtask)
+    left, right, groups = _pair(train, targets, subtask)
     models = len(left.rows)
     residual = np.asarray(residuals)
     if residual.shape != (models, left.examples):
@@ -287,13 +282,7 @@ def trak(
 
 
 def _solve(gram: np.ndarray, right: np.ndarray, eps: float) -> np.ndarray:
-    """Return gram^-1 right, for a matrix that is regular up to rounding.
-
-    Args:
-      gram: second moment, in float64, of rows whose relative rounding error is `eps`.
-      right: columns.
-      eps: see `gram`.
-    """
+    """Return gram^-1 right, for the second moment of rows with a rounding error of `eps`."""
     try:
         factor = np.linalg.cholesky(gram)
         diagonal = np.diag(factor)
@@ -485,7 +474,7 @@ def bm25(
     for name, examples in (("train", train), ("targets", targets)):
         if not len(examples):
             raise UserError(f"{name}: has no examples. Give at least one.")
-    _check_over(over)
+    one_of("over", over, OVER)
     groups = subtasks_of(len(targets), subtask)
     vocabulary: dict[Hashable, int] = {}
     document, token = _postings(train, vocabulary)

@@ -108,7 +108,7 @@ def lds(
     # Sums that are equal in exact arithmetic may differ by rounding; they must stay ties.
     rounding = len(tau) * np.finfo(np.float64).eps * np.abs(tau).sum(axis=0)
     sums = chosen.astype(np.float64) @ tau
-    columns = (_Ranked(f, "outputs"), _Ranked(sums, "attributions", rounding))
+    columns = (_ranker(f, "outputs"), _ranker(sums, "attributions", rounding))
     of_targets = _spearman(*columns, np.ones(len(f)))
     subsets, targets = f.shape
     rng = np.random.default_rng(seed)
@@ -143,44 +143,43 @@ def leave_one_out(output: Callable[[np.ndarray], Any], count: int) -> Float[np.n
     return np.stack(rows)
 
 
-class _Ranked:
-    """Columns sorted once, whose mean ranks under any weights of the rows are cumulative sums.
+def _ranker(
+    values: np.ndarray, name: str, rounding: Any = 0.0
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the mean ranks in each column as a function of how often each row counts.
 
     Neighbours that differ by at most `rounding` [M] are ties.
     """
+    # `scipy.stats.rankdata` on every replicate gives the same ranks, but sorts each time. Here the
+    # columns are sorted once, and ranks are cumulative sums.
+    order = np.argsort(values, axis=0, kind="stable")
+    back = np.argsort(order, axis=0)
+    new = np.ones(values.shape, bool)
+    new[1:] = np.diff(np.take_along_axis(values, order, 0), axis=0) > rounding
+    constant = new.sum(axis=0) == 1
+    if constant.any():
+        raise UserError(
+            f"{name}: are the same for all subsets at target {int(constant.argmax())}. Leave the "
+            "target out."
+        )
+    rows = np.arange(len(values))[:, None]
+    first = np.maximum.accumulate(np.where(new, rows, 0), axis=0)
+    ends = np.where(np.roll(new, -1, axis=0), rows, len(values))
+    last = np.minimum.accumulate(ends[::-1], axis=0)[::-1]
 
-    # `scipy.stats.rankdata` on every replicate gives the same ranks, but sorts each time.
-
-    def __init__(self, values: np.ndarray, name: str, rounding: Any = 0.0):
-        self._order = np.argsort(values, axis=0, kind="stable")
-        self._back = np.argsort(self._order, axis=0)
-        ordered = np.take_along_axis(values, self._order, 0)
-        new = np.ones(values.shape, bool)
-        new[1:] = np.diff(ordered, axis=0) > rounding
-        if (new.sum(axis=0) == 1).any():
-            target = int((new.sum(axis=0) == 1).argmax())
-            raise UserError(
-                f"{name}: are the same for all subsets at target {target}. Leave the target out."
-            )
-        rows = np.arange(len(values))[:, None]
-        self._first = np.maximum.accumulate(np.where(new, rows, 0), axis=0)
-        last = np.ones(values.shape, bool)
-        last[:-1] = new[1:]
-        ends = np.where(last, rows, len(values))
-        self._last = np.minimum.accumulate(ends[::-1], axis=0)[::-1]
-
-    def ranks(self, weights: np.ndarray) -> np.ndarray:
-        """Return mean ranks where row k counts weights[k] times."""
-        ordered = weights[self._order]
+    def ranks(weights: np.ndarray) -> np.ndarray:
+        ordered = weights[order]
         total = np.cumsum(ordered, axis=0)
-        before = np.take_along_axis(total - ordered, self._first, 0)
-        tied = np.take_along_axis(total, self._last, 0) - before
-        return np.take_along_axis(before + (tied + 1) / 2, self._back, 0)
+        before = np.take_along_axis(total - ordered, first, 0)
+        tied = np.take_along_axis(total, last, 0) - before
+        return np.take_along_axis(before + (tied + 1) / 2, back, 0)
+
+    return ranks
 
 
-def _spearman(first: _Ranked, second: _Ranked, weights: np.ndarray) -> np.ndarray:
+def _spearman(first: Any, second: Any, weights: np.ndarray) -> np.ndarray:
     """Return Spearman's correlation of every column; 0 where a column is constant."""
-    a, b = (x.ranks(weights) - (weights.sum() + 1) / 2 for x in (first, second))
+    a, b = (ranks(weights) - (weights.sum() + 1) / 2 for ranks in (first, second))
     covariance = weights @ (a * b)
     size = np.sqrt((weights @ (a * a)) * (weights @ (b * b)))
     return np.divide(covariance, size, out=np.zeros_like(size), where=size > 0)

@@ -176,15 +176,10 @@ def features_with_info(
         projector = dataclasses.replace(projector, mesh=None)
     task = _Task(loss_fn, select, constants, projector is not None and not whole)
     arguments = (params, projector, moments)
-    size = default if block_size is None else block_size
-    parts = list(_groups(task, arguments, (examples, segments), size, mesh))
+    parts = _groups(task, arguments, (examples, segments), block_size or default, mesh)
     rows, sums = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-    return rows, _info(sums, params, select)
-
-
-def _info(sums: dict[str, Array], params: Any, select: paths.Select) -> FeaturesInfo:
     count = sum(leaf.size for leaf in jax.tree.leaves(paths.split(params, select)[0]))
-    return FeaturesInfo(
+    return rows, FeaturesInfo(
         loss=sums["loss"],
         norm=jnp.sqrt(sums["square"]),
         skipped=sums["skipped"],
@@ -195,14 +190,7 @@ def _info(sums: dict[str, Array], params: Any, select: paths.Select) -> Features
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """What is computed for each example.
-
-    Attributes:
-      loss_fn: loss of one example or, if it has a keyword `tap`, of a batch.
-      select: selects the parameters to differentiate by.
-      constants: constants of Adam, or None.
-      project: whether rows are projected layer by layer inside the backward pass.
-    """
+    """What is computed for each example; with `project`, inside the backward pass, leaf by leaf."""
 
     loss_fn: Callable[..., Array]
     select: paths.Select
@@ -235,13 +223,6 @@ def _groups(
 
     A group is projected at once, and consists of blocks of `size` examples. On a mesh, groups are
     given to its devices in turn; each runs the program that a single device would run.
-
-    Args:
-      task: what is computed for each example.
-      arguments: parameters, projector and moments.
-      batch: examples, and their segments or None.
-      size: examples in a block.
-      mesh: devices, or None for the default device.
     """
     count = len(jax.tree.leaves(batch)[0])
     at_once = size * max(1, TOGETHER // size)
@@ -259,20 +240,15 @@ def _groups(
             part = part if devices[at] is None else jax.device_put(part, devices[at])
             blocks.append(program(params, part, projector, moments))
         features, sums = jax.tree.map(lambda *parts: jnp.concatenate(parts), *blocks)
-        if not task.project:
-            features = _join_leaves(features, params, task.select, projector)
+        if not task.project and projector is None:
+            features = jnp.concatenate([g.reshape(len(g), -1) for g in features], axis=1)
+        elif not task.project:
+            structure = jax.tree.structure(paths.split(params, task.select)[0])
+            features = projector.project(jax.tree.unflatten(structure, features))
         per_row = len(sums["loss"]) // (size * len(blocks))
         real = per_row * min(at_once, count - first)
         result = jax.tree.map(lambda a, real=real: a[:real], (features, sums))
         yield result if len(devices) == 1 else jax.device_put(result, devices[0])
-
-
-def _join_leaves(leaves: Any, params: Any, select: paths.Select, projector: Any) -> Array:
-    """Make rows from the gradients of each leaf."""
-    if projector is None:
-        return jnp.concatenate([g.reshape(len(g), -1) for g in leaves], axis=1)
-    structure = jax.tree.structure(paths.split(params, select)[0])
-    return projector.project(jax.tree.unflatten(structure, leaves))
 
 
 def _rows(task: _Task, params: Any, batch: Any, projector: Projector | None, moments: Any) -> Any:

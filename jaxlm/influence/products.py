@@ -25,12 +25,7 @@ SAME_EXAMPLES = (*SAME_PROJECTION, "dtype", "gradient", "data")
 
 
 class CheckpointRows(NamedTuple):
-    """The rows of some examples at every checkpoint.
-
-    Attributes:
-      name: "train" or "targets", for messages.
-      rows: an array [N, R] or a store for every checkpoint.
-    """
+    """The rows of some examples: an array [N, R] or a store for every checkpoint."""
 
     name: str
     rows: list[Any]
@@ -70,20 +65,20 @@ class CheckpointRows(NamedTuple):
         for start in range(0, self.examples, self.block_rows):
             yield start, self.rows[checkpoint][start : start + self.block_rows]
 
-    def not_finite(self, example: int) -> UserError:
-        """Return the error for a row that is not finite."""
-        return UserError(
-            f"{self.name}: the products of row {example} are not finite. Leave the example out, or "
-            "scale the rows down."
-        )
+    def check_finite(self, first: int, values: np.ndarray) -> None:
+        """Require finite values [n, ...] that were computed from the rows from `first` on."""
+        finite = np.isfinite(values).all(axis=1)
+        if not finite.all():
+            raise UserError(
+                f"{self.name}: the products of row {first + int(finite.argmin())} are not finite. "
+                "Leave the example out, or scale the rows down."
+            )
 
 
 def rows_of(given: Any, name: str) -> CheckpointRows:
-    """Return the rows of an array [E, N, R] or [N, R], of a store, or of E stores or arrays [N, R].
-
-    Raises:
-      UserError: if the shape is wrong, there are no rows, or checkpoints differ in their examples.
-    """
+    """Return the rows of an array [E, N, R] or [N, R], of a store, or of E stores or arrays."""
+    if isinstance(given, CheckpointRows):
+        return given
     if isinstance(given, GradientStore):
         rows = [given]
     elif isinstance(given, Sequence) and given:
@@ -105,12 +100,11 @@ def rows_of(given: Any, name: str) -> CheckpointRows:
         if not all(x.shape):
             raise UserError(f"{name}: has no rows (got {tuple(x.shape)}). Give at least one.")
     result = CheckpointRows(name, rows)
-    stores = result.stores
-    if stores and len(stores) < len(rows):
-        raise UserError(f"{name}: mixes stores and arrays. Give only one kind.")
-    if stores:
-        _check_specs(stores, SAME_EXAMPLES)
-        _check_ids(stores)
+    if result.stores:
+        if len(result.stores) < len(rows):
+            raise UserError(f"{name}: mixes stores and arrays. Give only one kind.")
+        _check_specs(result.stores, SAME_EXAMPLES)
+        _check_ids(result.stores)
     return result
 
 
@@ -142,12 +136,7 @@ def _check_ids(stores: Sequence[GradientStore]) -> None:
 
 
 def check_pair(train: CheckpointRows, targets: CheckpointRows) -> None:
-    """Check that inner products of training rows and target rows are meaningful.
-
-    Raises:
-      UserError: if they differ in the number of checkpoints or the length of rows; or stores differ
-        in the projection, the parameters, or in the model, name or weight of a checkpoint.
-    """
+    """Check that inner products of training rows and target rows are meaningful."""
     if len(train.rows) != len(targets.rows):
         raise UserError(
             f"targets: must have the {len(train.rows)} checkpoints of train (got "
@@ -163,11 +152,7 @@ def check_pair(train: CheckpointRows, targets: CheckpointRows) -> None:
 
 
 def weights_of(train: CheckpointRows, weights: Any) -> Float[np.ndarray, " E"]:
-    """Return the weights of the checkpoints, by default those of the stores.
-
-    Raises:
-      UserError: if weights have the wrong shape, are negative or not finite, or are all zero.
-    """
+    """Return the weights of the checkpoints, by default those of the stores."""
     if weights is None:
         stores = train.stores
         if not stores and len(train.rows) > 1:
@@ -188,11 +173,7 @@ def weights_of(train: CheckpointRows, weights: Any) -> Float[np.ndarray, " E"]:
 
 
 def subtasks_of(count: int, subtask: Any) -> Int[np.ndarray, " M"]:
-    """Return the subtask of each of `count` targets, zeros for None.
-
-    Raises:
-      UserError: if subtasks have the wrong shape, or are not integers from 0 without gaps.
-    """
+    """Return the subtask of each of `count` targets, zeros for None."""
     if subtask is None:
         return np.zeros(count, np.int64)
     values = np.asarray(subtask)
@@ -249,13 +230,7 @@ def norms(rows: Array, weight: Array) -> Array:
 def products(
     train: CheckpointRows, directions: list[Float[np.ndarray, "S R"]], product: Product
 ) -> Float[np.ndarray, "N S"]:
-    """Return the sum over checkpoints of `product` of the training rows with directions.
-
-    Only one block of rows is in memory at a time.
-
-    Raises:
-      UserError: if a product is not finite; the message names the row.
-    """
+    """Return the sum over checkpoints of `product` of the training rows with directions."""
     total = np.zeros((train.examples, len(directions[0])), train.dtype)
     # Rows in float64 keep their digits even if `jax_enable_x64` is off.
     with jax.enable_x64(train.dtype == np.float64):
@@ -263,9 +238,7 @@ def products(
             placed = jnp.asarray(direction, train.dtype)
             for start, rows in train.blocks(checkpoint):
                 values = np.asarray(product(_pad(rows, train.block_rows), placed))[: len(rows)]
-                finite = np.isfinite(values).all(axis=1)
-                if not finite.all():
-                    raise train.not_finite(start + int(finite.argmin()))
+                train.check_finite(start, values)
                 total[start : start + len(rows)] += values
     return total
 
@@ -283,17 +256,12 @@ def _pad(rows: Any, size: int) -> Any:
 def sums(
     targets: CheckpointRows, checkpoint: int, groups: np.ndarray, *, normalize: bool
 ) -> Float[np.ndarray, "S R"]:
-    """Return the sum of the rows of each group, or of the rows divided by their norms.
-
-    Raises:
-      UserError: if a row is not finite, or is zero and cannot be normalized.
-    """
+    """Return the sum of the rows of each group, or of the rows divided by their norms."""
     total = np.zeros((int(groups.max()) + 1, targets.dim))
     for start, rows in targets.blocks(checkpoint):
         values = np.asarray(rows).astype(np.float64)
         norm = np.linalg.norm(values, axis=1, keepdims=True)
-        if not np.isfinite(norm).all():
-            raise targets.not_finite(start + int(np.isfinite(norm[:, 0]).argmin()))
+        targets.check_finite(start, norm)
         if normalize:
             if not norm.all():
                 raise _no_direction(targets, f"row {start + int(norm[:, 0].argmin())}")
@@ -313,11 +281,7 @@ def means(
 def unit_sums(
     targets: CheckpointRows, checkpoint: int, groups: np.ndarray
 ) -> Float[np.ndarray, "S R"]:
-    """Return the sums of the rows of each group, scaled to norm 1.
-
-    Raises:
-      UserError: as `sums`; or if a sum is zero.
-    """
+    """Return the sums of the rows of each group, scaled to norm 1."""
     total = sums(targets, checkpoint, groups, normalize=False)
     norm = np.linalg.norm(total, axis=1, keepdims=True)
     if not norm.all():
@@ -334,8 +298,6 @@ def second_moment(train: CheckpointRows, checkpoint: int) -> Float[np.ndarray, "
     total = np.zeros((train.dim, train.dim))
     for start, rows in train.blocks(checkpoint):
         values = np.asarray(rows).astype(np.float64)
-        finite = np.isfinite(values).all(axis=1)
-        if not finite.all():
-            raise train.not_finite(start + int(finite.argmin()))
+        train.check_finite(start, values)
         total += values.T @ values
     return total

@@ -109,8 +109,7 @@ def row_bytes(dtype: str, dim: int) -> int:
     >>> row_bytes("int8", 8192)
     8196
     """
-    sizes = {"float32": 4 * dim, "float16": 2 * dim, "int8": dim, "1bit": (dim + 7) // 8}
-    return sizes[dtype] + (4 if dtype != "float32" else 0)
+    return sum(part.nbytes for part in _encode(np.zeros((1, dim), np.float32), dtype).values())
 
 
 def _encode(rows: Float[np.ndarray, "N dim"], dtype: str) -> Tensors:
@@ -165,9 +164,9 @@ def _seal(record: Record) -> str:
     return json.dumps({**record, "checksum": checksum}, indent=1) + "\n"
 
 
-def _write_record(path: Path, record: Record) -> None:
+def _write(path: Path, content: str | bytes) -> None:
     with report_write_errors(path):
-        write_atomic(path, _seal(record))
+        write_atomic(path, content)
         sync(path.parent)
 
 
@@ -194,10 +193,8 @@ def _write_rows(path: Path, ids: list[Id], tensors: Tensors) -> None:
 
     tensors = tensors | {"ids": np.frombuffer(json.dumps(ids).encode(), np.uint8)}
     checksums = {name: zlib.crc32(tensor.tobytes()) for name, tensor in sorted(tensors.items())}
-    with report_write_errors(path):
-        # All checksums under one key, because safetensors writes several keys in random order.
-        write_atomic(path, save(tensors, {"checksums": json.dumps(checksums)}))
-        sync(path.parent)
+    # All checksums under one key, because safetensors writes several keys in random order.
+    _write(path, save(tensors, {"checksums": json.dumps(checksums)}))
 
 
 @contextlib.contextmanager
@@ -351,7 +348,7 @@ class StoreWriter:
 
     def _declare(self, rows: int | None) -> None:
         """Write the number of committed rows, or None for a writer that has not committed."""
-        _write_record(_record_path(self._folder, self._writer), self._record | {"rows": rows})
+        _write(_record_path(self._folder, self._writer), _seal(self._record | {"rows": rows}))
         self._committed = rows is not None
 
     def _write(self, piece: _Piece, *, whole: bool) -> None:

@@ -27,12 +27,11 @@ from jaxlm.sharding import batch_sharding, replicated
 GRADIENT_BYTES = 2**30
 """Most bytes of the gradients of a block, by default."""
 
-METHODS: dict[str, Callable[..., Array]] = {
-    "jacobian": jacobian.block,
+BLOCK_METHODS: dict[str, Callable[..., Array]] = {
     "factorized": factorized.block,
     "ntk_vector_products": vector_products.block,
 }
-"""`block(f, params, x1, x2 or None, spec)` by name."""
+"""`block(f, params, x1, x2 or None, spec)` of the methods that form no gradients."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,13 +72,9 @@ def _alone(left, *, over, halves):
 
 @dataclasses.dataclass
 class Blocks:
-    """The blocks of one kernel, each computed when asked for.
+    """The blocks of one kernel of checked arguments, each computed when asked for.
 
-    Attributes:
-      f, params, spec, method: the arguments of `ntk`, after `prepare`.
-      x1, x2: examples; x2 is None if it is x1.
-      sizes: examples per block of x1, and of x2.
-      mesh: the examples of a block are divided over its axes data and fsdp; or None.
+    `sizes` are the examples per block of x1, and of x2; x2 is None if it is x1.
     """
 
     f: Callable[..., Array]
@@ -94,8 +89,8 @@ class Blocks:
 
     def __post_init__(self):
         f, select = self.f, self.spec.select
-        if self.method in METHODS:
-            self._block = Program(functools.partial(METHODS[self.method], f))
+        if self.method in BLOCK_METHODS:
+            self._block = Program(functools.partial(BLOCK_METHODS[self.method], f))
         # Compiled apart from the contraction, because it takes long to compile and is the same for
         # all kinds and axes.
         self._gradients = Program(lambda params, x: jacobian.gradients(f, params, x, select))
@@ -169,12 +164,11 @@ class Blocks:
 
     def _from_gradients(self, i, j):
         left, over = self._left(i), self.spec.over
-        if self.x2 is None and i == j:
-            if self.half:
-                # On a mesh the tiles of `contract_self` would cut across devices.
-                return _alone(left, over=over, halves=self.mesh is None)
-            return _against(left, left, self.spec.kind, over=over)
-        gradients = self._gradients(self.params, self._part(1, j))
+        same = self.x2 is None and i == j
+        if same and self.half:
+            # On a mesh the tiles of `contract_self` would cut across devices.
+            return _alone(left, over=over, halves=self.mesh is None)
+        gradients = left if same else self._gradients(self.params, self._part(1, j))
         return _against(left, gradients, self.spec.kind, over=over)
 
     def _left(self, i):
@@ -187,11 +181,12 @@ class Blocks:
             self._row = (i, gradients)
         return self._row[1]
 
-    def _side(self, side):
+    def side(self, side: int) -> Any:
+        """Return the examples of a side, 0 or 1."""
         return self.x1 if side == 0 or self.x2 is None else self.x2
 
     def _examples(self, side) -> int:
-        return jax.tree.leaves(self._side(side))[0].shape[0]
+        return jax.tree.leaves(self.side(side))[0].shape[0]
 
     def _length(self, side, block) -> int:
         return min(self.sizes[side], self._examples(side) - block * self.sizes[side])
@@ -199,7 +194,7 @@ class Blocks:
     def _part(self, side, block):
         first, size = block * self.sizes[side], self.sizes[side]
         rows = np.minimum(np.arange(first, first + size), self._examples(side) - 1)
-        part = jax.tree.map(lambda a: a[rows], self._side(side))
+        part = jax.tree.map(lambda a: a[rows], self.side(side))
         if self.mesh is None:
             return part
         # Vector products take one example of x' at a time, which all devices need.
@@ -216,14 +211,7 @@ def block_sizes(
     method: str,
     options: KernelOptions,
 ) -> tuple[int, int]:
-    """Return the examples per block of each side.
-
-    Args:
-      counts: examples of each side.
-      outputs: C.
-      leaves: the selected parameters.
-      method, options: see `ntk`; `options.mesh` is the mesh that is used.
-    """
+    """Return the examples per block of each side, for C `outputs` and the selected `leaves`."""
     most = options.block_size
     if most is None and method in ("jacobian", "projected"):
         one = outputs * sum(leaf.value.size * leaf.value.dtype.itemsize for leaf in leaves)

@@ -20,11 +20,7 @@ BATCH = 8
 
 
 def count_outputs(f: Callable[..., Array], params: Any, x: Any, name: str) -> int:
-    """Return C, from the shape of f's value at x.
-
-    Raises:
-      UserError: if that is not [N, C], or its dtype is not a float.
-    """
+    """Return C, from the shape of f's value at x, which must be floats [N, C]."""
     count = count_examples(x, name)
     out = jax.eval_shape(f, params, x)
     shape = getattr(out, "shape", None)
@@ -45,11 +41,12 @@ def check_independence(f: Callable[..., Array], params: Any, x: Any, name: str) 
 
     f at a batch is compared with f at the batch in reverse order, and with f at the batch with its
     second half replaced by copies of the first example.
-
-    Raises:
-      UserError: if either changes f at an example.
     """
-    order = [0, *_others(x)[: BATCH - 1].tolist()]
+    differs = False
+    for leaf in map(to_host, jax.tree.leaves(x)):
+        flat = leaf.reshape(leaf.shape[0], -1)
+        differs = differs | (flat != flat[:1]).any(1)
+    order = [0, *np.flatnonzero(differs)[: BATCH - 1].tolist()]
     half = (len(order) + 1) // 2
     if len(order) < 2:
         return
@@ -78,15 +75,6 @@ def check_independence(f: Callable[..., Array], params: Any, x: Any, name: str) 
             )
 
 
-def _others(x) -> np.ndarray:
-    """Return the examples that differ from example 0."""
-    differs = False
-    for leaf in map(to_host, jax.tree.leaves(x)):
-        flat = leaf.reshape(leaf.shape[0], -1)
-        differs = differs | (flat != flat[:1]).any(1)
-    return np.flatnonzero(differs)
-
-
 def map_singly(function: Callable[..., Any], params: Any, x: Any) -> Any:
     """Return `function(params, batch)` of every example, in a batch of one."""
 
@@ -99,11 +87,7 @@ def map_singly(function: Callable[..., Any], params: Any, x: Any) -> Any:
 def check_finite(
     f: Callable[..., Array], params: Any, x: Any, select: paths.Select, name: str
 ) -> None:
-    """Check that f and its gradients are finite.
-
-    Raises:
-      UserError: naming the first example for which they are not, and the leaf.
-    """
+    """Check that f and its gradients are finite; the error names the example and the leaf."""
 
     def finite(params, batch):
         by_leaf = [jnp.isfinite(g).all() for g in gradients(f, params, batch, select)]
@@ -115,13 +99,10 @@ def check_finite(
     if not bad.size:
         return
     n = int(bad[0])
-    half = any(leaf.value.dtype == jnp.float16 for leaf in leaves)
-    cure = (
-        "float16 ends at 65504: give parameters in float32 or bfloat16."
-        if half
-        else "Look at that example and at the parameters."
-    )
+    cure = "Look at that example and at the parameters."
+    if any(leaf.value.dtype == jnp.float16 for leaf in leaves):
+        cure = "float16 ends at 65504: give parameters in float32 or bfloat16."
     if not values[n]:
         raise UserError(f"f: not finite (got NaN or inf at example {n} of {name}). {cure}")
-    path = leaves[int(np.flatnonzero(~by_leaf[n])[0])].path
+    path = leaves[int(by_leaf[n].argmin())].path
     raise UserError(f"f: its gradient is not finite in {path} (got example {n} of {name}). {cure}")

@@ -25,10 +25,7 @@ Axes = Literal["full", "trace", "diagonal"]
 class KernelSpec:
     """What defines a kernel, besides f, the parameters and the examples.
 
-    Attributes:
-      kind: bound to the parameters.
-      over: what happens to the class axis.
-      select: the parameters to differentiate by.
+    The kind is bound to the parameters; `over` is what happens to the class axis.
     """
 
     kind: Kind
@@ -47,11 +44,7 @@ def kernel_spec(
     diagonal_axes: Sequence[int] = (),
     select: paths.Select = None,
 ) -> KernelSpec:
-    """Return the spec that the arguments of `ntk` describe.
-
-    Raises:
-      UserError: if an argument is invalid.
-    """
+    """Return the spec that the arguments of `ntk` describe."""
     return KernelSpec(
         kind_of(kind).bind(params, select), class_axis(trace_axes, diagonal_axes), select
     )
@@ -62,9 +55,6 @@ def class_axis(trace_axes: Sequence[int], diagonal_axes: Sequence[int]) -> Axes:
 
     >>> class_axis((), ()), class_axis((-1,), ()), class_axis((), (1,))
     ('full', 'trace', 'diagonal')
-
-    Raises:
-      UserError: for an axis other than the class axis, or a class axis both traced and diagonal.
     """
     for name, axes in (("trace_axes", trace_axes), ("diagonal_axes", diagonal_axes)):
         for axis in axes:
@@ -84,13 +74,8 @@ def class_axis(trace_axes: Sequence[int], diagonal_axes: Sequence[int]) -> Axes:
 def contract(left: list[Array], right: list[Array], over: Axes) -> Array:
     """Return ⟨left, right⟩ summed over leaves, at the highest precision and in at least float32.
 
-    Args:
-      left: [N, C, S, p] per leaf.
-      right: [M, C, S, p] per leaf.
-      over: what happens to the class axis.
-
-    Returns:
-      [N, C, M, C], for "trace" [N, M] (the mean over C), for "diagonal" [N, M, C].
+    [N, C, S, p] and [M, C, S, p] per leaf give [N, C, M, C], for "trace" [N, M] (the mean over C),
+    for "diagonal" [N, M, C].
     """
     dtype = wide_dtype(jnp.result_type(*left, *right))
     return sum(_contract(a, b, over, dtype) for a, b in zip(left, right, strict=True))

@@ -36,15 +36,12 @@ MAX_TABLE_ENTRIES = 2**24
 
 
 def part_size(count: int, each: int, most: int) -> int:
-    """Return how many of `count` items go into one part: a divisor of `count` if one is near.
+    """Return how many of `count` items of `each` entries go into a part of `most` entries.
 
-    Args:
-      count: number of items.
-      each: entries per item.
-      most: most entries per part.
+    A divisor of `count` if one is near: it needs no padding. Below half of the largest there would
+    be twice as many steps.
     """
     largest = min(count, max(1, most // max(each, 1)))
-    # A divisor needs no padding. Below half of the largest there would be twice as many steps.
     for size in range(largest, largest // 2, -1):
         if count % size == 0:
             return size
@@ -58,14 +55,10 @@ def choose(
     length: int,
     shape: tuple[int, ...],
 ) -> Contraction:
-    """Return the fastest contraction for one use of a parameter.
+    """Return the fastest contraction for one use, "dense", "embed" or "head", of a parameter.
 
-    Args:
-      op: "dense", "embed" or "head".
-      counts: examples on each side.
-      outputs: C, and how many pairs of outputs the kernel has.
-      length: positions at which an example uses the parameter.
-      shape: shape of the parameter, without the axis of layers.
+    `outputs` are C and the number of pairs of outputs that the kernel has, `length` the positions
+    at which an example uses the parameter, `shape` that of the parameter in one layer.
     """
     rule = table if op == "embed" else dense
     return rule(counts, outputs, length, *shape)

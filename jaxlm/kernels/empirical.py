@@ -17,7 +17,7 @@ from jaxlm.core.programs import has_values, held
 from jaxlm.gradients.per_example import count_examples, takes_tap
 from jaxlm.gradients.projection import Projector
 from jaxlm.kernels import checks, factorized, jacobian, kinds
-from jaxlm.kernels.blocks import METHODS, Blocks, KernelOptions, block_sizes
+from jaxlm.kernels.blocks import BLOCK_METHODS, Blocks, KernelOptions, block_sizes
 from jaxlm.kernels.contraction import KernelSpec, kernel_spec
 from jaxlm.kernels.kinds import Kind
 from jaxlm.sharding import WHOLE, mesh_of, place_params
@@ -150,10 +150,8 @@ def ntk_with_info(
         return checks.map_singly(one, work.params, x)
 
     first = dropped(work.x1, left)
-    if work.x2 is None and left == right:
-        return kernel, NTKInfo(work.method, first, first)
-    second = dropped(work.x1 if work.x2 is None else work.x2, right)
-    return kernel, NTKInfo(work.method, first, second)
+    same = work.x2 is None and left == right
+    return kernel, NTKInfo(work.method, first, first if same else dropped(work.side(1), right))
 
 
 def _compute(f, params, x1, x2, spec, method, projector, options) -> tuple[Array, Blocks]:
@@ -200,7 +198,9 @@ def prepare(
             f"f: must have as many outputs at x1 as at x2 (got {outputs[0]} and {outputs[1]}). "
             "Give both the same classes."
         )
-    method = resolve(method, f, params, x1, spec.select)
+    if method == "auto":
+        method = "jacobian" if factorized.obstacle(f, params, x1, spec.select) else "factorized"
+    one_of("method", method, ("auto", "jacobian", *BLOCK_METHODS, "projected"))
     if options.check and has_values(params, x1, x2):
         for name, x in sides:
             if takes_tap(f):
@@ -212,21 +212,8 @@ def prepare(
     return Blocks(f, params, x1, x2, spec, method, sizes, mesh)
 
 
-def resolve(method: str, f: Callable[..., Array], params: Any, x: Any, select: paths.Select) -> str:
-    """Return the name of the method that is used; "auto" depends on f."""
-    if method == "auto":
-        obstacle = factorized.obstacle(f, params, x, select)
-        return "jacobian" if obstacle else "factorized"
-    one_of("method", method, ("auto", *METHODS, "projected"))
-    return method
-
-
 def check_kernel(work: Blocks, kernel: Any) -> None:
-    """Check that a kernel, or a block of it, is finite.
-
-    Raises:
-      UserError: naming an example whose gradient is not.
-    """
+    """Check that a kernel, or a block of it, is finite; the error names an example."""
     if not has_values(kernel) or np.isfinite(to_host(kernel)).all():
         return
     for name, x in (("x1", work.x1), ("x2", work.x2)):

@@ -1,18 +1,11 @@
 r"""Method "factorized": the kernel from what passes each parameter, for models that take a tap.
 
-Let A [T, I] be the inputs of a matrix at one example, and B [T, O] the cotangents of its outputs.
-Then the gradient is $A^\top B$, and the kernel is a sum over matrices of
-
-    ⟨A_iᵀ B_i, A_jᵀ B_j⟩ = Σ_ts (A_i A_jᵀ)_ts (B_i B_jᵀ)_ts.
-
-The right side is cheaper for short sequences; the left side, formed some columns at a time, for
-long ones. One forward pass of all examples and one backward pass per output suffice: at every use
-of a parameter the backward pass computes that parameter's part of the kernel
-(`jaxlm.kernels.leaf_kernels`). Gradients exist only in chunks that fit into a cache, one layer at a
-time, and no example gets an array of the shape of an embedding table.
-
-Memory is that of the activations of N1 + N2 examples and of C backward passes in one layer. x1 and
-x2 may differ in length, but then the factors of all layers are kept.
+At every use of a parameter the backward pass computes that parameter's part of the kernel from its
+inputs and cotangents (`jaxlm.kernels.leaf_kernels`): one forward pass of all examples and one
+backward pass per output. Gradients exist only in chunks that fit into a cache, one layer at a time,
+and no example gets an array of the shape of an embedding table. Memory is that of the activations
+of N1 + N2 examples and of C backward passes in one layer. x1 and x2 may differ in length, but then
+the factors of all layers are kept.
 
 References: Novak et al., "Fast Finite Width Neural Tangent Kernel", arXiv:2206.08720 (structured
 derivatives); Goodfellow, "Efficient Per-Example Gradient Computations", arXiv:1510.01799 (the
@@ -38,18 +31,7 @@ from jaxlm.kernels.leaf_kernels import LeafKernel, Pairing
 
 
 def block(f: Callable[..., Array], params: Any, x1: Any, x2: Any, spec: KernelSpec) -> Array:
-    """Return the kernel of a block of examples; `x2=None` means `x1`.
-
-    Args:
-      f: `f(params, x, *, tap=None) -> [N, C]`, which passes `tap` to every use of a parameter.
-      params: a nested dict of arrays.
-      x1, x2: pytrees of arrays whose axis 0 is N1 and N2.
-      spec: which kernel.
-
-    Raises:
-      UserError: if a selected parameter passes no tap, or is used more than once and is not an
-        embedding tied to the head.
-    """
+    """Return the kernel of a block of examples; `x2=None` means `x1`."""
     problem = obstacle(f, params, x1, spec.select)
     if problem is not None:
         raise UserError(problem)
@@ -157,8 +139,8 @@ class _Backward:
     def _contraction(self, op, a, b, shape) -> cost.Contraction:
         outputs = b.shape[0]
         pairs = outputs**2 if self.pairing.inner == "full" else outputs
-        counts = self.pairing.counts(a)
-        return cost.choose(op, counts, (outputs, pairs), a.shape[1], shape)
+        first, second = map(len, self.pairing.split(a))
+        return cost.choose(op, (first, second), (outputs, pairs), a.shape[1], shape)
 
     def _outside_layers(self, rest) -> list[LeafKernel]:
         moments = self._moments(dict.fromkeys(rest, False))
@@ -188,8 +170,7 @@ class _Backward:
                 head = leaf_kernels.Head(a, b.swapaxes(0, 1))
             else:
                 rows.append(leaf_kernels.head_rows(a, b, ids))
-        joined = leaf_kernels.concatenate_rows(rows)
-        return leaf_kernels.table(self.pairing, shape, joined, head, contraction, moments)
+        return leaf_kernels.table(self.pairing, shape, rows, head, contraction, moments)
 
     def _uses(self, x):
         chosen = {leaf.path for leaf in self.spec.leaves(self.params)}

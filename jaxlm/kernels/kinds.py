@@ -31,25 +31,17 @@ from jaxlm.gradients import adam
 
 
 class Moments(NamedTuple):
-    """Adam's moments of the selected leaves, in the order of the tree.
-
-    Attributes:
-      first, second: one array [S, p] per leaf.
-      count: steps that the moments have seen.
-    """
+    """Adam's moments of the selected leaves, [S, p] each in the order of the tree."""
 
     first: Any
     second: Any
-    count: Any
+    count: Any  # steps that the moments have seen
 
 
 class Kind:
-    """Base class of the kinds.
+    """Base class of the kinds, which `ntk` accepts by their names too.
 
-    Attributes:
-      name: the string that `ntk` accepts in place of an instance.
-      signed: whether φ1 and φ2 take signs.
-      symmetric: whether φ1 is φ2.
+    `signed` says whether φ1 and φ2 take signs, `symmetric` whether φ1 is φ2.
     """
 
     name: ClassVar[str]
@@ -155,24 +147,22 @@ class Adam(adam.Adam, Kind):
     def right(self, gradients: list[Array]) -> list[Array]:
         first, second, count = self.state
         return [
-            self.step(g, Moments(m[None, None], v[None, None], count))
+            self.step(g, Moments(m, v, count))
             for g, m, v in zip(gradients, first, second, strict=True)
         ]
 
     def step(self, g: Array, moments: Moments) -> Array:
-        """Return Adam's step on g, without learning rate and minus sign."""
-        return adam.step(g, moments.first, moments.second, moments.count, self.constants)[0]
+        """Return Adam's step on g, whose last axes are those of the moments."""
+        lead = tuple(range(g.ndim - moments.first.ndim))
+        first, second = (jnp.expand_dims(m, lead) for m in moments[:2])
+        return adam.step(g, first, second, moments.count, self.constants)[0]
 
 
 _NAMED: dict[str, Any] = {kind.name: kind for kind in (SGD, SignGD, AsymmetricSignGD)}
 
 
 def kind_of(kind: str | Kind) -> Kind:
-    """Return a kind, given one or its name.
-
-    Raises:
-      UserError: if the name is unknown, or is that of Adam, which has a state.
-    """
+    """Return a kind, given one or its name."""
     if isinstance(kind, Kind):
         return kind
     if kind == Adam.name:
@@ -192,12 +182,8 @@ def signs(gradients: list[Array], threshold: float | int | None) -> list[Array]:
     pure noise: the bias of attention keys shifts all scores of a query equally, so its exact
     gradient is zero, and the computed one is rounding errors with random signs.
 
-    Args:
-      gradients: [N, C, S, p] per leaf.
-      threshold: τ; with 0 all nonzero entries keep their sign, as in the authors' code.
-
-    Returns:
-      Arrays like `gradients` of -1, 0, 1; NaN throughout a slice with an entry that is not finite.
+    [N, C, S, p] per leaf gives -1, 0 and 1, and NaN throughout a slice with an entry that is not
+    finite. With τ = 0 all nonzero entries keep their sign, as in the authors' code.
     """
     # 0 * largest is 0, or NaN if an entry is not finite, which the sign alone would hide.
     return [

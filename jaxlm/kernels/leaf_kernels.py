@@ -14,12 +14,13 @@ where their ids are equal ("matches"). If matching costs more than forming the w
 positions and small vocabularies, some rows of all gradients are formed at a time ("chunked"). A
 head over the whole vocabulary is a matrix; if the table is tied, cross products of both uses count.
 
-`jaxlm.kernels.cost` chooses the contraction. All examples are in one batch, those of x before those
-of x'. The factors are a [N, T, ...] and b [C, N, T, ...].
+All examples are in one batch, those of x before those of x'. The factors are a [N, T, ...] and
+b [C, N, T, ...].
 """
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,8 +33,6 @@ from jaxlm.core.dtypes import wide, wide_dtype
 from jaxlm.kernels import cost
 from jaxlm.kernels.contraction import Axes, contract, transpose
 from jaxlm.kernels.kinds import SGD, Kind, Moments
-
-HIGHEST = lax.Precision.HIGHEST
 
 
 class LeafKernel(NamedTuple):
@@ -48,26 +47,11 @@ class LeafKernel(NamedTuple):
     tops: tuple[Array, Array] | None = None
 
 
-class Chunks(NamedTuple):
-    """Gradients that are formed chunk by chunk.
-
-    Attributes:
-      make: returns the chunk [N, C, p] of one entry of `parts`.
-      parts: an array with one entry per chunk on axis 0.
-    """
-
-    make: Callable[[Array], Array]
-    parts: Array
-
-
 @dataclasses.dataclass(frozen=True)
 class Pairing:
     """Which kernel is computed, and which examples of a batch belong to which side.
 
-    Attributes:
-      kind: bound to the parameters.
-      over: what happens to the class axis.
-      first: N, the number of examples of x, which come first in a batch; None where x' is x.
+    `first` is N, the number of examples of x, which come first in a batch; None where x' is x.
     """
 
     kind: Kind
@@ -93,19 +77,12 @@ class Pairing:
         """
         return "diagonal" if self.signed and self.over == "trace" else self.over
 
-    def each(self, function: Callable[..., Any], *batches: Any) -> tuple[Any, Any]:
-        """Return `function` of the examples of x, and of the examples of x', both on axis 0."""
+    def split(self, batch: Any) -> tuple[Any, Any]:
+        """Return the examples of x, and those of x', both on axis 0."""
         if self.first is None:
-            value = function(*batches)
-            return value, value
-        left = jax.tree.map(lambda a: a[: self.first], batches)
-        right = jax.tree.map(lambda a: a[self.first :], batches)
-        return function(*left), function(*right)
-
-    def counts(self, batch: Array) -> tuple[int, int]:
-        """Return the number of examples on each side."""
-        count = batch.shape[0]
-        return (count, count) if self.first is None else (self.first, count - self.first)
+            return batch, batch
+        left = jax.tree.map(lambda a: a[: self.first], batch)
+        return left, jax.tree.map(lambda a: a[self.first :], batch)
 
     def sign(self, chunk: Array, top: Array) -> Array:
         """Return the sign where |g| > τ top, else zero; NaN where the top is not finite."""
@@ -114,58 +91,46 @@ class Pairing:
         return jnp.where(kept, jnp.sign(chunk), 0) + (0 * top).astype(chunk.dtype)
 
     def contract(self, left: Array, right: Array, tops: Any, moments: Moments | None) -> Array:
-        """Return φ1 of a chunk [N, C, p] of x contracted with φ2 of one [M, C, p] of x'.
-
-        Args:
-          left, right: chunks of gradients.
-          tops: with signs, max|g| of the whole leaf, [N, C] and [M, C].
-          moments: Adam's, [p] each.
-        """
+        """Return φ1 of a chunk [N, C, p] of x contracted with φ2 of one [M, C, p] of x'."""
         if self.kind.signed[0]:
             left = self.sign(left, tops[0])
         if self.kind.signed[1]:
             right = self.sign(right, tops[1])
         elif moments is not None:
-            first, second, count = moments
-            moments = Moments(first[None, None], second[None, None], count)
             right = self.kind.step(right, moments)  # type: ignore[attr-defined]
         return contract([left[:, :, None]], [right[:, :, None]], self.inner)
 
-    def whole(self, gradients: Array, moments: Moments | None = None) -> LeafKernel:
-        """Return the kernel of a leaf whose gradients [N, C, p] are one chunk."""
-        left, right = self.each(lambda a: Chunks(lambda part: part, a[None]), gradients)
-        if moments is not None:
-            moments = Moments(moments.first[None], moments.second[None], moments.count)
-        return self.chunked(left, right, moments)
+    def chunked(
+        self,
+        form: Callable[..., Array],
+        batch: tuple[Any, ...],
+        starts: Array,
+        moments: Moments | None = None,
+    ) -> LeafKernel:
+        """Return the kernel of a leaf whose gradients are formed chunk by chunk.
 
-    def chunked(self, left: Chunks, right: Chunks, moments: Moments | None = None) -> LeafKernel:
-        """Return the kernel of a leaf from chunks of its gradients, one alive at a time.
-
-        Args:
-          left, right: chunks of the examples of x and of x'; the same object if x' is x.
-          moments: Adam's, [k, p] for k chunks.
+        `form(start, *side)` is the chunk [N, C, p] at one of the k `starts`, and the moments of
+        Adam are [k, p]. One chunk of each side is alive at a time.
         """
-        same = left is right
+        left, right = self.split(batch)
 
-        def make(parts):
-            chunk = left.make(parts[0])
-            return chunk, chunk if same else right.make(parts[1])
+        def make(start):
+            chunk = form(start, *left)
+            return chunk, chunk if self.first is None else form(start, *right)
 
-        parts = (left.parts, right.parts)
+        def largest(start):
+            return tuple(wide(jnp.abs(chunk)).max(-1, initial=0) for chunk in make(start))
+
         # A sign depends on the largest entry of the whole leaf, so every chunk is formed twice:
         # keeping the chunks would take the memory of whole gradients, which this method avoids.
-        tops = _tops(make, parts) if self.signed else None
+        tops = _fold(jnp.maximum, largest, starts) if self.signed else None
 
         def kernel(part):
-            parts, pair = part
-            left, right = make(parts)
-            if moments is None:
-                return self.contract(left, right, tops, None)
-            first, second = pair
-            return self.contract(left, right, tops, Moments(first, second, moments.count))
+            start, moments = part
+            left, right = make(start)
+            return self.contract(left, right, tops, moments)
 
-        pairs = None if moments is None else (moments.first, moments.second)
-        return LeafKernel(_sum(kernel, (parts, pairs)), tops)
+        return LeafKernel(_fold(operator.add, kernel, (starts, moments)), tops)
 
     def join(self, leaves: Sequence[LeafKernel]) -> Array:
         """Return the sum of all layers, without those that are noise compared to the others."""
@@ -187,35 +152,22 @@ class Pairing:
         return total.mean(-1) if self.over == "trace" else total
 
 
-def _sum(function, parts):
-    """Return the sum of `function` over axis 0 of `parts`, one part at a time."""
-    first = functools.partial(jax.tree.map, lambda a: a[0])
+def _fold(combine, function, parts):
+    """Return `function` of all parts on axis 0, combined from zero on, one part at a time."""
+    first = jax.tree.map(lambda a: a[0], parts)
     if jax.tree.leaves(parts)[0].shape[0] == 1:
-        return function(first(parts))
-    shape = jax.eval_shape(lambda parts: function(first(parts)), parts)
-    start = jnp.zeros(shape.shape, shape.dtype)
-    return lax.scan(lambda total, part: (total + function(part), None), start, parts)[0]
-
-
-def _tops(make, parts):
-    """Return max|g| over all chunks, of each side."""
-
-    def largest(part):
-        return [wide(jnp.abs(p)).max(-1, initial=0) for p in make(part)]
-
-    shapes = jax.eval_shape(lambda parts: largest(jax.tree.map(lambda a: a[0], parts)), parts)
-    start = [jnp.zeros(s.shape, s.dtype) for s in shapes]
-
-    def step(tops, part):
-        return [jnp.maximum(*pair) for pair in zip(tops, largest(part), strict=True)], None
-
-    return tuple(lax.scan(step, start, parts)[0])
+        return function(first)
+    shapes = jax.eval_shape(function, first)
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    step = lambda total, part: (jax.tree.map(combine, total, function(part)), None)  # noqa: E731
+    return lax.scan(step, start, parts)[0]
 
 
 def product(subscripts: str, *operands: Array) -> Array:
     """Return `einsum` at the highest precision and in at least float32."""
     dtype = wide_dtype(jnp.result_type(*operands))
-    return jnp.einsum(subscripts, *operands, precision=HIGHEST, preferred_element_type=dtype)
+    highest = lax.Precision.HIGHEST
+    return jnp.einsum(subscripts, *operands, precision=highest, preferred_element_type=dtype)
 
 
 # --- Matrices, biases and scales.
@@ -229,16 +181,10 @@ def dense(
     moments: Moments | None = None,
     last: Any = None,
 ) -> LeafKernel:
-    """Return the kernel of a matrix [I, O].
+    """Return the kernel of a matrix [I, O] from a [N, T, I] and b [C, N, T, O].
 
-    Args:
-      pairing: which kernel.
-      a: [N, T, I].
-      b: [C, N, T, O].
-      contraction: "paired" or "chunked". A feature other than the gradient itself is always
-        chunked, since it is not a product of factors.
-      moments: Adam's, [I * O] each.
-      last: whether this is the last layer, a boolean array; None for no.
+    A feature other than the gradient itself is always chunked, since it is not a product of
+    factors. `last`, a boolean array, says whether this is the last layer; None for no.
     """
     if not pairing.linear:
         return dense_chunked(pairing, a, b, moments)
@@ -273,7 +219,7 @@ def dense_chunked(
     pairing: Pairing, a: Array, b: Array, moments: Moments | None = None
 ) -> LeafKernel:
     """Return `dense`, forming some columns of all gradients at a time, or rows if I > O."""
-    outputs, count, length, width = b.shape
+    outputs, count, _, width = b.shape
     inputs = a.shape[2]
     by_row = inputs > width
     across, along = (width, inputs) if by_row else (inputs, width)
@@ -285,30 +231,33 @@ def dense_chunked(
     else:
         b = jnp.pad(b, [(0, 0), (0, 0), (0, 0), (0, rest)])
 
-    def chunks(a, b):  # b [N, T, C, O]
-        n = a.shape[0]
-
-        def make(start):
-            if by_row:
-                part, columns = lax.dynamic_slice_in_dim(a, start, size, 2), b
-            else:
-                part, columns = a, lax.dynamic_slice_in_dim(b, start, size, 3)
-            columns = columns.reshape(n, length, -1)
-            return product("ntp,nti->npi", columns, part).reshape(n, outputs, -1)
-
-        return Chunks(make, jnp.arange(steps, dtype=jnp.int32) * size)
+    def form(start, a, b):  # b [N, T, C, O]
+        if by_row:
+            a = lax.dynamic_slice_in_dim(a, start, size, 2)
+        else:
+            b = lax.dynamic_slice_in_dim(b, start, size, 3)
+        columns = b.reshape(*b.shape[:2], -1)
+        return product("ntp,nti->npi", columns, a).reshape(len(a), outputs, -1)
 
     def in_chunks(m):
         m = m.reshape(inputs, width)
         if by_row:
-            return jnp.pad(m, [(0, rest), (0, 0)]).reshape(steps, -1, width).swapaxes(1, 2)
-        return jnp.pad(m.T, [(0, rest), (0, 0)]).reshape(steps, -1, inputs)
+            m = jnp.pad(m, [(0, rest), (0, 0)]).reshape(steps, -1, width).swapaxes(1, 2)
+        else:
+            m = jnp.pad(m.T, [(0, rest), (0, 0)])
+        return m.reshape(steps, -1)
 
-    if moments is not None:
-        first, second = (in_chunks(m).reshape(steps, -1) for m in moments[:2])
-        moments = Moments(first, second, moments.count)
-    left, right = pairing.each(chunks, a, jnp.moveaxis(b, 0, 2))
-    return pairing.chunked(left, right, moments)
+    starts = jnp.arange(steps, dtype=jnp.int32) * size
+    moments = _by_chunk(moments, in_chunks, steps)
+    return pairing.chunked(form, (a, jnp.moveaxis(b, 0, 2)), starts, moments)
+
+
+def _by_chunk(moments, function, steps):
+    """Return moments [k, p] of k chunks, with `function` applied to both."""
+    if moments is None:
+        return None
+    first, second = map(function, moments[:2])
+    return Moments(first, second, jnp.broadcast_to(moments.count, (steps,)))
 
 
 def dense_paired(pairing: Pairing, a: Array, b: Array) -> Array:
@@ -332,16 +281,12 @@ def paired(
     b: Array,
     right: Array | None = None,
 ) -> Array:
-    """Return `K[n, c, m, d] = Σ_ts weigh(a_n, a_m)_ts ⟨b_nct, b_mds⟩`.
+    """Return `K[n, c, m, d] = Σ_ts weigh(a_n, a_m)_ts ⟨b_nct, b_mds⟩` of b [N, C, T, D].
 
-    Args:
-      pairing: which kernel.
-      weigh: maps `a` of one example of x and `a` of all examples of x' to weights [T, M, S].
-      a: a pytree of arrays whose axis 0 is N.
-      b: [N, C, T, D].
-      right: replaces b at x', [M, C, S, D]; by default b itself.
+    `weigh` maps a of one example of x and a of all examples of x' to weights [T, M, S]; `right`
+    [M, C, S, D] replaces b at x'.
     """
-    (a_left, b_left), (a_right, b_right) = pairing.each(lambda *pair: pair, a, b)
+    (a_left, b_left), (a_right, b_right) = pairing.split((a, b))
     b_right = b_right if right is None else right
     subscripts, spread, axes = PRODUCTS[pairing.inner]
 
@@ -381,42 +326,30 @@ def summed(
     else:
         gradients = b.sum(2, dtype=wide_dtype(b)).swapaxes(0, 1)
     if rows is not None:
-        # Rows may repeat: their gradients are added in the column of the first occurrence.
-        same = rows[:, None] == rows[None, :]
-        first = same.argmax(1) == jnp.arange(rows.shape[0])
-        once = (same & first[None]).astype(gradients.dtype)
-        gradients = product("ncw,wv->ncv", gradients, once)
+        once = _added(rows).astype(gradients.dtype)
+        gradients = product("ncw,vw->ncv", gradients, once)
         if moments is not None:
             index = rows.astype(jnp.int32)
-            moments = Moments(moments.first[index], moments.second[index], moments.count)
-    return pairing.whole(gradients, moments)
+            moments = moments._replace(first=moments.first[index], second=moments.second[index])
+    one_chunk = _by_chunk(moments, lambda m: m[None], 1)
+    return pairing.chunked(lambda _, g: g, (gradients,), jnp.zeros(1, jnp.int32), one_chunk)
 
 
 # --- Tables.
 
 
 class Rows(NamedTuple):
-    """Gradients of a table as a list of rows; rows with the same id are to be added.
+    """Gradients of a table as a list of rows; rows with the same id are to be added."""
 
-    Attributes:
-      ids: int32 [N, U].
-      values: [N, C, U, D].
-    """
-
-    ids: Array
-    values: Array
+    ids: Array  # int32 [N, U]
+    values: Array  # [N, C, U, D]
 
 
 class Head(NamedTuple):
-    """Factors of a head over the whole vocabulary.
+    """Factors of a head over the whole vocabulary."""
 
-    Attributes:
-      a: [N, K, D].
-      b: [N, C, K, V].
-    """
-
-    a: Array
-    b: Array
+    a: Array  # [N, K, D]
+    b: Array  # [N, C, K, V]
 
 
 def lookup_rows(ids: Array, b: Array) -> Rows:
@@ -431,32 +364,23 @@ def head_rows(a: Array, b: Array, rows: Array) -> Rows:
     return Rows(ids, values)
 
 
-def concatenate_rows(parts: list[Rows]) -> Rows | None:
-    """Return one list of all rows, or None if there are none."""
-    if not parts:
-        return None
-    ids = jnp.concatenate([part.ids for part in parts], axis=1)
-    return Rows(ids, jnp.concatenate([part.values for part in parts], axis=2))
-
-
 def table(
     pairing: Pairing,
     shape: tuple[int, int],
-    rows: Rows | None,
+    parts: Sequence[Rows],
     head: Head | None,
     contraction: str,
     moments: Moments | None = None,
 ) -> LeafKernel:
-    """Return the kernel of a table.
+    """Return the kernel of a table of `shape` [V, D].
 
-    Args:
-      pairing: which kernel.
-      shape: (V, D).
-      rows: rows of lookups and of a restricted head, or None.
-      head: over the whole vocabulary, or None.
-      contraction: "matches" or "chunked", for the rows.
-      moments: Adam's, [V * D] each.
+    The table has rows of lookups and of a restricted head, contracted by "matches" or "chunked", or
+    a head over the whole vocabulary, or both.
     """
+    rows = None
+    if parts:
+        ids = jnp.concatenate([part.ids for part in parts], axis=1)
+        rows = Rows(ids, jnp.concatenate([part.values for part in parts], axis=2))
     if not pairing.linear and head is not None:
         return table_chunked(pairing, shape, rows, head, moments)
     if rows is None:
@@ -485,7 +409,7 @@ def _head(pairing, head):
 
 def _between(pairing, rows, head):
     """Return the cross terms: lookups at x with the head at x', plus the reverse."""
-    left, right = pairing.each(lambda *pair: pair, rows, head)
+    left, right = pairing.split((rows, head))
     forth = _cross(pairing, left[0], right[1])
     back = forth if pairing.first is None else _cross(pairing, right[0], left[1])
     return forth + transpose(back, pairing.inner)
@@ -522,24 +446,20 @@ def table_chunked(
     steps = -(-vocab // size)
     rest = steps * size - vocab
 
-    def chunks(rows, head):
-        def make(start):
-            chunk: Any = 0
-            if rows is not None:
-                chunk = _scatter(rows, start, size)
-            if head is not None:
-                b = lax.dynamic_slice_in_dim(head.b, start, size, 3)
-                chunk += product("nckv,nkd->ncvd", b, head.a)
-            return chunk.reshape(*chunk.shape[:2], -1)
-
+    def form(start, rows, head):
+        chunk: Any = 0
+        if rows is not None:
+            chunk = _scatter(rows, start, size)
         if head is not None:
-            head = head._replace(b=jnp.pad(head.b, [(0, 0)] * 3 + [(0, rest)]))
-        return Chunks(make, jnp.arange(steps, dtype=jnp.int32) * size)
+            b = lax.dynamic_slice_in_dim(head.b, start, size, 3)
+            chunk += product("nckv,nkd->ncvd", b, head.a)
+        return chunk.reshape(*chunk.shape[:2], -1)
 
-    if moments is not None:
-        first, second = (jnp.pad(m, (0, rest * width)).reshape(steps, -1) for m in moments[:2])
-        moments = Moments(first, second, moments.count)
-    return pairing.chunked(*pairing.each(chunks, rows, head), moments)
+    if head is not None:
+        head = head._replace(b=jnp.pad(head.b, [(0, 0)] * 3 + [(0, rest)]))
+    starts = jnp.arange(steps, dtype=jnp.int32) * size
+    in_chunks = lambda m: jnp.pad(m, (0, rest * width)).reshape(steps, -1)  # noqa: E731
+    return pairing.chunked(form, (rows, head), starts, _by_chunk(moments, in_chunks, steps))
 
 
 def _scatter(rows, start, size):
@@ -561,9 +481,8 @@ def _sign_matches(pairing, rows):
     top = wide(jnp.abs(values)).max((2, 3), initial=0)
     signs = pairing.sign(values.reshape(*top.shape, -1), top).reshape(values.shape)
     b = signs if pairing.kind.signed[0] else values
-    right = pairing.each(lambda a: a, signs)[1]
-    kernel = paired(pairing, _equal, rows.ids, b, right)
-    return LeafKernel(kernel, pairing.each(lambda a: a, top))
+    kernel = paired(pairing, _equal, rows.ids, b, pairing.split(signs)[1])
+    return LeafKernel(kernel, pairing.split(top))
 
 
 def _adam_matches(pairing, shape, rows, moments):
@@ -574,26 +493,32 @@ def _adam_matches(pairing, shape, rows, moments):
     """
     ids, values = rows
     first, second = (m.reshape(shape)[ids][:, None] for m in moments[:2])  # [N, 1, U, D]
-    moments = Moments(first, second, moments.count)
+    moments = moments._replace(first=first, second=second)
     resting = pairing.kind.step(jnp.zeros_like(values[:, :1]), moments)
     moved = pairing.kind.step(values, moments) - resting
     moved = jnp.where(_first(ids)[:, None, :, None], moved, 0)
-    met = paired(pairing, _equal, ids, values, pairing.each(lambda a: a, moved)[1])
-    alone = product("ncud,nud->nc", values, resting[:, 0])
-    alone = pairing.each(lambda a: a, alone)[0]
+    met = paired(pairing, _equal, ids, values, pairing.split(moved)[1])
+    alone = pairing.split(product("ncud,nud->nc", values, resting[:, 0]))[0]
     if pairing.inner == "full":
         return met + alone[:, :, None, None]
     return met + (alone[:, None] if pairing.inner == "diagonal" else alone.mean(1)[:, None])
 
 
+def _same(ids):
+    return ids[..., :, None] == ids[..., None, :]
+
+
 def _first(ids):
-    """Return where an id occurs for the first time in its list, [N, U]."""
-    same = ids[:, :, None] == ids[:, None, :]
-    return same.argmax(2) == jnp.arange(ids.shape[1])[None]
+    """Return where an id occurs for the first time in its list, [..., U]."""
+    return _same(ids).argmax(-1) == lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1)
+
+
+def _added(ids):
+    """Return whether entry v is added to entry u, the first with its id, [..., u, v]."""
+    return _same(ids) & _first(ids)[..., None]
 
 
 def _merged(rows):
     """Return the rows with those of equal id summed at its first occurrence, and zero elsewhere."""
-    same = rows.ids[:, :, None] == rows.ids[:, None, :]
-    once = (same & _first(rows.ids)[:, :, None]).astype(rows.values.dtype)
+    once = _added(rows.ids).astype(rows.values.dtype)
     return Rows(rows.ids, product("nuw,ncwd->ncud", once, rows.values))

@@ -133,6 +133,8 @@ def load_kernel(directory: str | Path, manifest: dict[str, Any] | None = None) -
       UserError: if there is no complete kernel, a file is damaged, or the manifest differs; the
         message names the difference.
     """
+    from safetensors.numpy import load_file
+
     folder = Path(directory)
     if not (folder / KERNEL).exists():
         raise UserError(f"{folder}: has no complete kernel. Compute one with saved_ntk.")
@@ -140,18 +142,11 @@ def load_kernel(directory: str | Path, manifest: dict[str, Any] | None = None) -
     verify(folder)
     if manifest is not None:
         _check(folder, manifest)
-    kernel = _read(folder / KERNEL)
-    if kernel is None:
-        raise UserError(f"{folder / KERNEL}: is damaged. Remove the folder and compute it again.")
-    return jnp.asarray(kernel)
+    return jnp.asarray(load_file(folder / KERNEL)["kernel"])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return what the kernel in a folder was computed from, and how.
-
-    Raises:
-      UserError: if the file is missing or damaged.
-    """
+    """Return what the kernel in a folder was computed from, and how."""
     path = folder / MANIFEST
     try:
         return read_json(path, **_FIELDS)
@@ -159,12 +154,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: is missing, so the inputs of the kernel are unknown. Remove the folder and "
             "compute it again."
-        ) from None
-    except UserError as error:
-        if isinstance(error.__context__, OSError):  # For example, no permission to read it.
-            raise
-        raise UserError(
-            f"{path}: is not the manifest of a kernel. Remove the folder and compute it again."
         ) from None
 
 

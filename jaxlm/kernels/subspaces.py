@@ -58,18 +58,15 @@ def draw_adapters(
     drawn = {}
     for path, _, stacked, value in paths.flatten(params)[0]:
         if path.endswith(".kernel") and takes(path):
-            draw = functools.partial(_normal, key, path + ".lora_a", (value.shape[-2], rank))
-            layers = jnp.arange(value.shape[0]) if stacked else None
-            drawn[path] = draw(None) if layers is None else jax.vmap(draw)(layers)
+            leaf_key = functools.partial(prng.leaf_key, key, f"{path}.lora_a")
+            draw = functools.partial(prng.normal, shape=(value.shape[-2], rank))
+            keys = jax.vmap(leaf_key)(jnp.arange(value.shape[0])) if stacked else leaf_key(None)
+            drawn[path] = (jax.vmap(draw) if stacked else draw)(keys) / math.sqrt(rank)
     if not drawn:
         raise UserError(
             f"targets: selects no kernel (got {targets!r}). Kernels have paths like a.kernel."
         )
     return drawn
-
-
-def _normal(key, path, shape, layer):
-    return prng.normal(prng.leaf_key(key, path, layer), shape) / math.sqrt(shape[1])
 
 
 def activation_projected(

@@ -1,13 +1,10 @@
 """Method "ntk_vector_products": products of the Jacobian with one vector at a time.
 
 With J1 and J2 the Jacobians at x1 and x2, K = J1 J2ᵀ. Forward mode computes J1 u at the cost of a
-forward pass, reverse mode J2ᵀ v at that of a backward pass. So a column of K, or K v, needs the
-memory of the activations and of a few copies of the parameters, and no matrix of gradients. φ2 is
+forward pass, reverse mode J2ᵀ v at that of a backward pass, without a matrix of gradients. φ2 is
 applied to the gradients of one example at a time; for "signgd", where φ1 is a sign as well, so are
-the gradients on the left.
-
-Time is that of N2 C backward passes of one example and N2 C passes over all of x1. It is the method
-of choice for few examples and large models.
+the gradients on the left. Time is that of N2 C backward passes of one example and N2 C passes over
+all of x1.
 
 References: Novak et al., "Fast Finite Width Neural Tangent Kernel", arXiv:2206.08720 (NTK-vector
 products).
@@ -51,36 +48,30 @@ class _Restricted:
         return [a[0] for a in self.spec.kind.right(self.gradients(row))]
 
     def tangent(self, rows: list[Array]) -> Any:
-        """Return a tree like the selected parameters, from one array [..., S, p] per leaf."""
+        """Return a tree like the selected parameters, from one array [S, p] per leaf."""
         leaves, structure = jax.tree.flatten(self.taken)
         shaped = [
-            a.reshape(*a.shape[:-2], *leaf.shape).astype(leaf.dtype)
-            for a, leaf in zip(rows, leaves, strict=True)
+            a.reshape(leaf.shape).astype(leaf.dtype) for a, leaf in zip(rows, leaves, strict=True)
         ]
         return jax.tree.unflatten(structure, shaped)
 
     def products(self, x1) -> Callable[[list[Array]], Float[Array, "N C"]]:
         """Return the function u [S, p] per leaf -> ⟨φ1(∇f_c(x_n)), u⟩ for all n and c."""
-        if self.spec.kind.signed[0]:
+        if not self.spec.kind.signed[0]:
+            # `jax.linearize` runs the forward pass once for all columns.
+            _, push = jax.linearize(self.value(x1), self.taken)
+            return lambda u: wide(push(self.tangent(u)))
 
-            def by_row(u):
-                u = [a[None, None] for a in u]
+        def by_row(u):
+            u = [a[None, None] for a in u]
 
-                def product(row):
-                    left = self.spec.kind.left(self.gradients(row))
-                    return contract(left, u, "full")[0, :, 0, 0]
+            def product(row):
+                left = self.spec.kind.left(self.gradients(row))
+                return contract(left, u, "full")[0, :, 0, 0]
 
-                return lax.map(product, x1)
+            return lax.map(product, x1)
 
-            return by_row
-
-        # `jax.linearize` runs the forward pass once for all columns.
-        _, push = jax.linearize(self.value(x1), self.taken)
-
-        def push_forward(u):
-            return wide(push(self.tangent(u)))
-
-        return push_forward
+        return by_row
 
 
 def block(f: Callable[..., Array], params: Any, x1: Any, x2: Any, spec: KernelSpec) -> Array:
@@ -153,12 +144,9 @@ def _combination(restricted: _Restricted, x2, v) -> list[Array]:
     """Return `Σ_{m,d} v[m, d] φ2(∇f_d(x_m))`, [S, p] per leaf."""
     if isinstance(restricted.spec.kind, SGD):
         value, pull = jax.vjp(restricted.value(x2), restricted.taken)
-        leaves = zip(
-            paths.flatten(restricted.taken)[0],
-            jax.tree.leaves(pull(v.astype(value.dtype))[0]),
-            strict=True,
-        )
-        return [as_slices(leaf, value, 0) for leaf, value in leaves]
+        leaves = paths.flatten(restricted.taken)[0]
+        pulled = jax.tree.leaves(pull(v.astype(value.dtype))[0])
+        return [as_slices(*pair, 0) for pair in zip(leaves, pulled, strict=True)]
 
     def add(total, row):
         x, weights = row

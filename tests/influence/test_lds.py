@@ -33,7 +33,7 @@ def test_ranks_of_subsets_that_are_drawn_again_are_scipys(levels):
     """A weight says how often a row is there; few levels give ties."""
     rng = np.random.default_rng(1)
     a, b = rng.integers(0, levels, (2, 15, 4)).astype(float)
-    columns = (datamodels._Ranked(a, "a"), datamodels._Ranked(b, "b"))
+    columns = (datamodels._ranker(a, "a"), datamodels._ranker(b, "b"))
     for _ in range(5):
         weights = rng.integers(0, 3, 15)
         again = [np.repeat(x, weights, axis=0) for x in (a, b)]

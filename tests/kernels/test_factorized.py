@@ -16,9 +16,9 @@ from jaxlm.core.errors import UserError
 from jaxlm.kernels import cost, factorized, kinds, leaf_kernels
 from jaxlm.kernels.leaf_kernels import Pairing
 from jaxlm.models import LanguageModel, init_params
+from tests.helpers.slow import slow
 from tests.kernels import oracle
-from tests.kernels.test_common import assert_close, lm_problem
-from tests.kernels.test_common import check as check_model
+from tests.kernels.test_common import assert_close
 
 AXES = ("full", "trace", "diagonal")
 FIRST = 3
@@ -137,9 +137,7 @@ def test_the_kernel_of_a_table_that_is_looked_up_and_gives_some_logits(kind, ove
     def run(b):
         some = leaf_kernels.head_rows(*map(jnp.asarray, (head_a, head_b, tokens)))
         rows = [leaf_kernels.lookup_rows(jnp.asarray(ids), b), some]
-        return leaf_kernels.table(
-            pairing, (VOCAB, WIDTH), leaf_kernels.concatenate_rows(rows), None, way, state
-        )
+        return leaf_kernels.table(pairing, (VOCAB, WIDTH), rows, None, way, state)
 
     wide = np.zeros((2, 7, 2, VOCAB))
     np.add.at(wide, (..., tokens), head_b)
@@ -162,7 +160,7 @@ def test_the_kernel_of_a_table_that_is_tied_to_the_whole_head(kind: str, over: s
         def run(b, pairing=pairing):
             head = leaf_kernels.Head(jnp.asarray(head_a), jnp.asarray(head_b).swapaxes(0, 1))
             rows = leaf_kernels.lookup_rows(jnp.asarray(ids), b)
-            return leaf_kernels.table(pairing, (VOCAB, WIDTH), rows, head, "matches", state)
+            return leaf_kernels.table(pairing, (VOCAB, WIDTH), [rows], head, "matches", state)
 
         check(run(b), pairing, table_gradients(ids, b, head_a, head_b))
 
@@ -175,27 +173,13 @@ def test_the_kernel_of_biases_and_scales(kind: str):
     tokens, wide = np.array([3, 1, 3]), np.zeros((2, 7, 6, 5))
     np.add.at(wide, (..., tokens), b[..., :3])
 
+    @functools.partial(jax.jit, static_argnums=0)
     def run(op, b, rows=None):
-        a_, b_, rows = (x if x is None else jnp.asarray(x) for x in (a, b, rows))
-        return leaf_kernels.summed(pairing, op, a_, b_, rows, state)
+        return leaf_kernels.summed(pairing, op, jnp.asarray(a), b, rows, state)
 
     check(run("bias", b), pairing, np.einsum("cnto->nco", b))
     check(run("scale", b), pairing, np.einsum("nto,cnto->nco", a, b))
     check(run("bias", b[..., :3], tokens), pairing, np.einsum("cnto->nco", wide))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("contraction", ["paired", "chunked"])
-def test_each_contraction_gives_the_kernel_of_a_model(contraction: str, monkeypatch):
-    called = []
-    monkeypatch.setattr(cost, "choose", lambda *_: contraction)
-    for name in ("dense_paired", "dense_chunked"):
-        real = getattr(leaf_kernels, name)
-        monkeypatch.setattr(
-            leaf_kernels, name, lambda *a, n=name, r=real: (called.append(n), r(*a))[1]
-        )
-    check_model(lm_problem("encoder", True, 3), "sgd", "factorized", jnp.float64, 1e-9)
-    assert ("dense_chunked" in called) == (contraction == "chunked")
 
 
 def arrays(jaxpr):
@@ -210,7 +194,8 @@ def arrays(jaxpr):
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"), [("sgd", np.array([5, 9])), ("signgd", np.array([5, 9])), ("sgd", None)]
+    ("kind", "words"),
+    [slow("sgd", np.array([5, 9])), ("signgd", np.array([5, 9])), ("sgd", None)],
 )
 def test_no_example_has_an_array_like_the_table(kind: str, words):
     config = ROBERTA_BASE.replace(num_layers=2)
@@ -271,27 +256,27 @@ def test_the_cheaper_contraction_is_chosen():
 
 
 def test_matrices_and_tables_ask_the_cost_model(monkeypatch):
-    lm, asked, choose = oracle.model("encoder"), set(), cost.choose
+    (f, params), asked, choose = oracle.toy(1), set(), cost.choose
     monkeypatch.setattr(cost, "choose", lambda op, *a: (asked.add(op), choose(op, *a))[1])
-    run = functools.partial(kernels.ntk, oracle.label_logits(lm, 1), method="factorized")
-    jax.eval_shape(run, lm.params, oracle.examples(3))
+    run = functools.partial(kernels.ntk, f, method="factorized")
+    jax.eval_shape(run, params, oracle.toy_examples(3))
     assert asked == {"dense", "embed"}
 
 
 def test_ids_that_are_no_rows_of_the_table_are_refused():
-    lm = oracle.model("decoder")
-    f, params = oracle.label_logits(lm, 2), oracle.of_dtype(lm.params, jnp.float32)
-    good = oracle.examples(3)
-    for wrong in (-1, oracle.BASE["vocab_size"]):
-        bad = {**good, "input_ids": good["input_ids"].copy()}
-        bad["input_ids"][1, 2] = wrong
+    f, params = oracle.toy(2)
+    params, good = oracle.of_dtype(params, jnp.float32), oracle.toy_examples(3)
+    runs = [
+        jax.jit(functools.partial(kernels.ntk, f, method=method))
+        for method in ("factorized", "jacobian")
+    ]
+    for wrong in (-1, 7):
+        bad = {**good, "ids": good["ids"].copy()}
+        bad["ids"][1, 1] = wrong
         for method in ("auto", "jacobian"):
-            sentence = rf"x2: ids of embed.tokens.* \(got {wrong} in example 1\)"
+            sentence = rf"x2: ids of embed.table.* \(got {wrong} in example 1\)"
             with pytest.raises(UserError, match=sentence):
                 kernels.ntk(f, params, good, bad, method=method)
         # Where nothing can be looked at, the methods agree on the row that the look-up takes.
-        first, second = (
-            jax.jit(functools.partial(kernels.ntk, f, method=method))(params, bad, good)
-            for method in ("factorized", "jacobian")
-        )
+        first, second = (run(params, bad, good) for run in runs)
         np.testing.assert_allclose(first, second, atol=1e-4 * np.abs(second).max())

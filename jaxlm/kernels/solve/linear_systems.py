@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.special import log_softmax
 
 from jaxlm.core.errors import UserError
 
@@ -16,18 +17,7 @@ ASYMMETRY = 1e-3
 
 
 def matrix(kernel: Any, name: str = "kernel") -> Float[np.ndarray, "MC NC"]:
-    """Return a kernel as a matrix of examples times outputs, in float64.
-
-    Args:
-      kernel: [M, C, N, C], or [M, N] where outputs were traced.
-      name: name of the kernel, for messages.
-
-    Returns:
-      [M * C, N * C], or [M, N].
-
-    Raises:
-      UserError: if the shape is wrong, or an entry is not finite.
-    """
+    """Return a kernel [M, C, N, C], or [M, N] of traced outputs, as a matrix in float64."""
     kernel = np.asarray(kernel)
     full = kernel.ndim == 4 and kernel.shape[1] == kernel.shape[3]
     if not (full or kernel.ndim == 2):
@@ -47,11 +37,7 @@ def matrix(kernel: Any, name: str = "kernel") -> Float[np.ndarray, "MC NC"]:
 
 
 def training_matrix(kernel: Any) -> Float[np.ndarray, "NC NC"]:
-    """Return `matrix` of a kernel between the training examples.
-
-    Raises:
-      UserError: as `matrix`; if it is not square, has one example, or is zero.
-    """
+    """Return `matrix` of a kernel between the training examples."""
     result = matrix(kernel)
     count, other = len(kernel), np.shape(kernel)[np.ndim(kernel) // 2]
     if count != other:
@@ -69,11 +55,7 @@ def training_matrix(kernel: Any) -> Float[np.ndarray, "NC NC"]:
 
 
 def symmetric_matrix(kernel: Any) -> Float[np.ndarray, "NC NC"]:
-    """Return `training_matrix` of a symmetric kernel, with rounding errors averaged.
-
-    Raises:
-      UserError: as `training_matrix`; if it is not symmetric.
-    """
+    """Return `training_matrix` of a symmetric kernel, with rounding errors averaged."""
     result = training_matrix(kernel)
     gap = np.abs(result - result.T).max()
     if gap > ASYMMETRY * np.abs(result).max():
@@ -85,14 +67,9 @@ def symmetric_matrix(kernel: Any) -> Float[np.ndarray, "NC NC"]:
 
 
 def columns(values: Any, shape: tuple[int, ...]) -> Float[np.ndarray, "... NC Q"]:
-    """Return values [..., N, C] as right-hand sides of systems with `matrix(kernel)`.
+    """Return values [..., N, C] at the training examples as right-hand sides for `matrix`.
 
-    Args:
-      values: values at the training examples.
-      shape: shape of the kernel.
-
-    Returns:
-      [..., N * C, 1]; for a kernel [N, N], [..., N, C], with one column per output.
+    [..., N * C, 1]; for a kernel [N, N], [..., N, C], with one column per output.
     """
     values = np.asarray(values, np.float64)
     return values if len(shape) == 2 else values.reshape(*values.shape[:-2], -1, 1)
@@ -106,15 +83,7 @@ def rows(solution: Float[np.ndarray, "... NC Q"], num_outputs: int) -> Float[np.
 def evaluate(
     kernel: Any, coefficients: Float[np.ndarray, "... N C"]
 ) -> Float[np.ndarray, "... M C"]:
-    r"""Return $\sum_{nd} K_{mc,nd}\, \alpha_{nd}$.
-
-    Args:
-      kernel: [M, C, N, C], or [M, N] where outputs were traced.
-      coefficients: coefficients of the training examples.
-
-    Raises:
-      UserError: as `matrix`; if the kernel has other training examples or outputs.
-    """
+    r"""Return $\sum_{nd} K_{mc,nd}\, \alpha_{nd}$ of the coefficients of the training examples."""
     left, right = matrix(kernel), columns(coefficients, np.shape(kernel))
     if left.shape[1] != right.shape[-2]:
         raise UserError(
@@ -161,17 +130,7 @@ def regression_targets(labels: np.ndarray, outputs: int) -> Float[np.ndarray, "N
 def check_labels(
     labels: Any, num_classes: int, name: str = "labels", count: int | None = None
 ) -> Int[np.ndarray, " N"]:
-    """Return labels as an array.
-
-    Args:
-      labels: classes, from 0.
-      num_classes: how many there are.
-      name: name of the labels, for messages.
-      count: number of examples; None accepts any number.
-
-    Raises:
-      UserError: if a label is not a class, or there are not `count` labels.
-    """
+    """Return labels, classes from 0, as an array; `count=None` accepts any number of them."""
     array = np.asarray(labels)
     if not np.issubdtype(array.dtype, np.integer) or array.ndim != 1:
         raise UserError(
@@ -192,11 +151,7 @@ def check_labels(
 
 
 def check_targets(values: Any, kernel_shape: tuple[int, ...]) -> Float[np.ndarray, "N C"]:
-    """Return targets in float64.
-
-    Raises:
-      UserError: if their shape does not fit the kernel, or one is not finite.
-    """
+    """Return targets in float64, if their shape fits the kernel."""
     array = np.asarray(values, np.float64)
     outputs = kernel_shape[1] if len(kernel_shape) == 4 else array.shape[-1]
     return _check_values(array, (kernel_shape[0], outputs), "targets")
@@ -233,16 +188,11 @@ def log_probs(scores: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N K"]:
     """Return the log-softmax; a single output is the logit of class 1, and class 0 has logit 0."""
     if scores.shape[1] == 1:
         scores = np.concatenate([np.zeros_like(scores), scores], axis=1)
-    shifted = scores - scores.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return log_softmax(scores, axis=1)
 
 
 def offset(f0: Any, scale: float, shape: tuple[int, ...]) -> Float[np.ndarray, "N C"]:
-    """Return `f0 / scale`, zeros where the scale is infinite.
-
-    Raises:
-      UserError: if f0 is missing, has another shape or is not finite, or the scale is not positive.
-    """
+    """Return `f0 / scale`, zeros where the scale is infinite."""
     if not scale > 0:
         raise UserError(f"f0_scale: must be positive or inf (got {scale:g}). Correct it.")
     if f0 is None:

@@ -129,9 +129,7 @@ def asymmetric_svm(
       He, He, Shi, Huang, Suykens 2022, arXiv:2202.01397; Malladi et al. 2022, arXiv:2210.05643,
       whose code solves this for C = 1.
     """
-    system = _System(kernel, targets, gamma, f0, f0_scale)
-    none = np.zeros((2, system.outputs))
-    return system.fit(system.solve(system.y, system.y), none)
+    return _fit(kernel, targets, gamma, f0, f0_scale, bias=False)
 
 
 def asymmetric_svm_with_bias(
@@ -143,59 +141,45 @@ def asymmetric_svm_with_bias(
     equations gain b and b', and the conditions that α and β each sum to 0 over the examples.
     Arguments, result, errors and references are those of `asymmetric_svm`.
     """
-    system = _System(kernel, targets, gamma, f0, f0_scale)
-    ones = system.ones()
-    nothing = np.zeros_like(ones)
-    # Eliminate both constants: solve for their columns once, then for the constants themselves.
-    moved = np.concatenate([system.solve(ones, nothing), system.solve(nothing, ones)], axis=1)
-    both = np.block([[ones, nothing], [nothing, ones]])
-    plain = system.solve(system.y, system.y)
-    biases = np.linalg.solve(both.T @ moved, both.T @ plain)
-    shape = (2, system.outputs)
-    return system.fit(plain - moved @ biases, biases.reshape(shape))
+    return _fit(kernel, targets, gamma, f0, f0_scale, bias=True)
 
 
-class _System:
-    """The equations for one γ, solved through the singular vectors of K."""
+def _fit(
+    kernel: Any, targets: Any, gamma: float, f0: Any, f0_scale: float, *, bias: bool
+) -> AsymmetricFit:
+    """Solve the equations for one γ through the singular vectors of K."""
+    real("gamma", gamma, above=0)
+    K = kernel if isinstance(kernel, Factored) else factor(kernel)
+    targets = systems.check_targets(targets, K.shape)
+    count, outputs = targets.shape
+    f0_scale = math.inf if f0 is None else f0_scale
+    y = systems.columns(targets - systems.offset(f0, f0_scale, targets.shape), K.shape)
+    ridge, s = 1 / gamma, K.values[:, None]
+    size = np.abs([ridge + s, ridge - s])
+    condition = size.max() / size.min() if size.min() else np.inf
+    if condition > WORST_CONDITION:
+        raise SingularSystem(
+            f"gamma: 1/gamma is a singular value of the kernel (got {gamma:g}, condition "
+            f"{condition:.1e}). Give another gamma."
+        )
 
-    def __init__(self, kernel: Any, targets: Any, gamma: float, f0: Any, f0_scale: float):
-        real("gamma", gamma, above=0)
-        self.K = kernel if isinstance(kernel, Factored) else factor(kernel)
-        y = systems.check_targets(targets, self.K.shape)
-        self.outputs = y.shape[1]
-        self.f0_scale = math.inf if f0 is None else f0_scale
-        self.y = systems.columns(y - systems.offset(f0, self.f0_scale, y.shape), self.K.shape)
-        self.ridge, s = 1 / gamma, self.K.values
-        size = np.abs([self.ridge + s, self.ridge - s])
-        condition = size.max() / size.min() if size.min() else np.inf
-        if condition > WORST_CONDITION:
-            raise SingularSystem(
-                f"gamma: 1/gamma is a singular value of the kernel (got {gamma:g}, condition "
-                f"{condition:.1e}). Give another gamma."
-            )
-
-    def ones(self) -> np.ndarray:
-        """Return a column of ones per output, or a single one if all outputs share the kernel."""
-        rows = len(self.K.values)
-        if len(self.K.shape) == 2:
-            return np.ones((rows, 1))
-        return np.tile(np.eye(self.outputs), (rows // self.outputs, 1))
-
-    def solve(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    def solve(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Return (α, β), one above the other, for right-hand sides like y."""
-        s, ridge = self.K.values[:, None], self.ridge
-        u, v = self.K.left.T @ first, self.K.right @ second
+        u, v = K.left.T @ first, K.right @ second
         product = (ridge - s) * (ridge + s)
-        alpha = self.K.left @ ((ridge * u - s * v) / product)
-        beta = self.K.right.T @ ((ridge * v - s * u) / product)
+        alpha = K.left @ ((ridge * u - s * v) / product)
+        beta = K.right.T @ ((ridge * v - s * u) / product)
         return np.concatenate([alpha, beta])
 
-    def fit(self, solution: np.ndarray, biases: np.ndarray) -> AsymmetricFit:
-        alpha, beta = np.split(solution, 2)
-        return AsymmetricFit(
-            coefficients=systems.rows(beta, self.outputs),
-            flipped_coefficients=systems.rows(alpha, self.outputs),
-            bias=biases[0],
-            flipped_bias=biases[1],
-            f0_scale=self.f0_scale,
-        )
+    solution, biases = solve(y, y), np.zeros((2, outputs))
+    if bias:
+        # A column of ones for each output, or a single one if all outputs share the kernel.
+        ones = np.ones((count, 1)) if len(K.shape) == 2 else np.tile(np.eye(outputs), (count, 1))
+        nothing = np.zeros_like(ones)
+        # Eliminate both constants: solve for their columns once, then for the constants themselves.
+        moved = np.concatenate([solve(ones, nothing), solve(nothing, ones)], axis=1)
+        both = np.block([[ones, nothing], [nothing, ones]])
+        constants = np.linalg.solve(both.T @ moved, both.T @ solution)
+        solution, biases = solution - moved @ constants, constants.reshape(2, outputs)
+    alpha, beta = (systems.rows(half, outputs) for half in np.split(solution, 2))
+    return AsymmetricFit(beta, alpha, biases[0], biases[1], f0_scale)

@@ -1,9 +1,10 @@
 """A grid of fits, and the choice of one by validation."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -34,26 +35,13 @@ class Examples(NamedTuple):
 class GridPoint(NamedTuple):
     """One fit of a grid.
 
-    Attributes:
-      settings: settings of the solver.
-      scores: returns the scores [M, C] of examples.
-      leave_one_out: scores of each training example by the fit to the others; None if the solver
-        has no closed form for them.
+    `leave_one_out` has the scores of each training example by the fit to the others; None if the
+    solver has no closed form for them.
     """
 
     settings: dict[str, float]
     scores: Callable[[Examples], np.ndarray]
     leave_one_out: Float[np.ndarray, "N C"] | None = None
-
-
-class Solver(Protocol):
-    """A grid of fits."""
-
-    def grid(self, train: Examples, num_classes: int) -> Iterator[GridPoint]:
-        """Yield every fit; settings whose system has no solution are left out."""
-
-    def loss(self, scores: Float[np.ndarray, "M C"], labels: Int[Any, " M"]) -> float:
-        """Return the loss that decides between fits of the same accuracy; lower is better."""
 
 
 class Fit(NamedTuple):
@@ -78,8 +66,17 @@ class Fit(NamedTuple):
         return _accuracy(self.scores(examples), examples.labels)
 
 
+class _Regression:
+    """A solver of regression targets."""
+
+    def loss(self, scores: Float[np.ndarray, "M C"], labels: Int[Any, " M"]) -> float:
+        """Return the mean squared distance to the targets."""
+        wanted = systems.regression_targets(np.asarray(labels), scores.shape[1])
+        return float(np.mean(np.sum((scores - wanted) ** 2, axis=1)))
+
+
 @dataclass(frozen=True, kw_only=True)
-class Ridge:
+class Ridge(_Regression):
     """Kernel ridge regression of labels; see `jaxlm.kernels.ridge.ridge_path`.
 
     Attributes:
@@ -97,7 +94,7 @@ class Ridge:
             systems.targets(train.labels, systems.num_outputs(train.kernel, num_classes)),
             ridges=self.ridges,
             f0=train.f0,
-            f0_scales=self.f0_scales if train.f0 is not None else None,
+            f0_scales=self.f0_scales,
         )
         for r, value in enumerate(path.ridges):
             for s, scale in enumerate(path.f0_scales):
@@ -109,10 +106,6 @@ class Ridge:
                     lambda examples, one=one: one.predict(examples.kernel, examples.f0)[0, 0],  # type: ignore[misc]
                     path.leave_one_out[r, s],
                 )
-
-    def loss(self, scores: Float[np.ndarray, "M C"], labels: Int[Any, " M"]) -> float:
-        """Return the mean squared distance to the targets."""
-        return _squared_error(scores, labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,16 +123,13 @@ class Logistic:
     def grid(self, train: Examples, num_classes: int) -> Iterator[GridPoint]:
         """Yield every fit."""
         outputs = systems.num_outputs(train.kernel, num_classes)
+        solve: Callable[..., logistic.LogisticFit] = logistic.kernel_logistic
+        if outputs > 1:
+            solve = functools.partial(logistic.kernel_softmax, num_classes=outputs)
         for penalty in self.penalties:
             for scale in self.f0_scales if train.f0 is not None else (math.inf,):
                 options = {"penalty": penalty, "f0_scale": scale}
-                fitted = (
-                    logistic.kernel_logistic(train.kernel, train.labels, f0=train.f0, **options)
-                    if outputs == 1
-                    else logistic.kernel_softmax(
-                        train.kernel, train.labels, num_classes=outputs, f0=train.f0, **options
-                    )
-                )
+                fitted = solve(train.kernel, train.labels, f0=train.f0, **options)
                 yield GridPoint(
                     options,
                     lambda examples, fitted=fitted: fitted.predict(examples.kernel, examples.f0),  # type: ignore[misc]
@@ -152,7 +142,7 @@ class Logistic:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AsymmetricSvm:
+class AsymmetricSvm(_Regression):
     r"""The asymmetric least-squares SVM; see `jaxlm.kernels.lssvm`.
 
     Attributes:
@@ -190,10 +180,6 @@ class AsymmetricSvm:
                             examples.kernel, examples.flipped, weight=weight, f0=examples.f0
                         ),
                     )
-
-    def loss(self, scores: Float[np.ndarray, "M C"], labels: Int[Any, " M"]) -> float:
-        """Return the mean squared distance to the targets."""
-        return _squared_error(scores, labels)
 
 
 SOLVERS: dict[str, Any] = {"ridge": Ridge, "logistic": Logistic, "asymmetric_svm": AsymmetricSvm}
@@ -272,8 +258,3 @@ def spectrum(kernel: Any) -> tuple[int, int, tuple[tuple[int, int], ...]]:
 
 def _accuracy(scores: Any, labels: Any) -> float:
     return float(np.mean(systems.classes(scores) == np.asarray(labels)))
-
-
-def _squared_error(scores: np.ndarray, labels: Any) -> float:
-    wanted = systems.regression_targets(np.asarray(labels), scores.shape[1])
-    return float(np.mean(np.sum((scores - wanted) ** 2, axis=1)))
