@@ -74,14 +74,7 @@ class KernelConfig:
 
 
 class Case(NamedTuple):
-    """One model, one draw of examples and one optimizer.
-
-    Attributes:
-        task: the task with its k.
-        prompt: see `KernelConfig`.
-        seed: see `KernelConfig`.
-        training: the optimizer.
-    """
+    """One model, one draw of examples and one optimizer; `task` has its k."""
 
     task: TaskConfig
     prompt: bool
@@ -117,21 +110,11 @@ def kernel_study(
 ) -> list[dict[str, Any]]:
     """Write the report of every case that has none, and return all reports.
 
-    Args:
-        config: the study.
-        base_dir: folder in which relative paths of the task are looked up first.
-        mesh: of `jaxlm.sharding.make_mesh`; None for one device.
-        say: called with a line before each case.
-
-    Returns:
-        Reports as `jaxlm.studies.kernel_behaviour.record` returns them.
-
-    Raises:
-        UserError: if the folder holds a report of other settings, or as `kernel_behaviour_report`.
+    Reports are those of `jaxlm.studies.kernel_behaviour.record`. Relative paths of the task are
+    looked up in `base_dir` first. `say` is called with a line before each case.
     """
     folder, todo = Path(config.output), list(cases(config))
     found = {case.name: _stored(folder, config, case) for case in todo}
-    subject: Any = None
     kernels: Any = None
     draw = ""
     for number, case in enumerate(todo, start=1):
@@ -152,16 +135,8 @@ def kernel_study(
                 mesh=mesh,
             )
             kernels = Kernels(subject, folder / "kernels" / draw)
-        solvers = {"sgd": solve.SOLVERS[config.solver](), "signgd": solve.SOLVERS[config.solver]()}
-        report = measure(
-            subject,
-            case.training,
-            kernels,
-            task=case.task,
-            seed=case.seed,
-            solvers=solvers,
-            say=say,
-        )
+        solvers = {kind: solve.SOLVERS[config.solver]() for kind in ("sgd", "signgd")}
+        report = measure(kernels, case.training, seed=case.seed, solvers=solvers, say=say)
         made = {**record(report), "settings": _settings(config, case)}
         (folder / "reports").mkdir(parents=True, exist_ok=True)
         write_json(folder / "reports" / case.name, made)

@@ -12,7 +12,7 @@ from jaxlm.core import paths
 from jaxlm.kernels import KernelOptions, ntk, saved_ntk
 from jaxlm.kernels.empirical import DEFAULT
 from jaxlm.kernels.kinds import Kind
-from jaxlm.studies.kernel_task import KernelTask, Split
+from jaxlm.studies.kernel_task import KernelTask, Split, joined
 from jaxlm.train.state import Program
 
 
@@ -51,30 +51,27 @@ class Kernels:
     def of(self, kind: str, split: Split) -> np.ndarray:
         """Return the kernel of a split with the training examples, [M, C, N, C]."""
         params = self.task.lm.params
-        return self._remember(
-            (kind, split), lambda: self._compute(params, kind, split, self.folder)
-        )
+        return self._once((kind, split), lambda: self._compute(params, kind, split, self.folder))
 
     def flipped(self, kind: str, split: Split) -> np.ndarray:
         """Return the kernel of the training examples with a split, [N, C, M, C]."""
 
         def compute() -> np.ndarray:
             train, params = self.task.whole("train"), self.task.lm.params
-            parts = [
-                (places, self._ntk(params, kind, train, x, self._place(kind, split, i, "-flipped")))
-                for i, (places, x) in enumerate(self.task.groups(split))
-            ]
-            return _joined(parts, 2)
+            parts = []
+            for i, (places, x) in enumerate(self.task.groups(split)):
+                place = self.folder and self.folder / f"{kind}-{split}-{i}-flipped"
+                parts.append((places, self._ntk(params, kind, train, x, place)))
+            return joined(parts, 2)
 
-        return self._remember((kind, split, "flipped"), compute)
+        return self._once((kind, split, "flipped"), compute)
 
     def f0(self, split: Split) -> np.ndarray:
         """Return the function at a split, [M, C]."""
-
-        def compute() -> np.ndarray:
-            return self.task.values(Program(self.task.f), split, self.task.lm.params)
-
-        return self._remember(("f0", split), compute)
+        task = self.task
+        return self._once(
+            ("f0", split), lambda: task.values(Program(task.f), split, task.lm.params)
+        )
 
     def at(self, params: Any, kind: str, split: Split) -> np.ndarray:
         """Return the kernel at other parameters, as `of`, without keeping it."""
@@ -83,17 +80,12 @@ class Kernels:
     def _compute(self, params: Any, kind: str, split: Split, folder: Path | None) -> np.ndarray:
         train = self.task.whole("train")
         if split == "train":
-            place = self._place(kind, split) if folder else None
-            return self._ntk(params, kind, train, None, place)
-        parts = [
-            (places, self._ntk(params, kind, x, train, folder and self._place(kind, split, i)))
-            for i, (places, x) in enumerate(self.task.groups(split))
-        ]
-        return _joined(parts, 0)
-
-    def _place(self, kind: str, split: Split, group: int | None = None, end: str = "") -> Any:
-        number = "" if group is None else f"-{group}"
-        return self.folder and self.folder / f"{kind}-{split}{number}{end}"
+            return self._ntk(params, kind, train, None, folder and folder / f"{kind}-{split}")
+        parts = []
+        for i, (places, x) in enumerate(self.task.groups(split)):
+            place = folder and folder / f"{kind}-{split}-{i}"
+            parts.append((places, self._ntk(params, kind, x, train, place)))
+        return joined(parts, 0)
 
     def _ntk(self, params: Any, kind: str, x1: Any, x2: Any, place: Path | None) -> np.ndarray:
         settings = {"kind": self.kinds.get(kind, kind), **self.settings}
@@ -103,13 +95,7 @@ class Kernels:
         with report_write_errors(place):
             return to_host(saved_ntk(place, self.task.f, params, x1, x2, **settings))
 
-    def _remember(self, key: tuple[str, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
+    def _once(self, key: tuple[str, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
         if key not in self._known:
             self._known[key] = compute()
         return self._known[key]
-
-
-def _joined(parts: list[tuple[np.ndarray, np.ndarray]], axis: int) -> np.ndarray:
-    places = np.concatenate([each for each, _ in parts])
-    joined = np.concatenate([block for _, block in parts], axis=axis)
-    return np.take(joined, np.argsort(places), axis=axis)

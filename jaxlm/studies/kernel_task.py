@@ -22,6 +22,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.data import TaskConfig, Template, collate, load_task, prepare_for
 from jaxlm.evaluation import calibration_offsets
 from jaxlm.kernels.solve import classes
+from jaxlm.models import add_classifier
 from jaxlm.sharding import place_params, placed_like
 from jaxlm.studies.probe import InputOf, fit_rows, linear_probe, with_rows
 from jaxlm.train.load import load_model, with_head
@@ -48,6 +49,7 @@ class KernelTask:
     """A model and a few-shot task.
 
     Attributes:
+        config: the task, with the template that was used.
         lm: the model, with the parameters at which kernels are computed.
         encoded: a `jaxlm.data.EncodedTask`.
         f: `f(params, x, *, tap=None) -> [N, C]`, see `label_logits` and `label_difference`.
@@ -56,6 +58,7 @@ class KernelTask:
         description: the template and the label words, which define f.
     """
 
+    config: TaskConfig
     lm: Any
     encoded: Any
     f: Function
@@ -93,18 +96,19 @@ class KernelTask:
 
     def values(self, function: Callable[..., Any], split: Split, *params: Any) -> np.ndarray:
         """Return `function(*params, x)` of a split, for a compiled function that returns [N, C]."""
-        found: np.ndarray | None = None
-        for places, x in self.groups(split):
-            rows = np.asarray(function(*params, x))
-            if found is None:
-                found = np.zeros((len(self.labels(split)), rows.shape[1]), rows.dtype)
-            found[places] = rows
-        assert found is not None
-        return found
+        parts = [(places, np.asarray(function(*params, x))) for places, x in self.groups(split)]
+        return joined(parts, 0)
 
     def accuracy(self, scores: Float[np.ndarray, "N C"], split: Split) -> float:
         """Return the share of a split whose class is right."""
         return float(np.mean(classes(scores) == self.labels(split)))
+
+
+def joined(parts: list[tuple[np.ndarray, np.ndarray]], axis: int) -> np.ndarray:
+    """Join arrays of groups on an axis, in the order of the places of their examples."""
+    places = np.concatenate([places for places, _ in parts])
+    whole = np.concatenate([array for _, array in parts], axis=axis)
+    return np.take(whole, np.argsort(places), axis=axis)
 
 
 def label_logits(
@@ -112,10 +116,7 @@ def label_logits(
 ) -> Function:
     """Return `f(params, x, *, tap=None) -> [N, C]`, the logits of label words or of a classifier.
 
-    Args:
-        lm: the model.
-        token_ids: the label words' tokens.
-        offsets: subtracted from the logits, which does not change the kernel.
+    `offsets` are subtracted from the logits, which does not change the kernel.
     """
     words = np.asarray(token_ids)
 
@@ -138,10 +139,7 @@ def label_logits(
 def label_difference(
     lm: Any, token_ids: Int[Any, " 2"], offsets: Float[Any, " 2"] | None = None
 ) -> Function:
-    """Return `f(params, x, *, tap=None)`: the second label word's logit minus the first's, [N, 1].
-
-    Arguments are those of `label_logits`.
-    """
+    """Return `label_logits` as one number: the second label word's minus the first's, [N, 1]."""
     logits = label_logits(lm, token_ids, offsets)
 
     def f(params: Any, x: dict[str, Any], *, tap: Any = None) -> Array:
@@ -176,10 +174,6 @@ def kernel_task(
             validation texts, without their labels, from scores; ignored where a head is fitted.
         base_dir: folder in which relative paths of the task are looked up first.
         mesh: of the parameters; by default they stay where they are.
-
-    Raises:
-        UserError: if a split is missing, label words are several tokens each, or see `load_task`,
-            `load_model` and `prepare_for`.
     """
     lm = load_model(model, mesh=mesh) if model is None or isinstance(model, str | Path) else model
     config = task if prompt else dataclasses.replace(task, template=bare_template(task.template))
@@ -194,28 +188,33 @@ def kernel_task(
         raise UserError("task.labels: must be words of one token each. Choose others.")
     fitted = not prompt or lm.config.head not in ("lm", "mlm")
     if fitted and lm.config.kind == "encoder":
-        lm = _classifier(lm, encoded.labels, seed)
+        if lm.config.head == "mlm":
+            lm = add_classifier(lm, len(encoded.labels), jax.random.key(seed))
+        lm = with_head(lm, len(encoded.labels), seed=seed)
         encoded = encoded if prompt else _without_label(encoded)
         # The classifier is fitted from scratch, with its classes in the order of the task.
         order = np.arange(len(encoded.labels), dtype=np.int32)
         encoded = dataclasses.replace(encoded, token_ids=order)
-        lm = fit_classifier(lm, encoded)
     elif fitted:
         lm = with_rows(lm, encoded.token_ids, linear_probe(lm, encoded))
-    function = label_difference if len(encoded.labels) == 2 else label_logits
+    subject = KernelTask(config, lm, encoded, label_logits(lm, encoded.token_ids), prompt)
+    if fitted and lm.config.kind == "encoder":
+        lm = _fit_classifier(subject)
     if mesh is not None:
         lm = lm.replace(params=place_params(lm.params, mesh))
-    description = f"{config.template} | {', '.join(encoded.labels)} | {function.__name__}"
-    offsets = _offsets(lm, encoded) if calibrate and not fitted else None
-    f = function(lm, encoded.token_ids, offsets)
-    return KernelTask(lm, encoded, f, prompt, offsets, description)
-
-
-def _offsets(lm: Any, encoded: Any) -> Float[np.ndarray, " C"]:
-    task = KernelTask(lm, encoded, label_logits(lm, encoded.token_ids), True)
-    f = Program(task.f)
-    texts = [task.values(f, split, lm.params) for split in ("train", "validation")]
-    return calibration_offsets(np.concatenate(texts))
+    offsets = None
+    if calibrate and not fitted:
+        f = Program(subject.f)
+        texts = [subject.values(f, split, lm.params) for split in ("train", "validation")]
+        offsets = calibration_offsets(np.concatenate(texts))
+    function = label_difference if len(encoded.labels) == 2 else label_logits
+    return dataclasses.replace(
+        subject,
+        lm=lm,
+        f=function(lm, encoded.token_ids, offsets),
+        offsets=offsets,
+        description=f"{config.template} | {', '.join(encoded.labels)} | {function.__name__}",
+    )
 
 
 def bare_template(template: str) -> str:
@@ -231,17 +230,12 @@ def bare_template(template: str) -> str:
     return " ".join(f"{{{name}}}" for name in names) + " {label}"
 
 
-def fit_classifier(lm: Any, encoded: Any) -> Any:
-    """Return an encoder with scikit-learn's cross-validated logistic regression as its classifier.
-
-    Args:
-        lm: the model, with the head "classifier".
-        encoded: its task.
-    """
-    task = KernelTask(lm, encoded, label_logits(lm, encoded.token_ids), False)
+def _fit_classifier(task: KernelTask) -> Any:
+    """Return an encoder with the logistic regression of `fit_rows` as its classifier."""
+    lm, names = task.lm, task.encoded.labels
     read = Program(functools.partial(_classifier_input, lm))
     features = task.values(read, "train", lm.params)
-    rows, constant = fit_rows(features, task.labels("train"), names=encoded.labels, intercept=True)
+    rows, constant = fit_rows(features, task.labels("train"), names=names, intercept=True)
     old = lm.params["classifier"]
     fitted = {"kernel": rows.T, "bias": constant}
     new = {name: placed_like(fitted[name], old[name]) for name in old}
@@ -258,14 +252,6 @@ def _classifier_input(lm: Any, params: Any, x: dict[str, Any]) -> Array:
         tap=tap,
     )
     return jnp.asarray(tap.x, jnp.float32)
-
-
-def _classifier(lm: Any, labels: tuple[str, ...], seed: int) -> Any:
-    from jaxlm.models import add_classifier
-
-    if lm.config.head == "mlm":
-        return add_classifier(lm, len(labels), jax.random.key(seed))
-    return with_head(lm, len(labels), seed=seed)
 
 
 def _without_label(encoded: Any) -> Any:

@@ -60,14 +60,7 @@ class Training:
 
 
 class Tuned(NamedTuple):
-    """Fine-tuned parameters.
-
-    Attributes:
-        params: the best parameters on validation.
-        learning_rate: the learning rate that led to them.
-        step: the step after which they were reached.
-        validation: their validation accuracy.
-    """
+    """The best parameters on validation, what led to them, and their validation accuracy."""
 
     params: Any
     learning_rate: float

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,33 +16,26 @@ from jaxtyping import Float, Int
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.precision import Packed
+from jaxlm.data.rows import SplitName
+from jaxlm.evaluation import accuracy
+from jaxlm.train.state import Program
 from jaxlm.typing import Batch, Params
-
-Split = Literal["train", "validation", "test"]
 
 
 class LinearProbe(NamedTuple):
     """A probe, which scores the label words by `features @ rows.T + intercept`.
 
-    Attributes:
-        rows: [C, D], one row of the head for each label word.
-        intercept: [C]; zeros where the head has no bias.
-        accuracy: accuracy on each split that has examples.
-        peak_bytes: memory of the largest compiled program.
+    The intercept is zero where the head has no bias. Only splits with examples have an accuracy.
     """
 
     rows: Float[np.ndarray, "C D"]
     intercept: Float[np.ndarray, " C"]
-    accuracy: dict[Split, float]
+    accuracy: dict[SplitName, float]
     peak_bytes: int
 
 
 class InputOf:
-    """A tap that keeps the input of one parameter, which must be used outside the layer scan.
-
-    Attributes:
-        x: the input.
-    """
+    """A tap that keeps the input `x` of a parameter, which must be used outside the layer scan."""
 
     layers = None
 
@@ -57,14 +50,7 @@ class InputOf:
 
 
 def head_input(apply: Any, token_ids: Any, params: Params, batch: Batch) -> Any:
-    """Return the head's input where it predicts the label word, [B, D] in float32.
-
-    Args:
-        apply: the model's forward pass, `lm.apply`.
-        token_ids: the label words' tokens.
-        params: the model's parameters.
-        batch: as collated by `jaxlm.data` in the form "label_words".
-    """
+    """Return the head's input where it predicts the label word, [B, D] in float32."""
     tap = InputOf(lambda path, op: op == "head")
     apply(
         params,
@@ -84,15 +70,6 @@ def linear_probe(lm: Any, encoded: Any, *, batch_size: int = 64) -> LinearProbe:
     The strength of the l2 penalty is chosen by cross-validation within the training split, in five
     folds or as many as the rarest label allows. There is an intercept if the head has a bias, as
     in the code of Malladi et al. (arXiv:2305.17333): OPT has none, RoBERTa has one.
-
-    Args:
-        lm: a model with a language-modelling head.
-        encoded: a `jaxlm.data.EncodedTask` whose label words are one token each.
-        batch_size: examples in a forward pass.
-
-    Raises:
-        UserError: the model has no language-modelling head, a label word has several tokens, or a
-            label has fewer than two training examples.
     """
     if lm.config.head not in ("lm", "mlm"):
         raise UserError(
@@ -100,11 +77,8 @@ def linear_probe(lm: Any, encoded: Any, *, batch_size: int = 64) -> LinearProbe:
         )
     if encoded.token_ids is None:
         raise UserError("task.labels: must be words of one token each. Choose others.")
-    from jaxlm.evaluation import accuracy
-    from jaxlm.train.state import Program
-
     program = Program(functools.partial(head_input, lm.apply, encoded.token_ids))
-    splits: tuple[Split, ...] = ("train", "validation", "test")
+    splits: tuple[SplitName, ...] = ("train", "validation", "test")
     seen = {
         split: _features(program, lm, encoded, split, batch_size)
         for split in splits
@@ -129,15 +103,6 @@ def fit_rows(
     """Return rows and intercept of scikit-learn's cross-validated logistic regression.
 
     With two classes its one vector w becomes the rows -w/2 and w/2, whose difference is w.
-
-    Args:
-        features: inputs.
-        labels: classes.
-        names: label words, for error messages.
-        intercept: whether to fit an intercept.
-
-    Raises:
-        UserError: a label has fewer than two examples.
     """
     from sklearn.linear_model import LogisticRegressionCV
 
@@ -161,10 +126,7 @@ def fit_rows(
         model.fit(features, labels)
     rows, constant = np.asarray(model.coef_), np.broadcast_to(model.intercept_, len(model.coef_))
     if len(names) == 2:
-        rows, constant = (
-            np.concatenate([-rows, rows]) / 2,
-            np.concatenate([-constant, constant]) / 2,
-        )
+        rows, constant = (np.concatenate([-each, each]) / 2 for each in (rows, constant))
     return rows.astype(np.float32), constant.astype(np.float32)
 
 
@@ -172,9 +134,6 @@ def with_rows(lm: Any, token_ids: Int[Any, " C"], probe: LinearProbe) -> Any:
     """Return the model with the probe's rows as the head's rows of the label words.
 
     A head tied to the embedding table is untied, so that the embeddings do not change.
-
-    Raises:
-        UserError: the head is stored in 8 or 4 bits.
     """
     token_ids = np.asarray(token_ids)
     params, config = dict(lm.params), lm.config
@@ -191,15 +150,12 @@ def with_rows(lm: Any, token_ids: Int[Any, " C"], probe: LinearProbe) -> Any:
 
 
 def _features(
-    program: Any, lm: Any, encoded: Any, split: Split, batch_size: int
+    program: Any, lm: Any, encoded: Any, split: SplitName, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     labels = np.array([example.label for example in getattr(encoded, split)], np.int32)
-    features: np.ndarray | None = None
+    features: dict[int, np.ndarray] = {}
     for batch in encoded.eval_batches(split, batch_size=batch_size):
         index = batch.pop("index")
         found = np.asarray(program(lm.params, batch))
-        if features is None:
-            features = np.zeros((len(labels), found.shape[1]), np.float32)
-        features[index[index >= 0]] = found[index >= 0]
-    assert features is not None
-    return features, labels
+        features |= {i: row for i, row in zip(index.tolist(), found, strict=True) if i >= 0}
+    return np.stack([features[i] for i in range(len(labels))]), labels

@@ -70,21 +70,13 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     |---|----|
     | x | 1  |
     """
-    rows = [[cell(text) for text in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    # A bar would end a cell, and a line break its row.
+    cells = [[" ".join(t.replace("|", "\\|").splitlines()) for t in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
 
-    def line(cells: Sequence[str]) -> str:
-        padded = (text.ljust(width) for text, width in zip(cells, widths, strict=True))
-        return f"| {' | '.join(padded)} |"
-
+    lines = [
+        f"| {' | '.join(text.ljust(width) for text, width in zip(row, widths, strict=True))} |"
+        for row in cells
+    ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
-
-
-def cell(text: str) -> str:
-    r"""Return a text escaped for a cell of a Markdown table: no bars, no line breaks.
-
-    >>> cell("a|b")
-    'a\\|b'
-    """
-    return " ".join(text.replace("|", "\\|").splitlines())
+    return "\n".join([lines[0], rule, *lines[1:]])
