@@ -12,7 +12,7 @@ from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.data import shipped_task
 from jaxlm.kernels import AsymmetricSignGD, SignGD, empirical, saved
-from jaxlm.studies import kernel, kernel_training
+from jaxlm.studies import kernel, kernel_behaviour, kernel_training
 from jaxlm.studies.kernel_behaviour import (
     Nulls,
     kernel_behaviour_report,
@@ -360,6 +360,12 @@ def test_a_stopped_study_takes_its_kernels_from_disk(tmp_path, tiny_model, monke
     path = study(tmp_path, tiny_model)
     sgd = "{optimizer: {name: sgd, learning_rate: 0.1}, steps: 6, eval_every: 3, batch_size: 4}"
     words = ["--prompts=[true]", f"--training=[{sgd}]"]
+
+    def fine_tune(task, training, *, seed):  # trained for real in the slow tests
+        moved = jax.tree.map(lambda x: x + 0.1, task.lm.params)
+        return kernel_training.Tuned(moved, learning_rate=0.1, step=3, validation=0.5)
+
+    monkeypatch.setattr(kernel_behaviour, "fine_tune", fine_tune)
     assert main(["study", str(path), *words]) == 0
     report = tmp_path / "study" / "reports" / "prompt-k4-seed0-sgd.json"
     before = json.loads(report.read_text())
