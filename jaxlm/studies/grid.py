@@ -44,10 +44,15 @@ class GridConfig:
     output: str
 
     def __post_init__(self):
-        seeds(self, "seeds")
-        distinct("seeds", self.seeds)
-        object.__setattr__(self, "output", str(files.file_path(self.output, "output")))
+        check_seeds_and_output(self)
         no_seed_or_output(self.run, "run")
+
+
+def check_seeds_and_output(config: Any) -> None:
+    """Check these two keys of a study, and write the output's path in full."""
+    seeds(config, "seeds")
+    distinct("seeds", config.seeds)
+    object.__setattr__(config, "output", str(files.file_path(config.output, "output")))
 
 
 def no_seed_or_output(run: Mapping[str, Any], place: str) -> None:

@@ -28,9 +28,8 @@ from jaxlm.kernels.behaviour import (
     random_move,
     shuffled,
 )
-from jaxlm.studies.kernel_store import Kernels
 from jaxlm.studies.kernel_table import Nulls, Verdict, markdown, verdict
-from jaxlm.studies.kernel_task import kernel_task
+from jaxlm.studies.kernel_task import Kernels, kernel_task
 from jaxlm.studies.kernel_training import KERNELS, Training, Tuned, fine_tune
 from jaxlm.train.optimizers import Optimizer
 from jaxlm.train.state import Program

@@ -12,8 +12,8 @@ import numpy as np
 from jaxlm.kernels import load_kernel
 from jaxlm.kernels.solve.linear_systems import training_matrix
 from jaxlm.studies.figures import new_axes, save_figure
-from jaxlm.studies.kernel_store import draw_name
 from jaxlm.studies.kernel_table import NAMES, WITHIN, rows
+from jaxlm.studies.kernel_task import draw_name
 
 
 def heat_map(kernel: Any, labels: Any, *, names: Sequence[str] = (), axes: Any = None) -> Any:

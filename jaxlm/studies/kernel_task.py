@@ -1,4 +1,4 @@
-"""A task as kernels and their solvers need it: a function of parameters and arrays, and labels.
+"""A task as kernels and their solvers need it: a function, labels, and the stored kernels.
 
 With a prompt, the function returns the pretrained head's logits of the label words. Without one the
 model reads the bare text, and a linear head is fitted first, since the kernel of a random head says
@@ -6,8 +6,7 @@ nothing about the model (Malladi et al. 2022, arXiv:2210.05643).
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,15 +17,22 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from jaxlm.artifacts.files import report_write_errors
+from jaxlm.artifacts.processes import to_host
+from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.data import TaskConfig, Template, collate, load_task, prepare_for
 from jaxlm.evaluation import calibration_offsets
+from jaxlm.kernels import KernelOptions, ntk, saved_ntk
+from jaxlm.kernels.empirical import DEFAULT
+from jaxlm.kernels.kinds import Kind
 from jaxlm.kernels.solve import classes
 from jaxlm.models import add_classifier
 from jaxlm.sharding import place_params, placed_like
-from jaxlm.studies.probe import InputOf, fit_rows, linear_probe, with_rows
+from jaxlm.studies.probe import fit_rows, input_of, linear_probe, with_rows
 from jaxlm.train.load import load_model, with_head
 from jaxlm.train.state import Program
+from jaxlm.typing import Params
 
 Split = Literal["train", "validation", "test"]
 Function = Callable[..., Float[Array, "N C"]]
@@ -233,25 +239,17 @@ def bare_template(template: str) -> str:
 def _fit_classifier(task: KernelTask) -> Any:
     """Return an encoder with the logistic regression of `fit_rows` as its classifier."""
     lm, names = task.lm, task.encoded.labels
-    read = Program(functools.partial(_classifier_input, lm))
-    features = task.values(read, "train", lm.params)
+
+    def read(params: Params, x: dict[str, Any]) -> Array:
+        x = {name: x[name] for name in x if name != "positions"}
+        return input_of(lm.apply, lambda path, op: path == "classifier.kernel", params, x)
+
+    features = task.values(Program(read), "train", lm.params)
     rows, constant = fit_rows(features, task.labels("train"), names=names, intercept=True)
     old = lm.params["classifier"]
     fitted = {"kernel": rows.T, "bias": constant}
     new = {name: placed_like(fitted[name], old[name]) for name in old}
     return lm.replace(params={**lm.params, "classifier": new})
-
-
-def _classifier_input(lm: Any, params: Any, x: dict[str, Any]) -> Array:
-    tap = InputOf(lambda path, op: path == "classifier.kernel")
-    lm.apply(
-        params,
-        x["input_ids"],
-        x["attention_mask"],
-        token_type_ids=x.get("token_type_ids"),
-        tap=tap,
-    )
-    return jnp.asarray(tap.x, jnp.float32)
 
 
 def _without_label(encoded: Any) -> Any:
@@ -276,3 +274,88 @@ def _without_label(encoded: Any) -> Any:
         for split in ("train", "validation", "test")
     }
     return dataclasses.replace(encoded, **parts)
+
+
+def draw_name(prompt: bool, k: int | None, seed: int) -> str:
+    """Return the name of a prompt and of the examples that a seed draws.
+
+    >>> draw_name(True, 16, 0)
+    'prompt-k16-seed0'
+    """
+    return f"{'prompt' if prompt else 'no-prompt'}-k{k}-seed{seed}"
+
+
+class Kernels:
+    """Kernels at the pretrained parameters of a task's model.
+
+    Attributes:
+        task: model and examples.
+        folder: where they are stored, each with a manifest; None keeps them in memory.
+        kinds: name to a `kind` of `jaxlm.kernels.ntk`, for kinds with settings of their own.
+        select, options: of `jaxlm.kernels.ntk`.
+    """
+
+    def __init__(
+        self,
+        task: KernelTask,
+        folder: Path | None = None,
+        *,
+        kinds: Mapping[str, Kind] | None = None,
+        select: paths.Select = None,
+        options: KernelOptions = DEFAULT,
+    ):
+        self.task, self.folder, self.kinds = task, folder, kinds or {}
+        self.settings: dict[str, Any] = {"select": select, "options": options}
+        self._known: dict[tuple[str, ...], np.ndarray] = {}
+
+    def of(self, kind: str, split: Split) -> np.ndarray:
+        """Return the kernel of a split with the training examples, [M, C, N, C]."""
+        params = self.task.lm.params
+        return self._once((kind, split), lambda: self._compute(params, kind, split, self.folder))
+
+    def flipped(self, kind: str, split: Split) -> np.ndarray:
+        """Return the kernel of the training examples with a split, [N, C, M, C]."""
+
+        def compute() -> np.ndarray:
+            train, params = self.task.whole("train"), self.task.lm.params
+            parts = []
+            for i, (places, x) in enumerate(self.task.groups(split)):
+                place = self.folder and self.folder / f"{kind}-{split}-{i}-flipped"
+                parts.append((places, self._ntk(params, kind, train, x, place)))
+            return joined(parts, 2)
+
+        return self._once((kind, split, "flipped"), compute)
+
+    def f0(self, split: Split) -> np.ndarray:
+        """Return the function at a split, [M, C]."""
+        task = self.task
+        return self._once(
+            ("f0", split), lambda: task.values(Program(task.f), split, task.lm.params)
+        )
+
+    def at(self, params: Any, kind: str, split: Split) -> np.ndarray:
+        """Return the kernel at other parameters, as `of`, without keeping it."""
+        return self._compute(params, kind, split, None)
+
+    def _compute(self, params: Any, kind: str, split: Split, folder: Path | None) -> np.ndarray:
+        train = self.task.whole("train")
+        if split == "train":
+            return self._ntk(params, kind, train, None, folder and folder / f"{kind}-{split}")
+        parts = []
+        for i, (places, x) in enumerate(self.task.groups(split)):
+            place = folder and folder / f"{kind}-{split}-{i}"
+            parts.append((places, self._ntk(params, kind, x, train, place)))
+        return joined(parts, 0)
+
+    def _ntk(self, params: Any, kind: str, x1: Any, x2: Any, place: Path | None) -> np.ndarray:
+        settings = {"kind": self.kinds.get(kind, kind), **self.settings}
+        if place is None:
+            return to_host(ntk(self.task.f, params, x1, x2, **settings))
+        settings["template"] = self.task.description
+        with report_write_errors(place):
+            return to_host(saved_ntk(place, self.task.f, params, x1, x2, **settings))
+
+    def _once(self, key: tuple[str, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]

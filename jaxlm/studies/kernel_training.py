@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.checks import whole
+from jaxlm.core.checks import one_of, real, whole
 from jaxlm.core.errors import UserError
 from jaxlm.kernels.solve import Logistic
 from jaxlm.studies.kernel_task import KernelTask
@@ -50,13 +49,8 @@ class Training:
         whole(self, "steps", "eval_every", most=MOST_STEPS)
         whole(self, "batch_size", most=MOST_ROWS)
         for rate in self.learning_rates:
-            if not 0 <= rate < math.inf:
-                raise UserError(f"learning_rates: must be 0 or more (got {rate:g}). Correct it.")
-        if self.optimizer.name not in KERNELS:
-            raise UserError(
-                f"optimizer.name: no kernel is known for it (got {self.optimizer.name}). Choose "
-                f"one of {', '.join(KERNELS)}."
-            )
+            real("learning_rates", rate, least=0)
+        one_of("optimizer.name", self.optimizer.name, KERNELS)
 
 
 class Tuned(NamedTuple):

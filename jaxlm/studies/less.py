@@ -25,7 +25,6 @@ from jax.sharding import Mesh
 
 from jaxlm.artifacts.arrays import fingerprint
 from jaxlm.artifacts.config import load
-from jaxlm.artifacts.files import file_path
 from jaxlm.artifacts.folder import inputs_digest, stage
 from jaxlm.core.checks import distinct, dtype_name, number, one_of, seeds, whole
 from jaxlm.core.errors import UserError
@@ -33,7 +32,7 @@ from jaxlm.cost.device import Device
 from jaxlm.data.messages import MessageTemplate
 from jaxlm.data.rows import digest
 from jaxlm.influence import GradientStore, score
-from jaxlm.studies.grid import Result, Say
+from jaxlm.studies.grid import Result, Say, check_seeds_and_output
 from jaxlm.studies.less_choice import (
     METHODS,
     counts,
@@ -101,17 +100,16 @@ class SelectionConfig:
 
     def __post_init__(self):
         number(self, "warmup_fraction", "fraction", above=0, most=1)
-        seeds(self, "seeds", "pool_seed")
+        seeds(self, "pool_seed")
         whole(self, "max_length")
         whole(self, "eval_batch_size", most=MOST_ROWS)
         object.__setattr__(self, "param_dtype", dtype_name(self.param_dtype))
         distinct("methods", self.methods)
-        distinct("seeds", self.seeds)
         for name in self.methods:
             one_of("methods", name, METHODS)
         if not any(source.given for source in self.sources.values()):
             raise UserError("sources: there is nothing to read. Give a source.")
-        object.__setattr__(self, "output", str(file_path(self.output, "output")))
+        check_seeds_and_output(self)
 
     def reader(self, lm: Any, base_dir: Path | None) -> Reader:
         """Return what reads the sources and the target for a model."""
@@ -129,20 +127,13 @@ def selection_study(
 ) -> dict[str, Any]:
     """Do every stage that is not finished, and return the results.
 
-    Args:
-        config: the study.
-        base_dir: folder for relative paths of sources and target, tried before the working
-            directory.
-        mesh: a mesh from `jaxlm.sharding.make_mesh`; None for one device. Features are computed on
-            all devices of every process, with a copy of the parameters on each.
-        say: called with a line for each stage.
+    Relative paths of sources and target are looked up in `base_dir` first. Features are computed on
+    all devices of every process of a mesh, with a copy of the parameters on each. `say` is called
+    with a line for each stage.
 
     Returns:
         `{"pool", "runs"}`: the rows to choose from, and the choice and the metric of every seed
         and method.
-
-    Raises:
-        UserError: a source or the target cannot be read, or a stage fails.
     """
     study = _Study(config, base_dir, mesh, say)
     runs = [study.run(seed, method) for seed in config.seeds for method in config.methods]
@@ -382,13 +373,8 @@ def run(
 def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each method, with means over the seeds.
 
-    Args:
-        found: as `jaxlm.studies.less.selection_study` returns it.
-
-    Returns:
-        `{"method", "rows", "sources", "noise", "mean", "std", "by_seed"}`: number of chosen rows,
-        the share of each source and of noise among them, and the target's metric. The first row
-        describes all rows, with the metric before training.
+    A row has the number of chosen rows, the share of each source and of noise among them, and the
+    target's metric. The first one describes all rows, with the metric before training.
     """
     pool = found["pool"]
     first = {**pool, "method": "no training", "value": pool["before"]}

@@ -86,21 +86,11 @@ def store_features(
 ) -> dict[str, Any]:
     """Write the features of rows that are not in the store yet.
 
-    Args:
-        folder: folder of `store/` and `info.jsonl`, with a line {id, loss, norm, eps_share,
-            skipped} per row. Each of several processes computes and writes a part of the rows.
-        losses: `row_losses` of the model; pass the same function each time, to compile it once.
-        rows: rows to compute features of.
-        epoch: parameters and optimizer state.
-        features: projection and encoding.
-        recipe: recipe with the constants of Adam.
-        number: number of the epoch.
-        adam: whether features are Adam's direction (training rows) or the gradient (target).
-        pad_id: padding token.
-
-    Returns:
-        The number of rows, the number of rows without a gradient, and the mean share of coordinates
-        where eps dominates.
+    The folder has `store/` and `info.jsonl`, with a line {id, loss, norm, eps_share, skipped} per
+    row. Each of several processes computes and writes a part of the rows. Features are Adam's
+    direction (`adam`, training rows) or the gradient (target). Pass the same `losses` each time, to
+    compile them once. Returns the number of rows, of rows without a gradient, and the mean share of
+    coordinates where eps dominates.
     """
     padded = PaddedRows(rows.rows, pad_id, "targets")
     project = projector(features.family, features.dim, features.seed)

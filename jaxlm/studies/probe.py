@@ -5,7 +5,6 @@ probe is also a model.
 """
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from jaxtyping import Float, Int
 from jaxlm.core.errors import UserError
 from jaxlm.core.precision import Packed
 from jaxlm.data.rows import SplitName
-from jaxlm.evaluation import accuracy
+from jaxlm.evaluation import accuracy, score_split
 from jaxlm.train.state import Program
 from jaxlm.typing import Batch, Params
 
@@ -34,8 +33,8 @@ class LinearProbe(NamedTuple):
     peak_bytes: int
 
 
-class InputOf:
-    """A tap that keeps the input `x` of a parameter, which must be used outside the layer scan."""
+class _InputOf:
+    """A tap that keeps the input `x` of one operation, which must be outside the layer scan."""
 
     layers = None
 
@@ -49,18 +48,13 @@ class InputOf:
         return y
 
 
-def head_input(apply: Any, token_ids: Any, params: Params, batch: Batch) -> Any:
-    """Return the head's input where it predicts the label word, [B, D] in float32."""
-    tap = InputOf(lambda path, op: op == "head")
-    apply(
-        params,
-        jnp.asarray(batch["input_ids"]),
-        jnp.asarray(batch["attention_mask"]),
-        token_type_ids=batch.get("token_type_ids"),
-        positions=jnp.asarray(batch["positions"]),
-        token_ids=jnp.asarray(token_ids),
-        tap=tap,
-    )
+def input_of(apply: Any, wanted: Callable[[str, str], bool], params: Params, batch: Batch) -> Any:
+    """Return the input [B, D] of the head or the classifier, in float32."""
+    tap = _InputOf(wanted)
+    names = ("token_type_ids", "positions", "token_ids")
+    where = {name: jnp.asarray(batch[name]) for name in names if name in batch}
+    ids, mask = jnp.asarray(batch["input_ids"]), jnp.asarray(batch["attention_mask"])
+    apply(params, ids, mask, tap=tap, **where)
     return tap.x.astype(jnp.float32)
 
 
@@ -77,10 +71,15 @@ def linear_probe(lm: Any, encoded: Any, *, batch_size: int = 64) -> LinearProbe:
         )
     if encoded.token_ids is None:
         raise UserError("task.labels: must be words of one token each. Choose others.")
-    program = Program(functools.partial(head_input, lm.apply, encoded.token_ids))
+
+    def read(params: Params, batch: Batch) -> Any:
+        batch = {**batch, "token_ids": encoded.token_ids}
+        return input_of(lm.apply, lambda path, op: op == "head", params, batch)
+
+    program = Program(read)
     splits: tuple[SplitName, ...] = ("train", "validation", "test")
     seen = {
-        split: _features(program, lm, encoded, split, batch_size)
+        split: score_split(program, lm.params, encoded, split, batch_size=batch_size)
         for split in splits
         if getattr(encoded, split)
     }
@@ -147,15 +146,3 @@ def with_rows(lm: Any, token_ids: Int[Any, " C"], probe: LinearProbe) -> Any:
         new["bias"] = old["bias"].at[token_ids].set(probe.intercept.astype(old["bias"].dtype))
     params["lm_head"] = new
     return lm.replace(params=params, config=dataclasses.replace(config, tie_embeddings=False))
-
-
-def _features(
-    program: Any, lm: Any, encoded: Any, split: SplitName, batch_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    labels = np.array([example.label for example in getattr(encoded, split)], np.int32)
-    features: dict[int, np.ndarray] = {}
-    for batch in encoded.eval_batches(split, batch_size=batch_size):
-        index = batch.pop("index")
-        found = np.asarray(program(lm.params, batch))
-        features |= {i: row for i, row in zip(index.tolist(), found, strict=True) if i >= 0}
-    return np.stack([features[i] for i in range(len(labels))]), labels

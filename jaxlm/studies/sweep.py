@@ -170,20 +170,10 @@ def sweep(
     mesh: Mesh | None = None,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Do every run that is not finished, and return the table of all runs.
+    """Do every run that is not finished, and return the table of all runs, see `table`.
 
-    Args:
-        candidates: see `Candidate`; those of one method are adjacent.
-        base_dir: folder for relative paths of the task, tried before the working directory.
-        mesh: mesh of all runs; None for one device.
-        say: called with a line before each run.
-
-    Returns:
-        See `table`.
-
-    Raises:
-        UserError: a task has no validation data, a folder holds another run, or all runs failed; or
-            whatever a run raises, except `Diverged`.
+    Candidates of one method must be adjacent. Relative paths of the task are looked up in
+    `base_dir` first. `say` is called with a line before each run.
     """
     for each in candidates:
         for config in each.runs:
@@ -203,12 +193,9 @@ def sweep(
 def table(candidates: Sequence[Candidate], results: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
     """Choose settings on validation, and collect the results of each candidate, one for each seed.
 
-    Returns:
-        `{"metric", "seeds", "methods", "points"}`. A method has its test result with the setting
-        chosen for each seed (`test`) and with the setting of the best mean validation result
-        (`one_setting`), each {mean, std, by_seed}; std is the sample standard deviation, None for
-        one seed. Passes and seconds are means over the chosen runs, memory is their maximum. A
-        point has the results of its runs, and why runs failed.
+    A method has its test result with the setting chosen for each seed (`test`) and with the setting
+    of the best mean validation result (`one_setting`). Passes and seconds are means over the chosen
+    runs, memory is their maximum. A point has the results of its runs, and why runs failed.
     """
     ended = [result for each in results for result in each if result.summary]
     if not ended:
