@@ -28,7 +28,7 @@ from jaxlm.kernels.behaviour import (
     random_move,
     shuffled,
 )
-from jaxlm.studies.kernel_table import Nulls, Verdict, markdown, verdict
+from jaxlm.studies.kernel_table import markdown
 from jaxlm.studies.kernel_task import Kernels, kernel_task
 from jaxlm.studies.kernel_training import KERNELS, Training, Tuned, fine_tune
 from jaxlm.train.optimizers import Optimizer
@@ -112,17 +112,6 @@ class Report(NamedTuple):
     null_linearized: float
     kernels: tuple[KernelResult, ...]
     seconds: float
-
-    def verdict(self, kernel: KernelResult) -> Verdict:
-        """Return the criteria for one of the kernels."""
-        return verdict(
-            self.zero_shot,
-            self.fine_tuned,
-            self.linearized,
-            kernel.test,
-            kernel.change.mean,
-            Nulls(self.gain_p, kernel.null, self.null_linearized, kernel.control.mean),
-        )
 
     def __str__(self) -> str:
         return markdown([record(self)])

@@ -23,8 +23,7 @@ from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.data import TaskConfig, Template, collate, load_task, prepare_for
 from jaxlm.evaluation import calibration_offsets
-from jaxlm.kernels import KernelOptions, ntk, saved_ntk
-from jaxlm.kernels.empirical import DEFAULT
+from jaxlm.kernels import ntk, saved_ntk
 from jaxlm.kernels.kinds import Kind
 from jaxlm.kernels.solve import classes
 from jaxlm.models import add_classifier
@@ -292,7 +291,7 @@ class Kernels:
         task: model and examples.
         folder: where they are stored, each with a manifest; None keeps them in memory.
         kinds: name to a `kind` of `jaxlm.kernels.ntk`, for kinds with settings of their own.
-        select, options: of `jaxlm.kernels.ntk`.
+        select: of `jaxlm.kernels.ntk`.
     """
 
     def __init__(
@@ -302,10 +301,9 @@ class Kernels:
         *,
         kinds: Mapping[str, Kind] | None = None,
         select: paths.Select = None,
-        options: KernelOptions = DEFAULT,
     ):
         self.task, self.folder, self.kinds = task, folder, kinds or {}
-        self.settings: dict[str, Any] = {"select": select, "options": options}
+        self.select = select
         self._known: dict[tuple[str, ...], np.ndarray] = {}
 
     def of(self, kind: str, split: Split) -> np.ndarray:
@@ -348,7 +346,7 @@ class Kernels:
         return joined(parts, 0)
 
     def _ntk(self, params: Any, kind: str, x1: Any, x2: Any, place: Path | None) -> np.ndarray:
-        settings = {"kind": self.kinds.get(kind, kind), **self.settings}
+        settings: dict[str, Any] = {"kind": self.kinds.get(kind, kind), "select": self.select}
         if place is None:
             return to_host(ntk(self.task.f, params, x1, x2, **settings))
         settings["template"] = self.task.description

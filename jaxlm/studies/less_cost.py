@@ -18,7 +18,7 @@ from jaxlm.models import ModelConfig, param_shapes
 from jaxlm.peft import Lora
 from jaxlm.studies.less import SelectionConfig, read_sides
 from jaxlm.studies.less_rows import Source, Target
-from jaxlm.studies.tables import aligned
+from jaxlm.studies.tables import aligned, size
 from jaxlm.train.load import load_model
 
 LLAMA_7B = ModelConfig(
@@ -167,11 +167,11 @@ def markdown(plan: Plan, device: Device) -> str:
     """Return the costs as a Markdown table that is also aligned for a terminal."""
     model, sizes, config = plan
     peft = config.recipe.peft
-    size = sum(math.prod(shape) for shape in param_shapes(model).values())
+    parameters = sum(math.prod(shape) for shape in param_shapes(model).values())
     peak = device.flops / device.utilisation
     said = (
         f"{sizes.examples:,} rows of {sizes.tokens} tokens and {sizes.targets:,} target examples; "
-        f"{model.family} of {size / 1e9:.3g} G parameters, LoRA of rank {peft.rank} with "
+        f"{model.family} of {parameters / 1e9:.3g} G parameters, LoRA of rank {peft.rank} with "
         f"{adapter_size(model, peft):,}; {device.name} of {peak / 1e12:g} TFLOP/s at "
         f"{100 * device.utilisation:g} %; seeds: {len(config.seeds)}. Last column: what LESS "
         "(arXiv:2402.04333) reports for 270,679 rows on one A100."
@@ -180,7 +180,7 @@ def markdown(plan: Plan, device: Device) -> str:
     found = costs(plan)
     total = Cost("total", sum(c.flops for c in found), sum(c.bytes for c in found))
     cells = [
-        (c.stage, f"{c.flops:.2e}", _bytes(c.bytes), _hours(c.flops / rate), c.paper)
+        (c.stage, f"{c.flops:.2e}", size(c.bytes), _hours(c.flops / rate), c.paper)
         for c in (*found, total)
     ]
     return f"{said}\n\n{aligned(('stage', 'FLOPs', 'on disk', 'hours', 'paper'), cells)}"
@@ -200,18 +200,6 @@ def plan_of(config: SelectionConfig, *, base_dir: Path | None = None) -> Plan:
         target_tokens=-(-lengths[1] // len(target.rows)),
     )
     return Plan(lm.config, sizes, config)
-
-
-def _bytes(count: float | int) -> str:
-    """Return bytes as text with a decimal unit.
-
-    >>> _bytes(17.7e9)
-    '17.7 GB'
-    """
-    unit = 0
-    while count >= 1000 and unit < 4:
-        count, unit = count / 1000, unit + 1
-    return f"{count:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
 
 def _hours(hours: float) -> str:

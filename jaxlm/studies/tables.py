@@ -80,3 +80,15 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def size(count: float | int) -> str:
+    """Return a number of bytes as text, in powers of 1000.
+
+    >>> size(17_700_000_000)
+    '17.7 GB'
+    """
+    unit = 0
+    while count >= 999.5 and unit < 5:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.3g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[unit]}"
