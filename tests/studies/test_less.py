@@ -389,7 +389,9 @@ def test_a_study_from_rows_to_table(tiny_model, folder, tmp_path, monkeypatch) -
 
     monkeypatch.setattr(less, "train", train_once)
     methods = ("less", "random", "matched", "bm25", "representation")
-    study = config(tmp_path, tiny_model, methods=methods)
+    # All rows in one block; several are written below, where writing is stopped.
+    features = dataclasses.replace(FEATURES, block_size=None)
+    study = config(tmp_path, tiny_model, methods=methods, features=features)
     said: list[str] = []
     found = selection_study(study, base_dir=folder, say=said.append)
     assert "source none has no task.train: it is left out" in said
