@@ -95,7 +95,7 @@ class Cost(NamedTuple):
 def adapter_size(model: ModelConfig, peft: Lora) -> int:
     """Return the number of parameters of the adapters.
 
-    >>> adapter_size(LLAMA_7B, Recipe().peft)
+    >>> adapter_size(LLAMA_7B, PAPER.recipe.peft)
     134217728
     """
     takes = path_predicate(peft.targets)
