@@ -161,7 +161,7 @@ def test_a_function_that_is_linear_in_what_is_trained_has_kernel_behaviour(tmp_p
     report = measure(kernels, training, seed=0)
     assert report.linearized == report.fine_tuned
     (kernel,) = report.kernels
-    assert (kernel.kind, kernel.change) == ("sgd", (0.0, 0.0, 0.0, pytest.approx(1.0)))
+    assert (kernel.kind, kernel.change) == ("sgd", (0.0, 0.0, 0.0, pytest.approx(1.0), 0.0))
     expected = 1.0 if report.fine_tuned > report.zero_shot else None
     assert report.recovered == expected
     # The kernel is of hidden states: a row's gradient is minus the other's.
