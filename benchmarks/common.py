@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 
 PACKAGES = ("jax", "jaxlib", "jaxlm", "numpy", "optax", "flax", "torch", "transformers")
 
@@ -44,6 +45,19 @@ def compiled(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
     start = time.perf_counter()
     program = function.lower(*args).compile()
     return program, time.perf_counter() - start
+
+
+def gradient_step(
+    tx: optax.GradientTransformation, loss_fn: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return `step(params, state, batch) -> (params, state, loss)` by backpropagation."""
+
+    def step(params, state, batch):
+        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    return step
 
 
 def peak_bytes(program: Any) -> int:

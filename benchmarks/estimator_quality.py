@@ -62,16 +62,10 @@ class Problem:
 def after_adam(problem: Problem, steps: int) -> Tree:
     """Return the parameters after some steps of Adam."""
     tx = optax.adam(3e-4)
-
-    @jax.jit
-    def step(params, state, batch):
-        grads = jax.grad(problem.objective, has_aux=True)(params, batch)[0]
-        updates, state = tx.update(grads, state)
-        return optax.apply_updates(params, updates), state
-
+    step = jax.jit(common.gradient_step(tx, problem.objective))
     params, state = problem.lm.params, tx.init(problem.lm.params)
     for i in range(steps):
-        params, state = step(params, state, problem.batch(1 + i))
+        params, state, _ = step(params, state, problem.batch(1 + i))
     return params
 
 

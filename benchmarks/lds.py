@@ -46,7 +46,7 @@ from benchmarks import common
 from jaxlm import influence, peft
 from jaxlm.core import paths
 from jaxlm.data import PaddedRows, task_config
-from jaxlm.studies.less_rows import PoolRow, Source, Target, read_source, read_target
+from jaxlm.studies.less_rows import PoolRow, Reader, Source, Target
 from jaxlm.train.losses import row_losses
 
 EPOCHS, BATCH = 4, 16
@@ -63,13 +63,13 @@ class Problem:
 
     def __init__(self, rows: int, targets: int):
         self.lm = jaxlm.from_pretrained()
-        words: dict[str, Any] = {"template": "tulu", "max_length": LENGTH, "seed": 0}
+        reader = Reader(self.lm, LENGTH)
         self.rows: list[PoolRow] = []
         for name in ("mr", "subj"):
             source = Source(task=task_config({"name": name}), rows=rows // 2)
-            self.rows += read_source(name, source, self.lm, **words).rows
+            self.rows += reader.source(name, source).rows
         target = Target(task=task_config({"name": "mr"}), rows=targets)
-        self.targets = list(read_target(target, self.lm, **words).rows)
+        self.targets = list(reader.target(target).rows)
         self.train, self.target = (self._whole(side) for side in (self.rows, self.targets))
         self.losses = row_losses(self.adapted(0))
         self.answers, self.target_answers = answer_words(self.rows, self.targets)

@@ -11,9 +11,6 @@ last line is one JSON object.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -58,14 +55,9 @@ def program(name: str, config: ModelConfig) -> tuple[Callable[..., Any], Tree, T
     if isinstance(method, zo.ZerothOrderOptimizer):
         state = jax.eval_shape(method.init, params, jax.random.key(0))
         return zo.jit_step(method, loss_fn), params, state, batch
-
-    def step(params, state, batch):
-        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
-        updates, state = method.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
     state = jax.eval_shape(method.init, params)
-    return jax.jit(step, donate_argnums=(0, 1)), params, state, batch
+    step = jax.jit(common.gradient_step(method, loss_fn), donate_argnums=(0, 1))
+    return step, params, state, batch
 
 
 def compiled_rows(
@@ -120,9 +112,7 @@ def resident_rows() -> list[dict[str, Any]]:
     """Return a row for each method, each measured in a process of its own."""
     rows: list[dict[str, Any]] = []
     for name in METHODS:
-        command = [sys.executable, "-m", "benchmarks.mezo_memory", "--resident", name]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        found = json.loads(output.splitlines()[-1])
+        found = common.in_fresh_process(f"mezo_memory.resident({name!r})")
         taken = found["after_MB"] - found["before_MB"]
         first = rows[0]["taken_MB"] if rows else taken
         row = {"shape": "OPT-125M, resident", "method": name, **found, "taken_MB": taken}
@@ -134,11 +124,7 @@ def main() -> None:
     """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="compile OPT-125M, run nothing")
-    parser.add_argument("--resident", choices=METHODS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.resident:
-        print(json.dumps(resident(options.resident)))
-        return
     shapes = {"OPT-125M": OPT_125M} | ({} if options.quick else {"OPT-1.3B": OPT_1_3B})
     methods = QUICK if options.quick else METHODS
     rows = [row for each in shapes.items() for row in compiled_rows(*each, methods)]

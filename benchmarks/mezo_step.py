@@ -120,13 +120,7 @@ def zeroth_order(
 def adam(loss_fn: Callable[..., Any], params: Any, batch: Any) -> Method:
     """Return a step with gradients."""
     tx = optax.adam(LEARNING_RATE)
-
-    def step(params, state, batch):
-        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    stepper = Stepper(step, params, tx.init(params), batch)
+    stepper = Stepper(common.gradient_step(tx, loss_fn), params, tx.init(params), batch)
     name = "Adam, backpropagation"
     return Method(name, stepper, FORWARD, None, stepper.program, stepper.compile_s)
 

@@ -49,6 +49,7 @@ from jaxlm import kernels
 from jaxlm.kernels import KernelOptions, cost, leaf_kernels
 from jaxlm.kernels.leaf_kernels import Pairing
 from jaxlm.models import LanguageModel, ModelConfig, init_params
+from jaxlm.studies.kernel_task import label_difference, label_logits
 
 SMALL = ROBERTA_BASE.replace(
     vocab_size=2000,
@@ -77,16 +78,9 @@ def examples(config: ModelConfig, count: int, length: int, seed: int) -> dict[st
     }
 
 
-def label_logits(lm: LanguageModel, classes: int) -> Callable[..., Any]:
+def outputs(lm: LanguageModel, classes: int) -> Callable[..., Any]:
     """Return `f(params, x) -> [N, C]`."""
-    words = np.asarray(WORDS[: max(classes, 2)], np.int32)
-
-    def f(params, x, *, tap=None):
-        where = {"positions": x["positions"], "token_ids": words, "tap": tap}
-        logits = lm.apply(params, x["input_ids"], x["attention_mask"], **where)
-        return logits[:, 1:] - logits[:, :1] if classes == 1 else logits
-
-    return f
+    return label_difference(lm, WORDS[:2]) if classes == 1 else label_logits(lm, WORDS[:classes])
 
 
 def jax_methods(f: Callable[..., Any]) -> dict[str, Any]:
@@ -120,7 +114,7 @@ def problem(classes: int, length: int, config: ModelConfig = SMALL, counts=COUNT
     """Return (lm, f, x1, x2)."""
     lm = LanguageModel(config, init_params(config, jax.random.key(0)))
     x1, x2 = (examples(config, count, length, seed) for seed, count in enumerate(counts))
-    return lm, label_logits(lm, classes), x1, x2
+    return lm, outputs(lm, classes), x1, x2
 
 
 def torch_peer(lm: LanguageModel, classes: int) -> Any:

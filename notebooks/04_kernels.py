@@ -31,8 +31,7 @@ from jaxlm import kernels
 from jaxlm.data import task_config
 from jaxlm.kernels import behaviour, ridge, solve
 from jaxlm.studies.kernel_plots import heat_map, spectrum
-from jaxlm.studies.kernel_store import Kernels
-from jaxlm.studies.kernel_task import kernel_task
+from jaxlm.studies.kernel_task import Kernels, kernel_task
 from jaxlm.studies.kernel_training import Training, fine_tune
 from jaxlm.train.optimizers import Adam
 

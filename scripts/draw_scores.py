@@ -12,29 +12,16 @@ from pathlib import Path
 import jaxlm
 from jaxlm.cli import config as configs
 from jaxlm.studies.figures import new_axes, save_figure
-from jaxlm.studies.less import SelectionConfig
-from jaxlm.studies.less_rows import PoolRow, read_source
+from jaxlm.studies.less import SelectionConfig, read_sides
+from jaxlm.studies.less_rows import PoolRow
 
 SCALE = 10_000
 
 
 def rows_of(config: SelectionConfig, base_dir: Path) -> dict[str, PoolRow]:
     """Return the rows of the study by id."""
-    lm = jaxlm.from_pretrained(config.model)
-    return {
-        row.id: row
-        for name, source in config.sources.items()
-        if source.given
-        for row in read_source(
-            name,
-            source,
-            lm,
-            template=config.template,
-            max_length=config.max_length,
-            seed=config.pool_seed,
-            base_dir=base_dir,
-        ).rows
-    }
+    pool, _ = read_sides(config, jaxlm.from_pretrained(config.model), base_dir=base_dir)
+    return {row.id: row for row in pool.rows}
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ gives the distances between the mean loss curves of the variants.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -21,16 +21,18 @@ from jaxlm.dynamics import scale_rule
 from jaxlm.studies.figures import new_axes, save_figure
 from jaxlm.studies.grid import (
     GridConfig,
+    Outcome,
     Result,
     Say,
     folder_name,
+    listing,
     no_seed_or_output,
-    outcome,
+    outcomes,
     per_seed,
     section_of,
     with_keys,
 )
-from jaxlm.studies.tables import cell
+from jaxlm.studies.tables import aligned
 from jaxlm.train.optimizers import FirstOrder
 from jaxlm.train.pretraining import PretrainConfig, pretrain
 from jaxlm.train.run_folder import RunFolder
@@ -51,12 +53,7 @@ class Scale:
     k: int
 
     def __call__(self, config: PretrainConfig) -> dict[str, Any]:
-        """Return the keys of `config` that change, with their new values.
-
-        Raises:
-            UserError: a number of steps is not a multiple of k, or as `scale_rule` and
-                `FirstOrder.hparams`.
-        """
+        """Return the keys of `config` that change, with their new values."""
         whole(self, "k", section="scale.")
         steps = ("steps", "log_every", "eval_every", "checkpoint_every")
         for name in steps:
@@ -79,21 +76,14 @@ class Scale:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One way of training.
-
-    Attributes:
-        name: name in the table and the figure.
-        runs: one run for each seed.
-    """
+class Variant(NamedTuple):
+    """One way of training: a run for each seed."""
 
     name: str
     runs: tuple[PretrainConfig, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Curve:
+class Curve(NamedTuple):
     """The curves of a variant.
 
     Attributes:
@@ -173,113 +163,75 @@ def _scaled(data: dict[str, Any], scale: Any, place: str) -> PretrainConfig:
     return dataclasses.replace(plain, **changed, dynamics=dynamics)
 
 
-def outline(config: CurvesConfig, where: str, plan_flags: Mapping[str, str]) -> str:
-    """Return the folder of every run, a line each."""
-    del plan_flags
-    return "\n".join(run.output for each in plan(config, where) for run in each.runs)
+outline = listing(plan)
 
 
 def run(
     config: CurvesConfig, folder: Path, where: str, *, mesh: Mesh | None = None, say: Say = print
 ) -> Result:
     """Do the runs of a file and compare them; see `jaxlm.studies.study`."""
-    curves = compare(plan(config, where), y=config.y, mesh=mesh, say=say)
-    table = {"y": config.y, "rows": rows(curves, start=config.start)}
+    variants = plan(config, where)
+    results = outcomes(variants, lambda _, each: pretrain(each, mesh=mesh), say)
+    curves = [_curve(*pair, config.y) for pair in zip(variants, results, strict=True)]
+    table = rows(curves, start=config.start)
     figures: tuple[Path, ...] = ()
     if config.figure:
         figures = (draw(curves, folder / "curves.png", y=config.y, start=config.start),)
-    return Result(table, markdown(curves, y=config.y, start=config.start), figures)
+    return Result({"y": config.y, "rows": table}, markdown(table, y=config.y), figures)
 
 
-def compare(
-    variants: Sequence[Variant], *, y: Y, mesh: Mesh | None = None, say: Say = lambda line: None
-) -> list[Curve]:
-    """Do every run that is not finished, and return all curves.
-
-    Args:
-        variants: variants whose runs all have different outputs.
-        y: the quantity to compare.
-        mesh: mesh of all runs; None for one device.
-        say: called with a line before each run.
-
-    Raises:
-        UserError: whatever a run raises, except `Diverged`.
-    """
-    total, count, curves = sum(len(each.runs) for each in variants), 0, []
-    for variant in variants:
-        found = []
-        for config in variant.runs:
-            count += 1
-            say(f"run {count}/{total}: {config.output}")
-            found.append(_trained(config, y, mesh))
-        tokens = sorted({token for run_tokens, _, _ in found for token in run_tokens})
-        at = [dict(zip(run_tokens, values, strict=True)) for run_tokens, values, _ in found]
-        padded = [[values.get(token, math.nan) for token in tokens] for values in at]
-        curves.append(
-            Curve(
-                name=variant.name,
-                tokens=np.asarray(tokens, np.float64),
-                values=np.asarray(padded, np.float64),
-                reports=tuple(report for _, _, report in found),
-            )
-        )
-    return curves
+def _curve(variant: Variant, results: Sequence[Outcome], y: Y) -> Curve:
+    """Return the curves of a variant, at the points that any of its runs has."""
+    found = [_values(*pair, y) for pair in zip(variant.runs, results, strict=True)]
+    tokens = sorted(set().union(*found))
+    return Curve(
+        variant.name,
+        np.asarray(tokens, np.float64),
+        np.asarray([[each.get(token, math.nan) for token in tokens] for each in found], np.float64),
+        tuple(summary and summary["dynamics"] for summary, _ in results),
+    )
 
 
-def _trained(
-    config: PretrainConfig, y: Y, mesh: Mesh | None
-) -> tuple[list[int], list[float], dict[str, Any] | None]:
-    """Return tokens, values and report of one run; if it diverged, the last value is NaN."""
-    folder = RunFolder(config.output)
-    summary, _ = outcome(config, lambda: pretrain(config, mesh=mesh))
+def _values(config: PretrainConfig, result: Outcome, y: Y) -> dict[int, float]:
+    """Return the values of one run by the number of tokens; if it diverged, the last is NaN."""
+    metrics = RunFolder(config.output).metrics
     try:
-        steps, values = _points(config, folder.metrics.read(), y)
+        values = _points(config, metrics.read(), y)
     except (TypeError, ValueError):
         raise UserError(
-            f"{folder.metrics.path}: is damaged. Remove its folder to repeat the run."
+            f"{metrics.path}: is damaged. Remove its folder to repeat the run."
         ) from None
-    tokens = [step * config.batch_size * config.seq_len for step in steps]
-    last = config.steps * config.batch_size * config.seq_len
-    if summary is None:  # it diverged, and NaN at the last step makes its mean NaN
-        return [*tokens, last], [*values, math.nan], None
-    if tokens[-1:] != [last]:
+    if result.summary is None:  # NaN at the last step makes its mean NaN
+        values[config.steps] = math.nan
+    elif config.steps not in values:
         raise UserError(
-            f"{folder.metrics.path}: has no {y} of the last step. Remove its folder to repeat "
-            "the run."
+            f"{metrics.path}: has no {y} of the last step. Remove its folder to repeat the run."
         )
-    return tokens, values, summary["dynamics"]
+    size = config.batch_size * config.seq_len
+    return {step * size: value for step, value in values.items()}
 
 
-def _points(
-    config: PretrainConfig, rows: Sequence[dict[str, Any]], y: Y
-) -> tuple[list[int], list[float]]:
-    """Return steps and values of a curve: loss averaged over `log_every` steps, or measured values.
+def _points(config: PretrainConfig, rows: Sequence[dict[str, Any]], y: Y) -> dict[int, float]:
+    """Return values by step: losses averaged over `log_every` steps, or what was measured.
 
     Values measured before the first step are left out.
     """
-    found = [(row["step"], float(row[y])) for row in rows if y in row and row["step"]]
-    if y == "loss":
-        ends = range(config.log_every, config.steps + config.log_every, config.log_every)
-        groups = [(min(end, config.steps), end - config.log_every) for end in ends]
-        known = dict(found)
-        found = [
-            (end, float(np.mean([known[step] for step in range(first + 1, end + 1)])))
-            for end, first in groups
-            if all(step in known for step in range(first + 1, end + 1))
-        ]
-    return [step for step, _ in found], [value for _, value in found]
+    known = {row["step"]: float(row[y]) for row in rows if y in row and row["step"]}
+    if y != "loss":
+        return known
+    points = {}
+    for first in range(0, config.steps, config.log_every):
+        steps = range(first + 1, min(first + config.log_every, config.steps) + 1)
+        if all(step in known for step in steps):
+            points[steps[-1]] = float(np.mean([known[step] for step in steps]))
+    return points
 
 
 def distance(one: Curve, other: Curve, *, start: float = 0.0) -> float:
     r"""Return the mean distance of two mean curves, $\mathrm{mean}_t |\bar y_1(t) - \bar y_2(t)|$.
 
-    Args:
-        one: a variant's curves.
-        other: another variant's curves; only points at the same number of tokens are compared.
-        start: fraction of the run after which points count.
-
-    Returns:
-        Distance in units of y; NaN if no points are common or a run diverged.
+    Only points at the same number of tokens after the fraction `start` of the run count. NaN if
+    there are none, or if a run diverged.
     """
     _, first, second = np.intersect1d(one.tokens, other.tokens, return_indices=True)
     if not len(first):
@@ -307,26 +259,21 @@ def rows(curves: Sequence[Curve], *, start: float = 0.0) -> list[dict[str, Any]]
     ]
 
 
-def markdown(curves: Sequence[Curve], *, y: Y, start: float = 0.0) -> str:
+def markdown(rows: Sequence[dict[str, Any]], *, y: Y) -> str:
     """Return the table of a comparison: last values, and distances between mean curves."""
-    names = [cell(curve.name) for curve in curves]
-    head = ["", f"last {y}", "of the first", *names]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for row in rows(curves, start=start):
+    cells = []
+    for row in rows:
         last = "diverged" if row["last"] is None else f"{row['last']:.4f}"
         last += "" if row["std"] is None else f" ({row['std']:.4f})"
         relative = "" if row["relative"] is None else f"{100 * row['relative']:+.2f} %"
         distances = ["" if each is None else f"{each:.4f}" for each in row["distances"]]
-        lines.append([cell(row["variant"]), last, relative, *distances])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        cells.append([row["variant"], last, relative, *distances])
+    header = ("", f"last {y}", "of the first", *(row["variant"] for row in rows))
+    return aligned(header, cells) + "\n"
 
 
 def draw(curves: Sequence[Curve], path: Path, *, y: Y, start: float = 0.0) -> Path:
-    """Draw the mean curves with the range of their seeds, after the fraction `start` of the run.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Draw the mean curves with the range of their seeds, after the fraction `start` of the run."""
     axes = new_axes((5.2, 3.6))
     for curve in curves:
         late = curve.tokens >= start * curve.tokens.max()

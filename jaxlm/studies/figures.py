@@ -13,11 +13,7 @@ from jaxlm.core.errors import UserError
 
 
 def new_axes(size: tuple[float, float]) -> Any:
-    """Return the axes of a new figure of `size` inches.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Return the axes of a new figure of `size` inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -39,12 +35,7 @@ def save_figure(axes: Any, path: Path) -> Path:
 def learning_curve(metrics: Mapping[str, np.ndarray], *, axes: Any = None) -> Any:
     """Plot the loss of each step with its running mean, and what was measured on other text.
 
-    Args:
-        metrics: as `jaxlm.train.logging.Metrics.arrays` returns them.
-        axes: where to draw; by default a new figure.
-
-    Returns:
-        The axes of the loss.
+    `metrics` are those of `jaxlm.train.logging.Metrics.arrays`. Returns the axes of the loss.
     """
     left = new_axes((5.2, 3.4)) if axes is None else axes
     left.set(xlabel="step", ylabel="loss")

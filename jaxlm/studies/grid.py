@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import functools
+import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -42,10 +44,15 @@ class GridConfig:
     output: str
 
     def __post_init__(self):
-        seeds(self, "seeds")
-        distinct("seeds", self.seeds)
-        object.__setattr__(self, "output", str(files.file_path(self.output, "output")))
+        check_seeds_and_output(self)
         no_seed_or_output(self.run, "run")
+
+
+def check_seeds_and_output(config: Any) -> None:
+    """Check these two keys of a study, and write the output's path in full."""
+    seeds(config, "seeds")
+    distinct("seeds", config.seeds)
+    object.__setattr__(config, "output", str(files.file_path(config.output, "output")))
 
 
 def no_seed_or_output(run: Mapping[str, Any], place: str) -> None:
@@ -80,15 +87,7 @@ def with_keys(run: Mapping[str, Any], keys: Mapping[str, Any], place: str) -> di
 
 
 def folder_name(text: str, key: str) -> str:
-    """Return a name for a folder, made unique by a hash where characters must be replaced.
-
-    Args:
-        text: the name of a method, a variant or a point of a grid.
-        key: the configuration key, for the error message.
-
-    Raises:
-        UserError: the name means a parent folder, or is the name of a file of the study.
-    """
+    """Return a name for a folder, made unique by a hash where characters must be replaced."""
     if text in FILES:
         raise UserError(f"{key}: is the name of a file of the study (got {text}). Choose another.")
     plain = re.sub(r"[^\w.=,+-]+", "_", text.replace(", ", ","))
@@ -100,20 +99,9 @@ def folder_name(text: str, key: str) -> str:
 
 @contextlib.contextmanager
 def study_folder(name: str, config: Any) -> Iterator[Path]:
-    """Create the folder of a study, and lock it against other processes.
+    """Create the folder `config.output` of a study, and lock it against other processes.
 
     If the study fails before it has written anything, its folder is removed.
-
-    Args:
-        name: name of the study, such as "sweep".
-        config: a dataclass with the folder's path as `output`.
-
-    Yields:
-        The folder.
-
-    Raises:
-        UserError: the folder holds other files or another study, cannot be written, or another
-            process writes there.
     """
     folder = Path(config.output)
     with claim(folder, STUDY, "study"):
@@ -125,6 +113,15 @@ def study_folder(name: str, config: Any) -> Iterator[Path]:
             )
         write_json(folder / STUDY, {"study": name, "config": to_dict(config)})
         yield folder
+
+
+def listing(plan: Callable[[Any, str], Iterable[Any]]) -> Callable[..., str]:
+    """Return the `outline` of a study: the folder of every run of its plan, a line each."""
+
+    def outline(config: Any, where: str, plan_flags: Mapping[str, str]) -> str:
+        return "\n".join(run.output for group in plan(config, where) for run in group.runs)
+
+    return outline
 
 
 class Result(NamedTuple):
@@ -145,12 +142,7 @@ class Outcome(NamedTuple):
 def outcome(config: Any, work: Callable[[], dict[str, Any]]) -> Outcome:
     """Do a run, or read the outcome of a finished one; a run that diverged is not repeated.
 
-    Args:
-        config: configuration of the run, with its folder as `output`.
-        work: starts or resumes the run in that folder, and returns its summary.
-
-    Raises:
-        UserError: whatever the run raises, except `Diverged`.
+    `work` starts or resumes the run in `config.output`, and returns its summary.
     """
     folder = RunFolder(config.output)
     folder.check(config)
@@ -161,3 +153,16 @@ def outcome(config: Any, work: Callable[[], dict[str, Any]]) -> Outcome:
     except Diverged as error:
         mark_failed(folder.path, str(error))
         return Outcome(None, str(error))
+
+
+def outcomes(
+    groups: Sequence[Any], work: Callable[[Any, Any], dict[str, Any]], say: Say
+) -> list[list[Outcome]]:
+    """Return the outcomes of every run of every group; `work(group, config)` does a run."""
+    runs = [(group, config) for group in groups for config in group.runs]
+    found = []
+    for number, (group, config) in enumerate(runs, start=1):
+        say(f"run {number}/{len(runs)}: {config.output}")
+        found.append(outcome(config, functools.partial(work, group, config)))
+    rest = iter(found)
+    return [list(itertools.islice(rest, len(group.runs))) for group in groups]

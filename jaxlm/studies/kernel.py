@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,19 +10,18 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxlm.artifacts.files import file_path, read_json, write_json
-from jaxlm.core.checks import MOST, distinct, seeds, show
-from jaxlm.core.errors import UserError
+from jaxlm.artifacts.files import read_json, write_json
+from jaxlm.artifacts.folder import check_inputs
+from jaxlm.core.checks import distinct, integer
 from jaxlm.data import TaskConfig, task_config
 from jaxlm.kernels import solve
-from jaxlm.studies.grid import Result, Say
+from jaxlm.studies.grid import Result, Say, check_seeds_and_output
 from jaxlm.studies.kernel_behaviour import measure, record
-from jaxlm.studies.kernel_store import Kernels, draw_name
 from jaxlm.studies.kernel_table import markdown, rows
-from jaxlm.studies.kernel_task import kernel_task
+from jaxlm.studies.kernel_task import Kernels, draw_name, kernel_task
 from jaxlm.studies.kernel_training import Training
 from jaxlm.train.optimizers import Adam, Sgd
-from jaxlm.train.run_folder import differences, to_dict
+from jaxlm.train.run_folder import to_dict
 
 DEFAULT_TRAINING = (
     Training(optimizer=Sgd(schedule="linear"), learning_rates=(1e-3, 1e-2)),
@@ -62,26 +60,17 @@ class KernelConfig:
     study: ClassVar[str] = "kernel"
 
     def __post_init__(self):
-        for name in ("ks", "prompts", "seeds"):
+        for name in ("ks", "prompts"):
             distinct(name, getattr(self, name))
-        seeds(self, "seeds")
         for k in self.ks:
-            if not 2 <= k <= MOST:
-                raise UserError(f"ks: must be 2 or more examples of a class (got {k}). Correct it.")
+            integer("ks", k, least=2)
         # Reports are named by optimizer: its learning rates belong in one `training`.
         distinct("training", [each.optimizer.name for each in self.training])
-        object.__setattr__(self, "output", str(file_path(self.output, "output")))
+        check_seeds_and_output(self)
 
 
 class Case(NamedTuple):
-    """One model, one draw of examples and one optimizer.
-
-    Attributes:
-        task: the task with its k.
-        prompt: see `KernelConfig`.
-        seed: see `KernelConfig`.
-        training: the optimizer.
-    """
+    """One model, one draw of examples and one optimizer; `task` has its k."""
 
     task: TaskConfig
     prompt: bool
@@ -117,21 +106,11 @@ def kernel_study(
 ) -> list[dict[str, Any]]:
     """Write the report of every case that has none, and return all reports.
 
-    Args:
-        config: the study.
-        base_dir: folder in which relative paths of the task are looked up first.
-        mesh: of `jaxlm.sharding.make_mesh`; None for one device.
-        say: called with a line before each case.
-
-    Returns:
-        Reports as `jaxlm.studies.kernel_behaviour.record` returns them.
-
-    Raises:
-        UserError: if the folder holds a report of other settings, or as `kernel_behaviour_report`.
+    Reports are those of `jaxlm.studies.kernel_behaviour.record`. Relative paths of the task are
+    looked up in `base_dir` first. `say` is called with a line before each case.
     """
     folder, todo = Path(config.output), list(cases(config))
     found = {case.name: _stored(folder, config, case) for case in todo}
-    subject: Any = None
     kernels: Any = None
     draw = ""
     for number, case in enumerate(todo, start=1):
@@ -152,16 +131,8 @@ def kernel_study(
                 mesh=mesh,
             )
             kernels = Kernels(subject, folder / "kernels" / draw)
-        solvers = {"sgd": solve.SOLVERS[config.solver](), "signgd": solve.SOLVERS[config.solver]()}
-        report = measure(
-            subject,
-            case.training,
-            kernels,
-            task=case.task,
-            seed=case.seed,
-            solvers=solvers,
-            say=say,
-        )
+        solvers = {kind: solve.SOLVERS[config.solver]() for kind in ("sgd", "signgd")}
+        report = measure(kernels, case.training, seed=case.seed, solvers=solvers, say=say)
         made = {**record(report), "settings": _settings(config, case)}
         (folder / "reports").mkdir(parents=True, exist_ok=True)
         write_json(folder / "reports" / case.name, made)
@@ -201,12 +172,7 @@ def _stored(folder: Path, config: KernelConfig, case: Case) -> dict[str, Any] | 
     if not path.exists():
         return None
     report = read_json(path, **_FIELDS)
-    wanted = json.loads(json.dumps(_settings(config, case)))
-    for key, old, new in differences(report["settings"], wanted):
-        raise UserError(
-            f"{path}: the report there has {key} = {show(old)} (got {show(new)}). Choose another "
-            "output."
-        )
+    check_inputs(path, report["settings"], _settings(config, case))
     return report
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.data import TaskConfig
+from jaxlm.evaluation import majority_accuracy
 from jaxlm.kernels import solve
 from jaxlm.kernels.behaviour import (
     KernelChange,
@@ -27,9 +28,8 @@ from jaxlm.kernels.behaviour import (
     random_move,
     shuffled,
 )
-from jaxlm.studies.kernel_store import Kernels
-from jaxlm.studies.kernel_table import Nulls, Verdict, markdown, verdict
-from jaxlm.studies.kernel_task import KernelTask, kernel_task
+from jaxlm.studies.kernel_table import markdown
+from jaxlm.studies.kernel_task import Kernels, kernel_task
 from jaxlm.studies.kernel_training import KERNELS, Training, Tuned, fine_tune
 from jaxlm.train.optimizers import Optimizer
 from jaxlm.train.state import Program
@@ -113,17 +113,6 @@ class Report(NamedTuple):
     kernels: tuple[KernelResult, ...]
     seconds: float
 
-    def verdict(self, kernel: KernelResult) -> Verdict:
-        """Return the criteria for one of the kernels."""
-        return verdict(
-            self.zero_shot,
-            self.fine_tuned,
-            self.linearized,
-            kernel.test,
-            kernel.change.mean,
-            Nulls(self.gain_p, kernel.null, self.null_linearized, kernel.control.mean),
-        )
-
     def __str__(self) -> str:
         return markdown([record(self)])
 
@@ -172,34 +161,20 @@ def kernel_behaviour_report(
         model, task, seed=seed, prompt=prompt, calibrate=calibrate, base_dir=base_dir, mesh=mesh
     )
     kernels = Kernels(subject, None if folder is None else Path(folder))
-    return measure(subject, training, kernels, task=task, seed=seed, kinds=kinds, solvers=solvers)
+    return measure(kernels, training, seed=seed, kinds=kinds, solvers=solvers)
 
 
 def measure(
-    subject: KernelTask,
-    training: Training,
     kernels: Kernels,
+    training: Training,
     *,
-    task: TaskConfig,
     seed: int,
     kinds: tuple[str, ...] | None = None,
     solvers: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Return the report of a loaded model and task.
-
-    Args:
-        subject: model and task.
-        training: how to fine-tune.
-        kernels: kernels at the pretrained parameters, shared between optimizers.
-        task: for its name and k.
-        seed: of training.
-        kinds, solvers: see `kernel_behaviour_report`.
-        say: called with a line about each step.
-    """
-    begin = time.perf_counter()
-    from jaxlm.evaluation import majority_accuracy
-
+    """Return the report of a loaded task, whose kernels several optimizers may share."""
+    begin, subject = time.perf_counter(), kernels.task
     kinds = KERNELS[training.optimizer.name] if kinds is None else kinds
     f = Program(subject.f)
     first = subject.values(f, "test", subject.lm.params)
@@ -217,14 +192,15 @@ def measure(
     results = []
     for kind in kinds:
         say(f"kernel {kind}")
-        solver = (solvers or {}).get(kind) or default_solver(kind)
-        results.append(solve_with(subject, kernels, kind, solver, tuned, seed))
+        default = solve.AsymmetricSvm() if kind == "asymmetric_signgd" else solve.Ridge()
+        solver = (solvers or {}).get(kind, default)
+        results.append(_solve(kernels, kind, solver, tuned, seed))
     labels = (subject.labels("train"), subject.labels("test"))
     return Report(
-        task=task.name,
+        task=subject.config.name,
         prompt=subject.prompt,
         seed=seed,
-        k=task.k,
+        k=subject.config.k,
         train_labels=tuple(labels[0].tolist()),
         optimizer=training.optimizer.name,
         learning_rate=tuned.learning_rate,
@@ -241,25 +217,19 @@ def measure(
     )
 
 
-def default_solver(kind: str) -> Any:
-    """Return ridge for a symmetric kind, the asymmetric SVM for the other."""
-    return solve.AsymmetricSvm() if kind == "asymmetric_signgd" else solve.Ridge()
-
-
-def solve_with(
-    subject: KernelTask, kernels: Kernels, kind: str, solver: Any, tuned: Tuned, seed: int = 0
-) -> KernelResult:
+def _solve(kernels: Kernels, kind: str, solver: Any, tuned: Tuned, seed: int) -> KernelResult:
     """Solve the task with one kind of kernel, and measure how far fine-tuning moved it.
 
     `seed` is that of the nulls.
     """
-    begin = time.perf_counter()
+    begin, subject = time.perf_counter(), kernels.task
+    both_ways = isinstance(solver, solve.AsymmetricSvm) and any(w != 1.0 for w in solver.weights)
     train, validation, test = (
         solve.Examples(
             kernels.of(kind, split),
             subject.labels(split),
             kernels.f0(split),
-            kernels.flipped(kind, split) if _needs_flipped(solver) else None,
+            kernels.flipped(kind, split) if both_ways else None,
         )
         for split in ("train", "validation", "test")
     )
@@ -272,28 +242,24 @@ def solve_with(
         )
         for params in (tuned.params, shuffled(subject.lm.params, jax.random.key(seed)))
     )
+    size = float(np.linalg.norm(random))
     numbers = np.random.default_rng(seed)
     nulls = [train._replace(labels=numbers.permutation(train.labels)) for _ in range(NULLS)]
-    rank, size, duplicates = solve.spectrum(train.kernel)
+    rank, values, duplicates = solve.spectrum(train.kernel)
     return KernelResult(
         kind=kind,
         test=fit.accuracy(test),
         validation=fit.accuracy_chosen,
         settings=fit.settings,
         rank=rank,
-        size=size,
+        size=values,
         duplicates=duplicates,
         change=kernel_change(before, after),
         null=float(np.mean([solve.fit(each, validation, solver).accuracy(test) for each in nulls])),
-        control=kernel_change(before, _as_large(random, before)),
+        # Random features have an arbitrary scale.
+        control=kernel_change(before, random * (np.linalg.norm(before) / size if size else 1)),
         seconds=seconds,
     )
-
-
-def _as_large(kernel: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """Scale a kernel to the Frobenius norm of another: random features have an arbitrary scale."""
-    size = float(np.linalg.norm(kernel))
-    return kernel * (np.linalg.norm(like) / size) if size else kernel
 
 
 def record(report: Report) -> dict[str, Any]:
@@ -316,7 +282,3 @@ def record(report: Report) -> dict[str, Any]:
 def _number(value: float) -> float | str:
     """Return a value for JSON, which has no infinity."""
     return value if np.isfinite(value) else "inf"
-
-
-def _needs_flipped(solver: Any) -> bool:
-    return isinstance(solver, solve.AsymmetricSvm) and any(w != 1.0 for w in solver.weights)

@@ -1,6 +1,6 @@
 """Plots of kernels: a heat map ordered by class, the spectrum, accuracy against fine-tuning.
 
-Each function draws on the given matplotlib axes, or on a new figure.
+Each function draws on the given matplotlib axes, or on a new figure, and returns the axes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ import numpy as np
 from jaxlm.kernels import load_kernel
 from jaxlm.kernels.solve.linear_systems import training_matrix
 from jaxlm.studies.figures import new_axes, save_figure
-from jaxlm.studies.kernel_store import draw_name
 from jaxlm.studies.kernel_table import NAMES, WITHIN, rows
+from jaxlm.studies.kernel_task import draw_name
 
 
 def heat_map(kernel: Any, labels: Any, *, names: Sequence[str] = (), axes: Any = None) -> Any:
@@ -23,10 +23,6 @@ def heat_map(kernel: Any, labels: Any, *, names: Sequence[str] = (), axes: Any =
         kernel: between the same examples, [N, C, N, C] or [N, N]; outputs are averaged.
         labels: classes, [N].
         names: of the classes.
-        axes: where to draw; by default a new figure.
-
-    Returns:
-        The axes.
     """
     found, order = np.asarray(kernel, np.float64), np.argsort(labels, kind="stable")
     traced = found if found.ndim == 2 else np.einsum("icjc->ij", found) / found.shape[1]
@@ -53,10 +49,6 @@ def spectrum(kernels: Mapping[str, Any], *, axes: Any = None) -> Any:
 
     Args:
         kernels: name to a kernel of training examples, [N, C, N, C] or [N, N].
-        axes: where to draw; by default a new figure.
-
-    Returns:
-        The axes.
     """
     axes = axes or new_axes((4.2, 3.2))
     for name, kernel in kernels.items():
@@ -74,10 +66,6 @@ def accuracies(records: Sequence[dict[str, Any]], *, axes: Any = None) -> Any:
 
     Args:
         records: as `jaxlm.studies.kernel_behaviour.record` returns them.
-        axes: where to draw; by default a new figure.
-
-    Returns:
-        The axes.
     """
     axes = axes or new_axes((4.2, 4.0))
     found = rows(records)
@@ -105,15 +93,7 @@ def accuracies(records: Sequence[dict[str, Any]], *, axes: Any = None) -> Any:
 def draw(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     """Plot the accuracies of a study, and the stored training kernels of each draw.
 
-    Args:
-        records: the reports.
-        folder: of the study; the plots go to its folder `plots`.
-
-    Returns:
-        The files that were written.
-
-    Raises:
-        UserError: if matplotlib is not installed.
+    The plots go to the folder `plots` of the study's folder. Returns the files.
     """
     made = [save_figure(accuracies(records), folder / "plots" / "accuracy.png")]
     kinds: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""A task as kernels and their solvers need it: a function of parameters and arrays, and labels.
+"""A task as kernels and their solvers need it: a function, labels, and the stored kernels.
 
 With a prompt, the function returns the pretrained head's logits of the label words. Without one the
 model reads the bare text, and a linear head is fitted first, since the kernel of a random head says
@@ -6,8 +6,7 @@ nothing about the model (Malladi et al. 2022, arXiv:2210.05643).
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,14 +17,21 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from jaxlm.artifacts.files import report_write_errors
+from jaxlm.artifacts.processes import to_host
+from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.data import TaskConfig, Template, load_task, prepare_for
 from jaxlm.evaluation import calibration_offsets
+from jaxlm.kernels import ntk, saved_ntk
+from jaxlm.kernels.kinds import Kind
 from jaxlm.kernels.solve import classes
+from jaxlm.models import add_classifier
 from jaxlm.sharding import place_params, placed_like
-from jaxlm.studies.probe import InputOf, fit_rows, linear_probe, with_rows
+from jaxlm.studies.probe import fit_rows, input_of, linear_probe, with_rows
 from jaxlm.train.load import load_model, with_head
 from jaxlm.train.state import Program
+from jaxlm.typing import Params
 
 Split = Literal["train", "validation", "test"]
 Function = Callable[..., Float[Array, "N C"]]
@@ -48,6 +54,7 @@ class KernelTask:
     """A model and a few-shot task.
 
     Attributes:
+        config: the task, with the template that was used.
         lm: the model, with the parameters at which kernels are computed.
         encoded: a `jaxlm.data.EncodedTask`.
         f: `f(params, x, *, tap=None) -> [N, C]`, see `label_logits` and `label_difference`.
@@ -56,6 +63,7 @@ class KernelTask:
         description: the template and the label words, which define f.
     """
 
+    config: TaskConfig
     lm: Any
     encoded: Any
     f: Function
@@ -86,18 +94,19 @@ class KernelTask:
 
     def values(self, function: Callable[..., Any], split: Split, *params: Any) -> np.ndarray:
         """Return `function(*params, x)` of a split, for a compiled function that returns [N, C]."""
-        found: np.ndarray | None = None
-        for places, x in self.groups(split):
-            rows = np.asarray(function(*params, x))
-            if found is None:
-                found = np.zeros((len(self.labels(split)), rows.shape[1]), rows.dtype)
-            found[places] = rows
-        assert found is not None
-        return found
+        parts = [(places, np.asarray(function(*params, x))) for places, x in self.groups(split)]
+        return joined(parts, 0)
 
     def accuracy(self, scores: Float[np.ndarray, "N C"], split: Split) -> float:
         """Return the share of a split whose class is right."""
         return float(np.mean(classes(scores) == self.labels(split)))
+
+
+def joined(parts: list[tuple[np.ndarray, np.ndarray]], axis: int) -> np.ndarray:
+    """Join arrays of groups on an axis, in the order of the places of their examples."""
+    places = np.concatenate([places for places, _ in parts])
+    whole = np.concatenate([array for _, array in parts], axis=axis)
+    return np.take(whole, np.argsort(places), axis=axis)
 
 
 def label_logits(
@@ -105,10 +114,7 @@ def label_logits(
 ) -> Function:
     """Return `f(params, x, *, tap=None) -> [N, C]`, the logits of label words or of a classifier.
 
-    Args:
-        lm: the model.
-        token_ids: the label words' tokens.
-        offsets: subtracted from the logits, which does not change the kernel.
+    `offsets` are subtracted from the logits, which does not change the kernel.
     """
     words = np.asarray(token_ids)
 
@@ -131,10 +137,7 @@ def label_logits(
 def label_difference(
     lm: Any, token_ids: Int[Any, " 2"], offsets: Float[Any, " 2"] | None = None
 ) -> Function:
-    """Return `f(params, x, *, tap=None)`: the second label word's logit minus the first's, [N, 1].
-
-    Arguments are those of `label_logits`.
-    """
+    """Return `label_logits` as one number: the second label word's minus the first's, [N, 1]."""
     logits = label_logits(lm, token_ids, offsets)
 
     def f(params: Any, x: dict[str, Any], *, tap: Any = None) -> Array:
@@ -169,10 +172,6 @@ def kernel_task(
             validation texts, without their labels, from scores; ignored where a head is fitted.
         base_dir: folder in which relative paths of the task are looked up first.
         mesh: of the parameters; by default they stay where they are.
-
-    Raises:
-        UserError: if a split is missing, label words are several tokens each, or see `load_task`,
-            `load_model` and `prepare_for`.
     """
     lm = load_model(model, mesh=mesh) if model is None or isinstance(model, str | Path) else model
     config = task if prompt else dataclasses.replace(task, template=bare_template(task.template))
@@ -187,28 +186,33 @@ def kernel_task(
         raise UserError("task.labels: must be words of one token each. Choose others.")
     fitted = not prompt or lm.config.head not in ("lm", "mlm")
     if fitted and lm.config.kind == "encoder":
-        lm = _classifier(lm, encoded.labels, seed)
+        if lm.config.head == "mlm":
+            lm = add_classifier(lm, len(encoded.labels), jax.random.key(seed))
+        lm = with_head(lm, len(encoded.labels), seed=seed)
         encoded = encoded if prompt else _without_label(encoded)
         # The classifier is fitted from scratch, with its classes in the order of the task.
         order = np.arange(len(encoded.labels), dtype=np.int32)
         encoded = dataclasses.replace(encoded, token_ids=order)
-        lm = fit_classifier(lm, encoded)
     elif fitted:
         lm = with_rows(lm, encoded.token_ids, linear_probe(lm, encoded))
-    function = label_difference if len(encoded.labels) == 2 else label_logits
+    subject = KernelTask(config, lm, encoded, label_logits(lm, encoded.token_ids), prompt)
+    if fitted and lm.config.kind == "encoder":
+        lm = _fit_classifier(subject)
     if mesh is not None:
         lm = lm.replace(params=place_params(lm.params, mesh))
-    description = f"{config.template} | {', '.join(encoded.labels)} | {function.__name__}"
-    offsets = _offsets(lm, encoded) if calibrate and not fitted else None
-    f = function(lm, encoded.token_ids, offsets)
-    return KernelTask(lm, encoded, f, prompt, offsets, description)
-
-
-def _offsets(lm: Any, encoded: Any) -> Float[np.ndarray, " C"]:
-    task = KernelTask(lm, encoded, label_logits(lm, encoded.token_ids), True)
-    f = Program(task.f)
-    texts = [task.values(f, split, lm.params) for split in ("train", "validation")]
-    return calibration_offsets(np.concatenate(texts))
+    offsets = None
+    if calibrate and not fitted:
+        f = Program(subject.f)
+        texts = [subject.values(f, split, lm.params) for split in ("train", "validation")]
+        offsets = calibration_offsets(np.concatenate(texts))
+    function = label_difference if len(encoded.labels) == 2 else label_logits
+    return dataclasses.replace(
+        subject,
+        lm=lm,
+        f=function(lm, encoded.token_ids, offsets),
+        offsets=offsets,
+        description=f"{config.template} | {', '.join(encoded.labels)} | {function.__name__}",
+    )
 
 
 def bare_template(template: str) -> str:
@@ -224,41 +228,20 @@ def bare_template(template: str) -> str:
     return " ".join(f"{{{name}}}" for name in names) + " {label}"
 
 
-def fit_classifier(lm: Any, encoded: Any) -> Any:
-    """Return an encoder with scikit-learn's cross-validated logistic regression as its classifier.
+def _fit_classifier(task: KernelTask) -> Any:
+    """Return an encoder with the logistic regression of `fit_rows` as its classifier."""
+    lm, names = task.lm, task.encoded.labels
 
-    Args:
-        lm: the model, with the head "classifier".
-        encoded: its task.
-    """
-    task = KernelTask(lm, encoded, label_logits(lm, encoded.token_ids), False)
-    read = Program(functools.partial(_classifier_input, lm))
-    features = task.values(read, "train", lm.params)
-    rows, constant = fit_rows(features, task.labels("train"), names=encoded.labels, intercept=True)
+    def read(params: Params, x: dict[str, Any]) -> Array:
+        x = {name: x[name] for name in x if name != "positions"}
+        return input_of(lm.apply, lambda path, op: path == "classifier.kernel", params, x)
+
+    features = task.values(Program(read), "train", lm.params)
+    rows, constant = fit_rows(features, task.labels("train"), names=names, intercept=True)
     old = lm.params["classifier"]
     fitted = {"kernel": rows.T, "bias": constant}
     new = {name: placed_like(fitted[name], old[name]) for name in old}
     return lm.replace(params={**lm.params, "classifier": new})
-
-
-def _classifier_input(lm: Any, params: Any, x: dict[str, Any]) -> Array:
-    tap = InputOf(lambda path, op: path == "classifier.kernel")
-    lm.apply(
-        params,
-        x["input_ids"],
-        x["attention_mask"],
-        token_type_ids=x.get("token_type_ids"),
-        tap=tap,
-    )
-    return jnp.asarray(tap.x, jnp.float32)
-
-
-def _classifier(lm: Any, labels: tuple[str, ...], seed: int) -> Any:
-    from jaxlm.models import add_classifier
-
-    if lm.config.head == "mlm":
-        return add_classifier(lm, len(labels), jax.random.key(seed))
-    return with_head(lm, len(labels), seed=seed)
 
 
 def _without_label(encoded: Any) -> Any:
@@ -283,3 +266,87 @@ def _without_label(encoded: Any) -> Any:
         for split in ("train", "validation", "test")
     }
     return dataclasses.replace(encoded, **parts)
+
+
+def draw_name(prompt: bool, k: int | None, seed: int) -> str:
+    """Return the name of a prompt and of the examples that a seed draws.
+
+    >>> draw_name(True, 16, 0)
+    'prompt-k16-seed0'
+    """
+    return f"{'prompt' if prompt else 'no-prompt'}-k{k}-seed{seed}"
+
+
+class Kernels:
+    """Kernels at the pretrained parameters of a task's model.
+
+    Attributes:
+        task: model and examples.
+        folder: where they are stored, each with a manifest; None keeps them in memory.
+        kinds: name to a `kind` of `jaxlm.kernels.ntk`, for kinds with settings of their own.
+        select: of `jaxlm.kernels.ntk`.
+    """
+
+    def __init__(
+        self,
+        task: KernelTask,
+        folder: Path | None = None,
+        *,
+        kinds: Mapping[str, Kind] | None = None,
+        select: paths.Select = None,
+    ):
+        self.task, self.folder, self.kinds = task, folder, kinds or {}
+        self.select = select
+        self._known: dict[tuple[str, ...], np.ndarray] = {}
+
+    def of(self, kind: str, split: Split) -> np.ndarray:
+        """Return the kernel of a split with the training examples, [M, C, N, C]."""
+        params = self.task.lm.params
+        return self._once((kind, split), lambda: self._compute(params, kind, split, self.folder))
+
+    def flipped(self, kind: str, split: Split) -> np.ndarray:
+        """Return the kernel of the training examples with a split, [N, C, M, C]."""
+
+        def compute() -> np.ndarray:
+            train, params = self.task.whole("train"), self.task.lm.params
+            parts = []
+            for i, (places, x) in enumerate(self.task.groups(split)):
+                place = self.folder and self.folder / f"{kind}-{split}-{i}-flipped"
+                parts.append((places, self._ntk(params, kind, train, x, place)))
+            return joined(parts, 2)
+
+        return self._once((kind, split, "flipped"), compute)
+
+    def f0(self, split: Split) -> np.ndarray:
+        """Return the function at a split, [M, C]."""
+        task = self.task
+        return self._once(
+            ("f0", split), lambda: task.values(Program(task.f), split, task.lm.params)
+        )
+
+    def at(self, params: Any, kind: str, split: Split) -> np.ndarray:
+        """Return the kernel at other parameters, as `of`, without keeping it."""
+        return self._compute(params, kind, split, None)
+
+    def _compute(self, params: Any, kind: str, split: Split, folder: Path | None) -> np.ndarray:
+        train = self.task.whole("train")
+        if split == "train":
+            return self._ntk(params, kind, train, None, folder and folder / f"{kind}-{split}")
+        parts = []
+        for i, (places, x) in enumerate(self.task.groups(split)):
+            place = folder and folder / f"{kind}-{split}-{i}"
+            parts.append((places, self._ntk(params, kind, x, train, place)))
+        return joined(parts, 0)
+
+    def _ntk(self, params: Any, kind: str, x1: Any, x2: Any, place: Path | None) -> np.ndarray:
+        settings: dict[str, Any] = {"kind": self.kinds.get(kind, kind), "select": self.select}
+        if place is None:
+            return to_host(ntk(self.task.f, params, x1, x2, **settings))
+        settings["template"] = self.task.description
+        with report_write_errors(place):
+            return to_host(saved_ntk(place, self.task.f, params, x1, x2, **settings))
+
+    def _once(self, key: tuple[str, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.checks import whole
+from jaxlm.core.checks import one_of, real, whole
 from jaxlm.core.errors import UserError
 from jaxlm.kernels.solve import Logistic
 from jaxlm.studies.kernel_task import KernelTask
@@ -50,24 +49,12 @@ class Training:
         whole(self, "steps", "eval_every", most=MOST_STEPS)
         whole(self, "batch_size", most=MOST_ROWS)
         for rate in self.learning_rates:
-            if not 0 <= rate < math.inf:
-                raise UserError(f"learning_rates: must be 0 or more (got {rate:g}). Correct it.")
-        if self.optimizer.name not in KERNELS:
-            raise UserError(
-                f"optimizer.name: no kernel is known for it (got {self.optimizer.name}). Choose "
-                f"one of {', '.join(KERNELS)}."
-            )
+            real("learning_rates", rate, least=0)
+        one_of("optimizer.name", self.optimizer.name, KERNELS)
 
 
 class Tuned(NamedTuple):
-    """Fine-tuned parameters.
-
-    Attributes:
-        params: the best parameters on validation.
-        learning_rate: the learning rate that led to them.
-        step: the step after which they were reached.
-        validation: their validation accuracy.
-    """
+    """The best parameters on validation, what led to them, and their validation accuracy."""
 
     params: Any
     learning_rate: float
@@ -76,22 +63,21 @@ class Tuned(NamedTuple):
 
 
 class _Best:
-    """Evaluate on validation, and keep a copy of the best parameters."""
+    """Evaluate on validation, and keep a copy of the best parameters with their rank."""
 
-    def __init__(self, task: KernelTask, eval_every: int, scorer: Any):
-        self.task, self.scorer = task, scorer
-        self.eval_every, self.looks = eval_every, 0
-        self.rank: tuple[float, float] | None = None
-        self.found: tuple[Any, int, float] | None = None
+    def __init__(self, task: KernelTask, training: Training, rate: float, scorer: Any):
+        self.task, self.training, self.rate, self.scorer = task, training, rate, scorer
+        self.looks = 0
+        self.found: tuple[tuple[float, float], Tuned] | None = None
 
     def __call__(self, params: Any) -> dict[str, float]:
         scores = self.task.values(self.scorer, "validation", params)
         accuracy = self.task.accuracy(scores, "validation")
         rank = (accuracy, -Logistic().loss(scores, self.task.labels("validation")))
         # The first evaluation is before training.
-        if self.looks and (self.rank is None or rank > self.rank):
-            step = self.looks * self.eval_every
-            self.rank, self.found = rank, (jax.tree.map(jnp.copy, params), step, accuracy)
+        if self.looks and (self.found is None or rank > self.found[0]):
+            step = min(self.looks * self.training.eval_every, self.training.steps)
+            self.found = rank, Tuned(jax.tree.map(jnp.copy, params), self.rate, step, accuracy)
         self.looks += 1
         return {"validation_accuracy": accuracy}
 
@@ -109,37 +95,23 @@ def fine_tune(task: KernelTask, training: Training, *, seed: int) -> Tuned:
     """
     loss_fn = classification_objective(task.lm.apply, task.encoded.token_ids, offsets=task.offsets)
     batches = functools.partial(task.encoded.batches, batch_size=training.batch_size, seed=seed)
-    scorer = Program(task.f)
-    best: tuple[tuple[float, float], Tuned] | None = None
+    scorer, steps, every = Program(task.f), training.steps, training.eval_every
+    loop = LoopConfig(steps=steps, eval_every=every, checkpoint_every=steps, log_every=every)
+    found: list[tuple[tuple[float, float], Tuned]] = []
     reason: Any = "no finite validation loss"
     for rate in training.learning_rates or (training.optimizer.learning_rate,):
-        look = _Best(task, training.eval_every, scorer)
-        optimizer = dataclasses.replace(training.optimizer, learning_rate=rate)
+        look = _Best(task, training, rate, scorer)
+        chosen = method(dataclasses.replace(training.optimizer, learning_rate=rate), loss_fn, steps)
+        params, key = jax.tree.map(jnp.copy, task.lm.params), jax.random.key(seed)
         try:
-            fit(
-                method(optimizer, loss_fn, training.steps),
-                jax.tree.map(jnp.copy, task.lm.params),
-                batches,
-                LoopConfig(
-                    steps=training.steps,
-                    eval_every=training.eval_every,
-                    checkpoint_every=training.steps,
-                    log_every=training.eval_every,
-                ),
-                key=jax.random.key(seed),
-                evaluate=look,
-            )
+            fit(chosen, params, batches, loop, key=key, evaluate=look)
         except Diverged as error:
             reason = error
-            continue
-        if look.found is None or look.rank is None:
-            continue
-        params, step, accuracy = look.found
-        if best is None or look.rank > best[0]:
-            best = look.rank, Tuned(params, rate, min(step, training.steps), accuracy)
-    if best is None:
+        else:
+            found += [] if look.found is None else [look.found]
+    if not found:
         raise UserError(
             f"learning_rates: fine-tuning failed with every one of them (got {reason}). Give "
             "smaller ones."
         )
-    return best[1]
+    return max(found, key=lambda each: each[0])[1]

@@ -12,6 +12,7 @@ References: Xia et al., "LESS: Selecting Influential Data for Targeted Instructi
 arXiv:2402.04333.
 """
 
+import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Mapping
@@ -24,7 +25,6 @@ from jax.sharding import Mesh
 
 from jaxlm.artifacts.arrays import fingerprint
 from jaxlm.artifacts.config import load
-from jaxlm.artifacts.files import file_path
 from jaxlm.artifacts.folder import inputs_digest, stage
 from jaxlm.core.checks import distinct, dtype_name, number, one_of, seeds, whole
 from jaxlm.core.errors import UserError
@@ -32,23 +32,17 @@ from jaxlm.cost.device import Device
 from jaxlm.data.messages import MessageTemplate
 from jaxlm.data.rows import digest
 from jaxlm.influence import GradientStore, score
-from jaxlm.studies.grid import Result, Say
+from jaxlm.studies.grid import Result, Say, check_seeds_and_output
 from jaxlm.studies.less_choice import (
     METHODS,
+    counts,
     read_choice,
     shallow_scores,
     shares_of_answers,
     write_choice,
 )
 from jaxlm.studies.less_features import Features, store_features, stored_order
-from jaxlm.studies.less_rows import (
-    PoolRow,
-    Rows,
-    Source,
-    Target,
-    read_source,
-    read_target,
-)
+from jaxlm.studies.less_rows import PoolRow, Reader, Rows, Source, Target
 from jaxlm.studies.less_training import Measure, Recipe, load_epoch, train
 from jaxlm.studies.tables import aligned, percent, shown, spread
 from jaxlm.train.load import load_model
@@ -106,17 +100,22 @@ class SelectionConfig:
 
     def __post_init__(self):
         number(self, "warmup_fraction", "fraction", above=0, most=1)
-        seeds(self, "seeds", "pool_seed")
+        seeds(self, "pool_seed")
         whole(self, "max_length")
         whole(self, "eval_batch_size", most=MOST_ROWS)
         object.__setattr__(self, "param_dtype", dtype_name(self.param_dtype))
         distinct("methods", self.methods)
-        distinct("seeds", self.seeds)
         for name in self.methods:
             one_of("methods", name, METHODS)
         if not any(source.given for source in self.sources.values()):
             raise UserError("sources: there is nothing to read. Give a source.")
-        object.__setattr__(self, "output", str(file_path(self.output, "output")))
+        check_seeds_and_output(self)
+
+    def reader(self, lm: Any, base_dir: Path | None) -> Reader:
+        """Return what reads the sources and the target for a model."""
+        longest = lm.config.max_positions
+        max_length = min(longest, self.max_length or longest)
+        return Reader(lm, max_length, self.template, self.pool_seed, base_dir)
 
 
 def selection_study(
@@ -128,20 +127,13 @@ def selection_study(
 ) -> dict[str, Any]:
     """Do every stage that is not finished, and return the results.
 
-    Args:
-        config: the study.
-        base_dir: folder for relative paths of sources and target, tried before the working
-            directory.
-        mesh: a mesh from `jaxlm.sharding.make_mesh`; None for one device. Features are computed on
-            all devices of every process, with a copy of the parameters on each.
-        say: called with a line for each stage.
+    Relative paths of sources and target are looked up in `base_dir` first. Features are computed on
+    all devices of every process of a mesh, with a copy of the parameters on each. `say` is called
+    with a line for each stage.
 
     Returns:
         `{"pool", "runs"}`: the rows to choose from, and the choice and the metric of every seed
         and method.
-
-    Raises:
-        UserError: a source or the target cannot be read, or a stage fails.
     """
     study = _Study(config, base_dir, mesh, say)
     runs = [study.run(seed, method) for seed in config.seeds for method in config.methods]
@@ -153,26 +145,21 @@ def read_sides(
 ) -> tuple[Rows, Rows]:
     """Read the rows of all sources, and those of the target.
 
-    Args:
-        config, base_dir: see `selection_study`.
-        lm: the model that tokenizes the rows; its parameters are not read.
-        say: called with a line about rows that are left out.
-
-    Raises:
-        UserError: a source or the target cannot be read, or has no row with an answer.
+    `lm` tokenizes the rows; its parameters are not read. `say` is called with a line about rows
+    that are left out.
     """
-    words = _reading(config, lm, base_dir)
+    reader = config.reader(lm, base_dir)
     parts = []
     for name, source in config.sources.items():
         if source.given:
-            parts.append(read_source(name, source, lm, **words))
+            parts.append(reader.source(name, source))
         else:
             say(f"source {name} has no task.train: it is left out")
     pool = Rows(
         tuple(row for part in parts for row in part.rows),
         tuple(name for part in parts for name in part.cut),
     )
-    target = read_target(config.target, lm, **words)
+    target = reader.target(config.target)
     for what, rows in (("the sources have", pool), ("the target has", target)):
         if rows.cut:
             say(f"{what} {len(rows.cut)} rows whose answers are cut off: they are left out")
@@ -181,16 +168,6 @@ def read_sides(
                 f"max_length: {what} no rows with an answer (got {config.max_length}). Raise it."
             )
     return pool, target
-
-
-def _reading(config: SelectionConfig, lm: Any, base_dir: Path | None) -> dict[str, Any]:
-    longest = lm.config.max_positions
-    return {
-        "template": config.template,
-        "max_length": min(longest, config.max_length or longest),
-        "seed": config.pool_seed,
-        "base_dir": base_dir,
-    }
 
 
 class _Study:
@@ -202,71 +179,69 @@ class _Study:
         self.pool, self.target = read_sides(config, self.lm, base_dir=base_dir, say=say)
         ready = config.recipe.prepare(self.lm, 0)
         self.losses = row_losses(ready)
-        words = _reading(config, self.lm, base_dir)
-        self.measure = Measure(ready, config.target, batch_size=config.eval_batch_size, **words)
+        self.measure = Measure.of(
+            config.target,
+            ready,
+            config.reader(self.lm, base_dir),
+            batch_size=config.eval_batch_size,
+        )
+        shape = np.frombuffer(repr(ready.config).encode(), "u1")
         self.hashes = {
-            "model": fingerprint(
-                (self.lm.params, np.frombuffer(repr(ready.config).encode(), "u1"))
-            ),
+            "model": fingerprint((self.lm.params, shape)),
             "rows": digest(self.pool.rows),
             "target": digest(self.target.rows),
         }
+        self.test = inputs_digest({"data": self.measure.data})
+
+    def _stage(
+        self,
+        seed: int | None,
+        name: str,
+        inputs: dict[str, Any],
+        work: Callable[[Path], dict[str, Any]],
+    ) -> tuple[Path, dict[str, Any]]:
+        root = Path(self.config.output)
+        return stage(
+            root if seed is None else root / f"seed-{seed}", name, inputs, work, log=self.say
+        )
 
     def summary(self) -> dict[str, Any]:
         """Count the rows to choose from, and measure the untrained model on the target."""
-        rows = self.pool.rows
-        names = dict.fromkeys(row.source for row in rows)
-        inputs = {"model": self.hashes["model"], "test": inputs_digest({"data": self.measure.data})}
-        root = Path(self.config.output)
-        before = stage(
-            root, "before", inputs, lambda _: {"value": self.measure(self.lm.params)}, log=self.say
+        inputs = {"model": self.hashes["model"], "test": self.test}
+        _, before = self._stage(
+            None, "before", inputs, lambda _: {"value": self.measure.value(self.lm.params)}
         )
         return {
-            "rows": len(rows),
-            "sources": {name: sum(row.source == name for row in rows) for name in names},
-            "noise": sum(row.noise for row in rows),
+            **counts(self.pool.rows, self.pool.rows),
             "cut": len(self.pool.cut),
             "target": len(self.target.rows),
             "metric": self.measure.metric,
-            "before": before[1]["value"],
+            "before": before["value"],
         }
 
     def run(self, seed: int, method: str) -> dict[str, Any]:
         """Choose rows by a method, train on them, and measure."""
-        folder, chosen = self._stage(
-            seed,
-            f"select-{method}",
-            self._choice_inputs(seed, method),
-            lambda place: write_choice(
-                place,
-                self.pool.rows,
-                self._scores(seed, method),
-                self.config.fraction,
-                self._shares(method),
-            ),
-        )
-        rows = read_choice(folder, self.pool.rows)
-        recipe = self.config.recipe
-        inputs = {
-            "model": self.hashes["model"],
-            "rows": digest(rows),
-            "recipe": to_dict(recipe),
-            "seed": seed,
-            "test": inputs_digest({"data": self.measure.data}),
-        }
+        config, pool, shares = self.config, self.pool.rows, self._shares(method)
 
-        def work(place: Path) -> dict[str, Any]:
-            params = train(place, self.lm, rows, recipe, seed=seed)
-            return {"value": self.measure(params)}
+        def choose(place: Path) -> dict[str, Any]:
+            return write_choice(place, pool, self._scores(seed, method), config.fraction, shares)
 
-        _, found = self._stage(seed, f"tune-{method}", inputs, work)
+        inputs = self._choice_inputs(seed, method)
+        folder, chosen = self._stage(seed, f"select-{method}", inputs, choose)
+        rows = read_choice(folder, pool)
+
+        def tune(place: Path) -> dict[str, Any]:
+            return {
+                "value": self.measure.value(train(place, self.lm, rows, config.recipe, seed=seed))
+            }
+
+        inputs = {**self._training_inputs(seed), "rows": digest(rows), "test": self.test}
+        _, found = self._stage(seed, f"tune-{method}", inputs, tune)
         return {"method": method, "seed": seed, **chosen, **found}
 
-    def _stage(
-        self, seed: int, name: str, inputs: dict[str, Any], work: Callable[[Path], dict[str, Any]]
-    ) -> tuple[Path, dict[str, Any]]:
-        root = Path(self.config.output) / f"seed-{seed}"
-        return stage(root, name, inputs, work, log=self.say)
+    def _training_inputs(self, seed: int) -> dict[str, Any]:
+        recipe = to_dict(self.config.recipe)
+        return {"model": self.hashes["model"], "recipe": recipe, "seed": seed}
 
     def _choice_inputs(self, seed: int, method: str) -> dict[str, Any]:
         """Return what the choice of a method depends on."""
@@ -279,9 +254,8 @@ class _Study:
         inputs["subtasks"] = None if groups is None else groups.tolist()
         if method != "less":
             return inputs
-        features = _but(self.config.features, "block_size")
-        aggregate = self.config.aggregate
-        return {**inputs, **self._warmup_inputs(seed), "features": features, "aggregate": aggregate}
+        less = {"features": self._features(), "aggregate": self.config.aggregate}
+        return {**inputs, **self._warmup_inputs(seed), **less}
 
     def _shares(self, method: str) -> dict[str, float] | None:
         """Return the shares of answers that a method must keep to, or None."""
@@ -303,9 +277,12 @@ class _Study:
         return [self.pool.rows[place] for place in order[:count]]
 
     def _warmup_inputs(self, seed: int) -> dict[str, Any]:
-        part = digest(self._warmup_rows(seed))
-        recipe = to_dict(self.config.recipe)
-        return {"model": self.hashes["model"], "part": part, "recipe": recipe, "seed": seed}
+        return {**self._training_inputs(seed), "part": digest(self._warmup_rows(seed))}
+
+    def _features(self) -> dict[str, Any]:
+        """Return the keys of `features` that change its results."""
+        keys = to_dict(self.config.features)
+        return {key: keys[key] for key in keys if key != "block_size"}
 
     def _less(self, seed: int) -> np.ndarray:
         """Return the LESS score of every row, in the order of the pool."""
@@ -320,31 +297,35 @@ class _Study:
         load = functools.lru_cache(maxsize=1)(
             lambda epoch: load_epoch(folder, self.lm, len(part), config.recipe, epoch, seed=seed)
         )
-        stores: dict[str, list[GradientStore]] = {"train": [], "target": []}
+
+        def store(side: str, epoch: int, rows: Rows) -> GradientStore:
+            def work(place: Path) -> dict[str, Any]:
+                return store_features(
+                    place,
+                    self.losses,
+                    rows,
+                    load(epoch),
+                    config.features,
+                    config.recipe,
+                    number=epoch,
+                    adam=side == "train",
+                    pad_id=self.lm.config.pad_id or 0,
+                )
+
+            inputs = {
+                "warmup": warmup_inputs,
+                "epoch": epoch,
+                "rows": digest(rows.rows),
+                "features": self._features(),
+            }
+            place, _ = self._stage(seed, f"{side}-{epoch}", inputs, work)
+            return GradientStore.open(place / "store")
+
+        sides = {"train": self.pool, "target": self.target}
+        stores: dict[str, list[GradientStore]] = {side: [] for side in sides}
         for epoch in range(1, config.recipe.epochs + 1):
-            for side, rows in (("train", self.pool), ("target", self.target)):
-                inputs = {
-                    "warmup": warmup_inputs,
-                    "epoch": epoch,
-                    "rows": digest(rows.rows),
-                    "features": _but(config.features, "block_size"),
-                }
-
-                def work(place: Path, epoch=epoch, side=side, rows=rows) -> dict[str, Any]:
-                    return store_features(
-                        place,
-                        self.losses,
-                        rows,
-                        load(epoch),
-                        config.features,
-                        config.recipe,
-                        number=epoch,
-                        adam=side == "train",
-                        pad_id=self.lm.config.pad_id or 0,
-                    )
-
-                place, _ = self._stage(seed, f"{side}-{epoch}", inputs, work)
-                stores[side].append(GradientStore.open(place / "store"))
+            for side, rows in sides.items():
+                stores[side].append(store(side, epoch, rows))
         groups = self.target.subtasks
         if groups is not None:
             groups = groups[stored_order(stores["target"][0], self.target)]
@@ -360,11 +341,6 @@ class _Study:
         return scores
 
 
-def _but(config: Any, name: str) -> dict[str, Any]:
-    """Return a configuration without a key that does not change results."""
-    return {key: value for key, value in to_dict(config).items() if key != name}
-
-
 Config = SelectionConfig
 PLAN = ("device", "sizes")
 """Sections of flags that a dry run accepts."""
@@ -372,7 +348,7 @@ PLAN = ("device", "sizes")
 
 def outline(config: SelectionConfig | None, where: str, plan_flags: Mapping[str, str]) -> str:
     """Return the cost of each stage of the study, or of the paper's if `config` is None."""
-    from jaxlm.studies.less_cost import Plan, Sizes, markdown, plan_of, resized
+    from jaxlm.studies.less_cost import Plan, Sizes, markdown, plan_of
 
     def section(name: str) -> dict[str, str]:
         start = f"{name}."
@@ -381,8 +357,8 @@ def outline(config: SelectionConfig | None, where: str, plan_flags: Mapping[str,
 
     device, sizes = load(Device, None, section("device")), load(Sizes, None, section("sizes"))
     plan = Plan() if config is None else plan_of(config, base_dir=Path(where).parent)
-    plan = resized(plan, **{key: getattr(sizes, key) for key in section("sizes")})
-    return markdown(plan, device)
+    given = {key: getattr(sizes, key) for key in section("sizes")}
+    return markdown(plan._replace(sizes=dataclasses.replace(plan.sizes, **given)), device)
 
 
 def run(
@@ -397,40 +373,27 @@ def run(
 def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each method, with means over the seeds.
 
-    Args:
-        found: as `jaxlm.studies.less.selection_study` returns it.
-
-    Returns:
-        `{"method", "rows", "sources", "noise", "mean", "std", "by_seed"}`: number of chosen rows,
-        the share of each source and of noise among them, and the target's metric. The first row
-        describes all rows, with the metric before training.
+    A row has the number of chosen rows, the share of each source and of noise among them, and the
+    target's metric. The first one describes all rows, with the metric before training.
     """
     pool = found["pool"]
-    table = [
+    first = {**pool, "method": "no training", "value": pool["before"]}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in (first, *found["runs"]):
+        groups.setdefault(run["method"], []).append(run)
+    return [
         {
-            "method": "no training",
-            "rows": pool["rows"],
-            "sources": {name: n / pool["rows"] for name, n in pool["sources"].items()},
-            "noise": pool["noise"] / pool["rows"],
-            **spread([pool["before"]]),
+            "method": method,
+            "rows": runs[0]["rows"],
+            "sources": {
+                name: statistics.fmean(run["sources"][name] / run["rows"] for run in runs)
+                for name in pool["sources"]
+            },
+            "noise": statistics.fmean(run["noise"] / run["rows"] for run in runs),
+            **spread([run["value"] for run in runs]),
         }
+        for method, runs in groups.items()
     ]
-    for method in dict.fromkeys(run["method"] for run in found["runs"]):
-        runs = [run for run in found["runs"] if run["method"] == method]
-        values = [run["value"] for run in runs]
-        table.append(
-            {
-                "method": method,
-                "rows": runs[0]["rows"],
-                "sources": {
-                    name: statistics.fmean(run["sources"][name] / run["rows"] for run in runs)
-                    for name in pool["sources"]
-                },
-                "noise": statistics.fmean(run["noise"] / run["rows"] for run in runs),
-                **spread(values),
-            }
-        )
-    return table
 
 
 def _markdown(found: dict[str, Any]) -> str:

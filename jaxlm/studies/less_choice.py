@@ -1,5 +1,6 @@
 """The choice of rows: scores that need no gradients, and the files of a choice."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,8 @@ from jaxlm.artifacts.files import read_jsonl, report_write_errors, write_jsonl
 from jaxlm.artifacts.folder import seal, verify
 from jaxlm.artifacts.processes import is_main_process
 from jaxlm.core.errors import UserError
-from jaxlm.data import PaddedRows
 from jaxlm.influence import bm25, pool, random_scores, representation_similarity, select
-from jaxlm.studies.less_rows import PoolRow, Rows
+from jaxlm.studies.less_rows import PoolRow, Rows, row_values
 from jaxlm.train.state import Program
 
 METHODS = ("less", "random", "matched", "full", "bm25", "representation")
@@ -28,15 +28,10 @@ BLOCK = 64
 def shallow_scores(
     method: str, lm: Any, rows: Rows, target: Rows, *, seed: int
 ) -> Float[np.ndarray, " N"]:
-    """Return scores of rows by a method that needs no gradients.
+    """Return scores of rows by a method that needs no gradients, with the model before training.
 
-    Args:
-        method: "random" or "matched"; "bm25" over tokens; "representation", cosines of mean hidden
-            states in which later tokens have larger weights.
-        lm: the model before training.
-        rows: rows to score.
-        target: rows of the target; a score is the maximum over its subtasks.
-        seed: seed of "random" and "matched".
+    "bm25" compares tokens, "representation" mean hidden states in which later tokens have larger
+    weights; a score is the maximum over the subtasks of the target. `seed` is that of the others.
     """
     if method in ("random", "matched"):
         return np.asarray(random_scores(jax.random.key(seed), len(rows.rows)))
@@ -49,27 +44,15 @@ def shallow_scores(
 
 
 def _states(lm: Any, rows: Rows) -> Float[np.ndarray, "N D"]:
-    padded = PaddedRows(rows.rows, lm.config.pad_id or 0, "targets")
-
     def pool_states(params, batch):
         mask = batch["attention_mask"]
         return pool(lm.hidden(params, batch["input_ids"], mask), mask)
 
-    pooled = Program(pool_states)
-    found: dict[int, np.ndarray] = {}
-    for places in padded.blocks(BLOCK):
-        filled = places + places[:1] * (BLOCK - len(places))
-        states = np.asarray(pooled(lm.params, padded.batch(filled)))
-        found.update(zip(places, states, strict=False))
-    return np.stack([found[place] for place in range(len(padded))])
+    return row_values(Program(pool_states), lm.params, lm, rows.rows, BLOCK)
 
 
 def shares_of_answers(target: Rows) -> dict[str, float]:
-    """Return the share of target rows that each answer has.
-
-    Raises:
-        UserError: the target has conversations, whose answers are free text.
-    """
+    """Return the share of target rows that each answer has."""
     answers = [answer for row in target.rows if (answer := _answer(row)) is not None]
     if len(answers) < len(target.rows):
         raise UserError(
@@ -85,19 +68,9 @@ def matched(
     count: int,
     shares: Mapping[str, float],
 ) -> list[int]:
-    """Return the places of the best rows of each answer, in the given proportions.
+    """Return the places of the best rows of each answer, the highest score first.
 
-    Args:
-        rows: rows to choose from.
-        scores: score of each row.
-        count: number of rows to choose.
-        shares: share of each answer, with sum 1; rows with other answers are not chosen.
-
-    Returns:
-        Places, the highest score first.
-
-    Raises:
-        UserError: too few rows have an answer.
+    The answers have the given shares of `count`, which sum to 1; other answers are not chosen.
     """
     # Round quotas by largest remainder, so that they sum to count.
     exact = {answer: share * count for answer, share in shares.items()}
@@ -133,25 +106,12 @@ def write_choice(
     """Choose the rows with the highest scores, ties in order of rows, and write both files.
 
     `scores.jsonl` has {"id", "score"} for every row; `selected.jsonl` has the id, source, score and
-    text of every chosen row, the best first.
-
-    Args:
-        folder: folder of the files.
-        rows: all rows.
-        scores: score of each row; None chooses all rows.
-        fraction: fraction of the rows to choose.
-        shares: shares of answers among the chosen rows, see `matched`; None for no constraint.
-
-    Returns:
-        The numbers of chosen rows, in all, from each source and with noise.
+    text of every chosen row, the best first. Without scores all rows are chosen. Returns the
+    numbers of chosen rows, in all, from each source and with noise.
     """
     places = list(range(len(rows))) if scores is None else select(scores, fraction).tolist()
     if scores is not None and shares is not None:
         places = matched(rows, scores, len(places), shares)
-    lines = [
-        {"id": row.id, "score": float(each)}
-        for row, each in zip(rows, () if scores is None else scores, strict=scores is not None)
-    ]
     chosen = []
     for place in places:
         row = rows[place]
@@ -159,25 +119,26 @@ def write_choice(
         chosen.append({"id": row.id, "source": row.source, **number, **row.text})
     with report_write_errors(folder):
         if scores is not None:
-            write_jsonl(folder / SCORES, lines)
+            pairs = zip(rows, scores.tolist(), strict=True)
+            write_jsonl(folder / SCORES, ({"id": row.id, "score": each} for row, each in pairs))
         write_jsonl(folder / SELECTED, chosen)
         if is_main_process():
             seal(folder, "*.jsonl")
-    taken = [rows[place] for place in places]
-    names = dict.fromkeys(row.source for row in rows)
+    return counts([rows[place] for place in places], rows)
+
+
+def counts(taken: Sequence[PoolRow], rows: Sequence[PoolRow]) -> dict[str, Any]:
+    """Return how many rows are taken, in all, from each source of `rows` and with noise."""
+    by_source = Counter(row.source for row in taken)
     return {
         "rows": len(taken),
-        "sources": {name: sum(row.source == name for row in taken) for name in names},
+        "sources": {name: by_source[name] for name in dict.fromkeys(row.source for row in rows)},
         "noise": sum(row.noise for row in taken),
     }
 
 
 def read_choice(folder: Path, rows: Sequence[PoolRow]) -> list[PoolRow]:
-    """Return the chosen rows, in the order of the file.
-
-    Raises:
-        UserError: the file is missing, was changed, or names other rows.
-    """
+    """Return the chosen rows, in the order of the file."""
     verify(folder)
     known = {row.id: row for row in rows}
     path = folder / SELECTED

@@ -5,9 +5,8 @@ activations, since frozen weights get no gradient. Adapters take 6 FLOPs, attent
 and layer, for rows of T tokens. Padding, reading and writing are not counted.
 """
 
-import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +17,8 @@ from jaxlm.influence.store import row_bytes
 from jaxlm.models import ModelConfig, param_shapes
 from jaxlm.peft import Lora
 from jaxlm.studies.less import SelectionConfig, read_sides
-from jaxlm.studies.less_features import Features
-from jaxlm.studies.less_training import Recipe
-from jaxlm.studies.tables import aligned
+from jaxlm.studies.less_rows import Source, Target
+from jaxlm.studies.tables import aligned, size
 from jaxlm.train.load import load_model
 
 LLAMA_7B = ModelConfig(
@@ -47,6 +45,13 @@ LLAMA_7B = ModelConfig(
 )
 """The shape of the model that LESS was published with."""
 
+PAPER = SelectionConfig(
+    sources={"paper": Source(messages="rows.jsonl")},
+    target=Target(messages="target.jsonl"),
+    output="less",
+)
+"""A study with the settings of the paper; its files are not read."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
@@ -70,36 +75,16 @@ class Sizes:
         whole(self, "examples", "targets", "subtasks", "tokens", "target_tokens", most=10**15)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What the cost of a study depends on.
+class Plan(NamedTuple):
+    """What the cost of a study depends on: by default the study of the paper."""
 
-    Attributes:
-        model: shape of the model.
-        sizes: sizes of the data.
-        recipe, warmup_fraction, features, fraction, methods: see `SelectionConfig`.
-        seeds: number of seeds.
-    """
-
-    model: ModelConfig = field(default=LLAMA_7B)
-    sizes: Sizes = field(default=Sizes())
-    recipe: Recipe = field(default=Recipe())
-    warmup_fraction: float = 0.05
-    features: Features = field(default=Features())
-    fraction: float = 0.05
-    methods: tuple[str, ...] = ("less", "random", "full")
-    seeds: int = 1
+    model: ModelConfig = LLAMA_7B
+    sizes: Sizes = Sizes()
+    config: SelectionConfig = PAPER
 
 
 class Cost(NamedTuple):
-    """The cost of a stage.
-
-    Attributes:
-        stage: name of the stage.
-        flops: total FLOPs.
-        bytes: bytes that stay on disk.
-        paper: the cost that the paper reports for its own study on an A100.
-    """
+    """The FLOPs of a stage, the bytes that stay on disk, and what the paper reports on an A100."""
 
     stage: str
     flops: float | int
@@ -110,7 +95,7 @@ class Cost(NamedTuple):
 def adapter_size(model: ModelConfig, peft: Lora) -> int:
     """Return the number of parameters of the adapters.
 
-    >>> adapter_size(LLAMA_7B, Recipe().peft)
+    >>> adapter_size(LLAMA_7B, PAPER.recipe.peft)
     134217728
     """
     takes = path_predicate(peft.targets)
@@ -132,19 +117,20 @@ def row_flops(model: ModelConfig, peft: Lora, tokens: int) -> float:
 
 def costs(plan: Plan) -> list[Cost]:
     """Return the cost of each stage of a plan, summed over its seeds."""
-    sizes, features, recipe = plan.sizes, plan.features, plan.recipe
-    epochs, adapters = recipe.epochs, adapter_size(plan.model, recipe.peft)
-    row = row_flops(plan.model, recipe.peft, sizes.tokens)
+    model, sizes, config = plan
+    features, recipe = config.features, config.recipe
+    epochs, adapters = recipe.epochs, adapter_size(model, recipe.peft)
+    row = row_flops(model, recipe.peft, sizes.tokens)
     target_tokens = sizes.tokens if sizes.target_tokens is None else sizes.target_tokens
-    target = row_flops(plan.model, recipe.peft, target_tokens)
+    target = row_flops(model, recipe.peft, target_tokens)
     project = PROJECTION[features.family](adapters, features.dim)
     width = row_bytes(features.dtype, features.dim)
-    chosen = int(plan.fraction * sizes.examples)
+    chosen = int(config.fraction * sizes.examples)
     state = 12 * adapters  # float32: adapters and Adam's two moments
     run = 2 * state  # the previous checkpoint stays until the latest one is written
     found = []
-    if "less" in plan.methods:
-        first = int(plan.warmup_fraction * sizes.examples)
+    if "less" in config.methods:
+        first = int(config.warmup_fraction * sizes.examples)
         rows, targets = sizes.examples * epochs, sizes.targets * epochs
         scoring = 2 * rows * features.dim * sizes.subtasks
         found += [
@@ -158,13 +144,11 @@ def costs(plan: Plan) -> list[Cost]:
             Cost("features of the target", targets * (target + project), targets * width),
             Cost("scores", scoring, 64 * sizes.examples, "< 1 min"),
         ]
-    for method in plan.methods:
+    for method in config.methods:
         count = sizes.examples if method == "full" else chosen
         found.append(Cost(f"training on {method}", row * count * epochs, run))
-    return [
-        each._replace(flops=plan.seeds * each.flops, bytes=plan.seeds * each.bytes)
-        for each in found
-    ]
+    seeds = len(config.seeds)
+    return [each._replace(flops=seeds * each.flops, bytes=seeds * each.bytes) for each in found]
 
 
 ADAM = 12
@@ -181,69 +165,41 @@ PROJECTION = {
 
 def markdown(plan: Plan, device: Device) -> str:
     """Return the costs as a Markdown table that is also aligned for a terminal."""
-    sizes, model, peft = plan.sizes, plan.model, plan.recipe.peft
-    size = sum(math.prod(shape) for shape in param_shapes(model).values())
+    model, sizes, config = plan
+    peft = config.recipe.peft
+    parameters = sum(math.prod(shape) for shape in param_shapes(model).values())
     peak = device.flops / device.utilisation
     said = (
         f"{sizes.examples:,} rows of {sizes.tokens} tokens and {sizes.targets:,} target examples; "
-        f"{model.family} of {size / 1e9:.3g} G parameters, LoRA of rank {peft.rank} with "
+        f"{model.family} of {parameters / 1e9:.3g} G parameters, LoRA of rank {peft.rank} with "
         f"{adapter_size(model, peft):,}; {device.name} of {peak / 1e12:g} TFLOP/s at "
-        f"{100 * device.utilisation:g} %; seeds: {plan.seeds}. Last column: what LESS "
+        f"{100 * device.utilisation:g} %; seeds: {len(config.seeds)}. Last column: what LESS "
         "(arXiv:2402.04333) reports for 270,679 rows on one A100."
     )
     rate = 3600 * device.flops
     found = costs(plan)
     total = Cost("total", sum(c.flops for c in found), sum(c.bytes for c in found))
     cells = [
-        (c.stage, f"{c.flops:.2e}", _bytes(c.bytes), _hours(c.flops / rate), c.paper)
+        (c.stage, f"{c.flops:.2e}", size(c.bytes), _hours(c.flops / rate), c.paper)
         for c in (*found, total)
     ]
     return f"{said}\n\n{aligned(('stage', 'FLOPs', 'on disk', 'hours', 'paper'), cells)}"
 
 
 def plan_of(config: SelectionConfig, *, base_dir: Path | None = None) -> Plan:
-    """Return the plan of a study. Its rows are read, the weights of its model are not.
-
-    Raises:
-        UserError: the model or a source cannot be read.
-    """
+    """Return the plan of a study. Its rows are read, the weights of its model are not."""
     lm = load_model(config.model, shapes_only=True)
     pool, target = read_sides(config, lm, base_dir=base_dir)
     groups = target.subtasks
     lengths = [sum(len(row.ids) for row in side.rows) for side in (pool, target)]
-    return Plan(
-        model=lm.config,
-        sizes=Sizes(
-            examples=len(pool.rows),
-            targets=len(target.rows),
-            subtasks=1 if groups is None else int(groups.max()) + 1,
-            tokens=-(-lengths[0] // len(pool.rows)),
-            target_tokens=-(-lengths[1] // len(target.rows)),
-        ),
-        recipe=config.recipe,
-        warmup_fraction=config.warmup_fraction,
-        features=config.features,
-        fraction=config.fraction,
-        methods=config.methods,
-        seeds=len(config.seeds),
+    sizes = Sizes(
+        examples=len(pool.rows),
+        targets=len(target.rows),
+        subtasks=1 if groups is None else int(groups.max()) + 1,
+        tokens=-(-lengths[0] // len(pool.rows)),
+        target_tokens=-(-lengths[1] // len(target.rows)),
     )
-
-
-def resized(plan: Plan, **sizes: int) -> Plan:
-    """Return the plan with other sizes of the data."""
-    return dataclasses.replace(plan, sizes=dataclasses.replace(plan.sizes, **sizes))
-
-
-def _bytes(count: float | int) -> str:
-    """Return bytes as text with a decimal unit.
-
-    >>> _bytes(17.7e9)
-    '17.7 GB'
-    """
-    unit = 0
-    while count >= 1000 and unit < 4:
-        count, unit = count / 1000, unit + 1
-    return f"{count:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
+    return Plan(lm.config, sizes, config)
 
 
 def _hours(hours: float) -> str:

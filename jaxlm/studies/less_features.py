@@ -1,5 +1,6 @@
 """Gradient features of rows at one checkpoint, written into a store that can be resumed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,8 +40,8 @@ BLOCK = 64
 MOST_NUMBERS = 2**24
 """Longest row of a store, far above what a projection needs."""
 
-INFO = "info.jsonl"
-"""File with statistics of the rows; process p > 0 writes `info.p.jsonl`."""
+INFO = ("loss", "norm", "eps_share", "skipped")
+"""Statistics of a row in `info.jsonl`; process p > 0 writes `info.p.jsonl`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,21 +86,11 @@ def store_features(
 ) -> dict[str, Any]:
     """Write the features of rows that are not in the store yet.
 
-    Args:
-        folder: folder of `store/` and `info.jsonl`, with a line {id, loss, norm, eps_share,
-            skipped} per row. Each of several processes computes and writes a part of the rows.
-        losses: `row_losses` of the model; pass the same function each time, to compile it once.
-        rows: rows to compute features of.
-        epoch: parameters and optimizer state.
-        features: projection and encoding.
-        recipe: recipe with the constants of Adam.
-        number: number of the epoch.
-        adam: whether features are Adam's direction (training rows) or the gradient (target).
-        pad_id: padding token.
-
-    Returns:
-        The number of rows, the number of rows without a gradient, and the mean share of coordinates
-        where eps dominates.
+    The folder has `store/` and `info.jsonl`, with a line {id, loss, norm, eps_share, skipped} per
+    row. Each of several processes computes and writes a part of the rows. Features are Adam's
+    direction (`adam`, training rows) or the gradient (target). Pass the same `losses` each time, to
+    compile them once. Returns the number of rows, of rows without a gradient, and the mean share of
+    coordinates where eps dominates.
     """
     padded = PaddedRows(rows.rows, pad_id, "targets")
     project = projector(features.family, features.dim, features.seed)
@@ -114,56 +105,55 @@ def store_features(
         checkpoint=number,
         weight=epoch.weight,
     )
-    optimizer = recipe.optimizer
-    process, processes = jax.process_index(), jax.process_count()
+    params, opt_state, _ = epoch
     mesh = None
-    if mesh_of(epoch.params) is not None:
+    if mesh_of(params) is not None:
         mesh = make_mesh(data=-1, devices=jax.local_devices())
-        params, opt_state = jax.tree.map(to_host, (epoch.params, epoch.opt_state))
-        epoch = Epoch(params, opt_state, epoch.weight)
-    options: dict[str, Any] = {}
-    if adam:
-        constants = (optimizer.b1, optimizer.b2, optimizer.eps, features.variant)
-        options["adam_state"] = Adam(epoch.opt_state, *constants)
-    each = {"writer": process, "writers": processes}
-    with GradientStore.create(folder / "store", spec, **each) as writer:
-        info = _Info(folder / _info_name(process), writer.ids)
-        part = (process, processes)
+        params, opt_state = jax.tree.map(to_host, (params, opt_state))
+    optimizer = recipe.optimizer
+    constants = (optimizer.b1, optimizer.b2, optimizer.eps, features.variant)
+    process, processes = jax.process_index(), jax.process_count()
+    infos = [folder / (f"info.{i}.jsonl" if i else "info.jsonl") for i in range(processes)]
+    with GradientStore.create(folder / "store", spec, writer=process, writers=processes) as writer:
+        _keep(infos[process], writer.ids)
         # A block has 8 groups of rows per device, so parameters are sent once for all of them.
         size = (features.block_size or BLOCK) * (1 if mesh is None else 8 * mesh.size)
-        for places in padded.blocks(size, len(writer), part):
+        for places in padded.blocks(size, len(writer), (process, processes)):
             found, about = features_with_info(
                 losses,
-                epoch.params,
+                params,
                 padded.batch(places),
                 projector=project,
+                adam_state=Adam(opt_state, *constants) if adam else None,
                 select=LORA,
                 block_size=features.block_size,
                 mesh=mesh,
-                **options,
             )
             ids = [rows.rows[place].id for place in places]
-            info.append(ids, about)
+            numbers = {name: np.asarray(getattr(about, name)).tolist() for name in INFO}
+            lines = zip(*numbers.values(), strict=True)
+            records = [
+                {"id": name, **dict(zip(INFO, line, strict=True))}
+                for name, line in zip(ids, lines, strict=True)
+            ]
+            append_jsonl(infos[process], records)
             writer.append(np.asarray(found), ids)
         writer.commit()
-    barrier(str(folder / INFO))
-    return _summary(folder, processes)
-
-
-def _info_name(process: int) -> str:
-    return INFO if process == 0 else INFO.replace(".", f".{process}.")
-
-
-def _summary(folder: Path, processes: int) -> dict[str, Any]:
-    """Summarize the rows of all processes."""
-    files = [folder / _info_name(process) for process in range(processes)]
-    records = [record for file in files for record in _records(file)]
+    barrier(str(infos[0]))
+    records = [record for path in infos for record in _records(path)]
     shares = [record["eps_share"] for record in records]
     return {
         "rows": len(records),
         "skipped": sum(record["skipped"] for record in records),
         "eps_share": float(np.mean(shares)) if shares else 0.0,
     }
+
+
+def _keep(path: Path, ids: Sequence[str | int]) -> None:
+    """Leave only the lines of rows in a file of statistics, which is made if it is missing."""
+    known = {record["id"]: record for record in _records(path)} if path.exists() else {}
+    with report_write_errors(path):
+        write_atomic(path, to_jsonl([known[name] for name in ids if name in known]))
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -175,27 +165,3 @@ def stored_order(store: GradientStore, rows: Rows) -> np.ndarray:
     """Return the place in `rows` of each row of a store."""
     places = {row.id: place for place, row in enumerate(rows.rows)}
     return np.array([places[str(name)] for name in store.ids])
-
-
-class _Info:
-    """The file `info.jsonl`; lines of rows that did not reach the store are dropped."""
-
-    def __init__(self, path: Path, ids: list[str | int]):
-        self._path = path
-        known = {record["id"]: record for record in _records(path)} if path.exists() else {}
-        kept = [known[name] for name in ids if name in known]
-        with report_write_errors(path):
-            write_atomic(path, to_jsonl(kept))
-
-    def append(self, ids: list[str], about: Any) -> None:
-        numbers = {
-            "loss": np.asarray(about.loss, np.float64),
-            "norm": np.asarray(about.norm, np.float64),
-            "eps_share": np.asarray(about.eps_share, np.float64),
-            "skipped": np.asarray(about.skipped),
-        }
-        records = [
-            {"id": name, **{key: values[i].item() for key, values in numbers.items()}}
-            for i, name in enumerate(ids)
-        ]
-        append_jsonl(self._path, records)

@@ -1,17 +1,22 @@
 """Rows to choose from: prompts with answers or conversations, from several sources."""
 
+import contextlib
 import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxlm.core.checks import whole
 from jaxlm.core.errors import UserError
 from jaxlm.data import (
     Example,
+    PaddedRows,
+    Task,
     TaskConfig,
     TokenRow,
     load_task,
@@ -21,6 +26,9 @@ from jaxlm.data import (
 )
 from jaxlm.data.messages import MessagesConfig, MessageTemplate
 from jaxlm.data.rows import tokenizer_of
+from jaxlm.typing import Params
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +108,17 @@ class PoolRow(TokenRow):
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows with at least one answer token, and the ids of rows whose whole answer was cut.
-
-    Attributes:
-        rows: the rows.
-        cut: ids of rows whose whole answer was cut.
-    """
+    """Rows with at least one answer token, and the ids of rows whose whole answer was cut."""
 
     rows: tuple[PoolRow, ...]
     cut: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for name, count in Counter(row.id for row in self.rows).items():
+            if count > 1:
+                raise UserError(
+                    f"id: {count} rows have the same (got {name!r}). Give each its own."
+                )
 
     @property
     def subtasks(self) -> Int[np.ndarray, " M"] | None:
@@ -119,95 +129,132 @@ class Rows:
         return np.array([names.index(row.subtask) for row in self.rows])
 
 
-def read_source(
-    name: str,
-    source: Source,
-    lm: Any,
-    *,
-    template: MessageTemplate,
-    max_length: int,
-    seed: int,
-    base_dir: Path | None = None,
-) -> Rows:
-    """Read the rows of a source.
+def padded(lm: Any, rows: Sequence[PoolRow]) -> PaddedRows:
+    """Return rows in the form that `row_losses` and training read."""
+    return PaddedRows(rows, lm.config.pad_id or 0, "targets")
 
-    Args:
-        name: name of the source.
-        source: where its rows are.
-        lm: the model that reads the rows.
-        template: template of conversations.
+
+def row_values(
+    function: Callable[..., Any], params: Params, lm: Any, rows: Sequence[PoolRow], size: int
+) -> Float[np.ndarray, "N ..."]:
+    """Return `function(params, batch)` of every row, in their order, in batches of one size."""
+    batches, found = padded(lm, rows), dict[int, np.ndarray]()
+    for places in batches.blocks(size):
+        filled = places + places[:1] * (size - len(places))
+        values = np.asarray(function(params, batches.batch(filled)))
+        found.update(zip(places, values, strict=False))
+    return np.stack([found[place] for place in range(len(rows))])
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads rows for a model.
+
+    Attributes:
+        lm: the model that tokenizes the rows; its parameters are not read.
         max_length: most tokens of a row.
-        seed: seed of the draw and of shuffled labels.
+        template: template of conversations.
+        seed: seed of the draws and of shuffled labels.
         base_dir: folder where relative paths start, before the working directory.
-
-    Raises:
-        UserError: as `load_task` and `MessagesConfig`; or there are too few rows.
     """
-    try:
-        if source.messages is not None:
-            return _conversations(name, source, lm, template, max_length, seed, base_dir)
-        assert source.task is not None
-        alone = dataclasses.replace(source.task, validation=None, test=None)
-        task = load_task(alone, seed=seed, base_dir=base_dir)
-        places = draw(len(task.train), source.rows, source.skip, seed)
-        chosen = [task.train[place] for place in places]
-        labels = [example.label for example in chosen]
-        if source.labels == "shuffled":
-            generator = np.random.Generator(np.random.PCG64([seed, 1]))
-            labels = generator.permutation(labels).tolist()
-        noise = [each.label != label for each, label in zip(chosen, labels, strict=True)]
-        examples = [
-            dataclasses.replace(each, label=label)
-            for each, label in zip(chosen, labels, strict=True)
-        ]
-        return _task_rows(name, task, examples, noise, lm, max_length)
-    except UserError as error:
-        raise _placed(f"sources.{name}", error) from None
 
+    lm: Any
+    max_length: int
+    template: MessageTemplate = "tulu"
+    seed: int = 0
+    base_dir: Path | None = None
 
-def _placed(place: str, error: UserError) -> UserError:
-    """Return an error in a source or the target with its full key."""
-    message = str(error).removeprefix("messages.train: ")
-    return UserError(f"{place}{'.' if message.startswith('rows:') else ': '}{message}")
+    def source(self, name: str, source: Source) -> Rows:
+        """Read the rows of a source."""
+        with _placed(f"sources.{name}"):
+            if source.messages is not None:
+                return self.conversations(name, source)
+            assert source.task is not None
+            task = self.task(dataclasses.replace(source.task, validation=None, test=None))
+            chosen = draw(task.train, source.rows, source.skip, self.seed)
+            labels = [example.label for example in chosen]
+            if source.labels == "shuffled":
+                generator = np.random.Generator(np.random.PCG64([self.seed, 1]))
+                labels = generator.permutation(labels).tolist()
+            return self._prompts(name, task, chosen, labels)
 
+    def target(self, target: Target) -> Rows:
+        """Read the examples that are the target."""
+        if target.messages is not None:
+            with _placed("target"):
+                return self.conversations(
+                    "target", Source(messages=target.messages, rows=target.rows)
+                )
+        assert target.task is not None
+        task = self.task(target.task)
+        for split in ("validation", "test"):
+            if not getattr(task, split):
+                raise UserError(
+                    f"target.task.{split}: there are no such examples (got none). Name a file of "
+                    "them."
+                )
+        with _placed("target"):
+            chosen = draw(task.validation, target.rows, 0, self.seed)
+            return self._prompts("target", task, chosen, [each.label for each in chosen])
 
-def read_target(
-    target: Target,
-    lm: Any,
-    *,
-    template: MessageTemplate,
-    max_length: int,
-    seed: int,
-    base_dir: Path | None = None,
-) -> Rows:
-    """Read the examples that are the target; arguments as of `read_source`."""
-    if target.messages is not None:
-        source = Source(messages=target.messages, rows=target.rows)
-        try:
-            return _conversations("target", source, lm, template, max_length, seed, base_dir)
-        except UserError as error:
-            raise _placed("target", error) from None
-    assert target.task is not None
-    task = load_task(target.task, seed=seed, base_dir=base_dir)
-    for split in ("validation", "test"):
-        if not getattr(task, split):
+    def task(self, config: TaskConfig) -> Task:
+        """Load a task."""
+        return load_task(config, seed=self.seed, base_dir=self.base_dir)
+
+    def conversations(self, name: str, source: Source) -> Rows:
+        """Read the rows of a file of conversations."""
+        config = MessagesConfig(train=source.messages, template=self.template)
+        found = config.load(seed=self.seed, base_dir=self.base_dir).train
+        chosen = draw(found, source.rows, source.skip, self.seed)
+        rows, cut = [], []
+        encoded = config.tokenize(chosen, tokenizer_of(self.lm), self.max_length)
+        for conversation, row in zip(chosen, encoded, strict=True):
+            place = f"{name}:{row.id}"
+            if row.loss_positions:
+                text = {"messages": [turn._asdict() for turn in conversation.messages]}
+                rows.append(PoolRow(place, row.ids, row.loss_positions, row.subtask, name, text))
+            else:
+                cut.append(place)
+        return Rows(tuple(rows), tuple(cut))
+
+    def _prompts(self, name: str, task: Task, chosen: list[Example], labels: list[int]) -> Rows:
+        if self.lm.config.kind != "decoder":
             raise UserError(
-                f"target.task.{split}: there are no such examples (got none). Name a file of them."
+                f"model: rows are read by a decoder (got one of the kind {self.lm.config.kind}). "
+                "Give a decoder."
             )
+        pairs = zip(chosen, labels, strict=True)
+        examples = [dataclasses.replace(each, label=label) for each, label in pairs]
+        alone = dataclasses.replace(task, train=tuple(examples), validation=(), test=())
+        encoded = prepare_for(self.lm, alone, max_length=self.max_length)
+        names = [f"{name}:{example.id}" for example in examples]
+        rows = []
+        for own, example, row in zip(chosen, examples, encoded.rows("train", names), strict=True):
+            shown = prompted(task, example)
+            text = {"prompt": shown.prompt, "completion": shown.options[shown.gold[0]]}
+            noise = own.label != example.label
+            rows.append(PoolRow(row.id, row.ids, row.loss_positions, "", name, text, noise))
+        return Rows(tuple(rows))
+
+
+@contextlib.contextmanager
+def _placed(place: str) -> Iterator[None]:
+    """Give errors in a source or the target their full key."""
     try:
-        places = draw(len(task.validation), target.rows, 0, seed)
+        yield
     except UserError as error:
-        raise _placed("target", error) from None
-    examples = [task.validation[place] for place in places]
-    return _task_rows("target", task, examples, [False] * len(examples), lm, max_length)
+        message = str(error).removeprefix("messages.train: ")
+        joint = "." if message.startswith("rows:") else ": "
+        raise UserError(f"{place}{joint}{message}") from None
 
 
-def draw(count: int, rows: int | None, skip: int, seed: int) -> list[int]:
-    """Return places `skip, ..., skip + rows - 1` of a permutation by the seed, sorted.
+def draw(examples: Sequence[T], rows: int | None, skip: int, seed: int) -> list[T]:
+    """Return the examples `skip, ..., skip + rows - 1` of a permutation by the seed, in order.
 
-    >>> sorted(draw(5, 2, 0, 7) + draw(5, 3, 2, 7))
+    >>> sorted(draw(range(5), 2, 0, 7) + draw(range(5), 3, 2, 7))
     [0, 1, 2, 3, 4]
     """
+    count = len(examples)
     stop = count if rows is None else skip + rows
     if stop > count or skip >= count:
         raise UserError(
@@ -215,57 +262,4 @@ def draw(count: int, rows: int | None, skip: int, seed: int) -> list[int]:
             "rows or skip."
         )
     order = np.random.Generator(np.random.PCG64([seed, 0])).permutation(count)
-    return sorted(order[skip:stop].tolist())
-
-
-def _conversations(
-    name: str,
-    source: Source,
-    lm: Any,
-    template: MessageTemplate,
-    max_length: int,
-    seed: int,
-    base_dir: Path | None,
-) -> Rows:
-    config = MessagesConfig(train=source.messages, template=template)
-    found = config.load(seed=seed, base_dir=base_dir).train
-    chosen = [found[place] for place in draw(len(found), source.rows, source.skip, seed)]
-    rows, cut = [], []
-    encoded = config.tokenize(chosen, tokenizer_of(lm), max_length)
-    for conversation, row in zip(chosen, encoded, strict=True):
-        if not row.loss_positions:
-            cut.append(f"{name}:{row.id}")
-            continue
-        text = {"messages": [turn._asdict() for turn in conversation.messages]}
-        rows.append(
-            PoolRow(f"{name}:{row.id}", row.ids, row.loss_positions, row.subtask, name, text)
-        )
-    return _unique(rows, cut)
-
-
-def _task_rows(
-    name: str, task: Any, examples: list[Example], noise: list[bool], lm: Any, max_length: int
-) -> Rows:
-    if lm.config.kind != "decoder":
-        raise UserError(
-            f"model: rows are read by a decoder (got one of the kind {lm.config.kind}). Give a "
-            "decoder."
-        )
-    alone = dataclasses.replace(task, train=tuple(examples), validation=(), test=())
-    encoded = prepare_for(lm, alone, max_length=max_length)
-    names = [f"{name}:{example.id}" for example in examples]
-    rows = []
-    for example, row, wrong in zip(examples, encoded.rows("train", names), noise, strict=True):
-        shown = prompted(task, example)
-        text = {"prompt": shown.prompt, "completion": shown.options[shown.gold[0]]}
-        rows.append(PoolRow(row.id, row.ids, row.loss_positions, "", name, text, wrong))
-    return _unique(rows, [])
-
-
-def _unique(rows: list[PoolRow], cut: list[str]) -> Rows:
-    seen: set[str] = set()
-    for row in rows:
-        if row.id in seen:
-            raise UserError(f"id: two rows have the same (got {row.id!r}). Give every row its own.")
-        seen.add(row.id)
-    return Rows(tuple(rows), tuple(cut))
+    return [examples[place] for place in sorted(order[skip:stop].tolist())]

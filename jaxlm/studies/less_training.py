@@ -1,8 +1,9 @@
 """LoRA training on chosen rows, the epoch checkpoints that LESS needs, and the target's metric."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +14,12 @@ import numpy as np
 
 from jaxlm.core.checks import number, whole
 from jaxlm.core.errors import UserError
-from jaxlm.data import load_task, prepare_for
-from jaxlm.data.messages import MessageTemplate
-from jaxlm.data.rows import PaddedRows, digest
+from jaxlm.data import prepare_for
+from jaxlm.data.rows import digest
 from jaxlm.models.adapters import LORA
 from jaxlm.peft import Lora
 from jaxlm.sharding import abstract, mesh_of, place_params
-from jaxlm.studies.less_rows import PoolRow, Rows, Source, Target, read_source
+from jaxlm.studies.less_rows import PoolRow, Reader, Source, Target, padded, row_values
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.logging import Metrics
 from jaxlm.train.loop import LoopConfig, fit
@@ -27,7 +27,7 @@ from jaxlm.train.losses import mean_row_loss, row_losses
 from jaxlm.train.measure import MultipleChoiceMetric
 from jaxlm.train.optimizers import Adam
 from jaxlm.train.settings import MOST_ROWS, MOST_STEPS
-from jaxlm.train.state import Program, TrainState, method
+from jaxlm.train.state import Method, Program, TrainState, method
 from jaxlm.typing import Params
 
 
@@ -76,27 +76,15 @@ class Recipe:
 
 
 class Epoch(NamedTuple):
-    """The state at the end of an epoch.
+    """The state at the end of an epoch; `weight` is its mean learning rate."""
 
-    Attributes:
-        params: parameters of the whole model.
-        opt_state: state of the optimizer, with Adam's moments.
-        weight: mean learning rate of the epoch.
-    """
-
-    params: Any
+    params: Params
     opt_state: Any
     weight: float
 
 
 def epoch_weights(optimizer: Adam, epochs: int, epoch_steps: int) -> list[float]:
-    """Return the mean learning rate over the steps of each epoch.
-
-    Args:
-        optimizer: the optimizer, with its schedule.
-        epochs: number of epochs.
-        epoch_steps: number of steps in an epoch.
-    """
+    """Return the mean learning rate over the steps of each epoch."""
     steps = epochs * epoch_steps
     rate = optimizer.rate(steps)
     if not callable(rate):
@@ -106,44 +94,50 @@ def epoch_weights(optimizer: Adam, epochs: int, epoch_steps: int) -> list[float]
     return means
 
 
+class _Run(NamedTuple):
+    """Training on a number of rows: what `train` does, and `load_epoch` reads back."""
+
+    lm: Any
+    epoch_steps: int
+    method: Method
+    weights: list[float]
+
+    @classmethod
+    def of(cls, lm: Any, rows: int, recipe: Recipe, seed: int) -> "_Run":
+        ready, mesh = recipe.prepare(lm, seed), mesh_of(lm.params)
+        if mesh is not None:
+            ready = ready.replace(params=place_params(ready.params, mesh))
+        each = recipe.epoch_steps(rows)
+        optimizer = dataclasses.replace(recipe.optimizer_for(rows), select=LORA)
+        chosen = method(optimizer, mean_row_loss(ready), recipe.epochs * each)
+        return cls(ready, each, chosen, epoch_weights(optimizer, recipe.epochs, each))
+
+
 def train(
     folder: Path, lm: Any, rows: Sequence[PoolRow], recipe: Recipe, *, seed: int, keep: bool = False
-) -> Any:
-    """Train adapters in a folder, or resume there.
+) -> Params:
+    """Train adapters in a folder, or resume there, and return the final parameters.
 
-    Args:
-        folder: folder of `checkpoints/` and `metrics.jsonl`.
-        lm: the model without adapters; its parameters are not changed.
-        rows: rows to train on.
-        recipe: how to train.
-        seed: seed of the adapters and of the order of rows.
-        keep: whether to keep a checkpoint of every epoch, with the optimizer's state.
-
-    Returns:
-        The final parameters.
-
-    Raises:
-        UserError: as `jaxlm.train.loop.fit`, or no step has a learning rate above 0.
+    The parameters of `lm`, which has no adapters, do not change. `seed` is that of the adapters and
+    of the order of rows. With `keep`, the folder keeps a checkpoint of every epoch, with the
+    optimizer's state.
     """
-    padded = PaddedRows(rows, lm.config.pad_id or 0, "targets")
-    ready = _prepared(lm, recipe, seed)
-    each = recipe.epoch_steps(len(rows))
-    steps = recipe.epochs * each
-    optimizer = dataclasses.replace(recipe.optimizer_for(len(rows)), select=LORA)
-    if not any(epoch_weights(optimizer, recipe.epochs, each)):
+    run = _Run.of(lm, len(rows), recipe, seed)
+    batches, steps = padded(lm, rows), recipe.epochs * run.epoch_steps
+    if not any(run.weights):
         raise UserError(
             f"recipe.warmup_share: all steps have the learning rate 0 (got {steps} steps on "
             f"{len(rows)} rows). Give more rows or epochs, a smaller recipe.batch_size, or 0."
         )
-    places = folder / "checkpoints"
-    checkpoints = Checkpoints(places, select=LORA, keep_every=each if keep else None)
+    every = run.epoch_steps if keep else None
+    checkpoints = Checkpoints(folder / "checkpoints", select=LORA, keep_every=every)
     metrics = Metrics(folder / "metrics.jsonl")
     metrics.cut(checkpoints.latest_step)
     outcome = fit(
-        method(optimizer, mean_row_loss(ready), steps),
-        jax.tree.map(jnp.copy, ready.params),
-        lambda first, count: padded.batches(first, count, batch_size=recipe.batch_size, seed=seed),
-        LoopConfig(steps=steps, eval_every=each, checkpoint_every=each),
+        run.method,
+        jax.tree.map(jnp.copy, run.lm.params),
+        functools.partial(batches.batches, batch_size=recipe.batch_size, seed=seed),
+        LoopConfig(steps=steps, eval_every=run.epoch_steps, checkpoint_every=run.epoch_steps),
         key=jax.random.key(seed),
         checkpoints=checkpoints,
         metrics=metrics,
@@ -152,97 +146,51 @@ def train(
 
 
 def load_epoch(folder: Path, lm: Any, rows: int, recipe: Recipe, epoch: int, *, seed: int) -> Epoch:
-    """Load the end of an epoch that `train` kept in a folder; other arguments as there.
-
-    Args:
-        rows: number of rows that it trained on.
-        epoch: number of the epoch, from 1.
-
-    Raises:
-        UserError: the checkpoint is missing or damaged.
-    """
-    ready = _prepared(lm, recipe, seed)
-    each = recipe.epoch_steps(rows)
-    optimizer = dataclasses.replace(recipe.optimizer_for(rows), select=LORA)
-    chosen = method(optimizer, mean_row_loss(ready), recipe.epochs * each)
-    opt_state = abstract(chosen.init, mesh_of(ready.params), ready.params, jax.random.key(0))
+    """Load the end of an epoch, from 1, that `train` kept of a run over that many rows."""
+    run = _Run.of(lm, rows, recipe, seed)
+    params, step = run.lm.params, epoch * run.epoch_steps
+    opt_state = abstract(run.method.init, mesh_of(params), params, jax.random.key(0))
     kept = Checkpoints(folder / "checkpoints", select=LORA, read_only=True)
-    if epoch * each not in kept.steps():
-        place = kept.folder / str(epoch * each)
-        raise UserError(f"{place}: there is no checkpoint. Remove {folder} to train again.")
-    found = kept.restore(TrainState(ready.params, opt_state), epoch * each)
-    assert found is not None
-    weights = epoch_weights(optimizer, recipe.epochs, each)
-    return Epoch(found[1].params, found[1].opt_state, weights[epoch - 1])
+    found = kept.restore(TrainState(params, opt_state), step) if step in kept.steps() else None
+    if found is None:
+        raise UserError(
+            f"{kept.folder / str(step)}: there is no checkpoint. Remove {folder} to train again."
+        )
+    return Epoch(found[1].params, found[1].opt_state, run.weights[epoch - 1])
 
 
-def _prepared(lm: Any, recipe: Recipe, seed: int) -> Any:
-    """Return the model with new adapters, on the mesh of its parameters."""
-    ready, mesh = recipe.prepare(lm, seed), mesh_of(lm.params)
-    return ready if mesh is None else ready.replace(params=place_params(ready.params, mesh))
-
-
-class Measure:
+class Measure(NamedTuple):
     """Accuracy on a task's test examples, or the mean loss of conversations, in nats a token.
 
     Attributes:
         metric: "accuracy" or "loss".
         data: text that identifies the examples measured on.
+        value: returns the metric at parameters.
     """
 
-    def __init__(
-        self,
-        lm: Any,
-        target: Target,
-        *,
-        batch_size: int,
-        template: MessageTemplate,
-        max_length: int,
-        seed: int,
-        base_dir: Path | None,
-    ):
-        self._measure: MultipleChoiceMetric | _Loss
+    metric: str
+    data: str
+    value: Callable[[Params], float]
+
+    @classmethod
+    def of(cls, target: Target, lm: Any, reader: Reader, *, batch_size: int) -> "Measure":
+        """Return the metric of a target for a model, on the data that a reader reads."""
         if target.task is not None:
-            task = load_task(target.task, seed=seed, base_dir=base_dir)
+            task = reader.task(target.task)
             if not task.test:
                 raise UserError(
                     "target.task.test: there are no such examples (got none). Name a file of them."
                 )
             task = dataclasses.replace(task, train=(), validation=())
-            encoded = prepare_for(lm, task, max_length=max_length)
-            self.metric = "accuracy"
-            self._measure = MultipleChoiceMetric(lm, encoded, batch_size=batch_size)
-            self.data = repr((encoded.test, encoded.token_ids))
-            return
-        source = Source(messages=target.test or target.messages)
-        rows = read_source(
-            "test",
-            source,
-            lm,
-            template=template,
-            max_length=max_length,
-            seed=seed,
-            base_dir=base_dir,
-        )
-        self.metric, self._measure = "loss", _Loss(lm, rows, batch_size)
-        self.data = digest(rows.rows)
+            encoded = prepare_for(lm, task, max_length=reader.max_length)
+            score = MultipleChoiceMetric(lm, encoded, batch_size=batch_size)
+            data = repr((encoded.test, encoded.token_ids))
+            return cls("accuracy", data, lambda params: score("test", params)["accuracy"])
+        rows = reader.source("test", Source(messages=target.test or target.messages)).rows
+        losses = Program(row_losses(lm))
 
-    def __call__(self, params: Params) -> float:
-        return float(self._measure("test", params)[self.metric])
+        def value(params: Params) -> float:
+            values = row_values(losses, params, lm, rows, batch_size)
+            return float(values.mean(dtype=np.float64))
 
-
-class _Loss:
-    """The mean over rows of the mean loss over their answer tokens."""
-
-    def __init__(self, lm: Any, rows: Rows, batch_size: int):
-        self._padded = PaddedRows(rows.rows, lm.config.pad_id or 0, "targets")
-        self._losses, self._batch_size = Program(row_losses(lm)), batch_size
-
-    def __call__(self, split: str, params: Params) -> dict[str, float]:
-        del split
-        total = 0.0
-        for places in self._padded.blocks(self._batch_size):
-            filled = places + places[:1] * (self._batch_size - len(places))
-            losses = np.asarray(self._losses(params, self._padded.batch(filled)), np.float64)
-            total += losses[: len(places)].sum()
-        return {"loss": total / len(self._padded)}
+        return cls("loss", digest(rows), value)

@@ -5,10 +5,9 @@ probe is also a model.
 """
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,33 +15,26 @@ from jaxtyping import Float, Int
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.precision import Packed
+from jaxlm.data.rows import SplitName
+from jaxlm.evaluation import accuracy, score_split
+from jaxlm.train.state import Program
 from jaxlm.typing import Batch, Params
-
-Split = Literal["train", "validation", "test"]
 
 
 class LinearProbe(NamedTuple):
     """A probe, which scores the label words by `features @ rows.T + intercept`.
 
-    Attributes:
-        rows: [C, D], one row of the head for each label word.
-        intercept: [C]; zeros where the head has no bias.
-        accuracy: accuracy on each split that has examples.
-        peak_bytes: memory of the largest compiled program.
+    The intercept is zero where the head has no bias. Only splits with examples have an accuracy.
     """
 
     rows: Float[np.ndarray, "C D"]
     intercept: Float[np.ndarray, " C"]
-    accuracy: dict[Split, float]
+    accuracy: dict[SplitName, float]
     peak_bytes: int
 
 
-class InputOf:
-    """A tap that keeps the input of one parameter, which must be used outside the layer scan.
-
-    Attributes:
-        x: the input.
-    """
+class _InputOf:
+    """A tap that keeps the input `x` of one operation, which must be outside the layer scan."""
 
     layers = None
 
@@ -56,25 +48,13 @@ class InputOf:
         return y
 
 
-def head_input(apply: Any, token_ids: Any, params: Params, batch: Batch) -> Any:
-    """Return the head's input where it predicts the label word, [B, D] in float32.
-
-    Args:
-        apply: the model's forward pass, `lm.apply`.
-        token_ids: the label words' tokens.
-        params: the model's parameters.
-        batch: as collated by `jaxlm.data` in the form "label_words".
-    """
-    tap = InputOf(lambda path, op: op == "head")
-    apply(
-        params,
-        jnp.asarray(batch["input_ids"]),
-        jnp.asarray(batch["attention_mask"]),
-        token_type_ids=batch.get("token_type_ids"),
-        positions=jnp.asarray(batch["positions"]),
-        token_ids=jnp.asarray(token_ids),
-        tap=tap,
-    )
+def input_of(apply: Any, wanted: Callable[[str, str], bool], params: Params, batch: Batch) -> Any:
+    """Return the input [B, D] of the head or the classifier, in float32."""
+    tap = _InputOf(wanted)
+    names = ("token_type_ids", "positions", "token_ids")
+    where = {name: jnp.asarray(batch[name]) for name in names if name in batch}
+    ids, mask = jnp.asarray(batch["input_ids"]), jnp.asarray(batch["attention_mask"])
+    apply(params, ids, mask, tap=tap, **where)
     return tap.x.astype(jnp.float32)
 
 
@@ -84,15 +64,6 @@ def linear_probe(lm: Any, encoded: Any, *, batch_size: int = 64) -> LinearProbe:
     The strength of the l2 penalty is chosen by cross-validation within the training split, in five
     folds or as many as the rarest label allows. There is an intercept if the head has a bias, as
     in the code of Malladi et al. (arXiv:2305.17333): OPT has none, RoBERTa has one.
-
-    Args:
-        lm: a model with a language-modelling head.
-        encoded: a `jaxlm.data.EncodedTask` whose label words are one token each.
-        batch_size: examples in a forward pass.
-
-    Raises:
-        UserError: the model has no language-modelling head, a label word has several tokens, or a
-            label has fewer than two training examples.
     """
     if lm.config.head not in ("lm", "mlm"):
         raise UserError(
@@ -100,13 +71,15 @@ def linear_probe(lm: Any, encoded: Any, *, batch_size: int = 64) -> LinearProbe:
         )
     if encoded.token_ids is None:
         raise UserError("task.labels: must be words of one token each. Choose others.")
-    from jaxlm.evaluation import accuracy
-    from jaxlm.train.state import Program
 
-    program = Program(functools.partial(head_input, lm.apply, encoded.token_ids))
-    splits: tuple[Split, ...] = ("train", "validation", "test")
+    def read(params: Params, batch: Batch) -> Any:
+        batch = {**batch, "token_ids": encoded.token_ids}
+        return input_of(lm.apply, lambda path, op: op == "head", params, batch)
+
+    program = Program(read)
+    splits: tuple[SplitName, ...] = ("train", "validation", "test")
     seen = {
-        split: _features(program, lm, encoded, split, batch_size)
+        split: score_split(program, lm.params, encoded, split, batch_size=batch_size)
         for split in splits
         if getattr(encoded, split)
     }
@@ -129,15 +102,6 @@ def fit_rows(
     """Return rows and intercept of scikit-learn's cross-validated logistic regression.
 
     With two classes its one vector w becomes the rows -w/2 and w/2, whose difference is w.
-
-    Args:
-        features: inputs.
-        labels: classes.
-        names: label words, for error messages.
-        intercept: whether to fit an intercept.
-
-    Raises:
-        UserError: a label has fewer than two examples.
     """
     from sklearn.linear_model import LogisticRegressionCV
 
@@ -161,10 +125,7 @@ def fit_rows(
         model.fit(features, labels)
     rows, constant = np.asarray(model.coef_), np.broadcast_to(model.intercept_, len(model.coef_))
     if len(names) == 2:
-        rows, constant = (
-            np.concatenate([-rows, rows]) / 2,
-            np.concatenate([-constant, constant]) / 2,
-        )
+        rows, constant = (np.concatenate([-each, each]) / 2 for each in (rows, constant))
     return rows.astype(np.float32), constant.astype(np.float32)
 
 
@@ -172,9 +133,6 @@ def with_rows(lm: Any, token_ids: Int[Any, " C"], probe: LinearProbe) -> Any:
     """Return the model with the probe's rows as the head's rows of the label words.
 
     A head tied to the embedding table is untied, so that the embeddings do not change.
-
-    Raises:
-        UserError: the head is stored in 8 or 4 bits.
     """
     token_ids = np.asarray(token_ids)
     params, config = dict(lm.params), lm.config
@@ -188,18 +146,3 @@ def with_rows(lm: Any, token_ids: Int[Any, " C"], probe: LinearProbe) -> Any:
         new["bias"] = old["bias"].at[token_ids].set(probe.intercept.astype(old["bias"].dtype))
     params["lm_head"] = new
     return lm.replace(params=params, config=dataclasses.replace(config, tie_embeddings=False))
-
-
-def _features(
-    program: Any, lm: Any, encoded: Any, split: Split, batch_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    labels = np.array([example.label for example in getattr(encoded, split)], np.int32)
-    features: np.ndarray | None = None
-    for batch in encoded.eval_batches(split, batch_size=batch_size):
-        index = batch.pop("index")
-        found = np.asarray(program(lm.params, batch))
-        if features is None:
-            features = np.zeros((len(labels), found.shape[1]), np.float32)
-        features[index[index >= 0]] = found[index >= 0]
-    assert features is not None
-    return features, labels

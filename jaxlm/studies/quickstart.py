@@ -11,11 +11,23 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from jaxlm.core.checks import seeds, whole
 from jaxlm.data import EncodedTask, TaskConfig, load_task, prepare_for, task_config
-from jaxlm.train.loop import LoopConfig
+from jaxlm.evaluation import accuracy, majority_accuracy
+from jaxlm.evaluation.calibration import option_offsets
+from jaxlm.models import LanguageModel
+from jaxlm.train.load import load_model, with_head, with_random_params
+from jaxlm.train.logging import Progress
+from jaxlm.train.loop import LoopConfig, fit
+from jaxlm.train.losses import classification_objective
+from jaxlm.train.measure import MultipleChoiceMetric
 from jaxlm.train.optimizers import OPTIMIZERS, Optimizer
 from jaxlm.train.settings import MOST_ROWS, MOST_STEPS
+from jaxlm.train.state import method
 from jaxlm.typing import Params
 
 
@@ -73,19 +85,20 @@ class QuickstartConfig:
 
 
 class Setting(NamedTuple):
-    """A model and a task, ready for scoring and training.
-
-    Attributes:
-        config: see `QuickstartConfig`.
-        lm: the model.
-        encoded: the task in the model's tokens.
-        scorer: compiled `(params, batch) -> scores`.
-    """
+    """A model and a task, ready for scoring and training."""
 
     config: QuickstartConfig
-    lm: Any
+    lm: LanguageModel
     encoded: EncodedTask
-    scorer: Any
+    metric: MultipleChoiceMetric
+
+    def offsets(self, params: Params) -> tuple[np.ndarray, int]:
+        """Return the median scores of unlabelled text, and the number of forward passes."""
+        size, texts = self.config.eval_batch_size, self.config.unlabelled
+        offsets = option_offsets(
+            self.metric.scorer, params, self.encoded, batch_size=size, texts=texts
+        )
+        return offsets, -(-min(texts, len(self.encoded.train)) // size)
 
 
 class Row(NamedTuple):
@@ -109,33 +122,21 @@ class Row(NamedTuple):
 
 
 def setting(config: QuickstartConfig) -> Setting:
-    """Load the model and the task.
-
-    Raises:
-        UserError: see `load_task`, `jaxlm.from_pretrained`, `jaxlm.data.prepare`.
-    """
-    from jaxlm.evaluation import option_scores
-    from jaxlm.train.load import load_model, with_head
-    from jaxlm.train.state import Program
-
-    task = load_task(config.task, seed=config.seed)
+    """Load the model and the task."""
     lm = load_model(config.model)
-    encoded = prepare_for(lm, task)
+    encoded = prepare_for(lm, load_task(config.task, seed=config.seed))
     lm = with_head(lm, len(encoded.labels), seed=config.seed)
-    scorer = Program(
-        functools.partial(
-            option_scores, lm.apply, encoded.token_ids, log_probs=lm.continuation_log_probs
-        )
-    )
-    return Setting(config, lm, encoded, scorer)
+    metric = MultipleChoiceMetric(lm, encoded, batch_size=config.eval_batch_size)
+    return Setting(config, lm, encoded, metric)
 
 
 def run(config: QuickstartConfig, *, quiet: bool = False) -> list[Row]:
     """Return the rows of the table, in order."""
-    from jaxlm.train.load import with_random_params
-
     where = setting(config)
-    rows = [majority(where), *zero_shot(where)]
+    begin = time.perf_counter()
+    labels = np.array([example.label for example in where.encoded.test])
+    rows = [Row("majority class", majority_accuracy(labels), 0, 0, None, _since(begin))]
+    rows += zero_shot(where)
     rows.append(train(where, "MeZO", config.mezo, where.lm.params, quiet=quiet))
     fresh = with_random_params(where.lm, seed=config.seed).params
     rows.append(train(where, "MeZO, random init", config.random_init, fresh, quiet=quiet))
@@ -143,56 +144,26 @@ def run(config: QuickstartConfig, *, quiet: bool = False) -> list[Row]:
     return [*rows, probe(where)]
 
 
-def majority(where: Setting) -> Row:
-    """Predict the most frequent class of the test set."""
-    import numpy as np
-
-    from jaxlm.evaluation import majority_accuracy
-
-    begin = time.perf_counter()
-    labels = np.array([each.label for each in where.encoded.test])
-    return Row("majority class", majority_accuracy(labels), 0, 0, None, _since(begin))
-
-
 def zero_shot(where: Setting) -> tuple[Row, Row]:
     """Test the pretrained model, raw and calibrated at the median scores of unlabelled text."""
-    from jaxlm.evaluation import accuracy
-
     begin = time.perf_counter()
-    scores, labels = _score(where, where.lm.params)
-    raw = Row("zero-shot", accuracy(scores, labels), 0, 0, where.scorer.peak_bytes, _since(begin))
-    offsets, passes = _offsets(where, where.lm.params)
+    scores, labels = where.metric.scores("test", where.lm.params)
+    memory = where.metric.peak_bytes
+    raw = Row("zero-shot", accuracy(scores, labels), 0, 0, memory, _since(begin))
+    offsets, passes = where.offsets(where.lm.params)
     calibrated = accuracy(scores - offsets, labels)
-    row = Row("zero-shot, calibrated", calibrated, passes, 0, raw.peak_bytes, _since(begin))
-    return raw, row
+    return raw, Row("zero-shot, calibrated", calibrated, passes, 0, memory, _since(begin))
 
 
 def train(
-    where: Setting,
-    name: str,
-    training: Training,
-    params: Params,
-    *,
-    seed: int | None = None,
-    quiet: bool = False,
+    where: Setting, name: str, training: Training, params: Params, *, quiet: bool = False
 ) -> Row:
     """Train from a copy of `params`, and test the last parameters."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from jaxlm.evaluation import accuracy
-    from jaxlm.train.logging import Progress
-    from jaxlm.train.loop import fit
-    from jaxlm.train.losses import classification_objective
-    from jaxlm.train.state import method
-
     begin = time.perf_counter()
-    seed = where.config.seed if seed is None else seed
-    steps = training.steps
+    config, steps = where.config, training.steps
     offsets, passes = np.zeros(len(where.encoded.labels), np.float32), 0
-    if where.config.calibrate:
-        offsets, passes = _offsets(where, params)
+    if config.calibrate:
+        offsets, passes = where.offsets(params)
     loss_fn = classification_objective(
         where.lm.apply,
         where.encoded.token_ids,
@@ -200,31 +171,30 @@ def train(
         log_probs=where.lm.continuation_log_probs,
     )
     chosen = method(training.optimizer, loss_fn, steps)
+    batches = functools.partial(
+        where.encoded.batches, batch_size=training.batch_size, seed=config.seed
+    )
+    loop = LoopConfig(
+        steps=steps, eval_every=steps, checkpoint_every=steps, log_every=config.log_every
+    )
+    key = jax.random.key(config.seed)
     with Progress(steps, quiet=quiet) as progress:
         progress.say(f"{name}: {steps} steps of {training.batch_size} texts")
-        outcome = fit(
-            chosen,
-            jax.tree.map(jnp.copy, params),
-            functools.partial(where.encoded.batches, batch_size=training.batch_size, seed=seed),
-            LoopConfig(
-                steps=steps,
-                eval_every=steps,
-                checkpoint_every=steps,
-                log_every=where.config.log_every,
-            ),
-            key=jax.random.key(seed),
-            progress=progress,
-        )
-    scores, labels = _score(where, outcome.state.params)
-    result = accuracy(scores - offsets, labels)
-    passes += chosen.forwards * steps
-    backwards = chosen.backwards * steps
-    return Row(name, result, passes, backwards, outcome.record.peak_bytes, _since(begin))
+        params = jax.tree.map(jnp.copy, params)
+        outcome = fit(chosen, params, batches, loop, key=key, progress=progress)
+    scores, labels = where.metric.scores("test", outcome.state.params)
+    return Row(
+        name,
+        accuracy(scores - offsets, labels),
+        passes + chosen.forwards * steps,
+        chosen.backwards * steps,
+        outcome.record.peak_bytes,
+        _since(begin),
+    )
 
 
 def probe(where: Setting) -> Row:
     """Fit logistic regression on the standardised mean of the token embeddings."""
-    import numpy as np
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -240,21 +210,6 @@ def probe(where: Setting) -> Row:
     model.fit(*features(where.encoded.train))
     result = float(model.score(*features(where.encoded.test)))
     return Row("logistic regression", result, 0, 0, None, _since(begin))
-
-
-def _score(where: Setting, params: Params) -> Any:
-    from jaxlm.evaluation import score_split
-
-    size = where.config.eval_batch_size
-    return score_split(where.scorer, params, where.encoded, "test", batch_size=size)
-
-
-def _offsets(where: Setting, params: Params) -> tuple[Any, int]:
-    from jaxlm.evaluation import option_offsets
-
-    size, texts = where.config.eval_batch_size, where.config.unlabelled
-    offsets = option_offsets(where.scorer, params, where.encoded, batch_size=size, texts=texts)
-    return offsets, -(-min(texts, len(where.encoded.train)) // size)
 
 
 def _since(begin: float) -> float:

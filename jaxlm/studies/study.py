@@ -21,17 +21,8 @@ def study(
 ) -> Result:
     """Run a study in its folder, or resume it, and write its tables and figures.
 
-    Args:
-        config: `Config` of a study's module.
-        where: configuration file, for error messages and relative paths of data.
-        mesh: a mesh from `jaxlm.sharding.make_mesh`; None for one device.
-        say: called with each line of progress.
-
-    Returns:
-        The table, text and figures that were written.
-
-    Raises:
-        UserError: see `study_folder` and the study.
+    Relative paths of data start in the folder of `where`, the configuration file, which errors
+    name. `say` is called with each line of progress.
     """
     with study_folder(config.study, config) as folder:
         result: Result = module_of(config.study).run(config, folder, where, mesh=mesh, say=say)

@@ -5,7 +5,6 @@ candidate with the best validation result is chosen, and its test result is repo
 its own folder, so a stopped sweep can be resumed.
 """
 
-import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from jax.sharding import Mesh
 
 from jaxlm.artifacts.config import build
-from jaxlm.core.checks import distinct, show
+from jaxlm.core.checks import distinct, one_of, show
 from jaxlm.core.errors import UserError
 from jaxlm.studies.baselines import icl_run, probe_run
 from jaxlm.studies.grid import (
@@ -25,8 +24,9 @@ from jaxlm.studies.grid import (
     Result,
     Say,
     folder_name,
+    listing,
     no_seed_or_output,
-    outcome,
+    outcomes,
     per_seed,
     section_of,
     with_keys,
@@ -41,6 +41,9 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "icl": icl_run,
 }
 """The kinds of method: `(config, *, base_dir, mesh) -> summary`; each writes the run's folder."""
+
+
+Split = Literal["zero_shot", "validation", "test"]
 
 
 class Unit(NamedTuple):
@@ -102,11 +105,6 @@ class Candidate:
     kind: str = "finetune"
     runs: tuple[FinetuneConfig, ...]
 
-    @property
-    def title(self) -> str:
-        """The settings on one line."""
-        return setting_title(self.settings)
-
 
 def setting_title(settings: dict[str, Any]) -> str:
     """Return dotted keys and values on one line.
@@ -119,15 +117,7 @@ def setting_title(settings: dict[str, Any]) -> str:
 
 
 def plan(config: SweepConfig, where: str) -> list[Candidate]:
-    """Return every point of every grid, with a run for each seed.
-
-    Args:
-        config: the sweep.
-        where: its file, for error messages.
-
-    Raises:
-        UserError: a key is unknown, a value is invalid, or a list of a grid is empty.
-    """
+    """Return every point of every grid, with a run for each seed; errors name the file `where`."""
     methods = config.methods or {"": {"grid": config.grid}}
     return [
         candidate
@@ -140,15 +130,18 @@ def _candidates(config: SweepConfig, name: str, section: Any, where: str) -> Ite
     place = f"{where}: method {name}" if name else where
     section = section_of(section, place)
     kind, grid = section.pop("kind", "finetune"), section.pop("grid", {})
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise UserError(
-            f"{place}: kind: is not known (got {show(kind)}). Choose one of {', '.join(KINDS)}."
-        )
-    keys, lists = _lists(grid, place)
+    one_of(f"{place}: kind", kind, tuple(KINDS))
+    grid = section_of(grid, f"{place}: grid")
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(
+                f"{place}: grid.{key}: must be a list (got {show(values)}). Write [a, b]."
+            )
+        distinct(f"{place}: grid.{key}", values)
     no_seed_or_output(section, f"methods.{name}")
     no_seed_or_output(grid, f"methods.{name}.grid" if name else "grid")
-    for values in itertools.product(*lists):
-        settings = dict(zip(keys, values, strict=True))
+    for values in itertools.product(*grid.values()):
+        settings = dict(zip(grid, values, strict=True))
         data = with_keys(config.run, section | settings, place)
         first = build(FinetuneConfig, {**data, "output": config.output}, place)
         method = name or first.optimizer.name
@@ -159,27 +152,7 @@ def _candidates(config: SweepConfig, name: str, section: Any, where: str) -> Ite
         yield Candidate(method=method, settings=settings, kind=kind, runs=runs)
 
 
-def _lists(grid: Any, place: str) -> tuple[list[str], list[list[Any]]]:
-    if not isinstance(grid, Mapping):
-        raise UserError(
-            f"{place}: grid: must be a section (got {show(grid)}). Write `key: [value, value]`."
-        )
-    for key, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise UserError(
-                f"{place}: grid.{key}: must be a list (got {show(values)}). Write [a, b]."
-            )
-        try:
-            distinct(f"grid.{key}", values)
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from None
-    return list(grid), list(grid.values())
-
-
-def outline(config: SweepConfig, where: str, plan_flags: Mapping[str, str]) -> str:
-    """Return the folder of every run, a line each."""
-    del plan_flags
-    return "\n".join(run.output for each in plan(config, where) for run in each.runs)
+outline = listing(plan)
 
 
 def run(
@@ -197,54 +170,32 @@ def sweep(
     mesh: Mesh | None = None,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Do every run that is not finished, and return the table of all runs.
+    """Do every run that is not finished, and return the table of all runs, see `table`.
 
-    Args:
-        candidates: see `Candidate`; those of one method are adjacent.
-        base_dir: folder for relative paths of the task, tried before the working directory.
-        mesh: mesh of all runs; None for one device.
-        say: called with a line before each run.
-
-    Returns:
-        See `table`.
-
-    Raises:
-        UserError: a task has no validation data, a folder holds another run, or all runs failed; or
-            whatever a run raises, except `Diverged`.
+    Candidates of one method must be adjacent. Relative paths of the task are looked up in
+    `base_dir` first. `say` is called with a line before each run.
     """
-    runs = [(each, config) for each in candidates for config in each.runs]
-    for each, config in runs:
-        if config.data.validation is None:
-            raise UserError(
-                f"{config.form}.validation: {each.method} has no examples to choose settings by "
-                "(got none). Name a file of them, or hold_out."
-            )
-        RunFolder(config.output).check(config)
-    results: dict[str, Outcome] = {}
-    for number, (each, config) in enumerate(runs, start=1):
-        say(f"run {number}/{len(runs)}: {config.output}")
-        work = functools.partial(KINDS[each.kind], config, base_dir=base_dir, mesh=mesh)
-        results[config.output] = outcome(config, work)
-    ended = [[results[config.output] for config in each.runs] for each in candidates]
-    return table(candidates, ended)
+    for each in candidates:
+        for config in each.runs:
+            if config.data.validation is None:
+                raise UserError(
+                    f"{config.form}.validation: {each.method} has no examples to choose settings "
+                    "by (got none). Name a file of them, or hold_out."
+                )
+            RunFolder(config.output).check(config)
+
+    def work(candidate: Candidate, config: FinetuneConfig) -> dict[str, Any]:
+        return KINDS[candidate.kind](config, base_dir=base_dir, mesh=mesh)
+
+    return table(candidates, outcomes(candidates, work, say))
 
 
 def table(candidates: Sequence[Candidate], results: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
-    """Choose settings on validation, and collect the results.
+    """Choose settings on validation, and collect the results of each candidate, one for each seed.
 
-    Args:
-        candidates: see `sweep`.
-        results: outcomes of each candidate, one for each seed.
-
-    Returns:
-        `{"metric", "seeds", "methods", "points"}`. A method has its test result with the setting
-        chosen for each seed (`test`) and with the setting of the best mean validation result
-        (`one_setting`), each {mean, std, by_seed}; std is the sample standard deviation, None for
-        one seed. Passes and seconds are means over the chosen runs, memory is their maximum. A
-        point has the results of its runs, and why runs failed.
-
-    Raises:
-        UserError: every run failed.
+    A method has its test result with the setting chosen for each seed (`test`) and with the setting
+    of the best mean validation result (`one_setting`). Passes and seconds are means over the chosen
+    runs, memory is their maximum. A point has the results of its runs, and why runs failed.
     """
     ended = [result for each in results for result in each if result.summary]
     if not ended:
@@ -268,31 +219,35 @@ def table(candidates: Sequence[Candidate], results: Sequence[Sequence[Outcome]])
 def _method(
     name: str, pairs: list[tuple[Candidate, Sequence[Outcome]]], metric: str
 ) -> dict[str, Any]:
-    chosen = [_best(pairs, seed, metric) for seed in range(len(pairs[0][1]))]
-    found = [pairs[place][1][seed] for seed, place in enumerate(chosen) if place is not None]
-    summaries = [result.summary for result in found if result.summary is not None]
-    whole = [pair for pair in pairs if all(result.summary for result in pair[1])]
+    def rank(value: float | None) -> float:
+        """Higher is better; a missing result ranks last."""
+        return float("-inf") if value is None else UNITS[metric].sign * value
+
+    # Ties go to the first candidate, and so does a baseline without a validation result.
+    chosen = []
+    for seed in range(len(pairs[0][1])):
+        ended = [(each, found[seed]) for each, found in pairs if found[seed].summary]
+        best = max(ended, key=lambda pair: rank(_value(pair[1], "validation")), default=None)
+        chosen.append(best and (best[0].settings, best[0].runs[seed].output, best[1]))
+    found = [each[2] for each in chosen if each]
+    summaries = [result.summary for result in found if result.summary]
     one = max(
-        whole,
-        key=lambda pair: _score(mean(_values(pair[1], "validation")), metric),
+        (pair for pair in pairs if all(result.summary for result in pair[1])),
+        key=lambda pair: rank(_over_seeds(pair[1], "validation")["mean"]),
         default=None,
     )
-    runs = [
-        None if place is None else pairs[place][0].runs[seed].output
-        for seed, place in enumerate(chosen)
-    ]
     return {
         "method": name,
-        "settings": [None if place is None else pairs[place][0].settings for place in chosen],
-        "runs": runs,
-        "zero_shot": spread(_values(found, "zero_shot")),
-        "validation": spread(_values(found, "validation")),
-        "test": spread(_values(found, "test")),
+        "settings": [each and each[0] for each in chosen],
+        "runs": [each and each[1] for each in chosen],
+        "zero_shot": _over_seeds(found, "zero_shot"),
+        "validation": _over_seeds(found, "validation"),
+        "test": _over_seeds(found, "test"),
         "one_setting": one
         and {
             "settings": one[0].settings,
-            "validation": spread(_values(one[1], "validation")),
-            "test": spread(_values(one[1], "test")),
+            "validation": _over_seeds(one[1], "validation"),
+            "test": _over_seeds(one[1], "test"),
         },
         "failed": sum(result.failed is not None for _, made in pairs for result in made),
         "forwards": mean([each["forwards"] for each in summaries]),
@@ -302,43 +257,25 @@ def _method(
     }
 
 
-def _best(pairs: list[tuple[Candidate, Sequence[Outcome]]], seed: int, metric: str) -> int | None:
-    """Return the index of the candidate that is best on validation; ties go to the first.
-
-    Baselines without a validation result rank equal, so the first that did not fail is chosen.
-    """
-    ended = [place for place, (_, made) in enumerate(pairs) if made[seed].summary is not None]
-    return max(
-        ended, key=lambda i: _score(value(pairs[i][1][seed], "validation"), metric), default=None
-    )
-
-
 def _point(candidate: Candidate, results: Sequence[Outcome]) -> dict[str, Any]:
     return {
         "method": candidate.method,
         "settings": candidate.settings,
         "runs": [config.output for config in candidate.runs],
-        "validation": spread(_values(results, "validation")),
-        "test": spread(_values(results, "test")),
+        "validation": _over_seeds(results, "validation"),
+        "test": _over_seeds(results, "test"),
         "failed": [result.failed for result in results],
     }
 
 
-def value(outcome: Outcome, split: Literal["zero_shot", "validation", "test"]) -> float | None:
+def _value(outcome: Outcome, split: Split) -> float | None:
     """Return the result of a split; None if the run failed or did not measure it."""
-    if outcome.summary is None:
-        return None
-    result: float | None = outcome.summary[split].get(outcome.summary["metric"])
-    return result
+    summary = outcome.summary
+    return None if summary is None else summary[split].get(summary["metric"])
 
 
-def _values(results: Iterable[Outcome], split: Any) -> list[float | None]:
-    return [value(result, split) for result in results]
-
-
-def _score(result: float | None, metric: str) -> float:
-    """Return a score, higher is better; a missing result ranks last."""
-    return float("-inf") if result is None else UNITS[metric].sign * result
+def _over_seeds(results: Iterable[Outcome], split: Split) -> dict[str, Any]:
+    return spread([_value(result, split) for result in results])
 
 
 METHODS = (
@@ -349,11 +286,7 @@ POINTS = ("method", "setting", "validation", "failed")
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """Return two tables: a row for each method, and a row for each point of the grids.
-
-    Args:
-        table: as `jaxlm.studies.sweep.table` returns it.
-    """
+    """Return two tables: a row for each method, and a row for each point of the grids."""
     unit, seeds = UNITS[table["metric"]], ", ".join(map(str, table["seeds"]))
     reasons = {
         reason: None

@@ -70,21 +70,25 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     |---|----|
     | x | 1  |
     """
-    rows = [[cell(text) for text in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    # A bar would end a cell, and a line break its row.
+    cells = [[" ".join(t.replace("|", "\\|").splitlines()) for t in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
 
-    def line(cells: Sequence[str]) -> str:
-        padded = (text.ljust(width) for text, width in zip(cells, widths, strict=True))
-        return f"| {' | '.join(padded)} |"
-
+    lines = [
+        f"| {' | '.join(text.ljust(width) for text, width in zip(row, widths, strict=True))} |"
+        for row in cells
+    ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def cell(text: str) -> str:
-    r"""Return a text escaped for a cell of a Markdown table: no bars, no line breaks.
+def size(count: float | int) -> str:
+    """Return a number of bytes as text, in powers of 1000.
 
-    >>> cell("a|b")
-    'a\\|b'
+    >>> size(17_700_000_000)
+    '17.7 GB'
     """
-    return " ".join(text.replace("|", "\\|").splitlines())
+    unit = 0
+    while count >= 999.5 and unit < 5:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.3g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[unit]}"

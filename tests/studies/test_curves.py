@@ -41,7 +41,7 @@ def study(tmp_path):
             "study": "curves",
             "run": run,
             "variants": variants,
-            "seeds": [0, 1],
+            "seeds": [0],
             "figure": False,
         }
         path = tmp_path / "study.yaml"
@@ -71,13 +71,14 @@ def test_variants_are_trained_and_compared(study, tmp_path, capsys):
     # l = 1 is the run itself, and no other variant is.
     assert again["distances"][0] < 1e-5 < svag["distances"][0]
     assert plain["distances"] == [row["distances"][0] for row in table]
-    assert svag["reports"] == [{"updates": 32}, {"updates": 32}]
+    assert svag["reports"] == [{"updates": 32}]
     assert plain["relative"] == 0
     assert failed["last"] is None is failed["distances"][0]
-    assert "| too fast | diverged |  |" in shown
+    (line,) = [line for line in shown.splitlines() if line.startswith("| too fast")]
+    assert [cell.strip() for cell in line.split("|")[2:4]] == ["diverged", ""]
     ends = [json.loads(path.read_text()) for path in tmp_path.glob("out/twice/*/summary.json")]
     optimizer = {"learning_rate": 1e-2 * 2**0.5, "b1": 0.8, "b2": 0.98, "eps": 1e-8 / 2**0.5}
-    assert len(ends) == 2
+    assert len(ends) == 1
     for end in ends:
         config = end["config"]
         assert (config["batch_size"], config["steps"], config["eval_every"]) == (4, 4, 2)
@@ -92,7 +93,7 @@ def test_variants_are_trained_and_compared(study, tmp_path, capsys):
 
 
 def test_the_runs_are_listed(study, tmp_path, capsys):
-    assert main(["study", study({"a": {}, "b": {"batch_size": 4}}), "--dry-run"]) == 0
+    assert main(["study", study({"a": {}, "b": {"batch_size": 4}}, seeds=[0, 1]), "--dry-run"]) == 0
     out = tmp_path / "out"
     expected = [f"{out}/{name}/seed-{seed}" for name in "ab" for seed in (0, 1)]
     assert capsys.readouterr().out.splitlines() == expected
@@ -133,6 +134,10 @@ def test_mistakes_are_told_in_one_sentence(study, capsys, variants, keys, messag
     assert error.count("variant a") <= 1
 
 
+def cells(table):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+
+
 def curve(name, values):
     values = np.asarray(values, float)
     return Curve(
@@ -150,9 +155,9 @@ def test_what_diverged_is_drawn_as_far_as_it_went(tmp_path):
         curve("at once", [[np.nan], [np.nan]]),
     ]
     assert draw(found, tmp_path / "curves.png", y="loss", start=0.2).stat().st_size > 1000
-    lines = markdown(found, y="loss").splitlines()
-    assert lines[3] == "| late | diverged |  |  |  |  |"
-    assert lines[2].startswith("| one | 2.0000 (1.4142) | +0.00 % | 0.0000 |")
+    _, _, one, late, _ = cells(markdown(rows(found), y="loss"))
+    assert late == ["late", "diverged", "", "", "", ""]
+    assert one[:4] == ["one", "2.0000 (1.4142)", "+0.00 %", "0.0000"]
 
 
 def test_distances_are_between_means_over_seeds():
@@ -165,6 +170,5 @@ def test_distances_are_between_means_over_seeds():
     assert found[1]["last"] == 4
     assert found[1]["std"] == pytest.approx(2**0.5)
     assert found[1]["relative"] == pytest.approx(1.0)
-    assert markdown([one, other], y="loss").splitlines()[3] == (
-        "| other | 4.0000 (1.4142) | +100.00 % | 1.0000 | 0.0000 |"
-    )
+    last = cells(markdown(found, y="loss"))[3]
+    assert last == ["other", "4.0000 (1.4142)", "+100.00 %", "1.0000", "0.0000"]

@@ -1,8 +1,6 @@
 """A study writes into its own folder, alone, and nowhere else."""
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
@@ -79,26 +77,6 @@ def test_one_process_at_a_time_writes(kind, study, tmp_path, capsys):
         assert main(study(kind)) == 2
     assert "another process writes into" in capsys.readouterr().err
     assert contents(tmp_path / "out") == {}
-
-
-def test_another_process_is_named(tmp_path):
-    code = (
-        "import sys; from tests.studies.test_folder import Config, study_folder\n"
-        "with study_folder('sweep', Config(sys.argv[1])):\n"
-        "    print('held', flush=True); sys.stdin.read()"
-    )
-    words = [sys.executable, "-c", code, str(tmp_path / "out")]
-    with subprocess.Popen(words, stdin=-1, stdout=-1, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        with (
-            pytest.raises(UserError, match=f"process {process.pid} on "),
-            study_folder("sweep", Config(str(tmp_path / "out"))),
-        ):
-            pytest.fail("two writers in one folder")
-        process.communicate()
-    with study_folder("sweep", Config(str(tmp_path / "out"))):
-        pass
 
 
 def test_a_study_that_fails_before_it_wrote_leaves_no_folder(tmp_path):

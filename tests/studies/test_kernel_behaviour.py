@@ -12,18 +12,12 @@ from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.data import shipped_task
 from jaxlm.kernels import AsymmetricSignGD, SignGD, empirical, saved
-from jaxlm.studies import kernel, kernel_training
-from jaxlm.studies.kernel_behaviour import (
-    Nulls,
-    kernel_behaviour_report,
-    measure,
-    record,
-    verdict,
-)
-from jaxlm.studies.kernel_store import Kernels
-from jaxlm.studies.kernel_table import markdown, rows
-from jaxlm.studies.kernel_task import kernel_task
+from jaxlm.studies import kernel, kernel_behaviour, kernel_training
+from jaxlm.studies.kernel_behaviour import kernel_behaviour_report, measure, record
+from jaxlm.studies.kernel_table import Nulls, markdown, rows, verdict
+from jaxlm.studies.kernel_task import Kernels, kernel_task
 from jaxlm.studies.kernel_training import Training, fine_tune
+from jaxlm.train.loop import Diverged
 from jaxlm.train.optimizers import Adam, Muon, Sgd
 from tests.studies.test_kernel_task import few_shot, one_thread
 
@@ -62,7 +56,11 @@ def gradients(task):
     return {split: of(split) for split in ("train", "test")}
 
 
-@pytest.mark.parametrize("kind", ["sgd", "signgd", "asymmetric_signgd"])
+# The kernels themselves are compared in tests/kernels; K-A-SignGD also has sides to confuse.
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("sgd", "signgd")]
+
+
+@pytest.mark.parametrize("kind", [*SLOW, "asymmetric_signgd"])
 def test_kernels_are_products_of_gradients(task, gradients, kind):
     kernels = Kernels(task, kinds={"signgd": SignGD(0), "asymmetric_signgd": AsymmetricSignGD(0)})
     train, test = gradients["train"], gradients["test"]
@@ -132,13 +130,23 @@ def test_training_keeps_what_is_best_on_validation(task, monkeypatch):
     assert task.accuracy(scores, "validation") == tuned.validation
 
 
-def test_a_rate_that_diverges_is_passed_over(task):
+def test_a_rate_that_diverges_is_passed_over(task, monkeypatch):
+    rates = []
+
+    def fit(method, params, *args, evaluate, **options):
+        rates.append(len(rates))
+        if rates[-1] != 2:
+            raise Diverged("the loss is nan")
+        for _ in range(2):  # before and after training
+            evaluate(params)
+
+    monkeypatch.setattr(kernel_training, "fit", fit)
     training = Training(optimizer=Sgd(), learning_rates=(1e30,), steps=4, eval_every=4)
     with pytest.raises(
         UserError, match="learning_rates: fine-tuning failed with every one of them"
     ):
         fine_tune(task, training, seed=0)
-    both = dataclasses.replace(training, learning_rates=(1e30, 1e-3))
+    both = dataclasses.replace(training, learning_rates=(1e30, 1e-3, 1e20))
     assert fine_tune(task, both, seed=0).learning_rate == 1e-3
 
 
@@ -150,10 +158,10 @@ def test_a_function_that_is_linear_in_what_is_trained_has_kernel_behaviour(tmp_p
     only = "^lm_head"
     kernels = Kernels(task, select=only)
     training = Training(optimizer=Sgd(select=only, learning_rate=0.3), steps=30, eval_every=30)
-    report = measure(task, training, kernels, task=config, seed=0)
+    report = measure(kernels, training, seed=0)
     assert report.linearized == report.fine_tuned
     (kernel,) = report.kernels
-    assert (kernel.kind, kernel.change) == ("sgd", (0.0, 0.0, 0.0, pytest.approx(1.0)))
+    assert (kernel.kind, kernel.change) == ("sgd", (0.0, 0.0, 0.0, pytest.approx(1.0), 0.0))
     expected = 1.0 if report.fine_tuned > report.zero_shot else None
     assert report.recovered == expected
     # The kernel is of hidden states: a row's gradient is minus the other's.
@@ -181,15 +189,6 @@ def test_a_report_reads_like_its_parts(tmp_path, tiny_model):
     text = str(report)
     assert "K-A-SignGD" in text
     assert f"{100 * report.fine_tuned:.1f}" in text
-    for each in report.kernels:
-        assert report.verdict(each) == verdict(
-            report.zero_shot,
-            report.fine_tuned,
-            report.linearized,
-            each.test,
-            each.change.mean,
-            Nulls(report.gain_p, each.null, report.null_linearized, each.control.mean),
-        )
 
 
 @pytest.mark.parametrize(
@@ -337,22 +336,29 @@ def test_a_study_is_one_table_and_is_not_made_twice(tmp_path, tiny_model, capsys
     assert main(["study", str(path)]) == 0
     assert capsys.readouterr().out == shown
     assert main(["study", str(path), "--solver=logistic"]) == 2
-    wanted = "the report there has solver = 'ridge' (got 'logistic'). Choose another output."
-    assert wanted in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "-sgd.json: was made with solver = " in error
+    assert "ridge" in error
 
 
 def test_a_stopped_study_takes_its_kernels_from_disk(tmp_path, tiny_model, monkeypatch):
     path = study(tmp_path, tiny_model)
-    adam = "{optimizer: {name: adam, learning_rate: 0.01}, steps: 6, eval_every: 3, batch_size: 4}"
-    words = ["--prompts=[true]", f"--training=[{adam}]"]
+    sgd = "{optimizer: {name: sgd, learning_rate: 0.1}, steps: 6, eval_every: 3, batch_size: 4}"
+    words = ["--prompts=[true]", f"--training=[{sgd}]"]
+
+    def fine_tune(task, training, *, seed):  # trained for real in the slow tests
+        moved = jax.tree.map(lambda x: x + 0.1, task.lm.params)
+        return kernel_training.Tuned(moved, learning_rate=0.1, step=3, validation=0.5)
+
+    monkeypatch.setattr(kernel_behaviour, "fine_tune", fine_tune)
+    monkeypatch.setattr(Kernels, "at", lambda self, params, kind, split: self.of(kind, split))
     assert main(["study", str(path), *words]) == 0
-    report = tmp_path / "study" / "reports" / "prompt-k4-seed0-adam.json"
+    report = tmp_path / "study" / "reports" / "prompt-k4-seed0-sgd.json"
     before = json.loads(report.read_text())
     report.unlink()
     # Every computation of a kernel begins here.
     monkeypatch.setattr(saved, "prepare", None)
     monkeypatch.setattr(empirical, "prepare", None)
-    monkeypatch.setattr(Kernels, "at", lambda self, params, kind, split: self.of(kind, split))
     assert main(["study", str(path), *words]) == 0
     after = json.loads(report.read_text())
     for name in ("zero_shot", "fine_tuned", "linearized"):
@@ -366,7 +372,7 @@ def test_a_stopped_study_takes_its_kernels_from_disk(tmp_path, tiny_model, monke
     [
         ("--seeds=[]", "seeds: is empty (got nothing). Give at least one."),
         ("--ks=[4, 4]", "ks: has a value twice (got 4). Give each once."),
-        ("--ks=[1]", "ks: must be 2 or more examples of a class (got 1). Correct it."),
+        ("--ks=[1]", "ks: must be from 2 to 2147483647 (got 1). Correct it."),
         ("--output=", "output: is empty (got nothing). Give a path."),
         ("--ks=[400]", "Lower it or give more examples."),
     ],
@@ -390,7 +396,8 @@ def test_a_damaged_report_is_named(tmp_path, text):
 
 def test_an_optimizer_without_a_kernel_is_refused():
     with pytest.raises(
-        UserError, match=r"no kernel is known for it \(got muon\)\. Choose one of sgd, mezo, adam"
+        UserError,
+        match=r"^optimizer\.name: not known \(got 'muon'\)\. Choose one of sgd, mezo, adam",
     ):
         Training(optimizer=Muon())
     twice = (Training(optimizer=Sgd()), Training(optimizer=Sgd(learning_rate=1.0)))

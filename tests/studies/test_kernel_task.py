@@ -73,9 +73,10 @@ def test_a_prompted_decoder_is_its_label_words(tmp_path, tiny_model, labels):
     wanted = differences(one_by_one(task, "test", task.lm.apply)[:, task.encoded.token_ids])
     lengths = {len(each.input_ids[0]) for each in task.encoded.test}
     assert len(lengths) > 1
-    found = task.values(jax.jit(task.f), "test", task.lm.params)
+    f = jax.jit(task.f)
+    found = task.values(f, "test", task.lm.params)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
-    np.testing.assert_allclose(task.f(task.lm.params, task.whole("test")), wanted, atol=1e-5)
+    np.testing.assert_allclose(f(task.lm.params, task.whole("test")), wanted, atol=1e-5)
     predicted = wanted.argmax(axis=1) if len(labels) == 3 else wanted[:, 0] > 0
     assert task.accuracy(found, "test") == np.mean(predicted == task.labels("test"))
 
@@ -104,7 +105,8 @@ def head_of_scikit_learn(features, labels, intercept):
 
 
 def test_without_a_prompt_a_decoder_has_a_linear_head_on_the_last_token(tmp_path, tiny_model):
-    task = kernel_task(tiny_model, few_shot(tmp_path), seed=0, prompt=False)
+    task = kernel_task(tiny_model, few_shot(tmp_path), seed=0, prompt=False, calibrate=True)
+    assert task.offsets is None
     rendered = task.lm.tokenizer.decode(task.encoded.train[0].input_ids[0])
     assert "it was" not in rendered
     assert any(word in rendered for word in (*GOOD, *BAD))
@@ -168,12 +170,11 @@ def test_calibrated_scores_are_centred_on_texts_without_labels(tmp_path, tiny_mo
     shift = np.median(np.concatenate(texts))
     found = task.values(g, "test", task.lm.params)
     np.testing.assert_allclose(found, plain.values(f, "test", plain.lm.params) - shift, atol=1e-5)
-    loss = classification_objective(task.lm.apply, task.encoded.token_ids, offsets=task.offsets)(
-        task.lm.params, task.encoded.batch(0, batch_size=8, seed=0)
-    )[0]
+    ids = task.encoded.token_ids
+    loss_fn = jax.jit(classification_objective(task.lm.apply, ids, offsets=task.offsets))
+    loss, _ = loss_fn(task.lm.params, task.encoded.batch(0, batch_size=8, seed=0))
     chances = 1 / (1 + np.exp(-task.values(g, "train", task.lm.params)[:, 0]))
     np.testing.assert_allclose(loss, log_loss(task.labels("train"), chances), rtol=1e-5)
-    assert kernel_task(tiny_model, config, seed=0, prompt=False, calibrate=True).offsets is None
 
 
 def test_mistakes_are_named(tmp_path, tiny_model):

@@ -1,7 +1,6 @@
 """Linear probing next to scikit-learn, and a model that has the probe's rows."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,7 +9,8 @@ from sklearn.linear_model import LogisticRegressionCV
 from threadpoolctl import threadpool_limits
 
 from jaxlm.core.errors import UserError
-from jaxlm.data import load_task, prepare_for, task_config
+from jaxlm.data import EncodedTask, load_task, prepare_for, task_config
+from jaxlm.data.encoding import Encoded
 from jaxlm.evaluation import option_scores, score_split
 from jaxlm.models import from_pretrained
 from jaxlm.studies.probe import LinearProbe, fit_rows, linear_probe, with_rows
@@ -70,38 +70,25 @@ def test_a_probe_is_scikit_learns_and_its_rows_predict_what_it_predicts(tmp_path
     np.testing.assert_array_equal(probed.params["embed"]["tokens"]["embedding"], before)
 
 
-class Texts:
-    """Random tokens, the first of which tells the class; what a probe asks of an encoded task."""
-
-    labels = ("good", "bad")
+def texts():
+    """Random tokens, the first of which tells the class."""
+    ids = np.random.default_rng(0).integers(10, 20, (30, 6), np.int32)
+    ids[:, 1] = 5 + np.arange(30) % 2
+    examples = tuple(
+        Encoded(i % 2, (tuple(row),), ((3,),), ((7,), (8,))) for i, row in enumerate(ids.tolist())
+    )
     token_ids = np.array([7, 8], np.int32)
-    validation = ()
-
-    def __init__(self):
-        ids = np.random.default_rng(0).integers(10, 20, (30, 6))
-        ids[:, 1] = 5 + np.arange(30) % 2
-        self.ids = ids.astype(np.int32)
-        self.train = self.test = [SimpleNamespace(label=i % 2) for i in range(30)]
-
-    def eval_batches(self, split, *, batch_size):
-        for start in range(0, 30, batch_size):
-            index = np.arange(start, start + batch_size, dtype=np.int32)
-            yield {
-                "input_ids": self.ids[index],
-                "attention_mask": np.ones((batch_size, 6), np.int32),
-                "positions": np.full(batch_size, 3, np.int32),
-                "index": index,
-            }
+    return ids, EncodedTask(("good", "bad"), token_ids, 0, (6,), examples, (), examples)
 
 
 def test_a_masked_head_takes_the_intercept_into_its_bias():
-    lm, texts = from_pretrained(GOLDEN / "bert"), Texts()
+    lm, (ids, encoded) = from_pretrained(GOLDEN / "bert"), texts()
     assert "bias" in lm.params["lm_head"]
-    probe = linear_probe(lm, texts, batch_size=10)
+    probe = linear_probe(lm, encoded, batch_size=10)
     assert probe.intercept.any()
-    probed = with_rows(lm, texts.token_ids, probe)
-    logits = jax.jit(probed.apply)(probed.params, texts.ids)[:, 3][:, texts.token_ids]
-    labels = [each.label for each in texts.test]
+    probed = with_rows(lm, encoded.token_ids, probe)
+    logits = jax.jit(probed.apply)(probed.params, ids)[:, 3][:, encoded.token_ids]
+    labels = [each.label for each in encoded.test]
     assert np.mean(np.argmax(logits, axis=1) == np.array(labels)) == probe.accuracy["test"]
 
 
