@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxlm.cli import config as configs
 from jaxlm.core.errors import UserError
+from jaxlm.studies.tables import aligned
 
 FLAG = "--dry-run"
 
@@ -72,8 +73,6 @@ def _head(plan: Any) -> str:
 
 
 def _parameters(plan: Any) -> str:
-    from jaxlm.studies.tables import aligned
-
     rows = [
         (
             each.path,
@@ -91,8 +90,6 @@ def _parameters(plan: Any) -> str:
 
 
 def _memory(plan: Any) -> str:
-    from jaxlm.studies.tables import aligned
-
     header = ("memory per device", "arguments", "outputs", "temporaries", "aliased", "also held")
     rows = [
         (
@@ -114,8 +111,6 @@ def _memory(plan: Any) -> str:
 
 
 def _step(plan: Any) -> str:
-    from jaxlm.studies.tables import aligned
-
     seconds = plan.seconds
     rows = [
         ("matrix products", f"{plan.device_flops:.3g} FLOPs", _seconds(seconds["products"])),

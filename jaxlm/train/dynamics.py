@@ -52,11 +52,7 @@ class Dynamics:
     name: str
 
     def check(self, optimizer: Optimizer, batch_size: int) -> None:
-        """Raise UserError if the variant does not fit the run.
-
-        Raises:
-            UserError: if the optimizer computes no gradients, or for a reason of the variant.
-        """
+        """Raise UserError if the variant does not fit the run."""
         self.with_gradients(optimizer)
 
     def with_gradients(self, optimizer: Optimizer) -> FirstOrder:
@@ -374,11 +370,7 @@ def method_and_batches(
     seed: int,
     mesh: Mesh | None = None,
 ) -> tuple[Method, Batches]:
-    """Return the method of a run and the batches of its steps; `dynamics` may be None.
-
-    Args:
-        mesh: mesh of the parameters.
-    """
+    """Return the method of a run and the batches of its steps, on the mesh of the parameters."""
     if dynamics is None:
         batches = _shaped(source(batch_size, (seed,)), lambda x: x[:, 0])
         return method(optimizer, loss_fn, steps), batches

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxlm.core.errors import UserError
+from jaxlm.core.paths import map_with_path
 from jaxlm.dynamics.scaling import OptHParams
 from jaxlm.train.settings import Optimizer, check
 
@@ -29,11 +30,7 @@ class FirstOrder(Optimizer):
         raise NotImplementedError
 
     def hparams(self, steps: int) -> OptHParams:
-        """Return the hyperparameters that a scaling rule changes, for a run of `steps` steps.
-
-        Raises:
-            UserError: if no scaling rule exists for this optimizer.
-        """
+        """Return the hyperparameters that a scaling rule changes, for a run of `steps` steps."""
         raise UserError(
             f"optimizer.name: no scaling rule is known for it (got {self.name}). Give sgd or adamw."
         )
@@ -185,15 +182,11 @@ class Muon(FirstOrder):
 
 def decay_mask(params: Any) -> Any:
     """Return True for the parameters that weight decay shrinks: all but biases and norm scales."""
-    from jaxlm.core.paths import map_with_path
-
     return map_with_path(lambda leaf: leaf.path.split(".")[-1] not in ("bias", "scale"), params)
 
 
 def _layer_matrices(params: Any) -> Any:
     from optax import contrib
-
-    from jaxlm.core.paths import map_with_path
 
     def axes(leaf: Any) -> Any:
         if not (leaf.path.startswith("layers.") and leaf.path.endswith("kernel")):
