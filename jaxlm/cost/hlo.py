@@ -231,12 +231,10 @@ def collectives(compiled: Any) -> list[Collective]:
 
 
 def costs(compiled: Any) -> Costs:
-    """Return the costs of one call on each device; a conditional counts as its largest branch.
+    """Return the costs of one call, on each device, of `jax.jit(f).lower(...).compile()`.
 
-    A product that the compiler has replaced by a library call is not counted.
-
-    Args:
-        compiled: what `jax.jit(f).lower(...).compile()` returns.
+    A conditional counts as its largest branch. A product that the compiler has replaced by a
+    library call is not counted.
     """
     module = parse(compiled.as_text())
 

@@ -65,7 +65,7 @@ class _Leaf(NamedTuple):
     dtype: Any
     shape: tuple[int, ...]
     key: str | None
-    parts: list[_Part]
+    parts: dict[Any, _Part]
 
 
 def _is_key(leaf: Any) -> bool:
@@ -128,29 +128,18 @@ def _read(part: _Part, dtype: Any) -> np.ndarray:
 def _block(leaf: _Leaf, index: tuple[slice, ...], read: Callable[[_Part], np.ndarray]) -> Any:
     """Return the values of an array at `index`, assembled from the parts that overlap it."""
     spans = [axis.indices(size)[:2] for axis, size in zip(index, leaf.shape, strict=True)]
-    out, filled = None, 0
-    for part in leaf.parts:
-        ends = [start + size for start, size in zip(part.start, part.shape, strict=True)]
-        both = [
-            (max(low, start), min(high, end))
-            for (low, high), start, end in zip(spans, part.start, ends, strict=True)
-        ]
-        if any(low >= high for low, high in both):
-            continue
-        values = read(part)
-        if both == spans == list(zip(part.start, ends, strict=True)):
-            return values
-        if out is None:
-            out = np.empty([high - low for low, high in spans], leaf.dtype)
-        target, source = (
-            tuple(slice(low - o, high - o) for (low, high), o in zip(both, origin, strict=True))
-            for origin in ([low for low, _ in spans], part.start)
-        )
-        out[target] = values[source]
-        filled += math.prod(high - low for low, high in both)
-    if filled != math.prod(high - low for low, high in spans):
+    low, high = np.array(spans, int).reshape(-1, 2).T
+    out, filled = np.empty(high - low, leaf.dtype), 0
+    for part in leaf.parts.values():
+        begin = np.array(part.start, int)
+        start, end = np.maximum(low, begin), np.minimum(high, begin + np.array(part.shape, int))
+        if (start < end).all():
+            target, source = (tuple(map(slice, start - o, end - o)) for o in (low, begin))
+            out[target] = read(part)[source]
+            filled += math.prod(end - start)
+    if filled != out.size:
         raise ValueError("a part of an array is missing")
-    return np.empty([high - low for low, high in spans], leaf.dtype) if out is None else out
+    return out
 
 
 class _Misfit(UserError):
@@ -167,14 +156,12 @@ class _Stored:
         self.record = read_json(folder / _RECORD)
         for index in sorted(folder.glob(f"*/{_INDEX}")):
             for leaf in read_json(index, leaves=list)["leaves"]:
-                new = _Leaf(jnp.dtype(leaf["dtype"]), tuple(leaf["shape"]), leaf["key"], [])
+                new = _Leaf(jnp.dtype(leaf["dtype"]), tuple(leaf["shape"]), leaf["key"], {})
                 known = self.leaves.setdefault(tuple(leaf["path"]), new)
-                places = {(part.start, part.shape) for part in known.parts}
                 for part in leaf["parts"]:
-                    start, shape = tuple(part["start"]), tuple(part["shape"])
-                    if (start, shape) not in places:
-                        place = part["offset"], part["crc32"]
-                        known.parts.append(_Part(index.parent / _ARRAYS, start, shape, *place))
+                    place = tuple(part["start"]), tuple(part["shape"])
+                    new_part = _Part(index.parent / _ARRAYS, *place, part["offset"], part["crc32"])
+                    known.parts.setdefault(place, new_part)
 
     def _reader(self, path: Keys) -> Callable[[_Part], np.ndarray]:
         """Return a function that reads each part once and refuses non-finite parameters."""
@@ -298,7 +285,7 @@ class Checkpoints:
                     seal(aside, "*.json")
                 barrier(f"{aside} is sealed")
                 for leaf in _Stored(aside).leaves.values():
-                    for part in leaf.parts:
+                    for part in leaf.parts.values():
                         if part.file.parent == own:
                             _read(part, leaf.dtype)
                 barrier(f"{aside} is read")

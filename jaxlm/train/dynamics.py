@@ -121,7 +121,6 @@ class Svag(Dynamics):
     def method(
         self, optimizer: FirstOrder, loss_fn: LossFn, steps: int, mesh: Mesh | None = None
     ) -> Method:
-        """See `Dynamics`."""
         svag = self._svag(optimizer)
         scaled = svag.hparams(optimizer.hparams(steps))
 
@@ -298,7 +297,6 @@ class Local(Dynamics):
     def method(
         self, optimizer: FirstOrder, loss_fn: LossFn, steps: int, mesh: Mesh | None = None
     ) -> Method:
-        """See `Dynamics`."""
         from jaxlm import dynamics
         from jaxlm.sharding import make_mesh
 

@@ -165,19 +165,8 @@ def finetune(
 ) -> dict[str, Any]:
     """Run `config` in its folder, resume it, or return the summary of the finished run.
 
-    The folder is created only after the configuration, the data and the model have been checked. A
-    run can resume on another mesh.
-
-    Args:
-        config: the run.
-        base_dir: where relative paths of the data are looked up, before the working directory.
-        mesh: see `jaxlm.sharding.make_mesh`; None for one device.
-
-    Returns:
-        The content of `summary.json`.
-
-    Raises:
-        UserError: see `read_data`, `jaxlm.from_pretrained`, `RunFolder.check` and `fit`.
+    See `jaxlm.finetune`. The folder is created only after the configuration, the data and the model
+    have been checked. A run can resume on another mesh.
     """
 
     def prepare() -> Callable[[RunFolder], dict[str, Any]]:

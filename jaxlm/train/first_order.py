@@ -66,7 +66,6 @@ class Sgd(FirstOrder):
         check(self, "momentum", below=1.0)
 
     def scale(self) -> Any:
-        """See `FirstOrder`."""
         import optax
 
         return optax.trace(self.momentum) if self.momentum else optax.identity()
@@ -84,7 +83,6 @@ class Sgd(FirstOrder):
         )
 
     def with_hparams(self, hp: OptHParams) -> "Sgd":
-        """See `FirstOrder`."""
         momentum = hp.b1 or 0.0
         return dataclasses.replace(
             self,
@@ -116,13 +114,11 @@ class Adam(FirstOrder):
         check(self, "eps", positive=True)
 
     def scale(self) -> Any:
-        """See `FirstOrder`."""
         import optax
 
         return optax.scale_by_adam(self.b1, self.b2, self.eps)
 
     def hparams(self, steps: int) -> OptHParams:
-        """See `FirstOrder`."""
         return OptHParams(
             self.learning_rate,
             b1=self.b1,
@@ -134,7 +130,6 @@ class Adam(FirstOrder):
         )
 
     def with_hparams(self, hp: OptHParams) -> "Adam":
-        """See `FirstOrder`."""
         return dataclasses.replace(
             self,
             learning_rate=hp.lr,
@@ -166,7 +161,6 @@ class Muon(FirstOrder):
         check(self, "adam_learning_rate")
 
     def scale(self) -> Any:
-        """See `FirstOrder`."""
         from optax import contrib
 
         # `transform` multiplies all updates by -learning_rate. So Muon's own rate is -1, and Adam's

@@ -138,19 +138,15 @@ def fit(
     stops the run after the steps in progress, with a checkpoint.
 
     Args:
-        method: see `jaxlm.train.state.method`.
+        method: see `jaxlm.train.state.method`; `key` is the random key of its state.
         params: initial parameters.
         batches: `(first, count) -> batches` of the steps from `first`, stacked on axis 0; a pure
             function.
         config: length and schedule.
-        key: typed PRNG key of the optimizer.
-        evaluate: `params -> {name: value}`, for the metrics.
-        monitor: the name in `evaluate` whose best parameters are kept in the checkpoints.
-        mode: whether the highest or the lowest value is the best.
-        checkpoints: where states are saved; None saves nothing.
+        evaluate: `params -> {name: value}`, for the metrics. The parameters with the best value of
+            `monitor`, the highest or the lowest by `mode`, are kept in the checkpoints.
+        checkpoints, metrics: where states, and scalars of each step, are saved; None for nowhere.
         trajectory: file for the scalars of a zeroth-order method, see `jaxlm.zo.Trajectory`.
-        metrics: file for the scalars of each step.
-        progress: shows them.
         chance: the loss of guessing; see `first_diverged`.
 
     Raises:

@@ -154,11 +154,7 @@ def num_targets(batch: Batch) -> Float[Array, ""] | Int[Array, ""]:
 
 
 def example_weights(batch: Batch) -> Float[Array, " B"] | Int[Array, " B"]:
-    """Return the `weights` of the batch, or ones if it has none.
-
-    Raises:
-        UserError: if the weights are those of tokens.
-    """
+    """Return the `weights` of the batch, one for each example, or ones if it has none."""
     weights = batch.get("weights") if isinstance(batch, dict) else None
     if weights is None:
         return jnp.ones(jax.tree.leaves(batch)[0].shape[0])

@@ -140,18 +140,7 @@ class PretrainConfig(RunConfig):
 
 
 def pretrain(config: PretrainConfig, *, mesh: Mesh | None = None) -> dict[str, Any]:
-    """Run `config` in its folder, resume it, or return the summary of the finished run.
-
-    Args:
-        config: the run.
-        mesh: see `jaxlm.sharding.make_mesh`; None for one device.
-
-    Returns:
-        The content of `summary.json`.
-
-    Raises:
-        UserError: see `jaxlm.data.corpus` and `RunFolder.check`; or if the loss is not finite.
-    """
+    """Run `config` in its folder, resume it, or return the summary; see `jaxlm.pretrain`."""
     work = functools.partial(_pretrain, config, mesh)
     return finished_or_run(config, lambda: work, loss=float, tokens=int, parameters=int)
 
