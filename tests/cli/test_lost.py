@@ -141,7 +141,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(room, tmp_path, tiny_model, capfd
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], check=True)
     flags = [f"--output={small / 'run'}", "--checkpoint-every=2", "--eval-every=100"]
-    flags.append("--optimizer.name=sgd")
+    flags.append("--optimizer.name=adam")
     try:
         assert main(["finetune", str(path), f"--output={tmp_path / 'whole'}", *flags[1:]]) == 0
         save = Checkpoints.save
