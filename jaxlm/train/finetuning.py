@@ -127,9 +127,7 @@ class Setting(NamedTuple):
     Attributes:
         config: the configuration, with `optimizer.select` filled in.
         lm: the model, with the new parameters that are trained.
-        objective: what is minimized.
-        data: the examples; None in a dry run without a tokenizer.
-        encoded: their tokens.
+        data, encoded: the examples, None in a dry run without a tokenizer; and their tokens.
     """
 
     config: FinetuneConfig

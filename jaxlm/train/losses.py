@@ -186,11 +186,7 @@ def accumulate(
         share: what `loss_fn` divides by, a function of the part: `num_targets` for `lm_objective`.
 
     Returns:
-        A loss with the arguments and the result of `loss_fn`; a part's `key` is
-        `fold_in(key, part)`.
-
-    Raises:
-        UserError: if `count` is below 1; from the loss, if it does not divide the batch.
+        A loss like `loss_fn`; a part's `key` is `fold_in(key, part)`.
     """
     if count < 1:
         raise UserError(f"count: must be 1 or more (got {count}). Correct it.")

@@ -32,14 +32,11 @@ class Method(NamedTuple):
         init: `(params, key) -> opt_state`.
         step: `(params, opt_state, batch) -> (params, opt_state, info)`; info maps names to scalars
             and holds `loss`.
-        forwards: forward passes in a step.
-        backwards: backward passes in a step.
+        forwards, backwards: passes in a step.
         settings: what `jaxlm.zo.Trajectory` records of a zeroth-order optimizer, JSON values with
-            `num_directions`; its info then holds `projected_grad` and `learning_rate`. None for
-            the others.
+            `num_directions`; its info then holds `projected_grad` and `learning_rate`.
         rows: axis of the examples in a step's batch.
-        mesh: the devices of the steps, if `init` places the state itself; None for those of the
-            parameters.
+        mesh: the devices of the steps, if `init` places the state itself.
     """
 
     init: Callable[[Params, PRNGKey], Any]
