@@ -26,11 +26,7 @@ ARGUMENTS = "arguments"
 
 
 def split_args(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Split arguments into words and flags; `--name value` is the same as `--name=value`.
-
-    Raises:
-        UserError: a flag has no value, or is given twice.
-    """
+    """Split arguments into words and flags; `--name value` is the same as `--name=value`."""
     words: list[str] = []
     flags: dict[str, str] = {}
     rest = list(args)
@@ -91,17 +87,10 @@ def from_call(
 ) -> tuple[T, Path | None]:
     """Return the configuration of a command's Python function, and the folder of its file.
 
-    Args:
-        cls: see `jaxlm.artifacts.config.build`.
-        config: an object of `cls`, a YAML file, or None.
-        overrides: keys of the configuration, or dotted keys, with their values. A key replaces the
-            whole key of `config`; a dotted key changes one value in it.
-        command: names the default of `output`, `runs/COMMAND-DIGEST`, where the digest is that of
-            the rest of the configuration.
-        only: first-level keys of the file to read, or None for all.
-
-    Raises:
-        UserError: see `jaxlm.artifacts.config.load`.
+    A key of `overrides` replaces the whole key of `config`, an object of `cls`, a YAML file or
+    None; a dotted key changes one value in it. Of a file, only the first-level keys `only` are
+    read. The default of `output` is `runs/COMMAND-DIGEST`, with the digest of the rest of the
+    configuration.
     """
     from jaxlm.studies.grid import with_keys
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxlm.artifacts.config import build
 from jaxlm.cli import config as configs
 from jaxlm.core.errors import UserError
 from jaxlm.studies.tables import aligned, size
@@ -43,11 +44,9 @@ def device_of(rates: dict[str, str]) -> Any:
 
     if "name" in rates:
         return configs.load(Device, None, rates)
-    here = this_device()
-    values = ((field.name, getattr(here, field.name)) for field in dataclasses.fields(Device))
-    known = {name: str(value).lower() if isinstance(value, bool) else str(value)
-             for name, value in values if value is not None}  # fmt: skip
-    return configs.load(Device, None, known | rates)
+    here = dataclasses.asdict(this_device())
+    known = {name: value for name, value in here.items() if value is not None}
+    return build(Device, known | rates, "command line")
 
 
 def text(plan: Any) -> str:

@@ -141,14 +141,7 @@ def _own_task(keys: Mapping[str, Any]) -> tuple[Path | None, Any]:
 def _evaluate(
     config: EvaluateConfig, base_dir: Path | None, offsets: Any, mesh: Mesh | None
 ) -> dict[str, Any]:
-    """Score one split and return the accuracies.
-
-    Args:
-        config: the evaluation.
-        base_dir: folder in which relative paths of the task are tried before the working directory.
-        offsets: subtracted from the scores of the options, as in training; None for no offsets.
-        mesh: see `jaxlm.sharding.make_mesh`; None for one device.
-    """
+    """Score one split and return the accuracies; `offsets` are subtracted as in training."""
     task = _load(config, base_dir)
     if not getattr(task, config.split):
         raise UserError(

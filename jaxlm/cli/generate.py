@@ -19,7 +19,14 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from jaxlm.artifacts.files import file_path, parse_json, read_text, report_write_errors, to_json
+from jaxlm.artifacts.files import (
+    file_path,
+    parse_json,
+    read_text,
+    report_write_errors,
+    to_json,
+    write_atomic,
+)
 from jaxlm.artifacts.processes import is_main_process
 from jaxlm.cli import config as configs
 from jaxlm.core.checks import dtype_name, seeds, show, whole
@@ -205,11 +212,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def write_new(path: Path, lines: Iterable[str]) -> None:
-    """Write lines to a file that must not exist yet, whole or not at all.
-
-    Raises:
-        UserError: the file exists, or its folder does not or cannot be written.
-    """
+    """Write lines to a file that must not exist yet, whole or not at all."""
     exists = UserError(f"output: exists already (got {path}). Give a new file.")
     if path.exists():
         raise exists
@@ -218,18 +221,10 @@ def write_new(path: Path, lines: Iterable[str]) -> None:
     text = "".join(f"{line}\n" for line in lines)  # all processes must take part in computing them
     if not is_main_process():
         return
-    # A link, unlike a rename, fails if another command has taken the name in the meantime.
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with report_write_errors(path):
-            aside.write_text(text, encoding="utf-8")
-        os.link(aside, path)
-    except FileExistsError:
-        raise exists from None
-    except OSError:  # a file system without links
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    if path.exists():  # another command was faster
+        raise exists
+    with report_write_errors(path):
+        write_atomic(path, text)
 
 
 def _load(config: GenerateConfig, mesh: Any) -> tuple[Any, dict[str, Any]]:

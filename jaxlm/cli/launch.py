@@ -111,11 +111,7 @@ class Launch:
 
 
 def parse(args: Sequence[str]) -> tuple[Launch, list[str]]:
-    """Split the arguments of a command into the flags of this module and the rest.
-
-    Raises:
-        UserError: a flag has no value, or an impossible one.
-    """
+    """Split the arguments of a command into the flags of this module and the rest."""
     names = {field.name for field in fields(Launch)}
     taken: list[str] = []
     rest: list[str] = []
@@ -132,15 +128,10 @@ def parse(args: Sequence[str]) -> tuple[Launch, list[str]]:
 
 
 def supervise(launch: Launch, args: Sequence[str], script: str | None = None) -> int:
-    """Run a command in child processes and return its exit code.
+    """Run a command in child processes and return its exit code; see `jaxlm.cli.main.main`.
 
     When its peers are gone, JAX aborts a process from a thread that Python cannot interrupt, and it
     goes on after SIGTERM. So a parent without JAX starts it, passes signals on, and reports.
-
-    Args:
-        launch: with `processes` or `distributed`.
-        args: the command and its arguments without the flags of `launch`.
-        script: see `jaxlm.cli.main.main`.
     """
     groups = [launch.distributed]
     if launch.processes is not None:

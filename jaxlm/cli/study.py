@@ -23,6 +23,8 @@ from jaxlm.core.checks import one_of
 from jaxlm.core.errors import UserError
 from jaxlm.studies import STUDIES
 from jaxlm.studies.grid import Result
+from jaxlm.studies.study import module_of
+from jaxlm.studies.study import study as run_study
 
 DRY = "--dry-run"
 
@@ -30,26 +32,24 @@ DRY = "--dry-run"
 def described(args: Sequence[str]) -> str:
     """Return the keys of a study, or the list of all studies."""
     from jaxlm.artifacts.keys import listing
-    from jaxlm.studies.study import module_of
 
     name, _, _ = _named(args)
-    if name is None:
-        return _list()
-    return listing(module_of(name).Config)
+    return _list() if name is None else listing(module_of(name).Config)
 
 
 def read_config(args: Sequence[str]) -> Any:
     """Return the configuration that the command would run."""
-    return _load(*_required(args))
+    name, path, flags = _named(args)
+    return _load(_known(name), path, flags)
 
 
 def run(args: Sequence[str], mesh: Any = None) -> None:
     """Run the command `jaxlm study`."""
-    words = [word for word in args if word != DRY]
     if not args:
         print(_list())
         return
-    execute(*_required(words), dry=DRY in args, mesh=mesh)
+    name, path, flags = _named([word for word in args if word != DRY])
+    execute(_known(name), path, flags, dry=DRY in args, mesh=mesh)
 
 
 def study(config: Any, *, mesh: Mesh | None = None, **overrides: Any) -> Result:
@@ -66,8 +66,6 @@ def study(config: Any, *, mesh: Mesh | None = None, **overrides: Any) -> Result:
     Raises:
         UserError: see `jaxlm.studies.study.study`; or a key is unknown, or a value does not fit.
     """
-    from jaxlm.studies.study import module_of
-
     name, file = getattr(config, "study", config), None
     if configs.is_file(config):
         file = config
@@ -92,11 +90,6 @@ def _named(args: Sequence[str]) -> tuple[str | None, str | None, dict[str, str]]
     return (None if path is None else read_yaml(path).get("study")), path, flags
 
 
-def _required(args: Sequence[str]) -> tuple[str, str | None, dict[str, str]]:
-    name, path, flags = _named(args)
-    return _known(name), path, flags
-
-
 def _known(name: Any) -> str:
     if name is None:
         raise UserError(
@@ -107,8 +100,6 @@ def _known(name: Any) -> str:
 
 
 def _load(name: str, path: str | None, flags: dict[str, str]) -> Any:
-    from jaxlm.studies.study import module_of
-
     return configs.load(module_of(name).Config, path, flags, only=_keys(path))
 
 
@@ -118,17 +109,13 @@ def _keys(path: str | Path | None) -> list[str] | None:
 
 
 def _run(config: Any, where: str, mesh: Mesh | None) -> Result:
-    from jaxlm.studies.study import study
-
-    return study(config, where=where, mesh=mesh, say=lambda line: print(line, file=sys.stderr))
+    return run_study(config, where=where, mesh=mesh, say=lambda line: print(line, file=sys.stderr))
 
 
 def execute(
     name: str, path: str | None, flags: dict[str, str], *, dry: bool, mesh: Any = None
 ) -> None:
     """Load the configuration of a study and run it, or print its outline."""
-    from jaxlm.studies.study import module_of
-
     module, where = module_of(name), path or "command line"
     # Flags of a plan, such as --device.memory=80e9, are not keys of the study.
     plan = tuple(f"{section}." for section in getattr(module, "PLAN", ()) if dry)

@@ -1,7 +1,8 @@
 """The model, state and programs of a run as shapes, without weights."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.artifacts.files import file_path
-from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.data import EncodedTask
 from jaxlm.data.corpus import read_tokenizer
@@ -21,7 +21,7 @@ from jaxlm.evaluation.perplexity import total_nats
 from jaxlm.models import LanguageModel, ModelConfig, init_params
 from jaxlm.sharding import WHOLE, abstract, mesh_of, param_shardings
 from jaxlm.sharding.placement import batch_places, with_places
-from jaxlm.train.dynamics import Batches, Source, method_and_batches
+from jaxlm.train.dynamics import Batches, method_and_batches
 from jaxlm.train.finetuning import FinetuneConfig, build, read_data
 from jaxlm.train.load import load_model
 from jaxlm.train.losses import lm_objective
@@ -54,8 +54,7 @@ class Call(NamedTuple):
     def compile(self, *, cpu: bool) -> Any:
         """Return the compiled program, which is not meant to run: its CPU code is not optimised.
 
-        Args:
-            cpu: whether the plan is for a CPU; False if a CPU compiles in place of an accelerator.
+        With `cpu` False, a CPU compiles in place of an accelerator.
         """
         options = None
         if jax.default_backend() == "cpu":
@@ -68,41 +67,71 @@ class ByShapes:
     """A run of which only shapes exist.
 
     Attributes:
+        config: the run, with `optimizer.select` filled in.
         params: `jax.ShapeDtypeStruct`s, with their shardings on a mesh.
-        select: the parameters that are trained.
-        batch_size: examples in a step.
-        unit: the devices and the dynamics divide a batch size evenly if it is a multiple of this.
-        steps: number of updates.
-        count: updates in the longest dispatch.
-        make: maps a batch size to the method and its batches.
+        loss_fn: the loss of a batch.
+        tail: an example of the longest batch.
+        mesh: mesh of the parameters; None for one device.
         evaluation: the program that measures the parameters, with its largest batch; None if there
             is none, as for generated answers.
     """
 
+    config: RunConfig
     params: Params
-    select: paths.Select
-    batch_size: int
-    unit: int
-    steps: int
-    count: int
-    make: Callable[[int], tuple[Method, Batches]]
+    loss_fn: LossFn
+    tail: Tail
+    mesh: Mesh | None
     evaluation: Call | None
 
-    def dispatch(self, batch_size: int | None = None, count: int | None = None) -> Call:
-        """Return the program of `count` steps (None: the longest dispatch) at a batch size."""
-        method, batches = self.make(self.batch_size if batch_size is None else batch_size)
+    @property
+    def count(self) -> int:
+        """Number of updates in the longest dispatch."""
+        return max((count for _, count in self.config.dispatches(0)), default=0)
+
+    @property
+    def unit(self) -> int:
+        """The devices and the dynamics divide a batch size evenly if it is a multiple of this."""
+        dynamics = self.config.dynamics
+        parts = getattr(dynamics, "parts", getattr(dynamics, "workers", 1))
+        return parts * (
+            1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        )
+
+    def make(self, batch_size: int) -> tuple[Method, Batches]:
+        """Return the method and its batches, of zeros that take no memory until they are read."""
+
+        def source(batch_size: int, seeds: Sequence[int]) -> Batches:
+            def batches(first: int, count: int) -> Batch:
+                del first
+                rows = count, len(seeds), batch_size
+                return {key: np.zeros((*rows, *s), dtype) for key, (s, dtype) in self.tail.items()}
+
+            return batches
+
+        return method_and_batches(
+            self.config.optimizer,
+            self.config.dynamics,
+            self.loss_fn,
+            source,
+            steps=self.config.steps,
+            batch_size=batch_size,
+            seed=self.config.seed,
+            mesh=self.mesh,
+        )
+
+    def dispatch(self, batch_size: int | None = None) -> Call:
+        """Return the program of the longest dispatch at a batch size."""
+        method, batches = self.make(self.config.batch_size if batch_size is None else batch_size)
         program = Program(many_steps(method.step), moves=True, rows=1 + method.rows)
-        state, length = self.state(method), self.count if count is None else count
-        read = shapes_of(batches(0, length), mesh_of(state.params), 1 + method.rows)
+        state = self.state(method)
+        read = shapes_of(batches(0, self.count), mesh_of(state.params), 1 + method.rows)
         return Call(program, (state, read))
 
     def state(self, method: Method) -> TrainState:
         """Return the state of a method before its first step."""
         key = jax.eval_shape(lambda: jax.random.key(0))
         if method.mesh is None:
-            return TrainState(
-                self.params, abstract(method.init, mesh_of(self.params), self.params, key)
-            )
+            return TrainState(self.params, abstract(method.init, self.mesh, self.params, key))
         params = with_places(self.params, param_shardings(self.params, method.mesh, WHOLE))
         # A method with its own mesh chooses the sharding of its state itself.
         places = jax.jit(method.init).lower(params, key).compile().output_shardings
@@ -132,19 +161,16 @@ def finetuning(
         setting = build(config, lm, read_data(config, base_dir=base_dir), mesh=mesh)
     config, lm, encoded = setting.config, setting.lm, setting.encoded
     options = encoded.num_options if isinstance(encoded, EncodedTask) else 0
-    loss_fn = setting.loss_fn(np.zeros(options, np.float32) if config.calibrate else None)
     metric, evaluation = setting.metric(), None
     if not isinstance(metric, GenerationMetric):
         batch = _longest_scored(config, encoded)
         evaluation = Call(metric.scorer, (lm.params, shapes_of(batch, mesh))) if batch else None
     return ByShapes(
+        config=config,
         params=lm.params,
-        select=config.optimizer.select,
-        batch_size=config.batch_size,
-        unit=_unit(config, mesh),
-        steps=config.steps,
-        count=_dispatch(config),
-        make=_maker(config, loss_fn, _longest(config, encoded), mesh),
+        loss_fn=setting.loss_fn(np.zeros(options, np.float32) if config.calibrate else None),
+        tail=_longest(config, encoded),
+        mesh=mesh,
         evaluation=evaluation,
     )
 
@@ -156,85 +182,39 @@ def pretraining(config: PretrainConfig, *, mesh: Mesh | None = None) -> ByShapes
     key = jax.eval_shape(lambda: jax.random.key(0))
     lm = LanguageModel(model, abstract(functools.partial(init_params, model), mesh, key), tokenizer)
     size, length = config.batch_size, config.seq_len
-    windows = {
-        "input_ids": np.zeros((1, size, length + 1), np.int32),
-        "weights": np.zeros((1, size, length), np.float32),
-    }
-    held_out = Call(
-        Program(total_nats(lm.log_probs), rows=1), (lm.params, shapes_of(windows, mesh, 1))
-    )
-    tail = {"input_ids": ((length + 1,), np.dtype(np.int32))}
+    evaluation = None
+    if config.corpus.held_out:
+        windows = {
+            "input_ids": np.zeros((1, size, length + 1), np.int32),
+            "weights": np.zeros((1, size, length), np.float32),
+        }
+        program = Program(total_nats(lm.log_probs), rows=1)
+        evaluation = Call(program, (lm.params, shapes_of(windows, mesh, 1)))
     return ByShapes(
+        config=config,
         params=lm.params,
-        select=config.optimizer.select,
-        batch_size=size,
-        unit=_unit(config, mesh),
-        steps=config.steps,
-        count=_dispatch(config),
-        make=_maker(config, lm_objective(lm.log_probs), tail, mesh),
-        evaluation=held_out if config.corpus.held_out else None,
+        loss_fn=lm_objective(lm.log_probs),
+        tail={"input_ids": ((length + 1,), np.dtype(np.int32))},
+        mesh=mesh,
+        evaluation=evaluation,
     )
-
-
-def _dispatch(config: RunConfig) -> int:
-    """Return the number of steps in the longest dispatch."""
-    return max((count for _, count in config.dispatches(0)), default=0)
-
-
-def _unit(config: RunConfig, mesh: Mesh | None) -> int:
-    dynamics = config.dynamics
-    parts = getattr(dynamics, "parts", getattr(dynamics, "workers", 1))
-    return parts * (1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"])
-
-
-def _maker(
-    config: RunConfig, loss_fn: LossFn, tail: Tail, mesh: Mesh | None
-) -> Callable[[int], tuple[Method, Batches]]:
-    def make(batch_size: int) -> tuple[Method, Batches]:
-        return method_and_batches(
-            config.optimizer,
-            config.dynamics,
-            loss_fn,
-            _source(tail),
-            steps=config.steps,
-            batch_size=batch_size,
-            seed=config.seed,
-            mesh=mesh,
-        )
-
-    return make
-
-
-def _source(tail: Tail) -> Source:
-    """Return batches of zeros, which take no memory until they are read."""
-
-    def source(batch_size: int, seeds: Sequence[int]) -> Batches:
-        def batches(first: int, count: int) -> Batch:
-            del first
-            rows = count, len(seeds), batch_size
-            return {key: np.zeros((*rows, *shape), dtype) for key, (shape, dtype) in tail.items()}
-
-        return batches
-
-    return source
 
 
 def _longest(config: FinetuneConfig, encoded: Encoded) -> Tail:
     """Return the shapes of the largest batch of the first epoch, which has the longest example."""
     epoch = -(-encoded.sizes["train"] // config.batch_size)
-    best: dict[str, Any] = {}
-    for first, count in config.dispatches(0):
-        if first < epoch:
-            found = encoded.streams(
-                first, count, batch_size=config.batch_size, seeds=(config.seed,)
-            )
-            tails = {key: (value.shape[3:], value.dtype) for key, value in found.items()}
-            best = max(best, tails, key=_bytes)
-    return best
+    options: dict[str, Any] = {"batch_size": config.batch_size, "seeds": (config.seed,)}
+    read = [
+        encoded.streams(first, count, **options)
+        for first, count in config.dispatches(0)
+        if first < epoch
+    ]
+    tails = [{key: (x.shape[3:], x.dtype) for key, x in batch.items()} for batch in read]
+    return max(tails, key=_bytes, default={})
 
 
 def _bytes(tails: Tail) -> int:
-    return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in tails.values())
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in tails.values())
 
 
 def _longest_scored(config: FinetuneConfig, encoded: Encoded) -> Batch:
@@ -243,7 +223,7 @@ def _longest_scored(config: FinetuneConfig, encoded: Encoded) -> Batch:
     for split in ("test", "validation", *(("train",) if config.calibrate else ())):
         for batch in encoded.eval_batches(split, batch_size=config.eval_batch_size):
             del batch["index"]
-            best = max(best, batch, key=lambda each: sum(x.nbytes for x in each.values()))
+            best = max(best, batch, key=lambda batch: sum(x.nbytes for x in batch.values()))
     return best
 
 

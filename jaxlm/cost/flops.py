@@ -36,7 +36,7 @@ class Flops(NamedTuple):
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> Flops:
-    """Count the operations of `function(*args)` without running it.
+    """Count the operations of `function(*args)`, which need only have shapes, without running it.
 
     A conditional counts as its largest branch. The body of a `while_loop` counts once, since its
     trip count depends on the data. A `shard_map` counts for all its devices together.
@@ -45,10 +45,6 @@ def count_flops(function: Callable[..., Any], *args: Any) -> Flops:
     >>> x = jax.ShapeDtypeStruct((8, 8), jnp.float32)
     >>> count_flops(lambda x: jax.lax.scan(lambda c, _: (c @ x, None), x, length=5)[0], x).products
     5120
-
-    Args:
-      function: anything that JAX can trace.
-      args: arrays or `jax.ShapeDtypeStruct`s.
     """
     return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 

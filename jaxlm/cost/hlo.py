@@ -58,8 +58,6 @@ class Instruction(NamedTuple):
     """One line of a computation.
 
     Attributes:
-        name: name of its result.
-        op: name of the operation.
         type: type of the result, as text.
         operands: names of the instructions that it reads.
         text: rest of the line, after the name of the operation.
@@ -90,12 +88,9 @@ class Instruction(NamedTuple):
 
 
 class Module(NamedTuple):
-    """A compiled program.
+    """A compiled program on some devices: its computations, and the one that starts it.
 
-    Attributes:
-        computations: maps the name of a computation to its instructions by their names.
-        entry: name of the computation that starts the program.
-        devices: number of devices that run it together.
+    A computation maps the names of instructions to them.
     """
 
     computations: dict[str, dict[str, Instruction]]
@@ -231,21 +226,15 @@ class Costs(NamedTuple):
 
 
 def collectives(compiled: Any) -> list[Collective]:
-    """Return the collective operations of a compiled program, with how often one call runs them.
-
-    Args:
-        compiled: what `jax.jit(f).lower(...).compile()` returns.
-    """
+    """Return the collective operations of a compiled program, with how often one call runs them."""
     return list(costs(compiled).collectives)
 
 
 def costs(compiled: Any) -> Costs:
-    """Return the costs of one call on each device; a conditional counts as its largest branch.
+    """Return the costs of one call, on each device, of `jax.jit(f).lower(...).compile()`.
 
-    A product that the compiler has replaced by a library call is not counted.
-
-    Args:
-        compiled: what `jax.jit(f).lower(...).compile()` returns.
+    A conditional counts as its largest branch. A product that the compiler has replaced by a
+    library call is not counted.
     """
     module = parse(compiled.as_text())
 
@@ -317,10 +306,7 @@ def _group(text: str, devices: int) -> int:
 def bytes_accessed(each: Instruction, known: Known, module: Module) -> int:
     """Return the bytes of operands and result; if sliced or written in place, only of that part.
 
-    Args:
-        each: an instruction that is not inside a fusion.
-        known: the instructions of its computation by their names.
-        module: the program.
+    The instruction is not inside a fusion; `known` are those of its computation by their names.
     """
     if each.op in _FREE or each.op.endswith(("-done", "-update")):
         return 0

@@ -25,14 +25,7 @@ from jaxlm.train.pretraining import PretrainConfig
 
 
 class Parameter(NamedTuple):
-    """A parameter.
-
-    Attributes:
-        path, shape, dtype: those of the leaf.
-        spec: the axes of the mesh over which its axes are sharded.
-        bytes: its size on one device.
-        trained: whether it is trained.
-    """
+    """A leaf; `spec` are the axes of the mesh that shard it, `bytes` are those on one device."""
 
     path: str
     shape: tuple[int, ...]
@@ -43,13 +36,7 @@ class Parameter(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes on one device while a program runs.
-
-    Attributes:
-        program: name of the program.
-        arguments, outputs, temporaries, aliased: as the compiler states them.
-        held: what else is in memory.
-    """
+    """Bytes on one device while a program runs, by the compiler; `held` is what else is there."""
 
     program: str
     arguments: int
@@ -69,8 +56,7 @@ class Plan(NamedTuple):
     """What a run will cost.
 
     Attributes:
-        device: the kind of device.
-        devices: number of devices.
+        device, devices: the kind of device, and how many there are.
         parameters: the leaves.
         memory: memory of each program, on one device.
         state_bytes: size of the state on one device.
@@ -172,16 +158,10 @@ def dry_run(
     mesh: Mesh | None = None,
     device: Device | None = None,
 ) -> Plan:
-    """Return the costs of a run of `finetune` or `pretrain`.
+    """Return the costs of a run of `finetune` or `pretrain`, see there.
 
-    Args:
-        config: the run.
-        base_dir: see `finetune`.
-        mesh: see `finetune`; its devices may be simulated ones.
-        device: the device that gives the rates and the memory; None for the local one.
-
-    Raises:
-        UserError: the configuration, the data or config.json of the model is invalid.
+    The devices of the mesh may be simulated ones. Rates and memory are those of `device`; None
+    means the local one.
     """
     if isinstance(config, FinetuneConfig):
         run = finetuning(config, base_dir=base_dir, mesh=mesh)
@@ -191,11 +171,7 @@ def dry_run(
 
 
 def plan(run: ByShapes, device: Device) -> Plan:
-    """Return the costs of a run given by its shapes.
-
-    Raises:
-        UserError: the run has no steps.
-    """
+    """Return the costs of a run given by its shapes."""
     if not run.count:
         raise UserError("steps: must be at least 1 for a dry run (got 0). Correct it.")
     step = run.dispatch()
@@ -204,7 +180,7 @@ def plan(run: ByShapes, device: Device) -> Plan:
     if run.evaluation is not None:
         held = _bytes(state.opt_state)
         memory.append(_memory("evaluation", run.evaluation.compile(cpu=device.cpu), held=held))
-    method, _ = run.make(run.batch_size)
+    method, _ = run.make(run.config.batch_size)
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batches)
     mesh = mesh_of(state.params)
     return Plan(
@@ -214,10 +190,10 @@ def plan(run: ByShapes, device: Device) -> Plan:
         memory=tuple(memory),
         state_bytes=_bytes(state),
         checkpoint_bytes=copied_bytes(state),
-        batch_size=run.batch_size,
+        batch_size=run.config.batch_size,
         tokens=max(one[key].shape[-1] for key in ("input_ids", "prompt_ids") if key in one),
         largest_batch=_largest_batch(run, device, memory[0].peak),
-        steps=run.steps,
+        steps=run.config.steps,
         dispatch=run.count,
         flops=count_flops(method.step, state.params, state.opt_state, one),
         costs=costs(compiled),
@@ -229,15 +205,16 @@ def _largest_batch(run: ByShapes, device: Device, peak: int) -> int | None:
         return None
 
     def peak_bytes(size: int) -> int:
-        if size == run.batch_size:
+        if size == first:
             return peak
         return _memory("training", run.dispatch(size).compile(cpu=device.cpu)).peak
 
-    return largest_batch(peak_bytes, device.memory, first=run.batch_size, unit=run.unit)
+    first = run.config.batch_size
+    return largest_batch(peak_bytes, device.memory, first=first, unit=run.unit)
 
 
 def _parameters(run: ByShapes) -> tuple[Parameter, ...]:
-    trained = paths.leaf_predicate(run.select)
+    trained = paths.leaf_predicate(run.config.optimizer.select)
     return tuple(
         Parameter(
             leaf.path,
@@ -288,16 +265,8 @@ def largest_batch(
     """Return the largest batch whose training fits into a device's memory, by compiling sizes.
 
     Two batch sizes give a line, whose crossing with the memory is the next size. If its peak is off
-    the line, further sizes follow.
-
-    Args:
-        peak_bytes: maps a batch size to the bytes that its training takes.
-        memory: bytes of memory.
-        first: batch size to begin with.
-        unit: batch sizes are multiples of this.
-
-    Returns:
-        A batch size of at most 65,536; 0 if none fits.
+    the line, further sizes follow. The result is a multiple of `unit` of at most 65,536; 0 if none
+    fits.
 
     >>> largest_batch(lambda size: 1000 + 7 * size, 8000.0, first=16)
     1000

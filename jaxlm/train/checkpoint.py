@@ -41,12 +41,9 @@ Keys = tuple[str | int, ...]
 
 
 def copied_bytes(state: Any) -> int:
-    """Return the bytes of host memory that saving or restoring a state needs beside `state` itself.
+    """Return the bytes of host memory that saving or restoring needs beside the state itself.
 
     Only one array at a time is in memory: its parts, and the array assembled from them.
-
-    Args:
-        state: pytree of arrays, or of their shapes.
     """
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)]
     return min(sum(sizes), 2 * max(sizes, default=0))
@@ -68,7 +65,7 @@ class _Leaf(NamedTuple):
     dtype: Any
     shape: tuple[int, ...]
     key: str | None
-    parts: list[_Part]
+    parts: dict[Any, _Part]
 
 
 def _is_key(leaf: Any) -> bool:
@@ -117,11 +114,7 @@ def _write(folder: Path, state: Any) -> None:
 
 
 def _read(part: _Part, dtype: Any) -> np.ndarray:
-    """Return the values of a part.
-
-    Raises:
-        UserError: if their checksum differs.
-    """
+    """Return the values of a part; raise UserError if their checksum differs."""
     values = np.empty(part.shape, dtype)
     data = values.reshape(-1).view(np.uint8).data
     with part.file.open("rb") as file:
@@ -135,29 +128,18 @@ def _read(part: _Part, dtype: Any) -> np.ndarray:
 def _block(leaf: _Leaf, index: tuple[slice, ...], read: Callable[[_Part], np.ndarray]) -> Any:
     """Return the values of an array at `index`, assembled from the parts that overlap it."""
     spans = [axis.indices(size)[:2] for axis, size in zip(index, leaf.shape, strict=True)]
-    out, filled = None, 0
-    for part in leaf.parts:
-        ends = [start + size for start, size in zip(part.start, part.shape, strict=True)]
-        both = [
-            (max(low, start), min(high, end))
-            for (low, high), start, end in zip(spans, part.start, ends, strict=True)
-        ]
-        if any(low >= high for low, high in both):
-            continue
-        values = read(part)
-        if both == spans == list(zip(part.start, ends, strict=True)):
-            return values
-        if out is None:
-            out = np.empty([high - low for low, high in spans], leaf.dtype)
-        target, source = (
-            tuple(slice(low - o, high - o) for (low, high), o in zip(both, origin, strict=True))
-            for origin in ([low for low, _ in spans], part.start)
-        )
-        out[target] = values[source]
-        filled += math.prod(high - low for low, high in both)
-    if filled != math.prod(high - low for low, high in spans):
+    low, high = np.array(spans, int).reshape(-1, 2).T
+    out, filled = np.empty(high - low, leaf.dtype), 0
+    for part in leaf.parts.values():
+        begin = np.array(part.start, int)
+        start, end = np.maximum(low, begin), np.minimum(high, begin + np.array(part.shape, int))
+        if (start < end).all():
+            target, source = (tuple(map(slice, start - o, end - o)) for o in (low, begin))
+            out[target] = read(part)[source]
+            filled += math.prod(end - start)
+    if filled != out.size:
         raise ValueError("a part of an array is missing")
-    return np.empty([high - low for low, high in spans], leaf.dtype) if out is None else out
+    return out
 
 
 class _Misfit(UserError):
@@ -174,14 +156,12 @@ class _Stored:
         self.record = read_json(folder / _RECORD)
         for index in sorted(folder.glob(f"*/{_INDEX}")):
             for leaf in read_json(index, leaves=list)["leaves"]:
-                new = _Leaf(jnp.dtype(leaf["dtype"]), tuple(leaf["shape"]), leaf["key"], [])
+                new = _Leaf(jnp.dtype(leaf["dtype"]), tuple(leaf["shape"]), leaf["key"], {})
                 known = self.leaves.setdefault(tuple(leaf["path"]), new)
-                places = {(part.start, part.shape) for part in known.parts}
                 for part in leaf["parts"]:
-                    start, shape = tuple(part["start"]), tuple(part["shape"])
-                    if (start, shape) not in places:
-                        place = part["offset"], part["crc32"]
-                        known.parts.append(_Part(index.parent / _ARRAYS, start, shape, *place))
+                    place = tuple(part["start"]), tuple(part["shape"])
+                    new_part = _Part(index.parent / _ARRAYS, *place, part["offset"], part["crc32"])
+                    known.parts.setdefault(place, new_part)
 
     def _reader(self, path: Keys) -> Callable[[_Part], np.ndarray]:
         """Return a function that reads each part once and refuses non-finite parameters."""
@@ -195,11 +175,6 @@ class _Stored:
             return found[part]
 
         return read
-
-    def whole(self, path: Keys) -> np.ndarray:
-        """Return an array in host memory; random keys as their key data."""
-        leaf = self.leaves[path]
-        return _block(leaf, (slice(None),) * len(leaf.shape), self._reader(path))
 
     def placed(self, path: Keys, like: jax.ShapeDtypeStruct) -> Any:
         """Return an array sharded like `like`, which for random keys describes their data."""
@@ -225,12 +200,13 @@ class _Stored:
     def tree(self, names: tuple[str, ...]) -> Any:
         """Return the arrays under some names, all if none is given, as nested dicts and lists."""
         root: dict[Any, Any] = {}
-        for path in self.leaves:
+        for path, leaf in self.leaves.items():
             if not names or path[0] in names:
                 node = root
                 for key in path[:-1]:
                     node = node.setdefault(key, {})
-                node[path[-1]] = self.whole(path)
+                everywhere = (slice(None),) * len(leaf.shape)
+                node[path[-1]] = _block(leaf, everywhere, self._reader(path))
         return _with_lists(root)
 
 
@@ -238,9 +214,8 @@ def _with_lists(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     values = {key: _with_lists(value) for key, value in node.items()}
-    return (
-        [values[i] for i in sorted(values)] if isinstance(next(iter(values), ""), int) else values
-    )
+    is_list = isinstance(next(iter(values), ""), int)
+    return [values[i] for i in sorted(values)] if is_list else values
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -260,9 +235,6 @@ class Checkpoints:
             all. The others must equal those at the start of the run.
         keep_every: checkpoints at multiples of this number of steps are never removed; None keeps
             only the best and the latest.
-
-    Args:
-        folder, select, keep_every: as above.
         read_only: create and remove nothing, since another process may be writing there.
     """
 
@@ -275,9 +247,7 @@ class Checkpoints:
         read_only: bool = False,
     ):
         self.folder = Path(folder).absolute()
-        self.select = select
-        self.keep_every = keep_every
-        self._read_only = read_only
+        self.select, self.keep_every, self.read_only = select, keep_every, read_only
         if not read_only and is_main_process():
             with report_write_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -298,16 +268,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         """Write the checkpoint of `step`, read it back, and remove those no longer needed.
 
-        Every process must call it.
-
-        Args:
-            step: number of updates done.
-            state: pytree of arrays; a `TrainState` where parameters are selected.
-            record: JSON values; `record["best_step"]`, if given, is the step of the checkpoint to
-                keep beside this one.
-
-        Raises:
-            UserError: if it cannot be written; the previous one is kept.
+        Every process must call it. `record["best_step"]`, if given, is the step of the checkpoint
+        to keep beside this one. If this one cannot be written, the previous one is kept.
         """
         place = self.folder / str(step)
         aside = self.folder / f"{step}{_ASIDE}"
@@ -322,7 +284,10 @@ class Checkpoints:
                     write_atomic(aside / _RECORD, to_json(record))
                     seal(aside, "*.json")
                 barrier(f"{aside} is sealed")
-                self._read_back(aside, own)
+                for leaf in _Stored(aside).leaves.values():
+                    for part in leaf.parts.values():
+                        if part.file.parent == own:
+                            _read(part, leaf.dtype)
                 barrier(f"{aside} is read")
                 if is_main_process():
                     self._remove(step)
@@ -333,14 +298,6 @@ class Checkpoints:
         if is_main_process():
             self._keep(step, record)
         barrier(f"{place} is there")
-
-    @staticmethod
-    def _read_back(aside: Path, own: Path) -> None:
-        stored = _Stored(aside)
-        for leaf in stored.leaves.values():
-            for part in leaf.parts:
-                if part.file.parent == own:
-                    _read(part, leaf.dtype)
 
     def _keep(self, step: int, record: dict[str, Any]) -> None:
         """Remove all checkpoints except that of `step`, the best, and those of `keep_every`."""
@@ -370,22 +327,12 @@ class Checkpoints:
     def restore(
         self, like: Any, step: int | None = None, *, donate: bool = False
     ) -> tuple[int, Any, dict[str, Any]] | None:
-        """Restore a checkpoint into the structure, dtypes and shardings of `like`.
+        """Return (step, state, record) in the structure, dtypes and shardings of `like`, or None.
 
-        Args:
-            like: pytree of arrays, or of `jax.ShapeDtypeStruct`s. Parameters that are not selected
-                are taken from it.
-            step: step of the checkpoint; None for the latest.
-            donate: delete the arrays of `like` that are replaced, before reading.
-
-        Returns:
-            (step, state, record), or None if there is no checkpoint.
-
-        Raises:
-            UserError: if the checkpoint does not fit `like`, or its files are damaged.
+        Parameters that are not selected are taken from `like`, whose arrays may be
+        `jax.ShapeDtypeStruct`s. With `donate`, those that are replaced are deleted before reading.
         """
-        step = self.latest_step if step is None else step
-        if step is None:
+        if (step := self.latest_step if step is None else step) is None:
             return None
         held, rest = self._divide(like)
         with self._reading(step) as stored:
@@ -395,7 +342,7 @@ class Checkpoints:
             state = jax.tree_util.tree_map_with_path(
                 lambda keys, leaf: stored.placed(_path(keys), leaf), shapes
             )
-        if not self._read_only and is_main_process() and step == self.latest_step:
+        if not self.read_only and is_main_process() and step == self.latest_step:
             # A killed process may have left checkpoints that it was about to remove.
             self._keep(step, stored.record)
         if rest is not None:
@@ -413,12 +360,9 @@ class Checkpoints:
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[_Stored]:
         place = self.folder / str(step)
-        older = [other for other in self.steps() if other < step]
-        advice = (
-            f"Remove {place} to resume from step {older[-1]}."
-            if older
-            else "Remove the run's folder to start again."
-        )
+        advice = "Remove the run's folder to start again."
+        if older := [other for other in self.steps() if other < step]:
+            advice = f"Remove {place} to resume from step {older[-1]}."
         try:
             yield _Stored(place)
         except _Misfit:
@@ -432,35 +376,28 @@ class Checkpoints:
             ) from error
 
     def read(self, step: int, *names: str) -> Any:
-        """Return the state of one checkpoint as plain dicts and lists of NumPy arrays.
+        """Return the named parts of a state, or all, as plain dicts and lists of NumPy arrays.
 
         The devices of the run need not be present.
-
-        Args:
-            step: step of the checkpoint.
-            names: parts of the state to read, such as "params"; all if none is given.
         """
         with self._reading(step) as stored:
             return stored.tree(names)
 
     def best_step(self) -> int | None:
         """Return the step of the best checkpoint, or of the latest if none is marked best."""
+        return self._best(lambda step: step)
+
+    def best_params(self) -> Any | None:
+        """Return the parameters at `best_step`, see `read`; None if there is no checkpoint."""
+        return self._best(lambda step: self.read(step, "params")["params"])
+
+    def _best(self, get: Callable[[int], Any]) -> Any | None:
         while (latest := self.latest_step) is not None:
             try:
                 with self._reading(latest) as stored:
                     best = stored.record.get("best_step")
-                    return latest if best is None else best
+                return get(latest if best is None else best)
             except UserError:
                 if latest == self.latest_step:  # otherwise a running process has replaced it
-                    raise
-        return None
-
-    def best_params(self) -> Any | None:
-        """Return the parameters at `best_step`, see `read`; None if there is no checkpoint."""
-        while (step := self.best_step()) is not None:
-            try:
-                return self.read(step, "params")["params"]
-            except UserError:
-                if step == self.best_step():
                     raise
         return None

@@ -52,11 +52,7 @@ class Dynamics:
     name: str
 
     def check(self, optimizer: Optimizer, batch_size: int) -> None:
-        """Raise UserError if the variant does not fit the run.
-
-        Raises:
-            UserError: if the optimizer computes no gradients, or for a reason of the variant.
-        """
+        """Raise UserError if the variant does not fit the run."""
         self.with_gradients(optimizer)
 
     def with_gradients(self, optimizer: Optimizer) -> FirstOrder:
@@ -125,7 +121,6 @@ class Svag(Dynamics):
     def method(
         self, optimizer: FirstOrder, loss_fn: LossFn, steps: int, mesh: Mesh | None = None
     ) -> Method:
-        """See `Dynamics`."""
         svag = self._svag(optimizer)
         scaled = svag.hparams(optimizer.hparams(steps))
 
@@ -302,7 +297,6 @@ class Local(Dynamics):
     def method(
         self, optimizer: FirstOrder, loss_fn: LossFn, steps: int, mesh: Mesh | None = None
     ) -> Method:
-        """See `Dynamics`."""
         from jaxlm import dynamics
         from jaxlm.sharding import make_mesh
 
@@ -374,11 +368,7 @@ def method_and_batches(
     seed: int,
     mesh: Mesh | None = None,
 ) -> tuple[Method, Batches]:
-    """Return the method of a run and the batches of its steps; `dynamics` may be None.
-
-    Args:
-        mesh: mesh of the parameters.
-    """
+    """Return the method of a run and the batches of its steps, on the mesh of the parameters."""
     if dynamics is None:
         batches = _shaped(source(batch_size, (seed,)), lambda x: x[:, 0])
         return method(optimizer, loss_fn, steps), batches

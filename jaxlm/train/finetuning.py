@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.artifacts.folder import hold
 from jaxlm.core import paths
 from jaxlm.core.checks import dtype_name, one_of, whole
 from jaxlm.core.errors import UserError
@@ -32,17 +31,14 @@ from jaxlm.models import LanguageModel
 from jaxlm.peft import TUNINGS, Tuning
 from jaxlm.train.load import base_digest, changed, load_model, with_head, with_random_params
 from jaxlm.train.logging import Progress
-from jaxlm.train.measure import GenerationMetric, MultipleChoiceMetric, TokenLossMetric
+from jaxlm.train.measure import GenerationMetric, Metric, MultipleChoiceMetric, TokenLossMetric
 from jaxlm.train.objectives import OBJECTIVES, Objective
 from jaxlm.train.objectives.base import Data, Encoded
 from jaxlm.train.optimizers import OPTIMIZERS, Mezo, Optimizer
-from jaxlm.train.run import RunConfig, train
+from jaxlm.train.run import RunConfig, finished_or_run, train
 from jaxlm.train.run_folder import RunFolder
 from jaxlm.train.settings import MOST_ROWS
-from jaxlm.train.writers import needed
 from jaxlm.typing import Params
-
-Metric = MultipleChoiceMetric | GenerationMetric | TokenLossMetric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +127,7 @@ class Setting(NamedTuple):
     Attributes:
         config: the configuration, with `optimizer.select` filled in.
         lm: the model, with the new parameters that are trained.
-        objective: what is minimized.
-        data: the examples; None in a dry run without a tokenizer.
-        encoded: their tokens.
+        data, encoded: the examples, None in a dry run without a tokenizer; and their tokens.
     """
 
     config: FinetuneConfig
@@ -169,52 +163,22 @@ def finetune(
 ) -> dict[str, Any]:
     """Run `config` in its folder, resume it, or return the summary of the finished run.
 
-    The folder is created only after the configuration, the data and the model have been checked. A
-    run can resume on another mesh.
-
-    Args:
-        config: the run.
-        base_dir: where relative paths of the data are looked up, before the working directory.
-        mesh: see `jaxlm.sharding.make_mesh`; None for one device.
-
-    Returns:
-        The content of `summary.json`.
-
-    Raises:
-        UserError: see `read_data`, `jaxlm.from_pretrained`, `RunFolder.check` and `fit`.
+    See `jaxlm.finetune`. The folder is created only after the configuration, the data and the model
+    have been checked. A run can resume on another mesh.
     """
-    folder = RunFolder(config.output)
-    folder.check(config)
-    if (summary := _finished(folder, config)) is not None:
-        return summary
-    for name in config.log_to:
-        needed(name)
-    if folder.path.is_dir():
-        with hold(folder.path):  # fail now rather than after minutes of loading
-            pass
-    data = read_data(config, base_dir=base_dir)
-    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
-    setting = build(config, lm, data, mesh=mesh)
-    digests = _digests(config, data, setting.encoded)
-    if config.peft is not None:
-        digests |= base_digest(setting.lm, setting.config.optimizer.select, config.model)
-    with folder.held(config):
-        if (summary := _finished(folder, config)) is not None:
-            return summary
-        folder.check_data(digests)
-        summary = _run(setting, folder)
-        folder.finish(summary)
-    return summary
 
+    def prepare() -> Callable[[RunFolder], dict[str, Any]]:
+        data = read_data(config, base_dir=base_dir)
+        lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
+        setting = build(config, lm, data, mesh=mesh)
+        digests = _digests(config, data, setting.encoded)
+        if config.peft is not None:
+            digests |= base_digest(setting.lm, setting.config.optimizer.select, config.model)
+        return functools.partial(_run, setting, digests)
 
-def _finished(folder: RunFolder, config: FinetuneConfig) -> dict[str, Any] | None:
-    """Return the summary of a run that has done all its steps, or None."""
-    sections = dict.fromkeys(("zero_shot", "validation", "test", "config"), dict)
+    sections = dict.fromkeys(("zero_shot", "validation", "test"), dict)
     numbers = dict.fromkeys(("forwards", "backwards", "peak_memory_bytes", "tested_step"), int)
-    found = folder.summary(
-        model=str, task=str, metric=str, steps=int, seconds=float, **sections, **numbers
-    )
-    return found if found is not None and found["steps"] >= config.steps else None
+    return finished_or_run(config, prepare, task=str, metric=str, **sections, **numbers)
 
 
 def _digests(config: FinetuneConfig, data: Data, encoded: Encoded) -> dict[str, str]:
@@ -230,12 +194,7 @@ def _digests(config: FinetuneConfig, data: Data, encoded: Encoded) -> dict[str, 
 
 
 def read_data(config: FinetuneConfig, *, base_dir: Path | None = None) -> Data:
-    """Read the examples of a run.
-
-    Raises:
-        UserError: see `load` of the data form; or if there are no training examples, or a task has
-            no test examples.
-    """
+    """Return the examples of a run, which must have some for training, and a task for its test."""
     data: Data = config.data.load(seed=config.seed, base_dir=base_dir)
     for split in ("train", "test") if config.task is not None else ("train",):
         if not getattr(data, split):
@@ -255,15 +214,8 @@ def build(
 ) -> Setting:
     """Assemble a run, or its shapes if the parameters of `lm` are shapes.
 
-    Args:
-        config: the run.
-        lm: the model that it starts from.
-        data: the examples.
-        encoded: tokens to use in place of those of `data`.
-        mesh: mesh for the parameters; None leaves them where they are.
-
-    Raises:
-        UserError: if `optimizer.select` matches nothing.
+    Tokens that are `encoded` already replace those of `data`. Without a mesh the parameters stay
+    where they are.
     """
     if encoded is None:
         assert data is not None
@@ -299,9 +251,10 @@ def _prepared(
     return select, lm
 
 
-def _run(setting: Setting, folder: RunFolder) -> dict[str, Any]:
+def _run(setting: Setting, digests: Mapping[str, str], folder: RunFolder) -> dict[str, Any]:
     config, lm, objective, data, encoded = setting
     assert data is not None
+    folder.check_data(digests)
     metric, sizes = setting.metric(), encoded.sizes
     tested: Literal["test", "validation"] = "test" if sizes["test"] else "validation"
 
@@ -333,6 +286,7 @@ def _run(setting: Setting, folder: RunFolder) -> dict[str, Any]:
             progress.say(_shown(zero_shot))
         elif isinstance(metric, MultipleChoiceMetric):
             metric.offsets = folder.option_offsets()
+        validated = bool(sizes["validation"])
         trained = train(
             config,
             lm,
@@ -343,10 +297,8 @@ def _run(setting: Setting, folder: RunFolder) -> dict[str, Any]:
             folder,
             progress,
             saved=config.optimizer.select if config.peft else None,
-            evaluate=functools.partial(measure, "validation", "validation")
-            if sizes["validation"]
-            else None,
-            monitor=f"validation_{metric.main}" if sizes["validation"] else None,
+            evaluate=functools.partial(measure, "validation", "validation") if validated else None,
+            monitor=f"validation_{metric.main}" if validated else None,
             mode=metric.mode,
             chance=objective.chance(lm, encoded),
         )
@@ -356,7 +308,6 @@ def _run(setting: Setting, folder: RunFolder) -> dict[str, Any]:
     before = {name: first.get(f"zero_shot_{name}") for name in test}
     if isinstance(metric, MultipleChoiceMetric):
         before["calibrated_accuracy"] = first.get("calibrated_accuracy")
-    common = trained.summary
     return {
         "model": config.model or "shipped",
         "task": getattr(data.config, "name", config.form),
@@ -366,9 +317,9 @@ def _run(setting: Setting, folder: RunFolder) -> dict[str, Any]:
         "test": test,
         "majority_accuracy": metric.majority.get("test"),
         "test_rows_in_training": repeated,
-        **common,
-        "forwards": common["forwards"] + _calibration_passes(setting),
-        "peak_memory_bytes": max(common["peak_memory_bytes"], metric.peak_bytes),
+        **trained.summary,
+        "forwards": trained.summary["forwards"] + _calibration_passes(setting),
+        "peak_memory_bytes": max(trained.summary["peak_memory_bytes"], metric.peak_bytes),
     }
 
 

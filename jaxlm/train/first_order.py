@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxlm.core.errors import UserError
+from jaxlm.core.paths import map_with_path
 from jaxlm.dynamics.scaling import OptHParams
 from jaxlm.train.settings import Optimizer, check
 
@@ -29,11 +30,7 @@ class FirstOrder(Optimizer):
         raise NotImplementedError
 
     def hparams(self, steps: int) -> OptHParams:
-        """Return the hyperparameters that a scaling rule changes, for a run of `steps` steps.
-
-        Raises:
-            UserError: if no scaling rule exists for this optimizer.
-        """
+        """Return the hyperparameters that a scaling rule changes, for a run of `steps` steps."""
         raise UserError(
             f"optimizer.name: no scaling rule is known for it (got {self.name}). Give sgd or adamw."
         )
@@ -69,7 +66,6 @@ class Sgd(FirstOrder):
         check(self, "momentum", below=1.0)
 
     def scale(self) -> Any:
-        """See `FirstOrder`."""
         import optax
 
         return optax.trace(self.momentum) if self.momentum else optax.identity()
@@ -87,7 +83,6 @@ class Sgd(FirstOrder):
         )
 
     def with_hparams(self, hp: OptHParams) -> "Sgd":
-        """See `FirstOrder`."""
         momentum = hp.b1 or 0.0
         return dataclasses.replace(
             self,
@@ -119,13 +114,11 @@ class Adam(FirstOrder):
         check(self, "eps", positive=True)
 
     def scale(self) -> Any:
-        """See `FirstOrder`."""
         import optax
 
         return optax.scale_by_adam(self.b1, self.b2, self.eps)
 
     def hparams(self, steps: int) -> OptHParams:
-        """See `FirstOrder`."""
         return OptHParams(
             self.learning_rate,
             b1=self.b1,
@@ -137,7 +130,6 @@ class Adam(FirstOrder):
         )
 
     def with_hparams(self, hp: OptHParams) -> "Adam":
-        """See `FirstOrder`."""
         return dataclasses.replace(
             self,
             learning_rate=hp.lr,
@@ -169,7 +161,6 @@ class Muon(FirstOrder):
         check(self, "adam_learning_rate")
 
     def scale(self) -> Any:
-        """See `FirstOrder`."""
         from optax import contrib
 
         # `transform` multiplies all updates by -learning_rate. So Muon's own rate is -1, and Adam's
@@ -185,15 +176,11 @@ class Muon(FirstOrder):
 
 def decay_mask(params: Any) -> Any:
     """Return True for the parameters that weight decay shrinks: all but biases and norm scales."""
-    from jaxlm.core.paths import map_with_path
-
     return map_with_path(lambda leaf: leaf.path.split(".")[-1] not in ("bias", "scale"), params)
 
 
 def _layer_matrices(params: Any) -> Any:
     from optax import contrib
-
-    from jaxlm.core.paths import map_with_path
 
     def axes(leaf: Any) -> Any:
         if not (leaf.path.startswith("layers.") and leaf.path.endswith("kernel")):

@@ -1,5 +1,6 @@
 """Load models by name: a Hugging Face folder, a hub id, the shipped model, or a run's folder."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -23,7 +24,6 @@ from jaxlm.models import (
 )
 from jaxlm.peft import TUNINGS, Tuning
 from jaxlm.sharding import abstract, place_params, placed_like
-from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.optimizers import OPTIMIZERS, ZerothOrder
 from jaxlm.train.pretraining import DecoderSizes
 from jaxlm.train.run_folder import RunFolder
@@ -67,9 +67,11 @@ def load_model(
         return from_pretrained(finished, param_dtype=param_dtype, bits=bits, mesh=mesh)
     if not pretrained:
         check_run(folder, stored)
-    best = None if shapes_only else _best_params(folder, replayable=not pretrained)
+    best = None if shapes_only else folder.best_params()
     # A replay is exact only in the dtype of the run.
     replay = best is None and not shapes_only
+    if replay and (pretrained or not folder.trajectory.exists()):
+        raise UserError(f"{folder.path}: the run has no checkpoint yet. Start it again.")
     dtype = stored["param_dtype"] if replay else param_dtype
     lm, trained_bits = _begun_with(folder, stored, dtype, mesh, shapes_only)
     if best is not None:
@@ -91,12 +93,9 @@ def changed(
     change: Callable[[LanguageModel], tuple[T, LanguageModel]],
     mesh: Mesh | None = None,
 ) -> tuple[T, LanguageModel]:
-    """Return `change(lm)`, with the new model on a mesh.
+    """Return `change(lm)`, anything and a model, with the new model on a mesh.
 
-    Args:
-        lm: a model, or one with shapes as parameters; the new one then has shapes, too.
-        change: returns anything and a model.
-        mesh: None leaves the parameters where they are.
+    A model with shapes as parameters stays one. Without a mesh parameters stay where they are.
     """
     if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(lm.params)):
         extra, lm = change(lm)
@@ -130,16 +129,6 @@ def _begun_with(
     config, key = sizes.build(tokenizer), jax.eval_shape(lambda: jax.random.key(0))
     params = abstract(lambda key: init_params(config, key, dtype), mesh, key)
     return LanguageModel(config, params, tokenizer), None
-
-
-def _best_params(folder: RunFolder, *, replayable: bool) -> Any | None:
-    """Return the best parameters of a run; None if its trajectory must be replayed."""
-    params = None
-    if folder.checkpoints.is_dir():
-        params = Checkpoints(folder.checkpoints, read_only=True).best_params()
-    if params is None and not (replayable and folder.trajectory.exists()):
-        raise UserError(f"{folder.path}: the run has no checkpoint yet. Start it again.")
-    return params
 
 
 def base_digest(lm: LanguageModel, select: paths.Select, name: str | None) -> dict[str, str]:
@@ -227,19 +216,14 @@ def _with_run(lm: LanguageModel, folder: RunFolder, stored: Mapping[str, Any]) -
 def _replayed(folder: RunFolder, params: Params, steps: int) -> Params:
     trajectory = zo.Trajectory.open(folder.trajectory)
     settings = trajectory.header.settings
-    try:
+    optimizer = None
+    with contextlib.suppress(KeyError, TypeError):
         optimizer = OPTIMIZERS[settings["optimizer"]["name"]](**settings["optimizer"])
-        length = settings["steps"]
-    except (KeyError, TypeError):
+    if not isinstance(optimizer, ZerothOrder) or not isinstance(settings.get("steps"), int):
         raise UserError(
             f"{folder.trajectory}: does not belong to this run. Put back what was there."
-        ) from None
-    if not isinstance(optimizer, ZerothOrder):
-        raise UserError(
-            f"{folder.trajectory}: must be of a zeroth-order run (got {optimizer.name}). Put "
-            "back what was there."
         )
-    if length != steps:
+    if (length := settings["steps"]) != steps:
         raise UserError(
             f"{folder.trajectory}: is of a run of {length} steps (got {steps} in config.yaml). Put "
             "back what was there."
@@ -257,14 +241,7 @@ def with_random_params(lm: LanguageModel, *, seed: int) -> LanguageModel:
 def with_head(
     lm: LanguageModel, num_labels: int, *, seed: int, names: Sequence[str] = ()
 ) -> LanguageModel:
-    """Return the model, with a new classifier on an encoder that has no head for the task.
-
-    Args:
-        lm: the model.
-        num_labels: number of classes of the task.
-        seed: seed of the new classifier.
-        names: class names, in the order of the task.
-    """
+    """Return the model, with a new classifier on an encoder that has no head for the task."""
     head, labels = lm.config.head, lm.config.num_labels
     if head in ("lm", "mlm") or (head == "classifier" and labels == num_labels):
         return lm

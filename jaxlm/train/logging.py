@@ -17,9 +17,7 @@ from jaxlm.artifacts.processes import is_main_process
 class Metrics:
     """metrics.jsonl: one JSON object a line, each with its `step`.
 
-    Attributes:
-        path: the file.
-        writers: functions that send a line elsewhere, too; see `jaxlm.train.writers`.
+    Functions in `writers` send a line elsewhere, too; see `jaxlm.train.writers`.
     """
 
     def __init__(self, path: Path):
@@ -40,11 +38,7 @@ class Metrics:
         write_jsonl(self.path, [line for line in lines if line["step"] <= (step or 0)])
 
     def read(self) -> list[dict[str, Any]]:
-        """Read the complete lines of the file; none if there is no file.
-
-        Raises:
-            UserError: if a line is damaged.
-        """
+        """Read the complete lines of the file; none if there is no file."""
         try:
             return read_jsonl(self.path, step=int)
         except FileNotFoundError:
@@ -53,9 +47,8 @@ class Metrics:
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the metrics by name, each with a row for every measured step.
 
-        Returns:
-            `step`, [N]; the other metrics as float64 [N], or [N, K] for K numbers a step. They are
-            NaN at the steps where they were not measured.
+        `step` is [N]; the others are float64 [N], or [N, K] for K numbers a step, and NaN at the
+        steps where they were not measured.
         """
         rows: dict[int, dict[str, Any]] = {}
         for line in self.read():
@@ -87,10 +80,6 @@ class Progress:
     """Progress of a run: a live line on a terminal, plain lines elsewhere; the log keeps both.
 
     A plain line gives the step, the loss, the rate and the time left.
-
-    Attributes:
-        total: total number of steps.
-        log: file that keeps every line with its time, or None.
     """
 
     def __init__(self, total: int, *, start: int = 0, log: Path | None = None, quiet: bool = False):
@@ -175,9 +164,9 @@ class Progress:
             self.say(what)
 
     def _due(self) -> bool:
-        due = time.perf_counter() - self._last > 5
-        if due:
-            self._last = time.perf_counter()
+        now = time.perf_counter()
+        due = now - self._last > 5
+        self._last = now if due else self._last
         return due
 
     def say(self, line: str, *, screen: bool = True) -> None:

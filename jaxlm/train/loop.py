@@ -65,17 +65,12 @@ def first_diverged(losses: np.ndarray, first_loss: float, chance: float | None) 
 
     Such a loss is above `FAR` times the first one, or above `FAR` times that of guessing. It must
     also be above that of guessing and above twice the first one, since a run may begin with a loss
-    near 0, or far above that of guessing.
+    near 0, or far above that of guessing. The mean of `losses` must be that high, too.
 
     >>> first_diverged(np.array([0.5, 17.0, 9.0]), 0.7, np.log(2))
     1
     >>> first_diverged(np.array([0.5, 0.1]), 0.01, np.log(2)) is None
     True
-
-    Args:
-        losses: losses of some steps; their mean must be that high, too.
-        first_loss: mean loss of the first steps of the run.
-        chance: the loss of guessing, log(number of options).
     """
     if first_loss <= 0:  # minus a reward, for example, has no such scale
         return None
@@ -92,8 +87,7 @@ class Record(NamedTuple):
     Attributes:
         seconds: wall time of the run so far, including the time before it was resumed.
         stepping: the part of it spent in steps, without starting, compiling, evaluating and saving.
-        best_step: step of the best monitored value so far.
-        best_value: that value.
+        best_step, best_value: step of the best monitored value so far, and that value.
         first_loss: mean loss of the first dispatch, with which later ones are compared.
         diverged: the first step whose loss was far above it, see `first_diverged`.
         peak_bytes: memory of the largest program compiled so far. It is kept because a run that
@@ -115,13 +109,7 @@ class Record(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Result of `fit`.
-
-    Attributes:
-        state: the state after the last step.
-        record: see `Record`.
-        infos: the info of each step that this process took, a dict of scalars with its `step`.
-    """
+    """The last state, the record, and the scalars of each step that this process took."""
 
     state: TrainState
     record: Record
@@ -150,19 +138,15 @@ def fit(
     stops the run after the steps in progress, with a checkpoint.
 
     Args:
-        method: see `jaxlm.train.state.method`.
+        method: see `jaxlm.train.state.method`; `key` is the random key of its state.
         params: initial parameters.
         batches: `(first, count) -> batches` of the steps from `first`, stacked on axis 0; a pure
             function.
         config: length and schedule.
-        key: typed PRNG key of the optimizer.
-        evaluate: `params -> {name: value}`, for the metrics.
-        monitor: the name in `evaluate` whose best parameters are kept in the checkpoints.
-        mode: whether the highest or the lowest value is the best.
-        checkpoints: where states are saved; None saves nothing.
+        evaluate: `params -> {name: value}`, for the metrics. The parameters with the best value of
+            `monitor`, the highest or the lowest by `mode`, are kept in the checkpoints.
+        checkpoints, metrics: where states, and scalars of each step, are saved; None for nowhere.
         trajectory: file for the scalars of a zeroth-order method, see `jaxlm.zo.Trajectory`.
-        metrics: file for the scalars of each step.
-        progress: shows them.
         chance: the loss of guessing; see `first_diverged`.
 
     Raises:
@@ -171,7 +155,8 @@ def fit(
         UserError: if the trajectory is not that of these parameters and this method.
     """
     with defer_signals():
-        loop = _Loop(config, evaluate, monitor, mode, checkpoints, metrics, progress, chance)
+        sign = 1 if mode == "max" else -1
+        loop = _Loop(config, evaluate, monitor, sign, checkpoints, metrics, progress, chance)
         return _fit(loop, method, params, batches, key, trajectory)
 
 
@@ -186,11 +171,12 @@ def _fit(
     config, checkpoints = loop.config, loop.checkpoints
     state = method.start(params, key)
     latest = checkpoints.latest_step if checkpoints else None
-    if trajectory and method.settings is not None:
-        loop.trajectory = _trajectory(trajectory, method.settings, params, key, latest)
+    settings = method.settings
+    if trajectory and settings is not None:
+        loop.trajectory = _trajectory(trajectory, settings, params, key, latest)
     restored = checkpoints.restore(state, latest, donate=True) if checkpoints else None
-    if loop.trajectory and latest is not None:  # only once the checkpoint has been read
-        loop.trajectory.cut(latest, (method.settings or {}).get("steps"))
+    if loop.trajectory and settings and latest is not None:  # once the checkpoint has been read
+        loop.trajectory.cut(latest, settings["steps"])
     if restored is None:
         start = 0
         loop.look_up(0, state)
@@ -243,43 +229,36 @@ def _trajectory(
     if not path.exists():
         return None
     found = Trajectory.open(path)
-    before = settings | {"steps": found.header.settings.get("steps")}
-    found.check(params, before)
+    found.check(params, settings | {"steps": found.header.settings.get("steps")})
     return found
 
 
+@jax.jit
+def _all_finite(tree: Any) -> Any:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+
+
+@dataclasses.dataclass
 class _Loop:
     """The side effects of `fit`: metrics, evaluations, checkpoints and progress."""
 
-    def __init__(
-        self,
-        config: LoopConfig,
-        evaluate: Callable[[Params], dict[str, float]] | None,
-        monitor: str | None,
-        mode: str,
-        checkpoints: Checkpoints | None,
-        metrics: Metrics | None,
-        progress: Progress | None,
-        chance: float | None,
-    ):
-        self.chance = chance
-        self.config = config
-        self.evaluate = evaluate
-        self.monitor = monitor
-        self.sign = 1 if mode == "max" else -1
-        self.checkpoints = checkpoints
-        self.metrics = metrics
-        self.progress = progress
-        self.trajectory: Trajectory | None = None
-        self.program: Program | None = None
-        self.record = Record()
-        self.saved: int | None = None
-        self.infos: list[dict[str, Any]] = []
+    config: LoopConfig
+    evaluate: Callable[[Params], dict[str, float]] | None
+    monitor: str | None
+    sign: int
+    checkpoints: Checkpoints | None
+    metrics: Metrics | None
+    progress: Progress | None
+    chance: float | None
+    trajectory: Trajectory | None = None
+    program: Program | None = None
+    record: Record = dataclasses.field(default_factory=Record)
+    saved: int | None = None
+    infos: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
         self._begin = self._mark = time.perf_counter()
         self._stepped = 0.0
-        self._finite = jax.jit(
-            lambda tree: jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
-        )
 
     def ready(self) -> None:
         """Start the clock of the steps."""
@@ -298,10 +277,10 @@ class _Loop:
 
     def write(self, first: int, infos: dict[str, Any]) -> None:
         """Fetch the metrics of one dispatch from the device and write them."""
-        host = jax.device_get(infos)
+        host = {name: np.asarray(x, np.float64) for name, x in jax.device_get(infos).items()}
         count = len(host["loss"])
         lines = [
-            {"step": first + i + 1, **{name: _plain(value[i]) for name, value in host.items()}}
+            {"step": first + i + 1, **{name: value[i].tolist() for name, value in host.items()}}
             for i in range(count)
         ]
         bad = next((line for line in lines if not np.isfinite(line["loss"])), None)
@@ -322,11 +301,15 @@ class _Loop:
 
     def _watch(self, first: int, lines: list[dict[str, Any]]) -> None:
         """Mark the metrics of a run that has diverged, and say so once."""
+        if not lines:
+            return
         record, losses = self.record, np.array([line["loss"] for line in lines])
-        if len(losses) and record.first_loss is None:
-            record = record._replace(first_loss=float(np.mean(losses)))
-        if record.first_loss is not None and len(losses) and record.diverged is None:
-            place = first_diverged(losses, record.first_loss, self.chance)
+        first_loss = record.first_loss
+        if first_loss is None:
+            first_loss = float(np.mean(losses))
+            record = record._replace(first_loss=first_loss)
+        if record.diverged is None:
+            place = first_diverged(losses, first_loss, self.chance)
             if place is not None:
                 record = record._replace(diverged=first + place + 1)
                 if self.monitor is None and self.saved is not None:
@@ -342,18 +325,14 @@ class _Loop:
                 line["diverged_since"] = record.diverged
 
     def _check_finite(self, step: int, state: TrainState) -> None:
-        if self._finite(state.params):
+        if _all_finite(state.params):
             return
         if self.program is None:
             check_tree_finite(state.params, "the parameters before the first step")
         self._stop(f"a parameter that is not finite after step {step}")
 
     def stop(self, signal: int, step: int, state: TrainState) -> None:
-        """Save the state after `step` steps and end the run.
-
-        Raises:
-            Stopped: always.
-        """
+        """Save the state after `step` steps and raise `Stopped`."""
         self._check_finite(step, state)
         if self.checkpoints and self.saved != step:
             self._stepped += time.perf_counter() - self._mark
@@ -395,8 +374,3 @@ class _Loop:
         if self.checkpoints and self.saved is not None:
             kept = f"; the checkpoint of step {self.saved} is kept in {self.checkpoints.folder}"
         raise Diverged(f"optimizer.learning_rate: the run diverged (got {what}{kept}). Lower it.")
-
-
-def _plain(value: Any) -> Any:
-    """Return a JSON number, or a list of them."""
-    return np.asarray(value, np.float64).tolist()

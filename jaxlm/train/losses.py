@@ -154,11 +154,7 @@ def num_targets(batch: Batch) -> Float[Array, ""] | Int[Array, ""]:
 
 
 def example_weights(batch: Batch) -> Float[Array, " B"] | Int[Array, " B"]:
-    """Return the `weights` of the batch, or ones if it has none.
-
-    Raises:
-        UserError: if the weights are those of tokens.
-    """
+    """Return the `weights` of the batch, one for each example, or ones if it has none."""
     weights = batch.get("weights") if isinstance(batch, dict) else None
     if weights is None:
         return jnp.ones(jax.tree.leaves(batch)[0].shape[0])
@@ -190,11 +186,7 @@ def accumulate(
         share: what `loss_fn` divides by, a function of the part: `num_targets` for `lm_objective`.
 
     Returns:
-        A loss with the arguments and the result of `loss_fn`; a part's `key` is
-        `fold_in(key, part)`.
-
-    Raises:
-        UserError: if `count` is below 1; from the loss, if it does not divide the batch.
+        A loss like `loss_fn`; a part's `key` is `fold_in(key, part)`.
     """
     if count < 1:
         raise UserError(f"count: must be 1 or more (got {count}). Correct it.")

@@ -1,12 +1,7 @@
-"""Metrics of a run: accuracy of its choices, F1 of its answers, or the loss of its tokens.
-
-All are `metric(split, params) -> {name: value}`; `metric.main` names the value by which the best
-checkpoint is chosen, and `metric.mode` says whether that is the highest or the lowest.
-"""
+"""Metrics of a run: accuracy of its choices, F1 of its answers, or the loss of its tokens."""
 
 import functools
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -29,24 +24,42 @@ from jaxlm.models import LanguageModel
 from jaxlm.train.state import Program
 from jaxlm.typing import Batch, Params
 
-Mode = Literal["max", "min"]
 
-
-class MultipleChoiceMetric:
-    """Accuracy of choosing the option with the highest score.
+class Metric:
+    """A function `(split, params) -> {name: value}`.
 
     Attributes:
-        main, mode: "accuracy", "max".
-        offsets: [C], subtracted from the scores; None subtracts nothing.
-        scorer: compiled `(params, batch) -> [B, C]`, without offsets.
+        main: the value by which the best checkpoint is chosen.
+        mode: whether that is the highest or the lowest value.
+        offsets: [C], subtracted from the scores of options; None subtracts nothing.
+        scorer: the compiled program, `(params, batch) -> ...`, if there is one.
         majority: for each split measured so far, the accuracy of its most frequent class; None
             where examples have their own options.
-        tell: called several times with a line about what is being measured.
+        tell: called with a line about what is being measured.
     """
 
+    main: str
+    mode: Literal["max", "min"] = "max"
+    scorer: Program
+
+    def __init__(self) -> None:
+        self.offsets: Float[np.ndarray, " C"] | None = None
+        self.majority: dict[str, float | None] = {}
+        self.tell: Callable[[str], None] = lambda line: None
+
+    def __call__(self, split: SplitName, params: Params) -> dict[str, float]:
+        raise NotImplementedError
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of the largest compiled program."""
+        return self.scorer.peak_bytes
+
+
+class MultipleChoiceMetric(Metric):
+    """Accuracy of choosing the option with the highest score; the program has no offsets."""
+
     main = "accuracy"
-    mode: Mode = "max"
-    tell: Callable[[str], None] | None = None
 
     def __init__(
         self,
@@ -56,12 +69,12 @@ class MultipleChoiceMetric:
         batch_size: int,
         reduction: Reduction = "mean",
     ):
+        super().__init__()
         if lm.config.head == "classifier" and lm.config.num_labels != encoded.num_options:
             raise UserError(
                 f"model: its classifier is not for {encoded.num_options} classes (got "
                 f"{lm.config.num_labels}). Fine-tune it on the task first."
             )
-        self.offsets: Float[np.ndarray, " C"] | None = None
         self.scorer = Program(
             functools.partial(
                 option_scores,
@@ -71,7 +84,6 @@ class MultipleChoiceMetric:
                 reduction=reduction,
             )
         )
-        self.majority: dict[str, float | None] = {}
         self._encoded, self._batch_size = encoded, batch_size
 
     def __call__(self, split: SplitName, params: Params) -> dict[str, float]:
@@ -83,8 +95,7 @@ class MultipleChoiceMetric:
 
         def scorer(params: Params, batch: Batch) -> Any:
             nonlocal done
-            if self.tell is not None:
-                self.tell(f"evaluating {split} {done}/{total}")
+            self.tell(f"evaluating {split} {done}/{total}")
             done += int(batch["weights"].sum())
             return self.scorer(params, batch)
 
@@ -94,38 +105,21 @@ class MultipleChoiceMetric:
         self.majority[split] = majority_accuracy(labels) if self._encoded.labels else None
         return (scores if self.offsets is None else scores - self.offsets[None]), labels
 
-    @property
-    def peak_bytes(self) -> int:
-        """Memory of the largest compiled program."""
-        return self.scorer.peak_bytes
 
-
-class GenerationMetric:
-    """F1 and exact match of greedily written answers.
-
-    Attributes:
-        main, mode: "f1", "max".
-        offsets: None, since there are no scores of options.
-        majority: empty, since there are no classes.
-        peak_bytes: 0, since the memory of generation is not measured.
-        tell: called with a line about what is being measured.
-    """
+class GenerationMetric(Metric):
+    """F1 and exact match of greedily written answers."""
 
     main = "f1"
-    mode: Mode = "max"
-    tell: Callable[[str], None] | None = None
-    offsets = None
-    majority: Mapping[str, float | None] = MappingProxyType({})
-    peak_bytes = 0
+    peak_bytes = 0  # there is no program whose memory is known
 
     def __init__(self, lm: LanguageModel, task: Task, *, batch_size: int):
+        super().__init__()
         self._lm, self._task, self._batch_size = lm, task, batch_size
 
     def __call__(self, split: SplitName, params: Params) -> dict[str, float]:
         questions = [prompted(self._task, example) for example in getattr(self._task, split)]
         config, longest = self._task.config, self._lm.config.max_positions
-        if self.tell is not None:
-            self.tell(f"writing answers to {len(questions)} questions of {split}")
+        self.tell(f"writing answers to {len(questions)} questions of {split}")
         result = evaluate_generation(
             self._lm,
             params,
@@ -138,20 +132,11 @@ class GenerationMetric:
         return {"f1": result.f1, "exact_match": result.exact_match}
 
 
-class TokenLossMetric:
-    """Mean cross-entropy of the tokens in the loss, in nats a token.
-
-    Attributes:
-        main, mode: "loss", "min".
-        offsets, majority, tell: see `GenerationMetric`.
-        scorer: compiled `(params, batch) -> (nats, tokens)`.
-    """
+class TokenLossMetric(Metric):
+    """Mean cross-entropy of the tokens in the loss, in nats a token."""
 
     main = "loss"
-    mode: Mode = "min"
-    tell: Callable[[str], None] | None = None
-    offsets = None
-    majority: Mapping[str, float | None] = MappingProxyType({})
+    mode = "min"
 
     def __init__(self, lm: LanguageModel, encoded: EncodedRows, *, batch_size: int):
         def total(params: Params, batch: Batch) -> tuple[Array, Array]:
@@ -159,14 +144,14 @@ class TokenLossMetric:
             weights = batch["weights"][:, 1:]
             return -jnp.sum(log_probs * weights), jnp.sum(weights)
 
+        super().__init__()
         self.scorer = Program(total)
         self._encoded, self._batch_size = encoded, batch_size
 
     def __call__(self, split: SplitName, params: Params) -> dict[str, float]:
         totals = np.zeros(2)
         for batch in self._encoded.eval_batches(split, batch_size=self._batch_size):
-            if self.tell is not None:
-                self.tell(f"evaluating {split}")
+            self.tell(f"evaluating {split}")
             del batch["index"]
             totals += np.asarray(jax.device_get(self.scorer(params, batch)), np.float64)
         if not np.isfinite(totals[0]):
@@ -175,8 +160,3 @@ class TokenLossMetric:
                 "weights are finite, and lower optimizer.learning_rate."
             )
         return {"loss": float(totals[0] / totals[1])}
-
-    @property
-    def peak_bytes(self) -> int:
-        """Memory of the largest compiled program."""
-        return self.scorer.peak_bytes

@@ -20,10 +20,9 @@ from jaxlm.sharding import on_mesh
 from jaxlm.train.dynamics import Batches, Source
 from jaxlm.train.logging import Progress
 from jaxlm.train.losses import lm_objective
-from jaxlm.train.run import RunConfig, train
+from jaxlm.train.run import RunConfig, finished_or_run, train
 from jaxlm.train.run_folder import RunFolder
 from jaxlm.train.settings import MOST_STEPS
-from jaxlm.train.writers import needed
 from jaxlm.typing import Batch, Params
 
 _STYLES: dict[str, dict[str, Any]] = {
@@ -141,35 +140,12 @@ class PretrainConfig(RunConfig):
 
 
 def pretrain(config: PretrainConfig, *, mesh: Mesh | None = None) -> dict[str, Any]:
-    """Run `config` in its folder, resume it, or return the summary of the finished run.
-
-    Args:
-        config: the run.
-        mesh: see `jaxlm.sharding.make_mesh`; None for one device.
-
-    Returns:
-        The content of `summary.json`.
-
-    Raises:
-        UserError: see `jaxlm.data.corpus` and `RunFolder.check`; or if the loss is not finite.
-    """
-    folder = RunFolder(config.output)
-    folder.check(config)
-    if (summary := _finished(folder)) is not None:
-        return summary
-    for name in config.log_to:
-        needed(name)
-    with folder.held(config):
-        return _finished(folder) or _pretrain(config, folder, mesh)
+    """Run `config` in its folder, resume it, or return the summary; see `jaxlm.pretrain`."""
+    work = functools.partial(_pretrain, config, mesh)
+    return finished_or_run(config, lambda: work, loss=float, tokens=int, parameters=int)
 
 
-def _finished(folder: RunFolder) -> dict[str, Any] | None:
-    """Return the summary of a finished run, or None."""
-    numbers = dict.fromkeys(("steps", "tokens", "parameters"), int)
-    return folder.summary(loss=float, seconds=float, config=dict, model=str, **numbers)
-
-
-def _pretrain(config: PretrainConfig, folder: RunFolder, mesh: Mesh | None) -> dict[str, Any]:
+def _pretrain(config: PretrainConfig, mesh: Mesh | None, folder: RunFolder) -> dict[str, Any]:
     tokenizer = corpora.read_tokenizer(file_path(config.tokenizer, "tokenizer"))
     root, held_out = file_path(config.corpus.path, "corpus.path"), config.corpus.held_out
     domains = [corpora.find(root, domain.name) for domain in config.corpus.domains]
@@ -186,15 +162,14 @@ def _pretrain(config: PretrainConfig, folder: RunFolder, mesh: Mesh | None) -> d
     init, key = functools.partial(init_params, model), jax.random.key(config.seed)
     lm = LanguageModel(model, init(key) if mesh is None else on_mesh(init, mesh, key), tokenizer)
     size = sum(leaf.size for leaf in jax.tree.leaves(lm.params))
-    measure = None
+    evaluate = None
     if apart:
         text = read(apart[0], cache / "held_out")
         windows = corpora.all_windows(text, config.seq_len)
         measure = perplexity(lm.log_probs, windows, text.size, batch_size=config.batch_size)
 
-    def evaluate(params: Params) -> dict[str, float]:
-        assert measure is not None
-        return {f"held_out_{name}": value for name, value in measure(params).items()}
+        def evaluate(params: Params) -> dict[str, float]:
+            return {f"held_out_{name}": value for name, value in measure(params).items()}
 
     start = folder.resume()
     with Progress(config.steps, start=start or 0, log=folder.log) as progress:
@@ -206,19 +181,17 @@ def _pretrain(config: PretrainConfig, folder: RunFolder, mesh: Mesh | None) -> d
             _source(config, tokens),
             folder,
             progress,
-            evaluate=evaluate if measure else None,
+            evaluate=evaluate,
             chance=math.log(model.vocab_size),
         )
     save_pretrained(lm, folder.path / "model", trained.params)
-    summary = {
+    return {
         **_last_measured(config, folder),
         **trained.summary,
         "tokens": config.steps * config.batch_size * config.seq_len,
         "parameters": size,
         "model": str(folder.path / "model"),
     }
-    folder.finish(summary)
-    return summary
 
 
 def _last_measured(config: PretrainConfig, folder: RunFolder) -> dict[str, float]:

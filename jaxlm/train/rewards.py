@@ -115,15 +115,8 @@ def f1_objective(
 ) -> LossFn:
     """Return the loss that is minus the mean F1 of greedy answers; see `evaluate_generation`.
 
-    An answer ends at the first line break. The result is as in `generation_objective`.
-
-    Args:
-        lm: a decoder with its tokenizer.
-        answers: right answers to each prompt.
-        max_new_tokens: most tokens of an answer.
-
-    Raises:
-        UserError: if the model has no tokenizer.
+    An answer ends at the first line break. `answers` are the right ones to each prompt. The result
+    is as in `generation_objective`.
     """
 
     def f1(texts: list[str], golds: list[Sequence[str]]) -> list[float]:

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from jaxlm.artifacts.files import file_path
+from jaxlm.artifacts.folder import hold
 from jaxlm.core.checks import distinct, seeds, whole
 from jaxlm.core.paths import Select
 from jaxlm.models import LanguageModel
@@ -19,7 +20,7 @@ from jaxlm.train.optimizers import OPTIMIZERS, Optimizer
 from jaxlm.train.run_folder import RunFolder, to_dict
 from jaxlm.train.settings import MOST_ROWS
 from jaxlm.train.state import device_peak_bytes
-from jaxlm.train.writers import writing
+from jaxlm.train.writers import needed, writing
 from jaxlm.typing import LossFn, Params
 
 
@@ -56,14 +57,41 @@ class RunConfig(LoopConfig):
             self.dynamics.check(self.optimizer, self.batch_size)
 
 
-class Trained(NamedTuple):
-    """Result of `train`.
+def finished_or_run(
+    config: RunConfig,
+    prepare: Callable[[], Callable[[RunFolder], dict[str, Any]]],
+    **fields: Any,
+) -> dict[str, Any]:
+    """Return the summary of a finished run, or run `prepare()` on its folder and write it.
 
-    Attributes:
-        params: the best parameters, or the last ones if nothing is monitored.
-        best_value: the best value of what is monitored.
-        summary: the part of the summary that all runs share.
+    Nothing is written before `prepare` has read and checked what the run needs. `fields` are those
+    of the summary with their types.
     """
+    folder = RunFolder(config.output)
+    folder.check(config)
+
+    def finished() -> dict[str, Any] | None:
+        found = folder.summary(steps=int, seconds=float, config=dict, model=str, **fields)
+        return found if found is not None and found["steps"] >= config.steps else None
+
+    if (summary := finished()) is not None:
+        return summary
+    for name in config.log_to:
+        needed(name)
+    if folder.path.is_dir():
+        with hold(folder.path):  # fail now rather than after minutes of loading
+            pass
+    work = prepare()
+    with folder.held(config):
+        summary = finished()
+        if summary is None:
+            summary = work(folder)
+            folder.finish(summary)
+    return summary
+
+
+class Trained(NamedTuple):
+    """The best parameters, or the last ones if nothing is monitored; and what `train` found."""
 
     params: Params
     best_value: float | None
@@ -86,18 +114,7 @@ def train(
 ) -> Trained:
     """Train a model in a run's folder, or resume there. The parameters of `lm` are donated.
 
-    Args:
-        config: the run.
-        lm: the model; training starts from its parameters, on their mesh.
-        loss_fn: see `jaxlm.train.state.method`.
-        source: the rows, see `jaxlm.train.dynamics.Source`.
-        folder: the run's folder, which the caller holds.
-        progress: shows the steps.
-        saved: parameters that checkpoints hold, see `Checkpoints`.
-        evaluate, monitor, mode, chance: see `jaxlm.train.loop.fit`.
-
-    Raises:
-        UserError: see `fit`.
+    See `fit`; `saved` are the parameters that checkpoints hold.
     """
     method, batches = method_and_batches(
         config.optimizer,
@@ -131,9 +148,7 @@ def train(
         config.optimizer, config.steps, state.opt_state
     )
     tested = config.steps if record.best_step is None else record.best_step
-    params = state.params
-    if tested != config.steps:
-        params = checkpoints.in_place_of(state, tested)
+    params = state.params if tested == config.steps else checkpoints.in_place_of(state, tested)
     summary = {
         "steps": config.steps,
         "tested_step": tested,
@@ -142,7 +157,7 @@ def train(
         "backwards": method.backwards * config.steps,
         "seconds": record.seconds,
         "goodput": record.goodput,
-        "peak_memory_bytes": outcome.record.peak_bytes,
+        "peak_memory_bytes": record.peak_bytes,
         "device_peak_bytes": device_peak_bytes(),
         "checkpoint_bytes": checkpoints.size(config.steps),
         "dynamics": dynamics,

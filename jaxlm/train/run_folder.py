@@ -52,15 +52,11 @@ class RunFolder:
     """A run on disk. Nothing is written before `held`.
 
     Attributes:
-        path: the folder.
+        path: the folder; `key` names the option that gave it, for messages.
         metrics: its `metrics.jsonl`.
         log: path of its `log.txt`.
         checkpoints: path of its checkpoints.
         trajectory: path of its `trajectory.zo`.
-
-    Args:
-        path: the folder.
-        key: name of the option that gave it, for messages.
     """
 
     def __init__(self, path: str | Path, key: str = "output"):
@@ -75,11 +71,8 @@ class RunFolder:
     def check(self, config: Any) -> None:
         """Refuse a folder that cannot hold this run, without writing to it.
 
-        Raises:
-            UserError: if the folder cannot be written, holds other files, or holds a run that has
-                begun with another configuration; the error names the first key that differs.
-                `output` and `log_to` may differ, and `steps` too if the steps already done stay the
-                same.
+        It may hold a run that has begun with the same configuration: only `output` and `log_to` may
+        differ, and `steps` if the steps already done stay the same.
         """
         check_place(self.path, "config.yaml", "run")
         stored = self.config()
@@ -90,7 +83,7 @@ class RunFolder:
             return
         for key, old, new in differences(stored, to_dict(config)):
             why = self._why_fixed(stored, config) if key == "steps" else None
-            if key not in FREE and not (key == "steps" and why is None):
+            if key not in FREE and (key != "steps" or why is not None):
                 reason = f", since {why}" if why else ""
                 raise UserError(
                     f"output: the run in {self.path} has {key} = {show(old)} (got {show(new)}), "
@@ -101,11 +94,18 @@ class RunFolder:
         """Return whether the run has done a step or is finished."""
         return self._summary.exists() or bool(self.latest_step())
 
-    def latest_step(self) -> int | None:
-        """Return the step of the newest checkpoint, or None."""
+    def _stored(self) -> Any:
         from jaxlm.train.checkpoint import Checkpoints
 
-        return Checkpoints(self.checkpoints, read_only=True).latest_step
+        return Checkpoints(self.checkpoints, read_only=True)
+
+    def latest_step(self) -> int | None:
+        """Return the step of the newest checkpoint, or None."""
+        return self._stored().latest_step
+
+    def best_params(self) -> Any | None:
+        """Return the parameters that are tested; None if there is no checkpoint."""
+        return self._stored().best_params()
 
     def resume(self) -> int | None:
         """Cut the metrics back to the newest checkpoint and return its step, or None."""
@@ -116,18 +116,13 @@ class RunFolder:
     def tested_step(self) -> tuple[int, int] | None:
         """Return the step whose parameters are the result, and the number of steps of the run.
 
-        The result is None if there is no run, or nothing of it but its configuration.
-
-        Raises:
-            UserError: if `config.yaml` or the checkpoint is damaged.
+        It is None if there is no run, or nothing of it but its configuration.
         """
-        from jaxlm.train.checkpoint import Checkpoints
-
         if (stored := self.config()) is None:
             return None
         if not isinstance(steps := stored.get("steps"), int):
             raise self.foreign()
-        step = Checkpoints(self.checkpoints, read_only=True).best_step()
+        step = self._stored().best_step()
         if step is None:
             return (steps, steps) if self.trajectory.exists() else None
         return step, steps
@@ -152,9 +147,6 @@ class RunFolder:
 
         A new folder is removed again if the start fails before there is any work in it. The files
         of a run that has done no step are removed if its configuration was another one.
-
-        Raises:
-            UserError: see `check`, which runs again; or if another process writes there.
         """
         import yaml
 
@@ -192,15 +184,9 @@ class RunFolder:
                 )
 
     def check_data(self, digests: Mapping[str, str]) -> None:
-        """Store the digests of what a run reads, or compare them with the stored ones.
+        """Store the digests of what a run reads by name, or compare them with the stored ones.
 
         A run that has done no step starts anew if they differ.
-
-        Args:
-            digests: maps the name of a file, or of another part of the data, to its digest.
-
-        Raises:
-            UserError: if one of them has changed.
         """
         known = read_json(self._data) if self._data.exists() else None
         changed = [name for name, old in (known or {}).items() if digests.get(name) != old]
@@ -216,9 +202,6 @@ class RunFolder:
         """Return the stored configuration, or None if there is none.
 
         A `config.yaml` beside a `config.json` belongs to a model and not to a run.
-
-        Raises:
-            UserError: if it is damaged or not that of a run.
         """
         import yaml
 
@@ -243,40 +226,27 @@ class RunFolder:
         )
 
     def option_offsets(self) -> np.ndarray | None:
-        """Return the offsets that the run subtracts from option scores, [C], or None.
-
-        Raises:
-            UserError: if the metrics hold something else in their place.
-        """
+        """Return the offsets that the run subtracts from option scores, [C], or None."""
         if (offsets := (self.metrics.first() or {}).get("option_offsets")) is None:
             return None
         try:
-            found, count = (
-                np.asarray(offsets, np.float32),
-                len((self.config() or {})["task"]["labels"]),
-            )
+            found = np.asarray(offsets, np.float32)
+            shape = (len((self.config() or {})["task"]["labels"]),)
+            if found.shape == shape and np.isfinite(found).all():
+                return found
         except (KeyError, TypeError, ValueError, OverflowError):
-            found, count = np.zeros((), np.float32), 0
-        if found.shape != (count,) or not np.isfinite(found).all():
-            raise UserError(
-                f"{self.metrics.path}: option_offsets must be a number for each of the task's "
-                f"labels (got {show(offsets)}). Put back what was there."
-            )
-        return found
+            pass
+        raise UserError(
+            f"{self.metrics.path}: option_offsets must be a number for each of the task's labels "
+            f"(got {show(offsets)}). Put back what was there."
+        )
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`; the run is then finished."""
         write_json(self._summary, summary)
 
     def summary(self, **fields: Any) -> dict[str, Any] | None:
-        """Return the summary of a finished run, or None.
-
-        Args:
-            fields: see `jaxlm.artifacts.files.read_json`.
-
-        Raises:
-            UserError: if it is damaged.
-        """
+        """Return the summary of a finished run, or None; for `fields` see `read_json`."""
         try:
             return read_json(self._summary, **fields)
         except FileNotFoundError:

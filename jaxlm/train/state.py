@@ -19,12 +19,7 @@ from jaxlm.typing import Batch, LossFn, Params, PRNGKey
 
 
 class TrainState(NamedTuple):
-    """Everything that changes in training.
-
-    Attributes:
-        params: the model's parameters.
-        opt_state: the optimizer's state; a random key is part of it.
-    """
+    """Everything that changes in training; a random key is part of the optimizer's state."""
 
     params: Params
     opt_state: Any
@@ -37,14 +32,11 @@ class Method(NamedTuple):
         init: `(params, key) -> opt_state`.
         step: `(params, opt_state, batch) -> (params, opt_state, info)`; info maps names to scalars
             and holds `loss`.
-        forwards: forward passes in a step.
-        backwards: backward passes in a step.
+        forwards, backwards: passes in a step.
         settings: what `jaxlm.zo.Trajectory` records of a zeroth-order optimizer, JSON values with
-            `num_directions`; its info then holds `projected_grad` and `learning_rate`. None for
-            the others.
+            `num_directions`; its info then holds `projected_grad` and `learning_rate`.
         rows: axis of the examples in a step's batch.
-        mesh: the devices of the steps, if `init` places the state itself; None for those of the
-            parameters.
+        mesh: the devices of the steps, if `init` places the state itself.
     """
 
     init: Callable[[Params, PRNGKey], Any]
@@ -59,20 +51,15 @@ class Method(NamedTuple):
         """Return the state before the first step, on the devices of the steps."""
         if self.mesh is not None:
             params = place_params(params, self.mesh, WHOLE)
-            return TrainState(params, self.init(params, key))
-        mesh = mesh_of(params)
-        if mesh is None:
-            return TrainState(params, self.init(params, key))
-        return TrainState(params, on_mesh(self.init, mesh, params, key))
+        elif (mesh := mesh_of(params)) is not None:
+            return TrainState(params, on_mesh(self.init, mesh, params, key))
+        return TrainState(params, self.init(params, key))
 
 
 def method(optimizer: Optimizer, loss_fn: LossFn, steps: int) -> Method:
-    """Turn the configuration of an optimizer into a `Method`.
+    """Turn the configuration of an optimizer into a `Method` for a run of `steps` steps.
 
-    Args:
-        optimizer: one of `jaxlm.train.optimizers`.
-        loss_fn: `(params, batch, *, key=None, view=None) -> (loss, aux)`, aux a dict of scalars.
-        steps: length of the run, for the learning-rate schedule.
+    The loss is `(params, batch, *, key=None, view=None) -> (loss, aux)`, aux a dict of scalars.
     """
     if isinstance(optimizer, ZerothOrder):
         return _zeroth_order(optimizer, loss_fn, steps)
@@ -104,11 +91,7 @@ def first_order(
 ) -> Method:
     """Return a `Method` from an optax transformation of the selected parameters.
 
-    Args:
-        transform: its state covers the selected parameters; its updates are added to them.
-        loss_fn: see `method`.
-        select: parameters to train, see `jaxlm.core.paths.path_predicate`.
-        value_and_grad: replaces `jax.value_and_grad` with `has_aux=True`.
+    `value_and_grad` replaces `jax.value_and_grad` with `has_aux=True`.
     """
     differentiate = value_and_grad or functools.partial(jax.value_and_grad, has_aux=True)
 
@@ -145,17 +128,13 @@ class Program:
     """A function compiled for each shape and sharding of its arguments, and the memory it takes.
 
     It runs on the mesh of its first argument, or on one device. On a mesh the last argument, a
-    batch, is sharded by rows, and results are replicated.
+    batch whose rows are on the axis `rows`, is sharded by rows, and results are replicated.
 
     Attributes:
         peak_bytes: arguments + outputs + temporaries - aliased, of the largest compilation so far.
         compile_seconds: time spent compiling so far.
-
-    Args:
-        function: `(..., batch) -> results`.
         moves: whether the first argument is a state that the first result replaces: it is donated,
             and its sharding is kept.
-        rows: axis of the rows of the batch.
     """
 
     def __init__(self, function: Callable[..., Any], *, moves: bool = False, rows: int = 0):

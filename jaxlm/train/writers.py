@@ -18,11 +18,7 @@ PACKAGES = {"tensorboard": ("tensorboardX", "SummaryWriter"), "wandb": ("wandb",
 
 
 def needed(name: str) -> Any:
-    """Return the class or function that a writer imports from its package.
-
-    Raises:
-        UserError: the package is not installed.
-    """
+    """Return what a writer imports from its package, which must be installed."""
     package, attribute = PACKAGES[name]
     try:
         return getattr(importlib.import_module(package), attribute)
@@ -34,17 +30,9 @@ def needed(name: str) -> Any:
 
 @contextlib.contextmanager
 def writing(names: Collection[str], folder: RunFolder, config: Mapping[str, Any]) -> Iterator[None]:
-    """Also send the metrics of a run to writers while the block runs.
+    """Also send the metrics of a run to `names`, keys of `PACKAGES`, while the block runs.
 
     A new writer gets the earlier lines as well.
-
-    Args:
-        names: keys of `PACKAGES`.
-        folder: the run's folder, which the caller holds.
-        config: the run's configuration, which Weights & Biases shows.
-
-    Raises:
-        UserError: a package is not installed, or Weights & Biases refuses the run.
     """
     if not is_main_process():
         yield

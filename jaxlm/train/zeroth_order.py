@@ -67,22 +67,19 @@ def configuration(
     learning_rate: float,
     without: Collection[str] = (),
 ) -> type[Any]:
-    """Derive the configuration of a method from its signature and docstring.
+    """Derive the configuration of a method, such as `zo.mezo`, from its signature and docstring.
 
     Keywords become keys of the same name and default; a keyword that is not annotated as a number,
     a text or a truth value has the type of its default. Objects that a file cannot hold (`decay`,
-    `mesh`) stay with the function, and a sampler is given by its name.
+    `mesh`), and those in `without`, stay with the function, and a sampler is given by its name.
 
     Args:
-        method: a function with a whole signature, such as `zo.mezo`.
+        method: a function with a whole signature.
         learning_rate: its default, which the function lacks.
         without: keywords that are not keys.
 
     Returns:
         A frozen dataclass, a subclass of `ZerothOrder`.
-
-    Raises:
-        TypeError: if the method lacks an argument that all optimizers have.
     """
     fields: list[tuple[str, Any, Any]] = [("name", str, method.__name__)]
     fields.append(("learning_rate", float, learning_rate))

@@ -57,7 +57,7 @@ def test_prompts_of_a_file(lm, tmp_path, capsys):
     text.write_text("\n\n".join(prompts) + "\n", encoding="utf-8")
     rows.write_text("".join(json.dumps({"prompt": p, "id": 1}) + "\n" for p in prompts))
     output = tmp_path / "out.jsonl"
-    words = ["--max_new_tokens=7", "--batch_size=3"]
+    words = ["--max_new_tokens=7", "--batch_size=2"]
     assert generate(capsys, f"--file={text}", *words, f"--output={output}") == ""
     found = records(output.read_text(encoding="utf-8"))
     assert records(generate(capsys, f"--file={rows}", *words)) == found

@@ -128,11 +128,11 @@ def test_a_run_whose_processes_are_killed_three_times_ends_as_if_they_were_not(
 
 @pytest.mark.multidevice
 def test_a_lost_process_ends_the_other(tmp_path, tiny_model):
-    words = ["finetune", str(write_run(tmp_path, tiny_model)), *FLAGS]
+    words = ["finetune", str(write_run(tmp_path, tiny_model)), *FLAGS, "--optimizer.name=adamw"]
     assert kill_after(words, tmp_path / "run", 5, victim=1) < 60
 
 
-@pytest.mark.parametrize("room", [0, 20_000])
+@pytest.mark.parametrize("room", [pytest.param(0, marks=pytest.mark.slow), 20_000])
 def test_a_full_disk_keeps_the_last_checkpoint(room, tmp_path, tiny_model, capfd):
     """A file system of 2 MB, on which something else takes most of the room before step 6."""
     if os.geteuid() != 0:
@@ -141,6 +141,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(room, tmp_path, tiny_model, capfd
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], check=True)
     flags = [f"--output={small / 'run'}", "--checkpoint-every=2", "--eval-every=100"]
+    flags.append("--optimizer.name=adam")
     try:
         assert main(["finetune", str(path), f"--output={tmp_path / 'whole'}", *flags[1:]]) == 0
         save = Checkpoints.save

@@ -37,6 +37,7 @@ def study(tmp_path: Path, tiny_model: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_study_makes_a_table_and_a_file_of_what_is_chosen(study, capsys) -> None:
     assert main(["study", str(study)]) == 0
     printed = capsys.readouterr()

@@ -14,6 +14,7 @@ from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.cost.by_shapes import finetuning
 from jaxlm.cost.device import Device, this_device
+from jaxlm.cost.flops import count_flops
 from jaxlm.cost.plan import dry_run, largest_batch
 from jaxlm.models import param_shapes
 from jaxlm.sharding import make_mesh
@@ -89,17 +90,24 @@ def test_pretraining(pretrain_yaml):
         assert shapes[0] == shapes[1]
 
 
-def test_a_step_of_mezo_is_two_passes_forward(run_yaml):
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_step_of_mezo_is_two_passes_forward(compiled, run_yaml):
     config = load(run_yaml)
-    plan = dry_run(config, base_dir=run_yaml.parent, device=TOY)
     run = finetuning(config, base_dir=run_yaml.parent)
-    rows, length = run.dispatch().args[1]["input_ids"].shape[1:]
+    state, batches = run.dispatch().args
+    rows, length = batches["input_ids"].shape[1:]
     model = load_model(config.model).config
     kernels = {path: shape for path, shape in param_shapes(model).items() if "kernel" in path}
     weights = sum(int(np.prod(shape)) for shape in kernels.values())
     attention = 2 * 2 * rows * model.num_layers * model.num_heads * model.head_size * length**2
     head = 2 * rows * 2 * model.hidden_size  # two label words, at one place of each row
     forward = 2 * rows * length * weights + attention + head
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batches)
+    step = run.make(config.batch_size)[0].step
+    assert count_flops(step, state.params, state.opt_state, one).products == 2 * forward
+    if not compiled:
+        return
+    plan = dry_run(config, base_dir=run_yaml.parent, device=TOY)
     assert plan.flops.products == 2 * forward
     assert plan.costs.products == plan.dispatch * plan.flops.products
     assert plan.seconds == {"products": plan.flops.products / (0.4 * 1e12)}
@@ -201,6 +209,7 @@ def shapes_of_13b(folder: Path, **changes) -> FinetuneConfig:
     return load(None, **flags | {"output": folder / "run"} | changes)
 
 
+@pytest.mark.slow
 def test_thirteen_billion_parameters_are_planned_in_little_memory(tmp_path):
     config = shapes_of_13b(tmp_path, **{"task.max_length": 64})
     before = fresh_peak()

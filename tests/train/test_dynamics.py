@@ -68,8 +68,9 @@ SGD = Sgd(learning_rate=0.05, momentum=0.8, schedule="linear", warmup=2, weight_
 ADAM = Adam(learning_rate=0.05, b1=0.8, b2=0.9, eps=1e-2, weight_decay=0.1)
 
 
-@pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["sgd", "adam"])
-@pytest.mark.parametrize("pairing", ["independent", "consecutive"])
+@pytest.mark.parametrize(
+    ("optimizer", "pairing"), [(SGD, "independent"), (ADAM, "consecutive")], ids=["sgd", "adam"]
+)
 def test_svag_is_the_optimizer_on_weighted_pairs_of_batches(optimizer, pairing):
     """Against optax with the hyperparameters of the paper's table, written out."""
     l = 2
@@ -273,7 +274,14 @@ def test_scaling_rules_carry_a_whole_optimizer():
     assert linear.weight_decay == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("name", ["svag", "noise", "local"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("svag", marks=pytest.mark.slow),
+        pytest.param("noise", marks=pytest.mark.slow),
+        "local",
+    ],
+)
 @pytest.mark.multidevice
 def test_a_run_on_text_goes_on_to_the_same_bytes(tmp_path, tiny_model, name, capsys):
     """`jaxlm finetune` with `dynamics`, whole, and stopped inside a round."""
@@ -312,6 +320,7 @@ def test_a_run_on_text_goes_on_to_the_same_bytes(tmp_path, tiny_model, name, cap
         assert found["gradient_noise"]["N"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.multidevice
 def test_a_model_of_workers_on_devices_is_loaded_by_a_process_with_one(tmp_path, tiny_model):
     """What the run tested is what `jaxlm evaluate` finds, on one device."""

@@ -26,6 +26,7 @@ def compiled(optimizer, tiny_model, **sizes):
     return program.lower(state, batches).compile(), state
 
 
+@pytest.mark.slow
 @pytest.mark.multidevice
 def test_copies_tell_each_other_the_losses_of_mezo_alone(tiny_model):
     """The two losses, the perplexity's sum, and the number of targets of each."""

@@ -73,7 +73,9 @@ def test_the_best_parameters_on_validation_are_tested(finished):
     assert (summary["tested_step"], summary["validation"]["accuracy"]) == (best, validation[best])
 
 
-@pytest.mark.parametrize(("bits", "optimizer"), [(8, {}), (4, ADAM)])
+@pytest.mark.parametrize(
+    ("bits", "optimizer"), [pytest.param(8, {}, marks=pytest.mark.slow), (4, ADAM)]
+)
 def test_a_run_in_few_bits_trains_floats_and_is_loaded_as_it_was(bits, optimizer, run_yaml):
     """With MeZO and with gradients; the integers stay, and the run keeps its bits."""
     summary = start(run_yaml, bits=bits, **optimizer, **{"task.validation": "null"})
@@ -159,6 +161,7 @@ def test_a_calibrated_run_that_goes_on_takes_the_offsets_it_began_with(run_yaml,
         "eval_every": 2,
         "log_every": 2,
         "calibrate": "true",
+        **ADAM,
     }
     first = start(run_yaml, **whole)
     folder = run_yaml.parent / "run"
@@ -238,7 +241,12 @@ def test_a_run_from_random_parameters_is_loaded_as_it_was(flags, run_yaml, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("peft", "optimizer"), [("lora", "zo_muon"), ("lora", "lozo"), ("prefix", "lozo")]
+    ("peft", "optimizer"),
+    [
+        pytest.param("lora", "zo_muon", marks=pytest.mark.slow),
+        ("lora", "lozo"),
+        pytest.param("prefix", "lozo", marks=pytest.mark.slow),
+    ],
 )
 def test_low_rank_directions_suit_adapters_at_their_defaults(peft, optimizer, tiny_model, tmp_path):
     """Their matrices have fewer rows than the directions have ranks, or there are none."""

@@ -36,11 +36,7 @@ class Objective:
     differentiable: ClassVar[bool] = True
 
     def check(self, form: str, data: DataConfig, optimizer: Optimizer) -> None:
-        """Refuse a run that this objective does not fit.
-
-        Raises:
-            UserError: if it reads other data, or has no gradient for the optimizer to follow.
-        """
+        """Refuse a run whose data it does not read, or whose optimizer needs a gradient."""
         if form not in self.forms:
             raise UserError(
                 f"objective: {self.name} reads {' or '.join(self.forms)} (got {form}). Choose "
@@ -57,11 +53,7 @@ class Objective:
     ) -> LossFn:
         """Build the loss of a batch, `(params, batch, *, key=None, view=None) -> (loss, aux)`.
 
-        Args:
-            lm: the model; its parameters are not read.
-            data: the examples; None in a dry run without a tokenizer.
-            encoded: their tokens.
-            scoring: how options are scored.
+        The parameters of `lm` are not read. There are no `data` in a dry run without a tokenizer.
         """
         raise NotImplementedError
 

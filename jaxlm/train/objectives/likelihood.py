@@ -21,7 +21,6 @@ class Classification(Objective):
     def loss_fn(
         self, lm: LanguageModel, data: Data | None, encoded: Encoded, scoring: Scoring
     ) -> LossFn:
-        """See `Objective` and `classification_objective`."""
         assert isinstance(encoded, EncodedTask)
         log_probs = lm.continuation_log_probs
         return classification_objective(lm.apply, encoded.token_ids, log_probs=log_probs, **scoring)
@@ -44,7 +43,6 @@ class Completion(Objective):
     def loss_fn(
         self, lm: LanguageModel, data: Data | None, encoded: Encoded, scoring: Scoring
     ) -> LossFn:
-        """See `Objective` and `lm_objective`."""
         return lm_objective(lm.log_probs)
 
     def chance(self, lm: LanguageModel, encoded: Encoded) -> float | None:

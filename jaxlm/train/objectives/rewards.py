@@ -36,7 +36,6 @@ class Accuracy(Objective):
     def loss_fn(
         self, lm: LanguageModel, data: Data | None, encoded: Encoded, scoring: Scoring
     ) -> LossFn:
-        """See `Objective` and `accuracy_objective`."""
         assert isinstance(encoded, EncodedTask)
         log_probs = lm.continuation_log_probs
         return accuracy_objective(lm.apply, encoded.token_ids, log_probs=log_probs, **scoring)
@@ -54,7 +53,6 @@ class F1(Accuracy):
     def loss_fn(
         self, lm: LanguageModel, data: Data | None, encoded: Encoded, scoring: Scoring
     ) -> LossFn:
-        """See `Objective` and `f1_objective`."""
         assert isinstance(data, Task)
         answers = [example.answers for example in data.train]
         return f1_objective(lm, answers, max_new_tokens=data.config.answer_length)
