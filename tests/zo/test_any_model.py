@@ -11,7 +11,13 @@ from jaxlm.core.errors import UserError
 from tests.helpers.frameworks import MODELS, equinox, linen, nnx, plain_dict, regression
 
 
-@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, marks=pytest.mark.slow if make in (equinox, plain_dict) else ())
+        for make in MODELS
+    ],
+)
 def test_mezo_lowers_the_loss(make):
     model = make()
     loss_fn, batch = regression(model)

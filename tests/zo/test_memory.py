@@ -95,7 +95,9 @@ def test_a_step_takes_the_memory_of_a_forward_pass(sampler, dtype):
 
 
 @pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize("make", [zo.mezo, zo.lozo, zo.lozo_residual])
+@pytest.mark.parametrize(
+    "make", [zo.mezo, pytest.param(zo.lozo, marks=pytest.mark.slow), zo.lozo_residual]
+)
 def test_a_loss_without_a_view_is_called_on_one_copy_at_a_time(make, n):
     """Both signs of all directions one after another: twice the parameters, as `spsa` says."""
     params = {"w": jax.ShapeDtypeStruct((512, 1024), jnp.float32)}

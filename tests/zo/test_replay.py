@@ -72,10 +72,11 @@ def magnitude(fraction):
             lambda: zo.mezo(1e-2, weight_decay=0.1, decay=kernels_alone),
             "made with decay",
         ),
-        (
+        pytest.param(
             lambda: zo.mezo(1e-2, weight_decay=0.1),
             lambda: zo.mezo(1e-2, weight_decay=0.1, decay=everything),
             "made with decay",
+            marks=pytest.mark.slow,
         ),
         (
             lambda: zo.mezo(1e-2, select=everything),

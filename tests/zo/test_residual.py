@@ -1,5 +1,7 @@
 """Steps that add up in float32 factors beside parameters in few bits."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -32,12 +34,20 @@ def run(opt, params, loss_fn, steps):
     return opt.finalize(params, state), info
 
 
+LONG = zo.lozo_residual(0.1, interval=5, num_directions=2, eps=2.0**-3)
+"""Of whose steps seven fill one interval and begin another."""
+
+
+@functools.cache
+def long_run():
+    return run(LONG, network_params(), network_loss, 7)
+
+
 def test_a_view_sees_the_residual_that_is_added_in_the_end():
     params = network_params()
     plain = lambda params, batch: network_loss(params, batch)  # noqa: E731
-    opt = zo.lozo_residual(0.1, interval=4, num_directions=2, eps=2.0**-3)
-    seen, info = run(opt, params, network_loss, 7)
-    copied, expected = run(opt, params, plain, 7)
+    seen, info = long_run()
+    copied, expected = run(LONG, params, plain, 7)
     np.testing.assert_allclose(info.loss_plus, expected.loss_plus, rtol=2e-5)
     np.testing.assert_allclose(flat(seen), flat(copied), atol=2e-4)
     assert np.abs(flat(seen) - flat(params)).max() > 1e-2
@@ -79,10 +89,9 @@ def list_loss(params, batch, *, view=None):
 def test_a_list_of_layers_trains_as_a_stack_does(lean):
     """Within an interval too, where what was added is in the factors alone."""
     params = network_params()
-    opt = zo.lozo_residual(0.1, interval=5, num_directions=2, eps=2.0**-3)
     plain = (lambda params, batch: list_loss(params, batch)) if not lean else list_loss
-    stacked, wanted = run(opt, params, network_loss, 7)
-    found, info = run(opt, listed(params), plain, 7)
+    stacked, wanted = long_run()
+    found, info = run(LONG, listed(params), plain, 7)
     np.testing.assert_allclose(info.loss_plus, wanted.loss_plus, rtol=2e-5)
     kernels = jnp.stack([layer["kernel"] for layer in found["layers"]])
     np.testing.assert_allclose(kernels, stacked["layers"]["kernel"], atol=2e-4)

@@ -57,7 +57,7 @@ def samplers():
 
 
 # The others share the way by which these come to their numbers.
-QUICK = ("gaussian", "subspace", "layer_blocks", "magnitude", "variance_modified")
+QUICK = ("subspace", "layer_blocks", "magnitude", "variance_modified")
 NAMES = [pytest.param(name, marks=() if name in QUICK else slow) for name in samplers()]
 
 
@@ -172,11 +172,14 @@ def test_layers_of_a_list_get_the_noise_of_stacked_ones(name):
     np.testing.assert_allclose(stacked["embed"]["tokens"], listed["embed"]["tokens"], rtol=ulp)
 
 
+MORE = ("rademacher", "layer_blocks", "variance_modified")
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        *("low_rank", "layer_blocks", "magnitude"),
-        *(pytest.param(name, marks=slow) for name in ("rademacher", "variance_modified")),
+        *("low_rank", "magnitude"),
+        *(pytest.param(name, marks=slow) for name in MORE),
     ],
 )
 def test_a_view_along_any_sampler_sees_perturbed_parameters(name):
@@ -276,7 +279,14 @@ MUON = functools.partial(zo.zo_muon, vector_scale=1.0)
 NO_MATRIX = {"b": jnp.ones(3), "x": jnp.ones((2, 2, 2)), "t": jnp.float32(1)}
 
 
-@pytest.mark.parametrize("make", [zo.lozo, zo.lozo_momentum, zo.lozo_residual, MUON])
+@pytest.mark.parametrize(
+    "make",
+    [
+        zo.lozo_residual,
+        MUON,
+        *(pytest.param(make, marks=slow) for make in (zo.lozo, zo.lozo_momentum)),
+    ],
+)
 @pytest.mark.parametrize(
     "params",
     [
@@ -294,9 +304,11 @@ def test_a_rank_is_at_most_that_of_the_matrix_and_other_leaves_get_dense_noise(m
         params, state, info = step(params, state)
     assert np.isfinite(info.loss)
     moved = opt.finalize(params, state)
-    assert all((a != b).all() for a, b in zip(*map(jax.tree.leaves, (moved, start)), strict=True))
+    for a, b in zip(*map(jax.tree.leaves, (moved, start)), strict=True):
+        assert (np.asarray(a) != np.asarray(b)).all()
 
 
+@pytest.mark.slow
 def test_a_subspace_of_all_outputs_trains_for_many_steps():
     """A square matrix, a basis of full rank, new in each step."""
     params = {"w": jnp.eye(32) / 2}
@@ -331,7 +343,8 @@ def test_a_tree_with_a_key_layers_is_treated_like_any_other(kind):
         if kind == "layer_blocks":
             zo.mezo(0.1, sampler=zo.layer_blocks(3)).init(params, KEY)
             return None
-        z = directions(params, KEY, sampler=getattr(zo, kind)(2))
+        sampler = getattr(zo, kind)(2)
+        z = jax.jit(lambda params: directions(params, KEY, sampler=sampler))(params)
         return [np.linalg.matrix_rank(x, 1e-4) if x.ndim == 2 else None for x in jax.tree.leaves(z)]
 
     found = seen("layers")

@@ -89,7 +89,7 @@ def test_directions_over_devices_are_those_of_one(sampler, estimator):
 @pytest.mark.parametrize(
     ("make", "block"),
     [
-        (lambda params: zo.gaussian(), sites.BLOCK),
+        pytest.param(lambda params: zo.gaussian(), sites.BLOCK, marks=slow),
         (lambda params: zo.gaussian(), 64),
         pytest.param(lambda params: zo.sphere(), 64, marks=slow),
         (lambda params: zo.low_rank(2), 64),
@@ -161,6 +161,7 @@ jax.distributed.shutdown()
 """
 
 
+@slow
 @pytest.mark.multidevice
 def test_two_processes_take_the_step_of_one():
     with socket.socket() as free:
