@@ -76,7 +76,7 @@ def find_reader(name: str, *, allow_code: bool = False) -> Reader:
 
 def written(fields: Mapping[str, str], answers: Any) -> ParsedRow:
     """Return a row whose output is text; its first answer and a line break are trained on."""
-    if not isinstance(answers, list | tuple):
+    if not isinstance(answers, list | tuple) or not all(isinstance(x, str) for x in answers):
         raise TypeError
     return ParsedRow(fields, (0,), (f"{answers[0]}\n",), tuple(answers))
 

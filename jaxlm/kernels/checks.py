@@ -51,14 +51,16 @@ def check_independence(f: Callable[..., Array], params: Any, x: Any, name: str) 
     if len(order) < 2:
         return
     batches = np.array([order, order[::-1], order[:half] + [0] * (len(order) - half)])
-    rows = jax.tree.map(lambda a: jnp.asarray(a)[batches], x)
+    rows = jax.tree.map(lambda a: to_host(a)[batches], x)
 
     def values(params, rows):
         # A loop, so that f is compiled once.
         with jax.default_matmul_precision("highest"):
             return jax.lax.map(lambda x: f(params, x), rows)
 
-    result = Program(values)(params, rows)
+    # The caller may be within a function that is traced; the values are needed now.
+    with jax.ensure_compile_time_eval():
+        result = Program(values)(params, rows)
     allowed = float(jnp.finfo(result.dtype).eps) ** 0.5
     plain, turned, partly = to_host(result).astype(np.float64)
     allowed *= np.abs(plain).max(initial=0)

@@ -57,7 +57,9 @@ def _tensorboard(folder: RunFolder, config: Mapping[str, Any], first: int) -> It
     """Write event files into the folder `tensorboard` of the run, from the step `first`."""
     del config
     path = str(folder.path / "tensorboard")
-    with needed("tensorboard")(path, purge_step=first) as writer:
+    # The suffix keeps the file of a run that is resumed within the second that names it.
+    suffix = f".{first}"
+    with needed("tensorboard")(path, purge_step=first, filename_suffix=suffix) as writer:
 
         def write(line: Mapping[str, Any]) -> None:
             for name, value in _numbers(line).items():

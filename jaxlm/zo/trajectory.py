@@ -148,6 +148,13 @@ class Header:
         """Inverse of `encode`."""
         record = json.loads(text)
         key, data = record["key"], jnp.asarray(record["key"]["data"], jnp.uint32)
+        paths = [parameter["path"] for parameter in record["params"]]
+        if not isinstance(record["num_directions"], int) or not isinstance(
+            record["settings"], dict
+        ):
+            raise TypeError
+        if not all(isinstance(path, str) for path in paths):
+            raise TypeError
         return cls(
             record["jaxlm"],
             jax.random.wrap_key_data(data, impl=key["impl"]),

@@ -141,6 +141,20 @@ def test_the_example_and_the_leaf_of_a_gradient_that_is_nan_are_named(kind, meth
     kernels.ntk(root, PARAMS, X, x2, select="b", **options)
 
 
+def test_the_check_within_a_function_that_is_traced():
+    def linear(params, x):
+        return x @ params["w"]
+
+    def centred(params, x):
+        return linear(params, x - x.mean(0, keepdims=True))
+
+    x = jnp.asarray(X)
+    total = jax.jit(lambda scale: scale * kernels.ntk(linear, PARAMS, x).sum())(2.0)
+    np.testing.assert_allclose(total, 2 * kernels.ntk(linear, PARAMS, x).sum(), rtol=1e-6)
+    with refused("f", "depend on each other"):
+        jax.jit(lambda: kernels.ntk(centred, PARAMS, x))()
+
+
 def test_a_value_that_is_not_finite():
     def log(params, x):
         return jnp.log(x @ params["w"])
