@@ -376,6 +376,7 @@ def test_sharding_changes_no_bit(family, spec):
     np.testing.assert_array_equal(plain.project(sharded), whole)
 
 
+@pytest.mark.slow  # as the stated matrices are
 @each_loop
 def test_it_is_linear(family):
     run = project(projector(family, 64, 1))

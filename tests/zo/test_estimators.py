@@ -71,10 +71,10 @@ MODIFIED = {"layers": jnp.array([0.5, 2.0]), "head": jnp.float32(3)}
 PAIRS = [
     (zo.gaussian(), zo.central, 4),
     (zo.variance_modified(MODIFIED), zo.central, 1),
-    (zo.sphere(), zo.forward_gradient, 1),
 ]
 # Their moments are in test_samplers, and their losses and slopes in test_golden.
 MORE_PAIRS = [
+    (zo.sphere(), zo.forward_gradient, 1),
     (zo.low_rank(1), zo.central, 1),
     (zo.rademacher(), zo.one_sided, 1),
     (zo.rademacher(), zo.central, 1),
@@ -130,6 +130,7 @@ def test_samplers_that_weigh_or_hide_coordinates_do_so_to_the_mean():
     assert_mean(small, flat(exact) * flat(mask))
 
 
+@slow
 def test_residual_feedback_is_unbiased_where_the_two_directions_are_independent():
     params = small_params()
 

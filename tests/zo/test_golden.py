@@ -314,6 +314,7 @@ def test_twenty_steps_with_a_residual_are_those_of_numpy():
             params, state, _ = step(params, state, jnp.asarray(0.5))
             if t == INTERVAL - 2:
                 np.testing.assert_array_equal(params["layers"]["kernel"], start["layers"]["kernel"])
+        assert step._cache_size() == 1  # so the state keeps its types
         whole = opt.finalize(params, state)
         np.testing.assert_allclose(whole["layers"]["kernel"], theta[KERNEL], rtol=0, atol=1e-10)
         np.testing.assert_allclose(whole["head"]["bias"], theta[BIAS], rtol=0, atol=1e-10)

@@ -130,7 +130,7 @@ def test_half_precision_parameters_are_rounded_once():
     assert_same_bits(moved, expected)
 
 
-@pytest.mark.parametrize(("n", "decay"), [(1, 0.1), (2, 0.0)])
+@pytest.mark.parametrize(("n", "decay"), [pytest.param(1, 0.0, marks=pytest.mark.slow), (2, 0.1)])
 def test_blocks_of_rows_change_no_bit(monkeypatch, n, decay):
     params = {
         "odd": jnp.linspace(-1, 1, 13 * 5).reshape(13, 5),

@@ -38,11 +38,11 @@ def dtype(request):
         yield request.param
 
 
-def pairs(*quick, names=tuple(CHAINS)):
-    """Chains and widths, of which the default run has some: the others are parts of these."""
+def pairs(*quick, of="name", names=tuple(CHAINS)):
+    """Rows of which the default run has some: the others go the ways of these."""
     every = itertools.product(names, [*WIDTHS, *OTHERS])
     rows = [pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow) for pair in every]
-    return pytest.mark.parametrize(("name", "dtype"), rows, indirect=["dtype"])
+    return pytest.mark.parametrize((of, "dtype"), rows, indirect=["dtype"])
 
 
 def value_fn(params):
@@ -113,7 +113,7 @@ def test_defaults_need_no_static_arguments():
     np.testing.assert_allclose(flat(updates), flat(expected), rtol=1e-4)
 
 
-@pytest.mark.parametrize("compiled", [pytest.param(False, marks=pytest.mark.slow), True])
+@pairs((True, "float64"), of="compiled", names=(False, True))
 def test_hyperparameters_can_be_injected(compiled, dtype):
     wrap = jax.jit if compiled else lambda function: function
     params = small_params(dtype)
@@ -146,10 +146,11 @@ def test_eps_can_follow_a_schedule():
     schedule = optax.linear_schedule(0.5, 0.25, 1)
     tx = optax.inject_hyperparams(zo.scale_by_spsa)(schedule)
     params, key = small_params(), jax.random.key(0)
-    state = tx.init(params)
+    state, draw = tx.init(params), jax.jit(directions)
+    update = jax.jit(functools.partial(tx.update, value_fn=value_fn))
     for step, eps in enumerate([0.5, 0.25]):
-        _, state = tx.update(None, state, params, value_fn=value_fn)
-        z = directions(params, jax.random.fold_in(key, step))
+        _, state = update(None, state, params)
+        z = draw(params, jax.random.fold_in(key, step))
         moved = jax.tree.map(lambda w, z, eps=eps: w + eps * z, params, z)
         np.testing.assert_allclose(state.inner_state.loss_plus[0], value_fn(moved), rtol=1e-5)
 
