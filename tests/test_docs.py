@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import jaxlm
 from jaxlm.models.families import MODULES
@@ -194,3 +195,11 @@ def test_the_dynamics_of_a_run_that_a_page_lists_are_those_there_are():
     assert {key["name"] for key in keys} == set(DYNAMICS)
     for key in keys:
         DYNAMICS[key["name"]](**key)
+
+
+def test_no_figure_is_of_a_version_that_is_refused():
+    wanted = [Requirement(each) for each in pages.project()["project"]["dependencies"]]
+    (jax_versions,) = (each.specifier for each in wanted if each.name == "jax")
+    for path in pages.pages():
+        for version in re.findall(r"\bjax (\d+\.\d+\.\d+)", path.read_text()):
+            assert version in jax_versions, f"{path.name}: figures of jax {version}"
