@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import re
+import tomllib
 from pathlib import Path
 from unittest import mock
 
@@ -198,7 +199,8 @@ def test_the_dynamics_of_a_run_that_a_page_lists_are_those_there_are():
 
 
 def test_no_figure_is_of_a_version_that_is_refused():
-    wanted = [Requirement(each) for each in pages.project()["project"]["dependencies"]]
+    project = tomllib.loads((pages.ROOT / "pyproject.toml").read_text())["project"]
+    wanted = map(Requirement, project["dependencies"])
     (jax_versions,) = (each.specifier for each in wanted if each.name == "jax")
     for path in pages.pages():
         for version in re.findall(r"\bjax (\d+\.\d+\.\d+)", path.read_text()):
