@@ -1,8 +1,8 @@
 """The documentation names what there is, and all that it shows runs."""
 
+import dataclasses
 import importlib
 import inspect
-import os
 import re
 import tomllib
 from pathlib import Path
@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 import jaxlm
 from jaxlm.models.families import MODULES
-from jaxlm.models.hf import SHIPPED
+from jaxlm.studies.grid import per_seed
 from jaxlm.train.optimizers import OPTIMIZERS, ZerothOrder
 from tests import pages
 from tests.helpers import reference
@@ -28,6 +28,8 @@ RUN = ("README.md", "index.md", "add_a_task.md")
 
 Those of the other pages stop where their work begins: `tests/cli` and `tests/peft` do that work.
 """
+ENDS = (*RUN, "add_a_method.md")
+"""Pages of which a slow test runs all to the end."""
 
 
 @pytest.fixture
@@ -47,7 +49,10 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def readme(names: dict) -> None:
     """What the README leaves to its reader: a model, a loss."""
-    os.symlink(SHIPPED, "path-or-hub-id")
+    lm = jaxlm.from_pretrained()
+    layers = jax.tree.map(lambda leaf: leaf[:1], lm.params["layers"])  # the fewest to compile
+    lm = lm.replace(config=lm.config.replace(num_layers=1), params={**lm.params, "layers": layers})
+    jaxlm.save_pretrained(lm, "path-or-hub-id")
     names.update(
         jaxlm=jaxlm,
         loss_fn=lambda params, batch: jnp.sum((params["w"] - batch) ** 2),
@@ -64,7 +69,7 @@ def test_the_blocks_of_a_page_run_in_order(path: Path, names: dict, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [page for page in PAGES if page.values[0].name in RUN])
+@pytest.mark.parametrize("path", [page for page in PAGES if page.values[0].name in ENDS])
 def test_the_commands_of_a_page_run_to_their_end(path: Path, names: dict, monkeypatch):
     run_blocks(path, names, monkeypatch, "end")
 
@@ -72,8 +77,15 @@ def test_the_commands_of_a_page_run_to_their_end(path: Path, names: dict, monkey
 def run_blocks(path: Path, names: dict, monkeypatch, until: pages.Until) -> None:
     if path.name == "README.md":
         readme(names)
+    if path.name == "add_a_method.md" and until != "end":
+        monkeypatch.setattr("jaxlm.studies.grid.per_seed", without_steps)
     for block in pages.blocks(path):
         pages.execute(block, names, monkeypatch, until)
+
+
+def without_steps(run, folder, seeds):
+    """The runs of a page's study, which only test the model."""
+    return per_seed(dataclasses.replace(run, steps=0), folder, seeds)
 
 
 @pytest.mark.parametrize("path", PAGES)

@@ -55,11 +55,13 @@ def run_in_two(commands: list[list[str]], mesh: str = MESH, timeout: float = 300
     return outputs
 
 
-def start(words: list[str], *, port: int, rank: int) -> subprocess.Popen[str]:
-    """`jaxlm ...` as one of two processes that are started apart."""
+def start(
+    words: list[str], *, port: int, rank: int, jaxlm: tuple[str, ...] = ("-m", "jaxlm.cli.main")
+) -> subprocess.Popen[str]:
+    """`jaxlm ...`, or a script that is one, as one of two processes that are started apart."""
     where = f"--distributed=coordinator=127.0.0.1:{port},processes=2,process={rank}"
     return subprocess.Popen(
-        [sys.executable, "-m", "jaxlm.cli.main", *words, "--devices=4", where],
+        [sys.executable, *jaxlm, *words, "--devices=4", where],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

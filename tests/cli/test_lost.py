@@ -26,9 +26,20 @@ FLAGS = ["--steps=60" if flag == "--steps=2000" else flag for flag in LONG]
 AGAIN = "Start all processes again; the run resumes from its last checkpoint.\n"
 
 
-def pair(words: list[str]) -> list[subprocess.Popen[str]]:
+IMPATIENT = """
+import sys
+from jaxlm.cli.main import main
+from jaxlm.sharding import multihost
+multihost.HEARTBEAT = 6
+if __name__ == "__main__":
+    sys.exit(main(script=__file__))
+"""
+"""A jaxlm that waits for a silent process no longer than a test should take."""
+
+
+def pair(words: list[str], **options) -> list[subprocess.Popen[str]]:
     port = free_port()
-    return [start(words, port=port, rank=rank) for rank in (0, 1)]
+    return [start(words, port=port, rank=rank, **options) for rank in (0, 1)]
 
 
 def ended(runs: list[subprocess.Popen[str]], timeout: float) -> list[str]:
@@ -50,12 +61,14 @@ def child_of(run: subprocess.Popen[str]) -> int:
     return int(child)
 
 
-def kill_after(words: list[str], folder: Path, count: int, victim: int, saving=False) -> float:
+def kill_after(
+    words: list[str], folder: Path, count: int, victim: int, saving=False, **options
+) -> float:
     """Kills one of two processes once there are `count` lines; how long the other one took.
 
     Or (saving) after the next checkpoint has begun to be written.
     """
-    runs = pair(words)
+    runs = pair(words, **options)
     deadline = time.monotonic() + 200
 
     def wait(what: Callable[[], bool]) -> None:
@@ -129,7 +142,10 @@ def test_a_run_whose_processes_are_killed_three_times_ends_as_if_they_were_not(
 @pytest.mark.multidevice
 def test_a_lost_process_ends_the_other(tmp_path, tiny_model):
     words = ["finetune", str(write_run(tmp_path, tiny_model)), *FLAGS, "--optimizer.name=adamw"]
-    assert kill_after(words, tmp_path / "run", 5, victim=1) < 60
+    words.append("--task.validation=null")
+    script = tmp_path / "impatient.py"
+    script.write_text(IMPATIENT)
+    assert kill_after(words, tmp_path / "run", 5, victim=1, jaxlm=(str(script),)) < 60
 
 
 @pytest.mark.parametrize("room", [pytest.param(0, marks=pytest.mark.slow), 20_000])

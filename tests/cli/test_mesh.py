@@ -1,7 +1,9 @@
 """Every command on eight devices, and in two processes of four each: the numbers of one device."""
 
+import functools
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +38,12 @@ LOCAL = (*ADAM, "--dynamics.name=local", "--dynamics.workers=2")
 def commands(folder: Path, which: str) -> list[list[str]]:
     """Commands, with outputs in a folder of inputs."""
     run = str(folder / "run.yaml")
-    if which == "some":
-        return [
-            ["finetune", run, f"--output={folder / 'mezo'}", "--optimizer.learning_rate=1e-3"],
-            ["finetune", run, f"--output={folder / 'adam'}", *ADAM, *EVERY],
-            ["study", str(folder / "study.yaml")],
-        ]
+    if which == "adam":
+        return [["finetune", run, f"--output={folder / 'adam'}", *ADAM, *EVERY]]
+    if which == "mezo":
+        return [["finetune", run, f"--output={folder / 'mezo'}", "--optimizer.learning_rate=1e-3"]]
+    if which == "less":
+        return [["study", str(folder / "study.yaml")]]
     return [
         ["study", str(folder / "kernel.yaml")],
         ["finetune", run, f"--output={folder / 'local'}", *LOCAL],
@@ -75,28 +77,21 @@ def made(folder: Path, model: Path, where: str, which: str) -> Path:
     return folder
 
 
-EIGHT = pytest.param("eight devices", marks=pytest.mark.slow)
-
-
 @pytest.fixture(scope="module")
-def one(tiny_model, tmp_path_factory) -> Path:
-    """What one device makes."""
-    return made(tmp_path_factory.mktemp("mesh") / "one", tiny_model, "one device", "some")
+def at(tiny_model, tmp_path_factory) -> Callable[[str, str], Path]:
+    """The folder of what some commands make somewhere, for all tests of it."""
 
+    @functools.cache
+    def at(where: str, which: str) -> Path:
+        return made(tmp_path_factory.mktemp("mesh") / "made", tiny_model, where, which)
 
-@pytest.fixture(scope="module", params=[EIGHT, "two processes"])
-def other(request, tiny_model, tmp_path_factory) -> Path:
-    """The same on a mesh."""
-    return made(tmp_path_factory.mktemp("mesh") / "other", tiny_model, request.param, "some")
+    return at
 
 
 @pytest.fixture(scope="module", params=["eight devices", "two processes"])
-def rest(request, tiny_model, tmp_path_factory) -> tuple[Path, Path]:
-    """What one device and a mesh make by the other commands."""
-    folder = tmp_path_factory.mktemp("mesh")
-    places = (("mesh", request.param), ("one", "one device"))
-    found, wanted = (made(folder / name, tiny_model, where, "rest") for name, where in places)
-    return found, wanted
+def rest(request, at) -> tuple[Path, Path]:
+    """What a mesh and one device make by the other commands."""
+    return at(request.param, "rest"), at("one device", "rest")
 
 
 def numbers(path: Path) -> list[dict]:
@@ -104,9 +99,11 @@ def numbers(path: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in read_lines(path)]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["eight devices", "two processes"])
 @pytest.mark.parametrize("run", ["mezo", "adam"])
-def test_runs_have_the_curves_of_one_device(run, one, other):
-    assert_same_curves(other / run, one / run)
+def test_runs_have_the_curves_of_one_device(run, where, at):
+    assert_same_curves(at(where, run) / run, at("one device", run) / run)
 
 
 @pytest.mark.slow
@@ -139,7 +136,12 @@ def test_kernels_are_those_of_one_device(rest):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
-def test_selections_are_those_of_one_device(one, other):
+@pytest.mark.parametrize(
+    "where", [pytest.param("eight devices", marks=pytest.mark.slow), "two processes"]
+)
+def test_selections_are_those_of_one_device(where, at):
+    """By gradients along a run of Adam."""
+    one, other = at("one device", "less"), at(where, "less")
     (wanted,), (found,) = (list(f.glob("study/seed-0/train-1-*/store")) for f in (one, other))
     stores = [GradientStore.open(path) for path in (found, wanted)]
     order = [np.argsort(store.ids) for store in stores]
@@ -163,8 +165,9 @@ def test_models_and_texts_are_those_of_one_device(rest):
     assert texts[0] == texts[1]
 
 
-def test_a_run_goes_on_with_another_mesh(one, tiny_model, tmp_path):
+def test_a_run_goes_on_with_another_mesh(at, tiny_model, tmp_path):
     """Stopped on fsdp=4, model=2, and finished on one device."""
+    one = at("one device", "adam")
     path = write_run(tmp_path, tiny_model)
     for mesh, steps in (("fsdp=4,model=2", 4), (None, 12)):
         flags = [f"--steps={steps}", *EVERY, *ADAM]
@@ -195,6 +198,6 @@ def test_a_profile_is_written(tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_the_summary_says_how_much_of_the_time_went_into_steps(one):
-    summary = json.loads((one / "adam" / "summary.json").read_text())
+def test_the_summary_says_how_much_of_the_time_went_into_steps(at):
+    summary = json.loads((at("one device", "adam") / "adam" / "summary.json").read_text())
     assert 0 < summary["goodput"] < 1

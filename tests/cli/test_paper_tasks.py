@@ -54,10 +54,10 @@ def test_options_of_its_own_are_trained_on_as_completions(tmp_path, tiny_model, 
     words = [f"--model={tiny_model}", "--task.name=opt/copa", f"--task.test={source}"]
     words += [f"--task.train={source}", "--task.num_validation=8"]
     output = tmp_path / "run"
-    small = ["--optimizer.name=mezo", "--steps=3", "--batch_size=4", f"--output={output}"]
+    small = ["--optimizer.name=adam", "--steps=3", "--batch_size=4", f"--output={output}"]
     assert main(["finetune", *words, *small]) == 0
     summary = json.loads((output / "summary.json").read_text())
-    assert summary["forwards"] == 6
+    assert (summary["forwards"], summary["backwards"]) == (3, 3)
     assert summary["config"]["task"]["num_train"] == 1000
     found = evaluate(capsys, output)
     assert found["accuracy"] == summary["test"]["accuracy"]

@@ -96,6 +96,7 @@ def test_with_an_orthogonal_square_adapter_nothing_is_lost():
     close(found, of_selected(f, lm.params, x, r"q_proj\.kernel"))
 
 
+@pytest.mark.slow
 def test_the_error_of_lora_falls_as_one_over_the_root_of_its_rank():
     lm, x = single("decoder"), oracle.examples(4)
     f = oracle.label_logits(lm, 3)

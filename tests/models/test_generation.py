@@ -332,7 +332,7 @@ def test_a_tiny_temperature_draws_the_most_likely_token(temperature: float):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "gemma2"))]
+    "name", [pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "gpt2", "gemma2")]
 )
 def test_tokens_and_scores_are_the_same_in_64_bit_mode(name: str):
     """In it, numbers without a type are wider; those of the model keep their width."""

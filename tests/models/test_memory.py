@@ -35,16 +35,24 @@ def test_memory_of_blocks_grows_with_length_and_not_with_its_square():
     assert attending("blockwise", 4096) < 0.1 * attending("xla", 4096)
 
 
+LARGE = CONFIG.replace(vocab_size=2**16, num_layers=1)
+LOGITS = 4 * 192 * LARGE.vocab_size * 4
+"""Bytes of those of 192 more tokens, in each of four rows."""
+
+
+def scored(length, block):
+    params = jax.eval_shape(lambda: init_params(LARGE, jax.random.key(0)))
+
+    def loss(params, ids):
+        return scoring.next_token_log_probs(LARGE, params, ids, block=block).sum()
+
+    return temporaries(loss, params, jax.ShapeDtypeStruct((4, length), jnp.int32))
+
+
 def test_memory_of_scores_does_not_grow_with_length_times_vocabulary():
-    config = CONFIG.replace(vocab_size=2**16, num_layers=1)
-    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    assert scored(257, 32) - scored(65, 32) < 0.1 * LOGITS
 
-    def scored(length, block):
-        def loss(params, ids):
-            return scoring.next_token_log_probs(config, params, ids, block=block).sum()
 
-        return temporaries(loss, params, jax.ShapeDtypeStruct((4, length), jnp.int32))
-
-    grown = 4 * 192 * config.vocab_size * 4
-    assert scored(257, 32) - scored(65, 32) < 0.1 * grown
-    assert scored(257, 4 * 256) - scored(65, 4 * 64) > grown
+@pytest.mark.slow
+def test_memory_of_scores_in_one_block_does():
+    assert scored(257, 4 * 256) - scored(65, 4 * 64) > LOGITS

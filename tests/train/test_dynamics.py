@@ -279,7 +279,7 @@ def test_scaling_rules_carry_a_whole_optimizer():
     [
         pytest.param("svag", marks=pytest.mark.slow),
         pytest.param("noise", marks=pytest.mark.slow),
-        "local",
+        pytest.param("local", marks=pytest.mark.slow),  # `tests/dynamics/test_local.py` resumes one
     ],
 )
 @pytest.mark.multidevice

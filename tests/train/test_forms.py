@@ -1,5 +1,6 @@
 """Every data form with every kind of optimizer and tuning: one YAML file, one battery."""
 
+import functools
 import itertools
 import json
 import re
@@ -57,21 +58,35 @@ ADAM = "{name: adam, learning_rate: 3.0e-3}"
 MEZO = "{name: mezo, learning_rate: 1.0e-3}"
 
 
+def write_in(
+    folder: Path, form: str = "messages", optimizer: str = ADAM, peft: str = "lora"
+) -> Path:
+    """Write data and a configuration, and return its path."""
+    conversations(folder)
+    text = FORMS[form] + REST.format(optimizer=optimizer, peft=peft, folder=folder)
+    (folder / "run.yaml").write_text(text)
+    return folder / "run.yaml"
+
+
 @pytest.fixture
 def write(tmp_path: Path):
-    """Write a configuration and return its path."""
-    conversations(tmp_path)
-
-    def write(form: str = "messages", optimizer: str = ADAM, peft: str = "lora") -> Path:
-        text = FORMS[form] + REST.format(optimizer=optimizer, peft=peft, folder=tmp_path)
-        (tmp_path / "run.yaml").write_text(text)
-        return tmp_path / "run.yaml"
-
-    return write
+    return functools.partial(write_in, tmp_path)
 
 
 def load(path: Path, **overrides: str) -> FinetuneConfig:
     return configs.load(FinetuneConfig, str(path), overrides)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The run of the default row of conversations, not stopped."""
+    return whole(write_in(tmp_path_factory.mktemp("trained")))
+
+
+def whole(path: Path) -> Path:
+    config = load(path)
+    finetune(config, base_dir=path.parent)
+    return Path(config.output)
 
 
 USUAL = (("messages", ADAM, "lora"), ("text", ADAM, "null"))
@@ -121,10 +136,10 @@ def test_a_run_tells_which_rows_it_leaves_out(write):
 @pytest.mark.parametrize(
     "optimizer", [ADAM, pytest.param(MEZO, marks=pytest.mark.slow)], ids=["adam", "mezo"]
 )
-def test_a_stopped_run_resumes_bitwise(optimizer, write, monkeypatch):
+def test_a_stopped_run_resumes_bitwise(optimizer, write, trained, tmp_path_factory, monkeypatch):
     path = write("messages", optimizer)
-    whole = load(path, output=str(path.parent / "whole"))
-    finetune(whole, base_dir=path.parent)
+    if optimizer != ADAM:
+        trained = whole(write_in(tmp_path_factory.mktemp("whole"), "messages", optimizer))
     save = Checkpoints.save
 
     def stopping(self, step, *rest):
@@ -138,26 +153,24 @@ def test_a_stopped_run_resumes_bitwise(optimizer, write, monkeypatch):
             finetune(load(path), base_dir=path.parent)
     finetune(load(path), base_dir=path.parent)
     one, other = (
-        Checkpoints(path.parent / run / "checkpoints", read_only=True).read(6)
-        for run in ("run", "whole")
+        Checkpoints(run / "checkpoints", read_only=True).read(6)
+        for run in (path.parent / "run", trained)
     )
     assert json.dumps(one, default=lambda x: x.tolist()) == json.dumps(
         other, default=lambda x: x.tolist()
     )
 
 
-def test_the_adapter_of_a_run_is_a_peft_folder(write, tmp_path):
-    path = write()
-    finetune(load(path), base_dir=path.parent)
+def test_the_adapter_of_a_run_is_a_peft_folder(trained, tmp_path):
     target = tmp_path / "adapter"
-    assert main(["convert", str(tmp_path / "run"), str(target), "--adapter"]) == 0
+    assert main(["convert", str(trained), str(target), "--adapter"]) == 0
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {
         p.name for p in target.iterdir()
     }
-    trained, base = load_model(tmp_path / "run"), load_model(None)
+    adapted, base = load_model(trained), load_model(None)
     again = load_adapter(base, target)
     ids = np.arange(24, dtype=np.int32).reshape(2, 12) + 5
-    logits = [lm.apply(lm.params, ids) for lm in (trained, again, base)]
+    logits = [lm.apply(lm.params, ids) for lm in (adapted, again, base)]
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)
     assert np.abs(logits[0] - logits[2]).max() > 1e-3
 

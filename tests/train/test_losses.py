@@ -23,6 +23,7 @@ from jaxlm.train.losses import (
 from tests.zo.problems import small_decoder, token_batch
 
 WORDS = np.array([3, 4])
+SLOW = pytest.param(True, 4, marks=pytest.mark.slow)
 WEIGHTS = np.array([1, 0, 1, 0.5, 1, 0, 2, 0], np.float32)
 OFFSETS = np.array([0.1, -0.1], np.float32)
 
@@ -77,7 +78,7 @@ def test_accuracy_counts_the_weighted_hits(lm, batch):
     np.testing.assert_allclose([1 - loss, aux["accuracy"]], wanted, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("transformer", "count"), [(False, None), (True, 4)])
+@pytest.mark.parametrize(("transformer", "count"), [(False, None), (False, 4), SLOW])
 def test_both_signs_in_one_pass_measure_what_perturbed_parameters_do(lm, batch, transformer, count):
     lm = small_decoder() if transformer else lm
     batch["weights"] = np.ones(8, np.float32)

@@ -18,7 +18,7 @@ from tests.zo.problems import token_batch
 
 WORDS = np.array([3, 4])
 CONFIG = ModelConfig(
-    family="llama", kind="decoder", head="lm", vocab_size=30, hidden_size=16, num_layers=2,
+    family="llama", kind="decoder", head="lm", vocab_size=30, hidden_size=16, num_layers=1,
     num_heads=2, num_kv_heads=2, head_size=8, intermediate_size=24, max_positions=32,
     embedding_size=16, activation="silu", norm="rmsnorm", positions="rotary",
     attention_bias=False, output_bias=False, mlp_bias=False,

@@ -226,7 +226,7 @@ def test_a_trajectory_of_half_of_the_steps_is_not_the_run(run):
         load_model(folder)
 
 
-@pytest.mark.parametrize("optimizer", ["mezo", pytest.param("adam", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("mezo", marks=pytest.mark.slow)])
 def test_a_finished_run_goes_on_to_more_steps(optimizer, run_yaml):
     """With a constant schedule every step is what it is in a run that is longer at once."""
     flags = {"optimizer.name": optimizer, "task.validation": "null"}
