@@ -161,7 +161,6 @@ jax.distributed.shutdown()
 """
 
 
-@slow
 @pytest.mark.multidevice
 def test_two_processes_take_the_step_of_one():
     with socket.socket() as free:
