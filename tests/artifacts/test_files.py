@@ -97,6 +97,9 @@ def test_names_inside_a_folder(tmp_path):
 def test_a_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     assert str(file_path("~/x", "output")) == "/somewhere/x"
+    for text in ("", " ", "a\0b", "~nosuchuser/x"):
+        with pytest.raises(UserError, match=r"^output: "):
+            file_path(text, "output")
 
 
 def test_a_file_without_permission_is_named(tmp_path):
