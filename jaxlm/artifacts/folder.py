@@ -19,12 +19,14 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxlm.artifacts.files import read_json, report_write_errors, to_json, write_atomic, write_json
 from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
+
+Value = TypeVar("Value")
 
 CHECKSUMS = "checksums.json"
 FAILED = "failed.json"
@@ -337,22 +339,26 @@ def verify(folder: Path, *, below: str = "") -> None:
         raise UserError(f"{place}: damaged ({reason}). Make it again.")
 
 
-def ensure_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def ensure_folder(
+    folder: Path, make: Callable[[], Value], write: Callable[[Value, Path], None]
+) -> None:
     """Write a sealed folder, which is whole or absent, unless it agrees with its checksums.
 
-    `write(place)` fills an empty folder beside `folder`, which is then sealed and renamed. All
-    processes call this, and the main process writes.
+    `make` returns what the folder will hold, before anything is on the disk. `write(value, place)`
+    fills an empty folder beside `folder`, which is then sealed and renamed. All processes call
+    this, and the main process writes.
     """
     if is_main_process():
         try:
             verify(folder)
         except (UserError, OSError):
+            value = make()
             with report_write_errors(folder):
                 aside = folder.with_name(folder.name + ".tmp")
                 for old in (aside, folder):
                     shutil.rmtree(old, ignore_errors=True)
                 aside.mkdir(parents=True)
-                write(aside)
+                write(value, aside)
                 seal(aside)
                 aside.rename(folder)
     barrier(str(folder))

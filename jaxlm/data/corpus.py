@@ -195,14 +195,13 @@ def cached(path: Path, tokenizer: Any, cache: Path, digest: str | None = None) -
     name = path.name.removesuffix(".gz").removesuffix(".jsonl")
     folder = cache / f"{name}-{digest[:16]}"
 
-    def write(place: Path) -> None:
-        tokens = tokenize(path, tokenizer)
+    def write(tokens: Tokens, place: Path) -> None:
         np.save(place / "ids.npy", tokens.ids)
         np.save(place / "starts.npy", tokens.starts)
         record = {"boundary": tokens.boundary, "size": tokens.size}
         write_atomic(place / "tokens.json", to_json(record))
 
-    ensure_folder(folder, write)
+    ensure_folder(folder, lambda: tokenize(path, tokenizer), write)
     record = read_json(folder / "tokens.json", boundary=int, size=int)
     ids, starts = (np.load(folder / f"{field}.npy", mmap_mode="r") for field in ("ids", "starts"))
     return Tokens(ids, starts, record["boundary"], record["size"], digest)

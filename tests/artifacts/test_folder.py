@@ -149,18 +149,25 @@ def test_a_failure_is_told_by_its_marker(tmp_path):
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "cache" / "a"
 
-    def half(place: Path) -> None:
-        (place / "x").write_text("new")
-        raise KeyboardInterrupt
+    def write(text: str, place: Path) -> None:
+        (place / "x").write_text(text)
+        if text == "half":
+            raise KeyboardInterrupt
+
+    def refuse() -> str:
+        raise UserError("text: is bad (got this). Write it again.")
 
     def whole(text: str) -> str:
-        ensure_folder(folder, lambda place: (place / "x").write_text(text) and None)
+        ensure_folder(folder, lambda: text, write)
         return (folder / "x").read_text()
 
+    with pytest.raises(UserError):
+        ensure_folder(folder, refuse, write)
+    assert not folder.parent.exists()
     assert whole("old") == whole("new") == "old"
     (folder / "x").write_text("bad")
     with pytest.raises(KeyboardInterrupt):
-        ensure_folder(folder, half)
+        whole("half")
     assert not folder.exists()
     assert whole("new") == "new"
 

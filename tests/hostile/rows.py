@@ -1,5 +1,6 @@
 """What can be broken: rows by kind of file, each with the key or the file that must be named."""
 
+import functools
 import itertools
 import json
 import os
@@ -598,8 +599,8 @@ def runs() -> Iterator[Row]:
             "a pipe": (pipe(f"{run}/config.yaml"), ("config.yaml",)),
             "foreign configuration": (content(f"{run}/config.yaml", "a: 1\n"), ("config.yaml",)),
             "a list for configuration": (content(f"{run}/config.yaml", "[1]"), ("config.yaml",)),
-            "flipped checkpoint": (
-                each(f"{run}/checkpoints/*/*/arrays.bin", flipped),
+            "flipped checkpoint": (  # all of it, since some commands read the parameters alone
+                each(f"{run}/checkpoints/*/*/arrays.bin", functools.partial(flipped, count=10**6)),
                 ("checkpoints",),
             ),
             "cut checkpoint": (each(f"{run}/checkpoints/*/*/arrays.bin", cut), ("checkpoints",)),
