@@ -88,6 +88,21 @@ def report_write_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def write_new(path: Path, text: str) -> None:
+    """Write a file whole or not at all; raise FileExistsError if it exists already."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with report_write_errors(path):
+            aside.write_text(text, encoding="utf-8")
+        os.link(aside, path)  # unlike a rename, it fails if another command has taken the name
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def write_shared(path: Path, content: str | bytes) -> None:
     """Write a file that all processes share, with `write_atomic`.
 

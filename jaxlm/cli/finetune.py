@@ -115,8 +115,8 @@ def finetune(
         The result, with `summary`, `metrics`, `model` and `plot()`.
 
     Raises:
-        UserError: see `jaxlm.train.finetuning.finetune`; or a key is unknown, or a value does not
-            fit.
+        UserError: a key is unknown or a value does not fit; the data or the model cannot be used;
+            the folder holds another run, or another process writes there; or the run diverged.
     """
     built, folder = configs.from_call(FinetuneConfig, config, overrides, "finetune")
     summary = finetuning.finetune(built, base_dir=base_dir or folder, mesh=mesh)

@@ -19,14 +19,7 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from jaxlm.artifacts.files import (
-    file_path,
-    parse_json,
-    read_text,
-    report_write_errors,
-    to_json,
-    write_atomic,
-)
+from jaxlm.artifacts.files import file_path, parse_json, read_text, to_json, write_new
 from jaxlm.artifacts.processes import is_main_process
 from jaxlm.cli import config as configs
 from jaxlm.core.checks import dtype_name, seeds, show, whole
@@ -141,7 +134,7 @@ def generate(
     built, _ = configs.from_call(GenerateConfig, config, overrides, "generate")
     samples, kept = itertools.tee(_samples(built, mesh))
     if built.output is not None:
-        write_new(file_path(built.output, "output"), map(to_json, samples))
+        write_samples(file_path(built.output, "output"), map(to_json, samples))
     return list(kept)
 
 
@@ -211,7 +204,7 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def write_new(path: Path, lines: Iterable[str]) -> None:
+def write_samples(path: Path, lines: Iterable[str]) -> None:
     """Write lines to a file that must not exist yet, whole or not at all."""
     exists = UserError(f"output: exists already (got {path}). Give a new file.")
     if path.exists():
@@ -221,10 +214,10 @@ def write_new(path: Path, lines: Iterable[str]) -> None:
     text = "".join(f"{line}\n" for line in lines)  # all processes must take part in computing them
     if not is_main_process():
         return
-    if path.exists():  # another command was faster
-        raise exists
-    with report_write_errors(path):
-        write_atomic(path, text)
+    try:
+        write_new(path, text)
+    except FileExistsError:  # another command was faster
+        raise exists from None
 
 
 def _load(config: GenerateConfig, mesh: Any) -> tuple[Any, dict[str, Any]]:

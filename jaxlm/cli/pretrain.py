@@ -65,8 +65,8 @@ def pretrain(
         The result, with `summary`, `metrics`, `model` and `plot()`.
 
     Raises:
-        UserError: see `jaxlm.train.pretraining.pretrain`; or a key is unknown, or a value does not
-            fit.
+        UserError: a key is unknown or a value does not fit; the corpus or the tokenizer cannot be
+            used; the folder holds another run, or another process writes there; or it diverged.
     """
     built, _ = configs.from_call(PretrainConfig, config, overrides, "pretrain")
     return finished(built, pretraining.pretrain(built, mesh=mesh), mesh)

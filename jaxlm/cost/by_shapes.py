@@ -204,12 +204,12 @@ def _longest(config: FinetuneConfig, encoded: Encoded) -> Tail:
     """Return the shapes of the largest batch of the first epoch, which has the longest example."""
     epoch = -(-encoded.sizes["train"] // config.batch_size)
     options: dict[str, Any] = {"batch_size": config.batch_size, "seeds": (config.seed,)}
-    read = [
+    read = (  # one at a time: an epoch may not fit into memory
         encoded.streams(first, count, **options)
         for first, count in config.dispatches(0)
         if first < epoch
-    ]
-    tails = [{key: (x.shape[3:], x.dtype) for key, x in batch.items()} for batch in read]
+    )
+    tails = ({key: (x.shape[3:], x.dtype) for key, x in batch.items()} for batch in read)
     return max(tails, key=_bytes, default={})
 
 

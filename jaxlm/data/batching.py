@@ -189,7 +189,7 @@ class EncodedTask(EncodedSplits):
         ids, mask = pad(rows, (options, length), self.pad_id)
         batch |= {"input_ids": ids, "attention_mask": mask}
         places = [each.positions for each in examples]
-        batch["positions"], mask = pad(places, (options, self.num_targets))
+        batch["positions"], _ = pad(places, (options, self.num_targets))
         types = [each.token_type_ids for each in examples if each.token_type_ids is not None]
         if types:
             batch["token_type_ids"], _ = pad(types, (options, length))

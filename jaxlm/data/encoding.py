@@ -6,6 +6,7 @@ options as texts. Both return `Encoded`.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -20,8 +21,8 @@ Tokens = tuple[int, ...]
 
 X = TypeVar("X")
 
-# Examples per call of the tokenizer: enough for all its threads, few enough to hold their offsets.
-_CHUNK = 512
+# Strings per call of the tokenizer: enough for all its threads, few enough to hold their offsets.
+_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,16 @@ def encode_all(
     for example, rows in _tokenized(examples, render, tokenizer, kind):
         if bounds and max(len(row.ids) for row in rows) > min(bounds):
             rows = _cut_fields(rows, room, first_field_limit)
+        for row, label in zip(rows, labels, strict=True):
+            if not row.scored:
+                raise UserError(
+                    f"task.labels: a word has no token (got {label!r}). Choose another."
+                )
+            if kind == "decoder" and row.scored.start == 0:
+                raise UserError(
+                    f"{example.id}: has no token before the label word (got {label!r}). Put text "
+                    "before {label} in task.template."
+                )
         encoded = _joined(rows, labels, tokenizer, kind, example.id)
         check_words(encoded, labels, tokenizer)
         yield replace(encoded, label=example.label)
@@ -134,11 +145,17 @@ def _tokenized(
 ) -> Iterator[tuple[X, list[TokenizedText]]]:
     """Yield each example with the tokens of its rendered options."""
     read = _rows_by_offsets if getattr(tokenizer, "is_fast", False) else _rows_by_prefixes
-    for start in range(0, len(examples), _CHUNK):
-        chunk = [(example, render(example)) for example in examples[start : start + _CHUNK]]
-        rows = iter(read(tokenizer, [text for _, texts in chunk for text in texts], kind))
-        for example, texts in chunk:
-            yield example, [next(rows) for _ in texts]
+    chunk: list[tuple[X, int]] = []
+    texts: list[Rendered] = []
+    for number, example in enumerate(examples, start=1):
+        options = render(example)
+        chunk.append((example, len(options)))
+        texts += options
+        if len(texts) >= _CHUNK or number == len(examples):
+            rows = iter(read(tokenizer, texts, kind))
+            for whose, count in chunk:
+                yield whose, list(itertools.islice(rows, count))
+            chunk, texts = [], []
 
 
 def _cut_fields(
@@ -234,12 +251,12 @@ def _joined(
 def check_words(encoded: Encoded, labels: Sequence[str], tokenizer: Any) -> None:
     """Raise UserError for a label word that the tokenizer does not know, or two that are alike."""
     seen: dict[tuple[Tokens, Tokens], str] = {}
-    for label, *row in zip(labels, encoded.input_ids, encoded.targets, strict=True):
-        if tokenizer.unk_token_id in row[1]:
+    for label, ids, scored in zip(labels, encoded.input_ids, encoded.targets, strict=True):
+        if tokenizer.unk_token_id in scored:
             raise UserError(
                 f"task.labels: a word is unknown to the tokenizer (got {label!r}). Choose another."
             )
-        twin = seen.setdefault((row[0], row[1]), label)
+        twin = seen.setdefault((ids, scored), label)
         if twin != label:
             raise UserError(
                 f"task.labels: two words have the same tokens (got {twin!r} and {label!r}). Change "

@@ -116,14 +116,15 @@ def lines(path: Path, where: str) -> Iterator[bytes]:
 def json_objects(lines: Iterable[bytes], where: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the JSON object of every line that is not empty, with its number from 1."""
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
         name = f"{where}, line {number}"
         try:
             text = line.decode("utf-8-sig")
         except UnicodeDecodeError:
-            raise UserError(f"{name}: not a text file in UTF-8. Save it as UTF-8.") from None
-        yield number, as_object(parse_json(text, name), name)
+            text = "\0"
+        if "\0" in text:  # UTF-16 without a mark is UTF-8 with a NUL after each letter
+            raise UserError(f"{name}: not a text file in UTF-8. Save it as UTF-8.")
+        if text.strip():
+            yield number, as_object(parse_json(text, name), name)
 
 
 def as_object(value: Any, where: str) -> dict[str, Any]:

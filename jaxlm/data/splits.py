@@ -5,8 +5,9 @@ import hashlib
 import json
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
@@ -171,7 +172,7 @@ class SplitsConfig:
         self, examples: Mapping[str, Sequence[Any]], *, seed: int
     ) -> tuple[tuple[Any, ...], ...]:
         """Draw the examples of every split, in the order of `SPLITS`, held-out ones included."""
-        checks.integer("seed", seed, least=0, most=2**32 - 1)
+        checks.seeds(SimpleNamespace(seed=seed), "seed")
         drawn = dict(examples)
         train = examples["train"]
         if train or self.validation == HOLD_OUT:
@@ -206,7 +207,7 @@ class SplitsConfig:
 def _checks(cls: Any) -> dict[str, Check]:
     """Return a check of every field: that of its declared type, or its own."""
     hints = typing.get_type_hints(cls)
-    checks_of_types = {name: _check_of(hints[name]) for name in cls.__dataclass_fields__}
+    checks_of_types = {field.name: _check_of(hints[field.name]) for field in fields(cls)}
     return checks_of_types | cls.CHECKS
 
 
@@ -215,8 +216,10 @@ def _check_of(kind: Any) -> Check:
     if typing.get_origin(inner) is Literal:
         choices = (*typing.get_args(inner), *([None] if inner is not kind else []))
         return functools.partial(checks.one_of, choices=choices)
-    by_type: dict[Any, Check] = {str: checks.text, int: checks.integer, float: checks.real}
-    return by_type.get(inner, checks.texts)
+    by_type: dict[Any, Check] = {
+        str: checks.text, int: checks.integer, float: checks.real, tuple: checks.texts
+    }  # fmt: skip
+    return by_type[typing.get_origin(inner) or inner]
 
 
 class TextsConfig(SplitsConfig):

@@ -5,6 +5,7 @@ folders with a `task.yaml` and their files, and suites `SUITE.yaml` of tasks nam
 """
 
 import dataclasses
+import difflib
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -91,7 +92,7 @@ class TaskConfig(SplitsConfig):
         super().__post_init__()
         generative = self.is_generative
         self._fill("metric", ("f1",) if generative else ("accuracy",))
-        self._fill("objective", ("classification", "completion")[generative:])
+        self._fill("objective", ("completion",) if generative else ("classification", "completion"))
         Template.parse(self.template)
         if self.labels or not self.has_per_example_options:
             self._check_labels()
@@ -316,7 +317,10 @@ def task_config(values: Mapping[str, Any]) -> TaskConfig:
         raise UserError(f"task: not a section of keys (got {checks.show(values)}). Give its keys.")
     known = [field.name for field in dataclasses.fields(TaskConfig)]
     for key in values:
-        checks.one_of(f"task.{key}", key, known)
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"Did you mean task.{near[0]}?" if near else f"Use one of {', '.join(known)}."
+            raise UserError(f"task.{key}: not a key of a task. {hint}")
     name = values.get("name")
     merged: dict[str, Any] = {**_known_values(str(name)), **values}
     TaskConfig.check(merged)
@@ -372,7 +376,7 @@ def _example(row: Record, template: Template, config: TaskConfig, read: Reader |
         right = all(isinstance(text, str) for text in strings) and bool(parsed.gold)
         right = right and all(place in places for place in parsed.gold)
     except KeyError as error:
-        raise _lacks(row, error.args[0], config.name) from None
+        raise _lacks(row, str(error), config.name) from None
     if not right:
         raise _not_a_row(row, config)
     first = next(iter(template.before), "")
@@ -388,7 +392,7 @@ def _by_reader(row: Record, config: TaskConfig, read: Reader) -> ParsedRow:
     try:
         return read(_renumbered(row, config))
     except KeyError as error:
-        raise _lacks(row, error.args[0], config.name) from None
+        raise _lacks(row, str(error), config.name) from None
     except (TypeError, ValueError, AttributeError, IndexError, OverflowError):
         raise _not_a_row(row, config) from None
 
@@ -405,7 +409,7 @@ def _renumbered(row: Record, config: TaskConfig) -> Mapping[str, Any]:
 def _lacks(row: Record, field: str, reader: str) -> UserError:
     names = ", ".join(map(repr, row.values))
     return UserError(
-        f"{row.where}: has no field {field!r}, which {reader} reads (got {names}). Give it, or "
+        f"{row.where}: has no field {field}, which {reader} reads (got {names}). Give it, or "
         "name one of these."
     )
 
@@ -450,7 +454,7 @@ def _wrong(row: Record, what: str, value: Any, todo: str) -> UserError:
 
 def _value(row: Record, name: str, key: str) -> Any:
     if name not in row.values:
-        raise _lacks(row, name, f"task.{key}")
+        raise _lacks(row, repr(name), f"task.{key}")
     value = row.values[name]
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise UserError(

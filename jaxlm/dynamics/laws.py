@@ -182,9 +182,9 @@ def _jacobian(point: np.ndarray, logs: np.ndarray, targets: np.ndarray) -> np.nd
 def bootstrap_power_law(
     key: PRNGKey, x: Any, loss: Any, *, resamples: int = 200, delta: float = 1e-3
 ) -> list[PowerLaw]:
-    """Fit laws to bootstrap resamples: n of the n points, drawn with replacement.
+    """Fit laws to `resamples` bootstrap resamples: n of the n points, drawn with replacement.
 
-    The other arguments are those of `fit_power_law`. Each fit starts from the fit to all points.
+    `x`, `loss` and `delta` are those of `fit_power_law`. Each fit starts from that to all points.
     """
     columns, losses = _checked(x, loss)
     whole = fit_power_law(columns, losses, delta=delta)

@@ -60,7 +60,13 @@ class NoiseStats(NamedTuple):
 
 
 class NoiseSums(NamedTuple):
-    """Of m gradients: their number, their sum, and their squared distances from their mean."""
+    """The sums that gradient accumulation keeps for `NoiseStats`: one gradient and two scalars.
+
+    Attributes:
+        batches: m, the number of gradients so far.
+        gradient: their sum, in at least float32; divided by m, the gradient for the optimizer.
+        square: the sum of their squared distances from their mean.
+    """
 
     batches: Float[Array, ""]
     gradient: Params

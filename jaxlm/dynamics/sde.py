@@ -86,7 +86,8 @@ class NoiseOperator(NamedTuple):
 def as_operator(noise: Any, x: Any) -> NoiseOperator:
     """Convert the value of a diffusion at the state x to a `NoiseOperator`.
 
-    A diagonal is a tree like x whose leaves may be scalars; a matrix is [d, r] where x is [d].
+    The value is a diagonal, as a tree like x whose leaves may be scalars; a matrix [d, r] that maps
+    r numbers of white noise to a state x [d]; a `NoiseOperator`; or an operator of lineax.
     """
     if hasattr(noise, "mv") and hasattr(noise, "in_structure"):
         return NoiseOperator(noise.mv, noise.in_structure())

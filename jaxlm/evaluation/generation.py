@@ -84,6 +84,7 @@ def generate_text(
             model's positions, a stop string is empty, or the model does not generate or has scores
             that are not finite.
     """
+    _check(prompts, stop, chunk)
     if not prompts:
         return []
     generator, state, rows = _start(
@@ -92,14 +93,13 @@ def generate_text(
         max_new_tokens,
         sampling,
         stop,
-        chunk,
         max_prompt_tokens,
         num_samples=num_samples,
         key=key,
         view=view,
     )
     ended: dict[int, Completion] = {}
-    params, count = decoding_params(lm.params), len(rows) * num_samples
+    params, count = decoding_params(lm.params, view), len(rows) * num_samples
     while True:
         generated = _read(state)
         for i in range(count):
@@ -133,12 +133,13 @@ def stream_text(
     No piece ends inside a character, or inside what may become a stop string. Joined, the pieces
     are the text of `generate_text`. Wrong arguments raise at the call, before the first piece.
     """
+    _check([prompt], stop, chunk)
     generator, state, (row,) = _start(
-        lm, [prompt], max_new_tokens, sampling, stop, chunk, num_samples=1, key=key, view=view
+        lm, [prompt], max_new_tokens, sampling, stop, num_samples=1, key=key, view=view
     )
 
     def pieces(state: State) -> Iterator[str]:
-        shown, params = 0, decoding_params(lm.params)
+        shown, params = 0, decoding_params(lm.params, view)
         while True:
             generated = _read(state)
             completion = row.end(generated, 0)
@@ -214,23 +215,25 @@ def _read(state: State) -> Generated:
     return generated
 
 
-def _start(
-    lm: LanguageModel,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop: Sequence[str],
-    chunk: int,
-    max_prompt_tokens: int | None = None,
-    **options: Any,
-) -> tuple[Generator, State, list[_Row]]:
-    """Check the arguments, and read the prompts, padded on the left."""
+def _check(prompts: Sequence[str], stop: Sequence[str], chunk: int) -> None:
     for name, value in (("prompts", prompts), ("stop", stop)):
         if isinstance(value, str):
             raise UserError(f"{name}: must be a list of texts (got {show(value)}). Give a list.")
     if "" in stop:
         raise UserError("stop: has an empty string (got ''). Leave it out.")
     integer("chunk", chunk)
+
+
+def _start(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str],
+    max_prompt_tokens: int | None = None,
+    **options: Any,
+) -> tuple[Generator, State, list[_Row]]:
+    """Read the prompts, padded on the left."""
     config = lm.config
     tokens = _tokenise(lm, prompts, max_prompt_tokens)
     rows = [_Row(lm.tokenizer, ids, stop, config.stops) for ids in tokens]

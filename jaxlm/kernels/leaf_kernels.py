@@ -159,7 +159,10 @@ def _fold(combine, function, parts):
         return function(first)
     shapes = jax.eval_shape(function, first)
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    step = lambda total, part: (jax.tree.map(combine, total, function(part)), None)  # noqa: E731
+
+    def step(total, part):
+        return jax.tree.map(combine, total, function(part)), None
+
     return lax.scan(step, start, parts)[0]
 
 
@@ -458,7 +461,10 @@ def table_chunked(
     if head is not None:
         head = head._replace(b=jnp.pad(head.b, [(0, 0)] * 3 + [(0, rest)]))
     starts = jnp.arange(steps, dtype=jnp.int32) * size
-    in_chunks = lambda m: jnp.pad(m, (0, rest * width)).reshape(steps, -1)  # noqa: E731
+
+    def in_chunks(moment):
+        return jnp.pad(moment, (0, rest * width)).reshape(steps, -1)
+
     return pairing.chunked(form, (rows, head), starts, _by_chunk(moments, in_chunks, steps))
 
 

@@ -217,16 +217,17 @@ class Generator:
     ) -> State:
         """Read the prompts and draw the first token; arguments as in `generate`."""
         mask = np.ones(np.shape(input_ids), np.int32) if attention_mask is None else attention_mask
-        longest = np.shape(input_ids)[1]
         if has_values(input_ids, mask):
-            lengths = np.asarray(mask).sum(axis=1)
-            if (lengths == 0).any() or not len(lengths):
+            lengths = np.asarray(mask).sum(axis=-1)
+            if np.size(lengths) == 0 or (lengths == 0).any():
                 raise UserError(
                     "prompts: each must have a token (got an empty one). Give it one, such as "
                     "bos_id."
                 )
             check_ids("input_ids", input_ids, self.config.vocab_size)
             longest = int(lengths.max())
+        else:
+            longest = np.shape(input_ids)[1]
         checks.integer("max_new_tokens", max_new_tokens)
         checks.integer("num_samples", num_samples, most=MOST_SAMPLES)
         self._check_model(longest + max_new_tokens - 1, max_new_tokens)

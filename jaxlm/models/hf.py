@@ -365,6 +365,7 @@ def _write_weights(
         gathered = {name: tensors[name].gather(flat) for name in names}
         if folder is not None:
             save_file(gathered, folder / file, {"format": "pt"})
+        del gathered  # before the next file is gathered: a file may take gigabytes
     if folder is not None and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"

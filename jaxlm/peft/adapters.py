@@ -91,10 +91,11 @@ def save_adapter(
         "fan_in_fan_out": not any(row.transpose for name in pairs for row, _ in modules[name]),
         "inference_mode": True,
     }
+    text = json.dumps(settings, indent=2) + "\n"
     folder = file_path(directory, "directory")
     with replacing(folder, last=CONFIG, stale=lambda path: path.name in (CONFIG, WEIGHTS)) as place:
         save_file(tensors, place / WEIGHTS, {"format": "pt"})
-        (place / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (place / CONFIG).write_text(text, encoding="utf-8")
 
 
 def _pair(rows: list[tuple[Name, int]], flat: dict[str, Any]) -> Any:

@@ -72,10 +72,11 @@ def per_seed(run: Any, folder: Path, seeds: Iterable[int]) -> tuple[Any, ...]:
 
 
 def section_of(value: Any, place: str) -> dict[str, Any]:
-    """Return the keys of a method or a variant; None stands for no keys."""
-    if not isinstance(value or {}, Mapping):
+    """Return the keys of a method or a variant; None and "" (null in YAML) stand for no keys."""
+    value = {} if value is None or value == "" else value
+    if not isinstance(value, Mapping):
         raise UserError(f"{place}: must be a section (got {show(value)}). Give keys with values.")
-    return dict(value or {})
+    return dict(value)
 
 
 def with_keys(run: Mapping[str, Any], keys: Mapping[str, Any], place: str) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def _stored(folder: Path, config: KernelConfig, case: Case) -> dict[str, Any] | 
     if not path.exists():
         return None
     report = read_json(path, **_FIELDS)
-    check_inputs(path, report["settings"], _settings(config, case))
+    check_inputs(folder, report["settings"], _settings(config, case))
     return report
 
 

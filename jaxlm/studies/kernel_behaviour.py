@@ -245,14 +245,14 @@ def _solve(kernels: Kernels, kind: str, solver: Any, tuned: Tuned, seed: int) ->
     size = float(np.linalg.norm(random))
     numbers = np.random.default_rng(seed)
     nulls = [train._replace(labels=numbers.permutation(train.labels)) for _ in range(NULLS)]
-    rank, values, duplicates = solve.spectrum(train.kernel)
+    rank, count, duplicates = solve.spectrum(train.kernel)
     return KernelResult(
         kind=kind,
         test=fit.accuracy(test),
         validation=fit.accuracy_chosen,
         settings=fit.settings,
         rank=rank,
-        size=values,
+        size=count,
         duplicates=duplicates,
         change=kernel_change(before, after),
         null=float(np.mean([solve.fit(each, validation, solver).accuracy(test) for each in nulls])),

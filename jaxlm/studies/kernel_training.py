@@ -97,7 +97,7 @@ def fine_tune(task: KernelTask, training: Training, *, seed: int) -> Tuned:
     batches = functools.partial(task.encoded.batches, batch_size=training.batch_size, seed=seed)
     scorer, steps, every = Program(task.f), training.steps, training.eval_every
     loop = LoopConfig(steps=steps, eval_every=every, checkpoint_every=steps, log_every=every)
-    found: list[tuple[tuple[float, float], Tuned]] = []
+    best: tuple[tuple[float, float], Tuned] | None = None  # of all rates: each holds a model
     reason: Any = "no finite validation loss"
     for rate in training.learning_rates or (training.optimizer.learning_rate,):
         look = _Best(task, training, rate, scorer)
@@ -108,10 +108,11 @@ def fine_tune(task: KernelTask, training: Training, *, seed: int) -> Tuned:
         except Diverged as error:
             reason = error
         else:
-            found += [] if look.found is None else [look.found]
-    if not found:
+            if look.found is not None and (best is None or look.found[0] > best[0]):
+                best = look.found
+    if best is None:
         raise UserError(
             f"learning_rates: fine-tuning failed with every one of them (got {reason}). Give "
             "smaller ones."
         )
-    return max(found, key=lambda each: each[0])[1]
+    return best[1]

@@ -78,11 +78,12 @@ def linear_probe(lm: Any, encoded: Any, *, batch_size: int = 64) -> LinearProbe:
 
     program = Program(read)
     splits: tuple[SplitName, ...] = ("train", "validation", "test")
-    seen = {
-        split: score_split(program, lm.params, encoded, split, batch_size=batch_size)
-        for split in splits
-        if getattr(encoded, split)
-    }
+    seen = {}
+    for split in splits:
+        if examples := getattr(encoded, split):
+            features, _ = score_split(program, lm.params, encoded, split, batch_size=batch_size)
+            # A probe learns one class of each example, also where several are right.
+            seen[split] = features, np.array([example.label for example in examples], np.int32)
     bias = "bias" in lm.params.get("lm_head", {})
     rows, intercept = fit_rows(*seen["train"], names=encoded.labels, intercept=bias)
     found = {

@@ -128,6 +128,9 @@ def _read(part: _Part, dtype: Any) -> np.ndarray:
 def _block(leaf: _Leaf, index: tuple[slice, ...], read: Callable[[_Part], np.ndarray]) -> Any:
     """Return the values of an array at `index`, assembled from the parts that overlap it."""
     spans = [axis.indices(size)[:2] for axis, size in zip(index, leaf.shape, strict=True)]
+    place = tuple(start for start, _ in spans), tuple(stop - start for start, stop in spans)
+    if place in leaf.parts:
+        return read(leaf.parts[place])  # without the copy that an assembled block is
     low, high = np.array(spans, int).reshape(-1, 2).T
     out, filled = np.empty(high - low, leaf.dtype), 0
     for part in leaf.parts.values():
@@ -247,7 +250,9 @@ class Checkpoints:
         read_only: bool = False,
     ):
         self.folder = Path(folder).absolute()
-        self.select, self.keep_every, self.read_only = select, keep_every, read_only
+        self.select = select
+        self.keep_every = keep_every
+        self.read_only = read_only
         if not read_only and is_main_process():
             with report_write_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -332,7 +337,8 @@ class Checkpoints:
         Parameters that are not selected are taken from `like`, whose arrays may be
         `jax.ShapeDtypeStruct`s. With `donate`, those that are replaced are deleted before reading.
         """
-        if (step := self.latest_step if step is None else step) is None:
+        step = self.latest_step if step is None else step
+        if step is None:
             return None
         held, rest = self._divide(like)
         with self._reading(step) as stored:
@@ -369,7 +375,7 @@ class Checkpoints:
             raise
         except UserError as error:
             raise UserError(f"{str(error).rpartition('. ')[0]}. {advice}") from error
-        except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, OverflowError, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"{place}: this checkpoint cannot be read ({reason}). {advice}"

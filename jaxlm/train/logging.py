@@ -166,7 +166,8 @@ class Progress:
     def _due(self) -> bool:
         now = time.perf_counter()
         due = now - self._last > 5
-        self._last = now if due else self._last
+        if due:
+            self._last = now
         return due
 
     def say(self, line: str, *, screen: bool = True) -> None:

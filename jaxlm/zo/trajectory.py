@@ -148,12 +148,9 @@ class Header:
         """Inverse of `encode`."""
         record = json.loads(text)
         key, data = record["key"], jnp.asarray(record["key"]["data"], jnp.uint32)
-        paths = [parameter["path"] for parameter in record["params"]]
-        if not isinstance(record["num_directions"], int) or not isinstance(
-            record["settings"], dict
-        ):
-            raise TypeError
-        if not all(isinstance(path, str) for path in paths):
+        wanted = [(record["num_directions"], int), (record["settings"], dict)]
+        wanted += [(parameter["path"], str) for parameter in record["params"]]
+        if not all(isinstance(value, kind) for value, kind in wanted):
             raise TypeError
         return cls(
             record["jaxlm"],

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.cli.generate import write_new
+from jaxlm.cli.generate import write_samples
 from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.evaluation import generate_text
@@ -78,11 +78,11 @@ def test_of_two_commands_with_one_output_one_writes_it(tmp_path, monkeypatch):
     def lines():
         yield "slow"
         monkeypatch.setattr(os, "getpid", lambda: 1)
-        write_new(path, ["fast", "fast"])
+        write_samples(path, ["fast", "fast"])
         yield "slow"
 
     with pytest.raises(UserError, match="output: exists already"):
-        write_new(path, lines())
+        write_samples(path, lines())
     assert path.read_text() == "fast\nfast\n"
     assert list(tmp_path.iterdir()) == [path]
 

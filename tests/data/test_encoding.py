@@ -85,8 +85,28 @@ def test_label_first_needs_a_token_before_it(bpe, bpe_bos) -> None:
     encoded = run(bpe_bos, "{label}: {text}", ["great", "fun"], text="it")
     assert words(bpe_bos, encoded.targets)[1] == ["fun", ":", "Ġit"]
     assert encoded.positions[1] == (0, 1, 2)
-    with pytest.raises(UserError, match=r"^train.jsonl:1: has no token before an option"):
+    with pytest.raises(UserError, match=r"^train.jsonl:1: has no token before the label word"):
         run(bpe, "{label}: {text}", ["great", "fun"], text="it")
+    with pytest.raises(UserError, match=r"^task.labels: a word has no token \(got ''\)"):
+        run(bpe, "{text}{label}", ["", "fun"], text="it")
+
+
+def test_a_call_of_the_tokenizer_has_few_strings(bpe, monkeypatch) -> None:
+    """Their offsets take much memory: the number of label words counts, not that of examples."""
+    monkeypatch.setattr(encoding, "_CHUNK", 6)
+    sizes = []
+    read = encoding._rows_by_offsets
+    monkeypatch.setattr(
+        encoding, "_rows_by_offsets", lambda *a: sizes.append(len(a[1])) or read(*a)
+    )
+    examples = [Example({"text": f"it {i}"}, 0, f"x:{i}") for i in range(5)]
+    template = Template.parse("{text} was {label}")
+    found = list(encode_all(template, bpe, examples, ["great", "bad", "fun"], kind="decoder"))
+    assert sizes == [6, 6, 3]
+    assert [row.input_ids for row in found] == [
+        next(encode_all(template, bpe, [one], ["great", "bad", "fun"], kind="decoder")).input_ids
+        for one in examples
+    ]
 
 
 def test_empty_text(bpe) -> None:

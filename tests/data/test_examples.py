@@ -272,7 +272,8 @@ def test_rows_are_read_by_code_of_others_only_where_that_is_allowed(tmp_path, mo
     """A configuration may come from anyone; also a function of jaxlm itself may do harm."""
     (tmp_path / "theirs.py").write_text(
         "from jaxlm.data import ParsedRow\n\ndef read(row):\n"
-        "    return ParsedRow({'text': row['text'].upper()}, (row['label'],))\n"
+        "    return ParsedRow({'text': row['text'].upper()}, (row['label'],))\n\n"
+        "def bare(row):\n    raise KeyError\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 1}\n')
@@ -283,6 +284,8 @@ def test_rows_are_read_by_code_of_others_only_where_that_is_allowed(tmp_path, mo
         return config.load(seed=0, base_dir=tmp_path, **options).train[0].fields
 
     assert fields("theirs:read", allow_code=True) == {"text": "A"}
+    with pytest.raises(UserError, match=r"^train.jsonl, line 1: has no field"):
+        fields("theirs:bare", allow_code=True)
     for name in ("theirs:read", "jaxlm.cli.main:main", "os:system"):
         with pytest.raises(UserError, match=r"^task.read: names code outside .* --allow-code"):
             fields(name)

@@ -165,6 +165,8 @@ DAMAGED = [
     ("a.json", b'[{"text": "a"}, 3]', "a.json, row 2", "not a JSON object"),
     ("a.json", b'[{"text": "a"}', "a.json", "Expecting ',' delimiter at character 14"),
     ("a.jsonl", b'{"text": "a"}\n["text"]\n', "a.jsonl, line 2", "not a JSON object"),
+    ("a.jsonl", b"\xef\xbb\xbf\n", "task.train", "is empty"),
+    ("a.jsonl", '{"text": "a"}'.encode("utf-16-le"), "a.jsonl, line 1", "not a text file in UTF-8"),
     ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1", "nested too deeply"),
     ("a.csv", b"text,label\na,0\nb, c,1\n", "a.csv, line 3", "must have 2 values (got 3)"),
     ("a.csv", b"text,text\na,0\n", "a.csv, line 1", "names a column twice"),

@@ -74,8 +74,9 @@ def test_a_mistake_in_its_words() -> None:
 
 
 def test_keys_that_are_none() -> None:
-    with refused("task.lables", "not known", "Choose one of train, "):
-        task_config({**GIVEN, "lables": 1})
+    for key, hint in (("lables", "Did you mean task.labels?"), ("zzz", "Use one of train, ")):
+        with refused(f"task.{key}", hint):
+            task_config({**GIVEN, key: 1})
 
 
 @pytest.mark.parametrize("key", ["name", "template", "labels"])

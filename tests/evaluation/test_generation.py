@@ -232,4 +232,7 @@ def test_bad_input_is_refused(lm):
     refuse("^model: does not generate", lm.replace(config=lm.config.replace(kind="encoder")))
     with pytest.raises(UserError, match=r"^prompts: must be a list of texts"):
         generate_text(lm, "the film", max_new_tokens=2)
+    for options in ({"prompts": ""}, {"stop": "ab"}, {"chunk": 0}):
+        with pytest.raises(UserError, match=rf"^{next(iter(options))}: "):
+            generate_text(lm, **{"prompts": [], "max_new_tokens": 2, **options})
     assert generate_text(lm, [], max_new_tokens=2) == []

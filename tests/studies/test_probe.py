@@ -1,5 +1,6 @@
 """Linear probing next to scikit-learn, and a model that has the probe's rows."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -90,6 +91,13 @@ def test_a_masked_head_takes_the_intercept_into_its_bias():
     logits = jax.jit(probed.apply)(probed.params, ids)[:, 3][:, encoded.token_ids]
     labels = [each.label for each in encoded.test]
     assert np.mean(np.argmax(logits, axis=1) == np.array(labels)) == probe.accuracy["test"]
+
+
+def test_of_several_right_options_a_probe_learns_the_first():
+    lm, (_, encoded) = from_pretrained(GOLDEN / "bert"), texts()
+    several = tuple(dataclasses.replace(each, gold=(each.label, 1)) for each in encoded.train)
+    more = dataclasses.replace(encoded, train=several, test=several)
+    assert linear_probe(lm, more).accuracy == linear_probe(lm, encoded).accuracy
 
 
 def test_two_classes_are_two_rows_whose_difference_is_the_coefficient():

@@ -219,6 +219,10 @@ def test_the_command_trains_probes_and_writes_the_table(tmp_path, tiny_model, ca
             "probe, icl.",
         ),
         (
+            ["--methods.Adam.grid=[]"],
+            "sweep.yaml: method Adam: grid: must be a section (got '[]'). Give keys with values.",
+        ),
+        (
             ["--methods.Adam=1"],
             "sweep.yaml: method Adam: must be a section (got '1'). Give keys with values.",
         ),

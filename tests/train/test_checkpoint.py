@@ -123,18 +123,21 @@ def test_one_array_at_a_time_is_copied(tmp_path, monkeypatch):
     assert copied_bytes({"w": params["w0"]}) == 40
     Checkpoints(tmp_path).save(1, state, {})
     live: list[int] = []
-    read = checkpoint._read
     arrays: list[Any] = []
-
     put = jax.device_put
 
-    def counted(part: Any, dtype: Any) -> np.ndarray:
-        values = read(part, dtype)
-        arrays.append(weakref.ref(values))
-        live.append(sum(a.nbytes for ref in arrays if (a := ref()) is not None))
-        return values
+    def counted(function):
+        def call(*args) -> np.ndarray:
+            values = function(*args)
+            arrays.append(weakref.ref(values))
+            alive = {id(a): a.nbytes for ref in arrays if (a := ref()) is not None}
+            live.append(sum(alive.values()))
+            return values
 
-    monkeypatch.setattr(checkpoint, "_read", counted)
+        return call
+
+    for name in ("_read", "_block"):
+        monkeypatch.setattr(checkpoint, name, counted(getattr(checkpoint, name)))
     # JAX lets go of what it has copied at some later time: here it copies a copy.
     monkeypatch.setattr(jax, "device_put", lambda x, *args, **kw: put(np.array(x), *args, **kw))
     like = jax.eval_shape(lambda: params)
