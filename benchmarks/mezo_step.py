@@ -1,13 +1,14 @@
 """What does a zeroth-order step cost beyond its forward passes?
 
 usage: python -m benchmarks.mezo_step [--quick] [--dtype float32|bfloat16] [--repeats 7]
-                                      [--methods NAME ...]
+                                      [--model FOLDER] [--methods NAME ...]
 
 Times one step of each method, one of Adam by backpropagation and two compiled forward passes of the
 same objective in turns, at the shape of OPT-125M with 16 rows of 64 tokens and at the size of the
-shipped model. MeZO in PyTorch on the same weights and tokens, as published and in a fast version
-(`benchmarks.torch_mezo`), follows last, since PyTorch's threads would slow the others. --quick has
-only the small shape, without the methods that take longest to compile. The columns:
+shipped model; or on a model of your own, such as `--model smollm2`. MeZO in PyTorch on the same
+weights and tokens, as published and in a fast version (`benchmarks.torch_mezo`), follows last,
+since PyTorch's threads would slow the others. --quick has only the small shape, without the methods
+that take longest to compile. The columns:
 
   forwards            forward passes in a step
   over_forwards       time over that of as many forward passes, in the same framework
@@ -28,9 +29,9 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import common
-from benchmarks.shapes import LABEL_WORDS, OPT_125M, SHIPPED, make_batch
-from jaxlm import zo
-from jaxlm.models import LanguageModel, ModelConfig, init_params
+from benchmarks.shapes import LABEL_WORDS, OPT_125M, SHIPPED, make_batch, random_model
+from jaxlm import from_pretrained, zo
+from jaxlm.models import LanguageModel
 from jaxlm.train.losses import classification_objective
 
 EPS, LEARNING_RATE = 1e-3, 1e-6
@@ -144,17 +145,16 @@ def torch_methods(lm: LanguageModel, batch: Any, expected: float) -> list[Method
 
 
 def measure(
-    shape: str, config: ModelConfig, dtype: str, chosen: list[str], repeats: int
+    shape: str, lm: LanguageModel, chosen: list[str], repeats: int, *, peers_too: bool
 ) -> list[dict[str, Any]]:
     """Return a row for each method, timed in turns."""
-    lm = LanguageModel(config, init_params(config, jax.random.key(0), dtype))
-    batch = make_batch(config, rows=16, length=64)
+    batch = make_batch(lm.config, rows=16, length=64)
     loss_fn = classification_objective(lm.apply, jnp.array(LABEL_WORDS))
     methods = [forwards(loss_fn, lm.params, batch)]
     methods += [zeroth_order(name, METHODS[name], loss_fn, lm.params, batch) for name in chosen]
     methods.append(adam(loss_fn, lm.params, batch))
     times = common.interleaved({method.name: method.call for method in methods}, repeats)
-    if dtype == "float32":  # last, since its threads would slow the others
+    if peers_too:  # last, since its threads would slow the others
         loss = float(methods[0].program(lm.params, batch)[0])
         peers = torch_methods(lm, batch, loss)
         times |= common.interleaved({peer.name: peer.call for peer in peers}, repeats)
@@ -188,14 +188,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the small shape, two repeats")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--model", help="a folder or hub id, in place of random weights")
     parser.add_argument("--methods", nargs="+", choices=METHODS)
     options = parser.parse_args()
     repeats = min(2, options.repeats) if options.quick else options.repeats
     methods = options.methods or list(QUICK if options.quick else METHODS)
     shapes = {"shipped size": SHIPPED} | ({} if options.quick else {"OPT-125M": OPT_125M})
     rows = []
-    for shape, config in shapes.items():
-        rows += measure(shape, config, options.dtype, methods, repeats)
+    for shape in [options.model] if options.model else shapes:
+        if options.model:
+            lm = from_pretrained(shape, param_dtype=options.dtype)
+        else:
+            lm = random_model(shapes[shape], options.dtype)
+        rows += measure(shape, lm, methods, repeats, peers_too=options.dtype == "float32")
     common.print_table(rows)
     common.print_report("mezo_step", rows)
 

@@ -1,12 +1,13 @@
 """How fast are the models, compared with transformers in PyTorch on the same weights and tokens?
 
-usage: python -m benchmarks.models [--quick] [--repeats 7]
+usage: python -m benchmarks.models [--quick] [--repeats 7] [--only SHAPE] [--model FOLDER]
 
-Random weights in the shapes of OPT-125M, Pythia-160M and RoBERTa-base, float32, 8 rows of 128
-tokens: a forward pass with all logits, the loss of every token with its gradient, and greedy
-generation of 64 tokens for 16 prompts of 32, in turns. The table has ratios of times, peak memory
-by the compiler, and the largest difference of logits or losses or the share of other tokens.
---quick has the shipped model's shape only, and fewer tokens. The last line is one JSON object.
+Random weights in the shapes of OPT-125M, Pythia-160M and RoBERTa-base, or a model of your own, such
+as `--model smollm2`, in float32 and 8 rows of 128 tokens: a forward pass with all logits, the loss
+of every token with its gradient, and greedy generation of 64 tokens for 16 prompts of 32, in turns.
+The table has ratios of times, peak memory by the compiler, and the largest difference of logits or
+losses or the share of other tokens. --quick has the shipped model's shape only, and fewer tokens.
+The last line is one JSON object.
 """
 
 import argparse
@@ -19,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common, shapes
-from jaxlm.models import LanguageModel, ModelConfig, init_params, save_pretrained
+from jaxlm import from_pretrained
+from jaxlm.models import LanguageModel, save_pretrained
 from jaxlm.models.scoring import log_probs_of
 
 SHAPES = {
@@ -39,12 +41,12 @@ def load_peer(lm: LanguageModel) -> Any:
         return getattr(transformers, kind).from_pretrained(folder).eval()
 
 
-def measure(name: str, config: ModelConfig, rows: int, length: int, repeats: int) -> list[dict]:
-    """Time forward and forward + backward of one shape."""
+def measure(name: str, lm: LanguageModel, rows: int, length: int, repeats: int) -> list[dict]:
+    """Time forward and forward + backward of a model."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    lm = LanguageModel(config, init_params(config, jax.random.key(0)))
+    config = lm.config
     peer = load_peer(lm)
     numbers = np.random.default_rng(0)
     ids = numbers.integers(10, config.vocab_size, (rows, length), np.int32)
@@ -109,16 +111,13 @@ def row(name: str, what: str, times: dict, program: Any, compile_s: float, diffe
 
 
 def measure_generation(
-    name: str, config: ModelConfig, rows: int, prompt: int, new: int, repeats: int
+    name: str, lm: LanguageModel, rows: int, prompt: int, new: int, repeats: int
 ) -> dict:
     """Time greedy generation; the difference is the share of tokens that differ."""
     import torch
 
-    # Larger weights than at initialization, so that rounding does not change the best token.
-    params = jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(1)))
-    lm = LanguageModel(config, params)
     peer = load_peer(lm)
-    ids = np.random.default_rng(1).integers(10, config.vocab_size, (rows, prompt), np.int32)
+    ids = np.random.default_rng(1).integers(10, lm.config.vocab_size, (rows, prompt), np.int32)
     tokens = torch.from_numpy(ids).long()
 
     def ours() -> Any:
@@ -146,16 +145,22 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--only", choices=SHAPES, help="one shape")
+    parser.add_argument("--model", help="a folder or hub id, in place of random weights")
     options = parser.parse_args()
     chosen = {options.only: SHAPES[options.only]} if options.only else SHAPES
     sizes, generated, repeats = (8, 128), (16, 32, 64), options.repeats
     if options.quick:
         chosen, sizes, generated, repeats = {"shipped": shapes.SHIPPED}, (8, 64), (8, 16, 16), 3
     rows = []
-    for name, config in chosen.items():
-        rows += measure(name, config, *sizes, repeats)
-        if config.kind == "decoder":
-            rows.append(measure_generation(name, config, *generated, repeats))
+    for name in [options.model] if options.model else chosen:
+        lm = from_pretrained(name) if options.model else shapes.random_model(chosen[name])
+        rows += measure(name, lm, *sizes, repeats)
+        if lm.config.kind == "decoder":
+            if not options.model:
+                # Larger weights than at initialization, so that rounding does not change the best
+                # token.
+                lm = lm.replace(params=jax.tree.map(lambda x: 3 * x, lm.params))
+            rows.append(measure_generation(name, lm, *generated, repeats))
     common.print_table(rows)
     for what in dict.fromkeys(each["what"] for each in rows):
         ratios = [each["ratio"] for each in rows if each["what"] == what]

@@ -1,8 +1,9 @@
 """Sizes of well-known models, for benchmarks and tests on random weights, and a batch for them."""
 
+import jax
 import numpy as np
 
-from jaxlm.models import ModelConfig
+from jaxlm.models import LanguageModel, ModelConfig, init_params
 
 OPT_125M = ModelConfig(
     family="opt",
@@ -82,6 +83,11 @@ SHIPPED = ModelConfig(
     eos_id=0,
 )
 LABEL_WORDS = (5, 9)
+
+
+def random_model(config: ModelConfig, dtype: str = "float32") -> LanguageModel:
+    """Return a model with random parameters."""
+    return LanguageModel(config, init_params(config, jax.random.key(0), dtype))
 
 
 def make_batch(config: ModelConfig, rows: int, length: int) -> dict[str, np.ndarray]:
