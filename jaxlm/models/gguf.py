@@ -28,13 +28,15 @@ from jaxlm.core.errors import UserError
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.gguf_tokenizer import TOKENIZER, read_tokenizer, special_ids
 from jaxlm.models.hf_config import FIELDS, check_fields, damaged, parse_config, whole
-from jaxlm.models.hf_tensors import Checkpoint, Stored
+from jaxlm.models.hf_tensors import GROUP, Checkpoint, Stored
 from jaxlm.models.rotary import frequencies
 
 MOST_METADATA = 2**27
 """Largest position at which the tensors may begin, in bytes; large vocabularies take 2**24."""
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 TYPES = ("F32", "F16", "BF16", *QUANTISED)
+PACKED = {"Q8_0": 8, "Q4_0": 4}
+"""Bits of the types whose blocks, of `GROUP` weights and a scale, are groups of `Packed`."""
 
 # The type code of a value -> its character in `struct`.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
@@ -99,7 +101,14 @@ def read_model(path: Path) -> tuple[ModelConfig, Any, Checkpoint]:
     stored = {hf: Stored(path, part.name, part.shape, "F32") for hf, part in named.items()}
     parts = {part.name: part for part in named.values()}
     file = SimpleNamespace(get_slice=parts.__getitem__)  # as an open safetensors file
-    checkpoint = Checkpoint(path, module, stored, lambda _: contextlib.nullcontext(file))
+    checkpoint = Checkpoint(
+        path,
+        module,
+        stored,
+        lambda _: contextlib.nullcontext(file),
+        {hf: PACKED[part.type.name] for hf, part in named.items() if part.type.name in PACKED},
+        lambda hf: named[hf].integers(),
+    )
     return config, read_tokenizer(path, metadata, config), checkpoint
 
 
@@ -137,14 +146,29 @@ class _Tensor:
         rows = first if self.rows is None else self.rows[first]
         return self._dequantised(rows)[:, *rest]
 
+    def integers(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the integers and the scales of a matrix of `PACKED`, row by row.
+
+        A block is d in float16 and the integers q; its weights are d q, and s of `Packed` is
+        2^(b-1) d. A byte of Q4_0, too, holds two integers that are half a block apart.
+        """
+        blocks = self._stored(... if self.rows is None else self.rows)
+        blocks = blocks.reshape(len(blocks), self.sizes[-1] // GROUP, -1)
+        unit = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].astype(np.float32)
+        bits = PACKED[self.type.name]
+        values = blocks[..., 2:].reshape(len(blocks), -1)
+        return values.view(np.int8) if bits == 8 else values, unit * 2 ** (bits - 1)
+
+    def _stored(self, rows: Any) -> np.ndarray:
+        # A file is mapped again for every part, so that its pages leave the memory.
+        shape = (*self.sizes[:-1], self.row_bytes)
+        return np.ascontiguousarray(np.memmap(self.path, np.uint8, "r", self.start, shape)[rows])
+
     def _dequantised(self, rows: Any) -> np.ndarray:
         from gguf.quants import dequantize
 
-        # A file is mapped again for every part, so that its pages leave the memory.
-        shape = (*self.sizes[:-1], self.row_bytes)
-        stored = np.memmap(self.path, np.uint8, "r", self.start, shape)[rows]
         with np.errstate(all="ignore"):  # numbers that are not finite are found by the caller
-            return dequantize(np.ascontiguousarray(stored), self.type) - np.float32(self.offset)
+            return dequantize(self._stored(rows), self.type) - np.float32(self.offset)
 
 
 class _Header:

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh
 
 from jaxlm.artifacts.files import file_path
@@ -25,7 +26,7 @@ from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core.checks import one_of, show
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import flatten, path_predicate
-from jaxlm.core.precision import MATRICES, Packed, dequantize, pack, quantize
+from jaxlm.core.precision import MATRICES, Packed, dequantize, pack
 from jaxlm.models import adapters, gguf
 from jaxlm.models.attention import IMPLEMENTATIONS
 from jaxlm.models.config import ModelConfig
@@ -41,7 +42,7 @@ from jaxlm.models.hf_config import (
     read_json,
     weight_files,
 )
-from jaxlm.models.hf_tensors import Checkpoint, Stored, Target, targets
+from jaxlm.models.hf_tensors import GROUP, Checkpoint, Stored, Target, targets
 from jaxlm.models.hf_tokenizer import has_tokenizer, read_tokenizer
 from jaxlm.models.initialise import nest, param_shapes
 from jaxlm.models.language_model import LanguageModel
@@ -77,7 +78,8 @@ def from_pretrained(
         one parameter at a time.
       compute_dtype, attention, remat: see `ModelConfig`.
       bits: 8 or 4 packs matrices into that many bits, one layer at a time as they are read; see
-        `jaxlm.core.precision.quantize`.
+        `jaxlm.core.precision.quantize`. Those of type Q8_0 or Q4_0 in a GGUF file keep their
+        integers.
 
     Returns:
       The model. `tokenizer` is None if the folder has none. The tensors of the checkpoint decide
@@ -107,7 +109,13 @@ def from_pretrained(
         for path, shape in param_shapes(config).items():
             read = partial(checkpoint.read, config, path, dtype)
             if bits is not None and is_matrix(path):
-                flat[path] = _load_packed(read, path, shape, mesh, bits)
+                if checkpoint.is_packed(config, path, bits):
+                    leaf = checkpoint.read_packed(config, path, bits, dtype)
+                else:
+                    leaf = _pack(read, path, shape, mesh, bits)
+                flat[path] = jax.device_put(
+                    leaf, None if mesh is None else param_shardings({path: leaf}, mesh)[path]
+                )
             else:
                 flat[path] = _load(read, path, shape, mesh)
     return LanguageModel(config, nest(flat), tokenizer)
@@ -174,12 +182,17 @@ def shapes_from_pretrained(
     elif config.kind == "encoder":
         named = " ".join(read_json(place / CONFIG).get("architectures") or ())
         config = config.replace(head="mlm" if re.search("MaskedLM|PreTraining", named) else "none")
-    params = nest(
-        {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in param_shapes(config).items()}
-    )
-    if bits is not None:
-        params = jax.eval_shape(partial(quantize, bits=bits), params)
-    return LanguageModel(config, params, tokenizer)
+    flat: dict[str, Any] = {}
+    is_matrix = path_predicate(MATRICES)
+    for path, shape in param_shapes(config).items():
+        flat[path] = jax.ShapeDtypeStruct(shape, dtype)
+        if bits is not None and is_matrix(path):
+            stored = checkpoint is not None and checkpoint.is_packed(config, path, bits)
+            one = partial(pack, path, bits=bits, group_size=GROUP if stored else None)
+            flat[path] = jax.eval_shape(
+                one if len(shape) == 2 else partial(lax.map, one), flat[path]
+            )
+    return LanguageModel(config, nest(flat), tokenizer)
 
 
 def _resolve(name_or_path, *, weights: bool = True) -> Path:
@@ -262,10 +275,10 @@ def _load(read: Read, path: str, shape: tuple[int, ...], mesh: Mesh | None) -> j
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def _load_packed(
+def _pack(
     read: Read, path: str, shape: tuple[int, ...], mesh: Mesh | None, bits: Literal[8, 4]
 ) -> Packed:
-    """Load a packed leaf; only one layer of a stack at a time is in memory as floats."""
+    """Load and pack a leaf; only one layer of a stack at a time is in memory as floats."""
 
     def packed(read: Read, shape: tuple[int, ...]) -> Packed:
         return pack(path, _load(read, path, shape, mesh), bits=bits)
@@ -274,10 +287,8 @@ def _load_packed(
         return packed(lambda index: read((slice(i, i + 1), *index))[0], shape[1:])
 
     if len(shape) == 2:
-        leaf = packed(read, shape)
-    else:
-        leaf = jax.tree.map(lambda *parts: jnp.stack(parts), *map(layer, range(shape[0])))
-    return leaf if mesh is None else jax.device_put(leaf, param_shardings({path: leaf}, mesh)[path])
+        return packed(read, shape)
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *map(layer, range(shape[0])))
 
 
 def save_pretrained(

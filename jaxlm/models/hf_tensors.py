@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,12 +20,15 @@ from jaxlm.artifacts.arrays import all_finite, check_finite
 from jaxlm.artifacts.processes import to_host
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import LAYERS
+from jaxlm.core.precision import Packed
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import Name
 from jaxlm.models.initialise import param_shapes
 
 PIECE = 2**23
 """Number of elements that are read from a file at once."""
+GROUP = 32
+"""Number of weights that share a scale in tensors of integers."""
 _FLOATS = ("BF16", "F16", "F32", "F64")
 # Old checkpoints hold tensors that are not weights: tables that follow from the configuration, and
 # parts of BERT's pretraining that a masked language model does not use.
@@ -94,13 +97,17 @@ class Checkpoint:
     """The tensors of a model folder or GGUF file, read by our paths.
 
     `open` is called again for every `PIECE` elements, since the pages of a mapped file stay in
-    memory until it is closed.
+    memory until it is closed. `bits` has the number of bits of the tensors that are stored as
+    `jaxlm.core.precision.Packed` is, in groups of `GROUP`, and `integers` reads one: its values
+    [out, in] and scales [out, groups].
     """
 
     folder: Path
     module: ModuleType
     tensors: Mapping[str, Stored]
     open: Callable[[Path], AbstractContextManager[Any]]
+    bits: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    integers: Callable[[str], tuple[np.ndarray, np.ndarray]] | None = None
 
     def find(self, config: ModelConfig, path: str, layer: int = 0) -> tuple[Name, str] | None:
         """Return the first name of a leaf that the checkpoint has, with or without the prefix."""
@@ -230,6 +237,34 @@ class Checkpoint:
                 f"Convert it to one of {', '.join(_FLOATS)}."
             )
 
+    def is_packed(self, config: ModelConfig, path: str, bits: int) -> bool:
+        """Return whether a matrix of ours is stored in that many bits, in every layer."""
+        found = [self.find(config, path, layer) for layer in _layers(config, path)]
+        return all(
+            match is not None and match[0].part == (0, 1) and self.bits.get(match[1]) == bits
+            for match in found
+        )
+
+    def read_packed(
+        self, config: ModelConfig, path: str, bits: Literal[8, 4], dtype: Any
+    ) -> Packed:
+        """Read a matrix that `is_packed`: its integers as they are, and scales of a dtype."""
+        assert self.integers is not None
+        values, scales = [], []
+        for layer in _layers(config, path):
+            match = self.find(config, path, layer)
+            assert match is not None
+            whole, scale = self.integers(match[1])
+            with np.errstate(over="ignore"):  # the check finds an overflow
+                scales.append(scale.astype(dtype))
+            _check_held(scales[-1], scale, match[1], self.folder)
+            values.append(whole)
+        axis = -2 if path.endswith("kernel") else -1
+        whole, scale = (np.stack(x) if is_stacked(path) else x[0] for x in (values, scales))
+        if axis == -2:
+            whole, scale = whole.swapaxes(-2, -1), scale.swapaxes(-2, -1)
+        return Packed(whole, scale, bits, axis, param_shapes(config)[path][axis])
+
     def read(
         self, config: ModelConfig, path: str, dtype: Any, index: tuple[slice, ...]
     ) -> np.ndarray:
@@ -257,13 +292,18 @@ class Checkpoint:
                     place = into[low - part[0].start : high - part[0].start]
                     with np.errstate(over="ignore"):  # the check below finds an overflow
                         place[...] = piece
-                    if not all_finite(place):
-                        check_finite(piece, stored.name, stored.file)
-                        raise UserError(
-                            f"{stored.file}: {stored.name} holds numbers that {host.dtype} cannot "
-                            f"(got {np.abs(piece).max()}). Choose a wider param_dtype."
-                        )
+                    _check_held(place, piece, stored.name, stored.file)
         return host
+
+
+def _check_held(held: np.ndarray, stored: np.ndarray, name: str, file: Path) -> None:
+    """Refuse numbers that are not finite, in a file or in the dtype that is to hold them."""
+    if not all_finite(held):
+        check_finite(stored, name, file)
+        raise UserError(
+            f"{file}: {name} holds numbers that {held.dtype} cannot (got {np.abs(stored).max()}). "
+            "Choose a wider param_dtype."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 import jaxlm
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import flatten
+from jaxlm.core.precision import Packed, dequantize, quantize
 from jaxlm.models import shapes_from_pretrained
 from tests.helpers.models import GOLDEN
 from tests.helpers.sentences import FORM, refused
@@ -209,6 +210,53 @@ def test_every_type_is_dequantised_bit_by_bit(kind: str, tmp_path: Path):
     for part, heads in (("q", 4), ("k", 2)):
         kernel = np.asarray(layers["attention"][f"{part}_proj"]["kernel"][0])
         np.testing.assert_array_equal(swap(kernel.T, heads), wanted[f"blk.0.attn_{part}.weight"])
+
+
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 2}], ids=["one device", "two"])
+@pytest.mark.parametrize(("kind", "bits"), [("Q8_0", 8), ("Q4_0", 4)])
+def test_blocks_stay_packed_without_a_second_rounding(kind, bits, mesh, tmp_path: Path):
+    hf = SIZES | {"num_hidden_layers": 2}
+    tensors = converted(hf, random_tensors(hf))
+    for name, value in tensors.items():
+        if value.ndim == 2:
+            tensors[name] = (gguf.quantize(value, Type[kind]), Type[kind])
+    path = write(tmp_path / "it.gguf", hf, tensors)
+    mesh = mesh and jaxlm.sharding.make_mesh(**mesh, devices=jax.devices()[:2])
+    dense, packed = jaxlm.from_pretrained(path), jaxlm.from_pretrained(path, bits=bits, mesh=mesh)
+    assert isinstance(packed.params["layers"]["mlp"]["up_proj"]["kernel"], Packed)
+    assert isinstance(packed.params["embed"]["tokens"]["embedding"], Packed)
+    jax.tree.map(np.testing.assert_array_equal, dequantize(packed.params), dense.params)
+    shapes = shapes_from_pretrained(path, bits=bits).params
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), packed.params
+    )
+    ids = np.arange(24).reshape(2, 12)
+    logits = packed.apply(packed.params, ids)
+    np.testing.assert_allclose(logits, dense.apply(dense.params, ids), atol=1e-4, rtol=0)
+
+
+def test_a_matrix_that_is_stored_in_other_types_is_packed_from_floats(tmp_path: Path):
+    hf = SIZES | {"num_hidden_layers": 2}
+    tensors = converted(hf, random_tensors(hf))
+    name = "blk.1.ffn_up.weight"  # one of two layers
+    tensors[name] = (gguf.quantize(tensors[name], Type.Q8_0), Type.Q8_0)
+    path = write(tmp_path / "it.gguf", hf, tensors)
+    lm = jaxlm.from_pretrained(path, bits=8)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        lm.params,
+        quantize(jaxlm.from_pretrained(path).params, bits=8),
+    )
+
+
+def test_a_scale_that_a_dtype_cannot_hold_is_refused(tmp_path: Path):
+    tensors = converted(SIZES, random_tensors(SIZES))
+    blocks = gguf.quantize(tensors["blk.0.ffn_up.weight"], Type.Q8_0)
+    blocks[0, :2] = np.frombuffer(np.float16(600.0).tobytes(), np.uint8)  # s = 128 d = 76,800
+    tensors["blk.0.ffn_up.weight"] = (blocks, Type.Q8_0)
+    path = write(tmp_path / "it.gguf", SIZES, tensors)
+    with refused(str(path), "76800.0", "mlp.up_proj.weight", "param_dtype"):
+        jaxlm.from_pretrained(path, bits=8, param_dtype="float16")
 
 
 def test_the_factors_of_llama_3_give_its_settings(tmp_path: Path):
