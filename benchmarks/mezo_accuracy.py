@@ -1,8 +1,8 @@
 """How accurate does each method get with forward passes alone, and do the curves flatten?
 
 usage: python -m benchmarks.mezo_accuracy [--output FOLDER] [--tasks mr,subj] [--methods mezo,lozo]
-           [--seeds 3] [--forwards 2000] [--model FOLDER] [--data FOLDER] [--configs FOLDER]
-           [--quick]
+           [--seeds 3] [--forwards 2000] [--looks 16] [--model FOLDER] [--data FOLDER]
+           [--configs FOLDER] [--quick]
 
 Every file of `--configs` is a method, and every file of its folder `tasks` a task: configs/accuracy
 is for the shipped model, configs/smollm2 for a real one (scripts/get_smollm2.py). A method without
@@ -36,7 +36,6 @@ from jaxlm.train.run_folder import RunFolder
 
 FOLDER = Path(__file__).parent.parent / "configs" / "accuracy"
 QUICK = "zero_shot,calibrated,probe,mezo,lozo,adam"
-LOOKS = 16  # validations in a run whose length is set by `--forwards`
 
 
 def methods(folder: Path = FOLDER) -> list[str]:
@@ -50,6 +49,7 @@ def candidates(
     *,
     seeds: Sequence[int],
     forwards: int,
+    looks: int,
     output: str,
     changes: dict[str, Any],
     folder: Path = FOLDER,
@@ -69,15 +69,17 @@ def candidates(
         output=str(Path(output, task)),
     )
     return [
-        each if "steps" in sections[each.method] or each.kind != "finetune" else cut(each, forwards)
+        each
+        if "steps" in sections[each.method] or each.kind != "finetune"
+        else cut(each, forwards, looks)
         for each in plan(config, str(folder))
     ]
 
 
-def cut(candidate: Candidate, forwards: int) -> Candidate:
-    """Return runs of that many forward passes, with `LOOKS` validations."""
+def cut(candidate: Candidate, forwards: int, looks: int) -> Candidate:
+    """Return runs of that many forward passes, with that many validations."""
     steps = max(1, forwards // passes(candidate.runs[0].optimizer))
-    every = max(1, steps // LOOKS)
+    every = max(1, steps // looks)
     runs = (
         dataclasses.replace(run, steps=steps, eval_every=every, checkpoint_every=every)
         for run in candidate.runs
@@ -164,6 +166,7 @@ def main() -> None:
     parser.add_argument("--methods")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--forwards", type=int, default=2000)
+    parser.add_argument("--looks", type=int, default=16, help="validations in a run")
     parser.add_argument("--model")
     parser.add_argument("--data", type=Path, help="folder of the files of rte, or of reviews")
     parser.add_argument("--configs", type=Path, default=FOLDER, help="methods and tasks")
@@ -188,6 +191,7 @@ def print_tables(options: argparse.Namespace, output: str) -> None:
             options.methods.split(","),
             seeds=range(seeds),
             forwards=forwards,
+            looks=options.looks,
             output=output,
             changes=changes,
             folder=options.configs,

@@ -11,7 +11,7 @@ TASKS = sorted(path.stem for path in (mezo_accuracy.FOLDER / "tasks").glob("*.ya
 @pytest.mark.parametrize("task", TASKS)
 def test_quick_runs_are_short(task):
     found = mezo_accuracy.candidates(
-        task, METHODS, seeds=[0], forwards=1000, output="out", changes={}
+        task, METHODS, seeds=[0], forwards=1000, looks=16, output="out", changes={}
     )
     runs = [run for each in found for run in mezo_accuracy.small(each).runs]
     assert max(run.steps for run in runs) == 20
