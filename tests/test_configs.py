@@ -63,7 +63,9 @@ def check_method(path):
     """All steps together come to the forward passes that were asked for, on every task."""
     options = {"seeds": [4], "output": "o", "changes": {"model": "m"}, "folder": path.parent}
     for task in path.parent.glob("tasks/*.yaml"):
-        (candidate,) = mezo_accuracy.candidates(task.stem, [path.stem], forwards=1000, **options)
+        (candidate,) = mezo_accuracy.candidates(
+            task.stem, [path.stem], forwards=1000, looks=16, **options
+        )
         (run,) = candidate.runs
         assert (run.seed, run.model, run.task.name) == (4, "m", task.stem)
         if "steps" not in read_yaml(path) and candidate.kind == "finetune":

@@ -136,9 +136,8 @@ def test_kernels_are_those_of_one_device(rest):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize(
-    "where", [pytest.param("eight devices", marks=pytest.mark.slow), "two processes"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["eight devices", "two processes"])
 def test_selections_are_those_of_one_device(where, at):
     """By gradients along a run of Adam."""
     one, other = at("one device", "less"), at(where, "less")
