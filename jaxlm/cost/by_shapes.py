@@ -13,10 +13,9 @@ from jax.sharding import Mesh
 
 from jaxlm.artifacts.files import file_path
 from jaxlm.core.errors import UserError
-from jaxlm.data import EncodedTask
+from jaxlm.data import EncodedTask, TaskConfig
 from jaxlm.data.corpus import read_tokenizer
 from jaxlm.data.encoding import Encoded as EncodedExample
-from jaxlm.data.rows import EncodedRows, TokenRow
 from jaxlm.evaluation.perplexity import total_nats
 from jaxlm.models import LanguageModel, ModelConfig, init_params
 from jaxlm.sharding import WHOLE, abstract, mesh_of, param_shardings
@@ -242,13 +241,12 @@ def _unread(config: FinetuneConfig, model: ModelConfig) -> Encoded:
             "a long text in tokens."
         )
     length = min(given or model.max_positions, model.max_positions)
-    if config.task is None:
-        row = TokenRow("", (0,) * length, tuple(range(1, length)))
-        splits = {"train": [row], "validation": [], "test": [row]}
-        return EncodedRows.pad(splits, pad_id=0, key=config.form)
-    targets = config.task.answer_length if config.task.is_generative else 1
-    length -= targets if config.task.is_generative else 0
-    labels = config.task.labels or ("first", "second")
+    task = config.data
+    if not isinstance(task, TaskConfig):
+        return task.unread(length)
+    targets = task.answer_length if task.is_generative else 1
+    length -= targets if task.is_generative else 0
+    labels = task.labels or ("first", "second")
     example = EncodedExample(0, ((0,) * length,), ((length - 1,) * targets,), ())
     return EncodedTask(
         labels=labels,
@@ -258,5 +256,5 @@ def _unread(config: FinetuneConfig, model: ModelConfig) -> Encoded:
         train=(example,),
         validation=(),
         test=(example,),
-        objective=config.task.objective or "classification",
+        objective=task.objective or "classification",
     )

@@ -191,7 +191,7 @@ def plan(run: ByShapes, device: Device) -> Plan:
         state_bytes=_bytes(state),
         checkpoint_bytes=copied_bytes(state),
         batch_size=run.config.batch_size,
-        tokens=max(one[key].shape[-1] for key in ("input_ids", "prompt_ids") if key in one),
+        tokens=max(leaf.shape[-1] for key, leaf in one.items() if key.endswith("_ids")),
         largest_batch=_largest_batch(run, device, memory[0].peak),
         steps=run.config.steps,
         dispatch=run.count,

@@ -6,8 +6,9 @@ piece of a document. Shapes: B rows of a batch, T their length, K tokens in the 
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -123,6 +124,7 @@ class EncodedSplits:
 
     key: str
     train: Any
+    dropped: Mapping[str, Sequence[str]] = MappingProxyType({})
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -305,7 +307,7 @@ class EncodedRows(EncodedSplits):
     validation: PaddedRows
     test: PaddedRows
     buckets: tuple[int, ...]
-    dropped: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    dropped: Mapping[str, Sequence[str]] = field(default_factory=dict)
     key: str = "data"
 
     @classmethod

@@ -225,6 +225,15 @@ def _check_of(kind: Any) -> Check:
 class TextsConfig(SplitsConfig):
     """A data form of token rows; a subclass defines `parse` and `tokenize`."""
 
+    objective: ClassVar[str] = "completion"
+    """Name of the objective of a run that names none."""
+
+    def unread(self, length: int) -> EncodedRows:
+        """Return one row of that many tokens, all of them in the loss, in place of the data."""
+        row = TokenRow("", (0,) * length, tuple(range(1, length)))
+        splits = {"train": [row], "validation": [], "test": [row]}
+        return EncodedRows.pad(splits, pad_id=0, key=self.key)
+
     def load(self, *, seed: int, base_dir: str | Path | None = None) -> "Texts":
         """Read and draw the examples of every split; relative paths start in `base_dir`."""
         examples = {

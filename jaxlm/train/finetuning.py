@@ -17,7 +17,6 @@ from jaxlm.core.errors import UserError
 from jaxlm.data import (
     DATA_FORMS,
     DataConfig,
-    EncodedRows,
     EncodedTask,
     MessagesConfig,
     Task,
@@ -31,7 +30,7 @@ from jaxlm.models import LanguageModel
 from jaxlm.peft import TUNINGS, Tuning
 from jaxlm.train.load import base_digest, changed, load_model, with_head, with_random_params
 from jaxlm.train.logging import Progress
-from jaxlm.train.measure import GenerationMetric, Metric, MultipleChoiceMetric, TokenLossMetric
+from jaxlm.train.measure import Metric, MultipleChoiceMetric
 from jaxlm.train.objectives import OBJECTIVES, Objective
 from jaxlm.train.objectives.base import Data, Encoded
 from jaxlm.train.optimizers import OPTIMIZERS, Mezo, Optimizer
@@ -95,14 +94,13 @@ class FinetuneConfig(RunConfig):
             raise UserError(
                 f"random_init: cannot be quantized (got bits {self.bits}). Drop one of them."
             )
-        given = [form for form in DATA_FORMS if getattr(self, form) is not None]
+        given = [form for form in DATA_FORMS if getattr(self, form, None) is not None]
         if len(given) != 1:
             raise UserError(
                 f"task: a run must have one of {', '.join(DATA_FORMS)} (got "
                 f"{' and '.join(given) or 'none'}). Give one of them."
             )
-        if self.objective is not None:
-            self.objective.check(self.form, self.data, self.optimizer)
+        self.chosen_objective.check(self.form, self.data, self.optimizer)
         if self.calibrate and (self.task is None or self.task.has_per_example_options):
             raise UserError(
                 "calibrate: needs the same options in every example, and these have their own or "
@@ -112,13 +110,19 @@ class FinetuneConfig(RunConfig):
     @property
     def form(self) -> str:
         """Name of the data form: the key that is given."""
-        return next(form for form in DATA_FORMS if getattr(self, form) is not None)
+        return next(form for form in DATA_FORMS if getattr(self, form, None) is not None)
 
     @property
     def data(self) -> DataConfig:
         """Where the data come from."""
         config: DataConfig = getattr(self, self.form)
         return config
+
+    @property
+    def chosen_objective(self) -> Objective:
+        """The objective, by default that of the data form."""
+        name = self.data.objective or "classification"
+        return self.objective or OBJECTIVES[name](name=name)
 
 
 class Setting(NamedTuple):
@@ -144,12 +148,8 @@ class Setting(NamedTuple):
     def metric(self) -> Metric:
         """Return the metric of the run."""
         size = self.config.eval_batch_size
-        if not isinstance(self.encoded, EncodedTask):
-            return TokenLossMetric(self.lm, self.encoded, batch_size=size)
-        if isinstance(self.data, Task) and self.data.config.is_generative:
-            return GenerationMetric(self.lm, self.data, batch_size=size)
-        return MultipleChoiceMetric(
-            self.lm, self.encoded, batch_size=size, reduction=self.reduction
+        return self.objective.metric(
+            self.lm, self.data, self.encoded, batch_size=size, reduction=self.reduction
         )
 
     def loss_fn(self, offsets: Any) -> Any:
@@ -220,8 +220,7 @@ def build(
     if encoded is None:
         assert data is not None
         encoded = data.encode(lm)
-    name = encoded.objective if isinstance(encoded, EncodedTask) else "completion"
-    objective = config.objective or OBJECTIVES[name](name=name)
+    objective = config.chosen_objective
     labels = 0
     if isinstance(encoded, EncodedTask):
         encoded = dataclasses.replace(encoded, objective=objective.batches)
@@ -268,7 +267,7 @@ def _run(setting: Setting, digests: Mapping[str, str], folder: RunFolder) -> dic
         progress.say(f"start from step {start}" if start is not None else f"start {folder.path}")
         if repeated := data.repeated("test"):
             progress.say(f"{repeated} of {sizes['test']} test rows are training rows, too")
-        for split, rows in encoded.dropped.items() if isinstance(encoded, EncodedRows) else ():
+        for split, rows in encoded.dropped.items():
             if rows:
                 progress.say(
                     f"left out {len(rows)} {split} rows, which have no token in the loss within "

@@ -14,6 +14,7 @@ from jaxlm.artifacts.files import file_path
 from jaxlm.core import paths
 from jaxlm.core.errors import UserError
 from jaxlm.core.precision import quantize
+from jaxlm.data import DATA_FORMS
 from jaxlm.data.corpus import read_tokenizer
 from jaxlm.models import (
     LanguageModel,
@@ -174,7 +175,7 @@ def _tuning(folder: RunFolder, stored: Mapping[str, Any]) -> Tuning:
 def check_run(folder: RunFolder, stored: Mapping[str, Any]) -> None:
     """Refuse a `config.yaml` that is not a fine-tuning run's, or whose model leads back to it."""
     task = stored.get("task")
-    texts = any(isinstance(stored.get(form), dict) for form in ("messages", "text"))
+    texts = any(isinstance(stored.get(form), dict) for form in DATA_FORMS)
     kinds: dict[str, Any] = {"steps": int, "seed": int}
     kinds |= {"model": str | None, "bits": int | None}
     kinds |= {"param_dtype": str, "peft": dict | None}

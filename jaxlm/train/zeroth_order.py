@@ -94,7 +94,11 @@ def configuration(
         if key in inherited or key in ("decay", "mesh", *without):
             continue
         if key == "sampler":
-            fields.append((key, SAMPLERS, type(default).__name__.lower()))
+            if (sampler := type(default).__name__.lower()) not in typing.get_args(SAMPLERS):
+                raise TypeError(
+                    f"{method.__name__}: sampler must default to one of {typing.get_args(SAMPLERS)}"
+                )
+            fields.append((key, SAMPLERS, sampler))
         else:
             annotated = parameters[key].annotation
             plain = without_none(annotated) in (bool, int, float, str)

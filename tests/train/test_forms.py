@@ -1,5 +1,6 @@
 """Every data form with every kind of optimizer and tuning: one YAML file, one battery."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -19,6 +20,9 @@ from jaxlm.peft import load_adapter
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.finetuning import FinetuneConfig, finetune
 from jaxlm.train.load import load_model
+from jaxlm.train.measure import TokenLossMetric
+from jaxlm.train.objectives import OBJECTIVES, Completion
+from tests.helpers.tiny import read_lines
 
 DEVICE = Device(name="toy", peak_flops=1e9)
 ANSWERS = {"great": "It is good.", "terrible": "It is bad."}
@@ -119,6 +123,32 @@ def test_a_run_measures_its_loss_and_is_planned(form, optimizer, peft, write):
     assert finetune(config, base_dir=path.parent) == summary
     adapter = "lora_a" in lm.params["layers"]["attention"]["q_proj"]
     assert adapter == (peft == "lora")
+
+
+def test_the_metric_of_an_objective_chooses_the_checkpoint(write, monkeypatch):
+    class Negative(TokenLossMetric):
+        main, mode = "likelihood", "max"
+
+        def __call__(self, split, params):
+            return {"likelihood": -super().__call__(split, params)["loss"]}
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Likelihood(Completion):
+        name: str = "likelihood"
+
+        def metric(self, lm, data, encoded, *, batch_size, reduction="mean"):
+            return Negative(lm, encoded, batch_size=batch_size)
+
+    monkeypatch.setitem(OBJECTIVES, "likelihood", Likelihood)
+    path = write()
+    summary = finetune(load(path, objective="likelihood"), base_dir=path.parent)
+    values = [
+        row["validation_likelihood"]
+        for row in read_lines(Path(summary["config"]["output"], "metrics.jsonl"))
+        if "validation_likelihood" in row
+    ]
+    assert summary["metric"] == "likelihood"
+    assert summary["validation"]["likelihood"] == max(values) == summary["test"]["likelihood"]
 
 
 def test_a_run_tells_which_rows_it_leaves_out(write):

@@ -132,6 +132,12 @@ def test_a_configuration_is_that_of_its_method():
     with pytest.raises(TypeError, match="lacking lacks the arguments num_directions, rounding"):
         configuration(lacking, 1e-3)
 
+    def unnamed(learning_rate, *, eps=1e-3, num_directions=1, rounding="nearest", sampler=object()):
+        """A sampler that a file cannot name."""
+
+    with pytest.raises(TypeError, match="unnamed: sampler must default to one of"):
+        configuration(unnamed, 1e-3)
+
 
 def test_first_order_gives_state_to_what_is_selected_only():
     def loss_fn(params, batch):

@@ -8,7 +8,9 @@ from jaxlm.core.errors import UserError
 from jaxlm.data import DataConfig, EncodedTask, Task, Texts
 from jaxlm.data.batching import Objective as Batches
 from jaxlm.data.rows import EncodedRows
+from jaxlm.evaluation.classification import Reduction
 from jaxlm.models import LanguageModel
+from jaxlm.train.measure import GenerationMetric, Metric, MultipleChoiceMetric, TokenLossMetric
 from jaxlm.train.settings import Optimizer
 from jaxlm.train.zeroth_order import ZerothOrder
 from jaxlm.typing import LossFn
@@ -53,9 +55,29 @@ class Objective:
     ) -> LossFn:
         """Build the loss of a batch, `(params, batch, *, key=None, view=None) -> (loss, aux)`.
 
-        The parameters of `lm` are not read. There are no `data` in a dry run without a tokenizer.
+        A loss must not hold the parameters of `lm`: training replaces them, and deletes their
+        arrays. There are no `data` in a dry run without a tokenizer.
         """
         raise NotImplementedError
+
+    def metric(
+        self,
+        lm: LanguageModel,
+        data: Data | None,
+        encoded: Encoded,
+        *,
+        batch_size: int,
+        reduction: Reduction = "mean",
+    ) -> Metric:
+        """Return what validation and the table measure; by default it follows from the data form.
+
+        `reduction` is that of the scores of options.
+        """
+        if not isinstance(encoded, EncodedTask):
+            return TokenLossMetric(lm, encoded, batch_size=batch_size)
+        if isinstance(data, Task) and data.config.is_generative:
+            return GenerationMetric(lm, data, batch_size=batch_size)
+        return MultipleChoiceMetric(lm, encoded, batch_size=batch_size, reduction=reduction)
 
     def chance(self, lm: LanguageModel, encoded: Encoded) -> float | None:
         """Return the loss of guessing, from which divergence is told; None if there is none."""

@@ -21,16 +21,14 @@ class Accuracy(Objective):
     name: str = "accuracy"
 
     differentiable: ClassVar[bool] = False
-    metric: ClassVar[str] = "accuracy"
+    measured_by: ClassVar[str] = "accuracy"
 
     def check(self, form: str, data: DataConfig, optimizer: Optimizer) -> None:
         """See `Objective`; the task must be measured by this metric."""
-        if isinstance(data, TaskConfig):
-            metric = data.metric
-            if metric != self.metric:
-                raise UserError(
-                    f"objective: {data.name} is measured by {metric} (got {self.name}). Give that."
-                )
+        if isinstance(data, TaskConfig) and data.metric != self.measured_by:
+            raise UserError(
+                f"objective: {data.name} is measured by {data.metric} (got {self.name}). Give that."
+            )
         super().check(form, data, optimizer)
 
     def loss_fn(
@@ -48,7 +46,7 @@ class F1(Accuracy):
     name: str = "f1"
 
     batches: ClassVar[Batches] = "generation"
-    metric: ClassVar[str] = "f1"
+    measured_by: ClassVar[str] = "f1"
 
     def loss_fn(
         self, lm: LanguageModel, data: Data | None, encoded: Encoded, scoring: Scoring
