@@ -1,5 +1,6 @@
 """The optimizers that a configuration names, against optax's own."""
 
+import dataclasses
 import inspect
 
 import jax
@@ -132,8 +133,17 @@ def test_a_configuration_is_that_of_its_method():
     with pytest.raises(TypeError, match="lacking lacks the arguments num_directions, rounding"):
         configuration(lacking, 1e-3)
 
-    def unnamed(learning_rate, *, eps=1e-3, num_directions=1, rounding="nearest", sampler=object()):
-        """A sampler that a file cannot name."""
+    def unnamed(
+        learning_rate,
+        *,
+        eps=1e-3,
+        num_directions=1,
+        select=None,
+        weight_decay=0.0,
+        rounding="nearest",
+        sampler=dataclasses,
+    ):
+        """The default of a sampler must have a name that a file can give."""
 
     with pytest.raises(TypeError, match="unnamed: sampler must default to one of"):
         configuration(unnamed, 1e-3)
