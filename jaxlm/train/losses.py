@@ -95,15 +95,17 @@ def lm_objective(log_probs: Callable[..., Any]) -> LossFn:
 
     Returns:
         `loss_fn(params, batch, *, key=None, view=None) -> (loss, {"tokens"})` on a batch of
-        `input_ids` [B, T] and, optionally, `attention_mask` [B, T] and `weights` [B, T]: the weight
-        of a token as a target. The first token is never a target.
+        `input_ids` [B, T] and, optionally, `attention_mask` [B, T], `segment_ids` [B, T] of packed
+        rows, and `weights` [B, T]: the weight of a token as a target. The first token is never a
+        target.
     """
 
     def loss_fn(params: Params, batch: Batch, *, key: Any = None, view: Any = None) -> Any:
         del key
         ids = jnp.asarray(batch["input_ids"])
         weights = _target_weights(batch)
-        losses = -log_probs(params, ids, batch.get("attention_mask"), view=view)
+        packed = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
+        losses = -log_probs(params, ids, batch.get("attention_mask"), view=view, **packed)
         tokens = jnp.sum(weights)
         return jnp.sum(losses * weights) / tokens, {"tokens": tokens}
 
