@@ -1,19 +1,18 @@
 """How long does a step of supervised fine-tuning take, compared with TRL?
 
-usage: python -m benchmarks.sft_step --data FOLDER [--model smollm2] [--quick] [--repeats 5]
+usage: python -m benchmarks.sft_step [--data FOLDER] [--model smollm2] [--quick] [--repeats 5]
 
-LoRA (rank 8, all matrices of the layers) and AdamW in float32 on conversations in the model's chat
-template (FOLDER/train.jsonl, from scripts/prepare_conversations.py), packed to 8 windows of 256
-tokens: a step of jaxlm and one of `trl.SFTTrainer` on the same windows and the same tokens in the
-loss, in turns. TRL runs without gradient checkpointing, and without telling the rows of a window
-apart, which would cost it time. The loss is
+LoRA (rank 8, all matrices of the layers) and AdamW in float32 on conversations (FOLDER/train.jsonl,
+from scripts/prepare_conversations.py, or else made up here) in the model's chat template, packed to
+8 windows of 256 tokens: a step of jaxlm and one of `trl.SFTTrainer` on the same windows and the
+same tokens in the loss, in turns. TRL runs without gradient checkpointing, and without telling the
+rows of a window apart, which would cost it time. The loss is
 
   answers      on the assistant's turns
   all tokens   on every token
 
 The table has seconds, the ratio of times, the share of tokens in the loss, and the compiler's peak
-memory for jaxlm. --quick takes the shipped model and windows of 64 tokens of conversations made up
-here. The last line is one JSON object.
+memory for jaxlm. --quick has windows of 64 tokens. The last line is one JSON object.
 """
 
 import argparse
@@ -39,8 +38,9 @@ ROWS, RANK, RATE = 8, 8, 1e-4
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def windows(lm: LanguageModel, file: Path, length: int, template: Any) -> EncodedRows:
+def windows(lm: LanguageModel, file: Path, length: int) -> EncodedRows:
     """Return the conversations of a file, packed."""
+    template = "plain" if lm.tokenizer.chat_template is None else "chat"
     config = MessagesConfig(
         train=str(file), template=template, max_length=length, packing=True, num_train=400
     )
@@ -134,7 +134,7 @@ def measure(
     whole = encoded.batch(0, batch_size=ROWS, seed=0)
     ours = Ours(lm, encoded.sparse().batch(0, batch_size=ROWS, seed=0))
     share = float(whole["weights"].sum() / whole["attention_mask"].sum())
-    row = {"loss on": what, "in the loss": share}
+    row = {"loss_on": what, "in_loss": share}
     calls = {"jaxlm": ours}
     try:
         import torch
@@ -167,20 +167,15 @@ def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--quick", action="store_true", help="the shipped model, short windows")
+    parser.add_argument("--model", help="folder or hub id; the shipped model if not given")
+    parser.add_argument("--quick", action="store_true", help="short windows, two repeats")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        if options.quick:
-            lm = from_pretrained()
-            encoded = windows(lm, made_up(scratch), 64, "plain")
-        elif options.data is None:
-            parser.error("--data: is needed, see scripts/prepare_conversations.py")
-        else:
-            lm = from_pretrained(options.model)
-            encoded = windows(lm, options.data / "train.jsonl", 256, "chat")
+        lm = from_pretrained(options.model)
+        file = made_up(scratch) if options.data is None else options.data / "train.jsonl"
+        encoded = windows(lm, file, 64 if options.quick else 256)
         repeats = 2 if options.quick else options.repeats
         rows = [
             measure(what, lm, made, repeats, scratch)
