@@ -142,6 +142,8 @@ def _quickstart(overrides: dict[str, str]) -> None:
         cells = (f"{100 * row.accuracy:.1f} %", str(row.forwards), str(row.backwards), memory)
         table.add_row(row.method, *cells, f"{row.seconds:.1f}")
     screen.show(table)
+    print("A run with a folder of its own, to evaluate, generate from and convert:")
+    print("  jaxlm finetune --task.name=subj --steps=200 --output=runs/subj")
 
 
 def show(summary: dict[str, Any], output: str) -> None:
