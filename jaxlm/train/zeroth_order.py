@@ -7,7 +7,6 @@ package learns; larger models need lower ones.
 
 import dataclasses
 import inspect
-import re
 import typing
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -17,9 +16,11 @@ from jaxlm import zo
 from jaxlm.artifacts.keys import without_none
 from jaxlm.core.checks import one_of
 from jaxlm.core.errors import UserError
-from jaxlm.train.settings import SECTION, Optimizer, check
+from jaxlm.train.settings import SECTION, Optimizer, check, meanings
 
 SAMPLERS = Literal["gaussian", "rademacher", "sphere"]
+SCHEDULED = ("schedule", "warmup", "floor", "cooldown")
+"""Keys that make the learning rate; an argument of a method with such a name is another thing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +55,8 @@ class ZerothOrder(Optimizer):
 
     def _build(self, rate: Any) -> zo.ZerothOrderOptimizer:
         keys = inspect.signature(type(self).method).parameters.keys()
-        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        options |= {"learning_rate": rate}
+        names = (f.name for f in dataclasses.fields(self) if f.name not in SCHEDULED)
+        options = {name: getattr(self, name) for name in names} | {"learning_rate": rate}
         if "sampler" in options:
             one_of("sampler", options["sampler"], typing.get_args(SAMPLERS))
             options["sampler"] = getattr(zo, options["sampler"])()
@@ -86,7 +87,7 @@ def configuration(
     inherited = {f.name: f for f in dataclasses.fields(Optimizer)}
     parameters = inspect.signature(method, eval_str=True).parameters
     declared = typing.get_type_hints(ZerothOrder)
-    shared = {f.name for f in dataclasses.fields(ZerothOrder)} - {"name", "schedule", "warmup"}
+    shared = {f.name for f in dataclasses.fields(ZerothOrder)} - {"name", *SCHEDULED}
     if missing := sorted(shared - parameters.keys()):  # otherwise the key would be ignored
         raise TypeError(f"{method.__name__} lacks the arguments {', '.join(missing)}")
     for key in sorted(parameters, key=lambda key: key != "sampler"):  # first in saved files, too
@@ -105,16 +106,12 @@ def configuration(
             kind = declared.get(key, annotated if plain else type(default))
             fields.append((key, kind, default))
     name = method.__name__.title().replace("_", "")
-    text = inspect.cleandoc(method.__doc__ or "")
-    section = re.search(r"^Args:\n((?: +.*\n?)+)", text, re.MULTILINE)
-    lines = re.split(r"\n(?=  \w)", section[1].rstrip()) if section else []
-    own = [x for x in lines if x.split(":")[0].strip() not in {"sampler", *shared}]
     return dataclasses.make_dataclass(
         name,
         [(key, kind, dataclasses.field(default=default)) for key, kind, default in fields],
         bases=(ZerothOrder,),
         namespace={
-            "__doc__": "\n".join([text.partition("\n")[0], "", "Attributes:", *own]),
+            "__doc__": meanings(method, without={"sampler", *shared}),
             "__module__": __name__,
             "method": staticmethod(method),
         },

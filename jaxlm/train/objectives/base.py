@@ -10,10 +10,11 @@ from jaxlm.data.batching import Objective as Batches
 from jaxlm.data.rows import EncodedRows
 from jaxlm.evaluation.classification import Reduction
 from jaxlm.models import LanguageModel
+from jaxlm.train.losses import num_examples
 from jaxlm.train.measure import GenerationMetric, Metric, MultipleChoiceMetric, TokenLossMetric
 from jaxlm.train.settings import Optimizer
 from jaxlm.train.zeroth_order import ZerothOrder
-from jaxlm.typing import LossFn
+from jaxlm.typing import Batch, LossFn
 
 Data = Task | Texts
 Encoded = EncodedTask | EncodedRows
@@ -59,6 +60,11 @@ class Objective:
         arrays. There are no `data` in a dry run without a tokenizer.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def share(batch: Batch) -> Any:
+        """Return what the loss of a batch divides by; see `jaxlm.train.losses.accumulate`."""
+        return num_examples(batch)
 
     def metric(
         self,
