@@ -183,7 +183,8 @@ def accumulate(
     spread over all devices.
 
     Args:
-        loss_fn: a loss that is a mean over the batch, as is its aux.
+        loss_fn: a loss that is a mean over the batch, as is its aux; only `tokens` is the number
+            that `share` returns.
         count: number of parts, a divisor of the batch.
         share: what `loss_fn` divides by, a function of the part: `num_targets` for `lm_objective`.
 
@@ -249,7 +250,10 @@ def accumulate(
             return jax.tree.map(lambda g: (slope * g).astype(g.dtype), grads), None
 
         mean.defvjp(forward, backward, symbolic_zeros=True)
-        return mean(params, (jnp.arange(count), _parts(batch, count)))
+        result = mean(params, (jnp.arange(count), _parts(batch, count)))
+        if isinstance(result, tuple) and "tokens" in result[1]:
+            result[1]["tokens"] = share(batch)
+        return result
 
     return accumulated
 

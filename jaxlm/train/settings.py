@@ -112,7 +112,7 @@ def scheduled(config: Optimizer, peak: float, steps: int) -> Any:
 
     def inverse_sqrt(count: Any) -> Any:  # optax has none
         start = max(warmup, 1)
-        return jnp.maximum(peak * jnp.sqrt(start / (start + count)), end)
+        return jnp.maximum(peak * jnp.sqrt(start / (start + jnp.maximum(count, 0))), end)
 
     after = {
         "constant": lambda: schedules.constant_schedule(peak),

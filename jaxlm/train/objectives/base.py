@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
+
 from jaxlm.core.errors import UserError
 from jaxlm.data import DataConfig, EncodedTask, Task, Texts
 from jaxlm.data.batching import Objective as Batches
 from jaxlm.data.rows import EncodedRows
 from jaxlm.evaluation.classification import Reduction
 from jaxlm.models import LanguageModel
-from jaxlm.train.losses import num_examples
+from jaxlm.train.losses import num_examples, num_targets
 from jaxlm.train.measure import GenerationMetric, Metric, MultipleChoiceMetric, TokenLossMetric
 from jaxlm.train.settings import Optimizer
 from jaxlm.train.zeroth_order import ZerothOrder
@@ -63,8 +65,12 @@ class Objective:
 
     @staticmethod
     def share(batch: Batch) -> Any:
-        """Return what the loss of a batch divides by; see `jaxlm.train.losses.accumulate`."""
-        return num_examples(batch)
+        """Return what the loss of a batch divides by; see `jaxlm.train.losses.accumulate`.
+
+        By default that is the number of its targets if they have `weights` [B, T], or of examples.
+        """
+        tokens = jnp.ndim(batch.get("weights", ())) == 2
+        return num_targets(batch) if tokens else num_examples(batch)
 
     def metric(
         self,

@@ -2,14 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from jaxlm.data import EncodedTask
 from jaxlm.data.batching import Objective as Batches
 from jaxlm.models import LanguageModel
-from jaxlm.train.losses import classification_objective, lm_objective, num_targets
+from jaxlm.train.losses import classification_objective, lm_objective
 from jaxlm.train.objectives.base import Data, Encoded, Objective, Scoring
-from jaxlm.typing import Batch, LossFn
+from jaxlm.typing import LossFn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,6 @@ class Completion(Objective):
         self, lm: LanguageModel, data: Data | None, encoded: Encoded, scoring: Scoring
     ) -> LossFn:
         return lm_objective(lm.log_probs)
-
-    @staticmethod
-    def share(batch: Batch) -> Any:
-        return num_targets(batch)
 
     def chance(self, lm: LanguageModel, encoded: Encoded) -> float | None:
         """Return the log of the vocabulary size for rows of tokens; None for a task."""
