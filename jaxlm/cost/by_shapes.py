@@ -91,11 +91,8 @@ class ByShapes:
         """The devices, the dynamics and `accumulate` divide the multiples of this evenly."""
         dynamics = self.config.dynamics
         parts = getattr(dynamics, "parts", getattr(dynamics, "workers", 1))
-        return (
-            parts
-            * self.config.accumulate
-            * (1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"])
-        )
+        devices = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return parts * self.config.accumulate * devices
 
     def make(self, batch_size: int) -> tuple[Method, Batches]:
         """Return the method and its batches, of zeros that take no memory until they are read."""

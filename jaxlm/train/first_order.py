@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -162,21 +163,21 @@ def derived(method: Callable[..., Any], learning_rate: float) -> type[Any]:
     Returns:
         A frozen dataclass, a subclass of `FirstOrder`.
     """
-    defaults = {key: x.default for key, x in inspect.signature(method).parameters.items()}
-    own: dict[str, Any] = {
-        key: float | None if key == "momentum" else type(default)
-        for key, default in defaults.items()
-        if key == "momentum" or type(default) in (bool, int, float)
-    }
-    own = {key: kind for key, kind in own.items() if key not in ("learning_rate", "weight_decay")}
+    parameters: Mapping[str, Any] = inspect.signature(method).parameters
+    own: dict[str, Any] = {}
+    for key, given in parameters.items():
+        kind = float if key == "momentum" else type(given.default)  # None is no momentum
+        if kind in (bool, int, float) and key not in ("learning_rate", "weight_decay"):
+            optional = type(None) in typing.get_args(given.annotation)
+            own[key] = kind | None if optional else kind
     fields = [("name", str, method.__name__), ("learning_rate", float, learning_rate)]
-    fields += [(key, kind, defaults[key]) for key, kind in own.items()]
+    fields += [(key, kind, parameters[key].default) for key, kind in own.items()]
     return dataclasses.make_dataclass(
         method.__name__.title(),
         [(key, kind, dataclasses.field(default=default)) for key, kind, default in fields],
         bases=(Derived,),
         namespace={
-            "__doc__": meanings(method, without=defaults.keys() - own.keys()),
+            "__doc__": meanings(method, without=parameters.keys() - own.keys()),
             "__module__": __name__,
             "method": staticmethod(method),
             "own": own,

@@ -204,6 +204,7 @@ def check_run(folder: RunFolder, stored: Mapping[str, Any]) -> None:
 
 def _with_run(lm: LanguageModel, folder: RunFolder, stored: Mapping[str, Any]) -> LanguageModel:
     """Add the head and the tuning of a run to the model that it began with."""
+    lm = lm.replace(config=lm.config.replace(compute_dtype=stored.get("compute_dtype")))
     if stored.get("random_init"):
         lm = with_random_params(lm, seed=stored["seed"])
     if (task := stored.get("task")) is not None:

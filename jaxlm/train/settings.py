@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+import textwrap
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -131,6 +132,6 @@ def meanings(function: Any, *, without: Collection[str] = ()) -> str:
     """Return the docstring of a configuration: the first line of a function's and its arguments."""
     text = inspect.cleandoc(function.__doc__ or "")
     section = re.search(r"^Args:\n((?: +.*\n?)+)", text, re.MULTILINE)
-    lines = re.split(r"\n(?=  \w)", section[1].rstrip()) if section else []
-    own = [x for x in lines if x.split(":")[0].strip() not in without]
+    lines = re.split(r"\n(?=\w)", textwrap.dedent(section[1]).rstrip()) if section else []
+    own = [x for x in lines if x.split(":")[0] not in without]
     return "\n".join([text.partition("\n")[0], "", "Attributes:", *own])

@@ -8,7 +8,7 @@ package learns; larger models need lower ones.
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -66,18 +66,17 @@ class ZerothOrder(Optimizer):
 def configuration(
     method: Callable[..., zo.ZerothOrderOptimizer],
     learning_rate: float,
-    without: Collection[str] = (),
 ) -> type[Any]:
     """Derive the configuration of a method, such as `zo.mezo`, from its signature and docstring.
 
     Keywords become keys of the same name and default; a keyword that is not annotated as a number,
     a text or a truth value has the type of its default. Objects that a file cannot hold (`decay`,
-    `mesh`), and those in `without`, stay with the function, and a sampler is given by its name.
+    `mesh`), and those named as keys of the schedule (`SCHEDULED`), stay with the function. A
+    sampler is given by its name.
 
     Args:
         method: a function with a whole signature.
         learning_rate: its default, which the function lacks.
-        without: keywords that are not keys.
 
     Returns:
         A frozen dataclass, a subclass of `ZerothOrder`.
@@ -92,7 +91,7 @@ def configuration(
         raise TypeError(f"{method.__name__} lacks the arguments {', '.join(missing)}")
     for key in sorted(parameters, key=lambda key: key != "sampler"):  # first in saved files, too
         default = parameters[key].default
-        if key in inherited or key in ("decay", "mesh", *without):
+        if key in inherited or key in ("decay", "mesh"):
             continue
         if key == "sampler":
             if (sampler := type(default).__name__.lower()) not in typing.get_args(SAMPLERS):
@@ -111,7 +110,7 @@ def configuration(
         [(key, kind, dataclasses.field(default=default)) for key, kind, default in fields],
         bases=(ZerothOrder,),
         namespace={
-            "__doc__": meanings(method, without={"sampler", *shared}),
+            "__doc__": meanings(method, without={"sampler", *shared, *SCHEDULED}),
             "__module__": __name__,
             "method": staticmethod(method),
         },
@@ -123,7 +122,7 @@ def configuration(
 ZEROTH_ORDER: dict[str, type[Any]] = {
     "mezo": configuration(zo.mezo, 2e-4),
     "mezo_momentum": configuration(zo.mezo_momentum, 1e-4),
-    "mezo_adam": configuration(zo.mezo_adam, 3e-3, without=("floor",)),
+    "mezo_adam": configuration(zo.mezo_adam, 3e-3),
     "meazo": configuration(zo.meazo, 3e-3),
     "fzoo": configuration(zo.fzoo, 1e-2),
     "lozo": configuration(zo.lozo, 1e-4),

@@ -80,12 +80,14 @@ def test_transform_is_that_of_optax(ours, theirs):
 BITWISE = {
     "lion": optax.lion(0.125, weight_decay=0.0),
     "lion decayed": optax.lion(0.125, weight_decay=0.25, mask=decay_mask),
-    "adafactor": optax.adafactor(0.125, min_dim_size_to_factor=2, momentum=0.5),
+    "adafactor": optax.adafactor(
+        0.125, min_dim_size_to_factor=2, momentum=0.5, clipping_threshold=None
+    ),
     "rmsprop": optax.rmsprop(0.125, centered=True, momentum=0.5),
 }
 OWN = {
     "lion decayed": {"weight_decay": 0.25},
-    "adafactor": {"min_dim_size_to_factor": 2, "momentum": 0.5},
+    "adafactor": {"min_dim_size_to_factor": 2, "momentum": 0.5, "clipping_threshold": None},
     "rmsprop": {"centered": True, "momentum": 0.5},
 }
 
