@@ -206,7 +206,7 @@ def _pretrain(config: PretrainConfig, mesh: Mesh | None, folder: RunFolder) -> d
     save_pretrained(lm, folder.path / "model", trained.params)
     steps = trained.summary["steps"]
     return {
-        **_last_measured(config, folder, steps),
+        **_measured(config, folder, steps, trained.summary["tested_step"]),
         **trained.summary,
         "tokens": steps * config.batch_size * config.seq_len,
         "parameters": size,
@@ -214,13 +214,18 @@ def _pretrain(config: PretrainConfig, mesh: Mesh | None, folder: RunFolder) -> d
     }
 
 
-def _last_measured(config: PretrainConfig, folder: RunFolder, steps: int) -> dict[str, float]:
-    """Return the mean loss of the last `log_every` steps and the last held-out measurements."""
+def _measured(
+    config: PretrainConfig, folder: RunFolder, steps: int, tested_step: int
+) -> dict[str, float]:
+    """Return the mean loss of the last `log_every` steps and the result's held-out measurements."""
     rows = folder.metrics.read()
     first = steps - config.log_every
     losses = [row["loss"] for row in rows if "loss" in row and row["step"] > first]
     measured = {
-        name: value for row in rows for name, value in row.items() if name.startswith("held")
+        name: value
+        for row in rows
+        for name, value in row.items()
+        if name.startswith("held") and row["step"] <= tested_step
     }
     return {"loss": float(np.mean(losses)), **measured}
 
