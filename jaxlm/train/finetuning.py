@@ -262,10 +262,8 @@ def build(
         )
     if config.param_dtype == "auto":
         dtype_name(lm.params["embed"]["tokens"]["embedding"].dtype)
-    labels = 0
-    if isinstance(encoded, EncodedTask):
-        encoded = dataclasses.replace(encoded, objective=objective.batches)
-        labels = len(encoded.labels)
+    encoded = objective.batched(encoded)
+    labels = len(encoded.labels) if isinstance(encoded, EncodedTask) else 0
     select, lm = changed(lm, lambda lm: _prepared(config, lm, labels), mesh)
     optimizer = dataclasses.replace(config.optimizer, select=select)
     config = dataclasses.replace(config, optimizer=optimizer)

@@ -206,6 +206,17 @@ def test_float32_parameters_are_the_master_weights_of_bfloat16(write):
     assert losses[0] != losses[1]
 
 
+@pytest.mark.parametrize("optimizer", [ADAM, pytest.param(MEZO, marks=pytest.mark.slow)])
+def test_packed_rows_are_trained_on_and_planned(optimizer, write):
+    path = write(optimizer=optimizer)
+    config = load(path, **{"messages.packing": "true"})
+    plan = dry_run(config, base_dir=path.parent, device=DEVICE)
+    summary = finetune(config, base_dir=path.parent)
+    assert plan.memory[0].peak == summary["peak_memory_bytes"] or plan.memory[1].peak
+    assert plan.tokens == config.messages.max_length
+    assert summary["test"]["loss"] <= summary["zero_shot"]["loss"]
+
+
 def test_the_metric_of_an_objective_chooses_the_checkpoint(write, monkeypatch):
     class Negative(TokenLossMetric):
         main, mode = "likelihood", "max"

@@ -1,5 +1,6 @@
 """The base class of objectives."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -67,10 +68,16 @@ class Objective:
     def share(batch: Batch) -> Any:
         """Return what the loss of a batch divides by; see `jaxlm.train.losses.accumulate`.
 
-        By default that is the number of its targets if they have `weights` [B, T], or of examples.
+        By default that is the number of targets if the batch marks them, or of examples.
         """
-        tokens = jnp.ndim(batch.get("weights", ())) == 2
+        tokens = "target_mask" in batch or jnp.ndim(batch.get("weights", ())) == 2
         return num_targets(batch) if tokens else num_examples(batch)
+
+    def batched(self, encoded: Encoded) -> Encoded:
+        """Return the data with training batches as the loss reads them."""
+        if isinstance(encoded, EncodedTask):
+            return dataclasses.replace(encoded, objective=self.batches)
+        return encoded
 
     def metric(
         self,
