@@ -72,7 +72,8 @@ def from_pretrained(
       name_or_path: folder with config.json, one or several safetensors files and optionally a
         tokenizer; or the id of such a repository on the hub; or a GGUF file, see
         `jaxlm.models.gguf`; or "smollm2"; or None for the small model that comes with the package.
-      param_dtype: dtype of every parameter, whatever the files have.
+      param_dtype: dtype of every parameter, whatever the files have; "auto" for the dtype that most
+        of the stored parameters have, float32 for a GGUF file.
       mesh: a mesh of `jaxlm.sharding.make_mesh`. Each device gets its part of a parameter, by
         the rules of `jaxlm.sharding`, straight from the files. None loads onto the default device,
         one parameter at a time.
@@ -93,10 +94,10 @@ def from_pretrained(
     one_of("attention", attention, tuple(IMPLEMENTATIONS))
     one_of("remat", remat, get_args(ModelConfig.__annotations__["remat"]))
     one_of("bits", bits, (8, 4, None))
-    dtype = _float_dtype(param_dtype)
     place = SHIPPED if name_or_path is None else _resolve(name_or_path)
     config, tokenizer, checkpoint = _read_model(place)
     assert checkpoint is not None
+    dtype = _float_dtype(param_dtype, checkpoint)
     config = checkpoint.match(config).replace(
         compute_dtype=None if compute_dtype is None else str(jnp.dtype(compute_dtype)),
         attention=attention,
@@ -121,7 +122,14 @@ def from_pretrained(
     return LanguageModel(config, nest(flat), tokenizer)
 
 
-def _float_dtype(param_dtype: Any) -> np.dtype:
+def _float_dtype(param_dtype: Any, checkpoint: Checkpoint | None) -> np.dtype:
+    if isinstance(param_dtype, str) and param_dtype == "auto":
+        if checkpoint is None:
+            raise UserError(
+                "param_dtype: there are no files that give it (got auto). Choose float32 or "
+                "bfloat16."
+            )
+        param_dtype = checkpoint.dtype
     try:
         dtype = jnp.dtype(param_dtype)
         if param_dtype is not None and jnp.issubdtype(dtype, jnp.floating):
@@ -130,7 +138,7 @@ def _float_dtype(param_dtype: Any) -> np.dtype:
         pass
     raise UserError(
         f"param_dtype: must be a floating-point type (got {show(param_dtype)}). Choose one of "
-        "float32, bfloat16, float16, float64."
+        "auto, float32, bfloat16, float16, float64."
     )
 
 
@@ -173,9 +181,9 @@ def shapes_from_pretrained(
     Raises:
       UserError: see `from_pretrained`.
     """
-    dtype = _float_dtype(param_dtype)
     place = SHIPPED if name_or_path is None else _resolve(name_or_path, weights=False)
     config, tokenizer, checkpoint = _read_model(place, weights=False)
+    dtype = _float_dtype(param_dtype, checkpoint)
     if checkpoint is not None:
         config = checkpoint.match(config)
         checkpoint.check(config)

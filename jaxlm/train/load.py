@@ -69,11 +69,12 @@ def load_model(
     if not pretrained:
         check_run(folder, stored)
     best = None if shapes_only else folder.best_params()
-    # A replay is exact only in the dtype of the run.
+    # A replay is exact only in the dtype of the run, which is also that of its files.
     replay = best is None and not shapes_only
     if replay and (pretrained or not folder.trajectory.exists()):
         raise UserError(f"{folder.path}: the run has no checkpoint yet. Start it again.")
-    dtype = stored["param_dtype"] if replay else param_dtype
+    own = replay or param_dtype == "auto"
+    dtype = stored.get("param_dtype", "float32") if own else param_dtype
     lm, trained_bits = _begun_with(folder, stored, dtype, mesh, shapes_only)
     if best is not None:
         if stored.get("peft") and dtype == stored["param_dtype"]:
@@ -81,7 +82,8 @@ def load_model(
         lm = lm.replace(params=_placed(best, lm, folder, stored))
     elif replay:
         lm = lm.replace(params=_replayed(folder, lm.params, stored["steps"]))
-        lm = lm.replace(params=jax.tree.map(lambda x: x.astype(param_dtype), lm.params))
+        if param_dtype != "auto":
+            lm = lm.replace(params=jax.tree.map(lambda x: x.astype(param_dtype), lm.params))
     if bits is not None and trained_bits is None:
         lm = changed(
             lm, lambda lm: (None, lm.replace(params=quantize(lm.params, bits=bits))), mesh
@@ -202,6 +204,7 @@ def check_run(folder: RunFolder, stored: Mapping[str, Any]) -> None:
 
 def _with_run(lm: LanguageModel, folder: RunFolder, stored: Mapping[str, Any]) -> LanguageModel:
     """Add the head and the tuning of a run to the model that it began with."""
+    lm = lm.replace(config=lm.config.replace(compute_dtype=stored.get("compute_dtype")))
     if stored.get("random_init"):
         lm = with_random_params(lm, seed=stored["seed"])
     if (task := stored.get("task")) is not None:
