@@ -55,11 +55,14 @@ class GrowingLines:
             barrier(f"{self.header} is read")  # by every process, before the first one writes
             if stored is None:
                 write_json(self.header, {**self._content, "lines": None})
-            for name, old, new in differences((stored or {"inputs": inputs})["inputs"], inputs):
-                raise UserError(
-                    f"output: {self.path} was made with another {name}: {short(old)} (got "
-                    f"{short(new)}). Choose another output, or remove it and its header."
-                )
+            old = inputs if stored is None else stored["inputs"]
+            for key in {**inputs, **old}:  # in this order, so that what comes first is named
+                for name, *values in differences(*({key: each.get(key)} for each in (old, inputs))):
+                    before, now = map(short, values)
+                    raise UserError(
+                        f"output: {self.path} was made with another {name}: {before} (got {now}). "
+                        "Choose another output, or remove it and its header."
+                    )
             yield
 
     def _stored(self) -> dict[str, Any] | None:

@@ -173,14 +173,14 @@ def _evaluate(setting: Setting, mesh: Mesh | None) -> dict[str, Any]:
     ours = _measure(setting, mesh)
     if config.other is None:
         return ours.result
-    keys = {"model": config.other, "split": config.split}
+    keys = {"model": config.other, "split": config.split, "icl": str(config.icl)}
     changed = dataclasses.replace(config, model=config.other, other=None, predictions=None)
     second = setting._replace(config=changed, offsets=None)
     if setting.own:
         file, offsets = own_config(keys)
         if file is not None:
             again = configs.load(EvaluateConfig, file, keys, only=KEYS)
-            second = Setting(again, file.parent, offsets, True)
+            second = Setting(again, file.parent, offsets, own=True)
     theirs = _measure(second, mesh)
     if ours.examples != theirs.examples:
         raise UserError(
@@ -230,7 +230,7 @@ def _measure(setting: Setting, mesh: Mesh | None) -> _Measured:
         "split": config.split,
         "examples": len(examples),
     }
-    whose = [(example.label, example.gold, example.answers) for example in examples]
+    whose = [dataclasses.replace(example, id="", context="") for example in examples]
     size, split = config.eval_batch_size, config.split
     if task.config.is_generative:
         metric = GenerationMetric(lm, task, batch_size=size)

@@ -117,7 +117,7 @@ def read_config(args: Sequence[str]) -> PredictConfig:
 def _read(args: Sequence[str]) -> tuple[PredictConfig, Any]:
     """Return the configuration, and the offsets of a calibrated run."""
     words, flags = configs.split_args(args)
-    if words and "rows" not in flags:
+    if "rows" not in flags and len(words) > ("model" not in flags):
         flags["rows"] = words.pop()
     if len(words) > 1:
         raise UserError(f"MODEL: is given twice (got {' and '.join(words)}). Keep one.")
@@ -206,11 +206,11 @@ def _form(config: PredictConfig, offsets: Any, first: Record) -> _Form:
         return _Form(read, lambda lm: predictions.choosing(Choices(lm, empty, **options), names))
     text = config.text or TextConfig()
     if {"messages", "prompt"} & first.values.keys():
-        template = (config.messages or MessagesConfig()).template
+        written = (config.messages or MessagesConfig()).template
 
         def answering(lm: Any) -> Any:
             def prompt(each: Any) -> str:
-                return each if isinstance(each, str) else prompt_of(each, tokenizer, template)
+                return each if isinstance(each, str) else prompt_of(each, tokenizer, written)
 
             tokenizer = tokenizer_of(lm)
             ends = () if tokenizer.eos_token is None else (tokenizer.eos_token,)
@@ -253,7 +253,7 @@ def _predictions(config: PredictConfig, offsets: Any, mesh: Any) -> Iterator[lis
         yield from predicted(rows(), form.read, predictor)
         return
     weights = hashlib.sha256(f"{fingerprint(lm.params)} {lm.config}".encode()).hexdigest()
-    inputs = settings_of(to_dict(config)) | {"model": weights, "rows": digest.hexdigest()}
+    inputs = {"model": weights, "rows": digest.hexdigest(), **settings_of(to_dict(config))}
     inputs["option_offsets"] = None if offsets is None else offsets.tolist()
     about = {"model": config.model or "shipped", "rows": config.rows}
     with output.held(inputs, about):

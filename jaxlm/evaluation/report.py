@@ -4,7 +4,7 @@ Shapes: N examples, C classes. A ratio with the denominator 0 is 0, as in scikit
 """
 
 import numpy as np
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int, Shaped
 
 from jaxlm.core.checks import integer
 
@@ -49,7 +49,7 @@ def class_report(confusion: Int[np.ndarray, "C C"]) -> dict[str, np.ndarray]:
     }
 
 
-def standard_error(values: Num[np.ndarray, " N"]) -> float:
+def standard_error(values: Shaped[np.ndarray, " N"]) -> float:
     r"""Return the standard error $s / \sqrt N$ of a mean, with $s^2$ divided by $N - 1$.
 
     Of an accuracy a this is $\sqrt{a (1 - a) / (N - 1)}$; for one example it is NaN.
@@ -61,7 +61,9 @@ def standard_error(values: Num[np.ndarray, " N"]) -> float:
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
-def paired_standard_error(ours: Num[np.ndarray, " N"], theirs: Num[np.ndarray, " N"]) -> float:
+def paired_standard_error(
+    ours: Shaped[np.ndarray, " N"], theirs: Shaped[np.ndarray, " N"]
+) -> float:
     """Return the standard error of the difference of two means over the same examples.
 
     Two models tend to fail on the same examples, so it is smaller than the errors of both would
@@ -71,7 +73,7 @@ def paired_standard_error(ours: Num[np.ndarray, " N"], theirs: Num[np.ndarray, "
 
 
 def expected_calibration_error(
-    confidences: Float[np.ndarray, " N"], right: Num[np.ndarray, " N"], *, bins: int = 15
+    confidences: Float[np.ndarray, " N"], right: Shaped[np.ndarray, " N"], *, bins: int = 15
 ) -> float:
     r"""Return $\sum_b \frac{n_b}{N} |\text{accuracy}_b - \text{confidence}_b|$.
 

@@ -135,7 +135,10 @@ class Choices:
         offsets: Float[np.ndarray, " C"] | None = None,
     ):
         self.chunk, self.offsets, self.peak_bytes = CHUNK * batch_size, offsets, 0
-        self._lm, self._options = lm, {"batch_size": batch_size, "reduction": reduction}
+        self._lm = lm
+        self._metric = functools.partial(
+            MultipleChoiceMetric, lm, batch_size=batch_size, reduction=reduction
+        )
         self._task = dataclasses.replace(task, train=(), validation=(), test=())
         self._metrics: dict[tuple[int, ...], MultipleChoiceMetric] = {}
 
@@ -160,7 +163,7 @@ class Choices:
         encoded = dataclasses.replace(encoded, buckets=fixed_buckets(encoded.buckets[-1], limit))
         ids = () if encoded.token_ids is None else tuple(encoded.token_ids.tolist())
         if ids not in self._metrics:
-            self._metrics[ids] = MultipleChoiceMetric(self._lm, encoded, **self._options)
+            self._metrics[ids] = self._metric(encoded)
         metric = self._metrics[ids]
         metric.encoded, metric.offsets = encoded, self.offsets
         scores, _ = metric.scores("test", self._lm.params)
