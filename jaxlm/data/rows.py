@@ -5,6 +5,7 @@ piece of a document. Shapes: B rows of a batch, T their length, K tokens in the 
 """
 
 import bisect
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -412,6 +413,15 @@ class EncodedRows(EncodedSplits):
             for name, rows in splits.items()
         }
         return cls(**padded, buckets=buckets, dropped=dropped, key=key)
+
+    def sparse(self) -> "EncodedRows":
+        """Return the data with training batches of the form "targets" if that makes them smaller.
+
+        That is, if at most half of the places of every batch have a token in the loss.
+        """
+        if not self.train.rows or any(2 * width > length for length, width in self.train.shapes):
+            return self
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, form="targets"))
 
     def digests(self) -> dict[str, str]:
         """Return `digest` of each split that exists."""

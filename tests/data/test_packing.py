@@ -7,7 +7,7 @@ import pytest
 import jaxlm
 from jaxlm.data import MessagesConfig, TextConfig, TokenRow
 from jaxlm.data.rows import EncodedRows, PaddedRows, digest, pack
-from jaxlm.train.losses import lm_objective
+from jaxlm.train.losses import token_objective
 from tests.helpers.models import GOLDEN
 from tests.helpers.sentences import refused
 
@@ -48,15 +48,14 @@ def test_windows_are_told_apart_from_rows_of_the_same_tokens():
     assert digest([window]) != digest([row])
 
 
+@pytest.mark.parametrize("form", ["weights", "targets"])
 @pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
-def test_loss_and_gradient_are_those_of_the_rows_alone(name):
+def test_loss_and_gradient_are_those_of_the_rows_alone(name, form):
     lm = jaxlm.from_pretrained(GOLDEN / name)
     rows = random_rows(12, 10)
-    windows = PaddedRows(pack(rows, 16), 0, buckets=(16,), packed=True)
+    windows = PaddedRows(pack(rows, 16), 0, form, buckets=(16,), packed=True)
     assert len(windows) < len(rows)
-    loss = jax.jit(
-        jax.value_and_grad(lambda params, batch: lm_objective(lm.log_probs)(params, batch)[0])
-    )
+    loss = jax.jit(jax.value_and_grad(lambda params, batch: token_objective(lm)(params, batch)[0]))
     alone, wanted = loss(lm.params, PaddedRows(rows, 0).batch(range(len(rows))))
     found, gradient = loss(lm.params, windows.batch(range(len(windows))))
     np.testing.assert_allclose(found, alone, rtol=1e-6)
@@ -65,6 +64,15 @@ def test_loss_and_gradient_are_those_of_the_rows_alone(name):
         gradient,
         wanted,
     )
+
+
+def test_targets_alone_are_read_where_at_most_half_of_the_tokens_are_in_the_loss():
+    few = [TokenRow(str(n), tuple(range(n)), (1,)) for n in (4, 6, 8)]
+    many = [TokenRow("0", tuple(range(8)), (1, 2, 3, 4, 5))]
+    for rows, form in ((few, "targets"), (many, "weights"), ([], "weights")):
+        splits = {"train": rows, "validation": few, "test": []}
+        encoded = EncodedRows.pad(splits, pad_id=0).sparse()
+        assert (encoded.train.form, encoded.validation.form) == (form, "weights")
 
 
 def test_only_training_rows_are_packed():
