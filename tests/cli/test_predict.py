@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -284,3 +286,30 @@ def test_two_models_on_the_same_examples(folder, tiny_model, monkeypatch, capsys
 def jaxlm_task(folder: Path) -> dict:
     files = {split: str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")}
     return {**TASK, "classes": None, "name": "tiny", **files}
+
+
+PEAK = """
+import resource, sys
+from jaxlm.cli.main import main
+assert main(["predict", *sys.argv[1:]]) == 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_does_not_grow_with_the_file(folder, tmp_path):
+    """20,000 rows of 5 KB, 100 MB in all, take little more than 2,000."""
+    peaks = []
+    for count in (2000, 20_000):
+        rows = [{"text": text, "more": "x" * 5000} for text in texts(count)]
+        path = write_jsonl(tmp_path / f"{count}.jsonl", rows)
+        words = [folder / "run", path, f"--output={path}.out"]
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks.append(int(done.stdout))
+    print(f"peak MiB of 2,000 and of 20,000 rows: {peaks}")
+    assert peaks[1] < peaks[0] + 40
