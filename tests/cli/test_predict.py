@@ -259,6 +259,23 @@ def test_generated_answers_of_a_task(tmp_path, capsys):
     assert result["standard_error"] >= 0
 
 
+def test_rows_with_their_own_options(tiny_model, tmp_path):
+    """An option that a row lists twice has the probability of both."""
+    rows = [{"text": "the film", "options": options} for options in
+            (["was good", "was bad", "it"], ["good", "bad", "good"], ["bad", "good"])]  # fmt: skip
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    task = {"name": "own", "template": "{text} {label}", "options": "per_example"}
+    found = jaxlm.predict(tiny_model, path, task=task)
+    for row, given in zip(found, rows, strict=True):
+        assert row["options"] == given["options"]
+        assert row["probabilities"].keys() == set(given["options"])
+        assert sum(row["probabilities"].values()) == pytest.approx(1)
+        assert row["prediction"] == given["options"][row["prediction_index"]]
+    twice, once = found[1]["probabilities"], found[2]["probabilities"]
+    odds = once["good"] / once["bad"]
+    assert twice["good"] / twice["bad"] == pytest.approx(2 * odds, rel=1e-5)
+
+
 def test_two_models_on_the_same_examples(folder, tiny_model, monkeypatch, capsys):
     from jaxlm.evaluation import paired_standard_error
 
@@ -289,10 +306,11 @@ def jaxlm_task(folder: Path) -> dict:
 
 
 PEAK = """
-import resource, sys
+import re, sys
 from jaxlm.cli.main import main
 assert main(["predict", *sys.argv[1:]]) == 0
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+# Unlike ru_maxrss, it has nothing of the process that started this one.
+print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 10)
 """
 
 
