@@ -60,7 +60,7 @@ class GrowingLines:
                 for name, *values in differences(*({key: each.get(key)} for each in (old, inputs))):
                     before, now = map(short, values)
                     raise UserError(
-                        f"output: {self.path} was made with another {name}: {before} (got {now}). "
+                        f"output: {self.path} was made with {name} = {before} (got {now}). "
                         "Choose another output, or remove it and its header."
                     )
             yield

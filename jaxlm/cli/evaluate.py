@@ -126,7 +126,7 @@ def evaluate(
     built, base_dir = configs.from_call(
         EvaluateConfig, file or config, overrides, "evaluate", only=KEYS
     )
-    return _evaluate(Setting(built, base_dir, offsets, file is not None), mesh)
+    return _evaluate(Setting(built, base_dir, offsets, overrides if file else None), mesh)
 
 
 class Setting(NamedTuple):
@@ -136,13 +136,13 @@ class Setting(NamedTuple):
         config: the configuration.
         base_dir: folder of its file.
         offsets: subtracted from the scores, those of a calibrated run.
-        own: whether the task is that of the run which is evaluated.
+        own: the flags, if the task is that of the run which is evaluated.
     """
 
     config: EvaluateConfig
     base_dir: Path | None = None
     offsets: Any = None
-    own: bool = False
+    own: Mapping[str, Any] | None = None
 
 
 def _read(args: Sequence[str]) -> Setting:
@@ -152,7 +152,8 @@ def _read(args: Sequence[str]) -> Setting:
     path, flags = configs.parse_model_args([*words, *(f"--{k}={v}" for k, v in flags.items())])
     file, offsets = (Path(path), None) if path else own_config(flags)
     config = configs.load(EvaluateConfig, file, flags, only=KEYS)
-    return Setting(config, file.parent if file else None, offsets, file is not None and not path)
+    own = None if path or file is None else flags
+    return Setting(config, file.parent if file else None, offsets, own)
 
 
 def own_config(keys: Mapping[str, Any]) -> tuple[Path | None, Any]:
@@ -173,14 +174,13 @@ def _evaluate(setting: Setting, mesh: Mesh | None) -> dict[str, Any]:
     ours = _measure(setting, mesh)
     if config.other is None:
         return ours.result
-    keys = {"model": config.other, "split": config.split, "icl": str(config.icl)}
-    changed = dataclasses.replace(config, model=config.other, other=None, predictions=None)
-    second = setting._replace(config=changed, offsets=None)
-    if setting.own:
-        file, offsets = own_config(keys)
-        if file is not None:
-            again = configs.load(EvaluateConfig, file, keys, only=KEYS)
-            second = Setting(again, file.parent, offsets, own=True)
+    keys: dict[str, Any] = {"model": config.other, "other": None, "predictions": None}
+    second = setting._replace(config=dataclasses.replace(config, **keys), offsets=None)
+    file, offsets = (None, None) if setting.own is None else own_config(keys)
+    if file is not None:
+        keys = {**(setting.own or {}), **keys}
+        again, folder = configs.from_call(EvaluateConfig, file, keys, "evaluate", only=KEYS)
+        second = Setting(again, folder, offsets)
     theirs = _measure(second, mesh)
     if ours.examples != theirs.examples:
         raise UserError(

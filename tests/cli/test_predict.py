@@ -165,15 +165,15 @@ def test_an_output_of_something_else_is_refused_by_name(folder, predicted, tmp_p
     kept = predicted.read_bytes()
     words = {"output": predicted, "eval_batch_size": 1}
     other = make_model(tmp_path / "other", scale=2.0)
-    with refused("output", "another model"):
+    with refused("output", "was made with model = "):
         jaxlm.predict(other, folder / "rows.jsonl", task={**TASK, "classes": None}, **words)
-    with refused("output", "another rows"):
+    with refused("output", "was made with rows = "):
         jaxlm.predict(folder / "run", folder / "test.jsonl", **words)
-    with refused("output", "another task.template"):
+    with refused("output", "was made with task.template = "):
         jaxlm.predict(
             folder / "run", folder / "rows.jsonl", **words | {"task.template": "{text} {label}"}
         )
-    with refused("output", "another eval_batch_size: 1 (got 2)"):
+    with refused("output", "was made with eval_batch_size = 1 (got 2)"):
         jaxlm.predict(folder / "run", folder / "rows.jsonl", **words | {"eval_batch_size": 2})
     (tmp_path / "p.jsonl").write_text("mine\n")
     with refused("output", "p.jsonl.header.json"):
@@ -298,6 +298,9 @@ def test_two_models_on_the_same_examples(folder, tiny_model, monkeypatch, capsys
     jaxlm.finetune(model=tiny_model, task=other, steps=0, output=folder / "other")
     with refused("other"):
         jaxlm.evaluate(folder / "run", other=folder / "other")
+    test = str(folder / "test.jsonl")  # for both
+    same = jaxlm.evaluate(folder / "run", other=folder / "other", **{"task.test": test})
+    assert same["other"]["examples"] == same["examples"] == 40
 
 
 def jaxlm_task(folder: Path) -> dict:
