@@ -195,7 +195,21 @@ def check_tool(args: list[str], until: Until) -> None:
     del args, until
 
 
+def move(args: list[str], until: Until) -> None:
+    """Moves what the commands before have made."""
+    source, target = map(Path, args)
+    source.rename(target)
+
+
+def make_folder(args: list[str], until: Until) -> None:
+    """Makes a folder, with `-p` alone."""
+    assert args[0] == "-p"
+    Path(args[1]).mkdir(parents=True, exist_ok=True)
+
+
 CHECKS: dict[str, Callable[[list[str], Until], None]] = {
+    "mkdir": make_folder,
+    "mv": move,
     "jaxlm": run_jaxlm,
     "python": parse_python,
     **dict.fromkeys(("mpirun", "srun"), check_start),
@@ -269,6 +283,8 @@ def execute(block: Block, names: dict[str, Any], monkeypatch: Any, until: Until 
     elif block.language == "yaml":
         assert isinstance(yaml.safe_load(block.text), dict)
         assert block.title, f"{block.where}: nothing reads this; give it the title of its file"
+        write(block)
+    elif block.language == "csv":
         write(block)
     elif block.language == "json":
         for line in block.text.splitlines():

@@ -28,7 +28,7 @@ RUN = ("README.md", "index.md", "add_a_task.md")
 
 Those of the other pages stop where their work begins: `tests/cli` and `tests/peft` do that work.
 """
-ENDS = (*RUN, "add_a_method.md")
+ENDS = (*RUN, "add_a_method.md", "your_model_your_data.md")
 """Pages of which a slow test runs all to the end."""
 
 
