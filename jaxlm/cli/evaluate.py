@@ -3,8 +3,9 @@
 usage: jaxlm evaluate MODEL [--task.name=subj] [--split=test] [--icl=k] [--dotted.path=value ...]
        jaxlm evaluate config.yaml [--split=test] [--dotted.path=value ...]
 
-MODEL is a folder, a hub id, or the folder of a run of `jaxlm finetune`. Without `task` a run is
-evaluated on its own task; "step" and "of_steps" in the result tell which of its steps is tested.
+MODEL is a folder, a hub id, or the folder of a run of `jaxlm finetune` or of a PEFT adapter.
+Without `task` a run is evaluated on its own task; "step" and "of_steps" in the result tell which of
+its steps is tested. If its files have moved, `--base` and `--task.test` say where they are.
 The configuration may be that of a fine-tuning run, whose other keys are ignored.
 
 The result is printed as JSON: the accuracy of the highest score, the accuracy with scores
@@ -27,7 +28,7 @@ from jaxlm.cli import config as configs
 from jaxlm.core.checks import dtype_name, seeds, whole
 from jaxlm.core.errors import UserError
 from jaxlm.data import Task, TaskConfig, load_task, prepare_for, task_config, with_demonstrations
-from jaxlm.train.run_folder import RunFolder
+from jaxlm.train.run_folder import RunFolder, to_dict
 from jaxlm.train.settings import MOST_ROWS
 
 
@@ -37,6 +38,7 @@ class EvaluateConfig:
 
     Attributes:
         model: folder or hub id; null means the model that comes with the package.
+        base: where the model is that a run or an adapter began with, if it has moved.
         task: the task, or the name of a shipped one.
         split: examples to evaluate on.
         icl: solved training examples before each text of the test split.
@@ -49,6 +51,7 @@ class EvaluateConfig:
     """
 
     model: str | None = None
+    base: str | None = None
     task: TaskConfig = field(metadata={"make": task_config})
     split: Literal["train", "validation", "test"] = "test"
     icl: int = 0
@@ -148,11 +151,13 @@ def _evaluate(
             f"task.{config.split}: the task has no such examples (got none). Name a file of them."
         )
 
+    _check_task(config, task)
     from jaxlm import evaluation
     from jaxlm.train.load import load_model
     from jaxlm.train.measure import GenerationMetric, MultipleChoiceMetric
 
-    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
+    options: dict[str, Any] = {"param_dtype": config.param_dtype, "bits": config.bits}
+    lm = load_model(config.model, base=config.base, **options, mesh=mesh)
     if lm.config.head == "none":
         raise UserError(f"model: has no head to evaluate (got {config.model}). Fine-tune it first.")
     result: dict[str, Any] = {
@@ -184,6 +189,18 @@ def _evaluate(
     if (majority := choices.majority[split]) is not None:
         result["majority_accuracy"] = majority
     return result | {"peak_memory_bytes": choices.peak_bytes}
+
+
+def _check_task(config: EvaluateConfig, task: Task) -> None:
+    """Refuse other data in the files of a run that is evaluated on its own, unchanged task."""
+    from jaxlm.train.finetuning import data_digests
+
+    folder = RunFolder(config.model or "", "model") if config.model else None
+    stored = (folder and folder.config()) or {}
+    own = {"task": to_dict(config.task), "seed": config.seed}
+    if folder is not None and not config.icl and own.items() <= stored.items():
+        key = f"task.{config.split}"
+        folder.check_unchanged({key: data_digests(task, "task")[key]})
 
 
 def _tested(model: str | None) -> dict[str, int]:

@@ -76,6 +76,17 @@ def read_rows(
     return rows
 
 
+def absolute(source: str, key: str, base_dir: Path | None) -> str:
+    """Return a source with the absolute path of its file or folder, if it is one that exists."""
+    name = source.partition(":")[0]
+    if source.startswith(_PREFIX):
+        return source
+    for part in (source, name, name.rpartition("/")[0]):  # FILE, FOLDER:SPLIT, FOLDER/CONFIG:SPLIT
+        if part and (path := _find(part, key, base_dir)):
+            return str(path.resolve()) + source.removeprefix(part)
+    return source
+
+
 def _find(source: str, key: str, base_dir: Path | None) -> Path | None:
     if source.startswith(_PREFIX):
         candidates = [inside(SHIPPED, source.removeprefix(_PREFIX), key)]

@@ -90,18 +90,13 @@ def from_pretrained(
         weights contradict the configuration or are not finite, an option is unknown, or the
         parameters do not fit into memory.
     """
-    one_of("attention", attention, tuple(IMPLEMENTATIONS))
-    one_of("remat", remat, get_args(ModelConfig.__annotations__["remat"]))
+    choices = model_choices(compute_dtype, attention, remat)
     one_of("bits", bits, (8, 4, None))
-    dtype = _float_dtype(param_dtype)
+    dtype = float_dtype(param_dtype)
     place = SHIPPED if name_or_path is None else _resolve(name_or_path)
     config, tokenizer, checkpoint = _read_model(place)
     assert checkpoint is not None
-    config = checkpoint.match(config).replace(
-        compute_dtype=None if compute_dtype is None else str(jnp.dtype(compute_dtype)),
-        attention=attention,
-        remat=remat,
-    )
+    config = checkpoint.match(config).replace(**choices)
     checkpoint.check(config)
     is_matrix = path_predicate(MATRICES)
     flat: dict[str, Any] = {}
@@ -121,7 +116,16 @@ def from_pretrained(
     return LanguageModel(config, nest(flat), tokenizer)
 
 
-def _float_dtype(param_dtype: Any) -> np.dtype:
+def model_choices(compute_dtype: Any, attention: str, remat: str) -> dict[str, Any]:
+    """Return the fields of `ModelConfig` that a user and not a checkpoint chooses, checked."""
+    one_of("attention", attention, tuple(IMPLEMENTATIONS))
+    one_of("remat", remat, get_args(ModelConfig.__annotations__["remat"]))
+    dtype = None if compute_dtype is None else str(jnp.dtype(compute_dtype))
+    return {"compute_dtype": dtype, "attention": attention, "remat": remat}
+
+
+def float_dtype(param_dtype: Any) -> np.dtype:
+    """Return a floating-point dtype by its name; raise UserError for any other."""
     try:
         dtype = jnp.dtype(param_dtype)
         if param_dtype is not None and jnp.issubdtype(dtype, jnp.floating):
@@ -173,7 +177,7 @@ def shapes_from_pretrained(
     Raises:
       UserError: see `from_pretrained`.
     """
-    dtype = _float_dtype(param_dtype)
+    dtype = float_dtype(param_dtype)
     place = SHIPPED if name_or_path is None else _resolve(name_or_path, weights=False)
     config, tokenizer, checkpoint = _read_model(place, weights=False)
     if checkpoint is not None:
