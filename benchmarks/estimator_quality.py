@@ -1,12 +1,13 @@
 """How good a gradient do forward passes give, layer by layer, and how fast can one descend on it?
 
 usage: python -m benchmarks.estimator_quality [--quick] [--model PATH] [--run FOLDER ...]
-                                              [--task subj] [--plot FILE]
+                                              [--task subj] [--directions 1024] [--probes 64]
+                                              [--rows 32] [--plot FILE]
 
 Everything is measured on one training batch of a task: at a pretrained model (the shipped one, or
 --model), and after short runs of Adam and MeZO from there or at the runs of `jaxlm finetune` that
 --run names. For every layer there is the cosine between the mean of n estimates and the gradient,
-for n from 1 to 1024, and the cosine expected by theory,
+for n from 1 to --directions, and the cosine expected by theory,
 
     sqrt(n / (n + 1 + d r)),    r = ||gradient||^2 / ||gradient of the layer||^2,
 
@@ -82,12 +83,12 @@ def after_mezo(problem: Problem, steps: int) -> Tree:
 
 def checkpoints(options: argparse.Namespace) -> Iterator[tuple[str, Problem, Tree]]:
     """Yield name, problem and parameters of each checkpoint."""
-    problem = Problem(load_model(options.model), options.task, 8 if options.quick else 32)
+    problem = Problem(load_model(options.model), options.task, options.rows)
     yield "pretrained", problem, problem.lm.params
     if options.run:
         for folder in options.run:
             trained = load_model(folder)
-            yield folder, Problem(trained, options.task), trained.params
+            yield folder, Problem(trained, options.task, options.rows), trained.params
         return
     adam, mezo = (5, 10) if options.quick else (50, 500)
     yield f"Adam, {adam} steps", problem, after_adam(problem, adam)
@@ -184,10 +185,10 @@ def by_layer(
     loss = problem.loss
     names, parts = layers(params)
     count = len(names)
-    most, directions = (8, 2) if options.quick else (1024, 10)
+    most, slopes_of_each = options.directions, 2 if options.quick else 10
     gradient = gradient_of(loss, params)
     found = cosines(loss, params, gradient, parts, count, most, sampler)
-    measured, exact = slopes(loss, params, parts, count, directions, options.eps, sampler)
+    measured, exact = slopes(loss, params, parts, count, slopes_of_each, options.eps, sampler)
     squares = np.asarray(inner(parts, count, gradient, gradient))
     ones = jax.tree.map(jnp.ones_like, gradient)
     sizes = np.asarray(inner(parts, count, ones, ones))
@@ -217,7 +218,7 @@ def of_the_whole(
     checkpoint: str, problem: Problem, params: Tree, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Return the row of curvature."""
-    probes, steps = (4, 4) if options.quick else (64, 30)
+    probes, steps = options.probes, 4 if options.quick else 30
     key = jax.random.key(3)
     found = curvature.measure(problem.loss, params, key, probes=probes, steps=steps)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -285,8 +286,13 @@ def main() -> None:
     parser.add_argument("--task", default="subj", choices=data.shipped_names())
     parser.add_argument("--sampler", default="gaussian", choices=["gaussian", "rademacher"])
     parser.add_argument("--eps", type=float, default=1e-3)
+    parser.add_argument("--directions", type=int, default=1024, help="most directions in a mean")
+    parser.add_argument("--probes", type=int, default=64, help="probes of the Hessian's trace")
+    parser.add_argument("--rows", type=int, default=32, help="examples of the batch")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     options = parser.parse_args()
+    if options.quick:
+        options.directions, options.probes, options.rows = 8, 4, 8
     rows, curvatures = [], []
     for name, problem, params in checkpoints(options):
         print(f"measuring: {name}", flush=True)

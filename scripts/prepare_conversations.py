@@ -8,7 +8,7 @@ three more kinds: whether a line stands among the pros or the cons of a product 
 CC BY 4.0), how a speech goes on, and which president gave it (``state_union``, public domain).
 Questions come from a few templates, drawn by a fixed seed. A row is ``{"messages": [user,
 assistant], "subtask": kind}``. All rows of one text are in one split: 80 % of the texts are for
-training, 10 % for validation and 10 % for the test.
+training, 10 % for validation and 10 % for the test. ``KIND/`` has those two of one kind.
 """
 
 import argparse
@@ -133,11 +133,19 @@ def prepare(source: Path | None, out: Path, *, seed: int = 0) -> dict[str, int]:
             ]
             row = {"messages": messages, "subtask": kind}
             rows[split_of[mine[i].source]].append(json.dumps(row, ensure_ascii=False) + "\n")
-    out.mkdir(parents=True, exist_ok=True)
     for split, lines in rows.items():
-        text = "".join(lines[i] for i in rng.permutation(len(lines)))
-        (out / f"{split}.jsonl").write_text(text, encoding="utf-8")
+        shuffled = [lines[i] for i in rng.permutation(len(lines))]
+        write(out / f"{split}.jsonl", shuffled)
+        for kind in QUESTIONS if split != "train" else ():
+            if mine := [line for line in shuffled if json.loads(line)["subtask"] == kind]:
+                write(out / kind / f"{split}.jsonl", mine)
     return {split: len(lines) for split, lines in rows.items()}
+
+
+def write(path: Path, lines: list[str]) -> None:
+    """Write a file, and its folder if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def main() -> None:

@@ -26,6 +26,8 @@ def load_study(path, flags=None):
 
 
 def check_study(path):
+    if "run" in read_yaml(path) and "study" not in read_yaml(path):
+        return check_run_or_sweep(path)
     name, config = load_study(path)
     assert name in STUDIES
     if name == "kernel":
@@ -55,7 +57,7 @@ def check_run_or_sweep(path):
     candidates = plan(configs.load(SweepConfig, path), str(path))
     runs = [run for candidate in candidates for run in candidate.runs]
     assert len({run.output for run in runs}) == len(runs)
-    assert all(run.task.validation for run in runs)
+    assert all(run.data.validation for run in runs)
     assert len(runs) == RUNS.get(path.stem, len(runs))
 
 

@@ -2,17 +2,20 @@
 
 usage: jaxlm generate [MODEL] --prompt="the film is" [--temperature=1] [--key=value ...]
        jaxlm generate [MODEL] --file=prompts.txt [--output=completions.jsonl] [--key=value ...]
+       jaxlm generate [MODEL] --chat [--system="Be brief."] [--key=value ...]
 
 MODEL is a folder, a hub id, or the folder of a run of `jaxlm finetune` or of a PEFT adapter; left
 out, the model that comes with jaxlm. The text after one prompt is printed as it is generated. With
 --file, several samples, --json=true or --output, each sample is a line of JSON: index of the
 prompt, prompt, sample, text, finish ("stop" or "length"), token ids and their log-probabilities
-under the model.
+under the model. --chat answers the lines of standard input, one after the other, until their end
+(Ctrl-D).
 """
 
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,9 @@ from jaxlm.artifacts.processes import is_main_process
 from jaxlm.cli import config as configs
 from jaxlm.core.checks import dtype_name, seeds, show, whole
 from jaxlm.core.errors import UserError
+from jaxlm.data.messages import Message, messages_of, prompt_of
+from jaxlm.data.rows import tokenizer_of
+from jaxlm.data.sources import Record
 from jaxlm.train.settings import MOST_ROWS, MOST_STEPS
 
 MOST_BYTES = 2**28
@@ -39,7 +45,11 @@ class GenerateConfig:
         model: folder or hub id; null means the model that comes with the package.
         base: where the model is that a run or an adapter began with, if it has moved.
         prompt: text to continue.
-        file: prompts instead: a line each in .txt, or the field "prompt" of each row in .jsonl.
+        file: prompts instead: a line each in .txt, or each row of .jsonl: its field "prompt", or
+            "messages", which the assistant answers.
+        chat: answer the lines of standard input as a conversation.
+        system: what the system says before the conversation.
+        template: how conversations are written, see `jaxlm.data.MessagesConfig`.
         output: new file for the lines of JSON.
         max_new_tokens: tokens of a sample.
         temperature: 0 takes the most likely token; top_k, top_p and min_p need a higher one.
@@ -59,6 +69,9 @@ class GenerateConfig:
     base: str | None = None
     prompt: str = ""
     file: str | None = None
+    chat: bool = False
+    system: str = ""
+    template: Literal["chat", "tulu", "plain"] = "chat"
     output: str | None = None
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -80,6 +93,14 @@ class GenerateConfig:
         object.__setattr__(self, "param_dtype", dtype_name(self.param_dtype))
         if self.prompt and self.file:
             raise UserError("file: replaces prompt (got both). Give one of them.")
+        for name in ("prompt", "file", "output"):
+            if self.chat and (value := getattr(self, name)):
+                raise UserError(
+                    f"chat: reads standard input and writes to standard output (got {name}={value}"
+                    "). Give one of them."
+                )
+        if self.system and not self.chat:
+            raise UserError(f"system: belongs to a chat (got {show(self.system)}). Give chat too.")
         idle = {"num_samples": 1, "top_k": None, "top_p": 1.0, "min_p": 0.0}
         for name, default in idle.items():
             if self.temperature == 0 and (value := getattr(self, name)) != default:
@@ -104,7 +125,9 @@ def config_class() -> type:
 
 def read_config(args: Sequence[str]) -> GenerateConfig:
     """Return the configuration that the arguments give."""
-    path, flags = configs.parse_model_args(args)
+    switches = {"--chat", "--json"}
+    words = [f"{word}=true" if word in switches else word for word in args]
+    path, flags = configs.parse_model_args(words)
     if not (stop := flags.get("stop", "[")).startswith("["):
         flags["stop"] = json.dumps([stop])
     return configs.load(GenerateConfig, path, flags)
@@ -144,7 +167,9 @@ def generate(
 def run(args: Sequence[str], mesh: Any = None) -> None:
     """Run the command `jaxlm generate`."""
     config = read_config(args)
-    if config.output is not None:
+    if config.chat:
+        _chat(config, mesh)
+    elif config.output is not None:
         generate(config, mesh=mesh)
     elif config.file is not None or config.num_samples > 1 or config.json:
         for row in _samples(config, mesh):
@@ -158,12 +183,46 @@ def run(args: Sequence[str], mesh: Any = None) -> None:
         print()
 
 
+def _chat(config: GenerateConfig, mesh: Any) -> None:
+    """Answer the lines of standard input, each with all before it."""
+    from jaxlm.evaluation import stream_text
+
+    lm, options = _load(config, mesh)
+    tokenizer = tokenizer_of(lm)
+    ends = () if tokenizer.eos_token is None else (tokenizer.eos_token,)
+    options["stop"] = (*config.stop, *ends)  # so that the token's name is not printed
+    messages = [Message("system", config.system)] if config.system else []
+    for turn, line in enumerate(_lines()):
+        messages.append(Message("user", line))
+        prompt, answer = prompt_of(messages, tokenizer, config.template), ""
+        for piece in stream_text(lm, prompt, key=_batch_key(config, turn), **options):
+            print(piece, end="", flush=True)
+            answer += piece
+        print(flush=True)
+        messages.append(Message("assistant", answer))
+
+
+def _lines() -> Iterator[str]:
+    """Yield the lines of standard input that are not blank, until its end."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+
+
 def _samples(config: GenerateConfig, mesh: Mesh | None) -> Iterator[dict[str, Any]]:
     """Yield a record for each sample, batch by batch."""
-    prompts = [config.prompt]
+    given: Sequence[str | tuple[Message, ...]] = [config.prompt]
     if config.file is not None:
-        prompts = read_prompts(file_path(config.file, "file"))
+        given = read_prompts(file_path(config.file, "file"))
     lm, options = _load(config, mesh)
+    prompts = [
+        each if isinstance(each, str) else prompt_of(each, tokenizer_of(lm), config.template)
+        for each in given
+    ]
     from jaxlm.evaluation import generate_text
 
     for start in range(0, len(prompts), config.batch_size):
@@ -182,8 +241,8 @@ def _samples(config: GenerateConfig, mesh: Mesh | None) -> Iterator[dict[str, An
                 }
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a file: its non-blank lines, or the field `prompt` of its rows."""
+def read_prompts(path: Path) -> list[str | tuple[Message, ...]]:
+    """Return the non-blank lines of a file, or the fields `prompt` or `messages` of its rows."""
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"file: is neither .txt nor .jsonl (got {path}). Rename or convert it.")
     if not path.is_file():  # a pipe may never end
@@ -196,9 +255,12 @@ def read_prompts(path: Path) -> list[str]:
         raise UserError(f"file: is empty (got {path}). Give a file with at least one prompt.")
     if path.suffix == ".txt":
         return [line.removesuffix("\r") for _, line in numbered]
-    prompts = []
+    prompts: list[str | tuple[Message, ...]] = []
     for i, line in numbered:
         row = parse_json(line, where := f"{path}, line {i}")
+        if isinstance(row, dict) and "messages" in row:
+            prompts.append(messages_of(Record(row, str(path), i, "line")))
+            continue
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise UserError(
                 f'{where}: has no text "prompt" (got {show(line)}). Write {{"prompt": "..."}}.'

@@ -79,7 +79,7 @@ class MessagesConfig(TextsConfig):
         name = values.get("id")
         named = isinstance(name, str | int) and not isinstance(name, bool) and name != ""
         return Conversation(
-            _messages(record),
+            messages_of(record),
             str(name) if named else f"{record.source}:{record.number}",
             str(values.get("subtask") or ""),
         )
@@ -91,7 +91,8 @@ class MessagesConfig(TextsConfig):
         return encode_messages(examples, tokenizer, template=self.template, max_length=limit)
 
 
-def _messages(record: Record) -> tuple[Message, ...]:
+def messages_of(record: Record) -> tuple[Message, ...]:
+    """Return the messages of a row, see `MessagesConfig`."""
     values = record.values
     found = values.get("messages")
     if found is None and "prompt" in values and "completion" in values:
@@ -178,6 +179,24 @@ def chat(messages: Sequence[Message], tokenizer: Any) -> Transcript:
             )
         spans.append((len(before), len(after)))
     return Transcript(whole, tuple(spans))
+
+
+def prompt_of(
+    messages: Sequence[Message], tokenizer: Any, template: MessageTemplate = "chat"
+) -> str:
+    """Return the text after which the assistant answers, as `encode_messages` trains it.
+
+    A `bos_token` that the template writes and the tokenizer adds is left to the tokenizer.
+    """
+    if template != "chat":
+        eos = tokenizer.eos_token or ""
+        written = _TEMPLATES[template]([*messages, Message("assistant", "")], eos)
+        return written.text[: written.spans[-1][0]]
+    turns = [message._asdict() for message in messages]
+    text = render_chat(tokenizer, turns, add_generation_prompt=True)
+    begin = tokenizer.bos_token_id
+    added = begin is not None and tokenizer("a")["input_ids"][0] == begin
+    return text.removeprefix(tokenizer.bos_token) if added else text
 
 
 _TEMPLATES: dict[str, Callable[[Sequence[Message], str], Transcript]] = {

@@ -4,8 +4,11 @@ A row is a text with some of its tokens in the loss: a prompt with its answer, a
 piece of a document. Shapes: B rows of a batch, T their length, K tokens in the loss.
 """
 
+import bisect
+import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -168,12 +171,14 @@ class TokenRow:
         loss_positions: increasing places of the tokens in the loss. Place 0 is never one of them,
             since nothing predicts it. A row without such places has no loss.
         subtask: group of the row; empty for none.
+        starts: places where its texts begin, of which a row of `pack` has several.
     """
 
     id: str
     ids: tuple[int, ...]
     loss_positions: tuple[int, ...]
     subtask: str = ""
+    starts: tuple[int, ...] = field(default=(0,), kw_only=True)
 
 
 def digest(rows: Sequence[TokenRow]) -> str:
@@ -181,8 +186,41 @@ def digest(rows: Sequence[TokenRow]) -> str:
     # Tuples, not the class: renaming one of its fields must not change the digests on disk.
     found = hashlib.sha256()
     for row in rows:
-        found.update(repr((row.id, row.ids, row.loss_positions)).encode())
+        packed = (row.starts,) if len(row.starts) > 1 else ()
+        found.update(repr((row.id, row.ids, row.loss_positions, *packed)).encode())
     return found.hexdigest()
+
+
+def pack(rows: Sequence[TokenRow], length: int) -> list[TokenRow]:
+    """Join rows to windows of at most `length` tokens, so that little of a batch is padding.
+
+    Best fit, the longest row first: a row goes into the fullest window that has room for it.
+
+    >>> rows = [TokenRow(str(n), tuple(range(n)), (1,)) for n in (3, 5, 2)]
+    >>> [(row.id, row.starts, row.loss_positions) for row in pack(rows, 8)]
+    [('5 3', (0, 5), (1, 6)), ('2', (0,), (1,))]
+    """
+    windows: list[list[TokenRow]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, window), sorted
+    for row in sorted(rows, key=lambda row: len(row.ids), reverse=True):
+        at = bisect.bisect_left(rooms, (len(row.ids), 0))
+        left, number = rooms.pop(at) if at < len(rooms) else (length, len(windows))
+        if number == len(windows):
+            windows.append([])
+        windows[number].append(row)
+        bisect.insort(rooms, (left - len(row.ids), number))
+    return [_joined(window) for window in windows]
+
+
+def _joined(rows: Sequence[TokenRow]) -> TokenRow:
+    starts = list(itertools.accumulate((len(row.ids) for row in rows), initial=0))[:-1]
+    placed = list(zip(rows, starts, strict=True))
+    return TokenRow(
+        " ".join(row.id for row in rows),
+        tuple(token for row in rows for token in row.ids),
+        tuple(start + place for row, start in placed for place in row.loss_positions),
+        starts=tuple(starts),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,17 +235,21 @@ class PaddedRows:
       [B, K] of the states that predict them, and `target_mask` float32 [B, K]. A model then needs
       logits at these positions only.
 
+    Rows of `pack` also have `segment_ids` int32 [B, T], see `jaxlm.models.transformer.apply`.
+
     Attributes:
         rows: the rows.
         pad_id: id of the padding token.
         form: form of the batches.
         buckets: lengths to pad to, increasing; None for `length_buckets` of the rows.
+        packed: whether the rows are those of `pack`.
     """
 
     rows: Sequence[TokenRow]
     pad_id: int
     form: RowForm = "weights"
     buckets: Sequence[int] | None = None
+    packed: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -239,6 +281,11 @@ class PaddedRows:
         rows = [self.rows[place] for place in places]
         ids, mask = pad([row.ids for row in rows], (length,), self.pad_id)
         batch = {"input_ids": ids, "attention_mask": mask}
+        if self.packed:
+            batch["segment_ids"] = np.zeros_like(ids)
+            for i, row in enumerate(rows):
+                batch["segment_ids"][i, list(row.starts)] = 1
+            batch["segment_ids"] = np.cumsum(batch["segment_ids"], axis=1, dtype=np.int32) * mask
         if self.form == "weights":
             batch["weights"] = np.zeros((len(rows), length), np.float32)
             for i, row in enumerate(rows):
@@ -318,6 +365,7 @@ class EncodedRows(EncodedSplits):
         pad_id: int,
         limit: int | None = None,
         key: str = "data",
+        packing: bool = False,
     ) -> "EncodedRows":
         """Drop rows without a loss, and give all splits the same buckets.
 
@@ -326,6 +374,7 @@ class EncodedRows(EncodedSplits):
             pad_id: id of the padding token.
             limit: largest number of tokens in a row.
             key: section of the data form, for error messages.
+            packing: whether to `pack` training rows to windows of `limit` tokens.
 
         Raises:
             UserError: a split has rows, but none with a token in the loss.
@@ -341,11 +390,23 @@ class EncodedRows(EncodedSplits):
         everything = [len(row.ids) for rows in kept.values() for row in rows]
         buckets = length_buckets(everything, limit)
         padded = {name: PaddedRows(rows, pad_id, buckets=buckets) for name, rows in kept.items()}
+        if packing and limit is not None:
+            windows = pack(kept["train"], limit)
+            padded["train"] = PaddedRows(windows, pad_id, buckets=(limit,), packed=True)
         dropped = {
             name: tuple(row.id for row in rows if not row.loss_positions)
             for name, rows in splits.items()
         }
         return cls(**padded, buckets=buckets, dropped=dropped, key=key)
+
+    def sparse(self) -> "EncodedRows":
+        """Return the data with training batches of the form "targets" if that makes them smaller.
+
+        That is, if at most half of the places of every batch have a token in the loss.
+        """
+        if not self.train.rows or any(2 * width > length for length, width in self.train.shapes):
+            return self
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, form="targets"))
 
     def digests(self) -> dict[str, str]:
         """Return `digest` of each split that exists."""

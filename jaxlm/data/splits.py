@@ -228,22 +228,39 @@ def _check_of(kind: Any) -> Check:
         choices = (*typing.get_args(inner), *([None] if inner is not kind else []))
         return functools.partial(checks.one_of, choices=choices)
     by_type: dict[Any, Check] = {
-        str: checks.text, int: checks.integer, float: checks.real, tuple: checks.texts
+        str: checks.text, int: checks.integer, float: checks.real, tuple: checks.texts,
+        bool: functools.partial(checks.one_of, choices=(False, True)),
     }  # fmt: skip
     return by_type[typing.get_origin(inner) or inner]
 
 
+@dataclass(frozen=True, kw_only=True)
 class TextsConfig(SplitsConfig):
-    """A data form of token rows; a subclass defines `parse` and `tokenize`."""
+    """A data form of token rows; a subclass defines `parse` and `tokenize`.
+
+    Attributes:
+        packing: join training rows to windows of `max_length` tokens, with attention within each
+            row only; `batch_size` then counts windows.
+    """
+
+    packing: bool = False
 
     objective: ClassVar[str] = "completion"
     """Name of the objective of a run that names none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.packing and self.max_length is None:
+            raise UserError(
+                f"{self.key}.packing: needs the tokens of a window (got no {self.key}.max_length). "
+                "Give that."
+            )
 
     def unread(self, length: int) -> EncodedRows:
         """Return one row of that many tokens, all of them in the loss, in place of the data."""
         row = TokenRow("", (0,) * length, tuple(range(1, length)))
         splits = {"train": [row], "validation": [], "test": [row]}
-        return EncodedRows.pad(splits, pad_id=0, key=self.key)
+        return EncodedRows.pad(splits, pad_id=0, limit=length, key=self.key, packing=self.packing)
 
     def load(self, *, seed: int, base_dir: str | Path | None = None) -> "Texts":
         """Read and draw the examples of every split; relative paths start in `base_dir`."""
@@ -295,4 +312,10 @@ class Texts(Splits):
         }
         tokens = (token for rows in splits.values() for row in rows for token in row.ids)
         check_vocabulary(max(tokens, default=0), lm.config.vocab_size)
-        return EncodedRows.pad(splits, pad_id=lm.config.pad_id or 0, limit=limit, key=config.key)
+        return EncodedRows.pad(
+            splits,
+            pad_id=lm.config.pad_id or 0,
+            limit=limit,
+            key=config.key,
+            packing=config.packing,
+        )

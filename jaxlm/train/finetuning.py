@@ -225,10 +225,8 @@ def build(
         assert data is not None
         encoded = data.encode(lm)
     objective = config.chosen_objective
-    labels = 0
-    if isinstance(encoded, EncodedTask):
-        encoded = dataclasses.replace(encoded, objective=objective.batches)
-        labels = len(encoded.labels)
+    encoded = objective.batched(encoded)
+    labels = len(encoded.labels) if isinstance(encoded, EncodedTask) else 0
     select, lm = changed(lm, lambda lm: _prepared(config, lm, labels), mesh)
     optimizer = dataclasses.replace(config.optimizer, select=select)
     config = dataclasses.replace(config, optimizer=optimizer)

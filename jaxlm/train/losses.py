@@ -95,19 +95,49 @@ def lm_objective(log_probs: Callable[..., Any]) -> LossFn:
 
     Returns:
         `loss_fn(params, batch, *, key=None, view=None) -> (loss, {"tokens"})` on a batch of
-        `input_ids` [B, T] and, optionally, `attention_mask` [B, T] and `weights` [B, T]: the weight
-        of a token as a target. The first token is never a target.
+        `input_ids` [B, T] and, optionally, `attention_mask` [B, T], `segment_ids` [B, T] of packed
+        rows, and `weights` [B, T]: the weight of a token as a target. The first token is never a
+        target.
     """
 
     def loss_fn(params: Params, batch: Batch, *, key: Any = None, view: Any = None) -> Any:
         del key
         ids = jnp.asarray(batch["input_ids"])
         weights = _target_weights(batch)
-        losses = -log_probs(params, ids, batch.get("attention_mask"), view=view)
+        packed = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
+        losses = -log_probs(params, ids, batch.get("attention_mask"), view=view, **packed)
         tokens = jnp.sum(weights)
         return jnp.sum(losses * weights) / tokens, {"tokens": tokens}
 
     return loss_fn
+
+
+def token_objective(lm: LanguageModel) -> LossFn:
+    """Return `lm_objective` of a model; a batch with `targets` takes logits at these alone.
+
+    Where few tokens are in the loss, as in conversations with short answers, the head is a large
+    part of a step. See `jaxlm.data.PaddedRows` for the batches.
+    """
+    whole = lm_objective(lm.log_probs)
+
+    def loss_fn(params: Params, batch: Batch, *, key: Any = None, view: Any = None) -> Any:
+        if "targets" not in batch:
+            return whole(params, batch, key=key, view=view)
+        mask = jnp.asarray(batch["target_mask"])
+        tokens = jnp.sum(mask)
+        losses = -_target_log_probs(lm, params, batch, view=view)
+        return jnp.sum(losses * mask) / tokens, {"tokens": tokens}
+
+    return loss_fn
+
+
+def _target_log_probs(lm: LanguageModel, params: Params, batch: Batch, **options: Any) -> Array:
+    """Return the log-probabilities of the targets, [B, K]; the head computes no other logits."""
+    packed = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
+    x = lm.hidden(params, batch["input_ids"], batch["attention_mask"], **packed, **options)
+    x = jnp.take_along_axis(x, jnp.asarray(batch["positions"])[..., None], axis=1)
+    view = {"view": options["view"]} if "view" in options else {}
+    return head_log_probs(lm.config, params, x, jnp.asarray(batch["targets"]), **view)
 
 
 def row_losses(lm: LanguageModel) -> Callable[..., Array]:
@@ -121,10 +151,7 @@ def row_losses(lm: LanguageModel) -> Callable[..., Array]:
     """
 
     def losses(params: Any, batch: Batch, *, tap: Any = None) -> Array:
-        x = lm.hidden(params, batch["input_ids"], batch["attention_mask"], tap=tap)
-        positions = jnp.asarray(batch["positions"])
-        x = jnp.take_along_axis(x, positions[..., None], axis=1)
-        scored = head_log_probs(lm.config, params, x, jnp.asarray(batch["targets"]))
+        scored = _target_log_probs(lm, params, batch, tap=tap)
         mask = jnp.asarray(batch["target_mask"])
         return -jnp.sum(scored * mask, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
 
@@ -149,7 +176,9 @@ def _target_weights(batch: Batch) -> Array:
 
 
 def num_targets(batch: Batch) -> Float[Array, ""] | Int[Array, ""]:
-    """Return what `lm_objective` divides by, the `share` of its batches in `accumulate`."""
+    """Return what `token_objective` divides by, the `share` of its batches in `accumulate`."""
+    if "target_mask" in batch:
+        return jnp.sum(jnp.asarray(batch["target_mask"]))
     return jnp.sum(_target_weights(batch))
 
 

@@ -1,5 +1,6 @@
 """jaxlm generate prints and writes what the library generates; a mistake is one sentence."""
 
+import io
 import json
 import os
 
@@ -49,6 +50,31 @@ def test_json_has_the_text_that_is_streamed(capsys):
     several = records(generate(capsys, *words, "--num_samples=3"))
     assert [record["sample"] for record in several] == [0, 1, 2]
     assert len({record["text"] for record in several}) == 3
+
+
+def test_a_chat_answers_each_line_with_all_before_it(lm, capsys, monkeypatch):
+    lines = "the film is\n\nbut a story\n"
+    options = {"max_new_tokens": 6, "stop": [lm.tokenizer.eos_token]}
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    words = ["--chat", "--template=tulu", "--system=be brief", "--max_new_tokens=6"]
+    answers = generate(capsys, *words).splitlines()
+    begin = "<|system|>\nbe brief\n<|user|>\nthe film is\n<|assistant|>\n"
+    ((first,),) = generate_text(lm, [begin], **options)
+    said = first.text.strip() + lm.tokenizer.eos_token
+    more = f"{begin}{said}\n<|user|>\nbut a story\n<|assistant|>\n"
+    ((second,),) = generate_text(lm, [more], **options)
+    assert "\n".join(answers) == f"{first.text}\n{second.text}"
+
+
+def test_messages_of_a_file_are_answered(lm, tmp_path, capsys):
+    rows = tmp_path / "talk.jsonl"
+    turns = [{"role": "user", "content": "the film is"}]
+    rows.write_text(json.dumps({"messages": turns}) + "\n")
+    (record,) = records(
+        generate(capsys, f"--file={rows}", "--template=plain", "--max_new_tokens=5")
+    )
+    ((sample,),) = generate_text(lm, ["the film is"], max_new_tokens=5)
+    assert (record["prompt"], record["text"]) == ("the film is", sample.text)
 
 
 def test_prompts_of_a_file(lm, tmp_path, capsys):

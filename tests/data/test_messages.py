@@ -12,6 +12,7 @@ from jaxlm.data.messages import (
     MessagesConfig,
     chat,
     encode_messages,
+    prompt_of,
     tulu,
 )
 from tests.helpers.sentences import refused
@@ -98,6 +99,19 @@ def test_a_chat_template_has_the_places_that_transformers_gives(bpe) -> None:
     expected = [i for i, learnt in enumerate(theirs["assistant_masks"]) if learnt]
     assert list(encoded.loss_positions) == expected
     assert len(expected) > 20
+
+
+@pytest.mark.parametrize("template", ["chat", "tulu", "plain"])
+@pytest.mark.parametrize("begin", ["bpe", "bpe_bos"])
+def test_a_prompt_is_what_stands_before_an_answer_in_training(template, begin, request) -> None:
+    tokenizer = with_template(request.getfixturevalue(begin), "{{ bos_token }}" + CHATML)
+    turns = [Message("user", "the film"), Message("assistant", "good"), Message("user", "a book")]
+    whole = [Conversation((*turns, Message("assistant", "bad")), "0")]
+    (row,) = encode_messages(whole, tokenizer, template=template)
+    prompt = tokenizer(prompt_of(turns, tokenizer, template))["input_ids"]
+    assert tuple(prompt) == row.ids[: len(prompt)]
+    last = [place for place in row.loss_positions if place >= len(prompt)]
+    assert last[0] == len(prompt)
 
 
 def test_a_chat_template_adds_no_special_tokens_of_its_own(bpe_bos) -> None:

@@ -125,6 +125,17 @@ def test_a_run_measures_its_loss_and_is_planned(form, optimizer, peft, write):
     assert adapter == (peft == "lora")
 
 
+@pytest.mark.parametrize("optimizer", [ADAM, pytest.param(MEZO, marks=pytest.mark.slow)])
+def test_packed_rows_are_trained_on_and_planned(optimizer, write):
+    path = write(optimizer=optimizer)
+    config = load(path, **{"messages.packing": "true"})
+    plan = dry_run(config, base_dir=path.parent, device=DEVICE)
+    summary = finetune(config, base_dir=path.parent)
+    assert plan.memory[0].peak == summary["peak_memory_bytes"] or plan.memory[1].peak
+    assert plan.tokens == config.messages.max_length
+    assert summary["test"]["loss"] <= summary["zero_shot"]["loss"]
+
+
 def test_the_metric_of_an_objective_chooses_the_checkpoint(write, monkeypatch):
     class Negative(TokenLossMetric):
         main, mode = "likelihood", "max"

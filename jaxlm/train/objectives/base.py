@@ -1,5 +1,6 @@
 """The base class of objectives."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -59,6 +60,12 @@ class Objective:
         arrays. There are no `data` in a dry run without a tokenizer.
         """
         raise NotImplementedError
+
+    def batched(self, encoded: Encoded) -> Encoded:
+        """Return the data with training batches as the loss reads them."""
+        if isinstance(encoded, EncodedTask):
+            return dataclasses.replace(encoded, objective=self.batches)
+        return encoded
 
     def metric(
         self,

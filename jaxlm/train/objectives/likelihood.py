@@ -6,8 +6,9 @@ from typing import ClassVar
 
 from jaxlm.data import EncodedTask
 from jaxlm.data.batching import Objective as Batches
+from jaxlm.data.rows import EncodedRows
 from jaxlm.models import LanguageModel
-from jaxlm.train.losses import classification_objective, lm_objective
+from jaxlm.train.losses import classification_objective, token_objective
 from jaxlm.train.objectives.base import Data, Encoded, Objective, Scoring
 from jaxlm.typing import LossFn
 
@@ -43,7 +44,11 @@ class Completion(Objective):
     def loss_fn(
         self, lm: LanguageModel, data: Data | None, encoded: Encoded, scoring: Scoring
     ) -> LossFn:
-        return lm_objective(lm.log_probs)
+        return token_objective(lm)
+
+    def batched(self, encoded: Encoded) -> Encoded:
+        """See `Objective`; logits at the tokens in the loss are enough."""
+        return encoded.sparse() if isinstance(encoded, EncodedRows) else super().batched(encoded)
 
     def chance(self, lm: LanguageModel, encoded: Encoded) -> float | None:
         """Return the log of the vocabulary size for rows of tokens; None for a task."""
