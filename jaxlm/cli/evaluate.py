@@ -195,10 +195,11 @@ def _check_task(config: EvaluateConfig, task: Task) -> None:
     """Refuse other data in the files of a run that is evaluated on its own, unchanged task."""
     from jaxlm.train.finetuning import data_digests
 
-    folder = RunFolder(config.model or "", "model") if config.model else None
-    stored = (folder and folder.config()) or {}
+    if config.model is None or config.icl:
+        return
+    folder = RunFolder(config.model, "model")
     own = {"task": to_dict(config.task), "seed": config.seed}
-    if folder is not None and not config.icl and own.items() <= stored.items():
+    if own.items() <= (folder.config() or {}).items():
         key = f"task.{config.split}"
         folder.check_unchanged({key: data_digests(task, "task")[key]})
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any, Literal, NamedTuple
 
 import jax
 
+import jaxlm
 from jaxlm.artifacts.files import file_path
 from jaxlm.artifacts.folder import hold
 from jaxlm.core.checks import distinct, seeds, whole
@@ -163,6 +163,6 @@ def train(
         "checkpoint_bytes": checkpoints.size(config.steps),
         "dynamics": dynamics,
         "config": to_dict(config),
-        "versions": {name: metadata.version(name) for name in ("jaxlm", "jax", "jaxlib")},
+        "versions": {"jaxlm": jaxlm.__version__, "jax": jax.__version__},
     }
     return Trained(params, record.best_value, summary)

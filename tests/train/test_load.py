@@ -188,3 +188,20 @@ def test_a_converted_run_says_what_it_is(flag, tuned, tmp_path):
     assert (config["steps"], config["task"]["train"]) == (4, "train.jsonl")
     assert str(tuned) not in card
     assert card.startswith(f"---\nlibrary_name: {'peft' if flag else 'jaxlm'}\n---\n")
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_a_converted_run_is_opened_by_peft_and_by_transformers(tuned, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    theirs = pytest.importorskip("peft", reason="needs pip install 'jaxlm[parity]'")
+    for name, flag in (("merged", []), ("adapter", ["--adapter"])):
+        assert main(["convert", str(tuned / "run"), str(tmp_path / name), *flag]) == 0
+    base = AutoModelForCausalLM.from_pretrained(tuned / "base")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for model in (merged, theirs.PeftModel.from_pretrained(base, tmp_path / "adapter")):
+        with torch.no_grad():
+            found = model(torch.from_numpy(IDS).long()).logits.numpy()
+        np.testing.assert_allclose(found, logits(jaxlm.from_pretrained(tuned / "run")), atol=1e-4)
