@@ -11,10 +11,10 @@ A configuration:
   task: {name: subj}             # mr or subj, opt/rte, roberta/sst-2, ...; or your own files:
   # task: {name: trec, train: train.jsonl, validation: hold_out, test: test.jsonl, k: 16,
   #        template: "{text} This asks about a {label}.", labels: [word, thing, person]}
-  optimizer: {name: mezo, learning_rate: 2e-4, eps: 1e-3}      # or sgd, adam, adamw, muon
+  optimizer: {name: mezo, learning_rate: 2e-4, eps: 1e-3}      # or sgd, adamw, lion, ...
   peft: {name: lora, rank: 8}    # or prefix, bitfit, head; left out: all parameters are trained
-  steps: 500
-  batch_size: 16
+  steps: 500                     # or epochs: 2
+  batch_size: 16                 # accumulate: 4 takes it in 4 parts, one in memory at a time
   seed: 0
   output: runs/subj              # the run's folder
 
@@ -142,6 +142,8 @@ def _quickstart(overrides: dict[str, str]) -> None:
         cells = (f"{100 * row.accuracy:.1f} %", str(row.forwards), str(row.backwards), memory)
         table.add_row(row.method, *cells, f"{row.seconds:.1f}")
     screen.show(table)
+    print("A run with a folder of its own, to evaluate, generate from and convert:")
+    print("  jaxlm finetune --task.name=subj --steps=200 --output=runs/subj")
 
 
 def show(summary: dict[str, Any], output: str) -> None:
@@ -162,13 +164,16 @@ def show(summary: dict[str, Any], output: str) -> None:
         rows["zero-shot, calibrated"] = shown("zero_shot", "calibrated_accuracy")
     if metric == "f1":
         rows["zero-shot, exact match"] = shown("zero_shot", "exact_match")
-    rows |= {f"validation {name}": shown("validation"), f"test {name}": shown("test")}
+    watched = next(iter(summary["validation"]), metric)  # by the key monitor, perhaps another one
+    said = name if watched == metric else watched.replace("_", " ")
+    rows |= {f"validation {said}": shown("validation", watched), f"test {name}": shown("test")}
     if metric == "f1":
         rows["test exact match"] = shown("test", "exact_match")
     if (majority := summary.get("majority_accuracy")) is not None:
         rows["test, always the most frequent class"] = f"{100 * majority:.1f} %"
     rows |= {
-        "steps (tested)": f"{summary['steps']} ({summary['tested_step']})",
+        "steps (tested)": f"{summary['steps']} ({summary['tested_step']})"
+        + (", stopped early" if summary.get("stopped_early") else ""),
         "forwards, backwards": f"{summary['forwards']}, {summary['backwards']}",
         "peak memory": f"{summary['peak_memory_bytes'] / 2**20:.0f} MiB",
         "checkpoint": f"{summary['checkpoint_bytes'] / 2**20:.1f} MiB",

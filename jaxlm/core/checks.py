@@ -140,6 +140,7 @@ def texts(key: str, values: Any, *, numbers: bool = False) -> None:
 _DTYPES = {
     "float32": ("f32", "fp32", "float"),
     "bfloat16": ("bf16",),
+    "auto": (),  # that of the model's files
 }
 
 
@@ -150,12 +151,13 @@ def dtype_name(value: Any, key: str = "param_dtype") -> str:
     'bfloat16'
     """
     short = str(value).lower().removeprefix("torch.")
-    for name, spellings in _DTYPES.items():
+    known = {name: also for name, also in _DTYPES.items() if name != "auto" or key == "param_dtype"}
+    for name, spellings in known.items():
         if short == name or short in spellings:
             return name
     half = short in ("float16", "fp16", "f16", "half")
     reason = "overflows in training" if half else "not known"
-    raise UserError(f"{key}: {reason} (got {show(value)}). Choose one of {', '.join(_DTYPES)}.")
+    raise UserError(f"{key}: {reason} (got {show(value)}). Choose one of {', '.join(known)}.")
 
 
 def one_of(key: str, value: Any, choices: Collection[Any]) -> None:

@@ -23,7 +23,6 @@ from jaxlm.sharding.placement import batch_places, with_places
 from jaxlm.train.dynamics import Batches, method_and_batches
 from jaxlm.train.finetuning import FinetuneConfig, build, read_data
 from jaxlm.train.load import load_model
-from jaxlm.train.losses import lm_objective
 from jaxlm.train.measure import GenerationMetric
 from jaxlm.train.objectives.base import Encoded
 from jaxlm.train.pretraining import PretrainConfig
@@ -66,7 +65,7 @@ class ByShapes:
     """A run of which only shapes exist.
 
     Attributes:
-        config: the run, with `optimizer.select` filled in.
+        config: the run, with `steps` and `optimizer.select` filled in.
         params: `jax.ShapeDtypeStruct`s, with their shardings on a mesh.
         loss_fn: the loss of a batch.
         tail: an example of the longest batch.
@@ -89,12 +88,11 @@ class ByShapes:
 
     @property
     def unit(self) -> int:
-        """The devices and the dynamics divide a batch size evenly if it is a multiple of this."""
+        """The devices, the dynamics and `accumulate` divide the multiples of this evenly."""
         dynamics = self.config.dynamics
         parts = getattr(dynamics, "parts", getattr(dynamics, "workers", 1))
-        return parts * (
-            1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        )
+        devices = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return parts * self.config.accumulate * devices
 
     def make(self, batch_size: int) -> tuple[Method, Batches]:
         """Return the method and its batches, of zeros that take no memory until they are read."""
@@ -155,6 +153,11 @@ def finetuning(
         config.model, param_dtype=config.param_dtype, bits=config.bits, shapes_only=True
     )
     if lm.tokenizer is None:
+        if config.epochs is not None:
+            raise UserError(
+                f"epochs: {config.model} has no tokenizer to count rows with (got "
+                f"{config.epochs}). Give steps for the dry run."
+            )
         setting = build(config, lm, None, encoded=_unread(config, lm.config), mesh=mesh)
     else:
         setting = build(config, lm, read_data(config, base_dir=base_dir), mesh=mesh)
@@ -177,7 +180,7 @@ def finetuning(
 def pretraining(config: PretrainConfig, *, mesh: Mesh | None = None) -> ByShapes:
     """Return a run of `jaxlm.train.pretraining.pretrain`; its corpus is not read."""
     tokenizer = read_tokenizer(file_path(config.tokenizer, "tokenizer"))
-    model = config.model.build(tokenizer)
+    model = config.model_config(tokenizer)
     key = jax.eval_shape(lambda: jax.random.key(0))
     lm = LanguageModel(model, abstract(functools.partial(init_params, model), mesh, key), tokenizer)
     size, length = config.batch_size, config.seq_len
@@ -192,7 +195,7 @@ def pretraining(config: PretrainConfig, *, mesh: Mesh | None = None) -> ByShapes
     return ByShapes(
         config=config,
         params=lm.params,
-        loss_fn=lm_objective(lm.log_probs),
+        loss_fn=config.loss_fn(lm),
         tail={"input_ids": ((length + 1,), np.dtype(np.int32))},
         mesh=mesh,
         evaluation=evaluation,

@@ -72,7 +72,8 @@ def from_pretrained(
       name_or_path: folder with config.json, one or several safetensors files and optionally a
         tokenizer; or the id of such a repository on the hub; or a GGUF file, see
         `jaxlm.models.gguf`; or "smollm2"; or None for the small model that comes with the package.
-      param_dtype: dtype of every parameter, whatever the files have.
+      param_dtype: dtype of every parameter, whatever the files have; "auto" for the dtype that most
+        of the stored parameters have, float32 for a GGUF file.
       mesh: a mesh of `jaxlm.sharding.make_mesh`. Each device gets its part of a parameter, by
         the rules of `jaxlm.sharding`, straight from the files. None loads onto the default device,
         one parameter at a time.
@@ -92,10 +93,10 @@ def from_pretrained(
     """
     choices = model_choices(compute_dtype, attention, remat)
     one_of("bits", bits, (8, 4, None))
-    dtype = float_dtype(param_dtype)
     place = SHIPPED if name_or_path is None else _resolve(name_or_path)
     config, tokenizer, checkpoint = _read_model(place)
     assert checkpoint is not None
+    dtype = float_dtype(param_dtype, checkpoint)
     config = checkpoint.match(config).replace(**choices)
     checkpoint.check(config)
     is_matrix = path_predicate(MATRICES)
@@ -124,8 +125,15 @@ def model_choices(compute_dtype: Any, attention: str, remat: str) -> dict[str, A
     return {"compute_dtype": dtype, "attention": attention, "remat": remat}
 
 
-def float_dtype(param_dtype: Any) -> np.dtype:
-    """Return a floating-point dtype by its name; raise UserError for any other."""
+def float_dtype(param_dtype: Any, checkpoint: Checkpoint | None = None) -> np.dtype:
+    """Return a floating-point dtype by its name, "auto" for that of a checkpoint."""
+    if isinstance(param_dtype, str) and param_dtype == "auto":
+        if checkpoint is None:
+            raise UserError(
+                "param_dtype: there are no files that give it (got auto). Choose float32 or "
+                "bfloat16."
+            )
+        param_dtype = checkpoint.dtype
     try:
         dtype = jnp.dtype(param_dtype)
         if param_dtype is not None and jnp.issubdtype(dtype, jnp.floating):
@@ -134,7 +142,7 @@ def float_dtype(param_dtype: Any) -> np.dtype:
         pass
     raise UserError(
         f"param_dtype: must be a floating-point type (got {show(param_dtype)}). Choose one of "
-        "float32, bfloat16, float16, float64."
+        "auto, float32, bfloat16, float16, float64."
     )
 
 
@@ -177,9 +185,9 @@ def shapes_from_pretrained(
     Raises:
       UserError: see `from_pretrained`.
     """
-    dtype = float_dtype(param_dtype)
     place = SHIPPED if name_or_path is None else _resolve(name_or_path, weights=False)
     config, tokenizer, checkpoint = _read_model(place, weights=False)
+    dtype = float_dtype(param_dtype, checkpoint)
     if checkpoint is not None:
         config = checkpoint.match(config)
         checkpoint.check(config)

@@ -29,7 +29,7 @@ PIECE = 2**23
 """Number of elements that are read from a file at once."""
 GROUP = 32
 """Number of weights that share a scale in tensors of integers."""
-_FLOATS = ("BF16", "F16", "F32", "F64")
+_FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 # Old checkpoints hold tensors that are not weights: tables that follow from the configuration, and
 # parts of BERT's pretraining that a masked language model does not use.
 _HARMLESS = re.compile(
@@ -108,6 +108,15 @@ class Checkpoint:
     open: Callable[[Path], AbstractContextManager[Any]]
     bits: Mapping[str, int] = dataclasses.field(default_factory=dict)
     integers: Callable[[str], tuple[np.ndarray, np.ndarray]] | None = None
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that most of the stored numbers have."""
+        sizes = dict.fromkeys(_FLOATS, 0)
+        for stored in self.tensors.values():
+            if stored.dtype in sizes:
+                sizes[stored.dtype] += math.prod(stored.shape)
+        return _FLOATS[max(sizes, key=sizes.__getitem__)]
 
     def find(self, config: ModelConfig, path: str, layer: int = 0) -> tuple[Name, str] | None:
         """Return the first name of a leaf that the checkpoint has, with or without the prefix."""

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxlm.core import paths
 from jaxlm.core.checks import number, one_of, whole
 from jaxlm.core.errors import UserError
-from jaxlm.train.first_order import FirstOrder
+from jaxlm.train.first_order import FirstOrder, ScheduleFree
 from jaxlm.train.settings import Optimizer
 from jaxlm.train.state import Method, TrainState, first_order, many_steps, method
 from jaxlm.typing import Batch, LossFn, Params, PRNGKey
@@ -60,6 +60,11 @@ class Dynamics:
         if not isinstance(optimizer, FirstOrder):
             raise UserError(
                 f"dynamics: {self.name} needs gradients, which the optimizer does not compute (got "
+                f"{optimizer.name}). Give sgd or adamw."
+            )
+        if isinstance(optimizer, ScheduleFree):
+            raise UserError(
+                f"dynamics: {self.name} does not go with an average of the parameters (got "
                 f"{optimizer.name}). Give sgd or adamw."
             )
         return optimizer
@@ -291,7 +296,7 @@ class Local(Dynamics):
             return dynamics.local.constant_h(self.h), rates.__getitem__
         make = dynamics.qsr if self.rule == "qsr" else dynamics.local.linear_h
         at_peak = make(self.alpha, self.h)(0, optimizer.learning_rate)
-        h = make(self.alpha, self.h, warmup_steps=optimizer.warmup, warmup_h=at_peak)
+        h = make(self.alpha, self.h, warmup_steps=optimizer.warmup_steps(steps), warmup_h=at_peak)
         return h, rates.__getitem__
 
     def method(

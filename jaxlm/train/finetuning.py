@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxlm.artifacts.files import absolute
 from jaxlm.core import paths
-from jaxlm.core.checks import dtype_name, one_of, whole
+from jaxlm.core.checks import dtype_name, number, one_of, whole
 from jaxlm.core.errors import UserError
 from jaxlm.data import (
     DATA_FORMS,
@@ -31,10 +33,11 @@ from jaxlm.models import LanguageModel
 from jaxlm.peft import TUNINGS, Tuning
 from jaxlm.train.load import base_digest, changed, load_model, with_head, with_random_params
 from jaxlm.train.logging import Progress
+from jaxlm.train.losses import accumulate
 from jaxlm.train.measure import Metric, MultipleChoiceMetric
 from jaxlm.train.objectives import OBJECTIVES, Objective
 from jaxlm.train.objectives.base import Data, Encoded
-from jaxlm.train.optimizers import OPTIMIZERS, Mezo, Optimizer
+from jaxlm.train.optimizers import OPTIMIZERS, FirstOrder, Mezo, Optimizer
 from jaxlm.train.run import RunConfig, finished_or_run, train
 from jaxlm.train.run_folder import Digest, RunFolder
 from jaxlm.train.settings import MOST_ROWS
@@ -57,8 +60,13 @@ class FinetuneConfig(RunConfig):
         calibrate: subtract the initial model's `option_offsets` from scores, in training and
             evaluation, so that training starts from calibrated zero-shot; "sfc" subtracts its
             scores of the options without an example, `jaxlm.evaluation.domain_offsets`.
+        steps: total number of updates; null for 500, or as many as `epochs` needs.
+        epochs: passes over the training rows, in place of `steps`; a part of one counts, too.
+        monitor: validation metric by which the best checkpoint is chosen and `patience` counts;
+            null for the first that is measured.
         eval_batch_size: examples in a forward pass of evaluation.
-        param_dtype: dtype of the parameters, float32 (fp32) or bfloat16 (bf16).
+        param_dtype: dtype of the parameters, float32 (fp32), bfloat16 (bf16), or auto: that of the
+            model's files.
         bits: 8 or 4 quantizes the matrices; then their scales, biases and norms are trained.
         random_init: start from random parameters in the model's shape, drawn from the seed: a
             baseline that shows what pretraining gives.
@@ -72,7 +80,9 @@ class FinetuneConfig(RunConfig):
     optimizer: Optimizer = field(default=Mezo(), metadata={"registry": OPTIMIZERS})
     peft: Tuning | None = field(default=None, metadata={"registry": TUNINGS})
     calibrate: Literal[False, True, "sfc"] = False
-    steps: int = 500
+    steps: int | None = None  # type: ignore[assignment]
+    epochs: float | int | None = None
+    monitor: str | None = None
     batch_size: int = 16
     eval_batch_size: int = 64
     param_dtype: str = "float32"
@@ -80,7 +90,15 @@ class FinetuneConfig(RunConfig):
     random_init: bool = False
 
     def __post_init__(self):
+        if self.epochs is None and self.steps is None:
+            object.__setattr__(self, "steps", 500)
         super().__post_init__()
+        number(self, "epochs", above=0)
+        if self.epochs is not None and self.steps is not None:
+            raise UserError(
+                f"epochs: cannot be given together with steps (got {self.epochs} and "
+                f"{self.steps}). Drop one of them."
+            )
         whole(self, "eval_batch_size", most=MOST_ROWS)
         one_of("calibrate", self.calibrate, (False, True, "sfc"))
         one_of("bits", self.bits, (None, 8, 4))
@@ -130,7 +148,7 @@ class Setting(NamedTuple):
     """The parts of a run, or of a dry run, where the parameters are shapes.
 
     Attributes:
-        config: the configuration, with `optimizer.select` filled in.
+        config: the configuration, with `steps` and `optimizer.select` filled in.
         lm: the model, with the new parameters that are trained.
         data, encoded: the examples, None in a dry run without a tokenizer; and their tokens.
     """
@@ -156,7 +174,10 @@ class Setting(NamedTuple):
     def loss_fn(self, offsets: Any) -> Any:
         """Return the loss of a batch; `offsets` are subtracted from the scores of options."""
         scoring = {"offsets": offsets, "reduction": self.reduction}
-        return self.objective.loss_fn(self.lm, self.data, self.encoded, scoring)
+        loss_fn = self.objective.loss_fn(self.lm, self.data, self.encoded, scoring)
+        if (count := self.config.accumulate) == 1:
+            return loss_fn
+        return accumulate(loss_fn, count, share=self.objective.share)
 
 
 def finetune(
@@ -167,15 +188,21 @@ def finetune(
     See `jaxlm.finetune`. The folder is created only after the configuration, the data and the model
     have been checked. A run can resume on another mesh, and in another place.
     """
+    given = encoded = None
+    if config.epochs is not None:  # the folder is compared with the number of steps
+        given = read_data(config, base_dir=base_dir)
+        encoded = given.encode(load_model(config.model, shapes_only=True))
+        config = in_steps(config, encoded)
+
     # A command that is typed in another directory must not read another file of the same name.
     places: dict[str, Any] = {config.form: config.data.located(base_dir)}
     stored = dataclasses.replace(config, model=absolute(config.model, "model"), **places)
 
     def prepare() -> tuple[dict[str, Digest], Callable[[RunFolder], dict[str, Any]]]:
-        data = read_data(config, base_dir=base_dir)
+        data = given or read_data(config, base_dir=base_dir)
         lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
         digests = base_digest(lm, config.model) | data_digests(data, config.form)
-        setting = build(config, lm, data, mesh=mesh)
+        setting = build(config, lm, data, encoded=encoded, mesh=mesh)
         for split, digest in setting.encoded.digests().items():
             name = f"{config.form}.{split}"
             digests[f"{name}.tokens"] = Digest(digests[name].name, digest)
@@ -208,6 +235,14 @@ def read_data(config: FinetuneConfig, *, base_dir: Path | None = None) -> Data:
     return data
 
 
+def in_steps(config: FinetuneConfig, encoded: Encoded) -> FinetuneConfig:
+    """Return the configuration with the number of steps that its epochs need."""
+    if config.epochs is None:
+        return config
+    rows = Fraction(str(config.epochs)) * encoded.sizes["train"]
+    return dataclasses.replace(config, steps=math.ceil(rows / config.batch_size), epochs=None)
+
+
 def build(
     config: FinetuneConfig,
     lm: LanguageModel,
@@ -224,19 +259,30 @@ def build(
     if encoded is None:
         assert data is not None
         encoded = data.encode(lm)
-    objective = config.chosen_objective
+    config, objective = in_steps(config, encoded), config.chosen_objective
+    if config.patience is not None and data is not None and not encoded.sizes["validation"]:
+        raise UserError(
+            f"patience: counts evaluations, and there are no validation rows (got "
+            f"{config.patience}). Give {config.form}.validation, or leave it out."
+        )
+    if config.param_dtype == "auto":
+        dtype_name(lm.params["embed"]["tokens"]["embedding"].dtype)
     encoded = objective.batched(encoded)
     labels = len(encoded.labels) if isinstance(encoded, EncodedTask) else 0
     select, lm = changed(lm, lambda lm: _prepared(config, lm, labels), mesh)
     optimizer = dataclasses.replace(config.optimizer, select=select)
     config = dataclasses.replace(config, optimizer=optimizer)
-    return Setting(config, lm, objective, data, encoded)
+    setting = Setting(config, lm, objective, data, encoded)
+    if config.monitor is not None:
+        one_of("monitor", config.monitor, setting.metric().modes)
+    return setting
 
 
 def _prepared(
     config: FinetuneConfig, lm: LanguageModel, num_labels: int
 ) -> tuple[str | None, LanguageModel]:
     """Return the selection of trained parameters, and the model that has them."""
+    lm = lm.replace(config=lm.config.replace(compute_dtype=config.compute_dtype))
     if config.random_init:
         lm = with_random_params(lm, seed=config.seed)
     if config.task is not None:
@@ -249,13 +295,17 @@ def _prepared(
         paths.mask(lm.params, select)
     except ValueError as error:
         raise UserError(f"optimizer.{error}") from None
+    if isinstance(config.optimizer, FirstOrder):
+        config.optimizer.labels(paths.split(lm.params, select)[0])
     return select, lm
 
 
 def _run(setting: Setting, folder: RunFolder) -> dict[str, Any]:
     config, lm, objective, data, encoded = setting
     assert data is not None
+    assert config.steps is not None
     metric, sizes = setting.metric(), encoded.sizes
+    monitor = config.monitor or metric.main
     tested: Literal["test", "validation"] = "test" if sizes["test"] else "validation"
 
     def measure(name: str, split: Any, params: Params) -> dict[str, float]:
@@ -298,8 +348,8 @@ def _run(setting: Setting, folder: RunFolder) -> dict[str, Any]:
             progress,
             saved=config.optimizer.select if config.peft else None,
             evaluate=functools.partial(measure, "validation", "validation") if validated else None,
-            monitor=f"validation_{metric.main}" if validated else None,
-            mode=metric.mode,
+            monitor=f"validation_{monitor}" if validated else None,
+            mode=metric.modes[monitor],
             chance=objective.chance(lm, encoded),
         )
         test = measure("test", tested, trained.params)
@@ -313,7 +363,7 @@ def _run(setting: Setting, folder: RunFolder) -> dict[str, Any]:
         "task": getattr(data.config, "name", config.form),
         "metric": metric.main,
         "zero_shot": before,
-        "validation": {metric.main: trained.best_value},
+        "validation": {monitor: trained.best_value},
         "test": test,
         "majority_accuracy": metric.majority.get("test"),
         "test_rows_in_training": repeated,

@@ -55,8 +55,11 @@ def from_pretrained(
             there, or is another one.
     """
     choices = model_choices(compute_dtype, attention, remat)
-    dtype = str(float_dtype(param_dtype))
-    lm = load_model(name_or_path, param_dtype=dtype, bits=bits, mesh=mesh, base=base)
+    if not isinstance(param_dtype, str) or param_dtype != "auto":
+        param_dtype = str(float_dtype(param_dtype))
+    lm = load_model(name_or_path, param_dtype=param_dtype, bits=bits, mesh=mesh, base=base)
+    if compute_dtype is None:  # a run has one
+        del choices["compute_dtype"]
     return lm.replace(config=lm.config.replace(**choices))
 
 
@@ -92,7 +95,8 @@ def load_model(
         lm = _load_base(name, folder.path, param_dtype=param_dtype, **options)
         if bits is None and not shapes_only:
             check_base(lm, folder.path)
-        load = functools.partial(load_adapter, directory=folder.path, dtype=param_dtype)
+        dtype = "float32" if param_dtype == "auto" else param_dtype
+        load = functools.partial(load_adapter, directory=folder.path, dtype=dtype)
         return changed(lm, lambda lm: (None, load(lm)), mesh)[1]
     pretrained = "corpus" in (stored or {})
     if base is not None and (stored is None or pretrained):
@@ -110,11 +114,12 @@ def load_model(
     if not pretrained:
         check_run(folder, stored := stored | ({} if base is None else {"model": str(base)}))
     best = None if shapes_only else folder.best_params()
-    # A replay is exact only in the dtype of the run.
+    # A replay is exact only in the dtype of the run, which is also that of its files.
     replay = best is None and not shapes_only
     if replay and (pretrained or not folder.trajectory.exists()):
         raise UserError(f"{folder.path}: the run has no checkpoint yet. Start it again.")
-    dtype = stored["param_dtype"] if replay else param_dtype
+    own = replay or param_dtype == "auto"
+    dtype = stored.get("param_dtype", "float32") if own else param_dtype
     # Without a tuning, checkpoints hold all parameters.
     shapes_only |= best is not None and not stored.get("peft")
     lm, trained_bits = _begun_with(folder, stored, dtype, mesh, shapes_only)
@@ -122,7 +127,8 @@ def load_model(
         lm = lm.replace(params=_placed(best, lm, folder, stored))
     elif replay:
         lm = lm.replace(params=_replayed(folder, lm.params, stored["steps"]))
-        lm = lm.replace(params=jax.tree.map(lambda x: x.astype(param_dtype), lm.params))
+        if param_dtype != "auto":
+            lm = lm.replace(params=jax.tree.map(lambda x: x.astype(param_dtype), lm.params))
     if bits is not None and trained_bits is None:
         lm = changed(
             lm, lambda lm: (None, lm.replace(params=quantize(lm.params, bits=bits))), mesh
@@ -257,6 +263,7 @@ def check_run(folder: RunFolder, stored: Mapping[str, Any]) -> None:
 
 def _with_run(lm: LanguageModel, folder: RunFolder, stored: Mapping[str, Any]) -> LanguageModel:
     """Add the head and the tuning of a run to the model that it began with."""
+    lm = lm.replace(config=lm.config.replace(compute_dtype=stored.get("compute_dtype")))
     if stored.get("random_init"):
         lm = with_random_params(lm, seed=stored["seed"])
     if (task := stored.get("task")) is not None:

@@ -32,16 +32,19 @@ class LoopConfig:
         eval_every: steps between evaluations.
         checkpoint_every: steps between checkpoints; one is also written where validation is best.
         log_every: steps in one dispatch; the host reads their metrics together.
+        patience: evaluations without a better monitored value after which the run stops; null for
+            all steps. It needs validation.
     """
 
     steps: int
     eval_every: int = 100
     checkpoint_every: int = 100
     log_every: int = 10
+    patience: int | None = None
 
     def __post_init__(self):
         whole(self, "steps", least=0, most=MOST_STEPS)
-        whole(self, "eval_every", "checkpoint_every", "log_every")
+        whole(self, "eval_every", "checkpoint_every", "log_every", "patience")
 
     def dispatches(self, start: int) -> Iterator[tuple[int, int]]:
         """Yield (first step, number of steps) of each dispatch, the same ones in a resumed run."""
@@ -50,6 +53,15 @@ class LoopConfig:
             end = min(self.steps, *(start - start % n + n for n in every))
             yield start, end - start
             start = end
+
+    def is_over(self, step: int, best_step: int | None) -> bool:
+        """Return whether the run ends after `step` steps, the best of which was `best_step`.
+
+        It depends on nothing else, so a resumed run ends at the same step.
+        """
+        if step >= self.steps or self.patience is None or best_step is None:
+            return step >= self.steps
+        return step // self.eval_every - best_step // self.eval_every >= self.patience
 
 
 FAR = 10
@@ -109,11 +121,12 @@ class Record(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The last state, the record, and the scalars of each step that this process took."""
+    """The last state, the record, the scalars of each step of this process, and the last step."""
 
     state: TrainState
     record: Record
     infos: list[dict[str, Any]]
+    steps: int
 
 
 def fit(
@@ -144,7 +157,8 @@ def fit(
             function.
         config: length and schedule.
         evaluate: `params -> {name: value}`, for the metrics. The parameters with the best value of
-            `monitor`, the highest or the lowest by `mode`, are kept in the checkpoints.
+            `monitor`, the highest or the lowest by `mode`, are kept in the checkpoints, and
+            `config.patience` counts evaluations from there.
         checkpoints, metrics: where states, and scalars of each step, are saved; None for nowhere.
         trajectory: file for the scalars of a zeroth-order method, see `jaxlm.zo.Trajectory`.
         chance: the loss of guessing; see `first_diverged`.
@@ -189,9 +203,12 @@ def _fit(
     loop.ready()
     # One dispatch stays in flight: the device runs it while the host writes the one before.
     flight: list[tuple[int, Any]] = []
-    if loop.progress and start < config.steps:
+    step = start
+    if loop.progress and not config.is_over(start, loop.record.best_step):
         loop.progress.say("compiling the steps")
     for first, count in config.dispatches(start):
+        if config.is_over(first, loop.record.best_step):
+            break
         if signal := pending_signal():
             while flight:
                 loop.write(*flight.pop(0))
@@ -207,10 +224,10 @@ def _fit(
         if due:
             loop.look_up(step, state)
     if signal := pending_signal():
-        loop.stop(signal, config.steps, state)
+        loop.stop(signal, step, state)
     if loop.trajectory:
         loop.trajectory.finish(state.params)
-    return Outcome(state, loop.elapsed(), loop.infos)
+    return Outcome(state, loop.elapsed(), loop.infos, step)
 
 
 def _trajectory(
@@ -365,6 +382,12 @@ class _Loop:
             if value is not None and (best is None or self.sign * (value - best) > 0):
                 self.record = self.record._replace(best_step=step, best_value=value)
                 save = True
+            if not last and config.is_over(step, self.record.best_step):
+                save = True
+                if self.progress:
+                    self.progress.say(
+                        f"stopped early: {self.monitor} was best at step {self.record.best_step}"
+                    )
         if self.checkpoints and save:
             self._save(step, state)
         self.ready()

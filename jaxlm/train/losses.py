@@ -205,17 +205,21 @@ def accumulate(
 ) -> LossFn:
     r"""Return a loss over micro-batches, one after the other: $\sum_i s_i L_i / \sum_i s_i$.
 
-    The memory of the activations is that of one part. Zeroth-order optimizers then average each
-    sign of the loss over the parts before they subtract, which is exact. Part i has the examples i,
-    i + count, ... of axis 0, so that each part of a sharded batch is spread over all devices.
+    The memory of the activations is that of one part. With gradients, those of a part are added to
+    a sum in at least float32 before the next part, and nothing is computed twice. Zeroth-order
+    optimizers average each sign of the loss over the parts before they subtract, which is exact.
+    Part i has the examples i, i + count, ... of axis 0, so that each part of a sharded batch is
+    spread over all devices.
 
     Args:
-        loss_fn: a loss that is a mean over the batch, as is its aux.
+        loss_fn: a loss that is a mean over the batch, as is its aux; only `tokens` is the number
+            that `share` returns.
         count: number of parts, a divisor of the batch.
         share: what `loss_fn` divides by, a function of the part: `num_targets` for `lm_objective`.
 
     Returns:
-        A loss like `loss_fn`; a part's `key` is `fold_in(key, part)`.
+        A loss like `loss_fn`, with gradients in reverse mode alone; a part's `key` is
+        `fold_in(key, part)`.
     """
     if count < 1:
         raise UserError(f"count: must be 1 or more (got {count}). Correct it.")
@@ -224,18 +228,61 @@ def accumulate(
     def accumulated(params: Params, batch: Batch, **options: Any) -> Any:
         key = options.pop("key", None)
 
-        def part(numbered: Any) -> Any:
+        def one(params: Params, numbered: Any) -> Any:
             i, part = numbered
             keyed = {} if key is None else {"key": jax.random.fold_in(key, i)}
-            return share(part), loss_fn(params, part, **keyed, **options)
+            return loss_fn(params, part, **keyed, **options)
 
-        shares, results = lax.map(part, (jnp.arange(count), _parts(batch, count)))
+        # A part may have no target at all; its loss is then 0 / 0.
+        def weighed(weight: Array, value: Array) -> Array:
+            wide = jnp.promote_types(value.dtype, jnp.float32)
+            return jnp.where(weight > 0, weight.astype(wide) * value, 0)
 
-        def mean(values: Array) -> Array:
-            each = shares.reshape(-1, *(1,) * (values.ndim - 1))
-            return jnp.sum(jnp.where(each > 0, each * values, 0), axis=0) / jnp.sum(shares)
+        @jax.custom_vjp
+        def mean(params: Params, parts: Any) -> Any:
+            shares, results = lax.map(lambda part: (share(part[1]), one(params, part)), parts)
+            total = functools.partial(jnp.sum, axis=0)
+            sums = jax.tree.map(lambda x: total(jax.vmap(weighed)(shares, x)), results)
+            return jax.tree.map(lambda x: x / total(shares), sums)
 
-        return jax.tree.map(mean, results)
+        def forward(params: Any, parts: Any) -> Any:
+            # Gradients are taken here, part by part: reverse mode through the loop would keep the
+            # activations of all parts until its end. Frozen parameters have none.
+            trained = jax.tree.map(lambda leaf: leaf.value if leaf.perturbed else None, params)
+            values, parts = jax.tree.map(lambda leaf: leaf.value, (params, parts))
+
+            def loss_of(trained: Any, part: Any) -> Any:
+                pick = functools.partial(jax.tree.map, is_leaf=lambda leaf: leaf is None)
+                whole = pick(lambda new, old: old if new is None else new, trained, values)
+                result = one(whole, part)
+                return result[0] if isinstance(result, tuple) else result, result
+
+            def step(part: Any) -> Any:
+                weight = jnp.asarray(share(part[1]))
+                (_, result), grads = jax.value_and_grad(loss_of, has_aux=True)(trained, part)
+                new = jnp.ones(()), result, grads
+                return jax.tree.map(functools.partial(weighed, weight), new)
+
+            def add(sums: Any, part: Any) -> Any:
+                return jax.tree.map(jnp.add, sums, step(part)), None
+
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype),
+                jax.eval_shape(step, jax.tree.map(lambda leaf: leaf[0], parts)),
+            )
+            (total, result, grads), _ = lax.scan(add, zeros, parts)
+            result = jax.tree.map(lambda x: x / total, result)
+            return result, jax.tree.map(lambda g, x: (g / total).astype(x.dtype), grads, trained)
+
+        def backward(grads: Any, slopes: Any) -> Any:
+            slope = slopes[0] if isinstance(slopes, tuple) else slopes
+            return jax.tree.map(lambda g: (slope * g).astype(g.dtype), grads), None
+
+        mean.defvjp(forward, backward, symbolic_zeros=True)
+        result = mean(params, (jnp.arange(count), _parts(batch, count)))
+        if isinstance(result, tuple) and "tokens" in result[1]:
+            result[1]["tokens"] = share(batch)
+        return result
 
     return accumulated
 

@@ -1,7 +1,8 @@
 """Metrics of a run: accuracy of its choices, F1 of its answers, or the loss of its tokens."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -31,6 +32,7 @@ class Metric:
     Attributes:
         main: the value by which the best checkpoint is chosen.
         mode: whether that is the highest or the lowest value.
+        others: other values that the key `monitor` may name, with their modes.
         offsets: [C], subtracted from the scores of options; None subtracts nothing.
         scorer: the compiled program, `(params, batch) -> ...`, if there is one.
         majority: for each split measured so far, the accuracy of its most frequent class; None
@@ -40,6 +42,7 @@ class Metric:
 
     main: str
     mode: Literal["max", "min"] = "max"
+    others: Mapping[str, Literal["max", "min"]] = MappingProxyType({})
     scorer: Program
 
     def __init__(self) -> None:
@@ -49,6 +52,11 @@ class Metric:
 
     def __call__(self, split: SplitName, params: Params) -> dict[str, float]:
         raise NotImplementedError
+
+    @property
+    def modes(self) -> dict[str, Literal["max", "min"]]:
+        """The values that a run can be monitored by, with their modes."""
+        return {self.main: self.mode, **self.others}
 
     @property
     def peak_bytes(self) -> int:
@@ -110,6 +118,7 @@ class GenerationMetric(Metric):
     """F1 and exact match of greedily written answers."""
 
     main = "f1"
+    others = MappingProxyType({"exact_match": "max"})
     peak_bytes = 0  # there is no program whose memory is known
 
     def __init__(self, lm: LanguageModel, task: Task, *, batch_size: int):

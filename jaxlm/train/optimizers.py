@@ -4,7 +4,9 @@
 The dataclasses hold numbers and words; `jaxlm.train.state.method` turns one into a training step.
 """
 
-from jaxlm.train.first_order import Adam, FirstOrder, Muon, Sgd, decay_mask
+import optax
+
+from jaxlm.train.first_order import Adam, FirstOrder, Muon, ScheduleFree, Sgd, decay_mask, derived
 from jaxlm.train.settings import Optimizer
 from jaxlm.train.zeroth_order import ZEROTH_ORDER, Mezo, ZerothOrder, configuration
 
@@ -15,10 +17,12 @@ __all__ = [
     "Mezo",
     "Muon",
     "Optimizer",
+    "ScheduleFree",
     "Sgd",
     "ZerothOrder",
     "configuration",
     "decay_mask",
+    "derived",
 ]
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -27,4 +31,8 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adam": Adam,
     "adamw": Adam,
     "muon": Muon,
+    "lion": derived(optax.lion, 1e-4),
+    "adafactor": derived(optax.adafactor, 1e-3),
+    "schedule_free_adamw": ScheduleFree,
+    "rmsprop": derived(optax.rmsprop, 1e-4),
 }

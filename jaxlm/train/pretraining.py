@@ -20,11 +20,11 @@ from jaxlm.models import LanguageModel, ModelConfig, init_params, save_pretraine
 from jaxlm.sharding import on_mesh
 from jaxlm.train.dynamics import Batches, Source
 from jaxlm.train.logging import Progress
-from jaxlm.train.losses import lm_objective
+from jaxlm.train.losses import accumulate, lm_objective, num_targets
 from jaxlm.train.run import RunConfig, finished_or_run, train
 from jaxlm.train.run_folder import Digest, RunFolder
 from jaxlm.train.settings import MOST_STEPS
-from jaxlm.typing import Batch, Params
+from jaxlm.typing import Batch, LossFn, Params
 
 _STYLES: dict[str, dict[str, Any]] = {
     "llama": {
@@ -138,6 +138,22 @@ class PretrainConfig(RunConfig):
                 f"seq_len: must be at most model.max_positions, {self.model.max_positions} (got "
                 f"{self.seq_len}). Correct it."
             )
+        if self.patience is not None and self.corpus.held_out is None:
+            raise UserError(
+                f"patience: counts evaluations, and there is no held-out text (got "
+                f"{self.patience}). Give corpus.held_out, or leave it out."
+            )
+
+    def model_config(self, tokenizer: Any) -> ModelConfig:
+        """Return the architecture, for the vocabulary of `tokenizer`."""
+        return self.model.build(tokenizer).replace(compute_dtype=self.compute_dtype)
+
+    def loss_fn(self, lm: LanguageModel) -> LossFn:
+        """Return the loss of a batch."""
+        loss_fn = lm_objective(lm.log_probs)
+        if self.accumulate == 1:
+            return loss_fn
+        return accumulate(loss_fn, self.accumulate, share=num_targets)
 
 
 def pretrain(config: PretrainConfig, *, mesh: Mesh | None = None) -> dict[str, Any]:
@@ -177,7 +193,7 @@ def _pretrain(
 
     cache, apart = folder.path / "tokens", config.corpus.held_out
     tokens = [read(domain.name, cache) for domain in config.corpus.domains]
-    model = config.model.build(tokenizer)
+    model = config.model_config(tokenizer)
     init, key = functools.partial(init_params, model), jax.random.key(config.seed)
     lm = LanguageModel(model, init(key) if mesh is None else on_mesh(init, mesh, key), tokenizer)
     size = sum(leaf.size for leaf in jax.tree.leaves(lm.params))
@@ -196,30 +212,39 @@ def _pretrain(
         trained = train(
             config,
             lm,
-            lm_objective(lm.log_probs),
+            config.loss_fn(lm),
             _source(config, tokens),
             folder,
             progress,
             evaluate=evaluate,
+            # Without patience the last parameters are the model, not the best ones.
+            monitor=None if config.patience is None else "held_out_loss",
+            mode="min",
             chance=math.log(model.vocab_size),
         )
     save_pretrained(lm, folder.path / "model", trained.params)
+    steps = trained.summary["steps"]
     return {
-        **_last_measured(config, folder),
+        **_measured(config, folder, steps, trained.summary["tested_step"]),
         **trained.summary,
-        "tokens": config.steps * config.batch_size * config.seq_len,
+        "tokens": steps * config.batch_size * config.seq_len,
         "parameters": size,
         "model": str(folder.path / "model"),
     }
 
 
-def _last_measured(config: PretrainConfig, folder: RunFolder) -> dict[str, float]:
-    """Return the mean loss of the last `log_every` steps and the last held-out measurements."""
+def _measured(
+    config: PretrainConfig, folder: RunFolder, steps: int, tested_step: int
+) -> dict[str, float]:
+    """Return the mean loss of the last `log_every` steps and the result's held-out measurements."""
     rows = folder.metrics.read()
-    first = config.steps - config.log_every
+    first = steps - config.log_every
     losses = [row["loss"] for row in rows if "loss" in row and row["step"] > first]
     measured = {
-        name: value for row in rows for name, value in row.items() if name.startswith("held")
+        name: value
+        for row in rows
+        for name, value in row.items()
+        if name.startswith("held") and row["step"] <= tested_step
     }
     return {"loss": float(np.mean(losses)), **measured}
 

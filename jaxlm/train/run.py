@@ -9,7 +9,8 @@ import jax
 import jaxlm
 from jaxlm.artifacts.files import file_path
 from jaxlm.artifacts.folder import hold
-from jaxlm.core.checks import distinct, seeds, whole
+from jaxlm.core.checks import distinct, dtype_name, seeds, whole
+from jaxlm.core.errors import UserError
 from jaxlm.core.paths import Select
 from jaxlm.models import LanguageModel
 from jaxlm.sharding import mesh_of
@@ -34,6 +35,11 @@ class RunConfig(LoopConfig):
         dynamics: a variant of a first-order optimizer's steps, one of
             `jaxlm.train.dynamics.DYNAMICS` by its name.
         batch_size: rows in a step.
+        accumulate: number of micro-batches that a step's batch is divided into, one in memory at a
+            time; the loss and the gradient are the mean over all targets of the batch.
+        compute_dtype: dtype to which parameters are cast when the model reads them, one layer at a
+            time; null for their own. With `bfloat16` and parameters in float32, the optimizer has
+            float32 master weights and moments.
         seed: seed of the order of the data and of the optimizer.
         log_to: where metrics are sent beside the run's folder: tensorboard, wandb; needs
             pip install 'jaxlm[log]'.
@@ -43,19 +49,34 @@ class RunConfig(LoopConfig):
     optimizer: Optimizer = field(metadata={"registry": OPTIMIZERS})
     dynamics: Dynamics | None = field(default=None, metadata={"registry": DYNAMICS})
     batch_size: int
+    accumulate: int = 1
+    compute_dtype: str | None = None
     seed: int = 0
     output: str
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self):
         super().__post_init__()
-        whole(self, "batch_size", most=MOST_ROWS)
+        whole(self, "batch_size", "accumulate", most=MOST_ROWS)
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"accumulate: must divide the batch size, {self.batch_size} (got "
+                f"{self.accumulate}). Correct it."
+            )
+        if self.compute_dtype is not None:
+            name = dtype_name(self.compute_dtype, "compute_dtype")
+            object.__setattr__(self, "compute_dtype", name)
         seeds(self, "seed")
         if self.log_to:
             distinct("log_to", self.log_to)
         file_path(self.output, "output")
         if self.dynamics is not None:
-            self.dynamics.check(self.optimizer, self.batch_size)
+            self.dynamics.check(self.optimizer, self.batch_size // self.accumulate)
+            if self.patience is not None:
+                raise UserError(
+                    f"patience: a run with dynamics takes all its steps (got {self.patience}). "
+                    "Leave out one of them."
+                )
 
 
 def finished_or_run(
@@ -73,7 +94,8 @@ def finished_or_run(
 
     def finished() -> dict[str, Any] | None:
         found = folder.summary(steps=int, seconds=float, config=dict, model=str, **fields)
-        return found if found is not None and found["steps"] >= config.steps else None
+        done = found is not None and (found["steps"] >= config.steps or found.get("stopped_early"))
+        return found if done else None
 
     if (summary := finished()) is not None and not folder.has_other_names(config):
         return summary
@@ -144,23 +166,24 @@ def train(
             progress=progress,
             chance=chance,
         )
-    state, record = outcome.state, outcome.record
+    state, record, steps = outcome.state, outcome.record, outcome.steps
     dynamics = config.dynamics and config.dynamics.report(
         config.optimizer, config.steps, state.opt_state
     )
-    tested = config.steps if record.best_step is None else record.best_step
-    params = state.params if tested == config.steps else checkpoints.in_place_of(state, tested)
+    tested = steps if record.best_step is None else record.best_step
+    params = state.params if tested == steps else checkpoints.in_place_of(state, tested)
     summary = {
-        "steps": config.steps,
+        "steps": steps,
+        "stopped_early": steps < config.steps,
         "tested_step": tested,
         "diverged_since": record.diverged,
-        "forwards": method.forwards * config.steps,
-        "backwards": method.backwards * config.steps,
+        "forwards": method.forwards * steps,
+        "backwards": method.backwards * steps,
         "seconds": record.seconds,
         "goodput": record.goodput,
         "peak_memory_bytes": record.peak_bytes,
         "device_peak_bytes": device_peak_bytes(),
-        "checkpoint_bytes": checkpoints.size(config.steps),
+        "checkpoint_bytes": checkpoints.size(steps),
         "dynamics": dynamics,
         "config": to_dict(config),
         "versions": {"jaxlm": jaxlm.__version__, "jax": jax.__version__},

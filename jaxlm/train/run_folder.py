@@ -167,7 +167,7 @@ class RunFolder:
         done = steps if self._summary.exists() else self.latest_step() or 0
         if config.steps < done:
             return f"{done} are done"
-        if optimizer.get("schedule") != "constant":
+        if config.optimizer.needs_steps:
             return "the schedule of its learning rate depends on them"
         if stored.get("dynamics") or "corpus" in stored:
             return "its data or its dynamics depend on them"

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxlm.core import paths
 from jaxlm.sharding import WHOLE, mesh_of, on_mesh, place_batch, place_params, replicated
-from jaxlm.train.optimizers import FirstOrder, Optimizer, ZerothOrder
+from jaxlm.train.optimizers import FirstOrder, Optimizer, ScheduleFree, ZerothOrder
 from jaxlm.typing import Batch, LossFn, Params, PRNGKey
 
 
@@ -64,7 +64,9 @@ def method(optimizer: Optimizer, loss_fn: LossFn, steps: int) -> Method:
     if isinstance(optimizer, ZerothOrder):
         return _zeroth_order(optimizer, loss_fn, steps)
     if isinstance(optimizer, FirstOrder):
-        return first_order(optimizer.transform(steps), loss_fn, select=optimizer.select)
+        transform, select = optimizer.transform(steps), optimizer.select
+        averaged = optimizer if isinstance(optimizer, ScheduleFree) else None
+        return first_order(transform, loss_fn, select=select, averaged=averaged)
     raise TypeError(f"{type(optimizer).__name__} is not an optimizer of jaxlm.train.optimizers")
 
 
@@ -88,10 +90,12 @@ def first_order(
     *,
     select: paths.Select = None,
     value_and_grad: Callable[[LossFn], Callable[..., Any]] | None = None,
+    averaged: ScheduleFree | None = None,
 ) -> Method:
     """Return a `Method` from an optax transformation of the selected parameters.
 
-    `value_and_grad` replaces `jax.value_and_grad` with `has_aux=True`.
+    `value_and_grad` replaces `jax.value_and_grad` with `has_aux=True`. With `averaged`, the
+    parameters are averages of those that the transformation changes.
     """
     differentiate = value_and_grad or functools.partial(jax.value_and_grad, has_aux=True)
 
@@ -102,9 +106,12 @@ def first_order(
     def step(params: Params, opt_state: Any, batch: Batch) -> tuple[Params, Any, dict[str, Any]]:
         trained, frozen = paths.split(params, select)
         fn = differentiate(lambda part, batch: loss_fn(paths.merge(part, frozen), batch))
-        (loss, aux), grads = fn(trained, batch)
-        updates, opt_state = transform.update(grads, opt_state, trained)
-        trained = optax.apply_updates(trained, updates)
+        point = trained if averaged is None else averaged.point(trained, opt_state)
+        (loss, aux), grads = fn(point, batch)
+        updates, opt_state = transform.update(grads, opt_state, point)
+        trained = optax.apply_updates(point, updates)
+        if averaged is not None:
+            trained = averaged.average(trained, opt_state)
         info = {"loss": loss, **aux, "grad_norm": optax.tree.norm(grads)}
         return paths.merge(trained, frozen), opt_state, info
 

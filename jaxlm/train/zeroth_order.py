@@ -7,9 +7,8 @@ package learns; larger models need lower ones.
 
 import dataclasses
 import inspect
-import re
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,9 +16,11 @@ from jaxlm import zo
 from jaxlm.artifacts.keys import without_none
 from jaxlm.core.checks import one_of
 from jaxlm.core.errors import UserError
-from jaxlm.train.settings import SECTION, Optimizer, check
+from jaxlm.train.settings import SECTION, Optimizer, check, meanings
 
 SAMPLERS = Literal["gaussian", "rademacher", "sphere"]
+SCHEDULED = ("schedule", "warmup", "floor", "cooldown")
+"""Keys that make the learning rate; an argument of a method with such a name is another thing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +55,8 @@ class ZerothOrder(Optimizer):
 
     def _build(self, rate: Any) -> zo.ZerothOrderOptimizer:
         keys = inspect.signature(type(self).method).parameters.keys()
-        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        options |= {"learning_rate": rate}
+        names = (f.name for f in dataclasses.fields(self) if f.name not in SCHEDULED)
+        options = {name: getattr(self, name) for name in names} | {"learning_rate": rate}
         if "sampler" in options:
             one_of("sampler", options["sampler"], typing.get_args(SAMPLERS))
             options["sampler"] = getattr(zo, options["sampler"])()
@@ -65,18 +66,17 @@ class ZerothOrder(Optimizer):
 def configuration(
     method: Callable[..., zo.ZerothOrderOptimizer],
     learning_rate: float,
-    without: Collection[str] = (),
 ) -> type[Any]:
     """Derive the configuration of a method, such as `zo.mezo`, from its signature and docstring.
 
     Keywords become keys of the same name and default; a keyword that is not annotated as a number,
     a text or a truth value has the type of its default. Objects that a file cannot hold (`decay`,
-    `mesh`), and those in `without`, stay with the function, and a sampler is given by its name.
+    `mesh`), and those named as keys of the schedule (`SCHEDULED`), stay with the function. A
+    sampler is given by its name.
 
     Args:
         method: a function with a whole signature.
         learning_rate: its default, which the function lacks.
-        without: keywords that are not keys.
 
     Returns:
         A frozen dataclass, a subclass of `ZerothOrder`.
@@ -86,12 +86,12 @@ def configuration(
     inherited = {f.name: f for f in dataclasses.fields(Optimizer)}
     parameters = inspect.signature(method, eval_str=True).parameters
     declared = typing.get_type_hints(ZerothOrder)
-    shared = {f.name for f in dataclasses.fields(ZerothOrder)} - {"name", "schedule", "warmup"}
+    shared = {f.name for f in dataclasses.fields(ZerothOrder)} - {"name", *SCHEDULED}
     if missing := sorted(shared - parameters.keys()):  # otherwise the key would be ignored
         raise TypeError(f"{method.__name__} lacks the arguments {', '.join(missing)}")
     for key in sorted(parameters, key=lambda key: key != "sampler"):  # first in saved files, too
         default = parameters[key].default
-        if key in inherited or key in ("decay", "mesh", *without):
+        if key in inherited or key in ("decay", "mesh"):
             continue
         if key == "sampler":
             if (sampler := type(default).__name__.lower()) not in typing.get_args(SAMPLERS):
@@ -105,16 +105,12 @@ def configuration(
             kind = declared.get(key, annotated if plain else type(default))
             fields.append((key, kind, default))
     name = method.__name__.title().replace("_", "")
-    text = inspect.cleandoc(method.__doc__ or "")
-    section = re.search(r"^Args:\n((?: +.*\n?)+)", text, re.MULTILINE)
-    lines = re.split(r"\n(?=  \w)", section[1].rstrip()) if section else []
-    own = [x for x in lines if x.split(":")[0].strip() not in {"sampler", *shared}]
     return dataclasses.make_dataclass(
         name,
         [(key, kind, dataclasses.field(default=default)) for key, kind, default in fields],
         bases=(ZerothOrder,),
         namespace={
-            "__doc__": "\n".join([text.partition("\n")[0], "", "Attributes:", *own]),
+            "__doc__": meanings(method, without={"sampler", *shared, *SCHEDULED}),
             "__module__": __name__,
             "method": staticmethod(method),
         },
@@ -126,7 +122,7 @@ def configuration(
 ZEROTH_ORDER: dict[str, type[Any]] = {
     "mezo": configuration(zo.mezo, 2e-4),
     "mezo_momentum": configuration(zo.mezo_momentum, 1e-4),
-    "mezo_adam": configuration(zo.mezo_adam, 3e-3, without=("floor",)),
+    "mezo_adam": configuration(zo.mezo_adam, 3e-3),
     "meazo": configuration(zo.meazo, 3e-3),
     "fzoo": configuration(zo.fzoo, 1e-2),
     "lozo": configuration(zo.lozo, 1e-4),

@@ -434,7 +434,9 @@ class Trajectory:
             raise UserError(
                 f"{self.path}: has {self.steps} steps (got steps={steps}). Give that many or fewer."
             )
-        if steps is None and isinstance(planned, int) and self.steps < planned:
+        # A run that stopped early has the fingerprint of its end.
+        unfinished = self.end is None and isinstance(planned, int) and self.steps < planned
+        if steps is None and unfinished:
             raise UserError(
                 f"{self.path}: has {self.steps} of the {planned} steps of its run. Resume the "
                 f"run, take a whole copy, or replay what is there with steps={self.steps}."

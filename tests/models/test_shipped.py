@@ -19,7 +19,8 @@ def test_is_small_and_in_bfloat16():
     files = list(hf.SHIPPED.iterdir())
     assert sum(path.stat().st_size for path in files) < 10e6
     assert json.loads((hf.SHIPPED / "config.json").read_text())["dtype"] == "bfloat16"
-    stored = jaxlm.from_pretrained(param_dtype="bfloat16").params
+    stored = jaxlm.from_pretrained(param_dtype="auto").params
+    assert hf.shapes_from_pretrained(param_dtype="auto").params == jax.eval_shape(lambda: stored)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(stored)} == {"bfloat16"}
 
 

@@ -263,8 +263,10 @@ def test_numbers_that_cannot_be_are_refused(make, message):
 def test_scaling_rules_carry_a_whole_optimizer():
     """The square-root rule on Adam, the linear rule on SGD with a sum of gradients."""
     root = ADAM.with_hparams(theory.scale_rule("sqrt", 2, ADAM.hparams(10)))
-    assert dataclasses.asdict(root) == pytest.approx(
-        dataclasses.asdict(ADAM)
+    found, first = dataclasses.asdict(root), dataclasses.asdict(ADAM)
+    assert found.pop("groups") == first.pop("groups") == ()  # no number for approx
+    assert found == pytest.approx(
+        first
         | {"learning_rate": 0.05 * 2**0.5, "b1": 0.6, "b2": 0.8, "eps": 1e-2 / 2**0.5}
         | {"weight_decay": 0.1 * 2**0.5}
     )

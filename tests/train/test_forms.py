@@ -5,8 +5,10 @@ import functools
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -93,15 +95,20 @@ def whole(path: Path) -> Path:
     return Path(config.output)
 
 
-USUAL = (("messages", ADAM, "lora"), ("text", ADAM, "null"))
+LONG = """{name: lion, learning_rate: 1.0e-3, schedule: cosine, warmup: 0.2, floor: 0.1, clip: 1.0,
+ groups: [{select: lora_b, learning_rate: 3.0e-3}, {select: q_proj, weight_decay: 0.1}]}"""
+FREE = "{name: schedule_free_adamw, learning_rate: 3.0e-3}"
+USUAL = (("messages", ADAM, "lora"), ("text", ADAM, "null"), ("messages", LONG, "lora"))
+ROWS = (
+    *itertools.product(FORMS, (ADAM, MEZO), ("lora", "null")),
+    USUAL[-1],
+    ("text", FREE, "null"),
+)
 
 
 @pytest.mark.parametrize(
     ("form", "optimizer", "peft"),
-    [
-        pytest.param(*row, marks=() if row in USUAL else pytest.mark.slow)
-        for row in itertools.product(FORMS, (ADAM, MEZO), ("lora", "null"))
-    ],
+    [pytest.param(*row, marks=() if row in USUAL else pytest.mark.slow) for row in ROWS],
 )
 def test_a_run_measures_its_loss_and_is_planned(form, optimizer, peft, write):
     path = write(form, optimizer, peft)
@@ -111,7 +118,7 @@ def test_a_run_measures_its_loss_and_is_planned(form, optimizer, peft, write):
     assert (summary["task"], summary["metric"]) == (form, "loss")
     losses = [summary[name]["loss"] for name in ("zero_shot", "test")]
     assert losses[1] == summary["validation"]["loss"] <= losses[0]
-    if "adam" in optimizer:
+    if optimizer != MEZO:
         assert losses[1] < losses[0] - 0.01
     assert plan.memory[0].peak == summary["peak_memory_bytes"] or plan.memory[1].peak
     # What a checkpoint holds is what is trained, and the moments of Adam.
@@ -123,6 +130,80 @@ def test_a_run_measures_its_loss_and_is_planned(form, optimizer, peft, write):
     assert finetune(config, base_dir=path.parent) == summary
     adapter = "lora_a" in lm.params["layers"]["attention"]["q_proj"]
     assert adapter == (peft == "lora")
+
+
+@pytest.mark.parametrize("form", ["messages", pytest.param("text", marks=pytest.mark.slow)])
+def test_epochs_in_micro_batches_are_the_steps_of_the_batch(form, write, trained):
+    """40 rows in batches of 4: 3/5 of an epoch are 6 steps."""
+    path = write(form)
+    parts = load(
+        path, steps="null", epochs="0.6", accumulate="4", output=str(path.parent / "parts")
+    )
+    if form == "messages":
+        config = load(path, steps="null", epochs="0.6")
+        plan = dry_run(config, base_dir=path.parent, device=DEVICE)
+        assert plan.steps == 6
+        finetune(config, base_dir=path.parent)
+        assert finetune(config, base_dir=path.parent)["config"]["steps"] == 6
+        one, other = (read_lines(run / "metrics.jsonl") for run in (path.parent / "run", trained))
+        assert one == other
+        least = dry_run(parts, base_dir=path.parent, device=DEVICE)
+        assert least.memory[0].temporaries < plan.memory[0].temporaries
+        assert least.flops.products == plan.flops.products
+    else:
+        trained = whole(path)
+    finetune(parts, base_dir=path.parent)
+    one, other = (read_lines(run / "metrics.jsonl") for run in (path.parent / "parts", trained))
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose(*([*x.values()] for x in (a, b)), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [ADAM, pytest.param(MEZO, marks=pytest.mark.slow)], ids=["adam", "mezo"]
+)
+def test_a_run_without_progress_stops_early_and_there_again(optimizer, write, monkeypatch):
+    path = write("messages", optimizer.replace("e-3", "e-30"))
+    config = load(path, patience="2", steps="30", peft="null")
+    save = Checkpoints.save
+
+    def stopping(self, step, *rest):
+        save(self, step, *rest)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config, base_dir=path.parent)
+    summary = finetune(config, base_dir=path.parent)
+    assert (summary["steps"], summary["tested_step"], summary["stopped_early"]) == (6, 0, True)
+    assert summary["forwards"] == 6 * (2 if optimizer == MEZO else 1)
+    folder = Path(config.output)
+    assert finetune(config, base_dir=path.parent) == summary
+    (folder / "summary.json").unlink()
+    again = finetune(config, base_dir=path.parent)
+    assert (again["steps"], again["test"]) == (6, summary["test"])
+    if optimizer == MEZO:
+        shutil.rmtree(folder / "checkpoints")
+        load_model(folder)
+
+
+def test_float32_parameters_are_the_master_weights_of_bfloat16(write):
+    path = write()
+    losses = []
+    for dtype in ("bf16", "null"):
+        config = load(
+            path, compute_dtype=dtype, peft="null", steps="3", output=f"{path.parent}/{dtype}"
+        )
+        summary = finetune(config, base_dir=path.parent)
+        held = Checkpoints(config.output + "/checkpoints", read_only=True).read(3)
+        floats = [x for x in jax.tree.leaves(held) if np.issubdtype(x.dtype, np.inexact)]
+        assert {str(x.dtype) for x in floats} == {"float32"}  # Adam's moments, too
+        losses.append(summary["test"]["loss"])
+        assert load_model(config.output).config.compute_dtype == config.compute_dtype
+    np.testing.assert_allclose(*losses, rtol=0.02)
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("optimizer", [ADAM, pytest.param(MEZO, marks=pytest.mark.slow)])
@@ -235,6 +316,16 @@ def test_other_weights_below_the_adapters_are_refused(write, tmp_path):
         ({"task": "subj"}, r"^.*task: a run must have one of task, messages, text .got task and"),
         ({"objective": "classification"}, r"objective: classification reads task .got messages"),
         ({"calibrate": "true"}, r"calibrate: needs the same options in every example"),
+        ({"epochs": "2"}, r"epochs: cannot be given together with steps .got 2.0 and 6.. Drop"),
+        (
+            {"patience": "3", "messages.validation": "null", "messages.num_validation": "null"},
+            r"^patience: counts evaluations, and there are no validation rows .got 3",
+        ),
+        ({"monitor": "f1"}, r"^monitor: not known .got 'f1'.. Choose one of loss"),
+        ({"accumulate": "3"}, r"accumulate: must divide the batch size, 4 .got 3"),
+        ({"compute_dtype": "auto"}, r"compute_dtype: not known .got 'auto'"),
+        ({"optimizer.learning_rat": "1"}, r"Did you mean optimizer.learning_rate"),
+        ({"optimizer.groups": "[{select: norm}]"}, r"groups.0..select: selects none"),
         ({"messages.train": "null"}, r"messages: has no data|messages.num_validation"),
     ],
 )

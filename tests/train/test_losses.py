@@ -20,6 +20,8 @@ from jaxlm.train.losses import (
     lm_objective,
     num_targets,
 )
+from jaxlm.train.optimizers import Adam, Mezo
+from jaxlm.train.state import method
 from tests.zo.problems import small_decoder, token_batch
 
 WORDS = np.array([3, 4])
@@ -130,6 +132,40 @@ def test_parts_weigh_what_they_hold(lm, batch, count):
     )
 
 
+@pytest.mark.parametrize("optimizer", [Adam(select="head"), Mezo(learning_rate=1e-3)])
+def test_steps_in_micro_batches_are_those_of_the_batch(lm, batch, optimizer):
+    """Parameters that are not trained may be integers, which have no gradient."""
+    params = {**lm.params, "count": jnp.arange(3)} if optimizer.name == "adamw" else lm.params
+    whole = classification_objective(lm.apply, WORDS)
+    ends = []
+    for loss_fn in (whole, accumulate(whole, 4)):
+        way = method(optimizer, loss_fn, 3)
+        step, state = jax.jit(way.step), way.start(params, jax.random.key(0))
+        for _ in range(3):
+            *state, info = step(*state, batch)
+        ends.append((state[0], info["loss"]))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), *ends)
+    assert not np.array_equal(ends[0][0]["head"], params["head"])
+
+
+def test_gradients_of_parts_are_added_and_keep_the_activations_of_one():
+    def loss_fn(params, batch):
+        x = batch["x"]
+        for _ in range(3):
+            x = jnp.tanh(x @ params)
+        return jnp.mean(x**2), {"mean": jnp.mean(x)}
+
+    x, w = np.random.default_rng(0).normal(size=(2, 64, 64)).astype("f")
+    batch = {"x": np.tile(x, (16, 1))}
+    found = []
+    for loss in (loss_fn, accumulate(loss_fn, 8)):
+        program = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(w, batch).compile()
+        found.append((program(w, batch), program.memory_analysis().temp_size_in_bytes))
+    (one, most), (other, least) = found
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), one, other)
+    assert least < 0.6 * most
+
+
 @pytest.mark.parametrize("weights", [None, "mask", "tokens"])
 def test_parts_of_text_weigh_their_targets(lm, weights):
     ids = token_batch(8, 6, 50)["input_ids"]
@@ -141,10 +177,9 @@ def test_parts_of_text_weigh_their_targets(lm, weights):
         batch["weights"] = mask * np.linspace(0, 1, 48, dtype=np.float32).reshape(8, 6)
     whole = lm_objective(lm.log_probs)
     wanted, aux = jax.jit(whole)(lm.params, batch)
-    loss, shares = jax.jit(accumulate(whole, 2, share=num_targets))(lm.params, batch)
+    loss, counts = jax.jit(accumulate(whole, 2, share=num_targets))(lm.params, batch)
     np.testing.assert_allclose(loss, wanted, rtol=1e-6)
-    assert float(aux["tokens"]) == float(num_targets(batch))
-    assert shares.keys() == {"tokens"}
+    assert float(aux["tokens"]) == float(counts["tokens"]) == float(num_targets(batch))
 
 
 def test_parts_have_keys_of_their_own_and_the_signature_stays():

@@ -7,7 +7,7 @@ import pytest
 from jaxlm.cost.hlo import collectives
 from jaxlm.models import from_pretrained
 from jaxlm.sharding import make_mesh, mesh_of, place_batch, place_params
-from jaxlm.train.losses import lm_objective
+from jaxlm.train.losses import accumulate, lm_objective, num_targets
 from jaxlm.train.optimizers import Adam, Mezo
 from jaxlm.train.state import Program, many_steps, method
 
@@ -44,6 +44,23 @@ def test_copies_tell_each_other_the_gradients_of_adam(tiny_model):
     twice = state.params["embed"]["tokens"]["embedding"].size  # it is the head too
     moved = sum(each.size * each.times for each in collectives(program)) / STEPS
     assert count <= moved <= count + twice + 20
+
+
+@pytest.mark.multidevice
+def test_parts_of_a_batch_are_taken_on_all_devices(tiny_model):
+    ends = []
+    tokens = np.random.default_rng(0).integers(3, 12, (STEPS, ROWS, LENGTH), np.int32)
+    for mesh, count in ((None, 1), (make_mesh(data=2, fsdp=2, model=2), 2)):
+        lm = from_pretrained(tiny_model, mesh=mesh)
+        loss_fn = accumulate(lm_objective(lm.log_probs), count, share=num_targets)
+        way = method(Adam(learning_rate=1e-3), loss_fn, STEPS)
+        state = way.start(lm.params, jax.random.key(0))
+        run = Program(many_steps(way.step), moves=True, rows=1 + way.rows)
+        ends.append(run(state, {"input_ids": tokens}))
+    (_, one), (_, other) = jax.device_get(ends)
+    np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
+    np.testing.assert_allclose(one["grad_norm"], other["grad_norm"], rtol=1e-4)
+    assert (other["tokens"] == ROWS * (LENGTH - 1)).all()
 
 
 @pytest.mark.multidevice

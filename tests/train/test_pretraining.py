@@ -76,6 +76,17 @@ def test_it_learns_and_leaves_a_model(folder):
     assert summary == json.loads((folder / "run" / "summary.json").read_text())
 
 
+def test_a_run_in_micro_batches_stops_early(folder):
+    still = {"optimizer.learning_rate": "1e-30", "patience": "1", "accumulate": "2"}
+    summary = pretrain(load(folder, **still))
+    rows = metrics(folder / "run")
+    assert (summary["steps"], summary["tested_step"], summary["stopped_early"]) == (10, 0, True)
+    assert summary["tokens"] == sum(row.get("tokens", 0) for row in rows) == 10 * 4 * 12
+    assert summary["held_out_loss"] == rows[0]["held_out_loss"]
+    with pytest.raises(UserError, match=r"patience: .*there is no held-out text \(got 1\)"):
+        load(folder, **{"patience": "1", "corpus.held_out": "null"})
+
+
 def test_a_stopped_run_goes_on_to_the_same_numbers(folder, monkeypatch):
     pretrain(load(folder, output=str(folder / "whole")))
     batch = Windows.batch

@@ -5,16 +5,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
+
 from jaxlm.core.errors import UserError
 from jaxlm.data import DataConfig, EncodedTask, Task, Texts
 from jaxlm.data.batching import Objective as Batches
 from jaxlm.data.rows import EncodedRows
 from jaxlm.evaluation.classification import Reduction
 from jaxlm.models import LanguageModel
+from jaxlm.train.losses import num_examples, num_targets
 from jaxlm.train.measure import GenerationMetric, Metric, MultipleChoiceMetric, TokenLossMetric
 from jaxlm.train.settings import Optimizer
 from jaxlm.train.zeroth_order import ZerothOrder
-from jaxlm.typing import LossFn
+from jaxlm.typing import Batch, LossFn
 
 Data = Task | Texts
 Encoded = EncodedTask | EncodedRows
@@ -60,6 +63,15 @@ class Objective:
         arrays. There are no `data` in a dry run without a tokenizer.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def share(batch: Batch) -> Any:
+        """Return what the loss of a batch divides by; see `jaxlm.train.losses.accumulate`.
+
+        By default that is the number of targets if the batch marks them, or of examples.
+        """
+        tokens = "target_mask" in batch or jnp.ndim(batch.get("weights", ())) == 2
+        return num_targets(batch) if tokens else num_examples(batch)
 
     def batched(self, encoded: Encoded) -> Encoded:
         """Return the data with training batches as the loss reads them."""
