@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from jaxlm.cli.evaluate import evaluate
     from jaxlm.cli.finetune import finetune
     from jaxlm.cli.generate import generate
+    from jaxlm.cli.predict import predict
     from jaxlm.cli.pretrain import pretrain
     from jaxlm.cli.study import study
     from jaxlm.core.citation import cite
@@ -59,6 +60,7 @@ __all__ = [
     "kernels",
     "models",
     "peft",
+    "predict",
     "pretrain",
     "save_pretrained",
     "sharding",
@@ -72,7 +74,7 @@ _FUNCTIONS = {
     "cite": "jaxlm.core.citation",
     **{
         name: f"jaxlm.cli.{name}"
-        for name in ("evaluate", "finetune", "generate", "pretrain", "study")
+        for name in ("evaluate", "finetune", "generate", "predict", "pretrain", "study")
     },
     "from_pretrained": "jaxlm.train.load",
     "save_pretrained": "jaxlm.models",

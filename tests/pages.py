@@ -99,7 +99,10 @@ WORK: dict[str, list[tuple[str, Callable]]] = {
     "pretrain": [("jaxlm.cli.pretrain.pretrain", stop)],
     "evaluate": [("jaxlm.cli.evaluate._evaluate", stop)],
     "study": [("jaxlm.studies.less_cost.plan_of", stop)],
-    **{name: [("jaxlm.train.load.load_model", stop)] for name in ("generate", "convert", "info")},
+    **{
+        name: [("jaxlm.train.load.load_model", stop)]
+        for name in ("generate", "predict", "convert", "info")
+    },
 }
 """Where the work of a command begins, and what is done in its place."""
 TRAINING = {**WORK, "finetune": [("jaxlm.train.finetuning._run", stop)]}

@@ -102,19 +102,27 @@ def hold(folder: Path) -> Iterator[None]:
     several processes, the main process holds the lock for all. The traceback of an unexpected
     error is appended to the folder's `log.txt`, and a note on the error says so.
     """
-    if not is_main_process():
-        yield
-        return
-    path = folder / LOCK
-    file = acquire(path, folder, "output")
     try:
-        yield
+        with lock(folder / LOCK, folder):
+            yield
     except Exception as error:
-        if not isinstance(error, UserError | OSError) and where_logged(error) is None:
+        foreseen = isinstance(error, UserError | OSError) or where_logged(error) is not None
+        if is_main_process() and not foreseen:
             with contextlib.suppress(OSError), (folder / LOG).open("a", encoding="utf-8") as log:
                 traceback.print_exception(error, file=log)
                 error.add_note(f"{_LOGGED}{folder / LOG}.")
         raise
+
+
+@contextlib.contextmanager
+def lock(path: Path, place: Path) -> Iterator[None]:
+    """Hold the lock file `path` of a folder or file `place`; see `hold`."""
+    if not is_main_process():
+        yield
+        return
+    file = acquire(path, place, "output")
+    try:
+        yield
     finally:
         # Unlink while the lock is held. A process that waits in `acquire` then sees that its file
         # is no longer the one at this path, and tries again.

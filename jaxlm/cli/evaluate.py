@@ -1,6 +1,7 @@
 """Measure the accuracy of a model on a task, without training it.
 
 usage: jaxlm evaluate MODEL [--task.name=subj] [--split=test] [--icl=k] [--dotted.path=value ...]
+       jaxlm evaluate MODEL OTHER [--dotted.path=value ...]
        jaxlm evaluate config.yaml [--split=test] [--dotted.path=value ...]
 
 MODEL is a folder, a hub id, or the folder of a run of `jaxlm finetune` or of a PEFT adapter.
@@ -8,38 +9,45 @@ Without `task` a run is evaluated on its own task; "step" and "of_steps" in the 
 its steps is tested. If its files have moved, `--base` and `--task.test` say where they are.
 The configuration may be that of a fine-tuning run, whose other keys are ignored.
 
-The result is printed as JSON: the accuracy of the highest score, the accuracy with scores
-calibrated on the training texts (labels unused), and that of the most frequent class.
+The result is printed as JSON: the accuracy of the highest score with its standard error, the
+accuracy with scores calibrated on the training texts (labels unused), that of the most frequent
+class, the expected calibration error, and for each class counts, precision, recall and F1.
+OTHER is a second model, on the same examples; its accuracy is subtracted, with the standard error
+of the paired difference. `--predictions=FILE` writes the rows that `jaxlm predict` would write.
 `--calibrate=sfc` calibrates by the prompt without the example instead, and `--icl=32` puts 32
 solved training examples before each text of the test split. A task whose answers are generated is
 measured by the F1 of its words and by exact match.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.artifacts.files import to_json
+from jaxlm.artifacts.files import file_path, to_json
 from jaxlm.cli import config as configs
+from jaxlm.cli.generate import check_new, write_samples
 from jaxlm.core.checks import dtype_name, seeds, whole
 from jaxlm.core.errors import UserError
-from jaxlm.data import Task, TaskConfig, load_task, prepare_for, task_config, with_demonstrations
+from jaxlm.data import DATA_FORMS, Task, TaskConfig, load_task, task_config, with_demonstrations
 from jaxlm.train.run_folder import RunFolder, to_dict
 from jaxlm.train.settings import MOST_ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """An evaluation; all keys but `split` and `icl` are those of a fine-tuning run.
+    """An evaluation; the keys that a fine-tuning run has too mean the same.
 
     Attributes:
         model: folder or hub id; null means the model that comes with the package.
         base: where the model is that a run or an adapter began with, if it has moved.
         task: the task, or the name of a shipped one.
+        other: another model on the same examples, whose accuracy is subtracted.
+        predictions: new file for the rows of `jaxlm predict`.
         split: examples to evaluate on.
         icl: solved training examples before each text of the test split.
         calibrate: "sfc" subtracts the scores of the options after the prompt without the example
@@ -53,6 +61,8 @@ class EvaluateConfig:
     model: str | None = None
     base: str | None = None
     task: TaskConfig = field(metadata={"make": task_config})
+    other: str | None = None
+    predictions: str | None = None
     split: Literal["train", "validation", "test"] = "test"
     icl: int = 0
     calibrate: Literal[False, True, "sfc"] = False
@@ -90,8 +100,7 @@ def read_config(args: Sequence[str]) -> EvaluateConfig:
 
 def run(args: Sequence[str], mesh: Any = None) -> None:
     """Run the command `jaxlm evaluate`."""
-    config, base_dir, offsets = _read(args)
-    print(to_json(_evaluate(config, base_dir, offsets, mesh), indent=2))
+    print(to_json(_evaluate(_read(args), mesh), indent=2))
 
 
 def evaluate(
@@ -116,37 +125,95 @@ def evaluate(
     """
     if isinstance(config, str | Path) and not configs.is_file(config):
         config, overrides = None, {**overrides, "model": config}
-    file, offsets = _own_task(overrides) if config is None else (None, None)
+    file, offsets = own_config(overrides) if config is None else (None, None)
     built, base_dir = configs.from_call(
         EvaluateConfig, file or config, overrides, "evaluate", only=KEYS
     )
-    return _evaluate(built, base_dir, offsets, mesh)
+    return _evaluate(Setting(built, base_dir, offsets, overrides if file else None), mesh)
 
 
-def _read(args: Sequence[str]) -> tuple[EvaluateConfig, Path | None, Any]:
-    """Return the configuration, the folder of its file, and the offsets of a calibrated run."""
-    path, flags = configs.parse_model_args(args)
-    file, offsets = (Path(path), None) if path else _own_task(flags)
+class Setting(NamedTuple):
+    """What is evaluated.
+
+    Attributes:
+        config: the configuration.
+        base_dir: folder of its file.
+        offsets: subtracted from the scores, those of a calibrated run.
+        own: the flags, if the task is that of the run which is evaluated.
+    """
+
+    config: EvaluateConfig
+    base_dir: Path | None = None
+    offsets: Any = None
+    own: Mapping[str, Any] | None = None
+
+
+def _read(args: Sequence[str]) -> Setting:
+    words, flags = configs.split_args(args)
+    if len(words) == 2 and "other" not in flags:
+        flags["other"] = words.pop()
+    path, flags = configs.parse_model_args([*words, *(f"--{k}={v}" for k, v in flags.items())])
+    file, offsets = (Path(path), None) if path else own_config(flags)
     config = configs.load(EvaluateConfig, file, flags, only=KEYS)
-    return config, file.parent if file else None, offsets
+    own = None if path or file is None else flags
+    return Setting(config, file.parent if file else None, offsets, own)
 
 
-def _own_task(keys: Mapping[str, Any]) -> tuple[Path | None, Any]:
-    """Return the configuration and the offsets of the run that is evaluated on its own task."""
+def own_config(keys: Mapping[str, Any]) -> tuple[Path | None, Any]:
+    """Return the configuration and the offsets of the run that is used on its own task."""
     if keys.get("model") is None or {"task", "task.name"} & keys.keys():
         return None, None
     folder = RunFolder(keys["model"], "model")
-    if "task" not in (folder.config() or {}):
+    if not any((folder.config() or {}).get(form) for form in DATA_FORMS):
         return None, None
     return folder.path / "config.yaml", folder.option_offsets()
 
 
-def _evaluate(
-    config: EvaluateConfig, base_dir: Path | None, offsets: Any, mesh: Mesh | None
-) -> dict[str, Any]:
-    """Score one split and return the accuracies; `offsets` are subtracted as in training."""
-    task = _load(config, base_dir)
-    if not getattr(task, config.split):
+def _evaluate(setting: Setting, mesh: Mesh | None) -> dict[str, Any]:
+    """Measure one model, or two on the same examples."""
+    config = setting.config
+    if config.predictions is not None:
+        check_new(file_path(config.predictions, "predictions"), "predictions")
+    ours = _measure(setting, mesh)
+    if config.other is None:
+        return ours.result
+    keys: dict[str, Any] = {"model": config.other, "other": None, "predictions": None}
+    second = setting._replace(config=dataclasses.replace(config, **keys), offsets=None)
+    file, offsets = (None, None) if setting.own is None else own_config(keys)
+    if file is not None:
+        keys = {**(setting.own or {}), **keys}
+        again, folder = configs.from_call(EvaluateConfig, file, keys, "evaluate", only=KEYS)
+        second = Setting(again, folder, offsets)
+    theirs = _measure(second, mesh)
+    if ours.examples != theirs.examples:
+        raise UserError(
+            f"other: is tested on other examples than {config.model} (got {config.other}). Give "
+            "--task.name, or the keys of one task for both."
+        )
+    from jaxlm.evaluation import paired_standard_error
+
+    main = "accuracy" if "accuracy" in ours.result else "f1"
+    difference = {
+        main: ours.result[main] - theirs.result[main],
+        "standard_error": paired_standard_error(ours.values, theirs.values),
+    }
+    return {**ours.result, "other": theirs.result, "difference": difference}
+
+
+class _Measured(NamedTuple):
+    """The result of one model; its accuracy or F1 on each example; and which these are."""
+
+    result: dict[str, Any]
+    values: np.ndarray
+    examples: list[Any]
+
+
+def _measure(setting: Setting, mesh: Mesh | None) -> _Measured:
+    """Score one split; offsets are subtracted as in training."""
+    config, offsets = setting.config, setting.offsets
+    task = _load(config, setting.base_dir)
+    examples = getattr(task, config.split)
+    if not examples:
         raise UserError(
             f"task.{config.split}: the task has no such examples (got none). Name a file of them."
         )
@@ -154,7 +221,8 @@ def _evaluate(
     _check_task(config, task)
     from jaxlm import evaluation
     from jaxlm.train.load import load_model
-    from jaxlm.train.measure import GenerationMetric, MultipleChoiceMetric
+    from jaxlm.train.measure import Choices, GenerationMetric
+    from jaxlm.train.predictions import choice_fields, completion_fields
 
     options: dict[str, Any] = {"param_dtype": config.param_dtype, "bits": config.bits}
     lm = load_model(config.model, base=config.base, **options, mesh=mesh)
@@ -165,30 +233,78 @@ def _evaluate(
         **_tested(config.model),
         "task": config.task.name,
         "split": config.split,
-        "examples": len(getattr(task, config.split)),
+        "examples": len(examples),
     }
+    whose = [dataclasses.replace(example, id="", context="") for example in examples]
     size, split = config.eval_batch_size, config.split
     if task.config.is_generative:
-        return result | GenerationMetric(lm, task, batch_size=size)(split, lm.params)
-    encoded = prepare_for(lm, task)
+        metric = GenerationMetric(lm, task, batch_size=size)
+        result |= metric(split, lm.params)
+        found = metric.result
+        result["standard_error"] = evaluation.standard_error(found.f1s)
+        _write(setting, examples, map(completion_fields, found.texts, found.log_probs))
+        return _Measured(result, found.f1s, whose)
     sfc = config.calibrate == "sfc"
     reduction: Literal["mean", "sum"] = "mean" if offsets is None or not sfc else "sum"
-    choices = MultipleChoiceMetric(lm, encoded, batch_size=size, reduction=reduction)
-    choices.offsets = offsets
-    scores, labels = choices.scores(split, lm.params)
-    result["accuracy"] = evaluation.accuracy(scores, labels)
+    choices = Choices(lm, task, batch_size=size, reduction=reduction, offsets=offsets)
+    scores = choices.scores(examples)
+    labels = evaluation.right_options(examples, scores.shape[1])
+    result |= _report(scores, labels, task.config)
     calibrated = None
     if sfc:
-        by_sum = MultipleChoiceMetric(lm, encoded, batch_size=size, reduction="sum")
+        by_sum = Choices(lm, task, batch_size=size, reduction="sum")
         domain = evaluation.domain_scores(lm, lm.params, task, split, batch_size=size)
-        calibrated = evaluation.subtract_domain_scores(by_sum.scores(split, lm.params)[0], domain)
-    elif encoded.train and encoded.labels:
-        calibrated = evaluation.calibrate(scores, choices.scores("train", lm.params)[0])
+        calibrated = evaluation.subtract_domain_scores(by_sum.scores(examples), domain)
+    elif task.train and task.config.labels:
+        calibrated = evaluation.calibrate(scores, choices.scores(task.train))
     if calibrated is not None:
         result["calibrated_accuracy"] = evaluation.accuracy(calibrated, labels)
-    if (majority := choices.majority[split]) is not None:
-        result["majority_accuracy"] = majority
-    return result | {"peak_memory_bytes": choices.peak_bytes}
+    _write(setting, examples, choice_fields(examples, scores, task.config.class_names))
+    right = evaluation.is_right(scores, labels)
+    return _Measured(result | {"peak_memory_bytes": choices.peak_bytes}, right, whose)
+
+
+def _report(scores: np.ndarray, labels: np.ndarray, task: TaskConfig) -> dict[str, Any]:
+    """Return the accuracy, and what else a paper prints about choices."""
+    from jaxlm import evaluation
+
+    right = evaluation.is_right(scores, labels)
+    confidences = evaluation.probabilities(scores).max(axis=1)
+    report: dict[str, Any] = {
+        "accuracy": float(np.mean(right)),
+        "standard_error": evaluation.standard_error(right),
+        "expected_calibration_error": evaluation.expected_calibration_error(confidences, right),
+    }
+    if task.has_per_example_options:
+        return report
+    report["majority_accuracy"] = evaluation.majority_accuracy(labels)
+    if labels.ndim > 1:  # an example with several right classes counts for none of them
+        return report
+    confusion = evaluation.confusion_matrix(scores.argmax(axis=1), labels, len(task.labels))
+    columns = evaluation.class_report(confusion)
+    report["macro_f1"] = float(columns["f1"].mean())
+    report["classes"] = {
+        name: {column: values[place].item() for column, values in columns.items()}
+        for place, name in enumerate(task.class_names)
+    }
+    return report | {"confusion_matrix": confusion.tolist()}
+
+
+def _write(setting: Setting, examples: Sequence[Any], fields: Iterable[dict[str, Any]]) -> None:
+    """Write the rows of predictions, with the input's fields."""
+    from jaxlm.train.predictions import with_input
+
+    config = setting.config
+    if config.predictions is None:
+        return
+    rows = {
+        f"{record.source}:{record.number}": record
+        for records in config.task.records(setting.base_dir).values()
+        for record in records
+    }
+    pairs = zip(examples, fields, strict=True)
+    lines = [to_json(with_input(rows[example.id], each)) for example, each in pairs]
+    write_samples(file_path(config.predictions, "predictions"), lines, key="predictions")
 
 
 def _check_task(config: EvaluateConfig, task: Task) -> None:

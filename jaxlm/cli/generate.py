@@ -269,20 +269,25 @@ def read_prompts(path: Path) -> list[str | tuple[Message, ...]]:
     return prompts
 
 
-def write_samples(path: Path, lines: Iterable[str]) -> None:
-    """Write lines to a file that must not exist yet, whole or not at all."""
-    exists = UserError(f"output: exists already (got {path}). Give a new file.")
+def check_new(path: Path, key: str) -> None:
+    """Refuse the value of the option `key` if a new file cannot be written there."""
     if path.exists():
-        raise exists
+        raise UserError(f"{key}: exists already (got {path}). Give a new file.")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"output: its folder cannot be written (got {path}). Choose another.")
+        raise UserError(f"{key}: its folder cannot be written (got {path}). Choose another.")
+
+
+def write_samples(path: Path, lines: Iterable[str], key: str = "output") -> None:
+    """Write lines to a file that must not exist yet, whole or not at all."""
+    check_new(path, key)
     text = "".join(f"{line}\n" for line in lines)  # all processes must take part in computing them
     if not is_main_process():
         return
     try:
         write_new(path, text)
     except FileExistsError:  # another command was faster
-        raise exists from None
+        check_new(path, key)
+        raise
 
 
 def _load(config: GenerateConfig, mesh: Any) -> tuple[Any, dict[str, Any]]:

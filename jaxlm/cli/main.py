@@ -22,6 +22,7 @@ COMMANDS = {
     "sweep": "fine-tune over a grid and several seeds, and write one table",
     "study": "answer a question that takes many runs with a table and a picture",
     "evaluate": "measure the accuracy of a model on a task",
+    "predict": "predict classes, completions or log-probabilities for the rows of a file",
     "generate": "generate text that continues a prompt",
     "pretrain": "train a causal language model from scratch on text",
     "convert": "load a model or a run folder and save it in the Hugging Face layout",

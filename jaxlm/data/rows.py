@@ -47,6 +47,21 @@ def length_buckets(lengths: Sequence[int], limit: int | None = None) -> tuple[in
     return tuple(sorted({min(length, limit or length) for length in rounded}))
 
 
+def fixed_buckets(longest: int, limit: int) -> tuple[int, ...]:
+    """Return lengths to pad to that do not depend on the rows, the last one for `longest` tokens.
+
+    Data that are read in parts then have few shapes in all, two for each doubling of the length.
+
+    >>> fixed_buckets(70, limit=512)
+    (8, 16, 24, 32, 48, 64, 96)
+    """
+    lengths = itertools.chain((MULTIPLE,), (k << n for n in itertools.count(3) for k in (2, 3)))
+    buckets = [min(next(lengths), limit)]
+    while buckets[-1] < min(longest, limit):
+        buckets.append(min(next(lengths), limit))
+    return tuple(buckets)
+
+
 def bucket_of(longest: int, buckets: Sequence[int]) -> int:
     """Return the shortest bucket that holds a row; raise ValueError if none does."""
     bucket = next((bucket for bucket in buckets if bucket >= longest), None)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,15 @@ from jaxlm.artifacts.files import file_path, inside, parse_json, read_json
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
 from jaxlm.data.delimited import read_table
-from jaxlm.data.files import as_object, check_folder, json_objects, read_bytes, room, too_large
+from jaxlm.data.files import (
+    as_object,
+    check_folder,
+    json_objects,
+    lines,
+    read_bytes,
+    room,
+    too_large,
+)
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "tasks"
 _PREFIX = "jaxlm:"
@@ -53,7 +61,7 @@ def read_rows(
     hub. The split is `key`, or the one after a colon: `nyu-mll/glue/sst2:validation`. The code of a
     data set never runs.
     """
-    option = f"{section}.{key}"
+    option = f"{section}.{key}" if section else key
     path = _find(source, option, base_dir)
     reader = _READERS.get(Path(source.removesuffix(".gz")).suffix)
     if reader is None and (path is None or path.is_dir()):
@@ -70,9 +78,7 @@ def read_rows(
     else:
         rows = list(reader(source, read_bytes(path, f"{option}: {source}")))
     if not rows:
-        raise UserError(
-            f"{option}: is empty (got {source}). Give a file with at least one example."
-        )
+        raise _empty(source, option)
     return rows
 
 
@@ -85,6 +91,25 @@ def absolute(source: str, key: str, base_dir: Path | None) -> str:
         if part and (path := _find(part, key, base_dir)):
             return str(path.resolve()) + source.removeprefix(part)
     return source
+
+
+def stream_rows(source: str, *, key: str) -> Iterator[Record]:
+    """Yield what `read_rows` returns; JSON lines and Parquet may be larger than the memory."""
+    path, name = _find(source, key, None), source.removesuffix(".gz")
+    if path is None or not path.is_file() or not name.endswith((".jsonl", ".parquet")):
+        yield from read_rows(source, key=key, section="")
+        return
+    parquet = source.endswith(".parquet")
+    rows = _read_parquet(source, path) if parquet else _read_lines(source, lines(path, source))
+    first = next(rows, None)
+    if first is None:
+        raise _empty(source, key)
+    yield first
+    yield from rows
+
+
+def _empty(source: str, option: str) -> UserError:
+    return UserError(f"{option}: is empty (got {source}). Give a file with at least one example.")
 
 
 def _find(source: str, key: str, base_dir: Path | None) -> Path | None:
@@ -112,7 +137,11 @@ def _decode(source: str, data: bytes) -> str:
 
 
 def _read_jsonl(source: str, data: bytes) -> Iterator[Record]:
-    for number, values in json_objects(data.split(b"\n"), source):
+    return _read_lines(source, data.split(b"\n"))
+
+
+def _read_lines(source: str, text: Iterable[bytes]) -> Iterator[Record]:
+    for number, values in json_objects(text, source):
         yield Record(values, source, number, "line")
 
 
@@ -130,14 +159,16 @@ def _read_table(delimiter: str, source: str, data: bytes) -> Iterator[Record]:
         yield Record(values, source, number, "line")
 
 
-def _read_parquet(source: str, data: bytes) -> Iterator[Record]:
+def _read_parquet(source: str, data: bytes | Path) -> Iterator[Record]:
+    """Yield the rows of a file, or of its content, which is unpacked within `room()`."""
     import pyarrow
     import pyarrow.parquet
 
     if not data:
         return
+    whole = isinstance(data, bytes)
     try:
-        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data) if whole else data)
         schema = file.schema_arrow
         for name in schema.names:
             if schema.names.count(name) > 1:
@@ -145,7 +176,7 @@ def _read_parquet(source: str, data: bytes) -> Iterator[Record]:
         names, number, size = _class_names(schema.metadata), 0, 0
         for batch in file.iter_batches(_ROWS):
             size += batch.nbytes
-            if size > room():
+            if whole and size > room():
                 raise too_large(source)
             for values in batch.to_pylist():
                 number += 1

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -209,6 +209,24 @@ class TaskConfig(SplitsConfig):
             for split, found in records.items()
         }
         return Task(self, template, *self.draw(examples, seed=seed))
+
+    def reader(self, columns: Sequence[str]) -> tuple[Template, Callable[[Record], "Example"]]:
+        """Return the template for rows with these fields, and a function that reads a row.
+
+        Rows need no label; one that they have is not read, and the label of an example is 0.
+        """
+        read = None if self.read is None else find_reader(self.read)
+        template = Template.parse(self.template).with_names(self.fields, columns)
+        # Any number is a label if labels are scores.
+        config = dataclasses.replace(self, threshold=1.0)
+        label = {self.label_field: "" if self.is_generative else 0}
+
+        def parse(record: Record) -> Example:
+            values = {**record.values, **label}
+            record = dataclasses.replace(record, values=values, class_names={})
+            return _example(record, template, config, read)
+
+        return template, parse
 
     def draw_train(self, train: Sequence[Any], *, seed: int) -> tuple[list[int], list[int]]:
         """Draw the places of the examples to train on and of those to hold out."""

@@ -17,11 +17,21 @@ from jaxlm.evaluation.calibration import (
 )
 from jaxlm.evaluation.classification import (
     accuracy,
+    is_right,
     majority_accuracy,
     option_scores,
+    right_options,
     score_split,
 )
 from jaxlm.evaluation.generation import Completion, generate_text, stream_text
+from jaxlm.evaluation.report import (
+    class_report,
+    confusion_matrix,
+    expected_calibration_error,
+    paired_standard_error,
+    probabilities,
+    standard_error,
+)
 
 __all__ = [
     "Completion",
@@ -29,16 +39,24 @@ __all__ = [
     "accuracy",
     "calibrate",
     "calibration_offsets",
+    "class_report",
+    "confusion_matrix",
     "domain_offsets",
     "domain_scores",
     "evaluate_generation",
     "exact_match",
+    "expected_calibration_error",
     "generate_text",
+    "is_right",
     "majority_accuracy",
     "normalise_answer",
     "option_offsets",
     "option_scores",
+    "paired_standard_error",
+    "probabilities",
+    "right_options",
     "score_split",
+    "standard_error",
     "stream_text",
     "subtract_domain_scores",
     "token_f1",

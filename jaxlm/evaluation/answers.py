@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxlm.core.errors import UserError
 from jaxlm.evaluation.generation import generate_text
@@ -59,11 +60,15 @@ class GenerationResult:
         texts: the answers, stripped.
         f1: mean of `token_f1`.
         exact_match: mean of `exact_match`.
+        f1s: `token_f1` of each answer.
+        log_probs: log-probability of each answer.
     """
 
     texts: tuple[str, ...]
     f1: float
     exact_match: float
+    f1s: Float[np.ndarray, " N"]
+    log_probs: tuple[float, ...]
 
 
 def evaluate_generation(
@@ -104,7 +109,7 @@ def evaluate_generation(
         )
     # Prompts of similar length share a batch, to reduce padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    texts = [""] * len(prompts)
+    texts, log_probs = [""] * len(prompts), [0.0] * len(prompts)
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
         completions = generate_text(
@@ -117,9 +122,13 @@ def evaluate_generation(
         )
         for i, (completion,) in zip(places, completions, strict=True):
             texts[i] = completion.text.strip()
+            log_probs[i] = completion.log_probability
     scored = list(zip(texts, answers, strict=True))
+    f1s = np.array([token_f1(*pair) for pair in scored])
     return GenerationResult(
         tuple(texts),
-        float(np.mean([token_f1(*pair) for pair in scored])),
+        float(np.mean(f1s)),
         float(np.mean([exact_match(*pair) for pair in scored])),
+        f1s,
+        tuple(log_probs),
     )

@@ -1,6 +1,6 @@
 """Classification as choice among options: scores, accuracy, and the majority baseline."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -117,23 +117,29 @@ def score_split(
         UserError: if a score is not finite, see `accuracy`.
     """
     examples = getattr(encoded, split)
-    labels = np.array([example.label for example in examples], np.int32)
     parts = []
     for batch in encoded.eval_batches(split, batch_size=batch_size):
         index = batch.pop("index")
         parts.append((index, np.asarray(scorer(params, batch))))
     most = max((part.shape[1] for _, part in parts), default=0)
-    scores = np.full((len(labels), most), -np.inf, np.float32)
+    scores = np.full((len(examples), most), -np.inf, np.float32)
     for index, part in parts:
         # Filling rows have the index -1.
         scores[index[index >= 0], : part.shape[1]] = part[index >= 0]
     check_finite(scores, f"scores of {split}")
+    return scores, right_options(examples, most)
+
+
+def right_options(
+    examples: Sequence[Any], num_options: int
+) -> Int[np.ndarray, " N"] | Bool[np.ndarray, "N C"]:
+    """Return the label of each example; if any example has several, a mask of right options."""
     if not any(example.gold for example in examples):
-        return scores, labels
-    right = np.zeros(scores.shape, bool)
+        return np.array([example.label for example in examples], np.int32)
+    right = np.zeros((len(examples), num_options), bool)
     for i, example in enumerate(examples):
         right[i, list(example.gold) or example.label] = True
-    return scores, right
+    return right
 
 
 def accuracy(scores: Float[Any, "N C"], labels: Int[Any, " N"] | Bool[Any, "N C"]) -> float:
@@ -152,11 +158,18 @@ def accuracy(scores: Float[Any, "N C"], labels: Int[Any, " N"] | Bool[Any, "N C"
     >>> accuracy(np.array([[1.0, 2.0], [3.0, 0.0]]), np.array([1, 1]))
     0.5
     """
+    return float(np.mean(is_right(scores, labels)))
+
+
+def is_right(
+    scores: Float[Any, "N C"], labels: Int[Any, " N"] | Bool[Any, "N C"]
+) -> Bool[np.ndarray, " N"]:
+    """Return whether the highest score of each example is that of a right option."""
     check_finite(scores)
     labels, chosen = np.asarray(labels), np.argmax(scores, axis=1)
     if labels.ndim == 1:
-        return float(np.mean(chosen == labels))
-    return float(np.mean(np.take_along_axis(labels, chosen[:, None], axis=1)))
+        return chosen == labels
+    return np.take_along_axis(labels, chosen[:, None], axis=1)[:, 0]
 
 
 def majority_accuracy(labels: Int[Any, " N"] | Bool[Any, "N C"]) -> float:

@@ -43,6 +43,11 @@ class Completion:
     log_probs: Float[np.ndarray, " N"]
     finish: Finish
 
+    @property
+    def log_probability(self) -> float:
+        """Log-probability of the whole sample, in nats."""
+        return float(np.sum(self.log_probs, dtype=np.float64))
+
 
 def generate_text(
     lm: LanguageModel,

@@ -82,8 +82,17 @@ class Progress:
     A plain line gives the step, the loss, the rate and the time left.
     """
 
-    def __init__(self, total: int, *, start: int = 0, log: Path | None = None, quiet: bool = False):
+    def __init__(
+        self,
+        total: int,
+        *,
+        start: int = 0,
+        log: Path | None = None,
+        quiet: bool = False,
+        unit: str = "step",
+    ):
         self.total = total
+        self.unit = unit
         self.log = log
         self._quiet = quiet
         self._stream: TextIO = sys.stderr
@@ -101,7 +110,7 @@ class Progress:
             from rich.console import Console
 
             columns = (
-                bars.TextColumn("step"),
+                bars.TextColumn(self.unit),
                 bars.MofNCompleteColumn(),
                 bars.BarColumn(bar_width=24),
                 bars.TextColumn("{task.fields[line]}", markup=False),
@@ -129,7 +138,7 @@ class Progress:
         if not self._shown:  # the first steps include compilation
             self._begin = (now, step)
         parts = [f"{name} {value:.4g}" for name, value in values.items()]
-        parts.append(f"{self._rate:.3g} steps/s")
+        parts.append(f"{self._rate:.3g} {self.unit}s/s")
         if peak_bytes:
             parts.append(f"{peak_bytes / 2**20:.0f} MiB")
         self._reached, self._shown = (now, step), "  ".join(parts)
@@ -141,7 +150,7 @@ class Progress:
     def _state(self) -> str:
         """Return the last state of the run in words, with the time left from now."""
         then, step = self._reached
-        line = f"step {step}/{self.total}  {self._shown}".rstrip()
+        line = f"{self.unit} {step}/{self.total}  {self._shown}".rstrip()
         if step == self.total or not self._rate:
             return line
         left = (self.total - step) / self._rate - (time.perf_counter() - then)

@@ -1,7 +1,8 @@
 """Metrics of a run: accuracy of its choices, F1 of its answers, or the loss of its tokens."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -10,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxlm.core.checks import MOST
 from jaxlm.core.errors import UserError
-from jaxlm.data import EncodedTask, Task, prompted
-from jaxlm.data.rows import EncodedRows, SplitName
+from jaxlm.data import EncodedTask, Example, Task, prepare_for, prompted
+from jaxlm.data.rows import EncodedRows, SplitName, fixed_buckets
 from jaxlm.evaluation import (
+    GenerationResult,
     accuracy,
     evaluate_generation,
     majority_accuracy,
@@ -92,14 +95,14 @@ class MultipleChoiceMetric(Metric):
                 reduction=reduction,
             )
         )
-        self._encoded, self._batch_size = encoded, batch_size
+        self.encoded, self._batch_size = encoded, batch_size
 
     def __call__(self, split: SplitName, params: Params) -> dict[str, float]:
         return {"accuracy": accuracy(*self.scores(split, params))}
 
     def scores(self, split: SplitName, params: Params) -> tuple[np.ndarray, np.ndarray]:
         """Return scores minus the offsets [N, C], and labels; see `evaluation.score_split`."""
-        done, total = 0, len(getattr(self._encoded, split))
+        done, total = 0, len(getattr(self.encoded, split))
 
         def scorer(params: Params, batch: Batch) -> Any:
             nonlocal done
@@ -108,17 +111,84 @@ class MultipleChoiceMetric(Metric):
             return self.scorer(params, batch)
 
         scores, labels = score_split(
-            scorer, params, self._encoded, split, batch_size=self._batch_size
+            scorer, params, self.encoded, split, batch_size=self._batch_size
         )
-        self.majority[split] = majority_accuracy(labels) if self._encoded.labels else None
+        self.majority[split] = majority_accuracy(labels) if self.encoded.labels else None
         return (scores if self.offsets is None else scores - self.offsets[None]), labels
 
 
+CHUNK = 16
+"""Batches of rows that are read, encoded and sorted by length together where rows are streamed."""
+
+
+class Choices:
+    """Scores of the options of any examples of a task, in chunks of `chunk` examples.
+
+    The scores of a chunk depend on nothing but its examples: not on other splits, on other chunks,
+    or on how many of these there are.
+
+    Attributes:
+        chunk: examples in a chunk.
+        offsets: subtracted from the scores; None subtracts nothing.
+        peak_bytes: memory of the largest compiled program.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        task: Task,
+        *,
+        batch_size: int,
+        reduction: Reduction = "mean",
+        offsets: Float[np.ndarray, " C"] | None = None,
+    ):
+        self.chunk, self.offsets, self.peak_bytes = CHUNK * batch_size, offsets, 0
+        self._lm = lm
+        self._metric = functools.partial(
+            MultipleChoiceMetric, lm, batch_size=batch_size, reduction=reduction
+        )
+        self._task = dataclasses.replace(task, train=(), validation=(), test=())
+        self._metrics: dict[tuple[int, ...], MultipleChoiceMetric] = {}
+
+    def scores(self, examples: Sequence[Example]) -> Float[np.ndarray, "N C"]:
+        """Return the scores minus the offsets; minus infinity for options that are not there."""
+        chunks = [
+            self._score(examples[start : start + self.chunk])
+            for start in range(0, len(examples), self.chunk)
+        ]
+        width = max(chunk.shape[1] for chunk in chunks)
+        pads = [((0, 0), (0, width - chunk.shape[1])) for chunk in chunks]
+        padded = [
+            np.pad(chunk, pad, constant_values=-np.inf)
+            for chunk, pad in zip(chunks, pads, strict=True)
+        ]
+        return np.concatenate(padded)
+
+    def _score(self, examples: Sequence[Example]) -> Float[np.ndarray, "N C"]:
+        task = dataclasses.replace(self._task, test=tuple(examples))
+        encoded = prepare_for(self._lm, task)
+        limit = min(self._lm.config.max_positions, task.config.max_length or MOST)
+        encoded = dataclasses.replace(encoded, buckets=fixed_buckets(encoded.buckets[-1], limit))
+        ids = () if encoded.token_ids is None else tuple(encoded.token_ids.tolist())
+        if ids not in self._metrics:
+            self._metrics[ids] = self._metric(encoded)
+        metric = self._metrics[ids]
+        metric.encoded, metric.offsets = encoded, self.offsets
+        scores, _ = metric.scores("test", self._lm.params)
+        self.peak_bytes = max(self.peak_bytes, metric.peak_bytes)
+        return scores
+
+
 class GenerationMetric(Metric):
-    """F1 and exact match of greedily written answers."""
+    """F1 and exact match of greedily written answers.
+
+    Attributes:
+        result: the answers of the last call, and their scores.
+    """
 
     main = "f1"
     others = MappingProxyType({"exact_match": "max"})
+    result: GenerationResult
     peak_bytes = 0  # there is no program whose memory is known
 
     def __init__(self, lm: LanguageModel, task: Task, *, batch_size: int):
@@ -129,7 +199,7 @@ class GenerationMetric(Metric):
         questions = [prompted(self._task, example) for example in getattr(self._task, split)]
         config, longest = self._task.config, self._lm.config.max_positions
         self.tell(f"writing answers to {len(questions)} questions of {split}")
-        result = evaluate_generation(
+        self.result = evaluate_generation(
             self._lm,
             params,
             [question.prompt for question in questions],
@@ -138,7 +208,7 @@ class GenerationMetric(Metric):
             batch_size=self._batch_size,
             max_length=min(longest, config.max_length or longest),
         )
-        return {"f1": result.f1, "exact_match": result.exact_match}
+        return {"f1": self.result.f1, "exact_match": self.result.exact_match}
 
 
 class TokenLossMetric(Metric):

@@ -246,6 +246,19 @@ ROWS = [
     Row("generate --seed=-1", "seed"),
     # Evaluation.
     Row("evaluate --split=tests", "split"),
+    Row("evaluate model model model", "config"),
+    Row("evaluate run.yaml --predictions=run.yaml", "predictions"),
+    Row("predict model", "rows"),
+    Row("predict model no.jsonl", "rows"),
+    Row("predict model model a.jsonl", "MODEL"),
+    Row("predict model a.jsonl", "a.jsonl, line 2", written("a.jsonl", '{"prompt": "a"}\n{}\n')),
+    Row("predict model a.jsonl", "a.jsonl, line 1", written("a.jsonl", '{"txt": "a"}\n')),
+    Row("predict run.yaml a.jsonl", "a.jsonl, line 1", written("a.jsonl", '{"txt": "a"}\n')),
+    Row("predict run.yaml test.jsonl --output=no/p.jsonl", "output"),
+    Row("predict run.yaml test.jsonl --output=train.jsonl", "output"),
+    Row("predict run.yaml test.jsonl --samples=2", "samples"),
+    Row("predict run.yaml test.jsonl --eval_batch_size=0", "eval_batch_size"),
+    Row("predict new test.jsonl --task=null", "model", no_tokenizer),
     Row("evaluate --icl=2 --split=train --task=subj", "split"),
 ]  # fmt: skip
 

@@ -51,6 +51,7 @@ def commands(folder: Path, which: str) -> list[list[str]]:
         ["generate", str(folder / "run" / "model"), "--prompt=the warm", "--max_new_tokens=4",
          f"--output={folder / 'texts.jsonl'}"],
         ["evaluate", run],
+        ["predict", run, str(folder / "test.jsonl"), f"--output={folder / 'predicted.jsonl'}"],
     ]  # fmt: skip
 
 
@@ -162,6 +163,14 @@ def test_models_and_texts_are_those_of_one_device(rest):
         np.testing.assert_allclose(found[name], value, atol=2e-5, err_msg=name)
     texts = [read_lines(folder / "texts.jsonl")[0]["text"] for folder in rest]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+def test_predictions_are_those_of_one_device(rest):
+    found, wanted = (read_lines(folder / "predicted.jsonl") for folder in rest)
+    assert [row["text"] for row in found] == [row["text"] for row in wanted]
+    found, wanted = ([[*row["probabilities"].values()] for row in rows] for rows in (found, wanted))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
 def test_a_run_goes_on_with_another_mesh(at, tiny_model, tmp_path):

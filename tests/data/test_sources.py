@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.sources import read_rows
+from jaxlm.data.sources import read_rows, stream_rows
 from tests.helpers.sentences import refused
 
 ROWS = [{"text": "a joy", "label": 1}, {"text": "naïve, 東京", "label": 0}]
@@ -275,3 +275,24 @@ def test_class_names_of_a_parquet_file_are_read(tmp_path) -> None:
     datasets.Dataset.from_list(ROWS, features=features).to_parquet(str(tmp_path / "a.parquet"))
     (row, _) = read_rows("a.parquet", key="train", base_dir=tmp_path)
     assert row.class_names == {"label": ("bad", "good")}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"])
+def test_streamed_rows_are_those_of_the_whole_file(tmp_path, name: str) -> None:
+    if name.endswith("parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / name)
+    else:
+        write(tmp_path, name, CSV if name.endswith("csv") else JSONL)
+    source = str(tmp_path / name)
+    assert list(stream_rows(source, key="rows")) == read_rows(source, key="rows")
+
+
+def test_a_row_is_yielded_before_the_next_one_is_read(tmp_path) -> None:
+    source = str(tmp_path / write(tmp_path, "a.jsonl", '{"text": "a"}\n{'))
+    rows = stream_rows(source, key="rows")
+    assert next(rows).values == {"text": "a"}
+    with refused(f"{source}, line 2"):
+        next(rows)
+    empty = str(tmp_path / write(tmp_path, "b.jsonl", "\n"))
+    with refused("rows"):
+        next(stream_rows(empty, key="rows"))

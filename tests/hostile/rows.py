@@ -16,13 +16,13 @@ from tests.hostile.world import COMMANDS, FILES, MADE, Break, Row, write_json
 
 Change = Callable[[Any], Any]
 TRAINED = tuple(MADE)
-READS_A_MODEL = ("finetune", "less", "kernel", "evaluate", "generate", "convert", "info")
+READS_A_MODEL = ("finetune", "less", "kernel", "evaluate", "predict", "generate", "convert", "info")
 READS_A_RUN = tuple(command for command in COMMANDS if command.endswith(" run"))
 CELLS = {
     "value": tuple(COMMANDS),
     "configuration": (*TRAINED, "evaluate"),
-    "output": (*TRAINED, "generate", "convert", "convert run"),
-    "data": (*TRAINED, "evaluate", "evaluate run", "generate file"),
+    "output": (*TRAINED, "predict", "predict run", "generate", "convert", "convert run"),
+    "data": (*TRAINED, "evaluate", "evaluate run", "predict", "predict run", "generate file"),
     "table": ("finetune", "evaluate"),
     "model": (*READS_A_MODEL, "adam", "sweep", "pretrain", "compare"),
     "adapter": READS_A_MODEL,
@@ -280,6 +280,9 @@ def values() -> Iterator[Row]:
         ("evaluate", ("--task.k=-1",), "k"),
         ("evaluate", ("--task.max_length=1e12",), "max_length"),
         ("evaluate", ("--devices=100000",), "devices"),
+        ("predict", ("--eval_batch_size=0",), "eval_batch_size"),
+        ("predict", ("--samples=3",), "samples"),
+        ("predict run", ("--bits=3",), "bits"),
         ("generate", ("--max_new_tokens=0",), "max_new_tokens"),
         ("generate", ("--max_new_tokens=1e12",), "max_new_tokens"),
         ("generate", ("--temperature=nan",), "temperature"),
@@ -375,6 +378,14 @@ def outputs() -> Iterator[Row]:
         yield Row(command, "output", "is there", made("converted"), named=("TARGET",))
         file = content("converted", "mine")
         yield Row(command, "output", "is a file", file, named=("TARGET",))
+    header = "p.out.header.json"
+    for command in ("predict", "predict run"):
+        foreigner = content(header, '{"inputs": {"model": "f00"}, "lines": 3}')
+        of_another = several(content("p.out", "{}\n"), foreigner)
+        yield Row(command, "output", "of another model", of_another, named=("p.out",))
+        yield Row(command, "output", "no header", content("p.out", "{}\n"), named=("p.out",))
+        noise = several(content("p.out", "{}\n"), content(header, '{"inputs": 3'))
+        yield Row(command, "output", "a damaged header", noise, named=(header,))
     for word in ("test.jsonl/out.jsonl", "no/out.jsonl", "model"):
         yield Row("generate", "output", word, words=(f"--output={word}",), named=(word, "output"))
 
@@ -432,6 +443,18 @@ def data() -> Iterator[Row]:
     for name, (apply, named) in TEST_DATA.items():
         yield Row("evaluate", "data", name, apply, named=(named,))
         yield Row("evaluate run", "data", name, apply, named=(named,))
+    rows: dict[str, Break] = {
+        "missing": removed("rows.jsonl"),
+        "empty": content("rows.jsonl", ""),
+        "another field": content("rows.jsonl", '{"txt": "the"}\n'),
+        "cut": content("rows.jsonl", '{"text": "the"}\n{"text": "t'),
+        "a list": content("rows.jsonl", '{"text": "the"}\n[1]\n'),
+        "a pipe": pipe("rows.jsonl"),
+        "endless": linked("rows.jsonl", "/dev/zero"),
+    }
+    for number, (name, apply) in enumerate(rows.items()):
+        command = ("predict", "predict run")[number % 2]
+        yield Row(command, "data", name, apply, named=("rows.jsonl", "rows"))
     for name in ("missing", "empty", "not JSON", "digits"):
         apply = {
             "missing": removed("corpus/films.jsonl"),
@@ -838,6 +861,8 @@ DENIED: dict[str, Break] = {
     "compare": mode("corpus/films.jsonl", 0),
     "evaluate": mode("test.jsonl", 0),
     "evaluate run": each("run/checkpoints/*/*/arrays.bin", lambda name: mode(name, 0)),
+    "predict": mode("rows.jsonl", 0),
+    "predict run": mode(".", 0o555),
     "generate": mode("model/model.safetensors", 0),
     "generate file": mode("p.jsonl", 0),
     "generate run": mode("run/config.yaml", 0),
@@ -848,7 +873,15 @@ DENIED: dict[str, Break] = {
 }
 """What may not be read; of the other commands, the place where they write is closed."""
 NOT_READ = (
-    *("finetune.yaml", "train.jsonl", "films.jsonl", "test.jsonl", "p.jsonl", "checkpoints"),
+    *(
+        "finetune.yaml",
+        "train.jsonl",
+        "films.jsonl",
+        "test.jsonl",
+        "p.jsonl",
+        "checkpoints",
+        "rows",
+    ),
     *("config", "model.safetensors", "output", "closed", "converted"),
 )
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaxlm.train.checkpoint import Checkpoints
+from tests.helpers.tiny import read_lines, sentences, write_jsonl
 from tests.hostile.test_hostile import world
 from tests.hostile.world import COMMANDS, MADE, Row, environment, run
 
@@ -127,3 +128,29 @@ def test_a_killed_command_ends_as_if_it_had_not_been(name, seed, world, undistur
     assert done.returncode == 0, done.stderr[-3000:]
     assert kills, "it was never killed"
     assert result(output) == expected
+
+
+@pytest.mark.hostile
+def test_a_killed_prediction_loses_and_repeats_no_row(world, tmp_path):
+    folder = world.copy(tmp_path / "world", Row("predict", "environment", "killed"))
+    write_jsonl(folder / "rows.jsonl", [{**row, "id": i} for i, row in enumerate(sentences(4000))])
+    words = ["predict", "evaluate.yaml", "rows.jsonl", "--eval_batch_size=4"]
+    assert run(folder, [*words, "--output=whole"]).returncode == 0
+    output, words = folder / "killed", [*words, "--output=killed"]
+    kills = 0
+    for least in (1, 300_000, 600_000):  # bytes of about 700,000
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jaxlm.cli.main", *words],
+            cwd=folder,
+            env=environment(),
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None and not (output.exists() and output.stat().st_size >= least):
+            time.sleep(0.002)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    assert kills, "it was never killed"
+    assert run(folder, words).returncode == 0
+    assert output.read_bytes() == (folder / "whole").read_bytes()
+    assert [row["id"] for row in read_lines(output)] == list(range(4000))

@@ -123,6 +123,8 @@ COMMANDS: dict[str, list[str]] = {
     "compare": ["study", "compare.yaml"],
     "evaluate": ["evaluate", "evaluate.yaml"],
     "evaluate run": ["evaluate", "run"],
+    "predict": ["predict", "evaluate.yaml", "rows.jsonl", "--output=p.out"],
+    "predict run": ["predict", "run", "rows.jsonl", "--output=p.out"],
     "generate": ["generate", "model", "--prompt=the film", "--max_new_tokens=2"],
     "generate run": ["generate", "run", "--prompt=the film", "--max_new_tokens=2"],
     "generate file": ["generate", "model", "--file=p.jsonl", "--max_new_tokens=2"],
@@ -153,6 +155,7 @@ def build(folder: Path) -> None:
     write_corpus(folder)
     for name, count in (("train", 40), ("validation", 16), ("test", 16)):
         write_jsonl(folder / f"{name}.jsonl", sentences(count))
+    write_jsonl(folder / "rows.jsonl", [{"text": row["text"]} for row in sentences(8)])
     write_jsonl(folder / "p.jsonl", [{"prompt": "the film"}, {"prompt": "it was"}])
     for name, values in FILES.items():
         (folder / name).write_text(yaml.safe_dump(values, sort_keys=False))

@@ -161,6 +161,9 @@ def test_every_command_takes_an_adapter(moved, tuned, tmp_path, capsys):
     assert accuracy == json.loads((run / "summary.json").read_text())["test"]["accuracy"]
     words = ["--prompt=the film", "--max_new_tokens=2", "--json=true"]
     assert main(["generate", str(adapter), base, *words]) == 0
+    rows, output = str(now / "test.jsonl"), f"--output={tmp_path / 'predictions.jsonl'}"
+    assert main(["predict", str(run), rows, base, output]) == 0
+    assert main(["predict", str(adapter), rows, base, *task[3:]]) == 0
     assert main(["info", str(adapter), base]) == 0
     assert "lora_a" in capsys.readouterr().out
     assert main(["convert", str(adapter), str(tmp_path / "merged"), base]) == 0
