@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from jaxlm.cli.pretrain import pretrain
     from jaxlm.cli.study import study
     from jaxlm.core.citation import cite
-    from jaxlm.models import from_pretrained, save_pretrained
+    from jaxlm.models import save_pretrained
+    from jaxlm.train.load import from_pretrained
 
 __version__ = "0.1.0"
 
@@ -75,7 +76,7 @@ _FUNCTIONS = {
         name: f"jaxlm.cli.{name}"
         for name in ("evaluate", "finetune", "generate", "predict", "pretrain", "study")
     },
-    "from_pretrained": "jaxlm.models",
+    "from_pretrained": "jaxlm.train.load",
     "save_pretrained": "jaxlm.models",
 }
 

@@ -6,10 +6,12 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core.errors import UserError
+
+T = TypeVar("T", bound=str | None)
 
 LARGEST = 2**30
 """Largest text file that is read, in bytes."""
@@ -33,6 +35,12 @@ def file_path(given: str | os.PathLike, key: str) -> Path:
         raise UserError(
             f"{key}: there is no such user (got {text!r}). Write ./~name for a folder of that name."
         ) from None
+
+
+def absolute(name: T, key: str) -> T:
+    """Return the absolute path of a file or folder; what is neither, as a hub id, stays."""
+    path = None if name is None else file_path(name, key)
+    return name if path is None or not os.path.exists(path) else cast(T, str(path.resolve()))
 
 
 def inside(folder: Path, name: object, where: str) -> Path:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: a loop that defers them stops after its step; anything else stops at once.
+"""Signals to stop: a loop that defers them stops after its step; anything else stops at once.
 
 Python's own handling, an exception at an arbitrary point, is not reliable enough. An exception that
 is raised in a destructor or in a callback of the garbage collector is printed and forgotten, and
@@ -15,7 +15,9 @@ from collections.abc import Iterator
 
 from jaxlm.artifacts.processes import distributed
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that a batch system sends, perhaps repeatedly, some time before it ends a process."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *WARNINGS)
 
 
 class Stopped(KeyboardInterrupt):
@@ -35,12 +37,15 @@ class _State:
 
 
 def _receive(number: int, at_once: str) -> bool:
-    """Record a signal and say so; False if no loop defers signals or one is pending already."""
+    """Record a signal and say so; False if it must have its usual effect.
+
+    That is so if no loop defers signals, and for a second signal that is not one of `WARNINGS`.
+    """
     if _State.loops and not _State.pending:
         _State.pending = number
         _say(f"stopping after the steps under way; once more {at_once}")
         return True
-    return False
+    return bool(_State.pending) and number in WARNINGS
 
 
 def _say(line: str) -> None:
@@ -55,7 +60,7 @@ def _ignore(number: int, frame: object) -> None:
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[None]:
-    """End the process at once on SIGINT and SIGTERM, except in loops that defer them.
+    """End the process at once on each of `SIGNALS`, except in loops that defer them.
 
     This is for the main thread of a command; in another thread it does nothing.
     """
@@ -64,12 +69,12 @@ def handle_signals() -> Iterator[None]:
         return
     read, write = os.pipe()
     os.set_blocking(write, False)
-    before = {number: signal.signal(number, _ignore) for number in _SIGNALS}
+    before = {number: signal.signal(number, _ignore) for number in SIGNALS}
     former = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
 
     def watch() -> None:
         while number := os.read(read, 1)[0]:
-            if number in _SIGNALS and not _receive(number, "ends at once"):
+            if number in SIGNALS and not _receive(number, "ends at once"):
                 _say("\033[?25hstopped" if os.isatty(2) else "stopped")  # shows the cursor
                 os._exit(128 + number)
 
@@ -105,7 +110,7 @@ def defer_signals() -> Iterator[None]:
 
     if threading.current_thread() is threading.main_thread():
         # Set them under `handle_signals` too, since jax.distributed takes SIGTERM for itself.
-        numbers = _SIGNALS if _State.watched else (signal.SIGINT,)
+        numbers = SIGNALS if _State.watched else (signal.SIGINT,)
         before = {number: signal.signal(number, receive) for number in numbers}
     _State.loops += 1
     try:

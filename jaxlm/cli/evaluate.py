@@ -4,8 +4,9 @@ usage: jaxlm evaluate MODEL [--task.name=subj] [--split=test] [--icl=k] [--dotte
        jaxlm evaluate MODEL OTHER [--dotted.path=value ...]
        jaxlm evaluate config.yaml [--split=test] [--dotted.path=value ...]
 
-MODEL is a folder, a hub id, or the folder of a run of `jaxlm finetune`. Without `task` a run is
-evaluated on its own task; "step" and "of_steps" in the result tell which of its steps is tested.
+MODEL is a folder, a hub id, or the folder of a run of `jaxlm finetune` or of a PEFT adapter.
+Without `task` a run is evaluated on its own task; "step" and "of_steps" in the result tell which of
+its steps is tested. If its files have moved, `--base` and `--task.test` say where they are.
 The configuration may be that of a fine-tuning run, whose other keys are ignored.
 
 The result is printed as JSON: the accuracy of the highest score with its standard error, the
@@ -33,7 +34,7 @@ from jaxlm.cli.generate import check_new, write_samples
 from jaxlm.core.checks import dtype_name, seeds, whole
 from jaxlm.core.errors import UserError
 from jaxlm.data import DATA_FORMS, Task, TaskConfig, load_task, task_config, with_demonstrations
-from jaxlm.train.run_folder import RunFolder
+from jaxlm.train.run_folder import RunFolder, to_dict
 from jaxlm.train.settings import MOST_ROWS
 
 
@@ -43,6 +44,7 @@ class EvaluateConfig:
 
     Attributes:
         model: folder or hub id; null means the model that comes with the package.
+        base: where the model is that a run or an adapter began with, if it has moved.
         task: the task, or the name of a shipped one.
         other: another model on the same examples, whose accuracy is subtracted.
         predictions: new file for the rows of `jaxlm predict`.
@@ -57,6 +59,7 @@ class EvaluateConfig:
     """
 
     model: str | None = None
+    base: str | None = None
     task: TaskConfig = field(metadata={"make": task_config})
     other: str | None = None
     predictions: str | None = None
@@ -215,12 +218,14 @@ def _measure(setting: Setting, mesh: Mesh | None) -> _Measured:
             f"task.{config.split}: the task has no such examples (got none). Name a file of them."
         )
 
+    _check_task(config, task)
     from jaxlm import evaluation
     from jaxlm.train.load import load_model
     from jaxlm.train.measure import Choices, GenerationMetric
     from jaxlm.train.predictions import choice_fields, completion_fields
 
-    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
+    options: dict[str, Any] = {"param_dtype": config.param_dtype, "bits": config.bits}
+    lm = load_model(config.model, base=config.base, **options, mesh=mesh)
     if lm.config.head == "none":
         raise UserError(f"model: has no head to evaluate (got {config.model}). Fine-tune it first.")
     result: dict[str, Any] = {
@@ -300,6 +305,19 @@ def _write(setting: Setting, examples: Sequence[Any], fields: Iterable[dict[str,
     pairs = zip(examples, fields, strict=True)
     lines = [to_json(with_input(rows[example.id], each)) for example, each in pairs]
     write_samples(file_path(config.predictions, "predictions"), lines, key="predictions")
+
+
+def _check_task(config: EvaluateConfig, task: Task) -> None:
+    """Refuse other data in the files of a run that is evaluated on its own, unchanged task."""
+    from jaxlm.train.finetuning import data_digests
+
+    if config.model is None or config.icl:
+        return
+    folder = RunFolder(config.model, "model")
+    own = {"task": to_dict(config.task), "seed": config.seed}
+    if own.items() <= (folder.config() or {}).items():
+        key = f"task.{config.split}"
+        folder.check_unchanged({key: data_digests(task, "task")[key]})
 
 
 def _tested(model: str | None) -> dict[str, int]:

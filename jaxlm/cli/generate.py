@@ -4,11 +4,12 @@ usage: jaxlm generate [MODEL] --prompt="the film is" [--temperature=1] [--key=va
        jaxlm generate [MODEL] --file=prompts.txt [--output=completions.jsonl] [--key=value ...]
        jaxlm generate [MODEL] --chat [--system="Be brief."] [--key=value ...]
 
-MODEL is a folder, a hub id, or the folder of a run of `jaxlm finetune`; left out, the model that
-comes with jaxlm. The text after one prompt is printed as it is generated. With --file, several
-samples, --json=true or --output, each sample is a line of JSON: index of the prompt, prompt,
-sample, text, finish ("stop" or "length"), token ids and their log-probabilities under the model.
---chat answers the lines of standard input, one after the other, until their end (Ctrl-D).
+MODEL is a folder, a hub id, or the folder of a run of `jaxlm finetune` or of a PEFT adapter; left
+out, the model that comes with jaxlm. The text after one prompt is printed as it is generated. With
+--file, several samples, --json=true or --output, each sample is a line of JSON: index of the
+prompt, prompt, sample, text, finish ("stop" or "length"), token ids and their log-probabilities
+under the model. --chat answers the lines of standard input, one after the other, until their end
+(Ctrl-D).
 """
 
 import itertools
@@ -42,6 +43,7 @@ class GenerateConfig:
 
     Attributes:
         model: folder or hub id; null means the model that comes with the package.
+        base: where the model is that a run or an adapter began with, if it has moved.
         prompt: text to continue.
         file: prompts instead: a line each in .txt, or each row of .jsonl: its field "prompt", or
             "messages", which the assistant answers.
@@ -64,6 +66,7 @@ class GenerateConfig:
     """
 
     model: str | None = None
+    base: str | None = None
     prompt: str = ""
     file: str | None = None
     chat: bool = False
@@ -291,7 +294,8 @@ def _load(config: GenerateConfig, mesh: Any) -> tuple[Any, dict[str, Any]]:
     """Return the model, and the options that `generate_text` and `stream_text` share."""
     from jaxlm.train.load import load_model
 
-    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
+    given: dict[str, Any] = {"param_dtype": config.param_dtype, "bits": config.bits}
+    lm = load_model(config.model, base=config.base, **given, mesh=mesh)
     options = {"max_new_tokens": config.max_new_tokens, "sampling": config.sampling()}
     return lm, options | {"stop": config.stop}
 

@@ -1,8 +1,9 @@
 """Print versions, devices and memory, and the names there are; with a model, its parameters.
 
-usage: jaxlm info [MODEL]
+usage: jaxlm info [MODEL] [--base=FOLDER]
 
-MODEL is a folder, a hub id, or the folder of a run. Without it, the tasks, model families,
+MODEL is a folder, a hub id, or the folder of a run or of a PEFT adapter; `--base` is where the
+model is that these began with, if it has moved. Without MODEL, the tasks, model families,
 optimizers, objectives and studies are listed, as configurations name them.
 """
 
@@ -22,9 +23,12 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "safetensors", "numpy", "transfor
 def run(args: Sequence[str]) -> None:
     """Run the command `jaxlm info`."""
     words, flags = split_args(args)
+    base = flags.pop("base", None)
     if len(words) > 1 or flags:
         given = " ".join([*words, *(f"--{name}" for name in flags)])
-        raise UserError(f"MODEL: is all that info takes (got {given}). See jaxlm info --help.")
+        raise UserError(
+            f"MODEL: info takes it and --base alone (got {given}). See jaxlm info --help."
+        )
     import jax
 
     import jaxlm
@@ -39,7 +43,7 @@ def run(args: Sequence[str]) -> None:
         size = f", {limit / 2**30:.1f} GiB" if limit else ""
         print(f"device {device.id}: {device.platform} {device.device_kind}{size}")
     if words:
-        _parameters(words[0])
+        _parameters(words[0], base)
     else:
         for what, names in registries().items():
             print(f"\n{what}")
@@ -71,14 +75,14 @@ def registries() -> dict[str, list[str]]:
     }
 
 
-def _parameters(name: str) -> None:
+def _parameters(name: str, base: str | None) -> None:
     from rich.table import Table
 
     from jaxlm.core.paths import flatten
     from jaxlm.train.load import load_model
     from jaxlm.train.run_folder import RunFolder
 
-    lm = load_model(name)
+    lm = load_model(name, base=base)
     if (steps := RunFolder(name, "MODEL").tested_step()) is not None:
         print(f"{name}: a run, after step {steps[0]} of {steps[1]}")
     table = Table(title=f"{name}: {lm.config.family} {lm.config.kind}")

@@ -28,6 +28,7 @@ from typing import Any
 
 from jaxlm.artifacts.files import file_path
 from jaxlm.artifacts.processes import barrier, is_main_process
+from jaxlm.artifacts.stopping import SIGNALS
 from jaxlm.cli import config as configs
 from jaxlm.core.checks import whole
 from jaxlm.core.errors import UserError
@@ -188,7 +189,7 @@ def _watch(children: Sequence[subprocess.Popen]) -> tuple[list[int], subprocess.
             if child.poll() is None:
                 child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     deadline, first = None, None
     try:
         while any(child.poll() is None for child in children):

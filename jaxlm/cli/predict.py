@@ -49,6 +49,7 @@ class PredictConfig:
 
     Attributes:
         model: folder or hub id; null means the model that comes with the package.
+        base: where the model is that a run or an adapter began with, if it has moved.
         rows: file or data set, see `jaxlm.data.sources.read_rows`.
         output: file of the predictions; null prints them. It is never read from a file.
         task: the task, or the name of a shipped one; by default that of the run.
@@ -66,6 +67,7 @@ class PredictConfig:
     """
 
     model: str | None = None
+    base: str | None = None
     rows: str
     output: str | None = None
     task: TaskConfig | None = field(default=None, metadata={"make": task_config})
@@ -245,7 +247,8 @@ def _predictions(config: PredictConfig, offsets: Any, mesh: Any) -> Iterator[lis
         form.read(record)
         digest.update(as_json(record).encode())
         count += 1
-    lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
+    options: dict[str, Any] = {"param_dtype": config.param_dtype, "bits": config.bits}
+    lm = load_model(config.model, base=config.base, **options, mesh=mesh)
     if lm.config.head == "none":
         raise UserError(f"model: has no head to predict (got {config.model}). Fine-tune it first.")
     predictor = form.predictor(lm)

@@ -222,7 +222,7 @@ def prepare(
     task: Task,
     tokenizer: Any,
     *,
-    kind: Kind,
+    kind: Kind | Literal["classifier"],
     max_length: int | None = None,
     vocab_size: int | None = None,
 ) -> EncodedTask:
@@ -231,7 +231,8 @@ def prepare(
     Args:
         task: the task.
         tokenizer: a transformers tokenizer.
-        kind: "decoder" or "encoder".
+        kind: "decoder" or "encoder", which score label words, or "classifier", which reads the
+            template without them; `token_ids` are then its outputs in the order of the classes.
         max_length: the model's limit on the tokens of a row; the task's own limit applies too.
         vocab_size: vocabulary size of the model, to refuse another model's tokenizer.
 
@@ -251,11 +252,15 @@ def prepare(
                 f"model allows {limit} tokens in all (got {config.answer_length}). Lower it."
             )
         limit -= config.answer_length
-    encoded = _encode(task, tokenizer, kind, limit)
+    if kind == "classifier":
+        encoded = _encode_texts(task, tokenizer, limit)
+    else:
+        encoded = _encode(task, tokenizer, kind, limit)
     largest = max(max(map(max, (*x.input_ids, *x.targets))) for x in encoded)
     check_vocabulary(largest, vocab_size)
     # Cheapest form first: one row per example, then the prompt once, then one row per option.
-    token_ids = _label_words(encoded)
+    outputs = np.arange(len(config.labels), dtype=np.int32)
+    token_ids = outputs if kind == "classifier" else _label_words(encoded)
     if token_ids is not None:
         encoded = [_first_option(each) for each in encoded]
     elif kind == "decoder" and not task.template.after:
@@ -283,21 +288,45 @@ def prepare_for(lm: Any, task: Task, *, max_length: int | None = None) -> Encode
     may have its classes in another order.
 
     Raises:
-        UserError: as `prepare`; or the names of a classifier's classes are not those of the task.
+        UserError: as `prepare`; or a classifier's classes have other names than the task's, or the
+            task has none.
     """
+    classifies = lm.config.head not in ("lm", "mlm")
     encoded = prepare(
         task,
         lm.tokenizer,
-        kind=lm.config.kind,
+        kind="classifier" if classifies else lm.config.kind,
         max_length=lm.config.max_positions if max_length is None else max_length,
         vocab_size=lm.config.vocab_size,
     )
-    if lm.config.head in ("lm", "mlm"):
+    if not classifies:
         return encoded
     count = len(task.config.labels)
     # A classifier with another number of classes is replaced later (`jaxlm.train.load.with_head`).
     names = lm.config.label_names if lm.config.num_labels == count else ()
     return replace(encoded, token_ids=np.asarray(task.config.columns_of(names), np.int32))
+
+
+def _encode_texts(task: Task, tokenizer: Any, limit: int | None) -> list[Encoded]:
+    """Encode the template without the label, cut at its end: what a classifier was trained on."""
+    if task.config.has_per_example_options:
+        raise UserError(
+            f"model: has a classifier, and the task has no classes (got {task.config.name}). Give "
+            "a model without one."
+        )
+    examples = [*task.train, *task.validation, *task.test]
+    texts = [each.context + task.template.render(each.fields, "").text for each in examples]
+    rows = tokenizer(
+        [text.strip() for text in texts], truncation=limit is not None, max_length=limit
+    )
+    encoded = []
+    for i, (each, ids) in enumerate(zip(examples, rows["input_ids"], strict=True)):
+        if not ids:
+            raise UserError(f"{each.id}: has no token (got an empty text). Leave it out.")
+        types = (tuple(rows["token_type_ids"][i]),) if "token_type_ids" in rows else None
+        # A classifier knows which token it reads; the place stands for that.
+        encoded.append(Encoded(each.label, (tuple(ids),), ((0,),), (), types))
+    return encoded
 
 
 def _encode(task: Task, tokenizer: Any, kind: Kind, limit: int | None) -> list[Encoded]:

@@ -82,6 +82,17 @@ def read_rows(
     return rows
 
 
+def absolute(source: str, key: str, base_dir: Path | None) -> str:
+    """Return a source with the absolute path of its file or folder, if it is one that exists."""
+    name = source.partition(":")[0]
+    if source.startswith(_PREFIX):
+        return source
+    for part in (source, name, name.rpartition("/")[0]):  # FILE, FOLDER:SPLIT, FOLDER/CONFIG:SPLIT
+        if part and (path := _find(part, key, base_dir)):
+            return str(path.resolve()) + source.removeprefix(part)
+    return source
+
+
 def stream_rows(source: str, *, key: str) -> Iterator[Record]:
     """Yield what `read_rows` returns; JSON lines and Parquet may be larger than the memory."""
     path, name = _find(source, key, None), source.removesuffix(".gz")

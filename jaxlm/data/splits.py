@@ -5,7 +5,7 @@ import hashlib
 import json
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, cast
@@ -16,7 +16,7 @@ from jaxlm.artifacts.keys import without_none
 from jaxlm.core import checks
 from jaxlm.core.errors import UserError
 from jaxlm.data.rows import SPLITS, EncodedRows, TokenRow, check_vocabulary, tokenizer_of
-from jaxlm.data.sources import Record, read_rows
+from jaxlm.data.sources import Record, absolute, read_rows
 
 Check = Callable[[str, Any], None]
 
@@ -152,6 +152,17 @@ class SplitsConfig:
         for name, check in _checks(cast(Any, cls)).items():
             if name in values:
                 check(f"{cls.key}.{name}", values[name])
+
+    def located(self, base_dir: str | Path | None = None) -> "SplitsConfig":
+        """Return the same configuration with absolute paths of the sources that are files here."""
+        base = None if base_dir is None else Path(base_dir)
+        sources = {split: getattr(self, split) for split in SPLITS}
+        places: dict[str, Any] = {
+            split: absolute(source, f"{self.key}.{split}", base)
+            for split, source in sources.items()
+            if source not in (None, HOLD_OUT)
+        }
+        return replace(self, **places)
 
     def records(self, base_dir: str | Path | None = None) -> dict[str, list[Record]]:
         """Read the rows of every split."""

@@ -41,7 +41,7 @@ class ModelConfig:
     Attributes:
       family: name of the module in `models/families` that reads and writes this model.
       kind: `decoder` attends causally, `encoder` in both directions.
-      head: next-token logits, masked-token logits, a classifier on the first token, or no head.
+      head: next-token logits, masked-token logits, a classifier on one token, or no head.
       embedding_size: width of the token embedding; projected to `hidden_size` if they differ.
       positions: absolute `learned` embeddings, or `rotary`.
       position_offset: index of the first position in the table (OPT 2, RoBERTa 2).
@@ -69,7 +69,8 @@ class ModelConfig:
       pooled: whether there is a pooler for the classifier to read.
       pooler: a dense layer with `tanh` or `relu`; or dense layer and norm of the masked-token head
         (`mlm`), which the classifier then shares.
-      pooling: what the pooler reads, the `first` token or the `mean` of all.
+      pooling: what the pooler reads, the `first` token or the `mean` of all; or the `last` token,
+        which the classifier of a decoder reads itself.
       num_labels: number of classes of the classifier.
       label_names: names of the classes in order, or empty.
       bos_id, eos_id, pad_id: special token ids, or None; the first one if HF lists several.
@@ -133,7 +134,7 @@ class ModelConfig:
     head_bias: bool = True
     pooled: bool = False
     pooler: Literal["tanh", "relu", "mlm"] = "tanh"
-    pooling: Literal["first", "mean"] = "first"
+    pooling: Literal["first", "mean", "last"] = "first"
     num_labels: int = 0
     label_names: tuple[str, ...] = ()
     bos_id: int | None = None

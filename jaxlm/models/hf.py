@@ -91,18 +91,13 @@ def from_pretrained(
         weights contradict the configuration or are not finite, an option is unknown, or the
         parameters do not fit into memory.
     """
-    one_of("attention", attention, tuple(IMPLEMENTATIONS))
-    one_of("remat", remat, get_args(ModelConfig.__annotations__["remat"]))
+    choices = model_choices(compute_dtype, attention, remat)
     one_of("bits", bits, (8, 4, None))
     place = SHIPPED if name_or_path is None else _resolve(name_or_path)
     config, tokenizer, checkpoint = _read_model(place)
     assert checkpoint is not None
-    dtype = _float_dtype(param_dtype, checkpoint)
-    config = checkpoint.match(config).replace(
-        compute_dtype=None if compute_dtype is None else str(jnp.dtype(compute_dtype)),
-        attention=attention,
-        remat=remat,
-    )
+    dtype = float_dtype(param_dtype, checkpoint)
+    config = checkpoint.match(config).replace(**choices)
     checkpoint.check(config)
     is_matrix = path_predicate(MATRICES)
     flat: dict[str, Any] = {}
@@ -122,7 +117,16 @@ def from_pretrained(
     return LanguageModel(config, nest(flat), tokenizer)
 
 
-def _float_dtype(param_dtype: Any, checkpoint: Checkpoint | None) -> np.dtype:
+def model_choices(compute_dtype: Any, attention: str, remat: str) -> dict[str, Any]:
+    """Return the fields of `ModelConfig` that a user and not a checkpoint chooses, checked."""
+    one_of("attention", attention, tuple(IMPLEMENTATIONS))
+    one_of("remat", remat, get_args(ModelConfig.__annotations__["remat"]))
+    dtype = None if compute_dtype is None else str(jnp.dtype(compute_dtype))
+    return {"compute_dtype": dtype, "attention": attention, "remat": remat}
+
+
+def float_dtype(param_dtype: Any, checkpoint: Checkpoint | None = None) -> np.dtype:
+    """Return a floating-point dtype by its name, "auto" for that of a checkpoint."""
     if isinstance(param_dtype, str) and param_dtype == "auto":
         if checkpoint is None:
             raise UserError(
@@ -183,7 +187,7 @@ def shapes_from_pretrained(
     """
     place = SHIPPED if name_or_path is None else _resolve(name_or_path, weights=False)
     config, tokenizer, checkpoint = _read_model(place, weights=False)
-    dtype = _float_dtype(param_dtype, checkpoint)
+    dtype = float_dtype(param_dtype, checkpoint)
     if checkpoint is not None:
         config = checkpoint.match(config)
         checkpoint.check(config)

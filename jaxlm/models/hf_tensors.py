@@ -149,9 +149,13 @@ class Checkpoint:
         return config
 
     def _match_head(self, config: ModelConfig) -> ModelConfig:
-        if config.kind == "decoder":
-            return config
         classifier = config.replace(head="classifier", pooled=True)
+        if config.kind == "decoder":
+            score = self.find(config, "classifier.kernel")
+            if score is None or self.find(config, "lm_head.embedding"):
+                return config
+            count = self.tensors[score[1]].shape[0]
+            return config.replace(head="classifier", pooling="last", num_labels=count)
         bias = self.find(classifier, "classifier.bias")
         shared = config.pooler == "mlm"
         if self.find(config, "mlm.dense.kernel") and not (shared and bias):

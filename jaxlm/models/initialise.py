@@ -76,7 +76,7 @@ def _head_shapes(config: ModelConfig) -> Shapes:
     if config.pooled and not shared:
         shapes |= _linear("pooler", width, width, True)
     if config.head == "classifier":
-        shapes |= _linear("classifier", width, config.num_labels, True)
+        shapes |= _linear("classifier", width, config.num_labels, config.kind == "encoder")
     return shapes
 
 

@@ -62,7 +62,8 @@ def add_classifier(
     """Replace the head of an encoder by a new classifier on the first token or `config.pooling`.
 
     Args:
-      lm: an encoder; its pooler is kept, or initialised if there is none.
+      lm: an encoder, whose pooler is kept, or initialised if there is none; or a decoder that has
+        a classifier already.
       num_labels: number of classes.
       key: PRNG key of the initialisation.
       label_names: names of the classes, for `config.label_names`.
@@ -74,12 +75,13 @@ def add_classifier(
         raise UserError(
             f"label_names: must be {num_labels} names (got {len(label_names)}). Correct it."
         )
-    if lm.config.kind != "encoder":
+    encoder = lm.config.kind == "encoder"
+    if not encoder and lm.config.head != "classifier":
         raise UserError(
             f"model: a classifier needs an encoder (got {lm.config.family}). Prompt it instead."
         )
     config = lm.config.replace(
-        head="classifier", num_labels=num_labels, label_names=tuple(label_names), pooled=True
+        head="classifier", num_labels=num_labels, label_names=tuple(label_names), pooled=encoder
     )
     flat = {leaf.path: leaf.value for leaf in flatten(lm.params)[0]}
     dtype = flat["embed.tokens.embedding"].dtype

@@ -466,11 +466,14 @@ def apply(
 
 def _pooled(params, x_BxTxD, attention_mask, ctx: Context):
     """Return what the classifier reads, [B, D]."""
+    shape = x_BxTxD.shape[:2]
+    real = jnp.ones(shape, bool) if attention_mask is None else jnp.asarray(attention_mask) > 0
+    if ctx.config.pooling == "last":
+        last = jnp.max(jnp.where(real, jnp.arange(shape[1])[None], 0), axis=1)
+        return jnp.take_along_axis(x_BxTxD, last[:, None, None], axis=1)[:, 0]
     if ctx.config.pooling == "first":
         x = x_BxTxD[:, 0]
     else:
-        shape = x_BxTxD.shape[:2]
-        real = jnp.ones(shape) if attention_mask is None else jnp.asarray(attention_mask) > 0
         # A row of padding alone, which fills a batch, must not become NaN.
         share = real / jnp.maximum(real.sum(1, keepdims=True), 1)
         x = (x_BxTxD * share[..., None]).sum(1).astype(x_BxTxD.dtype)
@@ -496,6 +499,10 @@ def logits(
     tap=None,
 ) -> Float[Array, "*B V"]:
     """Return the logits of the head for hidden states; C in place of V with `token_ids`."""
+    if config.head == "classifier":
+        raise UserError(
+            "head: a classifier has no logits of tokens (got none). Give another model."
+        )
     ctx = Context(config, view, tap)
     if config.head == "mlm":
         x = _transform(params, x, ctx)

@@ -6,6 +6,7 @@ kernels are written as one, with stacked A and block-diagonal B. An adapter that
 module gives all three kernels the same A.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -14,12 +15,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.artifacts.arrays import check_finite
+from jaxlm.artifacts.arrays import check_finite, fingerprint
 from jaxlm.artifacts.files import file_path
 from jaxlm.artifacts.folder import replacing
 from jaxlm.core.errors import UserError
-from jaxlm.models import LanguageModel, ModelConfig, param_shapes
+from jaxlm.core.paths import path_predicate
+from jaxlm.core.precision import Packed
+from jaxlm.models import LanguageModel, ModelConfig, adapters, param_shapes
 from jaxlm.models.families import Name, family
+from jaxlm.models.hf_config import CONFIG as MODEL_CONFIG
 from jaxlm.models.hf_config import FLAG, WIDTH, Kind, check_fields, damaged, optional, read_json
 from jaxlm.models.hf_tensors import hf_names, is_stacked, runs
 from jaxlm.models.initialise import nest, unnest
@@ -66,8 +70,8 @@ def save_adapter(
     """
     from safetensors.numpy import save_file
 
-    modules = _modules(lm.config)
-    pairs = {name: _pair(rows, unnest(lm.params)) for name, rows in modules.items()}
+    modules, flat = _modules(lm.config), unnest(lm.params)
+    pairs = {name: _pair(rows, flat) for name, rows in modules.items()}
     pairs = {name: pair for name, pair in pairs.items() if pair is not None}
     if not pairs:
         raise UserError("lm: has no LoRA adapter to save. Call jaxlm.peft.lora first.")
@@ -94,7 +98,7 @@ def save_adapter(
     text = json.dumps(settings, indent=2) + "\n"
     folder = file_path(directory, "directory")
     with replacing(folder, last=CONFIG, stale=lambda path: path.name in (CONFIG, WEIGHTS)) as place:
-        save_file(tensors, place / WEIGHTS, {"format": "pt"})
+        save_file(tensors, place / WEIGHTS, {"format": "pt"} | _base_digest(lm))
         (place / CONFIG).write_text(text, encoding="utf-8")
 
 
@@ -181,6 +185,53 @@ def load_adapter(
         stack = np.stack([by_layer[layer] for layer in layers])
         flat[path] = jnp.asarray(stack if is_stacked(path) else stack[0], dtype)
     return lm.replace(config=lm.config.replace(lora_scale=scale), params=nest(flat))
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter of PEFT and no model."""
+    return (folder / CONFIG).is_file() and not (folder / MODEL_CONFIG).exists()
+
+
+def adapter_base(folder: Path) -> str:
+    """Return the folder or hub id of the model without the adapter in a folder."""
+    name = read_json(folder / CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(
+            f"base: {folder / CONFIG} does not name the model without the adapter (got {name!r}). "
+            "Name it: --base=FOLDER, or base=FOLDER in Python."
+        )
+    return name
+
+
+def _base_digest(lm: LanguageModel) -> dict[str, str]:
+    """Return a digest of the model without adapters, by the dtype that it has; none if packed."""
+    adapter = path_predicate(adapters.LORA)
+    base = {path: leaf for path, leaf in unnest(lm.params).items() if not adapter(path)}
+    if any(isinstance(leaf, Packed) for leaf in base.values()):
+        return {}
+    return {f"base_{base['embed.tokens.embedding'].dtype}": fingerprint(base)}
+
+
+def check_base(lm: LanguageModel, folder: Path) -> None:
+    """Raise UserError if `save_adapter` wrote a folder for a model with other weights.
+
+    Other programs write no digest, and weights of another dtype cannot be compared.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    known: dict[str, str] = {}
+    with (
+        contextlib.suppress(SafetensorError, OSError),
+        safe_open(folder / WEIGHTS, "numpy") as file,
+    ):
+        known = file.metadata() or {}
+    if any(key.startswith("base_") for key in known):
+        for key, digest in _base_digest(lm).items():
+            if known.get(key, digest) != digest:
+                raise UserError(
+                    f"base: its weights are not those that the adapter {folder} was trained on "
+                    "(got others). Give the model that it began with."
+                )
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:

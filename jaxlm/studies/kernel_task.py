@@ -181,15 +181,17 @@ def kernel_task(
             raise UserError(
                 f"task.{split}: the task has no such examples (got none). Name a file of them."
             )
-    encoded = prepare_for(lm, loaded)
-    if encoded.token_ids is None:
-        raise UserError("task.labels: must be words of one token each. Choose others.")
     fitted = not prompt or lm.config.head not in ("lm", "mlm")
     if fitted and lm.config.kind == "encoder":
         if lm.config.head == "mlm":
-            lm = add_classifier(lm, len(encoded.labels), jax.random.key(seed))
-        lm = with_head(lm, len(encoded.labels), seed=seed)
-        encoded = encoded if prompt else _without_label(encoded)
+            lm = add_classifier(lm, len(config.labels), jax.random.key(seed))
+        lm = with_head(lm, len(config.labels), seed=seed)
+    elif lm.config.head == "classifier":
+        raise UserError("model: a decoder needs a head of tokens (got a classifier). Give another.")
+    encoded = prepare_for(lm, loaded)
+    if encoded.token_ids is None:
+        raise UserError("task.labels: must be words of one token each. Choose others.")
+    if fitted and lm.config.kind == "encoder":
         # The classifier is fitted from scratch, with its classes in the order of the task.
         order = np.arange(len(encoded.labels), dtype=np.int32)
         encoded = dataclasses.replace(encoded, token_ids=order)
@@ -242,30 +244,6 @@ def _fit_classifier(task: KernelTask) -> Any:
     fitted = {"kernel": rows.T, "bias": constant}
     new = {name: placed_like(fitted[name], old[name]) for name in old}
     return lm.replace(params={**lm.params, "classifier": new})
-
-
-def _without_label(encoded: Any) -> Any:
-    """Return the task without the mask token of the label word."""
-
-    def cut(each: Any) -> Any:
-        place = each.positions[0][0]
-
-        def without(rows: Any) -> Any:
-            return tuple(row[:place] + row[place + 1 :] for row in rows)
-
-        types = each.token_type_ids
-        return dataclasses.replace(
-            each,
-            input_ids=without(each.input_ids),
-            positions=((0,),),
-            token_type_ids=types and without(types),
-        )
-
-    parts = {
-        split: tuple(cut(each) for each in getattr(encoded, split))
-        for split in ("train", "validation", "test")
-    }
-    return dataclasses.replace(encoded, **parts)
 
 
 def draw_name(prompt: bool, k: int | None, seed: int) -> str:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxlm.artifacts.files import absolute
 from jaxlm.core import paths
 from jaxlm.core.checks import dtype_name, number, one_of, whole
 from jaxlm.core.errors import UserError
@@ -38,7 +39,7 @@ from jaxlm.train.objectives import OBJECTIVES, Objective
 from jaxlm.train.objectives.base import Data, Encoded
 from jaxlm.train.optimizers import OPTIMIZERS, FirstOrder, Mezo, Optimizer
 from jaxlm.train.run import RunConfig, finished_or_run, train
-from jaxlm.train.run_folder import RunFolder
+from jaxlm.train.run_folder import Digest, RunFolder
 from jaxlm.train.settings import MOST_ROWS
 from jaxlm.typing import Params
 
@@ -185,7 +186,7 @@ def finetune(
     """Run `config` in its folder, resume it, or return the summary of the finished run.
 
     See `jaxlm.finetune`. The folder is created only after the configuration, the data and the model
-    have been checked. A run can resume on another mesh.
+    have been checked. A run can resume on another mesh, and in another place.
     """
     given = encoded = None
     if config.epochs is not None:  # the folder is compared with the number of steps
@@ -193,30 +194,34 @@ def finetune(
         encoded = given.encode(load_model(config.model, shapes_only=True))
         config = in_steps(config, encoded)
 
-    def prepare() -> Callable[[RunFolder], dict[str, Any]]:
+    # A command that is typed in another directory must not read another file of the same name.
+    places: dict[str, Any] = {config.form: config.data.located(base_dir)}
+    stored = dataclasses.replace(config, model=absolute(config.model, "model"), **places)
+
+    def prepare() -> tuple[dict[str, Digest], Callable[[RunFolder], dict[str, Any]]]:
         data = given or read_data(config, base_dir=base_dir)
         lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
+        digests = base_digest(lm, config.model) | data_digests(data, config.form)
         setting = build(config, lm, data, encoded=encoded, mesh=mesh)
-        digests = _digests(config, data, setting.encoded)
-        if config.peft is not None:
-            digests |= base_digest(setting.lm, setting.config.optimizer.select, config.model)
-        return functools.partial(_run, setting, digests)
+        for split, digest in setting.encoded.digests().items():
+            name = f"{config.form}.{split}"
+            digests[f"{name}.tokens"] = Digest(digests[name].name, digest)
+        return digests, functools.partial(_run, setting)
 
     sections = dict.fromkeys(("zero_shot", "validation", "test"), dict)
     numbers = dict.fromkeys(("forwards", "backwards", "peak_memory_bytes", "tested_step"), int)
-    return finished_or_run(config, prepare, task=str, metric=str, **sections, **numbers)
+    return finished_or_run(stored, prepare, task=str, metric=str, **sections, **numbers)
 
 
-def _digests(config: FinetuneConfig, data: Data, encoded: Encoded) -> dict[str, str]:
-    """Return the digests of the examples and of their tokens, by name."""
+def data_digests(data: Data, form: str) -> dict[str, Digest]:
+    """Return the digests of the examples of each split, by key."""
     digests = {}
     for split, digest in data.digests().items():
         source = getattr(data.config, split)
         source = data.config.train if source == "hold_out" else source
-        name = source or getattr(data.config, "name", config.form)
-        digests[f"{config.form}.{split} {name}"] = digest
-    tokens = encoded.digests().items()
-    return digests | {f"the tokens of {config.form}.{split}": digest for split, digest in tokens}
+        name = source or getattr(data.config, "name", form)
+        digests[f"{form}.{split}"] = Digest(str(name), digest)
+    return digests
 
 
 def read_data(config: FinetuneConfig, *, base_dir: Path | None = None) -> Data:
@@ -295,11 +300,10 @@ def _prepared(
     return select, lm
 
 
-def _run(setting: Setting, digests: Mapping[str, str], folder: RunFolder) -> dict[str, Any]:
+def _run(setting: Setting, folder: RunFolder) -> dict[str, Any]:
     config, lm, objective, data, encoded = setting
     assert data is not None
     assert config.steps is not None
-    folder.check_data(digests)
     metric, sizes = setting.metric(), encoded.sizes
     monitor = config.monitor or metric.main
     tested: Literal["test", "validation"] = "test" if sizes["test"] else "validation"

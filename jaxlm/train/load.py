@@ -1,6 +1,7 @@
 """Load models by name: a Hugging Face folder, a hub id, the shipped model, or a run's folder."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -8,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import jax
 from jax.sharding import Mesh
 
-from jaxlm import zo
+from jaxlm import models, zo
 from jaxlm.artifacts.arrays import fingerprint
 from jaxlm.artifacts.files import file_path
 from jaxlm.core import paths
@@ -16,22 +17,50 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.precision import quantize
 from jaxlm.data import DATA_FORMS
 from jaxlm.data.corpus import read_tokenizer
-from jaxlm.models import (
-    LanguageModel,
-    add_classifier,
-    from_pretrained,
-    init_params,
-    shapes_from_pretrained,
-)
-from jaxlm.peft import TUNINGS, Tuning
+from jaxlm.models import LanguageModel, add_classifier, init_params
+from jaxlm.models.hf import float_dtype, model_choices
+from jaxlm.peft import TUNINGS, Tuning, load_adapter
+from jaxlm.peft.adapters import adapter_base, check_base, is_adapter
 from jaxlm.sharding import abstract, place_params, placed_like
 from jaxlm.train.optimizers import OPTIMIZERS, ZerothOrder
 from jaxlm.train.pretraining import DecoderSizes
-from jaxlm.train.run_folder import RunFolder
+from jaxlm.train.run_folder import Digest, RunFolder
 from jaxlm.typing import Params
 
 Bits = Literal[8, 4]
 T = TypeVar("T")
+
+
+def from_pretrained(
+    name_or_path: str | Path | None = None,
+    param_dtype: Any = "float32",
+    mesh: Mesh | None = None,
+    *,
+    base: str | Path | None = None,
+    compute_dtype: Any = None,
+    attention: str = "xla",
+    remat: str = "dots",
+    bits: Bits | None = None,
+) -> LanguageModel:
+    """Load a model as `jaxlm.models.from_pretrained` does; also of a run or a PEFT adapter.
+
+    Args:
+        name_or_path: what that function takes; or the folder of a run, whose tested parameters are
+            loaded; or a folder with adapter_config.json.
+        base: where the model is that a run or an adapter began with; by default where it was then.
+        param_dtype, mesh, compute_dtype, attention, remat, bits: see that function.
+
+    Raises:
+        UserError: see that function; or the model that the run or the adapter began with is not
+            there, or is another one.
+    """
+    choices = model_choices(compute_dtype, attention, remat)
+    if not isinstance(param_dtype, str) or param_dtype != "auto":
+        param_dtype = str(float_dtype(param_dtype))
+    lm = load_model(name_or_path, param_dtype=param_dtype, bits=bits, mesh=mesh, base=base)
+    if compute_dtype is None:  # a run has one
+        del choices["compute_dtype"]
+    return lm.replace(config=lm.config.replace(**choices))
 
 
 def load_model(
@@ -40,9 +69,10 @@ def load_model(
     param_dtype: str = "float32",
     bits: Bits | None = None,
     mesh: Mesh | None = None,
+    base: str | Path | None = None,
     shapes_only: bool = False,
 ) -> LanguageModel:
-    """Load a language model from a folder, a hub id, a run's folder, or, for None, the package.
+    """Load a model by the name that a command takes; for None, the one of the package.
 
     Of a run, the parameters that were best on validation are loaded, or the last ones if it had no
     validation. Parameters that were trained quantized stay quantized. If only `config.yaml` and
@@ -50,8 +80,8 @@ def load_model(
     began with. The run may have had any mesh.
 
     Args:
-        name: which model.
-        param_dtype, bits, mesh: see `jaxlm.from_pretrained`.
+        name: a folder, a hub id, or the folder of a run or of a PEFT adapter.
+        param_dtype, bits, mesh, base: see `jaxlm.from_pretrained`.
         shapes_only: return `jax.ShapeDtypeStruct`s as parameters, and read no weights.
 
     Raises:
@@ -59,15 +89,30 @@ def load_model(
     """
     folder = RunFolder(name, "model") if name is not None else None
     stored = folder.config() if folder is not None else None
+    if folder is not None and stored is None and is_adapter(folder.path):
+        options: dict[str, Any] = {"bits": bits, "mesh": mesh, "shapes_only": shapes_only}
+        name = base or adapter_base(folder.path)
+        lm = _load_base(name, folder.path, param_dtype=param_dtype, **options)
+        if bits is None and not shapes_only:
+            check_base(lm, folder.path)
+        dtype = "float32" if param_dtype == "auto" else param_dtype
+        load = functools.partial(load_adapter, directory=folder.path, dtype=dtype)
+        return changed(lm, lambda lm: (None, load(lm)), mesh)[1]
+    pretrained = "corpus" in (stored or {})
+    if base is not None and (stored is None or pretrained):
+        raise UserError(
+            f"base: only a run of finetune and an adapter have one (got {base} for {name}). Leave "
+            "it out."
+        )
     if folder is None or stored is None:
         if shapes_only:
-            return shapes_from_pretrained(name, param_dtype, bits=bits)
-        return from_pretrained(name, param_dtype=param_dtype, bits=bits, mesh=mesh)
-    pretrained, finished = "corpus" in stored, folder.path / "model"
+            return models.shapes_from_pretrained(name, param_dtype, bits=bits)
+        return models.from_pretrained(name, param_dtype, mesh, bits=bits)
+    finished = folder.path / "model"
     if pretrained and not shapes_only and folder.summary() and finished.is_dir():
-        return from_pretrained(finished, param_dtype=param_dtype, bits=bits, mesh=mesh)
+        return models.from_pretrained(finished, param_dtype, mesh, bits=bits)
     if not pretrained:
-        check_run(folder, stored)
+        check_run(folder, stored := stored | ({} if base is None else {"model": str(base)}))
     best = None if shapes_only else folder.best_params()
     # A replay is exact only in the dtype of the run, which is also that of its files.
     replay = best is None and not shapes_only
@@ -75,10 +120,10 @@ def load_model(
         raise UserError(f"{folder.path}: the run has no checkpoint yet. Start it again.")
     own = replay or param_dtype == "auto"
     dtype = stored.get("param_dtype", "float32") if own else param_dtype
+    # Without a tuning, checkpoints hold all parameters.
+    shapes_only |= best is not None and not stored.get("peft")
     lm, trained_bits = _begun_with(folder, stored, dtype, mesh, shapes_only)
     if best is not None:
-        if stored.get("peft") and dtype == stored["param_dtype"]:
-            folder.check_unchanged(base_digest(lm, _selected(lm, folder, stored), stored["model"]))
         lm = lm.replace(params=_placed(best, lm, folder, stored))
     elif replay:
         lm = lm.replace(params=_replayed(folder, lm.params, stored["steps"]))
@@ -120,7 +165,9 @@ def _begun_with(
     """Return the model that a run began with, and its bits; only shapes for a pretraining run."""
     if "corpus" not in stored:
         options: dict[str, Any] = {"bits": stored["bits"], "mesh": mesh, "shapes_only": shapes_only}
-        lm = load_model(stored["model"], param_dtype=dtype, **options)
+        lm = _load_base(stored["model"], folder.path, param_dtype=dtype, **options)
+        if not shapes_only and dtype == stored["param_dtype"]:
+            folder.check_unchanged(base_digest(lm, stored["model"]))
         return changed(lm, lambda lm: (None, _with_run(lm, folder, stored)), mesh)[1], stored[
             "bits"
         ]
@@ -134,10 +181,22 @@ def _begun_with(
     return LanguageModel(config, params, tokenizer), None
 
 
-def base_digest(lm: LanguageModel, select: paths.Select, name: str | None) -> dict[str, str]:
-    """Return name and digest of the frozen parameters, which checkpoints do not hold."""
-    rest = paths.split(lm.params, select)[1]
-    return {f"the weights of {name or 'the shipped model'}": fingerprint(rest)}
+def _load_base(name: str | Path | None, folder: Path, **options: Any) -> LanguageModel:
+    """Load the model that a run or an adapter began with, by the name that its folder holds."""
+    try:
+        return load_model(name, **options)
+    except UserError as error:
+        if not str(error).startswith("model: "):
+            raise
+        raise UserError(
+            f"base: the model that {folder} began with cannot be loaded (got {name}). Say where it "
+            "is: --base=FOLDER, base=FOLDER in Python, or in the configuration in that folder."
+        ) from error
+
+
+def base_digest(lm: LanguageModel, name: str | None) -> dict[str, Digest]:
+    """Return the digest of the model that a run begins with."""
+    return {"model": Digest(name or "the shipped model", fingerprint(lm.params))}
 
 
 def _placed(

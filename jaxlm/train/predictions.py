@@ -230,7 +230,7 @@ def _text_fields(log_probability: float, tokens: float) -> Fields:
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration without what changes no prediction: names of files, draws of rows."""
-    away = {"model", "rows", "output", "train", "validation", "test"}
+    away = {"model", "base", "rows", "output", "train", "validation", "test"}
     return {
         name: settings_of(value) if isinstance(value, Mapping) else value
         for name, value in config.items()

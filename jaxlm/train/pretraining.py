@@ -2,15 +2,16 @@
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.artifacts.files import file_path
+from jaxlm.artifacts.files import absolute, file_path
 from jaxlm.core.checks import one_of, whole
 from jaxlm.core.errors import UserError
 from jaxlm.data import corpus as corpora
@@ -21,7 +22,7 @@ from jaxlm.train.dynamics import Batches, Source
 from jaxlm.train.logging import Progress
 from jaxlm.train.losses import accumulate, lm_objective, num_targets
 from jaxlm.train.run import RunConfig, finished_or_run, train
-from jaxlm.train.run_folder import RunFolder
+from jaxlm.train.run_folder import Digest, RunFolder
 from jaxlm.train.settings import MOST_STEPS
 from jaxlm.typing import Batch, LossFn, Params
 
@@ -157,30 +158,48 @@ class PretrainConfig(RunConfig):
 
 def pretrain(config: PretrainConfig, *, mesh: Mesh | None = None) -> dict[str, Any]:
     """Run `config` in its folder, resume it, or return the summary; see `jaxlm.pretrain`."""
-    work = functools.partial(_pretrain, config, mesh)
-    return finished_or_run(config, lambda: work, loss=float, tokens=int, parameters=int)
+    corpus = config.corpus
+    stored = replace(
+        config,
+        corpus=replace(corpus, path=absolute(corpus.path, "corpus.path")),
+        tokenizer=absolute(config.tokenizer, "tokenizer"),
+    )
+
+    def prepare() -> tuple[dict[str, Digest], Callable[[RunFolder], dict[str, Any]]]:
+        tokenizer = corpora.read_tokenizer(file_path(config.tokenizer, "tokenizer"))
+        names = [domain.name for domain in corpus.domains]
+        names += [] if corpus.held_out is None else [corpus.held_out]
+        root = file_path(corpus.path, "corpus.path")
+        files = {name: corpora.find(root, name) for name in names}
+        digests = {
+            f"corpus.{name}": Digest(str(file), corpora.source_digest(file, tokenizer))
+            for name, file in files.items()
+        }
+        return digests, functools.partial(_pretrain, config, mesh, tokenizer, digests)
+
+    return finished_or_run(stored, prepare, loss=float, tokens=int, parameters=int)
 
 
-def _pretrain(config: PretrainConfig, mesh: Mesh | None, folder: RunFolder) -> dict[str, Any]:
-    tokenizer = corpora.read_tokenizer(file_path(config.tokenizer, "tokenizer"))
-    root, held_out = file_path(config.corpus.path, "corpus.path"), config.corpus.held_out
-    domains = [corpora.find(root, domain.name) for domain in config.corpus.domains]
-    apart = [] if held_out is None else [corpora.find(root, held_out)]
-    digests = {str(path): corpora.source_digest(path, tokenizer) for path in [*domains, *apart]}
-    folder.check_data(digests)
+def _pretrain(
+    config: PretrainConfig,
+    mesh: Mesh | None,
+    tokenizer: Any,
+    digests: Mapping[str, Digest],
+    folder: RunFolder,
+) -> dict[str, Any]:
+    def read(domain: str, cache: Any) -> corpora.Tokens:
+        file, sha256 = digests[f"corpus.{domain}"]
+        return corpora.cached(Path(file), tokenizer, cache, sha256)
 
-    def read(path: Any, cache: Any) -> corpora.Tokens:
-        return corpora.cached(path, tokenizer, cache, digests[str(path)])
-
-    cache = folder.path / "tokens"
-    tokens = [read(path, cache) for path in domains]
+    cache, apart = folder.path / "tokens", config.corpus.held_out
+    tokens = [read(domain.name, cache) for domain in config.corpus.domains]
     model = config.model_config(tokenizer)
     init, key = functools.partial(init_params, model), jax.random.key(config.seed)
     lm = LanguageModel(model, init(key) if mesh is None else on_mesh(init, mesh, key), tokenizer)
     size = sum(leaf.size for leaf in jax.tree.leaves(lm.params))
     evaluate = None
-    if apart:
-        text = read(apart[0], cache / "held_out")
+    if apart is not None:
+        text = read(apart, cache / "held_out")
         windows = corpora.all_windows(text, config.seq_len)
         measure = perplexity(lm.log_probs, windows, text.size, batch_size=config.batch_size)
 

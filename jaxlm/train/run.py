@@ -1,11 +1,12 @@
 """The configuration and the training that all runs share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax
 
+import jaxlm
 from jaxlm.artifacts.files import file_path
 from jaxlm.artifacts.folder import hold
 from jaxlm.core.checks import distinct, dtype_name, seeds, whole
@@ -18,7 +19,7 @@ from jaxlm.train.dynamics import DYNAMICS, Dynamics, Source, method_and_batches
 from jaxlm.train.logging import Progress
 from jaxlm.train.loop import LoopConfig, fit
 from jaxlm.train.optimizers import OPTIMIZERS, Optimizer
-from jaxlm.train.run_folder import RunFolder, to_dict
+from jaxlm.train.run_folder import Digest, RunFolder, to_dict
 from jaxlm.train.settings import MOST_ROWS
 from jaxlm.train.state import device_peak_bytes
 from jaxlm.train.writers import needed, writing
@@ -80,13 +81,13 @@ class RunConfig(LoopConfig):
 
 def finished_or_run(
     config: RunConfig,
-    prepare: Callable[[], Callable[[RunFolder], dict[str, Any]]],
+    prepare: Callable[[], tuple[Mapping[str, Digest], Callable[[RunFolder], dict[str, Any]]]],
     **fields: Any,
 ) -> dict[str, Any]:
-    """Return the summary of a finished run, or run `prepare()` on its folder and write it.
+    """Return the summary of a finished run, or do the run in its folder and write it.
 
-    Nothing is written before `prepare` has read and checked what the run needs. `fields` are those
-    of the summary with their types.
+    `prepare` reads what the run needs, before anything is written, and returns the digests of that
+    and a function that does the run. `fields` are those of the summary with their types.
     """
     folder = RunFolder(config.output)
     folder.check(config)
@@ -96,15 +97,15 @@ def finished_or_run(
         done = found is not None and (found["steps"] >= config.steps or found.get("stopped_early"))
         return found if done else None
 
-    if (summary := finished()) is not None:
+    if (summary := finished()) is not None and not folder.has_other_names(config):
         return summary
     for name in config.log_to:
         needed(name)
     if folder.path.is_dir():
         with hold(folder.path):  # fail now rather than after minutes of loading
             pass
-    work = prepare()
-    with folder.held(config):
+    digests, work = prepare()
+    with folder.held(config, digests):
         summary = finished()
         if summary is None:
             summary = work(folder)
@@ -185,5 +186,6 @@ def train(
         "checkpoint_bytes": checkpoints.size(steps),
         "dynamics": dynamics,
         "config": to_dict(config),
+        "versions": {"jaxlm": jaxlm.__version__, "jax": jax.__version__},
     }
     return Trained(params, record.best_value, summary)

@@ -8,7 +8,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -25,10 +25,24 @@ from jaxlm.artifacts.folder import check_place, hold, make_folder
 from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
+from jaxlm.data import DATA_FORMS
+from jaxlm.data.rows import SPLITS
 from jaxlm.train.logging import Metrics
 
 FREE = ("output", "log_to")
 """Keys that change nothing in the results of a run."""
+NAMES = (
+    *("model", "tokenizer", "corpus.path"),
+    *(f"{form}.{split}" for form in DATA_FORMS for split in SPLITS),
+)
+"""Keys that say where a run finds what it reads. Its digests must stay, so these may change."""
+
+
+class Digest(NamedTuple):
+    """The name of something that a run reads, as it is now, and a SHA-256 of its content."""
+
+    name: str
+    sha256: str
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -72,7 +86,8 @@ class RunFolder:
         """Refuse a folder that cannot hold this run, without writing to it.
 
         It may hold a run that has begun with the same configuration: only `output` and `log_to` may
-        differ, and `steps` if the steps already done stay the same.
+        differ; `NAMES`, whose digests `held` compares; and `steps` if the steps already done stay
+        the same.
         """
         check_place(self.path, "config.yaml", "run")
         stored = self.config()
@@ -81,14 +96,31 @@ class RunFolder:
             return
         if not self._begun():
             return
+        known = self.digests()
         for key, old, new in differences(stored, to_dict(config)):
+            # A run of an earlier version has its names as they were typed, and no such digests.
+            if key in FREE or (key in NAMES and (known or str(new).endswith(f"/{old}"))):
+                continue
             why = self._why_fixed(stored, config) if key == "steps" else None
-            if key not in FREE and (key != "steps" or why is not None):
+            if key != "steps" or why is not None:
                 reason = f", since {why}" if why else ""
+                todo = "Choose another output or remove the folder."
+                if why and new > old:
+                    todo = f"Go on from its result with --model={self.path} in another output."
                 raise UserError(
                     f"output: the run in {self.path} has {key} = {show(old)} (got {show(new)}), "
-                    f"which cannot change{reason}. Choose another output or remove the folder."
+                    f"which cannot change{reason}. {todo}"
                 )
+
+    def has_other_names(self, config: Any) -> bool:
+        """Return whether a configuration finds what the run read in other places."""
+        found = differences(self.config() or {}, to_dict(config))
+        return bool(self.digests()) and any(key in NAMES for key, _, _ in found)
+
+    def digests(self) -> dict[str, str]:
+        """Return the digests of what the run reads, by key; empty before it began."""
+        stored = read_json(self._data) if self._data.exists() else {}
+        return {key: value for key, value in stored.items() if " " not in key}
 
     def _begun(self) -> bool:
         """Return whether the run has done a step or is finished."""
@@ -142,26 +174,35 @@ class RunFolder:
         return None
 
     @contextlib.contextmanager
-    def held(self, config: Any) -> Iterator[None]:
+    def held(self, config: Any, digests: Mapping[str, Digest] | None = None) -> Iterator[None]:
         """Create the folder, lock it against other processes, and write `config.yaml`.
 
         A new folder is removed again if the start fails before there is any work in it. The files
-        of a run that has done no step are removed if its configuration was another one.
+        of a run that has done no step are removed if its configuration or `digests`, of all that
+        it reads, were other ones; a run that has done a step refuses other digests.
         """
         import yaml
 
         with make_folder(self.path, "config.yaml", "data.json", "tokens"), hold(self.path):
             self.check(config)
-            stored, begun = self.config(), self._begun()
+            stored, begun, known = self.config(), self._begun(), self.digests()
+            digests = digests or {}
+            if begun and digests:
+                gone = dict.fromkeys(known.keys() - digests.keys(), Digest("nothing", ""))
+                self.check_unchanged(gone | dict(digests))
+            new = {key: digest.sha256 for key, digest in digests.items()}
             found = [] if stored is None else differences(stored, to_dict(config))
-            changed = any(key not in FREE for key, _, _ in found)
+            changed = {key for key, _, _ in found} - {*FREE}
+            anew = not begun and (bool(changed) or known not in ({}, new))
             barrier(f"{self.path} is read")  # by every process, before the first one writes
-            if stored is None or changed:
-                with report_write_errors(self.path):
-                    if is_main_process() and changed:
-                        self._clear(whole=not begun)
+            with report_write_errors(self.path):
+                if is_main_process() and (anew or changed - {*NAMES}):
+                    self._clear(whole=not begun)
+                if stored is None or changed:
                     text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
                     write_shared(self.path / "config.yaml", text)
+            if digests and (anew or not known):
+                write_json(self._data, new)
             yield
 
     def _clear(self, *, whole: bool) -> None:
@@ -173,30 +214,15 @@ class RunFolder:
             for file in (self.metrics.path, self.trajectory, self._data):
                 file.unlink(missing_ok=True)
 
-    def check_unchanged(self, digests: Mapping[str, str]) -> None:
+    def check_unchanged(self, digests: Mapping[str, Digest]) -> None:
         """Raise UserError if one of these digests is not the one that the run began with."""
-        known = read_json(self._data) if self._data.exists() else {}
-        for name, digest in digests.items():
-            if known.get(name, digest) != digest:
+        known = self.digests()
+        for key, (name, sha256) in digests.items():
+            if known and known.get(key) != sha256:
                 raise UserError(
-                    f"{name}: has changed since the run in {self.path} began. "
-                    "Put back what was there, or choose another output to start anew."
+                    f"{key}: has changed since the run in {self.path} began (got {name}). Put back "
+                    "what was there, say where it is, or choose another output to start anew."
                 )
-
-    def check_data(self, digests: Mapping[str, str]) -> None:
-        """Store the digests of what a run reads by name, or compare them with the stored ones.
-
-        A run that has done no step starts anew if they differ.
-        """
-        known = read_json(self._data) if self._data.exists() else None
-        changed = [name for name, old in (known or {}).items() if digests.get(name) != old]
-        if self._begun():
-            self.check_unchanged({name: digests.get(name, "") for name in changed})
-        barrier(f"{self._data} is read")  # by every process, before the first one writes
-        if known is None or changed:
-            if is_main_process() and changed:
-                self._clear(whole=True)
-            write_json(self._data, digests)
 
     def config(self) -> dict[str, Any] | None:
         """Return the stored configuration, or None if there is none.

@@ -68,6 +68,23 @@ def test_a_loop_that_listens_ends_itself():
     assert said == "stopping after the steps under way; once more ends at once\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_warnings_of_a_batch_system_stop_a_loop_however_often_they_come(number):
+    run = start("loop")
+    run.send_signal(number)
+    run.send_signal(number)
+    out, said = run.communicate(timeout=20)
+    assert (run.returncode, out) == (128 + number, "stopped after step 3 of 9\n")
+    assert said == "stopping after the steps under way; once more ends at once\n"
+    run = start("deaf")
+    for each in (number, number, signal.SIGTERM):
+        assert run.poll() is None
+        run.send_signal(each)
+        time.sleep(0.3)
+    run.communicate(timeout=20)
+    assert run.returncode == 143
+
+
 def test_a_second_signal_ends_a_loop_that_does_not_come_to_look():
     run = start("deaf")
     run.send_signal(signal.SIGINT)

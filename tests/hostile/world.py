@@ -191,7 +191,11 @@ class World:
         if row.needs is not None:
             self._once(row.needs, lambda: self._make(row.needs))
             output = MADE[row.needs]
-            shutil.copytree(self.folder / row.needs / output, folder / output, symlinks=True)
+            source = self.folder / row.needs
+            shutil.copytree(source / output, folder / output, symlinks=True)
+            for path in (folder / output).rglob("config.yaml"):  # it names inputs by whole paths
+                text = path.read_text().replace(str(source.resolve()), str(folder.resolve()))
+                path.write_text(text)
         return folder
 
 

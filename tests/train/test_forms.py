@@ -306,7 +306,7 @@ def test_other_weights_below_the_adapters_are_refused(write, tmp_path):
     data = bytearray(weights.read_bytes())
     data[-3] ^= 1  # the lowest bits of a number
     weights.write_bytes(data)
-    with pytest.raises(UserError, match=r"^the weights of .* has changed since the run"):
+    with pytest.raises(UserError, match=r"^model: has changed since the run in .* .got .*/model."):
         load_model(config.output)
 
 

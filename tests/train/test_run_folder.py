@@ -129,14 +129,15 @@ def test_half_a_summary_is_written_again_once_it_is_removed(run, whole):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        (lambda folder: write_jsonl(folder / "train.jsonl", sentences(42)), "task.train train"),
-        (lambda folder: write_jsonl(folder / "test.jsonl", sentences(16)[::-1]), "task.test test"),
+        (lambda folder: write_jsonl(folder / "train.jsonl", sentences(42)), "train"),
+        (lambda folder: write_jsonl(folder / "test.jsonl", sentences(16)[::-1]), "test"),
     ],
 )
 def test_data_that_changed_since_the_run_began_are_refused_by_name(change, name, run):
     (run.parent / "run" / "summary.json").unlink()
     change(run.parent)
-    with pytest.raises(UserError, match=rf"^{name}.jsonl: has changed since .* start anew\.$"):
+    said = rf"^task.{name}: has changed since .* \(got {name}\.jsonl\).* start anew\.$"
+    with pytest.raises(UserError, match=said):
         start(run)
 
 
@@ -162,7 +163,7 @@ def test_a_changed_corpus_is_refused_by_name(tmp_path, monkeypatch):
 
     change(saved=False)
     change(saved=True)  # a run that has done no step begins anew
-    with pytest.raises(UserError, match=rf"^{text}: has changed since the run in .* start anew"):
+    with pytest.raises(UserError, match=rf"^corpus.films: has changed .*got {text}.* start anew"):
         pretrain(config)
 
 
@@ -251,7 +252,8 @@ def test_a_finished_run_goes_on_to_more_steps(optimizer, run_yaml):
 def test_a_schedule_over_the_steps_fixes_their_number(run_yaml):
     flags = {"optimizer.schedule": "linear", **ADAM}
     start(run_yaml, steps=4, **flags)
-    with pytest.raises(UserError, match="since the schedule of its learning rate depends on them"):
+    said = "since the schedule of its learning rate depends on them. Go on .* --model=.*/run in"
+    with pytest.raises(UserError, match=said):
         start(run_yaml, steps=8, **flags)
 
 

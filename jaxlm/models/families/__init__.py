@@ -121,8 +121,13 @@ def write_fields(config: ModelConfig, keys: Mapping[str, str], architecture: str
     """Return the HF keys of `read_fields`, with the HF class that opens them."""
     fields = {theirs: getattr(config, ours) for ours, theirs in keys.items()}
     fields[keys["activation"]] = write_activation(config.activation)
-    names = {"model_type": config.family, "architectures": [architecture]}
-    return {**names, **fields, **write_special_ids(config)}
+    if config.head == "classifier":
+        architecture = architecture.replace("ForCausalLM", "ForSequenceClassification")
+        names = config.label_names or [f"LABEL_{i}" for i in range(config.num_labels)]
+        fields["id2label"] = dict(enumerate(names))
+        fields["label2id"] = {name: i for i, name in enumerate(names)}
+    kind = {"model_type": config.family, "architectures": [architecture]}
+    return {**kind, **fields, **write_special_ids(config)}
 
 
 def require(hf: dict[str, Any], key: str, accepted: Any) -> None:

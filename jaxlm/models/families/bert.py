@@ -47,12 +47,7 @@ def write_config(
     config: ModelConfig, keys: Mapping[str, str] = KEYS, name: str = "Bert"
 ) -> dict[str, Any]:
     """Return the HF BERT config for ours, or that of another encoder and its prefix of classes."""
-    hf = write_fields(config, keys, name + _CLASSES[config.head])
-    if config.head == "classifier":
-        names = config.label_names or [f"LABEL_{i}" for i in range(config.num_labels)]
-        hf["id2label"] = dict(enumerate(names))
-        hf["label2id"] = {name: i for i, name in enumerate(names)}
-    return hf
+    return write_fields(config, keys, name + _CLASSES[config.head])
 
 
 def encoder_names(prefix: str) -> list[Name]:

@@ -71,6 +71,7 @@ def names(config: ModelConfig, norms: Mapping[str, str] = NORMS) -> list[Name]:
     rows = [
         Name("embed.tokens.embedding", PREFIX + "embed_tokens.weight"),
         Name("lm_head.embedding", "lm_head.weight"),
+        *linear("classifier", "score"),
     ]
     for part in "qkvo":
         rows += linear(f"layers.attention.{part}_proj", f"{block}self_attn.{part}_proj")
