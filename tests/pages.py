@@ -122,6 +122,11 @@ def run_jaxlm(args: list[str], until: Until) -> None:
     if until != "work" and name == "finetune":
         named = any(word.startswith("--task.name=") for word in args)
         short = (*SHORT, *(FEW if named else ()))
+        files = [Path(word).read_text() for word in args if word.endswith(".yaml")]
+        if any("messages:" in text for text in files):
+            short = tuple(flag for flag in short if not flag.startswith("--task."))
+        if any("epochs:" in text for text in files):
+            short = (*short, "--epochs=null")
         flags = {flag.partition("=")[0] for flag in short}
         args = [*(word for word in args if word.partition("=")[0] not in flags), *short]
     with contextlib.ExitStack() as patches:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import inspect
+import io
 import re
 import tomllib
 from pathlib import Path
@@ -75,6 +76,7 @@ def test_the_commands_of_a_page_run_to_their_end(path: Path, names: dict, monkey
 
 
 def run_blocks(path: Path, names: dict, monkeypatch, until: pages.Until) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Is it good?\n"))  # of a chat
     if path.name == "README.md":
         readme(names)
     if path.name == "add_a_method.md" and until != "end":
