@@ -13,7 +13,7 @@ from tests.zo.problems import network_batch, network_loss, network_params
 pytestmark = [pytest.mark.optimized, pytest.mark.default_flags]
 
 
-def run(opt, params, path, steps=5, loss_fn=network_loss, length=None):
+def run(opt, params, path, steps=5, loss_fn=network_loss, length=None, ended=True):
     """A run of `jit_step` that keeps its trajectory; where it ends."""
     key, settings = jax.random.key(3), opt.settings | ({"steps": length} if length else {})
     log = zo.Trajectory.create(
@@ -26,7 +26,8 @@ def run(opt, params, path, steps=5, loss_fn=network_loss, length=None):
         params, state, info = step(params, state, batch)
         log.append(t, np.asarray(info.projected_grad)[None], info.learning_rate)
     end = opt.finalize(params, state)
-    log.finish(end)
+    if ended:
+        log.finish(end)
     return end
 
 
@@ -143,7 +144,7 @@ def test_other_rounding_is_no_other_run(tmp_path):
 
 def test_a_part_of_a_run_is_not_taken_for_the_whole(tmp_path):
     start, file, opt = network_params(), tmp_path / "run.zo", zo.mezo(1e-2)
-    run(opt, start, file, length=8)
+    run(opt, start, file, length=8, ended=False)
     with pytest.raises(UserError, match=r"has 5 of the 8 steps of its run\. Resume"):
         zo.replay(opt, start, file)
     first, last = zo.replay(opt, start, file, steps=0), zo.replay(opt, start, file, steps=5)
@@ -152,6 +153,13 @@ def test_a_part_of_a_run_is_not_taken_for_the_whole(tmp_path):
     for steps in (-1, 6):
         with pytest.raises(UserError, match=rf"has 5 steps \(got steps={steps}\)"):
             zo.replay(opt, start, file, steps=steps)
+
+
+def test_a_run_that_stopped_early_is_whole(tmp_path):
+    start, opt = network_params(), zo.mezo(1e-2)
+    end = run(opt, start, tmp_path / "run.zo", length=8)
+    again = zo.replay(opt, start, tmp_path / "run.zo")
+    jax.tree.map(np.testing.assert_array_equal, end, again)
 
 
 def test_a_run_is_replayed_under_another_width_of_numbers(tmp_path):
