@@ -127,7 +127,8 @@ def trip(options: argparse.Namespace) -> dict[str, Any]:
     report["predictions"] = len(answers)
     adapter(moved, out / "peft")
     jaxlm("convert", str(moved), str(out / "merged"))
-    more = [f"--model={out / 'merged'}", "--epochs=1", f"--output={out / 'more'}"]
+    # In floats: 4 bits again would round what was learned.
+    more = [f"--model={out / 'merged'}", "--bits=null", "--epochs=1", f"--output={out / 'more'}"]
     jaxlm("finetune", str(config), *more)
     return report | {"held-out loss, one epoch more": held_out(out / "more")}
 
