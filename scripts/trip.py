@@ -40,6 +40,8 @@ def configuration(options: argparse.Namespace) -> dict[str, Any]:
         "messages": {
             **{split: str(data / f"{split}.jsonl") for split in ("train", "validation", "test")},
             "num_train": options.rows,
+            "num_validation": options.rows // 10,
+            "num_test": options.rows // 5,
             "template": options.template,
             "max_length": options.length,
             "packing": True,
