@@ -29,6 +29,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.artifacts.files import file_path, to_json
+from jaxlm.artifacts.processes import is_main_process
 from jaxlm.cli import config as configs
 from jaxlm.cli.generate import check_new, write_samples
 from jaxlm.core.checks import dtype_name, seeds, whole
@@ -295,13 +296,12 @@ def _write(setting: Setting, examples: Sequence[Any], fields: Iterable[dict[str,
     from jaxlm.train.predictions import with_input
 
     config = setting.config
-    if config.predictions is None:
+    if config.predictions is None or not is_main_process():
         return
-    rows = {
-        f"{record.source}:{record.number}": record
-        for records in config.task.records(setting.base_dir).values()
-        for record in records
-    }
+    records = config.task.records(setting.base_dir)
+    # Held-out rows are those of the training source.
+    of_split = records[config.split] or records["train"]
+    rows = {f"{record.source}:{record.number}": record for record in of_split}
     pairs = zip(examples, fields, strict=True)
     lines = [to_json(with_input(rows[example.id], each)) for example, each in pairs]
     write_samples(file_path(config.predictions, "predictions"), lines, key="predictions")

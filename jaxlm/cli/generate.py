@@ -126,7 +126,10 @@ def config_class() -> type:
 def read_config(args: Sequence[str]) -> GenerateConfig:
     """Return the configuration that the arguments give."""
     switches = {"--chat", "--json"}
-    words = [f"{word}=true" if word in switches else word for word in args]
+    words = [
+        f"{word}=true" if word in switches and after not in ("true", "false") else word
+        for word, after in zip(args, [*args[1:], ""], strict=True)
+    ]
     path, flags = configs.parse_model_args(words)
     if not (stop := flags.get("stop", "[")).startswith("["):
         flags["stop"] = json.dumps([stop])

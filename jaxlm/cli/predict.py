@@ -119,7 +119,7 @@ def read_config(args: Sequence[str]) -> PredictConfig:
 def _read(args: Sequence[str]) -> tuple[PredictConfig, Any]:
     """Return the configuration, and the offsets of a calibrated run."""
     words, flags = configs.split_args(args)
-    if "rows" not in flags and len(words) > ("model" not in flags):
+    if "rows" not in flags and len(words) > (not {"model", "config"} & flags.keys()):
         flags["rows"] = words.pop()
     if len(words) > 1:
         raise UserError(f"MODEL: is given twice (got {' and '.join(words)}). Keep one.")
@@ -199,7 +199,12 @@ def _form(config: PredictConfig, offsets: Any, first: Record) -> _Form:
         template, read = task.reader(tuple(first.values))
         empty = Task(task, template, (), (), ())
         if task.is_generative:
-            work = completing(lambda each: prompted(empty, each).prompt, stop=("\n",), strip=True)
+            work = completing(
+                lambda each: prompted(empty, each).prompt,
+                stop=("\n",),
+                strip=True,
+                max_length=task.max_length,
+            )
             return _Form(read, work.predictor)
         sfc = config.calibrate == "sfc" and offsets is not None
         reduction: Any = "sum" if sfc else "mean"
@@ -207,7 +212,8 @@ def _form(config: PredictConfig, offsets: Any, first: Record) -> _Form:
         names = task.class_names
         return _Form(read, lambda lm: predictions.choosing(Choices(lm, empty, **options), names))
     text = config.text or TextConfig()
-    if {"messages", "prompt"} & first.values.keys():
+    named = config.text is not None and text.field in first.values
+    if {"messages", "prompt"} & first.values.keys() and not named:
         written = (config.messages or MessagesConfig()).template
 
         def answering(lm: Any) -> Any:
@@ -260,11 +266,11 @@ def _predictions(config: PredictConfig, offsets: Any, mesh: Any) -> Iterator[lis
     inputs["option_offsets"] = None if offsets is None else offsets.tolist()
     about = {"model": config.model or "shipped", "rows": config.rows}
     with output.held(inputs, about):
-        done = output.resume(predictor.chunk * config.samples) // config.samples
+        done = output.resume(predictor.chunk * predictor.each) // predictor.each
         with Progress(count, start=done, unit="row") as progress:
             for chunk in predicted(rows(), form.read, predictor, done):
                 output.append(chunk)
-                done += len(chunk) // config.samples
+                done += len(chunk) // predictor.each
                 progress.update(done, {})
                 yield chunk
-        output.finish(done * config.samples)
+        output.finish(done * predictor.each)

@@ -89,14 +89,16 @@ def absolute(source: str, key: str, base_dir: Path | None) -> str:
         return source
     for part in (source, name, name.rpartition("/")[0]):  # FILE, FOLDER:SPLIT, FOLDER/CONFIG:SPLIT
         if part and (path := _find(part, key, base_dir)):
-            return str(path.resolve()) + source.removeprefix(part)
+            # Links stay: what one points to may have a name without an ending.
+            return str(path.absolute()) + source.removeprefix(part)
     return source
 
 
 def stream_rows(source: str, *, key: str) -> Iterator[Record]:
     """Yield what `read_rows` returns; JSON lines and Parquet may be larger than the memory."""
     path, name = _find(source, key, None), source.removesuffix(".gz")
-    if path is None or not path.is_file() or not name.endswith((".jsonl", ".parquet")):
+    streamed = name.endswith(".jsonl") or source.endswith(".parquet")
+    if path is None or not path.is_file() or not streamed:
         yield from read_rows(source, key=key, section="")
         return
     parquet = source.endswith(".parquet")

@@ -38,10 +38,12 @@ class Predictor(NamedTuple):
         chunk: rows that are predicted together; the last chunk of a file may have fewer.
         predict: `(examples, first) -> fields`, one or more for each example; `first` is the place
             of the first example in the file.
+        each: rows of predictions of an example.
     """
 
     chunk: int
     predict: Callable[[Sequence[Any], int], list[list[Fields]]]
+    each: int = 1
 
 
 def predicted(
@@ -59,10 +61,12 @@ def predicted(
 def with_input(record: Record, fields: Fields) -> Fields:
     """Return a row of predictions; an input field with a name of ours becomes `input_NAME`."""
     given: Fields = {}
-    for name, value in json.loads(as_json(record)).items():
-        while name in fields:
-            name = f"input_{name}"
-        given[name] = value
+    values = json.loads(as_json(record))
+    for name, value in values.items():
+        key = name
+        while key in fields or (key != name and key in values):
+            key = f"input_{key}"
+        given[key] = value
     return {**given, **fields}
 
 
@@ -133,6 +137,7 @@ class Completing:
         seed: of the draws.
         batch_size: prompts in a batch.
         strip: whether to remove the white space around a completion.
+        max_length: most tokens of prompt and completion; None for those of the model.
     """
 
     prompt: Callable[[Any], str]
@@ -143,14 +148,16 @@ class Completing:
     batch_size: int
     stop: tuple[str, ...] = ()
     strip: bool = False
+    max_length: int | None = None
 
     def predictor(self, lm: LanguageModel) -> Predictor:
         """Return the predictor of a model; a prompt that is too long for it is cut on the left."""
-        room = lm.config.max_positions - self.max_new_tokens
+        longest = min(lm.config.max_positions, self.max_length or lm.config.max_positions)
+        room = longest - self.max_new_tokens
         if room < 1:
             raise UserError(
-                f"max_new_tokens: leaves no room for a prompt in {lm.config.max_positions} tokens "
-                f"(got {self.max_new_tokens}). Lower it."
+                f"max_new_tokens: leaves no room for a prompt in {longest} tokens (got "
+                f"{self.max_new_tokens}). Lower it."
             )
 
         def predict(examples: Sequence[Any], first: int) -> list[list[Fields]]:
@@ -169,7 +176,7 @@ class Completing:
                 for several in completions
             ]
 
-        return Predictor(self.batch_size, predict)
+        return Predictor(self.batch_size, predict, self.samples)
 
     def _fields(self, sample: int, text: str, log_probability: float) -> Fields:
         fields = completion_fields(text.strip() if self.strip else text, log_probability)

@@ -16,7 +16,9 @@ import jaxlm
 from jaxlm.artifacts.lines import GrowingLines
 from jaxlm.artifacts.processes import is_main_process
 from jaxlm.cli.main import main
+from jaxlm.data.sources import Record, absolute
 from jaxlm.train.load import load_model
+from jaxlm.train.predictions import with_input
 from tests.helpers.sentences import refused
 from tests.helpers.tiny import (
     make_model,
@@ -159,6 +161,28 @@ def test_whole_chunks_that_are_there_are_not_predicted_again(
     path = jaxlm.predict(folder / "run", folder / "rows.jsonl", output=output, eval_batch_size=1)
     assert path == output
     assert (chunks, output.read_bytes()) == ([16, 8], predicted.read_bytes())
+
+
+def test_samples_of_a_choice_are_one_row_each(folder, predicted, tmp_path):
+    """They do not differ, so that there is one; and the finished file stays as it is."""
+    output = tmp_path / "p.jsonl"
+    words = (folder / "run", folder / "rows.jsonl", f"--output={output}", "--eval_batch_size=1")
+    for _ in range(2):
+        assert predict(*words, "--samples=4", "--temperature=1") == 0
+        assert output.read_bytes() == predicted.read_bytes()
+
+
+def test_no_field_of_the_input_is_lost():
+    values = {"input_prediction": 1, "prediction": 2, "input_input_prediction": 3, "id": 4}
+    row = with_input(Record(values, "rows.jsonl", 1), {"prediction": "new"})
+    assert sorted(map(str, row.values())) == ["1", "2", "3", "4", "new"]
+    assert row["prediction"] == "new"
+
+
+def test_a_source_that_is_a_link_keeps_its_name(folder, tmp_path):
+    (tmp_path / "blob").write_bytes((folder / "rows.jsonl").read_bytes())
+    (tmp_path / "rows.jsonl").symlink_to(tmp_path / "blob")
+    assert absolute(str(tmp_path / "rows.jsonl"), "rows", None) == str(tmp_path / "rows.jsonl")
 
 
 def test_an_output_of_something_else_is_refused_by_name(folder, predicted, tmp_path):
