@@ -205,8 +205,9 @@ def adapter_base(folder: Path) -> str:
 
 def _base_digest(lm: LanguageModel) -> dict[str, str]:
     """Return a digest of the model without adapters, by the dtype that it has; none if packed."""
-    adapter = path_predicate(adapters.LORA)
-    base = {path: leaf for path, leaf in unnest(lm.params).items() if not adapter(path)}
+    # The head of a run may be new, so that its base has none.
+    new = path_predicate(rf"^(pooler|classifier)\.|{adapters.LORA}")
+    base = {path: leaf for path, leaf in unnest(lm.params).items() if not new(path)}
     if any(isinstance(leaf, Packed) for leaf in base.values()):
         return {}
     return {f"base_{base['embed.tokens.embedding'].dtype}": fingerprint(base)}

@@ -188,11 +188,11 @@ def finetune(
     See `jaxlm.finetune`. The folder is created only after the configuration, the data and the model
     have been checked. A run can resume on another mesh, and in another place.
     """
-    given = encoded = None
+    given = None
     if config.epochs is not None:  # the folder is compared with the number of steps
         given = read_data(config, base_dir=base_dir)
-        encoded = given.encode(load_model(config.model, shapes_only=True))
-        config = in_steps(config, encoded)
+        # Only to count: without weights a classifier's classes are not known.
+        config = in_steps(config, given.encode(load_model(config.model, shapes_only=True)))
 
     # A command that is typed in another directory must not read another file of the same name.
     places: dict[str, Any] = {config.form: config.data.located(base_dir)}
@@ -202,7 +202,7 @@ def finetune(
         data = given or read_data(config, base_dir=base_dir)
         lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
         digests = base_digest(lm, config.model) | data_digests(data, config.form)
-        setting = build(config, lm, data, encoded=encoded, mesh=mesh)
+        setting = build(config, lm, data, mesh=mesh)
         for split, digest in setting.encoded.digests().items():
             name = f"{config.form}.{split}"
             digests[f"{name}.tokens"] = Digest(digests[name].name, digest)

@@ -92,6 +92,10 @@ def load_model(
     if folder is not None and stored is None and is_adapter(folder.path):
         options: dict[str, Any] = {"bits": bits, "mesh": mesh, "shapes_only": shapes_only}
         name = base or adapter_base(folder.path)
+        if is_adapter(RunFolder(name, "base").path):
+            raise UserError(
+                f"base: is an adapter itself (got {name}). Give the model without adapters."
+            )
         lm = _load_base(name, folder.path, param_dtype=param_dtype, **options)
         if bits is None and not shapes_only:
             check_base(lm, folder.path)
@@ -109,8 +113,12 @@ def load_model(
             return models.shapes_from_pretrained(name, param_dtype, bits=bits)
         return models.from_pretrained(name, param_dtype, mesh, bits=bits)
     finished = folder.path / "model"
-    if pretrained and not shapes_only and folder.summary() and finished.is_dir():
-        return models.from_pretrained(finished, param_dtype, mesh, bits=bits)
+    if pretrained and folder.summary() and finished.is_dir():
+        if shapes_only:
+            lm = models.shapes_from_pretrained(finished, param_dtype, bits=bits)
+        else:
+            lm = models.from_pretrained(finished, param_dtype, mesh, bits=bits)
+        return lm.replace(config=lm.config.replace(compute_dtype=stored.get("compute_dtype")))
     if not pretrained:
         check_run(folder, stored := stored | ({} if base is None else {"model": str(base)}))
     best = None if shapes_only else folder.best_params()
@@ -120,8 +128,9 @@ def load_model(
         raise UserError(f"{folder.path}: the run has no checkpoint yet. Start it again.")
     own = replay or param_dtype == "auto"
     dtype = stored.get("param_dtype", "float32") if own else param_dtype
-    # Without a tuning, checkpoints hold all parameters.
-    shapes_only |= best is not None and not stored.get("peft")
+    # Without a tuning, checkpoints hold all parameters. The hub gives no shapes without weights.
+    here = pretrained or stored["model"] is None or Path(stored["model"]).exists()
+    shapes_only |= best is not None and not stored.get("peft") and here
     lm, trained_bits = _begun_with(folder, stored, dtype, mesh, shapes_only)
     if best is not None:
         lm = lm.replace(params=_placed(best, lm, folder, stored))
@@ -176,7 +185,8 @@ def _begun_with(
         tokenizer = read_tokenizer(file_path(stored["tokenizer"], "tokenizer"))
     except (KeyError, TypeError):
         raise folder.foreign() from None
-    config, key = sizes.build(tokenizer), jax.eval_shape(lambda: jax.random.key(0))
+    config = sizes.build(tokenizer).replace(compute_dtype=stored.get("compute_dtype"))
+    key = jax.eval_shape(lambda: jax.random.key(0))
     params = abstract(lambda key: init_params(config, key, dtype), mesh, key)
     return LanguageModel(config, params, tokenizer), None
 

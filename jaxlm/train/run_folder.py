@@ -115,12 +115,16 @@ class RunFolder:
     def has_other_names(self, config: Any) -> bool:
         """Return whether a configuration finds what the run read in other places."""
         found = differences(self.config() or {}, to_dict(config))
-        return bool(self.digests()) and any(key in NAMES for key, _, _ in found)
+        # A name that is not found is as it was typed: what it named may be gone.
+        return bool(self.digests()) and any(
+            key in NAMES and not str(old).endswith(f"/{new}") for key, old, new in found
+        )
 
     def digests(self) -> dict[str, str]:
         """Return the digests of what the run reads, by key; empty before it began."""
         stored = read_json(self._data) if self._data.exists() else {}
-        return {key: value for key, value in stored.items() if " " not in key}
+        # Keys of earlier versions are sentences; the name of a domain may have a space.
+        return {k: value for k, value in stored.items() if k.startswith("corpus.") or " " not in k}
 
     def _begun(self) -> bool:
         """Return whether the run has done a step or is finished."""
@@ -164,7 +168,7 @@ class RunFolder:
         steps, optimizer = stored.get("steps"), stored.get("optimizer")
         if not isinstance(steps, int) or not isinstance(optimizer, dict):
             raise self.foreign()
-        done = steps if self._summary.exists() else self.latest_step() or 0
+        done = self.latest_step() or (steps if self._summary.exists() else 0)
         if config.steps < done:
             return f"{done} are done"
         if config.optimizer.needs_steps:

@@ -243,6 +243,14 @@ def test_the_metric_of_an_objective_chooses_the_checkpoint(write, monkeypatch):
     assert summary["validation"]["likelihood"] == max(values) == summary["test"]["likelihood"]
 
 
+def test_a_finished_run_needs_its_data_no_more(write):
+    path = write()
+    config = load(path, steps="1")
+    summary = finetune(config, base_dir=path.parent)
+    (path.parent / "talk.jsonl").unlink()
+    assert finetune(config, base_dir=path.parent) == summary
+
+
 def test_a_run_tells_which_rows_it_leaves_out(write):
     path = write()
     turns = [("user", "word " * 100), ("assistant", "It is good.")]

@@ -14,6 +14,7 @@ from jaxlm.artifacts.yaml import read_yaml
 from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.train.run_folder import RunFolder
+from tests.helpers.sentences import refused
 from tests.helpers.tiny import make_model, sentences, write_jsonl, write_run
 
 IDS = np.arange(12, dtype=np.int32).reshape(2, 6) + 2
@@ -173,6 +174,18 @@ def test_every_command_takes_an_adapter(moved, tuned, tmp_path, capsys):
     config.write_text(config.read_text().replace(f'"{now / "base"}"', "null"))
     with pytest.raises(UserError, match=r"^base: .*adapter_config.json does not name the model"):
         jaxlm.from_pretrained(adapter)
+
+
+def test_an_adapter_is_no_base_of_another(tuned, tmp_path):
+    adapter = tmp_path / "adapter"
+    assert main(["convert", str(tuned / "run"), str(adapter), "--adapter"]) == 0
+    with refused("base", "is an adapter itself"):
+        jaxlm.from_pretrained(adapter, base=adapter)
+
+
+def test_a_domain_may_have_a_space_in_its_name(tmp_path):
+    (tmp_path / "data.json").write_text('{"corpus.my books": "a", "the tokens of train": "b"}')
+    assert RunFolder(tmp_path).digests() == {"corpus.my books": "a"}
 
 
 @pytest.mark.parametrize("flag", [[], ["--adapter"]])
