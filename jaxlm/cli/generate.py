@@ -222,10 +222,7 @@ def _samples(config: GenerateConfig, mesh: Mesh | None) -> Iterator[dict[str, An
     if config.file is not None:
         given = read_prompts(file_path(config.file, "file"))
     lm, options = _load(config, mesh)
-    prompts = [
-        each if isinstance(each, str) else prompt_of(each, tokenizer_of(lm), config.template)
-        for each in given
-    ]
+    prompts = [prompt_of(each, tokenizer_of(lm), config.template) for each in given]
     from jaxlm.evaluation import generate_text
 
     for start in range(0, len(prompts), config.batch_size):

@@ -217,11 +217,9 @@ def _form(config: PredictConfig, offsets: Any, first: Record) -> _Form:
         written = (config.messages or MessagesConfig()).template
 
         def answering(lm: Any) -> Any:
-            def prompt(each: Any) -> str:
-                return each if isinstance(each, str) else prompt_of(each, tokenizer, written)
-
             tokenizer = tokenizer_of(lm)
             ends = () if tokenizer.eos_token is None else (tokenizer.eos_token,)
+            prompt = functools.partial(prompt_of, tokenizer=tokenizer, template=written)
             return completing(prompt, stop=ends).predictor(lm)
 
         return _Form(predictions.prompt_reader(config.messages is not None), answering)

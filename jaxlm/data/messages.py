@@ -182,12 +182,16 @@ def chat(messages: Sequence[Message], tokenizer: Any) -> Transcript:
 
 
 def prompt_of(
-    messages: Sequence[Message], tokenizer: Any, template: MessageTemplate = "chat"
+    messages: str | Sequence[Message], tokenizer: Any, template: MessageTemplate = "chat"
 ) -> str:
     """Return the text after which the assistant answers, as `encode_messages` trains it.
 
+    Text is returned as it is.
+
     A `bos_token` that the template writes and the tokenizer adds is left to the tokenizer.
     """
+    if isinstance(messages, str):
+        return messages
     if template != "chat":
         eos = tokenizer.eos_token or ""
         written = _TEMPLATES[template]([*messages, Message("assistant", "")], eos)
