@@ -183,12 +183,11 @@ def chat(messages: Sequence[Message], tokenizer: Any) -> Transcript:
 
 def prompt_of(
     messages: str | Sequence[Message], tokenizer: Any, template: MessageTemplate = "chat"
-) -> str:
-    """Return the text after which the assistant answers, as `encode_messages` trains it.
+) -> str | list[int]:
+    """Return what stands before the assistant's answer, as `encode_messages` trains it.
 
-    Text is returned as it is.
-
-    A `bos_token` that the template writes and the tokenizer adds is left to the tokenizer.
+    A chat template writes all special tokens itself, so its prompt is tokens, to which the
+    tokenizer adds none. Other prompts are text; text is returned as it is.
     """
     if isinstance(messages, str):
         return messages
@@ -198,9 +197,8 @@ def prompt_of(
         return written.text[: written.spans[-1][0]]
     turns = [message._asdict() for message in messages]
     text = render_chat(tokenizer, turns, add_generation_prompt=True)
-    begin = tokenizer.bos_token_id
-    added = begin is not None and tokenizer("a")["input_ids"][0] == begin
-    return text.removeprefix(tokenizer.bos_token) if added else text
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 _TEMPLATES: dict[str, Callable[[Sequence[Message], str], Transcript]] = {

@@ -24,7 +24,7 @@ from jaxlm.artifacts.files import file_path
 from jaxlm.artifacts.folder import replacing
 from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core.checks import one_of, show
-from jaxlm.core.errors import UserError
+from jaxlm.core.errors import UserError, out_of_memory
 from jaxlm.core.paths import flatten, path_predicate
 from jaxlm.core.precision import MATRICES, Packed, dequantize, pack
 from jaxlm.models import adapters, gguf
@@ -152,7 +152,7 @@ def _enough_memory(place: Path, config: ModelConfig, dtype: np.dtype) -> Iterato
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        if out_of_memory(error) is None:
             raise
         count = sum(math.prod(shape) for shape in param_shapes(config).values())
         sizes: dict[str, float] = {f"param_dtype={dtype}": dtype.itemsize}

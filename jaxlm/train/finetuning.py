@@ -282,7 +282,8 @@ def _prepared(
     config: FinetuneConfig, lm: LanguageModel, num_labels: int
 ) -> tuple[str | None, LanguageModel]:
     """Return the selection of trained parameters, and the model that has them."""
-    lm = lm.replace(config=lm.config.replace(compute_dtype=config.compute_dtype))
+    choices = {"compute_dtype": config.compute_dtype, "remat": config.remat}
+    lm = lm.replace(config=lm.config.replace(**choices))
     if config.random_init:
         lm = with_random_params(lm, seed=config.seed)
     if config.task is not None:

@@ -96,10 +96,8 @@ class RunFolder:
             return
         if not self._begun():
             return
-        known = self.digests()
         for key, old, new in differences(stored, to_dict(config)):
-            # A run of an earlier version has its names as they were typed, and no such digests.
-            if key in FREE or (key in NAMES and (known or str(new).endswith(f"/{old}"))):
+            if key in FREE or key in NAMES:
                 continue
             why = self._why_fixed(stored, config) if key == "steps" else None
             if key != "steps" or why is not None:
@@ -122,9 +120,7 @@ class RunFolder:
 
     def digests(self) -> dict[str, str]:
         """Return the digests of what the run reads, by key; empty before it began."""
-        stored = read_json(self._data) if self._data.exists() else {}
-        # Keys of earlier versions are sentences; the name of a domain may have a space.
-        return {k: value for k, value in stored.items() if k.startswith("corpus.") or " " not in k}
+        return read_json(self._data) if self._data.exists() else {}
 
     def _begun(self) -> bool:
         """Return whether the run has done a step or is finished."""

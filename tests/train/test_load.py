@@ -95,7 +95,6 @@ def test_a_moved_run_is_loaded_and_evaluated(moved, tuned):
 
 
 def test_other_data_of_the_same_name_are_refused(tuned, tmp_path, monkeypatch):
-    """As in a run of an earlier version, whose names are those that were typed."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tuned, tmp_path / "copy")
     run = tmp_path / "copy" / "run"
@@ -181,11 +180,6 @@ def test_an_adapter_is_no_base_of_another(tuned, tmp_path):
     assert main(["convert", str(tuned / "run"), str(adapter), "--adapter"]) == 0
     with refused("base", "is an adapter itself"):
         jaxlm.from_pretrained(adapter, base=adapter)
-
-
-def test_a_domain_may_have_a_space_in_its_name(tmp_path):
-    (tmp_path / "data.json").write_text('{"corpus.my books": "a", "the tokens of train": "b"}')
-    assert RunFolder(tmp_path).digests() == {"corpus.my books": "a"}
 
 
 @pytest.mark.parametrize("flag", [[], ["--adapter"]])
