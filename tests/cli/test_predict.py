@@ -16,6 +16,7 @@ import jaxlm
 from jaxlm.artifacts.lines import GrowingLines
 from jaxlm.artifacts.processes import is_main_process
 from jaxlm.cli.main import main
+from jaxlm.cli.predict import PredictConfig
 from jaxlm.data.sources import Record, absolute
 from jaxlm.train.load import load_model
 from jaxlm.train.predictions import with_input
@@ -110,6 +111,12 @@ def test_the_offsets_of_the_run_are_subtracted(folder, predicted, capsys):
     shift = odds(plain) - odds(read_lines(predicted))
     np.testing.assert_allclose(shift, offsets[0] - offsets[1], rtol=1e-4)
     assert abs(shift[0]) > 1e-3
+
+
+def test_a_config_object_of_a_run_predicts_for_its_task(folder, predicted):
+    run, rows = str(folder / "run"), str(folder / "rows.jsonl")
+    found = jaxlm.predict(PredictConfig(model=run, rows=rows, eval_batch_size=1))
+    assert found == read_lines(predicted)
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet", "json", "jsonl.gz"])
@@ -335,6 +342,7 @@ def jaxlm_task(folder: Path) -> dict:
 PEAK = """
 import re, sys
 from jaxlm.cli.main import main
+from jaxlm.cli.predict import PredictConfig
 assert main(["predict", *sys.argv[1:]]) == 0
 # Unlike ru_maxrss, it has nothing of the process that started this one.
 print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 10)
