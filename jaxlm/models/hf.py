@@ -93,7 +93,7 @@ def from_pretrained(
     """
     choices = model_choices(compute_dtype, attention, remat)
     one_of("bits", bits, (8, 4, None))
-    place = SHIPPED if name_or_path is None else _resolve(name_or_path)
+    place = SHIPPED if name_or_path is None else local_model(name_or_path)
     config, tokenizer, checkpoint = _read_model(place)
     assert checkpoint is not None
     dtype = float_dtype(param_dtype, checkpoint)
@@ -185,7 +185,7 @@ def shapes_from_pretrained(
     Raises:
       UserError: see `from_pretrained`.
     """
-    place = SHIPPED if name_or_path is None else _resolve(name_or_path, weights=False)
+    place = SHIPPED if name_or_path is None else local_model(name_or_path, weights=False)
     config, tokenizer, checkpoint = _read_model(place, weights=False)
     dtype = float_dtype(param_dtype, checkpoint)
     if checkpoint is not None:
@@ -207,7 +207,12 @@ def shapes_from_pretrained(
     return LanguageModel(config, nest(flat), tokenizer)
 
 
-def _resolve(name_or_path, *, weights: bool = True) -> Path:
+def local_model(name_or_path: str | os.PathLike, *, weights: bool = True) -> Path:
+    """Return the folder or file of a model; a hub id is downloaded, if it is not there yet.
+
+    Raises:
+      UserError: see `from_pretrained`.
+    """
     place = file_path(name_or_path, "model")
     if place.is_dir() or place.is_file():
         return place

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -173,6 +174,20 @@ def test_every_command_takes_an_adapter(moved, tuned, tmp_path, capsys):
     config.write_text(config.read_text().replace(f'"{now / "base"}"', "null"))
     with pytest.raises(UserError, match=r"^base: .*adapter_config.json does not name the model"):
         jaxlm.from_pretrained(adapter)
+
+
+def test_an_adapter_and_its_base_may_be_on_the_hub(tuned, tmp_path, monkeypatch):
+    adapter, wanted = tmp_path / "adapter", logits(jaxlm.from_pretrained(tuned / "run"))
+    assert main(["convert", str(tuned / "run"), str(adapter), "--adapter"]) == 0
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    base = config["base_model_name_or_path"]
+    config = json.dumps(config | {"base_model_name_or_path": "lab/base"})
+    (adapter / "adapter_config.json").write_text(config)
+    hub = {"lab/adapter": str(adapter), "lab/base": base}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: hub[name])
+    np.testing.assert_allclose(logits(jaxlm.from_pretrained("lab/adapter")), wanted, atol=1e-6)
+    with refused("model", "cannot be downloaded from the hub"):
+        jaxlm.from_pretrained("lab/other")
 
 
 def test_an_adapter_is_no_base_of_another(tuned, tmp_path):
