@@ -88,7 +88,8 @@ def load_model(
         UserError: if there is no model, or the run has neither a checkpoint nor a trajectory.
     """
     folder = RunFolder(name, "model") if name is not None else None
-    if name is not None and folder is not None and not folder.path.exists():  # a hub id, perhaps that of an adapter
+    # It may be a hub id, perhaps that of an adapter.
+    if name is not None and folder is not None and not folder.path.exists():
         folder = RunFolder(local_model(name, weights=not shapes_only), "model")
     stored = folder.config() if folder is not None else None
     if folder is not None and stored is None and is_adapter(folder.path):
