@@ -72,8 +72,8 @@ class EncodedTask(EncodedSplits):
     option_mask    float32 [B, C, K]     1 for tokens; all 0 for a missing option
     ============== ======= ============= ==========================================
 
-    C, and in "continuations" also K, is the largest of the batch rounded up to a multiple of 8, but
-    at most the largest of the task. With the objective "completion", training batches hold each
+    C is the largest of the batch rounded up to a multiple of 8, but at most the largest of the task;
+    K is in "continuations" one of a few lengths, too. With the objective "completion", training batches hold each
     prompt with its right option, as `jaxlm.train.losses.lm_objective` takes them; with "generation"
     they hold prompts and the `index` of their examples, for
     `jaxlm.train.rewards.generation_objective`.
@@ -88,7 +88,6 @@ class EncodedTask(EncodedSplits):
         validation: encoded examples.
         test: encoded examples.
         objective: the loss that training batches are made for.
-        key: section of the data form, for error messages.
     """
 
     labels: tuple[str, ...]
@@ -99,7 +98,6 @@ class EncodedTask(EncodedSplits):
     validation: tuple[Encoded, ...]
     test: tuple[Encoded, ...]
     objective: Objective = "classification"
-    key: str = "task"
 
     @functools.cached_property
     def form(self) -> Form:
@@ -122,6 +120,11 @@ class EncodedTask(EncodedSplits):
     def num_targets(self) -> int:
         """K, the most tokens scored in any option."""
         return max(len(row) for each in self._examples for row in each.targets or each.positions)
+
+    @functools.cached_property
+    def _option_buckets(self) -> tuple[int, ...]:
+        lengths = [len(row) for each in self._examples for row in each.targets]
+        return length_buckets(lengths, self.num_targets)
 
     def rows(self, split: SplitName, ids: Sequence[str]) -> list[TokenRow]:
         """Return the prompts of a split, each with its right option, which alone is in the loss.
@@ -181,7 +184,7 @@ class EncodedTask(EncodedSplits):
             # Few sizes mean few compilations; a batch never exceeds the largest size of the task.
             options = min(self.num_options, round_up(max(map(len, targets))))
             longest = max(len(row) for rows in targets for row in rows)
-            ids, mask = pad(targets, (options, min(self.num_targets, round_up(longest))))
+            ids, mask = pad(targets, (options, bucket_of(longest, self._option_buckets)))
             return batch | {"option_ids": ids, "option_mask": mask.astype(np.float32)}
         rows = [each.input_ids for each in examples]
         label_words = self.form == "label_words"
@@ -278,6 +281,7 @@ def prepare(
         validation=tuple(encoded[ends[0] : ends[1]]),
         test=tuple(encoded[ends[1] :]),
         objective=config.objective or "classification",
+        key="task",
     )
 
 

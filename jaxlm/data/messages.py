@@ -223,26 +223,28 @@ def encode_messages(
         raise UserError(
             "tokenizer: gives no character offsets, which messages need. Add tokenizer.json."
         )
-    render = _renderer(tokenizer, template)
     rows: list[TokenRow] = []
     for start in range(0, len(conversations), _CHUNK):
         chunk = conversations[start : start + _CHUNK]
-        transcripts = [render(conversation) for conversation in chunk]
+        written = transcripts(chunk, tokenizer, template)
         # Tokenize each text as a whole: tokens of turns tokenized separately would differ from what
         # the model reads when it generates. A token is in the loss if a character of it is.
         encodings = tokenizer(
-            [transcript.text for transcript in transcripts],
+            [transcript.text for transcript in written],
             add_special_tokens=template != "chat",
             return_attention_mask=False,
             verbose=False,
         ).encodings
-        for conversation, transcript, encoding in zip(chunk, transcripts, encodings, strict=True):
+        for conversation, transcript, encoding in zip(chunk, written, encodings, strict=True):
             ids, scored = _cut(transcript, encoding, max_length)
             rows.append(TokenRow(conversation.id, ids, scored, conversation.subtask))
     return rows
 
 
-def _renderer(tokenizer: Any, template: str) -> Callable[[Conversation], Transcript]:
+def transcripts(
+    conversations: Sequence[Conversation], tokenizer: Any, template: str
+) -> list[Transcript]:
+    """Write conversations with a template, see `MessagesConfig`."""
     eos, write = tokenizer.eos_token, {"tulu": tulu, "plain": plain}
     one_of("template", template, ("chat", *write))
     if template == "chat" and not getattr(tokenizer, "chat_template", None):
@@ -260,7 +262,7 @@ def _renderer(tokenizer: Any, template: str) -> Callable[[Conversation], Transcr
         except UserError as error:
             raise UserError(f"{conversation.id}: {error}") from None
 
-    return render
+    return [render(conversation) for conversation in conversations]
 
 
 def _cut(
