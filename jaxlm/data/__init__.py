@@ -1,8 +1,9 @@
-"""From text to batches: the data forms `task`, `messages` and `text`."""
+"""From text to batches: the data forms `task`, `messages`, `text` and `pairs`."""
 
 from jaxlm.data.batching import EncodedTask, prepare, prepare_for
 from jaxlm.data.encoding import Encoded
 from jaxlm.data.messages import Conversation, Message, MessagesConfig
+from jaxlm.data.pairs import Pair, Pairs, PairsConfig
 from jaxlm.data.prompts import Prompted, prompted, with_demonstrations, without_examples
 from jaxlm.data.readers import ParsedRow
 from jaxlm.data.rows import EncodedRows, PaddedRows, TokenRow
@@ -20,13 +21,14 @@ from jaxlm.data.tasks import (
 from jaxlm.data.templates import Template
 from jaxlm.data.text import Document, TextConfig
 
-DataConfig = TaskConfig | MessagesConfig | TextConfig
+DataConfig = TaskConfig | MessagesConfig | TextConfig | PairsConfig
 """Configuration of a data form. `config.load(seed=0).encode(lm)` makes its batches."""
 
 DATA_FORMS: dict[str, type[DataConfig]] = {
     "task": TaskConfig,
     "messages": MessagesConfig,
     "text": TextConfig,
+    "pairs": PairsConfig,
 }
 """The data forms by their keys in a configuration."""
 
@@ -42,6 +44,9 @@ __all__ = [
     "Message",
     "MessagesConfig",
     "PaddedRows",
+    "Pair",
+    "Pairs",
+    "PairsConfig",
     "ParsedRow",
     "Prompted",
     "Task",

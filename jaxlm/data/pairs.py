@@ -126,7 +126,7 @@ def _number(record: Record, value: Any) -> float:
 
 
 def _read(record: Record, values: Mapping[str, Any]) -> tuple[Text, Text, Text]:
-    """Return prompt, chosen and rejected of a row, the prompt as what both begin with if need be."""
+    """Return prompt, chosen and rejected of a row; without a prompt, what both begin with is it."""
     for name in ("chosen", "rejected"):
         if name not in values:
             raise UserError(
@@ -253,7 +253,7 @@ def _plain(pairs: Sequence[Pair]) -> list[Prompted]:
 
 
 def _written(pairs: Sequence[Pair], tokenizer: Any, template: MessageTemplate) -> list[Prompted]:
-    """Write both responses after the prompt's messages; the assistant's last turn is the response."""
+    """Write both responses after the prompt's messages; a response is the last turn."""
     conversations = [
         Conversation((*each.prompt, *response), each.id)  # type: ignore[arg-type]
         for each in pairs
@@ -286,7 +286,9 @@ def _task(
         token_ids=None,
         pad_id=pad_id,
         buckets=length_buckets(lengths, limit),
-        **{split: tuple(rows) for split, rows in splits.items()},
+        train=tuple(splits["train"]),
+        validation=tuple(splits["validation"]),
+        test=tuple(splits["test"]),
         key="pairs",
         dropped=dropped,
     )

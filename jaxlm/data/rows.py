@@ -149,7 +149,9 @@ class EncodedSplits:
 
     key: str = field(default="data", kw_only=True)
     dropped: Mapping[str, Sequence[str]] = field(default_factory=dict, kw_only=True)
-    columns: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict, kw_only=True)
+    columns: Mapping[SplitName, Mapping[str, np.ndarray]] = field(
+        default_factory=dict, kw_only=True
+    )
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -22,6 +22,7 @@ from jaxlm.data import (
     DataConfig,
     EncodedTask,
     MessagesConfig,
+    PairsConfig,
     Task,
     TaskConfig,
     TextConfig,
@@ -46,13 +47,14 @@ from jaxlm.typing import Params
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
-    """A fine-tuning run: the keys of `RunConfig` and those below, with one of three data forms.
+    """A fine-tuning run: the keys of `RunConfig` and those below, with one of the data forms.
 
     Attributes:
         model: folder or hub id; null means the shipped model.
         task: a task with prompts and right answers, or the name of a shipped one.
         messages: conversations; the loss is on the assistant's turns.
         text: documents; the loss is on every token.
+        pairs: prompts with a chosen and a rejected response.
         objective: one of `jaxlm.train.objectives.OBJECTIVES` by its name; null for the likelihood
             of the right answers.
         peft: what is trained in place of all parameters, one of `jaxlm.peft.TUNINGS` by its name;
@@ -76,6 +78,7 @@ class FinetuneConfig(RunConfig):
     task: TaskConfig | None = field(default=None, metadata={"make": task_config})
     messages: MessagesConfig | None = None
     text: TextConfig | None = None
+    pairs: PairsConfig | None = None
     objective: Objective | None = field(default=None, metadata={"registry": OBJECTIVES})
     optimizer: Optimizer = field(default=Mezo(), metadata={"registry": OPTIMIZERS})
     peft: Tuning | None = field(default=None, metadata={"registry": TUNINGS})
@@ -119,7 +122,8 @@ class FinetuneConfig(RunConfig):
                 f"task: a run must have one of {', '.join(DATA_FORMS)} (got "
                 f"{' and '.join(given) or 'none'}). Give one of them."
             )
-        self.chosen_objective.check(self.form, self.data, self.optimizer)
+        objective = self.chosen_objective
+        objective.check(self.form, self.data, self.optimizer, accumulate=self.accumulate)
         if self.calibrate and (self.task is None or self.task.has_per_example_options):
             raise UserError(
                 "calibrate: needs the same options in every example, and these have their own or "
@@ -203,10 +207,17 @@ def finetune(
         lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
         digests = base_digest(lm, config.model) | data_digests(data, config.form)
         setting = build(config, lm, data, mesh=mesh)
+        reference = lambda: setting.lm  # noqa: E731
+        if (name := setting.objective.reference_model) is not None:
+            # Loaded again for its one use, so that its memory is free during training.
+            reference = functools.partial(
+                load_model, name, param_dtype=config.param_dtype, mesh=mesh
+            )
+            digests |= base_digest(reference(), name, "objective.reference")
         for split, digest in setting.encoded.digests().items():
             name = f"{config.form}.{split}"
             digests[f"{name}.tokens"] = Digest(digests[name].name, digest)
-        return digests, functools.partial(_run, setting)
+        return digests, functools.partial(_run, setting, reference)
 
     sections = dict.fromkeys(("zero_shot", "validation", "test"), dict)
     numbers = dict.fromkeys(("forwards", "backwards", "peak_memory_bytes", "tested_step"), int)
@@ -301,8 +312,15 @@ def _prepared(
     return select, lm
 
 
-def _run(setting: Setting, folder: RunFolder) -> dict[str, Any]:
+def _run(
+    setting: Setting, reference: Callable[[], LanguageModel], folder: RunFolder
+) -> dict[str, Any]:
     config, lm, objective, data, encoded = setting
+    columns = folder.columns(
+        lambda: objective.columns(lm, reference(), encoded, batch_size=config.eval_batch_size)
+    )
+    encoded = dataclasses.replace(encoded, columns=columns)
+    setting = setting._replace(encoded=encoded)
     assert data is not None
     assert config.steps is not None
     metric, sizes = setting.metric(), encoded.sizes
@@ -322,7 +340,7 @@ def _run(setting: Setting, folder: RunFolder) -> dict[str, Any]:
         for split, rows in encoded.dropped.items():
             if rows:
                 progress.say(
-                    f"left out {len(rows)} {split} rows, which have no token in the loss within "
+                    f"left out {len(rows)} {split} rows, of which nothing is learnt within "
                     f"max_length, the first {rows[0]}"
                 )
         first = folder.metrics.first() if start is not None else None

@@ -207,9 +207,9 @@ def _load_base(name: str | Path | None, folder: Path, **options: Any) -> Languag
         ) from error
 
 
-def base_digest(lm: LanguageModel, name: str | None) -> dict[str, Digest]:
-    """Return the digest of the model that a run begins with."""
-    return {"model": Digest(name or "the shipped model", fingerprint(lm.params))}
+def base_digest(lm: LanguageModel, name: str | None, key: str = "model") -> dict[str, Digest]:
+    """Return the digest of a model that a run begins with, by the key that names it."""
+    return {key: Digest(name or "the shipped model", fingerprint(lm.params))}
 
 
 def _placed(

@@ -6,13 +6,14 @@ A zeroth-order run also has `trajectory.zo`, and every run `data.json`: digests 
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from jaxlm.artifacts import folder as artifacts
+from jaxlm.artifacts.arrays import fingerprint
 from jaxlm.artifacts.files import (
     file_path,
     read_json,
@@ -26,7 +27,7 @@ from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
 from jaxlm.data import DATA_FORMS
-from jaxlm.data.rows import SPLITS
+from jaxlm.data.rows import SPLITS, SplitName
 from jaxlm.train.logging import Metrics
 
 FREE = ("output", "log_to")
@@ -81,6 +82,7 @@ class RunFolder:
         self.trajectory = self.path / "trajectory.zo"
         self._data = self.path / "data.json"
         self._summary = self.path / "summary.json"
+        self._columns = self.path / "columns.safetensors"
 
     def check(self, config: Any) -> None:
         """Refuse a folder that cannot hold this run, without writing to it.
@@ -205,13 +207,47 @@ class RunFolder:
                 write_json(self._data, new)
             yield
 
+    def columns(
+        self, make: Callable[[], dict[SplitName, dict[str, np.ndarray]]]
+    ) -> dict[SplitName, dict[str, np.ndarray]]:
+        """Return what an objective computes of each example before the first step, once.
+
+        It is kept in `columns.safetensors`: the model has changed when the run resumes.
+        """
+        from safetensors import SafetensorError, safe_open
+        from safetensors.numpy import save
+
+        if not self._columns.exists():
+            columns = make()
+            flat = {f"{split}.{k}": x for split, rows in columns.items() for k, x in rows.items()}
+            if flat:
+                with report_write_errors(self._columns):
+                    content = save(flat, {"sha256": fingerprint(flat)})
+                    write_shared(self._columns, content)
+            return columns
+        try:
+            with safe_open(self._columns, framework="numpy") as file:
+                flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                sha256 = (file.metadata() or {}).get("sha256")
+        except (SafetensorError, OSError):
+            flat, sha256 = {}, None
+        if not flat or sha256 != fingerprint(flat):
+            raise UserError(
+                f"{self._columns}: is damaged (got another checksum). Choose another output."
+            )
+        columns = {split: {} for split in SPLITS}
+        for name, values in flat.items():
+            split, _, key = name.partition(".")
+            columns[cast(SplitName, split)][key] = values
+        return columns
+
     def _clear(self, *, whole: bool) -> None:
         """Remove the summary, or with `whole` all results of the run."""
         self._summary.unlink(missing_ok=True)
         if whole:
             for name in ("checkpoints", "model", "tensorboard", "wandb"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            for file in (self.metrics.path, self.trajectory, self._data):
+            for file in (self.metrics.path, self.trajectory, self._data, self._columns):
                 file.unlink(missing_ok=True)
 
     def check_unchanged(self, digests: Mapping[str, Digest]) -> None:

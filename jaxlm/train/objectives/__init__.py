@@ -6,6 +6,7 @@ optimizer, tuning, `dynamics` and mesh, in dry runs, and when a run resumes.
 
 from jaxlm.train.objectives.base import Objective
 from jaxlm.train.objectives.likelihood import Classification, Completion
+from jaxlm.train.objectives.preference import Preference
 from jaxlm.train.objectives.rewards import F1, Accuracy
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -13,6 +14,15 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "completion": Completion,
     "accuracy": Accuracy,
     "f1": F1,
+    "preference": Preference,
 }
 
-__all__ = ["F1", "OBJECTIVES", "Accuracy", "Classification", "Completion", "Objective"]
+__all__ = [
+    "F1",
+    "OBJECTIVES",
+    "Accuracy",
+    "Classification",
+    "Completion",
+    "Objective",
+    "Preference",
+]
