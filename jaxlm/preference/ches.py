@@ -19,9 +19,9 @@ from jaxlm.core.errors import UserError
 
 def ches(
     h_w: Float[Array, "B T D"],
-    predicting_w: Num[ArrayLike, "B T"] | Bool[ArrayLike, "B T"],
+    predicting_w: Num[ArrayLike, "B T"],
     h_l: Float[Array, "B U D"],
-    predicting_l: Num[ArrayLike, "B U"] | Bool[ArrayLike, "B U"],
+    predicting_l: Num[ArrayLike, "B U"],
     *,
     length_normalize: bool = False,
     include_final: bool = False,
@@ -72,9 +72,9 @@ def ches(
 
 def last_hidden_inner_product(
     h_w: Float[Array, "B T D"],
-    predicting_w: Num[ArrayLike, "B T"] | Bool[ArrayLike, "B T"],
+    predicting_w: Num[ArrayLike, "B T"],
     h_l: Float[Array, "B U D"],
-    predicting_l: Num[ArrayLike, "B U"] | Bool[ArrayLike, "B U"],
+    predicting_l: Num[ArrayLike, "B U"],
     *,
     include_final: bool = False,
 ) -> Float[Array, " B"]:

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 import jax.numpy as jnp
 from jax import lax
 from jax.nn import log_sigmoid, relu, sigmoid, softplus
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Num
 
 from jaxlm.core.checks import in_float32, one_of, real, show
@@ -65,7 +66,7 @@ class PairScores(NamedTuple):
         """Return the scores themselves, or raise UserError if one of these fields is None."""
         for name in names:
             if getattr(self, name) is None:
-                raise UserError(f"{name}: the loss needs it (got None). Give it in PairScores.")
+                raise UserError(f"{name}: is needed here (got None). Give it in PairScores.")
         return self
 
     @property
@@ -320,7 +321,7 @@ def simpo(scores: PairScores, *, beta: Number = 2.0, gamma: Number = 0.5) -> Val
 
 
 def cpo(scores: PairScores, *, beta: Number = 0.1, alpha: Number = 1.0) -> Values:
-    r"""CPO, $\ell(\beta(c - l))$ + α `sft` (arXiv:2401.08417)."""
+    r"""CPO, $\ell(\beta(c - l))$ + α `sft`, per token as in TRL (arXiv:2401.08417)."""
     return softplus(-beta * (scores.chosen - scores.rejected)) + alpha * sft(scores)
 
 
@@ -369,7 +370,9 @@ def f_divergence(
 
 
 def wpo_weight(
-    log_probs: Float[Array, "B T"], log_square_sums: Float[Array, "B T"], mask: Num[Array, "B T"]
+    log_probs: Float[Array, "B T"],
+    log_square_sums: Float[Array, "B T"],
+    mask: Num[ArrayLike, "B T"],
 ) -> Values:
     r"""Return WPO's weight of one side, $\exp \frac1n \sum_t (\log p_t - \log\sum_v p_{tv}^2)$.
 
@@ -382,15 +385,15 @@ def wpo_weight(
 
     Reference: arXiv:2406.11827, equation 2.
     """
-    scored = mask > 0
+    scored = jnp.asarray(mask) > 0
     total = jnp.sum(jnp.where(scored, log_probs - log_square_sums, 0), axis=1)
     return lax.stop_gradient(jnp.exp(total / jnp.maximum(scored.sum(axis=1), 1)))
 
 
 def ld_log_probs(
     log_probs: Float[Array, "B T"],
-    mask: Num[Array, "B T"],
-    shared_tokens: Num[Array, " B"],
+    mask: Num[ArrayLike, "B T"],
+    shared_tokens: Num[ArrayLike, " B"],
     alpha: Number,
 ) -> Values:
     """Return LD-DPO's c or l: tokens beyond the length of the other response count α times.
@@ -403,8 +406,8 @@ def ld_log_probs(
 
     Reference: arXiv:2409.06411.
     """
-    scored = mask > 0
-    tail = jnp.cumsum(scored, axis=1) > shared_tokens[:, None]
+    scored = jnp.asarray(mask) > 0
+    tail = jnp.cumsum(scored, axis=1) > jnp.asarray(shared_tokens)[:, None]
     return jnp.sum(jnp.where(scored, log_probs, 0) * jnp.where(tail, alpha, 1.0), axis=1)
 
 
@@ -467,7 +470,12 @@ class PairLoss:
         """Return the loss of each pair, [B], without the weight."""
         options = inspect.signature(type(self).function).parameters.keys() - {"scores"}
         scores = PairScores(*(x if x is None else wide(jnp.asarray(x)) for x in scores))
-        return type(self).function(scores, **{name: getattr(self, name) for name in options})
+        values = {name: getattr(self, name) for name in options}
+        return type(self).function(self.transformed(scores), **values)
+
+    def transformed(self, scores: PairScores) -> PairScores:
+        """Return the scores of which the function is taken."""
+        return scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -482,8 +490,9 @@ class DivergenceLoss(PairLoss):
     f_divergence: Divergence = "reverse_kl"
     f_alpha: float = 0.5
 
-    def __call__(self, scores: PairScores) -> Values:
-        return super().__call__(f_divergence(scores, self.f_divergence, self.f_alpha))
+    def transformed(self, scores: PairScores) -> PairScores:
+        """See `f_divergence`."""
+        return f_divergence(scores, self.f_divergence, self.f_alpha)
 
 
 def configuration(
@@ -525,8 +534,8 @@ LOSSES: dict[str, type[Any]] = {
     "exo_pair": configuration(exo_pair, DivergenceLoss),
     "discopop": configuration(discopop, DivergenceLoss),
     "dpo_norm": configuration(dpo_norm, DivergenceLoss),
-    "cream": configuration(cream, DivergenceLoss),
-    "flex_dpo": configuration(flex_dpo, DivergenceLoss),
+    "cream": configuration(cream),
+    "flex_dpo": configuration(flex_dpo),
     "nca_pair": configuration(nca_pair),
     "bco_pair": configuration(bco_pair),
     "sppo_hard": configuration(sppo_hard),
@@ -577,11 +586,11 @@ def terms(losses: LossSpec, **shared: Any) -> tuple[PairLoss, ...]:
     elif isinstance(losses, tuple) and len(losses) == 2 and isinstance(losses[1], int | float):
         losses = {"name": losses[0], "weight": losses[1]}
     if not isinstance(losses, Mapping):
-        if not losses:
-            raise UserError("loss: is empty (got nothing). Give at least one.")
+        if not losses or not isinstance(losses, list | tuple):
+            raise UserError(f"loss: must name a loss (got {show(losses)}). Give one, or a list.")
         return tuple(term for each in losses for term in terms(each, **shared))
     name = losses.get("name", "dpo")
-    if name not in LOSSES:
+    if not isinstance(name, str) or name not in LOSSES:
         raise _refuse("loss", name, "not known", [*LOSSES])
     known = [field.name for field in dataclasses.fields(LOSSES[name])]
     for option in losses:

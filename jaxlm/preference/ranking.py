@@ -132,13 +132,10 @@ def flip_table(
     """
     margin = before.chosen - before.rejected
     group = jnp.searchsorted(jnp.asarray(edges), jnp.asarray(margin), side="right")
-    right = before.counted & (after.chosen >= after.rejected)
-    return FlipTable(
-        *(
-            jax.ops.segment_sum(counted.astype(jnp.int32), group, len(edges) + 1)
-            for counted in (before.counted, right)
-        )
-    )
+    pairs = before.counted.astype(jnp.int32)
+    right = pairs * (after.chosen >= after.rejected)
+    groups = len(edges) + 1
+    return FlipTable(*(jax.ops.segment_sum(x, group, groups) for x in (pairs, right)))
 
 
 class Displacement(NamedTuple):

@@ -166,7 +166,7 @@ def test_order_and_padding_change_nothing(row):
 def test_what_a_loss_needs(row):
     bare = SCORES._replace(ref_chosen=None, ref_rejected=None)
     if LOSSES[row.name].needs_reference:
-        with refused("ref_rejected" if row.name == "d2o" else "ref_chosen", "needs"):
+        with refused("ref_rejected" if row.name == "d2o" else "ref_chosen", "is needed"):
             term(row)(bare)
     else:
         np.testing.assert_array_equal(term(row)(bare), term(row)(SCORES))
@@ -319,7 +319,8 @@ def test_the_configuration_machinery_reads_them():
         ("hing", {}, "loss", "Did you mean hinge?"),
         ("likelihood", {}, "loss", "Choose one of dpo, "),
         ({"name": "dpo", "bta": 0.1}, {}, "loss", "not an option of dpo (got 'bta')"),
-        ([], {}, "loss", "is empty"),
+        ([], {}, "loss", "must name a loss"),
+        ({"name": ["dpo"]}, {}, "loss", "not known"),
         ("dpo", {"beta": 0.0}, "loss.beta", "above 0"),
         ("dpo", {"beta": math.inf}, "loss.beta", "above 0"),
         ({"name": "dpo", "beta": "0.1"}, {}, "loss.beta", "must be a number"),
@@ -340,7 +341,7 @@ def test_mistakes(spec, shared, key, part):
 
 
 def test_scores_that_are_missing():
-    with refused("z", "the loss needs it"):
+    with refused("z", "is needed"):
         preference.loss(SCORES._replace(z=None), "kto")
     with refused("samples"):
         preference.loss(SCORES._replace(samples=None), "d2o")
