@@ -72,10 +72,10 @@ class EncodedTask(EncodedSplits):
     option_mask    float32 [B, C, K]     1 for tokens; all 0 for a missing option
     ============== ======= ============= ==========================================
 
-    C is the largest of the batch rounded up to a multiple of 8, but at most the largest of the task;
-    K is in "continuations" one of a few lengths, too. With the objective "completion", training batches hold each
-    prompt with its right option, as `jaxlm.train.losses.lm_objective` takes them; with "generation"
-    they hold prompts and the `index` of their examples, for
+    C is the largest of the batch rounded up to a multiple of 8, but at most the largest of the
+    task; in "continuations" K is one of a few lengths. With the objective "completion", training
+    batches hold each prompt with its right option, as `jaxlm.train.losses.lm_objective` takes them;
+    with "generation" they hold prompts and the `index` of their examples, for
     `jaxlm.train.rewards.generation_objective`.
 
     Attributes:

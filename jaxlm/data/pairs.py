@@ -255,7 +255,7 @@ def _plain(pairs: Sequence[Pair]) -> list[Prompted]:
 def _written(pairs: Sequence[Pair], tokenizer: Any, template: MessageTemplate) -> list[Prompted]:
     """Write both responses after the prompt's messages; a response is the last turn."""
     conversations = [
-        Conversation((*each.prompt, *response), each.id)  # type: ignore[arg-type]
+        Conversation((*each.prompt, *response), each.id)
         for each in pairs
         for response in (each.chosen, each.rejected)
     ]

@@ -423,7 +423,8 @@ class EncodedRows(EncodedSplits):
             name: tuple(row.id for row in rows if not row.loss_positions)
             for name, rows in splits.items()
         }
-        return cls(**padded, buckets=buckets, dropped=dropped, key=key)
+        train, validation, test = (padded[split] for split in SPLITS)
+        return cls(train, validation, test, buckets=buckets, dropped=dropped, key=key)
 
     def sparse(self) -> "EncodedRows":
         """Return the data with training batches of the form "targets" if that makes them smaller.
