@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from jaxlm.artifacts import folder as artifacts
-from jaxlm.artifacts.arrays import fingerprint
+from jaxlm.artifacts.arrays import read_arrays, write_arrays
 from jaxlm.artifacts.files import (
     file_path,
     read_json,
@@ -214,27 +214,13 @@ class RunFolder:
 
         It is kept in `columns.safetensors`: the model has changed when the run resumes.
         """
-        from safetensors import SafetensorError, safe_open
-        from safetensors.numpy import save
-
         if not self._columns.exists():
             columns = make()
             flat = {f"{split}.{k}": x for split, rows in columns.items() for k, x in rows.items()}
             if flat:
-                with report_write_errors(self._columns):
-                    content = save(flat, {"sha256": fingerprint(flat)})
-                    write_shared(self._columns, content)
+                write_arrays(self._columns, flat)
             return columns
-        try:
-            with safe_open(self._columns, framework="numpy") as file:
-                flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                sha256 = (file.metadata() or {}).get("sha256")
-        except (SafetensorError, OSError):
-            flat, sha256 = {}, None
-        if not flat or sha256 != fingerprint(flat):
-            raise UserError(
-                f"{self._columns}: is damaged (got another checksum). Choose another output."
-            )
+        flat = read_arrays(self._columns)
         columns = {split: {} for split in SPLITS}
         for name, values in flat.items():
             split, _, key = name.partition(".")
