@@ -25,6 +25,10 @@ STUDIES = {
         "jaxlm.studies.curves",
         "how pretraining runs that differ in a few keys differ in their curves",
     ),
+    "displacement": Study(
+        "jaxlm.studies.displacement",
+        "which preference pairs make training lower the chosen responses' likelihood",
+    ),
     "kernel": Study("jaxlm.studies.kernel", "whether fine-tuning behaves like a kernel"),
     "less": Study(
         "jaxlm.studies.less",
