@@ -34,5 +34,9 @@ STUDIES = {
         "jaxlm.studies.less",
         "which training data help a target task, by gradients and by other scores",
     ),
+    "one_token": Study(
+        "jaxlm.studies.one_token",
+        "where the probability goes when a model learns to prefer one token to another",
+    ),
 }
 """The studies by name."""
