@@ -7,7 +7,6 @@ tokens in the output embedding are, and which other rows they point to.
 
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,6 +19,7 @@ from jaxtyping import Float
 
 from jaxlm import preference
 from jaxlm.artifacts.files import file_path
+from jaxlm.core import paths
 from jaxlm.core.checks import real, show, whole
 from jaxlm.core.errors import UserError
 from jaxlm.data.rows import pad, round_up, tokenizer_of
@@ -30,7 +30,8 @@ from jaxlm.studies.figures import new_axes, save_figure
 from jaxlm.studies.grid import Result, Say
 from jaxlm.studies.tables import aligned
 from jaxlm.train.load import load_model
-from jaxlm.train.optimizers import OPTIMIZERS, FirstOrder, Optimizer
+from jaxlm.train.optimizers import OPTIMIZERS, Optimizer
+from jaxlm.train.state import method
 from jaxlm.typing import Params
 
 
@@ -49,11 +50,11 @@ class OneTokenConfig:
 
     Attributes:
         model: folder or hub id of a model with a chat template.
-        pairs: each is trained on alone; all parameters are trained.
+        pairs: each is trained on alone.
         loss: one of `jaxlm.preference.LOSSES`.
         beta: of the loss; null for its own.
-        optimizer: one with gradients.
-        steps: of each pair.
+        optimizer: one of `jaxlm.train.optimizers.OPTIMIZERS`, by its name.
+        steps: number of steps for each pair.
         sft_steps: steps on the chosen answer alone that come first.
         top: number of tokens to list that gained most probability.
         output: folder of the study.
@@ -76,10 +77,6 @@ class OneTokenConfig:
     def __post_init__(self):
         if not self.pairs:
             raise UserError("pairs: is empty (got nothing). Give at least one.")
-        if not isinstance(self.optimizer, FirstOrder):
-            raise UserError(
-                f"optimizer.name: has no gradients (got {self.optimizer.name}). Give rmsprop."
-            )
         preference.terms(self.loss)
         real("beta", self.beta, above=0)
         whole(self, "steps", "top")
@@ -91,14 +88,17 @@ class Trace(NamedTuple):
     """What training did to one pair.
 
     Attributes:
-        log_probs: of the chosen and the rejected token before each step and at the end.
-        loss: at the same steps.
+        values: log-probability of the chosen and of the rejected token and the loss, before each
+            step and at the end.
         gain: what each token of the vocabulary gained in probability.
+        cosine: of the gradients, before the first step, of the chosen token's log-probability and
+            of its difference to the rejected one's. Below 0, the first small step of gradient
+            descent makes the chosen token less likely.
     """
 
-    log_probs: Float[np.ndarray, "steps 2"]
-    loss: Float[np.ndarray, " steps"]
+    values: Float[np.ndarray, "steps 3"]
     gain: Float[np.ndarray, " V"]
+    cosine: float
 
 
 def outline(config: OneTokenConfig, where: str, plan_flags: Any) -> str:
@@ -146,42 +146,53 @@ def traced(
     config: OneTokenConfig, lm: LanguageModel, encoded: Any, length: int, say: Say
 ) -> list[Trace]:
     """Train on each pair from the parameters of `lm`, and return what happened."""
-    options = {} if config.beta is None else {"beta": config.beta}
-    stages = (("sft", config.sft_steps), (config.loss, config.steps))
-    optimizer = config.optimizer.transform(max(config.steps, config.sft_steps))
 
     def next_token(params: Params, batch: Any) -> Any:
         logits = lm.apply(params, batch["ids"], batch["mask"], positions=batch["position"])
         return jax.nn.log_softmax(logits[0].astype(jnp.float32))
 
-    def loss(params: Params, batch: Any, name: str) -> Any:
-        both = next_token(params, batch)[batch["answers"]]
-        scores = PairScores(*both[:, None], *batch["reference"][:, None], *jnp.ones((2, 1)))
-        return preference.loss(scores, name, **({} if name == "sft" else options))[0], both
+    def stage(terms: Any, steps: int) -> tuple[int, Any, Any]:
+        def loss_fn(params: Params, batch: Any) -> Any:
+            both = next_token(params, batch)[batch["answers"]]
+            scores = PairScores(*both[:, None], *batch["reference"][:, None], *jnp.ones((2, 1)))
+            return preference.loss(scores, terms)[0], {"chosen": both[0], "rejected": both[1]}
 
-    @partial(jax.jit, donate_argnums=(0, 1), static_argnums=3)
-    def step(params: Params, state: Any, batch: Any, name: str) -> Any:
-        (value, both), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, name)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value, both
+        training = method(config.optimizer, loss_fn, max(steps, 1))
+        return steps, training, jax.jit(training.step, donate_argnums=(0, 1))
 
-    predict, began, traces = jax.jit(next_token), time.perf_counter(), []
+    @jax.jit
+    def agreement(params: Params, batch: Any) -> Any:
+        trained, rest = paths.split(params, config.optimizer.select)
+
+        def scores(part: Params) -> Any:
+            chosen, rejected = next_token(paths.merge(part, rest), batch)[batch["answers"]]
+            return chosen, chosen - rejected
+
+        chosen, margin = jax.jacrev(scores)(trained)
+        return optax.tree.vdot(chosen, margin) / optax.tree.norm(chosen) / optax.tree.norm(margin)
+
+    predict = jax.jit(next_token)
+    loss = preference.terms(config.loss, **({} if config.beta is None else {"beta": config.beta}))
+    stages = stage(preference.terms("sft"), config.sft_steps), stage(loss, config.steps)
+    began, traces = time.perf_counter(), []
     for number, (ids, answers) in enumerate(encoded, start=1):
         rows, mask = pad([ids], (length,))
         batch = {"ids": rows, "mask": mask, "position": np.array([len(ids) - 1], np.int32)}
         batch["answers"] = np.array(answers, np.int32)
         params = jax.tree.map(jnp.array, lm.params)  # a copy, which the steps may overwrite
-        for name, steps in stages:
-            start = predict(params, batch)
+        for steps, training, step in stages:
+            start, cosine = predict(params, batch), agreement(params, batch)
             batch["reference"] = start[batch["answers"]]
-            state, seen = optimizer.init(params), []
+            state, infos = training.init(params, jax.random.key(0)), []
             for _ in range(steps):
-                params, state, *values = step(params, state, batch, name)
-                seen.append(jax.device_get(values))
-        seen.append(jax.device_get(loss(params, batch, config.loss)))
-        gain = np.exp(np.asarray(predict(params, batch), np.float64)) - np.exp(start)
-        losses, both = (np.array(values, np.float64) for values in zip(*seen, strict=True))
-        traces.append(Trace(both, losses, gain))
+                params, state, info = step(params, state, batch)
+                infos.append(jax.device_get([info[k] for k in ("chosen", "rejected", "loss")]))
+        end = predict(params, batch)
+        scores = PairScores(*end[batch["answers"]][:, None], *batch["reference"][:, None])
+        scores = scores._replace(chosen_tokens=jnp.ones(1), rejected_tokens=jnp.ones(1))
+        infos.append([*end[batch["answers"]], preference.loss(scores, loss)[0]])
+        gain = np.exp(np.asarray(end, np.float64)) - np.exp(np.asarray(start, np.float64))
+        traces.append(Trace(np.array(infos, np.float64), gain, float(cosine)))
         left = (time.perf_counter() - began) / number * (len(encoded) - number)
         say(f"pair {number}/{len(encoded)}, about {left:.0f} s left")
     return traces
@@ -194,9 +205,10 @@ def _row(lm: LanguageModel, pair: OneTokenPair, trace: Trace, top: int) -> dict[
         "prompt": pair.prompt,
         "chosen": pair.chosen,
         "rejected": pair.rejected,
-        "p_chosen": np.exp(trace.log_probs[[0, -1], 0]).tolist(),
-        "p_rejected": np.exp(trace.log_probs[[0, -1], 1]).tolist(),
-        "loss": trace.loss[[0, -1]].tolist(),
+        "p_chosen": np.exp(trace.values[[0, -1], 0]).tolist(),
+        "p_rejected": np.exp(trace.values[[0, -1], 1]).tolist(),
+        "loss": trace.values[[0, -1], 2].tolist(),
+        "cosine": trace.cosine,
         "gained": [(tokenizer.decode([int(i)]), float(trace.gain[i])) for i in gainers],
     }
 
@@ -213,11 +225,19 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             change(row["p_chosen"]),
             change(row["p_rejected"]),
             change(row["loss"]),
+            f"{row['cosine']:.2f}",
             ", ".join(f"{token!r} {gain:+.2g}" for token, gain in row["gained"]),
         )
         for row in rows
     ]
-    header = ("pair", "probability of chosen", "of rejected", "loss", "tokens that gained most")
+    header = (
+        "pair",
+        "probability of chosen",
+        "of rejected",
+        "loss",
+        "cosine",
+        "tokens that gained most",
+    )
     fell = sum(
         row["p_chosen"][1] < row["p_chosen"][0] and row["loss"][1] < row["loss"][0] for row in rows
     )
@@ -230,8 +250,8 @@ def draw(pairs: tuple[OneTokenPair, ...], traces: list[Trace], path: Path) -> Pa
     axes = new_axes((5.2, 3.4))
     for i, (pair, trace) in enumerate(zip(pairs, traces, strict=True)):
         label = f"{i + 1}: {pair.chosen} over {pair.rejected}"
-        axes.plot(trace.log_probs[:, 0], "-", color=f"C{i}", label=label)
-        axes.plot(trace.log_probs[:, 1], "--", color=f"C{i}")
+        axes.plot(trace.values[:, 0], "-", color=f"C{i}", label=label)
+        axes.plot(trace.values[:, 1], "--", color=f"C{i}")
     axes.set(xlabel="step", ylabel="log-probability (dashed: of rejected)")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
     return save_figure(axes, path)
