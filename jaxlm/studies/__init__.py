@@ -38,5 +38,9 @@ STUDIES = {
         "jaxlm.studies.one_token",
         "where the probability goes when a model learns to prefer one token to another",
     ),
+    "ranking": Study(
+        "jaxlm.studies.ranking",
+        "how well a model ranks preference pairs, could rank them, and which ones training flips",
+    ),
 }
 """The studies by name."""
