@@ -112,7 +112,7 @@ def run(
 ) -> Result:
     """Train on each pair; see `jaxlm.studies.study`."""
     lm = load_model(config.model, mesh=mesh)
-    encoded = [_encode(lm, each) for each in config.pairs]
+    encoded = [encode(lm, each) for each in config.pairs]
     length = round_up(max(len(ids) for ids, _ in encoded))
     traces = traced(config, lm, encoded, length, say)
     rows = [_row(lm, *each, config.top) for each in zip(config.pairs, traces, strict=True)]
@@ -120,7 +120,7 @@ def run(
     return Result({"rows": rows}, markdown(rows), (figure,))
 
 
-def _encode(lm: LanguageModel, pair: OneTokenPair) -> tuple[list[int], list[int]]:
+def encode(lm: LanguageModel, pair: OneTokenPair) -> tuple[list[int], list[int]]:
     """Return the tokens of the prompt and those of the two answers."""
     tokenizer = tokenizer_of(lm)
     message = {"role": "user", "content": pair.prompt}
