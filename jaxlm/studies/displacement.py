@@ -158,7 +158,8 @@ def run(
 ) -> Result:
     """Score the pairs, do the runs and compare them; see `jaxlm.studies.study`."""
     groups = plan(config, where)
-    data = build(FinetuneConfig, {**config.run, "output": config.output}, where).data
+    data = build(FinetuneConfig, {**config.run, "output": config.output}, where).pairs
+    assert data is not None
     found = []
     for i, seed in enumerate(config.seeds):
         pairs = data.load(seed=seed, base_dir=Path(where).parent)

@@ -65,7 +65,8 @@ class OneTokenConfig:
     loss: str = "dpo"
     beta: float | None = None
     optimizer: Optimizer = field(
-        default=OPTIMIZERS["rmsprop"](learning_rate=1e-6), metadata={"registry": OPTIMIZERS}
+        default=OPTIMIZERS["rmsprop"](name="rmsprop", learning_rate=1e-6),
+        metadata={"registry": OPTIMIZERS},
     )
     steps: int = 30
     sft_steps: int = 0

@@ -24,11 +24,12 @@ from jaxlm.studies.grid import GridConfig, Result, Say, listing, outcomes, per_s
 from jaxlm.studies.tables import aligned, percent, shown, spread
 from jaxlm.train.finetuning import FinetuneConfig, finetune
 from jaxlm.train.load import load_model
-from jaxlm.train.objectives import Preference
 from jaxlm.train.objectives.preference import REFERENCE, pair_scores, response_scorer, responses
 from jaxlm.train.run_folder import RunFolder
 from jaxlm.train.state import Program
 
+LOSSES = ("dpo", "dpo_norm", "ipo", "ipo_sum")
+"""Losses that have a `jaxlm.preference.flip_threshold`."""
 MEASURED: tuple[SplitName, ...] = ("train", "validation")
 
 
@@ -73,10 +74,11 @@ def plan(config: RankingConfig, where: str) -> list[Group]:
     """Return the runs; `where` is the configuration file, for error messages."""
     first = build(FinetuneConfig, {**config.run, "output": config.output}, where)
     objective = first.chosen_objective
-    if not isinstance(objective, Preference) or not objective.needs_reference:
+    losses = [term.name for term in getattr(objective, "terms", ())]
+    if len(losses) != 1 or losses[0] not in LOSSES:
         raise UserError(
-            f"{where}: run.objective: the study compares with a reference (got {objective.name} "
-            "without one). Give a loss such as dpo."
+            f"{where}: run.objective.loss: must be one of {', '.join(LOSSES)}, whose loss tells "
+            f"how a pair is ranked (got {', '.join(losses)}). Give dpo."
         )
     return [Group(per_seed(first, Path(config.output), config.seeds))]
 
@@ -115,39 +117,46 @@ def _numbers(
     """Return what one run did to the pairs of both splits."""
     lm = load_model(each.output, mesh=mesh)
     assert each.pairs is not None
+    (term,) = each.chosen_objective.terms  # type: ignore[attr-defined]
     encoded = each.pairs.load(seed=each.seed, base_dir=here).encode(lm)
     scorer, columns = Program(response_scorer(lm)), RunFolder(each.output).columns(dict)
-    numbers = {}
+    numbers: dict[str, Any] = {}
     for split in MEASURED:
         sums, tokens = responses(scorer, lm.params, encoded, split, each.eval_batch_size)
         after = pair_scores(sums, tokens, columns[split][REFERENCE], np.ones(len(sums)))
-        numbers[split] = split_numbers(config, after)
+        numbers[split] = split_numbers(config, after, term)
     return numbers
 
 
-def split_numbers(config: RankingConfig, after: PairScores) -> dict[str, Any]:
-    """Return the accuracies of a split's pairs, and how many of each group are ranked right."""
+def split_numbers(config: RankingConfig, after: PairScores, term: Any) -> dict[str, Any]:
+    """Return the accuracies of a split's pairs under one loss, and what became of each group."""
     before = after._replace(chosen=after.ref_chosen, rejected=after.ref_rejected)
     margins = np.asarray(before.chosen - before.rejected, np.float64)
-    edges = np.quantile(margins, np.arange(1, config.groups) / config.groups)
-    wrong_or_right = preference.flip_table(before, after)
-    of_groups = preference.flip_table(before, after, edges.tolist())
-    group = np.searchsorted(edges, margins, side="right")
+    if len(margins) < config.groups:
+        raise UserError(
+            f"groups: must be at most {len(margins)}, the pairs (got {config.groups}). Lower it."
+        )
+    flips = preference.flip_table(before, after)
+    wrong, right = np.maximum(np.asarray(flips.pairs), 1)  # 0 of no pair
     ideal = preference.idealized_ranking_accuracy(after, config.rate, np.asarray(config.betas))
+    columns = {
+        "margin": margins,
+        "began_right": margins >= 0,
+        "right": after.chosen >= after.rejected,
+        "threshold": preference.flip_threshold(after, term.beta, term.name),
+        "loss": preference.loss(after, term),
+    }
+    groups = np.array_split(np.argsort(margins, kind="stable"), config.groups)
     return {
         "reference": float(preference.ranking_accuracy(before)),
         "trained": float(preference.ranking_accuracy(after)),
         "reward_accuracy": float(preference.reward_accuracy(after)),
         "idealized": {f"{b:g}": float(x) for b, x in zip(config.betas, ideal, strict=True)},
-        "corrected": float(wrong_or_right.right[0] / wrong_or_right.pairs[0]),
-        "spoiled": float(1 - wrong_or_right.right[1] / wrong_or_right.pairs[1]),
+        "corrected": float(flips.right[0] / wrong),
+        "spoiled": float((flips.pairs[1] - flips.right[1]) / right),
         "groups": [
-            {
-                "margin": float(margins[group == i].mean()),
-                "began_right": float(np.mean(margins[group == i] >= 0)),
-                "right": float(of_groups.right[i] / of_groups.pairs[i]),
-            }
-            for i in range(config.groups)
+            {name: float(np.mean(np.asarray(x)[places])) for name, x in columns.items()}
+            for places in groups
         ],
     }
 
@@ -166,10 +175,22 @@ def markdown(config: RankingConfig, table: Mapping[str, Any]) -> str:
     ideal = (f"ideal, beta {beta:g}" for beta in config.betas)
     header = ("% of pairs", *(name.replace("_", " ") for name in names), *ideal)
     flips = [
-        (shown(row["margin"], digits=1), percent(row["began_right"]), percent(row["right"]))
+        (
+            shown(row["margin"], digits=1),
+            percent(row["began_right"]),
+            percent(row["right"]),
+            shown(row["threshold"]),
+            shown(row["loss"]),
+        )
         for row in table["train"]["groups"]
     ]
-    margins = ("margin of the reference (nats)", "ranked right before, %", "after, %")
+    margins = (
+        "margin of the reference (nats)",
+        "ranked right before, %",
+        "after, %",
+        "flips at loss",
+        "loss after",
+    )
     return f"{aligned(header, rows)}\n\n{aligned(margins, flips)}\n"
 
 

@@ -70,8 +70,8 @@ def experiment(seed: int) -> dict[str, np.ndarray]:
         scores = PairScores(log_prob(params, batch[0]), log_prob(params, batch[1]), *batch[2:])
         return preference.loss(scores).mean()
 
-    peak = optax.adam(3e-3)
-    params = jax.jit(lambda p: trained(sft, peak, p, (chosen,), 1000))(lm.params)
+    peak = optax.adam(optax.cosine_decay_schedule(3e-3, 800))
+    params = jax.jit(lambda p: trained(sft, peak, p, (chosen,), 800))(lm.params)
     hidden = jax.jit(lm.hidden)
     predicting = jnp.ones((PAIRS, RESPONSE))
     states = [hidden(params, ids)[:, PROMPT - 1 : -1] for ids in (chosen, rejected)]

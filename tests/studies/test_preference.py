@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
+from jaxlm import preference
 from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.data import PairsConfig
@@ -147,12 +148,17 @@ def test_ranking_over_training(folder, tiny_model, capsys):
 def test_numbers_of_the_golden_vectors():
     run = {"pairs": {"train": "t", "validation": "v"}}
     config = RankingConfig(run=run, output="o", rate=0.75, groups=2)
-    found = split_numbers(config, PairScores(*map(np.asarray, GOLDEN[:6])))
+    (dpo,) = preference.terms("dpo")
+    found = split_numbers(config, PairScores(*map(np.asarray, GOLDEN[:6])), dpo)
     assert (found["reference"], found["trained"], found["reward_accuracy"]) == (0.75, 0.5, 0.5)
     # rc - rl is 2, -6.5, 3, 2.5; log odds of .75 are 1.1, so beta .1 adds 11 nats and 1 adds 1.1.
     assert found["idealized"] == {"0.01": 1, "0.1": 1, "1": 0.75, "5": 0.75, "10": 0.75}
     assert (found["corrected"], found["spoiled"]) == (0, pytest.approx(1 / 3))
     assert [row["began_right"] for row in found["groups"]] == [0.5, 1]
+    # -log sigmoid(.1 k) of k = 6.5 and -2; the losses are those of pairs 2 and 1.
+    threshold = -np.log(1 / (1 + np.exp([-0.65, 0.2]))).mean()
+    assert found["groups"][0]["threshold"] == pytest.approx(threshold)
+    assert found["groups"][0]["loss"] == pytest.approx((0.668460 + 0.644397) / 2, abs=1e-6)
 
 
 def test_one_token(tmp_path, capsys):
@@ -187,6 +193,14 @@ def test_one_token(tmp_path, capsys):
             "run.pairs.validation: is missing",
         ),
         (lambda: OneTokenConfig(model="m", pairs=(), output="o"), "pairs: is empty"),
+        (
+            lambda: split_numbers(
+                RankingConfig(run={"pairs": {"validation": "v"}}, output="o"),
+                PairScores(*np.zeros((6, 3))),
+                *preference.terms("dpo"),
+            ),
+            "groups: must be at most 3",
+        ),
         (lambda: around(0.5, np.zeros(3), 4), "pairs_per_quantile: must be at most 3"),
     ],
 )
