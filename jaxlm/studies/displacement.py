@@ -186,10 +186,11 @@ def _one_seed(
 ) -> dict[str, Any]:
     """Return the numbers of one seed: of the quantiles, of the scores, and of the variants."""
 
-    def trained(group: Group) -> dict[str, Any] | None:
+    def trained(group: Group) -> dict[str, float | None]:
         (each,) = group.runs
         say(f"run {each.output}")
-        return outcome(each, lambda: finetune(each, base_dir=folder, mesh=mesh)).summary
+        result = outcome(each, lambda: finetune(each, base_dir=folder, mesh=mesh))
+        return _numbers(each, result.summary is not None)
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("train", "validation"):
@@ -215,11 +216,11 @@ def _one_seed(
     measured, falls = [], []
     for group in groups:
         if group.quantile is None:
-            result["variants"][group.name] = _numbers(trained(group))
+            result["variants"][group.name] = trained(group)
             continue
         places = around(group.quantile, scores["ches"], config.pairs_per_quantile)
         write_pairs(folder / f"{group.name}.jsonl", [usable[i] for i in places])
-        row = _numbers(trained(group))
+        row = trained(group)
         result["quantiles"][group.name] = {"ches": float(scores["ches"][places].mean())} | row
         if row["loss"] is not None:
             part = dataclasses.replace(encoded, train=tuple(encoded.train[i] for i in places))
@@ -237,15 +238,16 @@ def _one_seed(
     return result
 
 
-def _numbers(summary: dict[str, Any] | None) -> dict[str, float | None]:
-    """Return what a table shows of a run; None for each number of one that diverged."""
-    if summary is None:
+def _numbers(each: FinetuneConfig, finished: bool) -> dict[str, float | None]:
+    """Return what a table shows of a run at its last step; None for each number if it diverged.
+
+    The step of the lowest validation loss, which the run tests, would hide what comes after it.
+    """
+    if not finished:
         return dict.fromkeys(("loss_before", "loss", *MEASURED))
-    after = summary["test"]
-    return {
-        "loss_before": summary["zero_shot"]["loss"],
-        **{k: after[k] for k in ("loss", *MEASURED)},
-    }
+    values = RunFolder(each.output).metrics.arrays()
+    last = {name: float(values[f"validation_{name}"][-1]) for name in ("loss", *MEASURED)}
+    return {"loss_before": float(values["zero_shot_loss"][0]), **last}
 
 
 def around(quantile: float, values: Float[np.ndarray, " N"], count: int) -> np.ndarray:

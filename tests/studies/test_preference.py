@@ -91,8 +91,9 @@ def test_displacement_of_quantiles_and_variants(folder, tiny_model, capsys):
         assert read_lines(seed / f"{name}.jsonl") == [given[i] for i in sorted(places)]
     found = table(folder)
     row = found["quantiles"]["quantile-1"]
-    last = json.loads((seed / "quantile-1" / "summary.json").read_text())["test"]
-    assert row["chosen_change"]["by_seed"] == [last["chosen_change"]]
+    last = read_lines(seed / "quantile-1" / "metrics.jsonl")[-1]
+    assert last["step"] == 2
+    assert row["chosen_change"]["by_seed"] == [last["validation_chosen_change"]]
     assert row["loss_before"]["mean"] == pytest.approx(np.log(2))
     assert found["variants"]["too fast"]["loss"]["mean"] is None
     assert "diverged" in shown
