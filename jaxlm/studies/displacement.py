@@ -316,7 +316,7 @@ def markdown(config: DisplacementConfig, table: Mapping[str, Any]) -> str:
     """Return the tables of the study: of the quantiles, of the scores, and of the variants."""
 
     def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-        digits = {"loss_before": 3, "loss": 3, "chosen_change": 2, "rejected_change": 2}
+        digits = {"loss_before": 3, "loss": 3, "chosen_change": 3, "rejected_change": 1}
         numbers = [shown(row[k], digits=n, missing="diverged") for k, n in digits.items()]
         return (*numbers, percent(row["displaced"]), percent(row["ranking_accuracy"]))
 

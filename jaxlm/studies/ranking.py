@@ -103,7 +103,7 @@ def run(
     table = jax.tree.map(lambda *values: spread(values), *numbers)
     figures: tuple[Path, ...] = ()
     if config.figure:
-        ideal = table["validation"]["idealized"][f"{config.betas[0]:g}"]["mean"]
+        ideal = table["validation"]["ideal"]["mean"]
         figures = (
             draw_accuracy(runs, ideal, folder / "accuracy.png"),
             draw_flips(table["train"]["groups"], folder / "flips.png"),
@@ -151,6 +151,7 @@ def split_numbers(config: RankingConfig, after: PairScores, term: Any) -> dict[s
         "reference": float(preference.ranking_accuracy(before)),
         "trained": float(preference.ranking_accuracy(after)),
         "reward_accuracy": float(preference.reward_accuracy(after)),
+        "ideal": float(preference.idealized_ranking_accuracy(after, config.rate, term.beta)),
         "idealized": {f"{b:g}": float(x) for b, x in zip(config.betas, ideal, strict=True)},
         "corrected": float(flips.right[0] / wrong),
         "spoiled": float((flips.pairs[1] - flips.right[1]) / right),
@@ -204,7 +205,7 @@ def draw_accuracy(runs: Sequence[FinetuneConfig], ideal: float, path: Path) -> P
             known = np.isfinite(values)
             label = kind.replace("_", " ") if i == 0 else None
             axes.plot(metrics["step"][known], values[known], color=color, label=label)
-    axes.axhline(ideal, color="grey", linestyle="--", label="idealised ranking accuracy")
+    axes.axhline(ideal, color="grey", linestyle="--", label="idealised, beta of the run")
     axes.set(xlabel="step", ylabel="share of validation pairs", ylim=(0, 1.03))
     axes.legend(frameon=False, fontsize="small")
     return save_figure(axes, path)

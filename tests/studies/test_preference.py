@@ -154,6 +154,7 @@ def test_numbers_of_the_golden_vectors():
     assert (found["reference"], found["trained"], found["reward_accuracy"]) == (0.75, 0.5, 0.5)
     # rc - rl is 2, -6.5, 3, 2.5; log odds of .75 are 1.1, so beta .1 adds 11 nats and 1 adds 1.1.
     assert found["idealized"] == {"0.01": 1, "0.1": 1, "1": 0.75, "5": 0.75, "10": 0.75}
+    assert found["ideal"] == found["idealized"]["0.1"]
     assert (found["corrected"], found["spoiled"]) == (0, pytest.approx(1 / 3))
     assert [row["began_right"] for row in found["groups"]] == [0.5, 1]
     # -log sigmoid(.1 k) of k = 6.5 and -2; the losses are those of pairs 2 and 1.
