@@ -79,7 +79,7 @@ def study(config: Any, *, mesh: Mesh | None = None, **overrides: Any) -> Result:
 
 
 def _list() -> str:
-    return "\n".join(f"{name:<10}{study.question}" for name, study in STUDIES.items())
+    return "\n".join(f"{name:<14}{study.question}" for name, study in STUDIES.items())
 
 
 def _named(args: Sequence[str]) -> tuple[str | None, str | None, dict[str, str]]:

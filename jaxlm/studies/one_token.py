@@ -37,7 +37,12 @@ from jaxlm.typing import Params
 
 @dataclass(frozen=True, kw_only=True)
 class OneTokenPair:
-    """A message of the user, and two answers of one token each."""
+    """A question with two answers.
+
+    Attributes:
+        prompt: message of the user.
+        chosen, rejected: the preferred and the other answer, each of one token.
+    """
 
     prompt: str
     chosen: str
