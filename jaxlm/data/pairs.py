@@ -1,11 +1,10 @@
 """Preference pairs: a prompt with a chosen and a rejected response."""
 
 import itertools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
-
-import numpy as np
 
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
@@ -120,7 +119,8 @@ class PairsConfig(SplitsConfig):
 
 
 def _number(record: Record, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:
         raise UserError(f"{record.where}: a score is not a number (got {show(value)}). Correct it.")
     return float(value)
 
@@ -175,9 +175,10 @@ def _text(record: Record, value: Any) -> Text:
 
 def _split(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     """Return what both begin with, and the rests; a space before the difference stays with it."""
-    both = zip(chosen, rejected, strict=False)
+    # Without the last part of the shorter one: a response may begin with the other one.
+    both = zip(chosen[:-1], rejected[:-1], strict=False)
     count = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
-    if isinstance(chosen, str) and 0 < count < max(len(chosen), len(rejected)):
+    if isinstance(chosen, str) and count:
         count -= chosen[count - 1] == " "
     return chosen[:count], chosen[count:], rejected[count:]
 

@@ -200,6 +200,7 @@ def finetune(
 
     # A command that is typed in another directory must not read another file of the same name.
     places: dict[str, Any] = {config.form: config.data.located(base_dir)}
+    places["objective"] = config.objective and config.objective.located()
     stored = dataclasses.replace(config, model=absolute(config.model, "model"), **places)
 
     def prepare() -> tuple[dict[str, Digest], Callable[[RunFolder], dict[str, Any]]]:
@@ -210,9 +211,7 @@ def finetune(
         reference = lambda: setting.lm  # noqa: E731
         if (name := setting.objective.reference_model) is not None:
             # Loaded again for its one use, so that its memory is free during training.
-            reference = functools.partial(
-                load_model, name, param_dtype=config.param_dtype, mesh=mesh
-            )
+            reference = functools.partial(_reference, setting, name, mesh)
             digests |= base_digest(reference(), name, "objective.reference")
         for split, digest in setting.encoded.digests().items():
             name = f"{config.form}.{split}"
@@ -222,6 +221,23 @@ def finetune(
     sections = dict.fromkeys(("zero_shot", "validation", "test"), dict)
     numbers = dict.fromkeys(("forwards", "backwards", "peak_memory_bytes", "tested_step"), int)
     return finished_or_run(stored, prepare, task=str, metric=str, **sections, **numbers)
+
+
+def _reference(setting: Setting, name: str, mesh: Mesh | None) -> LanguageModel:
+    """Load the reference model, which must read the same tokens as the model."""
+    config, _, objective, data, encoded = setting
+    lm = load_model(name, param_dtype=config.param_dtype, mesh=mesh)
+    assert data is not None
+    try:
+        same = objective.batched(data.encode(lm)).digests() == encoded.digests()
+    except UserError as error:
+        raise UserError(f"objective.reference: {str(error).partition(': ')[2]}") from None
+    if not same:
+        raise UserError(
+            f"objective.reference: reads the {config.form} as other tokens than the model (got "
+            f"{name}). Give one with the same tokenizer that reads texts as long."
+        )
+    return lm.replace(config=lm.config.replace(compute_dtype=config.compute_dtype))
 
 
 def data_digests(data: Data, form: str) -> dict[str, Digest]:
