@@ -226,9 +226,9 @@ def finetune(
 def _reference(setting: Setting, name: str, mesh: Mesh | None) -> LanguageModel:
     """Load the reference model, which must read the same tokens as the model."""
     config, _, objective, data, encoded = setting
-    lm = load_model(name, param_dtype=config.param_dtype, mesh=mesh)
     assert data is not None
     try:
+        lm = load_model(name, param_dtype=config.param_dtype, mesh=mesh)
         same = objective.batched(data.encode(lm)).digests() == encoded.digests()
     except UserError as error:
         raise UserError(f"objective.reference: {str(error).partition(': ')[2]}") from None

@@ -321,7 +321,10 @@ def test_other_weights_below_the_adapters_are_refused(write, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "subj"}, r"^.*task: a run must have one of task, messages, text, pairs .got task and"),
+        (
+            {"task": "subj"},
+            r"^.*task: a run must have one of task, messages, text, pairs .got task and",
+        ),
         ({"objective": "classification"}, r"objective: classification reads task .got messages"),
         ({"calibrate": "true"}, r"calibrate: needs the same options in every example"),
         ({"epochs": "2"}, r"epochs: cannot be given together with steps .got 2.0 and 6.. Drop"),

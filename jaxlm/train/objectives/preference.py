@@ -302,7 +302,8 @@ class PreferenceMetric(Metric):
         table = preference.flip_table(before, after)
         wrong, right = np.maximum(np.asarray(table.pairs), 1)
         values = {
-            "loss": jnp.mean(preference.loss(after, self._terms)),
+            # In float64: log 2 at the start, for any number of pairs.
+            "loss": np.mean(np.asarray(preference.loss(after, self._terms)), dtype=np.float64),
             "ranking_accuracy": preference.ranking_accuracy(after),
             "ranking_accuracy_per_token": preference.ranking_accuracy(after, length_normalize=True),
             "chosen_change": moved.chosen,
