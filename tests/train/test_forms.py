@@ -33,14 +33,17 @@ ANSWERS = {"great": "It is good.", "terrible": "It is bad."}
 def conversations(folder: Path, count: int = 48) -> None:
     numbers = np.random.default_rng(0)
     words = ["the film", "this story", "that play", "a book"]
-    rows, texts = [], []
+    rows, texts, pairs = [], [], []
     for number in range(count):
         word = ("great", "terrible")[number % 2]
         text = f"{numbers.choice(words)} was {word} {number}"
         turns = [("user", text), ("assistant", ANSWERS[word])]
         rows.append({"messages": [{"role": role, "content": said} for role, said in turns]})
         texts.append({"text": f"{text}. {ANSWERS[word]}"})
-    for name, lines in (("talk", rows), ("text", texts)):
+        other = ANSWERS["great" if word == "terrible" else "terrible"]
+        both = {"chosen": f" {ANSWERS[word]}", "rejected": f" {other}"}
+        pairs.append({"prompt": f"{text}.", **both})
+    for name, lines in (("talk", rows), ("text", texts), ("pairs", pairs)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
 
 
@@ -48,6 +51,7 @@ FORMS = {
     "messages": "messages: {train: talk.jsonl, template: plain, validation: hold_out,"
     " num_validation: 8, max_length: 32}",
     "text": "text: {train: text.jsonl, validation: hold_out, num_validation: 8, max_length: 24}",
+    "pairs": "pairs: {train: pairs.jsonl, validation: hold_out, num_validation: 8}",
 }
 REST = """
 peft: {peft}

@@ -14,7 +14,6 @@ import pytest
 
 from jaxlm import preference
 from jaxlm.cli import config as configs
-from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
 from jaxlm.cost.device import Device
 from jaxlm.cost.plan import dry_run
@@ -27,7 +26,7 @@ from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.finetuning import FinetuneConfig, finetune
 from jaxlm.train.load import load_model
 from jaxlm.train.objectives import Preference
-from jaxlm.train.objectives.preference import REFERENCE, START, responses
+from jaxlm.train.objectives.preference import REFERENCE, START
 from tests.helpers.sentences import refused
 from tests.helpers.tiny import make_model, make_tokenizer, read_lines, sentences, write_jsonl
 
@@ -183,7 +182,8 @@ def test_metrics_by_brute_force(path, loss):
     else:
         losses = np.log1p(np.exp(0.5 - 2 * (c / n_w - l / n_l)))
     wrong, right = bw < bl, bw >= bl
-    assert wrong.any() and right.any()
+    assert wrong.any()
+    assert right.any()
     expected = {
         "loss": losses.mean(),
         "ranking_accuracy": np.mean(c >= l),
@@ -281,4 +281,168 @@ def test_a_reference_that_reads_other_tokens_is_refused(path, tmp_path):
         run(path, objective__reference=str(make_model(tmp_path / "model", tokenizer)))
     with refused("objective.reference", "there is no such"):
         run(path, objective__reference=str(tmp_path / "nowhere"))
+    assert not (path.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"peft": "lora", "optimizer__learning_rate": "3e-2", "steps": "40"},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in (
+                {"steps": "40"},
+                {"optimizer": "{name: mezo, learning_rate: 5e-3}", "steps": "400"},
+                {"optimizer": "{name: mezo, learning_rate: 1e-1}", "steps": "400", "peft": "lora"},
+            )
+        ),
+    ],
+    ids=["adam_lora", "adam", "mezo", "mezo_lora"],
+)
+def test_training_ranks_pairs_that_it_has_not_seen(path, changes):
+    """Films with one of eight words. Four ask for " good film", the others for " bad film".
+
+    The responses are as long, and each is right half of the time: who reads them alone, or counts
+    their tokens, is right half of the time. No prompt of the test is one of training.
+    """
+    for split, places in SPLITS.items():
+        rows = [row for row in pairs(*places) if len(row["chosen"] + row["rejected"]) == 19]
+        write_jsonl(path.parent / f"{split}.jsonl", rows)
+    often = dict.fromkeys(("eval_every", "checkpoint_every", "log_every"), "1000")
+    summary = run(path, batch_size="16", **often, **changes)
+    assert summary["test_rows_in_training"] == 0
+    found, before = (summary[name]["ranking_accuracy"] for name in ("test", "zero_shot"))
+    assert found >= max(0.8, before + 0.3)
+    assert summary["test"]["loss"] < 0.69
+
+
+@pytest.fixture
+def stopped(path, monkeypatch) -> Path:
+    """The YAML of a run that was stopped after half of its steps."""
+    save = Checkpoints.save
+
+    def stopping(self, step, *rest):
+        save(self, step, *rest)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(path)
+    return path
+
+
+def test_a_stopped_run_resumes_bitwise(stopped, trained, monkeypatch):
+    """What was computed before the first step is read, since the model has changed."""
+    kept = stopped.parent / "run" / "columns.safetensors"
+    assert kept.read_bytes() == (trained.parent / "run" / kept.name).read_bytes()
+    data = bytearray(kept.read_bytes())
+    data[-1] ^= 1
+    kept.write_bytes(data)
+    with refused(str(kept), "is damaged (got another checksum)"):
+        run(stopped)
+    data[-1] ^= 1
+    kept.write_bytes(data)
+    monkeypatch.setattr(Preference, "columns", None)  # would fail if it were called
+    run(stopped)
+    assert lines(stopped) == lines(trained)
+    ends = []
+    for each in (stopped, trained):
+        folder = each.parent / "run"
+        whole = Checkpoints(folder / "checkpoints", read_only=True).read(6)
+        ends.append(jax.tree.leaves((whole, load_model(folder).params)))
+    for one, other in zip(*ends, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_configuration_of_a_run_reads_back_to_the_same_objects(trained):
+    stored = configs.load(FinetuneConfig, str(trained.parent / "run" / "config.yaml"))
+    assert stored.objective == load(trained).objective == Preference()
+    assert finetune(stored) == json.loads((trained.parent / "run" / "summary.json").read_text())
+    with refused("output", "objective.loss", "which cannot change"):
+        run(trained, objective__loss="ipo")
+
+
+@pytest.mark.parametrize("loss", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
+def test_a_run_is_planned(path, trained, loss):
+    path = trained if loss == "dpo" else path
+    config = load(path, objective__loss=loss)
+    plan = dry_run(config, base_dir=path.parent, device=Device(name="toy", peak_flops=1e9))
+    summary = finetune(config, base_dir=path.parent)
+    assert plan.memory[0].peak == summary["peak_memory_bytes"] or plan.memory[1].peak
+    assert plan.steps == 6
+
+
+@pytest.mark.slow
+@pytest.mark.multidevice
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_a_mesh_has_the_curves_of_one_device(path, tmp_path, model, loss):
+    other = write(tmp_path / "other", model)
+    run(path, objective__loss=loss)
+    run(other, mesh=make_mesh(data=2, fsdp=2, model=2), objective__loss=loss)
+    for new, old in zip(lines(other), lines(path), strict=True):
+        assert new.keys() == old.keys()
+        for name, value in old.items():
+            np.testing.assert_allclose(new[name], value, rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+def test_micro_batches_are_the_batch(path):
+    settings = [built(path, accumulate=count) for count in ("1", "4")]
+    encoded = settings[0].encoded
+    reference = np.random.default_rng(0).normal(-9, 2, (len(encoded.train), 2))
+    columns = {"train": {REFERENCE: reference.astype(np.float32)}}
+    batch = dataclasses.replace(encoded, columns=columns).batch(0, batch_size=8, seed=0)
+    found = []
+    for setting in settings:
+        loss_fn, params = setting.loss_fn(None), setting.lm.params
+        found.append(jax.jit(jax.value_and_grad(lambda p, f=loss_fn: f(p, batch)[0]))(params))
+    (value, grads), (expected, wanted) = found
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for one, other in zip(*map(jax.tree.leaves, (grads, wanted)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_a_run_is_monitored_by_another_metric_and_stops_early(path):
+    summary = run(path, objective__loss="kto", monitor="reward_accuracy", patience="1", steps="60")
+    values = [row["validation_reward_accuracy"] for row in lines(path) if "validation_loss" in row]
+    assert summary["validation"] == {"reward_accuracy": max(values)}
+    assert summary["stopped_early"]
+    assert values[-1] <= max(values[:-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "part"),
+    [
+        ({"pairs": "null", "task": "subj"}, "objective", "preference reads pairs (got task)"),
+        (
+            {"pairs": "null", "messages": "{train: train.jsonl}"},
+            "objective",
+            "preference reads pairs (got messages)",
+        ),
+        ({"objective": "completion"}, "objective", "completion reads task or messages or text"),
+        ({"objective.beta": "0"}, "objective.beta", "must be above 0 (got 0.0)"),
+        ({"objective.loss": "{beta: -1}"}, "objective.loss.beta", "must be above 0 (got -1.0)"),
+        ({"objective.loss": "[sft, {beta: 0}]"}, "objective.loss[1].beta", "must be above 0"),
+        ({"objective.loss": "ipoo"}, "objective.loss.name", "(got 'ipoo'). Did you mean ipo?"),
+        ({"objective.loss": "[dpo, sfd]"}, "objective.loss[1].name", "Did you mean sft?"),
+        ({"objective.loss": "best"}, "objective.loss.name", "Choose one of dpo, cdpo"),
+        ({"objective.loss": "[]"}, "objective.loss", "is empty"),
+        ({"objective.loss": "d2o"}, "objective.loss", "responses that the model itself samples"),
+        ({"objective.loss": "sft", "objective.beta": "1"}, "objective.beta", "sft has none"),
+        (
+            {"objective.loss": "simpo", "objective.reference": "x"},
+            "objective.reference",
+            "simpo has none (got x)",
+        ),
+        ({"objective.loss": "aot", "accumulate": "2"}, "accumulate", "aot compares all pairs"),
+        ({"objective.loss": "[dpo, kto]", "accumulate": "2"}, "accumulate", "kto compares all"),
+        ({"objective.loss": "simpo", "monitor": "margin"}, "monitor", "not known (got 'margin')"),
+        ({"monitor": "accuracy"}, "monitor", "Choose one of loss, ranking_accuracy"),
+        ({"calibrate": "true"}, "calibrate", "needs the same options"),
+    ],
+)
+def test_what_does_not_go_together(path, changes, key, part):
+    with refused(key, part):
+        run(path, **changes)
     assert not (path.parent / "run").exists()
