@@ -284,6 +284,9 @@ def test_a_reference_that_reads_other_tokens_is_refused(path, tmp_path):
     assert not (path.parent / "run").exists()
 
 
+MEZO_ADAM = "{name: mezo_adam, learning_rate: 1e-2, eps: 1e-2}"
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -293,7 +296,7 @@ def test_a_reference_that_reads_other_tokens_is_refused(path, tmp_path):
             for changes in (
                 {"steps": "40"},
                 {"optimizer": "{name: mezo, learning_rate: 5e-3}", "steps": "400"},
-                {"optimizer": "{name: mezo, learning_rate: 1e-1}", "steps": "400", "peft": "lora"},
+                {"optimizer": MEZO_ADAM, "steps": "1000", "peft": "lora"},
             )
         ),
     ],
@@ -309,7 +312,7 @@ def test_training_ranks_pairs_that_it_has_not_seen(path, changes):
         rows = [row for row in pairs(*places) if len(row["chosen"] + row["rejected"]) == 19]
         write_jsonl(path.parent / f"{split}.jsonl", rows)
     often = dict.fromkeys(("eval_every", "checkpoint_every", "log_every"), "1000")
-    summary = run(path, batch_size="16", **often, **changes)
+    summary = run(path, batch_size="16", pairs__validation="null", **often, **changes)
     assert summary["test_rows_in_training"] == 0
     found, before = (summary[name]["ranking_accuracy"] for name in ("test", "zero_shot"))
     assert found >= max(0.8, before + 0.3)
