@@ -274,6 +274,13 @@ def save_and_return(lm, folder: Path) -> Path:
     return folder / "changed"
 
 
+@pytest.mark.slow
+def test_a_reference_computes_in_the_dtype_of_the_run(path, copy):
+    summary = run(path, compute_dtype="bfloat16", objective__reference=str(copy), steps="1")
+    assert summary["zero_shot"]["margin"] == 0
+    assert lines(path)[0]["zero_shot_loss"] == float(np.float32(np.log(2)))
+
+
 def test_a_reference_that_reads_other_tokens_is_refused(path, tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["good film"])
@@ -430,7 +437,7 @@ def test_a_run_is_monitored_by_another_metric_and_stops_early(path):
         ({"objective.loss": "ipoo"}, "objective.loss.name", "(got 'ipoo'). Did you mean ipo?"),
         ({"objective.loss": "[dpo, sfd]"}, "objective.loss[1].name", "Did you mean sft?"),
         ({"objective.loss": "best"}, "objective.loss.name", "Choose one of dpo, cdpo"),
-        ({"objective.loss": "[]"}, "objective.loss", "is empty"),
+        ({"objective.loss": "[]"}, "objective.loss", "must name a loss"),
         ({"objective.loss": "d2o"}, "objective.loss", "responses that the model itself samples"),
         ({"objective.loss": "sft", "objective.beta": "1"}, "objective.beta", "sft has none"),
         (

@@ -52,8 +52,7 @@ class Preference(Objective):
     forms: ClassVar[tuple[str, ...]] = ("pairs",)
 
     def __post_init__(self) -> None:
-        if not self.loss:
-            raise UserError("loss: is empty (got nothing). Give at least one.")
+        object.__setattr__(self, "loss", preference.terms(self.loss))
         if any(term.name == "d2o" for term in self.loss):
             raise UserError(
                 "loss: d2o needs responses that the model itself samples (got d2o). Call "
