@@ -1,4 +1,4 @@
-"""From text to batches: the data forms `task`, `messages` and `text`."""
+"""From text to batches: the data forms `task`, `messages`, `text` and `tokens`."""
 
 from jaxlm.data.batching import EncodedTask, prepare, prepare_for
 from jaxlm.data.encoding import Encoded
@@ -19,14 +19,16 @@ from jaxlm.data.tasks import (
 )
 from jaxlm.data.templates import Template
 from jaxlm.data.text import Document, TextConfig
+from jaxlm.data.tokens import Tagged, TokensConfig
 
-DataConfig = TaskConfig | MessagesConfig | TextConfig
+DataConfig = TaskConfig | MessagesConfig | TextConfig | TokensConfig
 """Configuration of a data form. `config.load(seed=0).encode(lm)` makes its batches."""
 
 DATA_FORMS: dict[str, type[DataConfig]] = {
     "task": TaskConfig,
     "messages": MessagesConfig,
     "text": TextConfig,
+    "tokens": TokensConfig,
 }
 """The data forms by their keys in a configuration."""
 
@@ -44,12 +46,14 @@ __all__ = [
     "PaddedRows",
     "ParsedRow",
     "Prompted",
+    "Tagged",
     "Task",
     "TaskConfig",
     "Template",
     "TextConfig",
     "Texts",
     "TokenRow",
+    "TokensConfig",
     "load_task",
     "prepare",
     "prepare_for",

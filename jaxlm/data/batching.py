@@ -303,7 +303,8 @@ def prepare_for(lm: Any, task: Task, *, max_length: int | None = None) -> Encode
         return encoded
     count = len(task.config.labels)
     # A classifier with another number of classes is replaced later (`jaxlm.train.load.with_head`).
-    names = lm.config.label_names if lm.config.num_labels == count else ()
+    fits = lm.config.head == "classifier" and lm.config.num_labels == count
+    names = lm.config.label_names if fits else ()
     return replace(encoded, token_ids=np.asarray(task.config.columns_of(names), np.int32))
 
 

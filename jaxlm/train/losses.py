@@ -87,6 +87,30 @@ def accuracy_objective(
     return loss_fn
 
 
+def tagging_objective(apply: Apply) -> LossFn:
+    r"""Cross-entropy of the classes of tokens, $-\log \mathrm{softmax}(z_t)_{y_t}$, in their mean.
+
+    Args:
+        apply: the forward pass of a model with a classifier of every token, `lm.apply`.
+
+    Returns:
+        `loss_fn(params, batch, *, key=None, view=None) -> (loss, {"tokens", "accuracy"})` on a
+        batch of the form "weights" with `tags`, see `jaxlm.data.rows.PaddedRows`.
+    """
+
+    def loss_fn(params: Params, batch: Batch, *, key: Any = None, view: Any = None) -> Any:
+        del key
+        packed = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
+        logits = apply(params, batch["input_ids"], batch["attention_mask"], view=view, **packed)
+        tags, weights = jnp.asarray(batch["tags"]), jnp.asarray(batch["weights"])
+        tokens = jnp.sum(weights)
+        hits = jnp.sum((jnp.argmax(logits, axis=-1) == tags) * weights)
+        loss = jnp.sum(-log_probs_of(logits, tags) * weights) / tokens
+        return loss, {"tokens": tokens, "accuracy": hits / tokens}
+
+    return loss_fn
+
+
 def lm_objective(log_probs: Callable[..., Any]) -> LossFn:
     r"""Cross-entropy of the next token, in nats a token.
 

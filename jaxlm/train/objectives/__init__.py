@@ -5,14 +5,23 @@ optimizer, tuning, `dynamics` and mesh, in dry runs, and when a run resumes.
 """
 
 from jaxlm.train.objectives.base import Objective
-from jaxlm.train.objectives.likelihood import Classification, Completion
+from jaxlm.train.objectives.likelihood import Classification, Completion, TokenClassification
 from jaxlm.train.objectives.rewards import F1, Accuracy
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "classification": Classification,
     "completion": Completion,
+    "token_classification": TokenClassification,
     "accuracy": Accuracy,
     "f1": F1,
 }
 
-__all__ = ["F1", "OBJECTIVES", "Accuracy", "Classification", "Completion", "Objective"]
+__all__ = [
+    "F1",
+    "OBJECTIVES",
+    "Accuracy",
+    "Classification",
+    "Completion",
+    "Objective",
+    "TokenClassification",
+]
