@@ -17,7 +17,6 @@ from jaxlm.core import checks
 from jaxlm.core.errors import UserError
 from jaxlm.data.rows import SPLITS, EncodedRows, TokenRow, check_vocabulary, tokenizer_of
 from jaxlm.data.sources import Record, absolute, read_rows
-from jaxlm.models import ModelConfig
 
 Check = Callable[[str, Any], None]
 
@@ -277,7 +276,7 @@ class TextsConfig(SplitsConfig):
         """Return the example in a row of a source."""
         raise NotImplementedError
 
-    def resolve(self, texts: "Texts", model: ModelConfig) -> tuple["Texts", tuple[str, ...]]:
+    def resolve(self, texts: "Texts", model: Any) -> tuple["Texts", tuple[str, ...]]:
         """Return the texts as `tokenize` takes them for a model, and the names of their classes."""
         del model
         return texts, ()

@@ -13,7 +13,6 @@ from jaxlm.core.errors import UserError
 from jaxlm.data.rows import EncodedRows, TokenRow
 from jaxlm.data.sources import Record
 from jaxlm.data.splits import Texts, TextsConfig
-from jaxlm.models import ModelConfig
 
 TAGS = ("tags", "ner_tags")
 _CHUNK = 512  # texts per call of the tokenizer
@@ -103,7 +102,7 @@ class TokensConfig(TextsConfig):
             )
         return replace(tagged, tags=tuple(tags), names=record.class_names.get(field, ()))
 
-    def classes(self, texts: Texts, model: ModelConfig) -> tuple[str, ...]:
+    def classes(self, texts: Texts, model: Any) -> tuple[str, ...]:
         """Return the names of the classes, in the order of the outputs of the model's head."""
         given = self.labels or next((x.names for x in texts.train + texts.test if x.names), ())
         tags = {tag for example in texts.train for tag in example.tags}
@@ -116,7 +115,7 @@ class TokensConfig(TextsConfig):
             )
         return names
 
-    def resolve(self, texts: Texts, model: ModelConfig) -> tuple[Texts, tuple[str, ...]]:
+    def resolve(self, texts: Texts, model: Any) -> tuple[Texts, tuple[str, ...]]:
         """See `TextsConfig`; tags become indices of the classes."""
         classes = self.classes(texts, model)
         place = {name: i for i, name in enumerate(classes)}
@@ -162,7 +161,7 @@ def _all(values: Any, kind: Any) -> bool:
     )
 
 
-def matched(names: tuple[str, ...], model: ModelConfig) -> tuple[str, ...]:
+def matched(names: tuple[str, ...], model: Any) -> tuple[str, ...]:
     """Return the classes of the model's head, in its order, if all names are among them."""
     own = model.label_names if model.head == "token_classifier" else ()
     return own if {*names} <= {*own} else names
