@@ -335,7 +335,7 @@ def _measure_tokens(setting: Setting, lm: Any, texts: Texts, result: dict[str, A
     report = evaluation.tag_report(next(scored), next(scored), names)
     right = np.concatenate(tags) == np.concatenate(chosen)
     error = evaluation.standard_error(right[np.concatenate(read)])
-    whose = [dataclasses.replace(example, id="") for example in getattr(texts, config.split)]
+    whose = [example.content for example in getattr(texts, config.split)]
     return _Measured({**result, "standard_error": error, **report}, right, whose)
 
 

@@ -25,13 +25,14 @@ class Tagged:
     Attributes:
         words: at least one.
         tags: the class of each word, by its name or its index; empty where it is to be predicted.
-        id: the row's source and number.
+        id: the row's source and number; `where` is the same in words.
         names: names of the classes whose index a tag is, if the source has them.
     """
 
     words: tuple[str, ...]
     tags: tuple[str | int, ...]
     id: str
+    where: str = ""
     names: tuple[str, ...] = ()
 
     @property
@@ -79,7 +80,7 @@ class TokensConfig(TextsConfig):
                 f"{record.where}: field {self.field!r} is not a list of words (got "
                 f"{checks.show(words)}). Name the field of the words in tokens.field."
             )
-        return Tagged(tuple(words), (), f"{record.source}:{record.number}")
+        return Tagged(tuple(words), (), f"{record.source}:{record.number}", record.where)
 
     def parse(self, record: Record) -> Tagged:
         """Return the words in a row and their tags.
@@ -125,7 +126,7 @@ class TokensConfig(TextsConfig):
             name = names[tag] if isinstance(tag, int) and 0 <= tag < len(names) else tag
             if name not in place:
                 raise UserError(
-                    f"{example.id}: has a tag that is none of {checks.show(', '.join(classes))} "
+                    f"{example.where}: has a tag that is none of {checks.show(', '.join(classes))} "
                     f"(got {checks.show(tag)}). Correct it, or name the classes in tokens.labels."
                 )
             return place[name]

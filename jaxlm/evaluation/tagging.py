@@ -36,7 +36,7 @@ def entities(tags: Sequence[str]) -> list[Entity]:
     last, kind = "O", ""
     for place, tag in enumerate(tags):
         match = _TAG.fullmatch(tag)
-        prefix, of = (match[1], match[2] or "") if match else ("O", "")
+        prefix, of = (match[1], match[2] or "_") if match else ("O", "")
         if match and (prefix in "BS" or last in "OES" or of != kind):
             found.append((of, place, place))
         elif match:
