@@ -174,8 +174,8 @@ def show(summary: dict[str, Any], output: str) -> None:
     for key in others:
         rows[f"test {key.replace('_', ' ')}"] = shown("test", key)
     if (majority := summary.get("majority_accuracy")) is not None:
-        share = "test accuracy" if others else "test"
-        rows[f"{share}, always the most frequent class"] = f"{100 * majority:.1f} %"
+        always = "test accuracy, most frequent" if others else "test, always the most frequent"
+        rows[f"{always} class"] = f"{100 * majority:.1f} %"
     rows |= {
         "steps (tested)": f"{summary['steps']} ({summary['tested_step']})"
         + (", stopped early" if summary.get("stopped_early") else ""),

@@ -143,7 +143,9 @@ def test_a_run_measures_its_loss_and_is_planned(form, optimizer, peft, write):
     assert adapter == (peft == "lora")
 
 
-@pytest.mark.parametrize("form", ["messages", pytest.param("text", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "form", ["messages", *(pytest.param(x, marks=pytest.mark.slow) for x in ("text", "tokens"))]
+)
 def test_epochs_in_micro_batches_are_the_steps_of_the_batch(form, write, trained):
     """40 rows in batches of 4: 3/5 of an epoch are 6 steps."""
     path = write(form)
@@ -275,12 +277,19 @@ def test_a_run_tells_which_rows_it_leaves_out(write):
 
 
 @pytest.mark.parametrize(
-    "optimizer", [ADAM, pytest.param(MEZO, marks=pytest.mark.slow)], ids=["adam", "mezo"]
+    ("form", "optimizer"),
+    [
+        ("messages", ADAM),
+        pytest.param("messages", MEZO, marks=pytest.mark.slow),
+        pytest.param("tokens", MEZO, marks=pytest.mark.slow),
+    ],
 )
-def test_a_stopped_run_resumes_bitwise(optimizer, write, trained, tmp_path_factory, monkeypatch):
-    path = write("messages", optimizer)
+def test_a_stopped_run_resumes_bitwise(
+    form, optimizer, write, trained, tmp_path_factory, monkeypatch
+):
+    path = write(form, optimizer)
     if optimizer != ADAM:
-        trained = whole(write_in(tmp_path_factory.mktemp("whole"), "messages", optimizer))
+        trained = whole(write_in(tmp_path_factory.mktemp("whole"), form, optimizer))
     save = Checkpoints.save
 
     def stopping(self, step, *rest):
