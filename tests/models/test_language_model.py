@@ -117,7 +117,8 @@ def test_a_new_classifier_of_tokens_reads_every_state(name: str):
         ctx = layers.Context(lm.config)
         x = layers.norm(lm.params, "mlm.norm", jax.nn.gelu(
             layers.dense(lm.params, "mlm.dense", x, ctx), approximate=False), ctx)  # fmt: skip
-    wanted = x @ lm.params["classifier"]["kernel"] + lm.params["classifier"]["bias"]
+    head = lm.params["classifier"]
+    wanted = np.asarray(x) @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
     np.testing.assert_allclose(logits, wanted, atol=1e-5)
     some = lm.apply(lm.params, IDS, positions=np.array([[2], [0]]), token_ids=np.array([1]))
     np.testing.assert_allclose(some[:, 0, 0], logits[[0, 1], [2, 0], 1], atol=1e-5)
