@@ -223,8 +223,8 @@ def _form(config: PredictConfig, offsets: Any, first: Record) -> _Form:
         names = task.class_names
         return _Form(read, lambda lm: predictions.choosing(Choices(lm, empty, **options), names))
     text, words = config.text or TextConfig(), config.tokens or TokensConfig()
-    if words.field in first.values and (config.tokens or "prompt" not in first.values):
-        tagging = functools.partial(predictions.tagging, config=words, batch_size=size)
+    tagging = functools.partial(predictions.tagging, config=words, batch_size=size)
+    if config.tokens is not None:
         return _Form(words.parse_words, tagging)
     named = config.text is not None and text.field in first.values
     if {"messages", "prompt"} & first.values.keys() and not named:
@@ -239,6 +239,8 @@ def _form(config: PredictConfig, offsets: Any, first: Record) -> _Form:
         return _Form(predictions.prompt_reader(config.messages is not None), answering)
     if text.field in first.values:
         return _Form(text.parse, lambda lm: predictions.scoring_texts(lm, text, batch_size=size))
+    if words.field in first.values:
+        return _Form(words.parse_words, tagging)
     raise UserError(
         f"{first.where}: has neither prompt, messages, {text.field} nor {words.field} (got "
         f"{', '.join(map(repr, first.values))}). Give a task that reads these fields, or name "

@@ -188,6 +188,11 @@ def encode_words(texts: Sequence[Sequence[str]], tokenizer: Any, limit: int) -> 
         raise UserError(
             "tokenizer: does not tell words apart, which tokens need. Add tokenizer.json."
         )
+    if limit <= (special := tokenizer.num_special_tokens_to_add()):
+        raise UserError(
+            f"tokens.max_length: leaves no room for words beside {special} special tokens (got "
+            f"{limit}). Raise it."
+        )
     before = " " if _reads_spaces(tokenizer) else ""
     for start in range(0, len(texts), _CHUNK):
         chunk = [

@@ -260,7 +260,7 @@ def check_run(folder: RunFolder, stored: Mapping[str, Any]) -> None:
     texts = any(isinstance(stored.get(form), dict) for form in DATA_FORMS)
     kinds: dict[str, Any] = {"steps": int, "seed": int}
     kinds |= {"model": str | None, "bits": int | None}
-    kinds |= {"param_dtype": str, "peft": dict | None}
+    kinds |= {"param_dtype": str, "peft": dict | None, "tokens": dict | None}
     if (
         not all(isinstance(stored.get(name), kind) for name, kind in kinds.items())
         or not {"model", "bits"} <= stored.keys()

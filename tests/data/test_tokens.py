@@ -155,7 +155,9 @@ def test_other_rows_are_refused_by_file_and_line(row, message, wordpiece, write)
         encoded(model(wordpiece), test=path, train=write(ROWS, "other.jsonl"))
 
 
-def test_mistakes():
+def test_mistakes(wordpiece, write):
+    with refused("tokens.max_length", "no room for words beside 2 special tokens (got 2)"):
+        encoded(model(wordpiece), train=write(ROWS), max_length=2)
     with refused("tokens.labels", "has a value twice"):
         TokensConfig(train="a.jsonl", labels=("O", "O"))
     with refused("tokens.labels", "is needed where the model has no tokenizer"):

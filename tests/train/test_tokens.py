@@ -223,9 +223,10 @@ def test_the_loss_is_the_mean_over_the_words_and_parts_add_up_to_it():
     assert more["accuracy"] == pytest.approx(float(aux["accuracy"]))
 
 
-def test_packed_texts_do_not_see_each_other():
-    config = CONFIG.replace(head="token_classifier", num_labels=3)
-    lm = LanguageModel(config, init_params(config, jax.random.key(0)))
+@pytest.mark.parametrize("name", ["llama", "bert-base", "modernbert"])
+def test_packed_texts_do_not_see_each_other(name):
+    lm = jaxlm.from_pretrained(GOLDEN / name)
+    lm = add_classifier(lm, 3, jax.random.key(0), head="token_classifier")
     rows = [TokenRow("a", (3, 4, 5), (0, 2), tags=(1, 2)), TokenRow("b", (6, 7), (1,), tags=(0,))]
     whole = TokenRow("a b", (3, 4, 5, 6, 7), (0, 2, 4), starts=(0, 3), tags=(1, 2, 0))
     loss_fn = tagging_objective(lm.apply)
@@ -269,3 +270,28 @@ def test_evaluate_takes_a_task_or_words(folder):
         jaxlm.evaluate(folder / "bert")
     with pytest.raises(UserError, match=r"tokens: have neither prompts nor options"):
         jaxlm.evaluate(folder / "bert", tokens={"test": "a.jsonl"}, icl=4)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("case", ["bert-tokens", "llama-tokens"])
+def test_the_loss_is_that_of_transformers(case, tmp_path):
+    """Which leaves out the tokens with the label -100."""
+    import torch
+
+    from tests.helpers import reference
+
+    theirs = reference.make_model(case)
+    theirs.save_pretrained(tmp_path)
+    lm = jaxlm.from_pretrained(tmp_path)
+    rows = [
+        TokenRow("a", (5, 9, 6, 7), (1, 3), tags=(2, 0)),
+        TokenRow("b", (8, 9, 10, 4), (0, 1, 2), tags=(1, 1, 2)),
+    ]
+    batch = PaddedRows(rows, 0, buckets=(4,)).batch([0, 1])
+    labels = np.where(batch["weights"] > 0, batch["tags"], -100)
+    tensors = [torch.from_numpy(np.int64(x)) for x in (batch["input_ids"], labels)]
+    with torch.no_grad():
+        wanted = theirs(input_ids=tensors[0], labels=tensors[1]).loss
+    assert tagging_objective(lm.apply)(lm.params, batch)[0] == pytest.approx(
+        float(wanted), abs=1e-5
+    )

@@ -90,5 +90,5 @@ class TokenClassification(Objective):
         return TaggingMetric(lm, encoded, batch_size=batch_size)
 
     def chance(self, lm: LanguageModel, encoded: Encoded) -> float | None:
-        """Return the log of the number of classes."""
-        return math.log(lm.config.num_labels)
+        """Return the log of the number of classes; None if there is only one."""
+        return math.log(lm.config.num_labels) if lm.config.num_labels > 1 else None
