@@ -11,6 +11,9 @@ rows of a window apart, which would cost it time. The loss is
   answers      on the assistant's turns
   all tokens   on every token
 
+Two more rows, without TRL, have the loss on answers: with the base in 4 bits (QLoRA), and with
+whole layers computed again in the backward pass (remat: layer).
+
 The table has seconds, the ratio of times, the share of tokens in the loss, and the compiler's peak
 memory for jaxlm. --quick has windows of 64 tokens. The last line is one JSON object.
 """
@@ -128,21 +131,22 @@ class Peer:
 
 
 def measure(
-    what: str, lm: LanguageModel, encoded: EncodedRows, repeats: int, scratch: Path
+    what: str, lm: LanguageModel, encoded: EncodedRows, repeats: int, scratch: Path | None
 ) -> dict[str, Any]:
-    """Return a row of the table."""
+    """Return a row of the table; without a folder for TRL's model, TRL is not measured."""
     whole = encoded.batch(0, batch_size=ROWS, seed=0)
     ours = Ours(lm, encoded.sparse().batch(0, batch_size=ROWS, seed=0))
     share = float(whole["weights"].sum() / whole["attention_mask"].sum())
     row = {"loss_on": what, "in_loss": share}
     calls = {"jaxlm": ours}
-    try:
-        import torch
+    if scratch is not None:
+        try:
+            import torch
 
-        calls["trl"] = Peer(lm, whole, scratch / what.replace(" ", "-"))
-        row["torch_threads"] = torch.get_num_threads()
-    except ImportError as missing:
-        print(f"no rows of TRL, since {missing.name} is not installed (extra: parity)")
+            calls["trl"] = Peer(lm, whole, scratch / what.replace(" ", "-"))
+            row["torch_threads"] = torch.get_num_threads()
+        except ImportError as missing:
+            print(f"no rows of TRL, since {missing.name} is not installed (extra: parity)")
     times = common.interleaved(calls, repeats)
     row |= {"seconds": times["jaxlm"], "trl": times.get("trl")}
     row["ratio"] = times["jaxlm"] / times["trl"] if "trl" in times else None
@@ -181,6 +185,10 @@ def main() -> None:
             measure(what, lm, made, repeats, scratch)
             for what, made in (("answers", encoded), ("all tokens", with_all(encoded)))
         ]
+        again = lm.replace(config=lm.config.replace(remat="layer"))
+        rows.append(measure("answers, remat: layer", again, encoded, repeats, None))
+        few_bits = from_pretrained(options.model, bits=4)
+        rows.append(measure("answers, base in 4 bits", few_bits, encoded, repeats, None))
     common.print_table(rows)
     common.print_report("sft_step", rows)
 

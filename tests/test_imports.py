@@ -29,7 +29,7 @@ FLOORS = (
     {"sharding"},
     {"models"},
     {"peft"},
-    {"zo", "kernels", "influence", "dynamics"},
+    {"zo", "kernels", "influence", "dynamics", "preference"},
     {"data"},
     {"evaluation"},
     {"train"},

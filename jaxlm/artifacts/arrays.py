@@ -1,12 +1,15 @@
-"""Arrays on disk: fingerprints that tell two trees apart, and a check for finite numbers."""
+"""Arrays on disk: files of them, fingerprints that tell two trees apart, finite numbers."""
 
 import hashlib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.artifacts.files import report_write_errors, write_shared
 from jaxlm.artifacts.processes import to_host
 from jaxlm.core.errors import UserError
 
@@ -46,3 +49,26 @@ def check_tree_finite(tree: Any, where: object) -> None:
             # Test on the device, so that only a faulty shard is copied to the host.
             if jnp.issubdtype(part.dtype, jnp.inexact) and not jnp.isfinite(part).all():
                 check_finite(np.asarray(part), name, where)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays to a safetensors file that all processes share, with their `fingerprint`."""
+    from safetensors.numpy import save
+
+    arrays = dict(arrays)
+    with report_write_errors(path):
+        write_shared(path, save(arrays, {"sha256": fingerprint(arrays)}))
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read what `write_arrays` wrote; raise UserError if a byte of it has changed."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if (file.metadata() or {}).get("sha256") == fingerprint(arrays):
+                return arrays
+    except (SafetensorError, OSError):
+        pass
+    raise UserError(f"{path}: is damaged (got another checksum). Remove it, and start again.")

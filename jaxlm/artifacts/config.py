@@ -149,6 +149,14 @@ class _Reader:
         kind = without_none(kind)
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
         if "registry" in metadata:
+            if origin is tuple:  # one, or a list of several
+                items = self._parsed(value, key)
+                items = items if isinstance(items, list | tuple) else [items]
+                one = arguments[0]
+                return tuple(
+                    self.convert(item, one, f"{key}[{i}]" if len(items) > 1 else key, metadata)
+                    for i, item in enumerate(items)
+                )
             registry, data = metadata["registry"], self._mapping(value, key)
             self._one_of(name := data.get("name", next(iter(registry))), registry, f"{key}.name")
             return self.section(registry[name], data, key)

@@ -51,7 +51,7 @@ def keys_of(cls: Any, prefix: str = "", instance: Any = None) -> Iterator[Key]:
             yield from keys_of(kind, f"{dotted}.", inner)
         elif origin is dict and dataclasses.is_dataclass(arguments[1]):
             yield from keys_of(arguments[1], f"{dotted}.NAME.")
-        elif origin is tuple and dataclasses.is_dataclass(arguments[0]):
+        elif origin is tuple and not registry and dataclasses.is_dataclass(arguments[0]):
             yield from keys_of(arguments[0], f"{dotted}[0].")
 
 

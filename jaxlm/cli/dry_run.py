@@ -8,14 +8,16 @@ those of the local device, measured if none are published. Name another device b
 --device.memory=80e9 in bytes.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxlm.artifacts.config import build
 from jaxlm.cli import config as configs
-from jaxlm.core.errors import UserError
+from jaxlm.core.errors import UserError, out_of_memory
 from jaxlm.studies.tables import aligned, size
 
 FLAG = "--dry-run"
@@ -36,6 +38,49 @@ def run(cls: type[Any], args: Sequence[str], mesh: Any = None) -> None:
     device = device_of({key.removeprefix("device."): value for key, value in rates.items()})
     base_dir = Path(path).parent if path else None
     print(text(dry_run(config, base_dir=base_dir, mesh=mesh, device=device)))
+
+
+@contextlib.contextmanager
+def memory_explained(
+    config: Any, *, base_dir: Path | None = None, mesh: Any = None
+) -> Iterator[None]:
+    """If memory runs out in a run, name what did not fit and the largest batch that does."""
+    try:
+        yield
+        return
+    except Exception as error:
+        asked = out_of_memory(error)
+        if asked is None:
+            raise
+        # Its frames hold the arrays of the run, which the plan below may need the room of.
+        failed = error.with_traceback(None)
+    from jaxlm.cost.plan import dry_run
+
+    print("too little memory; looking for the largest batch that fits ...", file=sys.stderr)
+    try:
+        plan = dry_run(config, base_dir=base_dir, mesh=mesh)
+    except Exception:  # the plan itself may need too much, and the sentence must still be said
+        raise failed from None
+    raise UserError(
+        f"batch_size: there is too little memory (got {plan.batch_size} examples of at most "
+        f"{plan.tokens:,} tokens, which {asked}). {_smaller(plan)}"
+    ) from failed
+
+
+def _smaller(plan: Any) -> str:
+    """Return what to do if a run does not fit into memory."""
+    given, most = plan.batch_size, plan.largest_batch
+    if most is None or most >= given:  # the rest of the memory belongs to others, or is unknown
+        return "Lower batch_size or task.max_length, raise accumulate, or set remat: layer."
+    room = f"the {size(plan.device.memory)} of a device"
+    if not most:
+        return (
+            f"No batch fits into {room}: take a smaller model, bits: 4 with peft, or more devices."
+        )
+    return (
+        f"The largest that fits into {room} is {most:,}: lower batch_size, raise accumulate to "
+        f"{-(-given // most)} or more, or set remat: layer."
+    )
 
 
 def device_of(rates: dict[str, str]) -> Any:

@@ -331,8 +331,8 @@ def _measure_tokens(setting: Setting, lm: Any, texts: Texts, result: dict[str, A
     tags = [np.array(example.tags) for example in examples]
     chosen = [np.array([place[name] for name in row["prediction"]]) for row in fields]
     read = [row >= 0 for row in chosen]
-    scored = ([x[y] for x, y in zip(rows, read, strict=True)] for rows in (tags, chosen))
-    report = evaluation.tag_report(next(scored), next(scored), names)
+    labels, found = ([x[y] for x, y in zip(rows, read, strict=True)] for rows in (tags, chosen))
+    report = evaluation.tag_report(labels, found, names)
     right = np.concatenate(tags) == np.concatenate(chosen)
     error = evaluation.standard_error(right[np.concatenate(read)])
     whose = [example.content for example in getattr(texts, config.split)]

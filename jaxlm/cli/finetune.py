@@ -119,7 +119,8 @@ def finetune(
             the folder holds another run, or another process writes there; or the run diverged.
     """
     built, folder = configs.from_call(FinetuneConfig, config, overrides, "finetune")
-    summary = finetuning.finetune(built, base_dir=base_dir or folder, mesh=mesh)
+    with dry_run.memory_explained(built, base_dir=base_dir or folder, mesh=mesh):
+        summary = finetuning.finetune(built, base_dir=base_dir or folder, mesh=mesh)
     return finished(built, summary, mesh)
 
 

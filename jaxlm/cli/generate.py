@@ -229,6 +229,8 @@ def _samples(config: GenerateConfig, mesh: Mesh | None) -> Iterator[dict[str, An
         batch, key = prompts[start : start + config.batch_size], _batch_key(config, start)
         results = generate_text(lm, batch, key=key, num_samples=config.num_samples, **options)
         for i, (prompt, samples) in enumerate(zip(batch, results, strict=True), start=start):
+            if not isinstance(prompt, str):
+                prompt = tokenizer_of(lm).decode(prompt)
             for j, sample in enumerate(samples):
                 yield {
                     "index": i,

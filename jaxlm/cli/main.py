@@ -15,7 +15,7 @@ from typing import Any
 from jaxlm.artifacts.folder import where_logged
 from jaxlm.artifacts.stopping import Stopped, handle_signals
 from jaxlm.cli import screen
-from jaxlm.core.errors import UserError
+from jaxlm.core.errors import UserError, out_of_memory
 
 COMMANDS = {
     "finetune": "fine-tune a model on a task; without arguments, the quickstart",
@@ -169,11 +169,9 @@ def foreseen(error: Exception) -> str | None:
     text = str(error)
     if isinstance(error, UserError):
         return text
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-        asked = re.search(r"\d[\d.]*\s?(?:[KMGTPE]i?B|bytes)", text)
-        size = f"asked for {asked[0]} at once" if asked else "the size is not known"
+    if (asked := out_of_memory(error)) is not None:
         return (
-            f"memory: there is too little ({size}). Lower batch_size, eval_batch_size or "
+            f"memory: there is too little ({asked}). Lower batch_size, eval_batch_size or "
             "task.max_length, or take a smaller model; --dry-run of finetune and pretrain says "
             "what a run needs and the largest batch that fits."
         )

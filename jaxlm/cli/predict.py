@@ -34,6 +34,7 @@ from jaxlm.cli.evaluate import own_config
 from jaxlm.core.checks import dtype_name, integer, seeds, whole
 from jaxlm.core.errors import UserError
 from jaxlm.data import (
+    DATA_FORMS,
     MessagesConfig,
     Task,
     TaskConfig,
@@ -165,6 +166,11 @@ def predict(
         overrides = {**overrides, "rows": rows}
     if isinstance(config, str | Path) and not configs.is_file(config):
         config, overrides = None, {**overrides, "model": config}
+    if isinstance(config, PredictConfig) and not any(getattr(config, x, None) for x in DATA_FORMS):
+        # By its keys, so that a run's own task is found as for a run that is given by its name.
+        given = {f.name: getattr(config, f.name) for f in fields(config)}
+        changed = {f.name: given[f.name] for f in fields(config) if given[f.name] != f.default}
+        config, overrides = None, {**changed, **overrides}
     file, offsets = own_config(overrides) if config is None else (None, None)
     only = None if isinstance(config, PredictConfig) else KEYS
     built, _ = configs.from_call(PredictConfig, file or config, overrides, "predict", only=only)

@@ -69,4 +69,6 @@ def pretrain(
             used; the folder holds another run, or another process writes there; or it diverged.
     """
     built, _ = configs.from_call(PretrainConfig, config, overrides, "pretrain")
-    return finished(built, pretraining.pretrain(built, mesh=mesh), mesh)
+    with dry_run.memory_explained(built, mesh=mesh):
+        summary = pretraining.pretrain(built, mesh=mesh)
+    return finished(built, summary, mesh)

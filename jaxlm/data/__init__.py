@@ -1,8 +1,9 @@
-"""From text to batches: the data forms `task`, `messages`, `text` and `tokens`."""
+"""From text to batches: the data forms `task`, `messages`, `text`, `pairs` and `tokens`."""
 
 from jaxlm.data.batching import EncodedTask, prepare, prepare_for
 from jaxlm.data.encoding import Encoded
 from jaxlm.data.messages import Conversation, Message, MessagesConfig
+from jaxlm.data.pairs import Pair, Pairs, PairsConfig
 from jaxlm.data.prompts import Prompted, prompted, with_demonstrations, without_examples
 from jaxlm.data.readers import ParsedRow
 from jaxlm.data.rows import EncodedRows, PaddedRows, TokenRow
@@ -21,13 +22,14 @@ from jaxlm.data.templates import Template
 from jaxlm.data.text import Document, TextConfig
 from jaxlm.data.tokens import Tagged, TokensConfig
 
-DataConfig = TaskConfig | MessagesConfig | TextConfig | TokensConfig
+DataConfig = TaskConfig | MessagesConfig | TextConfig | PairsConfig | TokensConfig
 """Configuration of a data form. `config.load(seed=0).encode(lm)` makes its batches."""
 
 DATA_FORMS: dict[str, type[DataConfig]] = {
     "task": TaskConfig,
     "messages": MessagesConfig,
     "text": TextConfig,
+    "pairs": PairsConfig,
     "tokens": TokensConfig,
 }
 """The data forms by their keys in a configuration."""
@@ -44,6 +46,9 @@ __all__ = [
     "Message",
     "MessagesConfig",
     "PaddedRows",
+    "Pair",
+    "Pairs",
+    "PairsConfig",
     "ParsedRow",
     "Prompted",
     "Tagged",

@@ -140,8 +140,61 @@ def encode_prompted(
         yield replace(encoded, label=example.gold[0], gold=gold)
 
 
+def encode_responses(
+    examples: Sequence[Prompted],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    end: int | None = None,
+    special: bool = True,
+) -> Iterator[Encoded | None]:
+    """Tokenize prompts with each of their responses, of which all tokens are scored.
+
+    All responses begin after the same tokens: where the tokenizer joins the end of the prompt and
+    the beginning of a response, that is one token earlier. Prompts that are too long are cut on the
+    left to one token, and then responses on the right.
+
+    Args:
+        examples: prompts whose options are the responses.
+        tokenizer: a transformers tokenizer.
+        max_length: most tokens of prompt and response.
+        end: token to put after a response; None for none.
+        special: whether the tokenizer adds its special tokens; a chat template writes them.
+
+    Yields:
+        What the model reads, the prompt once; or None if two responses have the same tokens, or one
+        has none.
+    """
+    known = set(tokenizer.all_special_ids)
+    last = () if end is None else (end,)
+
+    def render(example: Prompted) -> list[Rendered]:
+        start = len(example.prompt)
+        return [
+            Rendered(example.prompt + option, (start, start + len(option)), ())
+            for option in example.options
+        ]
+
+    for _, rows in _tokenized(examples, render, tokenizer, "decoder", special):
+        texts = [row.ids if row.ids[-1:] == [*last] else [*row.ids, *last] for row in rows]
+        start = min(row.scored.start for row in rows)
+        start = min(start, *(_first_difference(texts[0], text) for text in texts[1:]))
+        kept = min(special_prefix(texts[0], known), start)
+        excess = max(map(len, texts)) - max_length
+        gone = min(max(excess, 0), max(start - max(kept, 1), 0))
+        prompt = (*texts[0][:kept], *texts[0][kept + gone : start])
+        room = max_length - len(prompt)
+        responses = tuple(tuple(text[start : start + room]) for text in texts)
+        usable = prompt and all(responses) and len(set(responses)) == len(responses)
+        yield Encoded(0, (prompt,), (), responses) if usable else None
+
+
 def _tokenized(
-    examples: Sequence[X], render: Callable[[X], list[Rendered]], tokenizer: Any, kind: Kind
+    examples: Sequence[X],
+    render: Callable[[X], list[Rendered]],
+    tokenizer: Any,
+    kind: Kind,
+    special: bool = True,
 ) -> Iterator[tuple[X, list[TokenizedText]]]:
     """Yield each example with the tokens of its rendered options."""
     read = _rows_by_offsets if getattr(tokenizer, "is_fast", False) else _rows_by_prefixes
@@ -152,7 +205,7 @@ def _tokenized(
         chunk.append((example, len(options)))
         texts += options
         if len(texts) >= _CHUNK or number == len(examples):
-            rows = iter(read(tokenizer, texts, kind))
+            rows = iter(read(tokenizer, texts, kind, special))
             for whose, count in chunk:
                 yield whose, list(itertools.islice(rows, count))
             chunk, texts = [], []
@@ -281,10 +334,12 @@ def share_prompts(examples: Sequence[Encoded]) -> list[Encoded] | None:
 
 
 def _rows_by_offsets(
-    tokenizer: Any, rendered: Sequence[Rendered], kind: Kind
+    tokenizer: Any, rendered: Sequence[Rendered], kind: Kind, add_special: bool
 ) -> list[TokenizedText]:
     texts = [each.text for each in rendered]
-    encodings = tokenizer(texts, return_attention_mask=False, verbose=False).encodings
+    encodings = tokenizer(
+        texts, add_special_tokens=add_special, return_attention_mask=False, verbose=False
+    ).encodings
     rows = []
     for each, encoding in zip(rendered, encodings, strict=True):
         ids, spans = encoding.ids, encoding.offsets
@@ -319,12 +374,12 @@ def _fields_by_offsets(each: Rendered, spans: Sequence[tuple[int, int]]) -> list
 
 
 def _rows_by_prefixes(
-    tokenizer: Any, rendered: Sequence[Rendered], kind: Kind
+    tokenizer: Any, rendered: Sequence[Rendered], kind: Kind, add_special: bool
 ) -> list[TokenizedText]:
     """Find labels by comparing with the tokens of the prompt alone, or with a mask in its place."""
 
     def tokens(text: str) -> list[int]:
-        return list(tokenizer(text, verbose=False)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=add_special, verbose=False)["input_ids"])
 
     def body(text: str) -> list[int]:
         """Return the tokens of a text without the special ones at its end."""

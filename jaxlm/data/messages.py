@@ -183,12 +183,11 @@ def chat(messages: Sequence[Message], tokenizer: Any) -> Transcript:
 
 def prompt_of(
     messages: str | Sequence[Message], tokenizer: Any, template: MessageTemplate = "chat"
-) -> str:
-    """Return the text after which the assistant answers, as `encode_messages` trains it.
+) -> str | list[int]:
+    """Return what stands before the assistant's answer, as `encode_messages` trains it.
 
-    Text is returned as it is.
-
-    A `bos_token` that the template writes and the tokenizer adds is left to the tokenizer.
+    A chat template writes all special tokens itself, so its prompt is tokens, to which the
+    tokenizer adds none. Other prompts are text; text is returned as it is.
     """
     if isinstance(messages, str):
         return messages
@@ -198,9 +197,8 @@ def prompt_of(
         return written.text[: written.spans[-1][0]]
     turns = [message._asdict() for message in messages]
     text = render_chat(tokenizer, turns, add_generation_prompt=True)
-    begin = tokenizer.bos_token_id
-    added = begin is not None and tokenizer("a")["input_ids"][0] == begin
-    return text.removeprefix(tokenizer.bos_token) if added else text
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 _TEMPLATES: dict[str, Callable[[Sequence[Message], str], Transcript]] = {
@@ -225,26 +223,28 @@ def encode_messages(
         raise UserError(
             "tokenizer: gives no character offsets, which messages need. Add tokenizer.json."
         )
-    render = _renderer(tokenizer, template)
     rows: list[TokenRow] = []
     for start in range(0, len(conversations), _CHUNK):
         chunk = conversations[start : start + _CHUNK]
-        transcripts = [render(conversation) for conversation in chunk]
+        written = transcripts(chunk, tokenizer, template)
         # Tokenize each text as a whole: tokens of turns tokenized separately would differ from what
         # the model reads when it generates. A token is in the loss if a character of it is.
         encodings = tokenizer(
-            [transcript.text for transcript in transcripts],
+            [transcript.text for transcript in written],
             add_special_tokens=template != "chat",
             return_attention_mask=False,
             verbose=False,
         ).encodings
-        for conversation, transcript, encoding in zip(chunk, transcripts, encodings, strict=True):
+        for conversation, transcript, encoding in zip(chunk, written, encodings, strict=True):
             ids, scored = _cut(transcript, encoding, max_length)
             rows.append(TokenRow(conversation.id, ids, scored, conversation.subtask))
     return rows
 
 
-def _renderer(tokenizer: Any, template: str) -> Callable[[Conversation], Transcript]:
+def transcripts(
+    conversations: Sequence[Conversation], tokenizer: Any, template: str
+) -> list[Transcript]:
+    """Write conversations with a template, see `MessagesConfig`."""
     eos, write = tokenizer.eos_token, {"tulu": tulu, "plain": plain}
     one_of("template", template, ("chat", *write))
     if template == "chat" and not getattr(tokenizer, "chat_template", None):
@@ -262,7 +262,7 @@ def _renderer(tokenizer: Any, template: str) -> Callable[[Conversation], Transcr
         except UserError as error:
             raise UserError(f"{conversation.id}: {error}") from None
 
-    return render
+    return [render(conversation) for conversation in conversations]
 
 
 def _cut(

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -137,12 +136,22 @@ def pad(
     return padded, mask
 
 
+@dataclass(frozen=True, eq=False)
 class EncodedSplits:
-    """The encoded splits of a data form; a trainer uses these methods and `eval_batches`."""
+    """The encoded splits of a data form; a trainer uses these methods and `eval_batches`.
 
-    key: str
-    train: Any
-    dropped: Mapping[str, Sequence[str]] = MappingProxyType({})
+    Attributes:
+        key: section of the data form, for error messages.
+        dropped: by split, the ids of examples that were left out, since nothing of them is learnt.
+        columns: by split, arrays [N, ...] with a number or more for each example, such as
+            log-probabilities of a reference model. Training batches have those of their examples.
+    """
+
+    key: str = field(default="data", kw_only=True)
+    dropped: Mapping[str, Sequence[str]] = field(default_factory=dict, kw_only=True)
+    columns: Mapping[SplitName, Mapping[str, np.ndarray]] = field(
+        default_factory=dict, kw_only=True
+    )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -165,12 +174,18 @@ class EncodedSplits:
         Raises:
             UserError: there are no training examples.
         """
-        size = len(self.train)
+        size = self.sizes["train"]
         if not size:
             raise UserError(
                 f"{self.key}.train: there are no training examples (got none). Give some."
             )
-        return stack_steps(self._train_batch, size, step, count, batch_size=batch_size, seeds=seeds)
+        columns = self.columns.get("train", {})
+
+        def collate(places: list[int]) -> Batch:
+            own = {name: column[places] for name, column in columns.items()}
+            return self._train_batch(places) | own
+
+        return stack_steps(collate, size, step, count, batch_size=batch_size, seeds=seeds)
 
     def _train_batch(self, places: Sequence[int]) -> Batch:
         raise NotImplementedError
@@ -370,8 +385,6 @@ class EncodedRows(EncodedSplits):
         train, validation, test: rows with a token in the loss; a split that does not exist is
             empty.
         buckets: lengths that batches are padded to, increasing.
-        dropped: by split, the ids of rows without a token in the loss, which were left out.
-        key: section of the data form, for error messages.
         labels: names of the classes of tags; empty where tokens are predicted.
     """
 
@@ -379,8 +392,6 @@ class EncodedRows(EncodedSplits):
     validation: PaddedRows
     test: PaddedRows
     buckets: tuple[int, ...]
-    dropped: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    key: str = "data"
     labels: tuple[str, ...] = ()
 
     @classmethod
@@ -425,7 +436,9 @@ class EncodedRows(EncodedSplits):
             name: tuple(row.id for row in rows if not row.loss_positions)
             for name, rows in splits.items()
         }
-        return cls(**padded, buckets=buckets, dropped=dropped, key=key, labels=labels)
+        train, validation, test = (padded[split] for split in SPLITS)
+        shared: dict[str, Any] = {"buckets": buckets, "dropped": dropped, "key": key}
+        return cls(train, validation, test, labels=labels, **shared)
 
     def sparse(self) -> "EncodedRows":
         """Return the data with training batches of the form "targets" if that makes them smaller.

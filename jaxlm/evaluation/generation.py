@@ -21,6 +21,8 @@ from jaxlm.models import LanguageModel
 from jaxlm.models.generation import Generated, Generator, Sampling, State, decoding_params
 
 Finish = Literal["stop", "length"]
+Prompt = str | Sequence[int]
+"""A text, or its tokens."""
 GREEDY = Sampling()
 _MULTIPLE = 16
 """Prompts are padded to a multiple of this length, so that few programs are compiled."""
@@ -51,7 +53,7 @@ class Completion:
 
 def generate_text(
     lm: LanguageModel,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
@@ -70,7 +72,7 @@ def generate_text(
     Args:
         lm: a decoder with its tokenizer.
         prompts: texts, tokenised with the special tokens that the tokenizer puts before them and
-            without those that it puts after them.
+            without those that it puts after them; or their tokens.
         max_new_tokens: most tokens of a sample.
         sampling: how tokens are drawn.
         stop: strings that end a sample.
@@ -124,7 +126,7 @@ def generate_text(
 
 def stream_text(
     lm: LanguageModel,
-    prompt: str,
+    prompt: Prompt,
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
@@ -220,7 +222,7 @@ def _read(state: State) -> Generated:
     return generated
 
 
-def _check(prompts: Sequence[str], stop: Sequence[str], chunk: int) -> None:
+def _check(prompts: Sequence[Prompt], stop: Sequence[str], chunk: int) -> None:
     for name, value in (("prompts", prompts), ("stop", stop)):
         if isinstance(value, str):
             raise UserError(f"{name}: must be a list of texts (got {show(value)}). Give a list.")
@@ -231,7 +233,7 @@ def _check(prompts: Sequence[str], stop: Sequence[str], chunk: int) -> None:
 
 def _start(
     lm: LanguageModel,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     max_new_tokens: int,
     sampling: Sampling,
     stop: Sequence[str],
@@ -253,7 +255,7 @@ def _start(
     return generator, state, rows
 
 
-def _tokenise(lm: LanguageModel, prompts: Sequence[str], most: int | None) -> list[list[int]]:
+def _tokenise(lm: LanguageModel, prompts: Sequence[Prompt], most: int | None) -> list[list[int]]:
     """Tokenise prompts, without the tokens that the tokenizer puts after every text.
 
     Prompts of more than `most` tokens are cut after the special tokens at their beginning.
@@ -269,8 +271,11 @@ def _tokenise(lm: LanguageModel, prompts: Sequence[str], most: int | None) -> li
     special = set(tokenizer.all_special_ids)
     rows = []
     for prompt in prompts:
-        ids = tokenizer(prompt, verbose=False)["input_ids"]
-        ids = ids[: len(ids) - behind]
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt, verbose=False)["input_ids"]
+            ids = ids[: len(ids) - behind]
+        else:
+            ids = list(prompt)
         excess = 0 if most is None else max(0, len(ids) - most)
         kept = special_prefix(ids, special)
         rows.append(ids[:kept] + ids[kept + excess :])

@@ -24,7 +24,7 @@ from jaxlm.artifacts.files import file_path
 from jaxlm.artifacts.folder import replacing
 from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core.checks import one_of, show
-from jaxlm.core.errors import UserError
+from jaxlm.core.errors import UserError, out_of_memory
 from jaxlm.core.paths import flatten, path_predicate
 from jaxlm.core.precision import MATRICES, Packed, dequantize, pack
 from jaxlm.models import adapters, gguf
@@ -94,7 +94,7 @@ def from_pretrained(
     """
     choices = model_choices(compute_dtype, attention, remat)
     one_of("bits", bits, (8, 4, None))
-    place = SHIPPED if name_or_path is None else _resolve(name_or_path)
+    place = SHIPPED if name_or_path is None else local_model(name_or_path)
     config, tokenizer, checkpoint = _read_model(place)
     assert checkpoint is not None
     dtype = float_dtype(param_dtype, checkpoint)
@@ -153,7 +153,7 @@ def _enough_memory(place: Path, config: ModelConfig, dtype: np.dtype) -> Iterato
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        if out_of_memory(error) is None:
             raise
         count = sum(math.prod(shape) for shape in param_shapes(config).values())
         sizes: dict[str, float] = {f"param_dtype={dtype}": dtype.itemsize}
@@ -186,7 +186,7 @@ def shapes_from_pretrained(
     Raises:
       UserError: see `from_pretrained`.
     """
-    place = SHIPPED if name_or_path is None else _resolve(name_or_path, weights=False)
+    place = SHIPPED if name_or_path is None else local_model(name_or_path, weights=False)
     config, tokenizer, checkpoint = _read_model(place, weights=False)
     dtype = float_dtype(param_dtype, checkpoint)
     if checkpoint is not None:
@@ -208,7 +208,12 @@ def shapes_from_pretrained(
     return LanguageModel(config, nest(flat), tokenizer)
 
 
-def _resolve(name_or_path, *, weights: bool = True) -> Path:
+def local_model(name_or_path: str | os.PathLike, *, weights: bool = True) -> Path:
+    """Return the folder or file of a model; a hub id is downloaded, if it is not there yet.
+
+    Raises:
+      UserError: see `from_pretrained`.
+    """
     place = file_path(name_or_path, "model")
     if place.is_dir() or place.is_file():
         return place

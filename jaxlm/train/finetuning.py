@@ -22,6 +22,7 @@ from jaxlm.data import (
     DataConfig,
     EncodedTask,
     MessagesConfig,
+    PairsConfig,
     Task,
     TaskConfig,
     TextConfig,
@@ -55,13 +56,14 @@ from jaxlm.typing import Params
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
-    """A fine-tuning run: the keys of `RunConfig` and those below, with one of four data forms.
+    """A fine-tuning run: the keys of `RunConfig` and those below, with one of the data forms.
 
     Attributes:
         model: folder or hub id; null means the shipped model.
         task: a task with prompts and right answers, or the name of a shipped one.
         messages: conversations; the loss is on the assistant's turns.
         text: documents; the loss is on every token.
+        pairs: prompts with a chosen and a rejected response.
         tokens: words with tags; the loss is on the first token of each word.
         objective: one of `jaxlm.train.objectives.OBJECTIVES` by its name; null for the likelihood
             of the right answers.
@@ -86,6 +88,7 @@ class FinetuneConfig(RunConfig):
     task: TaskConfig | None = field(default=None, metadata={"make": task_config})
     messages: MessagesConfig | None = None
     text: TextConfig | None = None
+    pairs: PairsConfig | None = None
     tokens: TokensConfig | None = None
     objective: Objective | None = field(default=None, metadata={"registry": OBJECTIVES})
     optimizer: Optimizer = field(default=Mezo(), metadata={"registry": OPTIMIZERS})
@@ -130,7 +133,8 @@ class FinetuneConfig(RunConfig):
                 f"task: a run must have one of {', '.join(DATA_FORMS)} (got "
                 f"{' and '.join(given) or 'none'}). Give one of them."
             )
-        self.chosen_objective.check(self.form, self.data, self.optimizer)
+        objective = self.chosen_objective
+        objective.check(self.form, self.data, self.optimizer, accumulate=self.accumulate)
         if self.calibrate and (self.task is None or self.task.has_per_example_options):
             raise UserError(
                 "calibrate: needs the same options in every example, and these have their own or "
@@ -216,10 +220,17 @@ def finetune(
         lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
         digests = base_digest(lm, config.model) | data_digests(data, config.form)
         setting = build(config, lm, data, mesh=mesh)
+        reference = lambda: setting.lm  # noqa: E731
+        if (name := setting.objective.reference_model) is not None:
+            # Loaded again for its one use, so that its memory is free during training.
+            reference = functools.partial(
+                load_model, name, param_dtype=config.param_dtype, mesh=mesh
+            )
+            digests |= base_digest(reference(), name, "objective.reference")
         for split, digest in setting.encoded.digests().items():
             name = f"{config.form}.{split}"
             digests[f"{name}.tokens"] = Digest(digests[name].name, digest)
-        return digests, functools.partial(_run, setting)
+        return digests, functools.partial(_run, setting, reference)
 
     sections = dict.fromkeys(("zero_shot", "validation", "test"), dict)
     numbers = dict.fromkeys(("forwards", "backwards", "peak_memory_bytes", "tested_step"), int)
@@ -311,7 +322,8 @@ def _prepared(
     config: FinetuneConfig, lm: LanguageModel, labels: tuple[str, ...]
 ) -> tuple[str | None, LanguageModel]:
     """Return the selection of trained parameters, and the model that has them."""
-    lm = lm.replace(config=lm.config.replace(compute_dtype=config.compute_dtype))
+    choices = {"compute_dtype": config.compute_dtype, "remat": config.remat}
+    lm = lm.replace(config=lm.config.replace(**choices))
     if config.random_init:
         lm = with_random_params(lm, seed=config.seed)
     if config.task is not None:
@@ -331,8 +343,15 @@ def _prepared(
     return select, lm
 
 
-def _run(setting: Setting, folder: RunFolder) -> dict[str, Any]:
+def _run(
+    setting: Setting, reference: Callable[[], LanguageModel], folder: RunFolder
+) -> dict[str, Any]:
     config, lm, objective, data, encoded = setting
+    columns = folder.columns(
+        lambda: objective.columns(lm, reference(), encoded, batch_size=config.eval_batch_size)
+    )
+    encoded = dataclasses.replace(encoded, columns=columns)
+    setting = setting._replace(encoded=encoded)
     assert data is not None
     assert config.steps is not None
     metric, sizes = setting.metric(), encoded.sizes
@@ -352,7 +371,7 @@ def _run(setting: Setting, folder: RunFolder) -> dict[str, Any]:
         for split, rows in encoded.dropped.items():
             if rows:
                 progress.say(
-                    f"left out {len(rows)} {split} rows, which have no token in the loss within "
+                    f"left out {len(rows)} {split} rows, of which nothing is learnt within "
                     f"max_length, the first {rows[0]}"
                 )
         first = folder.metrics.first() if start is not None else None

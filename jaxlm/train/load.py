@@ -19,7 +19,7 @@ from jaxlm.data import DATA_FORMS
 from jaxlm.data.corpus import read_tokenizer
 from jaxlm.data.tokens import matched
 from jaxlm.models import LanguageModel, add_classifier, init_params
-from jaxlm.models.hf import float_dtype, model_choices
+from jaxlm.models.hf import float_dtype, local_model, model_choices
 from jaxlm.peft import TUNINGS, Tuning, head_selection, load_adapter
 from jaxlm.peft.adapters import adapter_base, check_base, is_adapter
 from jaxlm.sharding import abstract, place_params, placed_like
@@ -81,7 +81,7 @@ def load_model(
     began with. The run may have had any mesh.
 
     Args:
-        name: a folder, a hub id, or the folder of a run or of a PEFT adapter.
+        name: a folder, a hub id, or the folder of a run; models and PEFT adapters have both.
         param_dtype, bits, mesh, base: see `jaxlm.from_pretrained`.
         shapes_only: return `jax.ShapeDtypeStruct`s as parameters, and read no weights.
 
@@ -89,6 +89,9 @@ def load_model(
         UserError: if there is no model, or the run has neither a checkpoint nor a trajectory.
     """
     folder = RunFolder(name, "model") if name is not None else None
+    # It may be a hub id, perhaps that of an adapter.
+    if name is not None and folder is not None and not folder.path.exists():
+        folder = RunFolder(local_model(name, weights=not shapes_only), "model")
     stored = folder.config() if folder is not None else None
     if folder is not None and stored is None and is_adapter(folder.path):
         options: dict[str, Any] = {"bits": bits, "mesh": mesh, "shapes_only": shapes_only}
@@ -205,9 +208,9 @@ def _load_base(name: str | Path | None, folder: Path, **options: Any) -> Languag
         ) from error
 
 
-def base_digest(lm: LanguageModel, name: str | None) -> dict[str, Digest]:
-    """Return the digest of the model that a run begins with."""
-    return {"model": Digest(name or "the shipped model", fingerprint(lm.params))}
+def base_digest(lm: LanguageModel, name: str | None, key: str = "model") -> dict[str, Digest]:
+    """Return the digest of a model that a run begins with, by the key that names it."""
+    return {key: Digest(name or "the shipped model", fingerprint(lm.params))}
 
 
 def _placed(

@@ -149,15 +149,15 @@ def token_objective(lm: LanguageModel) -> LossFn:
             return whole(params, batch, key=key, view=view)
         mask = jnp.asarray(batch["target_mask"])
         tokens = jnp.sum(mask)
-        losses = -_target_log_probs(lm, params, batch, view=view)
+        losses = -target_log_probs(lm, params, batch, view=view)
         return jnp.sum(losses * mask) / tokens, {"tokens": tokens}
 
     return loss_fn
 
 
-def _target_log_probs(lm: LanguageModel, params: Params, batch: Batch, **options: Any) -> Array:
+def target_log_probs(lm: LanguageModel, params: Params, batch: Batch, **options: Any) -> Array:
     """Return the log-probabilities of the targets, [B, K]; the head computes no other logits."""
-    packed = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
+    packed = {key: batch[key] for key in ("segment_ids", "position_ids") if key in batch}
     x = lm.hidden(params, batch["input_ids"], batch["attention_mask"], **packed, **options)
     x = jnp.take_along_axis(x, jnp.asarray(batch["positions"])[..., None], axis=1)
     view = {"view": options["view"]} if "view" in options else {}
@@ -175,7 +175,7 @@ def row_losses(lm: LanguageModel) -> Callable[..., Array]:
     """
 
     def losses(params: Any, batch: Batch, *, tap: Any = None) -> Array:
-        scored = _target_log_probs(lm, params, batch, tap=tap)
+        scored = target_log_probs(lm, params, batch, tap=tap)
         mask = jnp.asarray(batch["target_mask"])
         return -jnp.sum(scored * mask, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
 

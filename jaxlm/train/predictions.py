@@ -142,7 +142,7 @@ class Completing:
     """Completions of prompts, all of one chunk in a batch.
 
     Attributes:
-        prompt: text to continue, from an example.
+        prompt: text or tokens to continue, from an example.
         max_new_tokens, sampling, samples, stop: see `jaxlm.evaluation.generate_text`.
         seed: of the draws.
         batch_size: prompts in a batch.
@@ -150,7 +150,7 @@ class Completing:
         max_length: most tokens of prompt and completion; None for those of the model.
     """
 
-    prompt: Callable[[Any], str]
+    prompt: Callable[[Any], str | list[int]]
     max_new_tokens: int
     sampling: Sampling
     samples: int

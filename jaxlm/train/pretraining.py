@@ -146,7 +146,8 @@ class PretrainConfig(RunConfig):
 
     def model_config(self, tokenizer: Any) -> ModelConfig:
         """Return the architecture, for the vocabulary of `tokenizer`."""
-        return self.model.build(tokenizer).replace(compute_dtype=self.compute_dtype)
+        choices = {"compute_dtype": self.compute_dtype, "remat": self.remat}
+        return self.model.build(tokenizer).replace(**choices)
 
     def loss_fn(self, lm: LanguageModel) -> LossFn:
         """Return the loss of a batch."""

@@ -9,7 +9,7 @@ import jax
 import jaxlm
 from jaxlm.artifacts.files import file_path
 from jaxlm.artifacts.folder import hold
-from jaxlm.core.checks import distinct, dtype_name, seeds, whole
+from jaxlm.core.checks import distinct, dtype_name, one_of, seeds, whole
 from jaxlm.core.errors import UserError
 from jaxlm.core.paths import Select
 from jaxlm.models import LanguageModel
@@ -40,6 +40,8 @@ class RunConfig(LoopConfig):
         compute_dtype: dtype to which parameters are cast when the model reads them, one layer at a
             time; null for their own. With `bfloat16` and parameters in float32, the optimizer has
             float32 master weights and moments.
+        remat: what a backward pass computes again instead of keeping it: `none`; `dots`, all but
+            the outputs of matrix products; or the whole `layer`, which takes the least memory.
         seed: seed of the order of the data and of the optimizer.
         log_to: where metrics are sent beside the run's folder: tensorboard, wandb; needs
             pip install 'jaxlm[log]'.
@@ -51,6 +53,7 @@ class RunConfig(LoopConfig):
     batch_size: int
     accumulate: int = 1
     compute_dtype: str | None = None
+    remat: Literal["none", "dots", "layer"] = "dots"
     seed: int = 0
     output: str
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -66,6 +69,7 @@ class RunConfig(LoopConfig):
         if self.compute_dtype is not None:
             name = dtype_name(self.compute_dtype, "compute_dtype")
             object.__setattr__(self, "compute_dtype", name)
+        one_of("remat", self.remat, ("none", "dots", "layer"))
         seeds(self, "seed")
         if self.log_to:
             distinct("log_to", self.log_to)

@@ -6,13 +6,14 @@ A zeroth-order run also has `trajectory.zo`, and every run `data.json`: digests 
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from jaxlm.artifacts import folder as artifacts
+from jaxlm.artifacts.arrays import read_arrays, write_arrays
 from jaxlm.artifacts.files import (
     file_path,
     read_json,
@@ -26,7 +27,7 @@ from jaxlm.artifacts.processes import barrier, is_main_process
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
 from jaxlm.data import DATA_FORMS
-from jaxlm.data.rows import SPLITS
+from jaxlm.data.rows import SPLITS, SplitName
 from jaxlm.train.logging import Metrics
 
 FREE = ("output", "log_to")
@@ -81,6 +82,7 @@ class RunFolder:
         self.trajectory = self.path / "trajectory.zo"
         self._data = self.path / "data.json"
         self._summary = self.path / "summary.json"
+        self._columns = self.path / "columns.safetensors"
 
     def check(self, config: Any) -> None:
         """Refuse a folder that cannot hold this run, without writing to it.
@@ -96,10 +98,8 @@ class RunFolder:
             return
         if not self._begun():
             return
-        known = self.digests()
         for key, old, new in differences(stored, to_dict(config)):
-            # A run of an earlier version has its names as they were typed, and no such digests.
-            if key in FREE or (key in NAMES and (known or str(new).endswith(f"/{old}"))):
+            if key in FREE or key in NAMES:
                 continue
             why = self._why_fixed(stored, config) if key == "steps" else None
             if key != "steps" or why is not None:
@@ -122,9 +122,7 @@ class RunFolder:
 
     def digests(self) -> dict[str, str]:
         """Return the digests of what the run reads, by key; empty before it began."""
-        stored = read_json(self._data) if self._data.exists() else {}
-        # Keys of earlier versions are sentences; the name of a domain may have a space.
-        return {k: value for k, value in stored.items() if k.startswith("corpus.") or " " not in k}
+        return read_json(self._data) if self._data.exists() else {}
 
     def _begun(self) -> bool:
         """Return whether the run has done a step or is finished."""
@@ -209,13 +207,33 @@ class RunFolder:
                 write_json(self._data, new)
             yield
 
+    def columns(
+        self, make: Callable[[], dict[SplitName, dict[str, np.ndarray]]]
+    ) -> dict[SplitName, dict[str, np.ndarray]]:
+        """Return what an objective computes of each example before the first step, once.
+
+        It is kept in `columns.safetensors`: the model has changed when the run resumes.
+        """
+        if not self._columns.exists():
+            columns = make()
+            flat = {f"{split}.{k}": x for split, rows in columns.items() for k, x in rows.items()}
+            if flat:
+                write_arrays(self._columns, flat)
+            return columns
+        flat = read_arrays(self._columns)
+        columns = {split: {} for split in SPLITS}
+        for name, values in flat.items():
+            split, _, key = name.partition(".")
+            columns[cast(SplitName, split)][key] = values
+        return columns
+
     def _clear(self, *, whole: bool) -> None:
         """Remove the summary, or with `whole` all results of the run."""
         self._summary.unlink(missing_ok=True)
         if whole:
             for name in ("checkpoints", "model", "tensorboard", "wandb"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            for file in (self.metrics.path, self.trajectory, self._data):
+            for file in (self.metrics.path, self.trajectory, self._data, self._columns):
                 file.unlink(missing_ok=True)
 
     def check_unchanged(self, digests: Mapping[str, Digest]) -> None:

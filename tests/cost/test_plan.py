@@ -1,6 +1,7 @@
 """A dry run: what it says before is what a run takes, whatever the model and wherever it lies."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -34,6 +35,10 @@ TOY = Device(name="toy", peak_flops=1e12, cpu=True)  # no memory: no search for 
 def load(path: Path, **overrides) -> FinetuneConfig:
     flags = {key: str(value) for key, value in overrides.items()}
     return configs.load(FinetuneConfig, path, flags)
+
+
+def plan_of(path: Path, **changes):
+    return dry_run(load(path, **LORA, **changes), base_dir=path.parent, device=TOY)
 
 
 @pytest.mark.parametrize(
@@ -305,3 +310,29 @@ def test_rates_of_devices():
     assert min(here.flops, here.bandwidth, here.memory) > 1e8
     with pytest.raises(UserError, match=r"device.memory: must be above 0 .got -1.0.. Correct it."):
         Device(memory=-1.0)
+
+
+def test_a_run_that_does_not_fit_names_the_largest_batch(run_yaml, monkeypatch, capsys):
+    """What fits is found by the plan, whose peaks are those of runs; see above."""
+    peaks = {size: plan_of(run_yaml, batch_size=size).peak_bytes for size in (4, 16)}
+    room = (peaks[4] + peaks[16]) / 2
+
+    def fail(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+
+    monkeypatch.setattr("jaxlm.train.finetuning.finetune", fail)
+    device = Device(name="toy", peak_flops=1e12, memory=room, cpu=True)
+    monkeypatch.setattr("jaxlm.cost.plan.this_device", lambda: device)
+    args = ["finetune", str(run_yaml), *(f"--{k}={v}" for k, v in LORA.items())]
+    assert main([*args, "--batch_size=16"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(
+        r"error: batch_size: .* \(got 16 examples .* asked for 99 bytes at once\)", said
+    )
+    most = int(re.search(r"is (\d+): lower batch_size", said)[1])
+    assert 4 <= most < 16
+    assert plan_of(run_yaml, batch_size=most).peak_bytes <= room
+    assert plan_of(run_yaml, batch_size=most + 1).peak_bytes > room
+    assert f"accumulate to {-(-16 // most)} or more" in said
+    assert main([*args, "--batch_size=2"]) == 2  # this would fit, so others have the memory
+    assert "Lower batch_size or task.max_length" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from jaxlm.data import (
     DATA_FORMS,
     MessagesConfig,
     PaddedRows,
+    PairsConfig,
     TaskConfig,
     TextConfig,
     TokenRow,
@@ -61,6 +62,27 @@ def prompt_row(i: int) -> dict:
     return {"prompt": task_row(i)["text"], "completion": f" {WORDS[i % 2]}"}
 
 
+def pair_row(i: int) -> dict:
+    row = task_row(i)
+    return {"prompt": row["text"], "chosen": f" {WORDS[i % 2]}", "rejected": f" {WORDS[1 - i % 2]}"}
+
+
+def messages_pair_row(i: int) -> dict:
+    prompt = messages_row(i)["messages"]
+    said = [{"role": "assistant", "content": word} for word in (WORDS[1 - i % 2], "fun")]
+    return {
+        "chosen": prompt,
+        "rejected": [prompt[0], said[0]],
+        "score_chosen": 2,
+        "score_rejected": 1,
+    }
+
+
+def rated_row(i: int) -> dict:
+    row = task_row(i)
+    return {"prompt": row["text"], "responses": [" good", " fun it"], "scores": [i % 3, 3]}
+
+
 def tokens_row(i: int) -> dict:
     words = task_row(i)["text"].split()
     return {"tokens": words, "tags": ["O"] * (len(words) - 1) + ["B-N"]}
@@ -86,6 +108,9 @@ FORMS = {
     "messages_chat": (messages("chat"), messages_row),
     "messages_plain": (messages("plain"), prompt_row),
     "text": (TextConfig, task_row),
+    "pairs": (PairsConfig, pair_row),
+    "pairs_messages": (PairsConfig, messages_pair_row),
+    "pairs_rated": (PairsConfig, rated_row),
     "tokens": (tokens, tokens_row),
 }
 
@@ -249,9 +274,10 @@ def test_a_form_without_training_rows(form) -> None:
     _, encoded = form(splits=("train", "test"))
     assert list(encoded.eval_batches("validation", batch_size=4)) == []
     _, encoded = form(splits=("test",))
-    with pytest.raises(UserError, match=r"^(task|messages|text|tokens)\.train: there are no "):
+    key = "(task|messages|text|pairs|tokens)"
+    with pytest.raises(UserError, match=rf"^{key}\.train: there are no "):
         encoded.streams(0, 1, batch_size=2, seeds=(0,))
-    with pytest.raises(UserError, match=r"^(task|messages|text|tokens): has no data\."):
+    with pytest.raises(UserError, match=rf"^{key}: has no data\."):
         form(splits=())
 
 

@@ -103,12 +103,16 @@ def test_a_chat_template_has_the_places_that_transformers_gives(bpe) -> None:
 
 @pytest.mark.parametrize("template", ["chat", "tulu", "plain"])
 @pytest.mark.parametrize("begin", ["bpe", "bpe_bos"])
-def test_a_prompt_is_what_stands_before_an_answer_in_training(template, begin, request) -> None:
-    tokenizer = with_template(request.getfixturevalue(begin), "{{ bos_token }}" + CHATML)
+@pytest.mark.parametrize("written", ["{{ bos_token }}", ""])
+def test_a_prompt_is_what_stands_before_an_answer_in_training(
+    template, begin, written, request
+) -> None:
+    tokenizer = with_template(request.getfixturevalue(begin), written + CHATML)
     turns = [Message("user", "the film"), Message("assistant", "good"), Message("user", "a book")]
     whole = [Conversation((*turns, Message("assistant", "bad")), "0")]
     (row,) = encode_messages(whole, tokenizer, template=template)
-    prompt = tokenizer(prompt_of(turns, tokenizer, template))["input_ids"]
+    prompt = prompt_of(turns, tokenizer, template)
+    prompt = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
     assert tuple(prompt) == row.ids[: len(prompt)]
     last = [place for place in row.loss_positions if place >= len(prompt)]
     assert last[0] == len(prompt)

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -95,7 +96,6 @@ def test_a_moved_run_is_loaded_and_evaluated(moved, tuned):
 
 
 def test_other_data_of_the_same_name_are_refused(tuned, tmp_path, monkeypatch):
-    """As in a run of an earlier version, whose names are those that were typed."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tuned, tmp_path / "copy")
     run = tmp_path / "copy" / "run"
@@ -176,16 +176,25 @@ def test_every_command_takes_an_adapter(moved, tuned, tmp_path, capsys):
         jaxlm.from_pretrained(adapter)
 
 
+def test_an_adapter_and_its_base_may_be_on_the_hub(tuned, tmp_path, monkeypatch):
+    adapter, wanted = tmp_path / "adapter", logits(jaxlm.from_pretrained(tuned / "run"))
+    assert main(["convert", str(tuned / "run"), str(adapter), "--adapter"]) == 0
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    base = config["base_model_name_or_path"]
+    config = json.dumps(config | {"base_model_name_or_path": "lab/base"})
+    (adapter / "adapter_config.json").write_text(config)
+    hub = {"lab/adapter": str(adapter), "lab/base": base}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: hub[name])
+    np.testing.assert_allclose(logits(jaxlm.from_pretrained("lab/adapter")), wanted, atol=1e-6)
+    with refused("model", "cannot be downloaded from the hub"):
+        jaxlm.from_pretrained("lab/other")
+
+
 def test_an_adapter_is_no_base_of_another(tuned, tmp_path):
     adapter = tmp_path / "adapter"
     assert main(["convert", str(tuned / "run"), str(adapter), "--adapter"]) == 0
     with refused("base", "is an adapter itself"):
         jaxlm.from_pretrained(adapter, base=adapter)
-
-
-def test_a_domain_may_have_a_space_in_its_name(tmp_path):
-    (tmp_path / "data.json").write_text('{"corpus.my books": "a", "the tokens of train": "b"}')
-    assert RunFolder(tmp_path).digests() == {"corpus.my books": "a"}
 
 
 @pytest.mark.parametrize("flag", [[], ["--adapter"]])

@@ -6,6 +6,7 @@ optimizer, tuning, `dynamics` and mesh, in dry runs, and when a run resumes.
 
 from jaxlm.train.objectives.base import Objective
 from jaxlm.train.objectives.likelihood import Classification, Completion, TokenClassification
+from jaxlm.train.objectives.preference import Preference
 from jaxlm.train.objectives.rewards import F1, Accuracy
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -14,6 +15,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "token_classification": TokenClassification,
     "accuracy": Accuracy,
     "f1": F1,
+    "preference": Preference,
 }
 
 __all__ = [
@@ -23,5 +25,6 @@ __all__ = [
     "Classification",
     "Completion",
     "Objective",
+    "Preference",
     "TokenClassification",
 ]

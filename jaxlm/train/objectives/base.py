@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.data import DataConfig, EncodedTask, Task, Texts
+from jaxlm.data import DataConfig, EncodedTask, Pairs, Task, Texts
 from jaxlm.data.batching import Objective as Batches
-from jaxlm.data.rows import EncodedRows
+from jaxlm.data.rows import EncodedRows, SplitName
 from jaxlm.evaluation.classification import Reduction
 from jaxlm.models import LanguageModel
 from jaxlm.train.losses import num_examples, num_targets
@@ -19,8 +20,10 @@ from jaxlm.train.settings import Optimizer
 from jaxlm.train.zeroth_order import ZerothOrder
 from jaxlm.typing import Batch, LossFn
 
-Data = Task | Texts
+Data = Task | Texts | Pairs
 Encoded = EncodedTask | EncodedRows
+Columns = dict[SplitName, dict[str, np.ndarray]]
+"""By split, arrays with one row for each example, see `jaxlm.data.rows.EncodedSplits`."""
 Scoring = Mapping[str, Any]
 """`offsets` and `reduction` of the scores of options, see `option_scores`."""
 
@@ -41,7 +44,9 @@ class Objective:
     """Training batches of a task, see `jaxlm.data.EncodedTask`."""
     differentiable: ClassVar[bool] = True
 
-    def check(self, form: str, data: DataConfig, optimizer: Optimizer) -> None:
+    def check(
+        self, form: str, data: DataConfig, optimizer: Optimizer, *, accumulate: int = 1
+    ) -> None:
         """Refuse a run whose data it does not read, or whose optimizer needs a gradient."""
         if form not in self.forms:
             raise UserError(
@@ -68,9 +73,9 @@ class Objective:
     def share(batch: Batch) -> Any:
         """Return what the loss of a batch divides by; see `jaxlm.train.losses.accumulate`.
 
-        By default that is the number of targets if the batch marks them, or of examples.
+        By default that is the number of targets if the batch has weights of tokens, or of examples.
         """
-        tokens = "target_mask" in batch or jnp.ndim(batch.get("weights", ())) == 2
+        tokens = jnp.ndim(batch.get("weights", batch.get("target_mask", ()))) == 2
         return num_targets(batch) if tokens else num_examples(batch)
 
     def batched(self, encoded: Encoded) -> Encoded:
@@ -78,6 +83,24 @@ class Objective:
         if isinstance(encoded, EncodedTask):
             return dataclasses.replace(encoded, objective=self.batches)
         return encoded
+
+    @property
+    def reference_model(self) -> str | None:
+        """Name of the `reference` of `columns`; None for the model before its first step."""
+        return None
+
+    def columns(
+        self, lm: LanguageModel, reference: LanguageModel, encoded: Encoded, *, batch_size: int
+    ) -> Columns:
+        """Compute what the loss needs of each example, once, before the first step.
+
+        Args:
+            lm: the model before its first step.
+            reference: the model that `reference_model` names, or `lm`.
+            encoded: the data, of all splits.
+            batch_size: examples in a forward pass.
+        """
+        return {}
 
     def metric(
         self,

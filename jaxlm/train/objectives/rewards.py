@@ -23,13 +23,15 @@ class Accuracy(Objective):
     differentiable: ClassVar[bool] = False
     measured_by: ClassVar[str] = "accuracy"
 
-    def check(self, form: str, data: DataConfig, optimizer: Optimizer) -> None:
+    def check(
+        self, form: str, data: DataConfig, optimizer: Optimizer, *, accumulate: int = 1
+    ) -> None:
         """See `Objective`; the task must be measured by this metric."""
         if isinstance(data, TaskConfig) and data.metric != self.measured_by:
             raise UserError(
                 f"objective: {data.name} is measured by {data.metric} (got {self.name}). Give that."
             )
-        super().check(form, data, optimizer)
+        super().check(form, data, optimizer, accumulate=accumulate)
 
     def loss_fn(
         self, lm: LanguageModel, data: Data | None, encoded: Encoded, scoring: Scoring
