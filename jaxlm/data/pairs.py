@@ -4,11 +4,12 @@ import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
-from jaxlm.data.batching import EncodedTask
+from jaxlm.data.batching import EncodedTask, joined_row
 from jaxlm.data.encoding import Encoded, encode_responses
 from jaxlm.data.messages import Conversation, Message, MessageTemplate, messages_of, transcripts
 from jaxlm.data.prompts import Prompted
@@ -115,7 +116,7 @@ class PairsConfig(SplitsConfig):
         """Return one pair of that many tokens, half of them the prompt, in place of the data."""
         prompt, response = (0,) * (length - length // 2), (0,) * (length // 2)
         pair = Encoded(0, (prompt,), (), (response, (*response[1:], 1)))
-        return _task({"train": [pair], "validation": [], "test": [pair]}, 0, length, {})
+        return as_task({"train": [pair], "validation": [], "test": [pair]}, 0)
 
 
 def _number(record: Record, value: Any) -> float:
@@ -226,7 +227,7 @@ class Pairs(Splits):
                 )
         tokens = (max(map(max, (*x.input_ids, *x.targets))) for rows in kept.values() for x in rows)
         check_vocabulary(max(tokens, default=0), lm.config.vocab_size)
-        return _task(kept, lm.config.pad_id or 0, limit, dropped)
+        return as_task(kept, lm.config.pad_id or 0, dropped)
 
 
 def encode_pairs(
@@ -275,21 +276,22 @@ def _written(pairs: Sequence[Pair], tokenizer: Any, template: MessageTemplate) -
     return texts
 
 
-def _task(
+def as_task(
     splits: Mapping[str, Sequence[Encoded]],
     pad_id: int,
-    limit: int,
-    dropped: Mapping[str, Sequence[str]],
+    dropped: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> EncodedTask:
-    lengths = [len(each.input_ids[0]) for rows in splits.values() for each in rows]
+    """Return the splits of pairs as a task, whose batches hold prompt and responses in one row."""
+    lengths = [len(joined_row(each)) for rows in splits.values() for each in rows]
     return EncodedTask(
         labels=(),
         token_ids=None,
         pad_id=pad_id,
-        buckets=length_buckets(lengths, limit),
+        buckets=length_buckets(lengths),
         train=tuple(splits["train"]),
         validation=tuple(splits["validation"]),
         test=tuple(splits["test"]),
+        joined=True,
         key="pairs",
         dropped=dropped,
     )

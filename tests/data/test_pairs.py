@@ -8,8 +8,12 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlm import preference
 from jaxlm.data import PairsConfig
+from jaxlm.data.encoding import Encoded
+from jaxlm.data.pairs import as_task
 from jaxlm.data.rows import pad
+from tests.helpers.models import GOLDEN
 from tests.helpers.sentences import refused
 from tests.helpers.tiny import make_model, write_jsonl
 
@@ -151,6 +155,29 @@ def test_both_responses_begin_after_the_same_tokens(encode, bpe_bos, tmp_path):
         assert list(each.input_ids[0] + each.targets[j]) == text
         np.testing.assert_allclose(log_probs[i // 2, j], whole[i, start - 1 :].sum(), rtol=1e-5)
         assert tokens[i // 2, j] == len(text) - start
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "gemma2"])
+def test_pairs_may_fill_the_positions_of_a_model(family):
+    """Prompt and both responses are one row, longer than what each of them fills: 16 positions."""
+    import jaxlm
+    from jaxlm.train.objectives import Preference
+    from jaxlm.train.objectives.preference import response_scorer
+
+    lm = jaxlm.from_pretrained(GOLDEN / family)
+    rng = np.random.default_rng(0)
+    examples = []
+    for sizes in ((12, 4, 2), (3, 13, 1), (1, 2, 15)):
+        prompt, *both = (tuple(rng.integers(4, 30, n).tolist()) for n in sizes)
+        examples.append(Encoded(0, (prompt,), (), tuple(both)))
+    encoded = as_task({"train": examples, "validation": (), "test": ()}, 0)
+    encoded = Preference(loss=(preference.LOSSES["kto"](),)).batched(encoded)
+    rows = [(x.input_ids[0], y) for x in encoded.train for y in x.targets]
+    ids, mask = pad([prompt + response for prompt, response in rows], (16,))
+    whole = np.asarray(jax.jit(lm.log_probs)(lm.params, ids, mask))
+    expected = [whole[i, len(a) - 1 : len(a) + len(b) - 1].sum() for i, (a, b) in enumerate(rows)]
+    found, _ = jax.jit(response_scorer(lm))(lm.params, encoded.collate(encoded.train))
+    np.testing.assert_allclose(found, np.reshape(expected, (3, 3)), rtol=1e-5)
 
 
 def test_a_prompt_is_cut_on_the_left_and_then_responses_on_the_right(encode, bpe_bos):

@@ -73,9 +73,9 @@ class Objective:
     def share(batch: Batch) -> Any:
         """Return what the loss of a batch divides by; see `jaxlm.train.losses.accumulate`.
 
-        By default that is the number of targets if the batch marks them, or of examples.
+        By default that is the number of targets if the batch has weights of tokens, or of examples.
         """
-        tokens = "target_mask" in batch or jnp.ndim(batch.get("weights", ())) == 2
+        tokens = jnp.ndim(batch.get("weights", batch.get("target_mask", ()))) == 2
         return num_targets(batch) if tokens else num_examples(batch)
 
     def batched(self, encoded: Encoded) -> Encoded:

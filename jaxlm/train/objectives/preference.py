@@ -19,10 +19,12 @@ from jaxlm.core.checks import real
 from jaxlm.core.errors import UserError
 from jaxlm.data import DataConfig, EncodedTask
 from jaxlm.data.encoding import Encoded as Example
+from jaxlm.data.pairs import as_task
 from jaxlm.data.rows import SPLITS, SplitName
-from jaxlm.evaluation.classification import Reduction, option_scores
+from jaxlm.evaluation.classification import Reduction
 from jaxlm.models import LanguageModel
 from jaxlm.preference import LOSSES, PairLoss, PairScores
+from jaxlm.train.losses import target_log_probs
 from jaxlm.train.measure import Metric
 from jaxlm.train.objectives.base import Columns, Data, Encoded, Objective, Scoring
 from jaxlm.train.settings import Optimizer
@@ -117,10 +119,8 @@ class Preference(Objective):
         """
         assert isinstance(encoded, EncodedTask)
         if self._mismatched:
-            train, validation, test = (
-                tuple(_with_others(getattr(encoded, split))) for split in SPLITS
-            )
-            encoded = dataclasses.replace(encoded, train=train, validation=validation, test=test)
+            splits = {str(split): [*_with_others(getattr(encoded, split))] for split in SPLITS}
+            encoded = as_task(splits, encoded.pad_id, encoded.dropped)
         if not self.needs_reference:
             return encoded
         empty = np.full((len(encoded.train), 2 + self._mismatched), np.nan, np.float32)
@@ -161,8 +161,10 @@ class Preference(Objective):
             log_probs, tokens = score(params, batch, view=view)
             scores = pair_scores(log_probs, tokens, batch.get(REFERENCE), weights)
             losses = preference.loss(scores, terms)
-            ranked = preference.ranking_accuracy(scores)
-            return jnp.sum(losses * weights) / jnp.sum(weights), {"accuracy": ranked}
+            aux = {"ranking_accuracy": preference.ranking_accuracy(scores)}
+            if scores.ref_chosen is not None:
+                aux["reward_accuracy"] = preference.reward_accuracy(scores)
+            return jnp.sum(losses * weights) / jnp.sum(weights), aux
 
         return loss_fn
 
@@ -198,11 +200,10 @@ def response_scorer(lm: LanguageModel) -> Any:
     """Return `(params, batch, *, view=None) -> (log-probabilities [B, C], numbers of tokens)`."""
 
     def score(params: Params, batch: Batch, *, view: Any = None) -> tuple[Array, Array]:
-        log_probs = lm.continuation_log_probs
-        sums = option_scores(
-            lm.apply, None, params, batch, log_probs=log_probs, reduction="sum", view=view
-        )
-        return sums, jnp.sum(jnp.asarray(batch["option_mask"]), axis=-1)
+        mask = jnp.asarray(batch["target_mask"])
+        rows = {key: jnp.reshape(batch[key], (len(mask), -1)) for key in ("positions", "targets")}
+        log_probs = target_log_probs(lm, params, {**batch, **rows}, view=view).reshape(mask.shape)
+        return jnp.sum(log_probs * mask, axis=-1), jnp.sum(mask, axis=-1)
 
     return score
 
