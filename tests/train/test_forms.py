@@ -44,8 +44,8 @@ def conversations(folder: Path, count: int = 48) -> None:
         other = ANSWERS["great" if word == "terrible" else "terrible"]
         both = {"chosen": f" {ANSWERS[word]}", "rejected": f" {other}"}
         pairs.append({"prompt": f"{text}.", **both})
-        words = text.split()
-        tagged.append({"tokens": words, "tags": [names.get(each, "O") for each in words]})
+        split = text.split()
+        tagged.append({"tokens": split, "tags": [names.get(each, "O") for each in split]})
     lists = (("talk", rows), ("text", texts), ("pairs", pairs), ("tags", tagged))
     for name, lines in lists:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
