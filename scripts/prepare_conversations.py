@@ -9,6 +9,11 @@ CC BY 4.0), how a speech goes on, and which president gave it (``state_union``, 
 Questions come from a few templates, drawn by a fixed seed. A row is ``{"messages": [user,
 assistant], "subtask": kind}``. All rows of one text are in one split: 80 % of the texts are for
 training, 10 % for validation and 10 % for the test. ``KIND/`` has those two of one kind.
+
+``pairs/`` has the same questions with a right and a wrong answer, ``{"prompt": [user], "chosen":
+answer, "rejected": answer, "subtask": kind}``. Two questions of a kind and a split, whose answers
+differ and are about as long, exchange these: each answer is chosen once and rejected once, so
+neither its length nor its words tell which it is.
 """
 
 import argparse
@@ -135,11 +140,41 @@ def prepare(source: Path | None, out: Path, *, seed: int = 0) -> dict[str, int]:
             rows[split_of[mine[i].source]].append(json.dumps(row, ensure_ascii=False) + "\n")
     for split, lines in rows.items():
         shuffled = [lines[i] for i in rng.permutation(len(lines))]
+        write(out / "pairs" / f"{split}.jsonl", pairs(shuffled))
         write(out / f"{split}.jsonl", shuffled)
         for kind in QUESTIONS if split != "train" else ():
             if mine := [line for line in shuffled if json.loads(line)["subtask"] == kind]:
                 write(out / kind / f"{split}.jsonl", mine)
     return {split: len(lines) for split, lines in rows.items()}
+
+
+def pairs(lines: list[str]) -> list[str]:
+    """Return preference pairs of the rows that find a partner, in their order."""
+    rows = [json.loads(line) for line in lines]
+    answers = [row["messages"][1]["content"] for row in rows]
+    rejected: dict[int, str] = {}
+    waiting: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: (rows[i]["subtask"], len(answers[i]))):
+        for j in waiting:
+            alike = rows[i]["subtask"] == rows[j]["subtask"]
+            # The longer one is the one that comes later.
+            if alike and answers[i] != answers[j] and len(answers[i]) <= 1.1 * len(answers[j]):
+                rejected |= {i: answers[j], j: answers[i]}
+                waiting.remove(j)
+                break
+        else:
+            waiting.append(i)
+    found = [
+        {
+            "prompt": row["messages"][:1],
+            "chosen": answer,
+            "rejected": rejected[i],
+            "subtask": row["subtask"],
+        }
+        for i, (row, answer) in enumerate(zip(rows, answers, strict=True))
+        if i in rejected
+    ]
+    return [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
 
 
 def write(path: Path, lines: list[str]) -> None:

@@ -25,10 +25,22 @@ STUDIES = {
         "jaxlm.studies.curves",
         "how pretraining runs that differ in a few keys differ in their curves",
     ),
+    "displacement": Study(
+        "jaxlm.studies.displacement",
+        "which preference pairs make training lower the chosen responses' likelihood",
+    ),
     "kernel": Study("jaxlm.studies.kernel", "whether fine-tuning behaves like a kernel"),
     "less": Study(
         "jaxlm.studies.less",
         "which training data help a target task, by gradients and by other scores",
+    ),
+    "one_token": Study(
+        "jaxlm.studies.one_token",
+        "where the probability goes when a model learns to prefer one token to another",
+    ),
+    "ranking": Study(
+        "jaxlm.studies.ranking",
+        "how well a model ranks preference pairs, could rank them, and which ones training flips",
     ),
 }
 """The studies by name."""

@@ -3,11 +3,12 @@
 import gzip
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from jaxlm.data import MessagesConfig
+from jaxlm.data import MessagesConfig, PairsConfig
 from scripts import prepare_conversations
 from scripts.prepare_conversations import ANSWERS, SHARES, prepare
 
@@ -50,6 +51,24 @@ def test_answers_are_those_of_the_text(source, tmp_path, monkeypatch):
         elif row["subtask"] == "continuation":
             asked, said = (int(re.search(r"of .* (\d)\.", x)[1]) for x in (question, answer))
             assert said == asked + 1
+
+
+def test_each_answer_of_pairs_is_chosen_once_and_rejected_once(source, tmp_path):
+    prepare(source, tmp_path)
+    rows, pairs = read(tmp_path), read(tmp_path / "pairs")
+    for split in SHARES:
+        right = {
+            row["messages"][0]["content"]: row["messages"][1]["content"] for row in rows[split]
+        }
+        sides = [Counter(row[side] for row in pairs[split]) for side in ("chosen", "rejected")]
+        assert sides[0] == sides[1]
+        for row in pairs[split]:
+            lengths = sorted(len(row[side]) for side in ("chosen", "rejected"))
+            assert lengths[1] <= 1.1 * lengths[0]
+            assert row["chosen"] == right[row["prompt"][0]["content"]] != row["rejected"]
+    assert sum(map(len, pairs.values())) >= 0.8 * sum(map(len, rows.values()))
+    loaded = PairsConfig(train=str(tmp_path / "pairs" / "train.jsonl")).load(seed=0)
+    assert len(loaded.train) == len(pairs["train"])
 
 
 def test_no_text_is_in_two_splits_and_a_seed_gives_the_same_files(source, tmp_path):
