@@ -123,7 +123,7 @@ def run_jaxlm(args: list[str], until: Until) -> None:
         named = any(word.startswith("--task.name=") for word in args)
         short = (*SHORT, *(FEW if named else ()))
         files = [Path(word).read_text() for word in args if word.endswith(".yaml")]
-        if any("messages:" in text for text in files):
+        if any(re.search("(messages|tokens):", text) for text in files):
             short = tuple(flag for flag in short if not flag.startswith("--task."))
         if any("epochs:" in text for text in files):
             short = (*short, "--epochs=null")

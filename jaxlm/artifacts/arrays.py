@@ -55,7 +55,8 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays to a safetensors file that all processes share, with their `fingerprint`."""
     from safetensors.numpy import save
 
-    arrays = dict(arrays)
+    # safetensors writes the memory of an array, whatever its strides.
+    arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
     with report_write_errors(path):
         write_shared(path, save(arrays, {"sha256": fingerprint(arrays)}))
 

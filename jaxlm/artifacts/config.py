@@ -211,7 +211,11 @@ class _Reader:
 
     def _one_of(self, value: Any, choices: Collection[str], key: str) -> None:
         if not isinstance(value, str) or value not in choices:
-            raise self.error(key, value, "is not known", f"Choose one of {', '.join(choices)}.")
+            near = (
+                difflib.get_close_matches(value, choices, 1, 0.65) if isinstance(value, str) else ()
+            )
+            todo = f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(choices)}."
+            raise self.error(key, value, "is not known", todo)
 
     def _suggestion(self, name: str, prefix: str, fields: Mapping[str, Any]) -> str:
         """Name the most similar key of all levels, preferring those of the same section."""
@@ -250,13 +254,12 @@ def _as_read(value: Any) -> Any:
 
 def _full_key(key: str, section: str, fields: Collection[str]) -> str:
     """Prefix the section to the key in a dataclass's own message, which names only its field."""
-    outer, _, last = section.rpartition(".")
-    first = re.split(r"[.\[]", key)[0]
+    first, last = (re.split(r"[.\[]", name)[0] for name in (key, section.rpartition(".")[2]))
     if not section or key.startswith(section):
         return key
     if first in fields:
         return f"{section}.{key}"
-    return f"{outer}.{key}" if outer and first == last else key
+    return f"{section}{key.removeprefix(first)}" if first == last else key
 
 
 def _shown(value: Any) -> str:

@@ -117,6 +117,8 @@ def _default_text(default: Any) -> str:
         return "required"
     if default is None:
         return "null"
+    if isinstance(default, tuple) and [*map(dataclasses.is_dataclass, default)] == [True]:
+        default = default[0]  # one stands for the list of it
     if isinstance(default, tuple) and not any(map(dataclasses.is_dataclass, default)):
         return f"[{', '.join(map(choice_text, default))}]"
     if isinstance(default, tuple | dict) or dataclasses.is_dataclass(default):

@@ -57,6 +57,11 @@ def run(args: Sequence[str]) -> None:
     lm = load_model(source, param_dtype=dtype, base=base)
     folder = RunFolder(source, "SOURCE")
     stored = folder.config()
+    if ADAPTER in args and lm.config.head == "token_classifier":
+        raise UserError(
+            f"--adapter: would leave out the head, which is trained, too (got {source}). Convert "
+            "the whole model."
+        )
     if base is None and is_adapter(folder.path):
         base = adapter_base(folder.path)
     elif base is None and stored is not None and isinstance(stored["model"], str):

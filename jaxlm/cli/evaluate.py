@@ -1,4 +1,4 @@
-"""Measure the accuracy of a model on a task, without training it.
+"""Measure the accuracy of a model on a task or on words with tags, without training it.
 
 usage: jaxlm evaluate MODEL [--task.name=subj] [--split=test] [--icl=k] [--dotted.path=value ...]
        jaxlm evaluate MODEL OTHER [--dotted.path=value ...]
@@ -16,7 +16,8 @@ OTHER is a second model, on the same examples; its accuracy is subtracted, with 
 of the paired difference. `--predictions=FILE` writes the rows that `jaxlm predict` would write.
 `--calibrate=sfc` calibrates by the prompt without the example instead, and `--icl=32` puts 32
 solved training examples before each text of the test split. A task whose answers are generated is
-measured by the F1 of its words and by exact match.
+measured by the F1 of its words and by exact match. Words with tags, `--tokens.test=FILE`, are
+measured by the F1 of the entities that their tags mark, or else by the macro F1 of the tags.
 """
 
 import dataclasses
@@ -32,9 +33,18 @@ from jaxlm.artifacts.files import file_path, to_json
 from jaxlm.artifacts.processes import is_main_process
 from jaxlm.cli import config as configs
 from jaxlm.cli.generate import check_new, write_samples
-from jaxlm.core.checks import dtype_name, seeds, whole
+from jaxlm.core.checks import dtype_name, seeds, show, whole
 from jaxlm.core.errors import UserError
-from jaxlm.data import DATA_FORMS, Task, TaskConfig, load_task, task_config, with_demonstrations
+from jaxlm.data import (
+    DATA_FORMS,
+    Task,
+    TaskConfig,
+    Texts,
+    TokensConfig,
+    load_task,
+    task_config,
+    with_demonstrations,
+)
 from jaxlm.train.run_folder import RunFolder, to_dict
 from jaxlm.train.settings import MOST_ROWS
 
@@ -47,6 +57,7 @@ class EvaluateConfig:
         model: folder or hub id; null means the model that comes with the package.
         base: where the model is that a run or an adapter began with, if it has moved.
         task: the task, or the name of a shipped one.
+        tokens: words with tags, in place of a task.
         other: another model on the same examples, whose accuracy is subtracted.
         predictions: new file for the rows of `jaxlm predict`.
         split: examples to evaluate on.
@@ -61,7 +72,8 @@ class EvaluateConfig:
 
     model: str | None = None
     base: str | None = None
-    task: TaskConfig = field(metadata={"make": task_config})
+    task: TaskConfig | None = field(default=None, metadata={"make": task_config})
+    tokens: TokensConfig | None = None
     other: str | None = None
     predictions: str | None = None
     split: Literal["train", "validation", "test"] = "test"
@@ -81,8 +93,27 @@ class EvaluateConfig:
             raise UserError(
                 f"split: must be test with icl (got {self.split}). Leave one of them out."
             )
-        if self.calibrate == "sfc" and self.task.is_generative:
+        if (self.task is None) == (self.tokens is None):
+            given = "nothing" if self.task is None else "task and tokens"
+            raise UserError(f"task: one of task and tokens must be given (got {given}). Give one.")
+        if self.tokens is not None and (self.icl or self.calibrate):
+            raise UserError(
+                f"tokens: have neither prompts nor options (got icl {self.icl} and calibrate "
+                f"{self.calibrate}). Leave these out."
+            )
+        if self.calibrate == "sfc" and self.task is not None and self.task.is_generative:
             raise UserError(f"calibrate: {self.task.name} has no options (got sfc). Leave it out.")
+
+    @property
+    def form(self) -> Literal["task", "tokens"]:
+        """Name of the data form: the key that is given."""
+        return "task" if self.tokens is None else "tokens"
+
+    @property
+    def data(self) -> TaskConfig | TokensConfig:
+        """Where the data come from."""
+        config: TaskConfig | TokensConfig = getattr(self, self.form)
+        return config
 
 
 KEYS = [f.name for f in dataclasses.fields(EvaluateConfig)]
@@ -162,7 +193,7 @@ def _read(args: Sequence[str]) -> Setting:
 
 def own_config(keys: Mapping[str, Any]) -> tuple[Path | None, Any]:
     """Return the configuration and the offsets of the run that is used on its own task."""
-    if keys.get("model") is None or {"task", "task.name"} & keys.keys():
+    if keys.get("model") is None or {"task", "task.name", "tokens"} & keys.keys():
         return None, None
     folder = RunFolder(keys["model"], "model")
     if not any((folder.config() or {}).get(form) for form in DATA_FORMS):
@@ -189,7 +220,7 @@ def _evaluate(setting: Setting, mesh: Mesh | None) -> dict[str, Any]:
     if ours.examples != theirs.examples:
         raise UserError(
             f"other: is tested on other examples than {config.model} (got {config.other}). Give "
-            "--task.name, or the keys of one task for both."
+            "--task.name, or the keys of one task or of tokens for both."
         )
     from jaxlm.evaluation import paired_standard_error
 
@@ -210,34 +241,44 @@ class _Measured(NamedTuple):
 
 
 def _measure(setting: Setting, mesh: Mesh | None) -> _Measured:
-    """Score one split; offsets are subtracted as in training."""
-    config, offsets = setting.config, setting.offsets
-    task = _load(config, setting.base_dir)
-    examples = getattr(task, config.split)
+    config = setting.config
+    data = _load(config, setting.base_dir)
+    examples = getattr(data, config.split)
     if not examples:
         raise UserError(
-            f"task.{config.split}: the task has no such examples (got none). Name a file of them."
+            f"{config.form}.{config.split}: there are no such examples (got none). Name a file of "
+            "them."
         )
 
-    _check_task(config, task)
-    from jaxlm import evaluation
+    _check_data(config, data)
     from jaxlm.train.load import load_model
-    from jaxlm.train.measure import Choices, GenerationMetric
-    from jaxlm.train.predictions import choice_fields, completion_fields
 
     options: dict[str, Any] = {"param_dtype": config.param_dtype, "bits": config.bits}
     lm = load_model(config.model, base=config.base, **options, mesh=mesh)
-    if lm.config.head == "none":
-        raise UserError(f"model: has no head to evaluate (got {config.model}). Fine-tune it first.")
     result: dict[str, Any] = {
         "model": config.model or "shipped",
         **_tested(config.model),
-        "task": config.task.name,
+        "task": getattr(config.data, "name", config.form),
         "split": config.split,
         "examples": len(examples),
     }
-    whose = [dataclasses.replace(example, id="", context="") for example in examples]
+    if isinstance(data, Task):
+        return _measure_task(setting, lm, data, result)
+    return _measure_tokens(setting, lm, data, result)
+
+
+def _measure_task(setting: Setting, lm: Any, task: Task, result: dict[str, Any]) -> _Measured:
+    """Score one split; offsets are subtracted as in training."""
+    from jaxlm import evaluation
+    from jaxlm.train.measure import Choices, GenerationMetric
+    from jaxlm.train.predictions import choice_fields, completion_fields
+
+    config, offsets = setting.config, setting.offsets
+    if lm.config.head in ("none", "token_classifier"):
+        raise UserError(f"model: has no head to evaluate (got {config.model}). Fine-tune it first.")
     size, split = config.eval_batch_size, config.split
+    examples = getattr(task, split)
+    whose = [dataclasses.replace(example, id="", context="") for example in examples]
     if task.config.is_generative:
         metric = GenerationMetric(lm, task, batch_size=size)
         result |= metric(split, lm.params)
@@ -263,6 +304,39 @@ def _measure(setting: Setting, mesh: Mesh | None) -> _Measured:
     _write(setting, examples, choice_fields(examples, scores, task.config.class_names))
     right = evaluation.is_right(scores, labels)
     return _Measured(result | {"peak_memory_bytes": choices.peak_bytes}, right, whose)
+
+
+def _measure_tokens(setting: Setting, lm: Any, texts: Texts, result: dict[str, Any]) -> _Measured:
+    from jaxlm import evaluation
+    from jaxlm.train.predictions import class_names, tagging
+
+    config = setting.config
+    assert config.tokens is not None
+    predictor = tagging(lm, config.tokens, batch_size=config.eval_batch_size)
+    names = class_names(lm, config.tokens)
+    indexed, classes = config.tokens.resolve(texts, lm.config.replace(label_names=names))
+    if classes != names:
+        raise UserError(
+            f"model: its classes are not {show(', '.join(classes))} (got {show(', '.join(names))})."
+            " Fine-tune it on them first."
+        )
+    examples = getattr(indexed, config.split)
+    fields = [
+        row
+        for first in range(0, len(examples), predictor.chunk)
+        for (row,) in predictor.predict(examples[first : first + predictor.chunk], first)
+    ]
+    _write(setting, examples, fields)
+    place: dict[str | None, int] = {None: -1} | {name: i for i, name in enumerate(names)}
+    tags = [np.array(example.tags) for example in examples]
+    chosen = [np.array([place[name] for name in row["prediction"]]) for row in fields]
+    read = [row >= 0 for row in chosen]
+    labels, found = ([x[y] for x, y in zip(rows, read, strict=True)] for rows in (tags, chosen))
+    report = evaluation.tag_report(labels, found, names)
+    right = np.concatenate(tags) == np.concatenate(chosen)
+    error = evaluation.standard_error(right[np.concatenate(read)])
+    whose = [example.content for example in getattr(texts, config.split)]
+    return _Measured({**result, "standard_error": error, **report}, right, whose)
 
 
 def _report(scores: np.ndarray, labels: np.ndarray, task: TaskConfig) -> dict[str, Any]:
@@ -298,7 +372,7 @@ def _write(setting: Setting, examples: Sequence[Any], fields: Iterable[dict[str,
     config = setting.config
     if config.predictions is None or not is_main_process():
         return
-    records = config.task.records(setting.base_dir)
+    records = config.data.records(setting.base_dir)
     # Held-out rows are those of the training source.
     of_split = records[config.split] or records["train"]
     rows = {f"{record.source}:{record.number}": record for record in of_split}
@@ -307,17 +381,17 @@ def _write(setting: Setting, examples: Sequence[Any], fields: Iterable[dict[str,
     write_samples(file_path(config.predictions, "predictions"), lines, key="predictions")
 
 
-def _check_task(config: EvaluateConfig, task: Task) -> None:
-    """Refuse other data in the files of a run that is evaluated on its own, unchanged task."""
+def _check_data(config: EvaluateConfig, data: Task | Texts) -> None:
+    """Refuse other data in the files of a run that is evaluated on its own, unchanged data."""
     from jaxlm.train.finetuning import data_digests
 
     if config.model is None or config.icl:
         return
     folder = RunFolder(config.model, "model")
-    own = {"task": to_dict(config.task), "seed": config.seed}
+    own = {config.form: to_dict(config.data), "seed": config.seed}
     if own.items() <= (folder.config() or {}).items():
-        key = f"task.{config.split}"
-        folder.check_unchanged({key: data_digests(task, "task")[key]})
+        key = f"{config.form}.{config.split}"
+        folder.check_unchanged({key: data_digests(data, config.form)[key]})
 
 
 def _tested(model: str | None) -> dict[str, int]:
@@ -326,8 +400,10 @@ def _tested(model: str | None) -> dict[str, int]:
     return {} if steps is None else {"step": steps[0], "of_steps": steps[1]}
 
 
-def _load(config: EvaluateConfig, base_dir: Path | None) -> Task:
-    """Return the task; demonstrations are drawn from all of its training examples."""
+def _load(config: EvaluateConfig, base_dir: Path | None) -> Task | Texts:
+    """Return the data; demonstrations of a task are drawn from all of its training examples."""
+    if config.task is None:
+        return config.data.load(seed=config.seed, base_dir=base_dir)
     if not config.icl:
         return load_task(config.task, seed=config.seed, base_dir=base_dir)
     whole_task = dataclasses.replace(config.task, k=None, num_train=None, validation=None)

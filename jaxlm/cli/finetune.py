@@ -152,7 +152,8 @@ def show(summary: dict[str, Any], output: str) -> None:
     from rich.table import Table
 
     metric = summary["metric"]
-    name, scale = {"accuracy": ("accuracy", 100), "f1": ("F1", 100)}.get(metric, (metric, 1))
+    names = {"accuracy": "accuracy", "f1": "F1", "macro_f1": "macro F1"}
+    name, scale = names.get(metric, metric), 100 if metric in names else 1
 
     def shown(section: str, key: str = metric) -> str:
         value = (summary[section] or {}).get(key)
@@ -163,15 +164,19 @@ def show(summary: dict[str, Any], output: str) -> None:
     rows = {f"zero-shot test {name}": shown("zero_shot")}
     if metric == "accuracy":
         rows["zero-shot, calibrated"] = shown("zero_shot", "calibrated_accuracy")
-    if metric == "f1":
-        rows["zero-shot, exact match"] = shown("zero_shot", "exact_match")
+    others = [
+        key for key in ("exact_match", "accuracy") if key in summary["test"] and key != metric
+    ]
+    for key in others:
+        rows[f"zero-shot, {key.replace('_', ' ')}"] = shown("zero_shot", key)
     watched = next(iter(summary["validation"]), metric)  # by the key monitor, perhaps another one
     said = name if watched == metric else watched.replace("_", " ")
     rows |= {f"validation {said}": shown("validation", watched), f"test {name}": shown("test")}
-    if metric == "f1":
-        rows["test exact match"] = shown("test", "exact_match")
+    for key in others:
+        rows[f"test {key.replace('_', ' ')}"] = shown("test", key)
     if (majority := summary.get("majority_accuracy")) is not None:
-        rows["test, always the most frequent class"] = f"{100 * majority:.1f} %"
+        always = "test accuracy, most frequent" if others else "test, always the most frequent"
+        rows[f"{always} class"] = f"{100 * majority:.1f} %"
     rows |= {
         "steps (tested)": f"{summary['steps']} ({summary['tested_step']})"
         + (", stopped early" if summary.get("stopped_early") else ""),

@@ -1,4 +1,4 @@
-"""Predict for the rows of a file: classes, completions, or log-probabilities of texts.
+"""Predict for the rows of a file: classes, completions, tags, or log-probabilities of texts.
 
 usage: jaxlm predict MODEL ROWS [--output=predictions.jsonl] [--key=value ...]
        jaxlm predict config.yaml ROWS [--output=predictions.jsonl] [--key=value ...]
@@ -9,6 +9,7 @@ for its own task. ROWS is a file or data set that a run can train on, with or wi
   with a task           prediction, prediction_index, probabilities: {class: p}
   prompt or messages    completion, log_probability; --samples=4 writes four rows for each
   text                  log_probability, num_tokens, log_probability_per_token, perplexity
+  tokens                prediction: [tag, ...], probabilities: [p, ...], one of each for a word
 
 A row of predictions is a line of JSON with the fields of its input and these, in the order of the
 input; an input field that has one of these names becomes input_NAME. Without --output the rows are
@@ -38,6 +39,7 @@ from jaxlm.data import (
     Task,
     TaskConfig,
     TextConfig,
+    TokensConfig,
     prompted,
     task_config,
 )
@@ -53,7 +55,7 @@ NEW_TOKENS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:
-    """A prediction; `task`, `messages`, `text` and the model's keys are those of a run.
+    """A prediction; `task`, `messages`, `text`, `tokens` and the model's keys are those of a run.
 
     Attributes:
         model: folder or hub id; null means the model that comes with the package.
@@ -63,6 +65,7 @@ class PredictConfig:
         task: the task, or the name of a shipped one; by default that of the run.
         messages: how conversations are written; a prompt that is text is then a turn of the user.
         text: how documents are read.
+        tokens: how words are read.
         calibrate: as in the run, whose offsets are subtracted from the scores of its own task.
         max_new_tokens: most tokens of a completion; null for those of the task, or 64.
         temperature: 0 takes the most likely token.
@@ -81,6 +84,7 @@ class PredictConfig:
     task: TaskConfig | None = field(default=None, metadata={"make": task_config})
     messages: MessagesConfig | None = None
     text: TextConfig | None = None
+    tokens: TokensConfig | None = None
     calibrate: Literal[False, True, "sfc"] = False
     max_new_tokens: int | None = None
     temperature: float = 0.0
@@ -162,7 +166,7 @@ def predict(
         overrides = {**overrides, "rows": rows}
     if isinstance(config, str | Path) and not configs.is_file(config):
         config, overrides = None, {**overrides, "model": config}
-    if isinstance(config, PredictConfig) and not any(getattr(config, form) for form in DATA_FORMS):
+    if isinstance(config, PredictConfig) and not any(getattr(config, x, None) for x in DATA_FORMS):
         # By its keys, so that a run's own task is found as for a run that is given by its name.
         given = {f.name: getattr(config, f.name) for f in fields(config)}
         changed = {f.name: given[f.name] for f in fields(config) if given[f.name] != f.default}
@@ -224,7 +228,10 @@ def _form(config: PredictConfig, offsets: Any, first: Record) -> _Form:
         options = {"batch_size": size, "reduction": reduction, "offsets": offsets}
         names = task.class_names
         return _Form(read, lambda lm: predictions.choosing(Choices(lm, empty, **options), names))
-    text = config.text or TextConfig()
+    text, words = config.text or TextConfig(), config.tokens or TokensConfig()
+    tagging = functools.partial(predictions.tagging, config=words, batch_size=size)
+    if config.tokens is not None:
+        return _Form(words.parse_words, tagging)
     named = config.text is not None and text.field in first.values
     if {"messages", "prompt"} & first.values.keys() and not named:
         written = (config.messages or MessagesConfig()).template
@@ -238,10 +245,12 @@ def _form(config: PredictConfig, offsets: Any, first: Record) -> _Form:
         return _Form(predictions.prompt_reader(config.messages is not None), answering)
     if text.field in first.values:
         return _Form(text.parse, lambda lm: predictions.scoring_texts(lm, text, batch_size=size))
+    if words.field in first.values:
+        return _Form(words.parse_words, tagging)
     raise UserError(
-        f"{first.where}: has neither prompt, messages nor {text.field} (got "
+        f"{first.where}: has neither prompt, messages, {text.field} nor {words.field} (got "
         f"{', '.join(map(repr, first.values))}). Give a task that reads these fields, or name "
-        "the field of the texts in text.field."
+        "the field of the texts in text.field, or of the words in tokens.field."
     )
 
 
@@ -266,7 +275,7 @@ def _predictions(config: PredictConfig, offsets: Any, mesh: Any) -> Iterator[lis
         count += 1
     options: dict[str, Any] = {"param_dtype": config.param_dtype, "bits": config.bits}
     lm = load_model(config.model, base=config.base, **options, mesh=mesh)
-    if lm.config.head == "none":
+    if lm.config.head == "none" or (config.task and lm.config.head == "token_classifier"):
         raise UserError(f"model: has no head to predict (got {config.model}). Fine-tune it first.")
     predictor = form.predictor(lm)
     if output is None:

@@ -1,4 +1,4 @@
-"""From text to batches: the data forms `task`, `messages`, `text` and `pairs`."""
+"""From text to batches: the data forms `task`, `messages`, `text`, `pairs` and `tokens`."""
 
 from jaxlm.data.batching import EncodedTask, prepare, prepare_for
 from jaxlm.data.encoding import Encoded
@@ -20,8 +20,9 @@ from jaxlm.data.tasks import (
 )
 from jaxlm.data.templates import Template
 from jaxlm.data.text import Document, TextConfig
+from jaxlm.data.tokens import Tagged, TokensConfig
 
-DataConfig = TaskConfig | MessagesConfig | TextConfig | PairsConfig
+DataConfig = TaskConfig | MessagesConfig | TextConfig | PairsConfig | TokensConfig
 """Configuration of a data form. `config.load(seed=0).encode(lm)` makes its batches."""
 
 DATA_FORMS: dict[str, type[DataConfig]] = {
@@ -29,6 +30,7 @@ DATA_FORMS: dict[str, type[DataConfig]] = {
     "messages": MessagesConfig,
     "text": TextConfig,
     "pairs": PairsConfig,
+    "tokens": TokensConfig,
 }
 """The data forms by their keys in a configuration."""
 
@@ -49,12 +51,14 @@ __all__ = [
     "PairsConfig",
     "ParsedRow",
     "Prompted",
+    "Tagged",
     "Task",
     "TaskConfig",
     "Template",
     "TextConfig",
     "Texts",
     "TokenRow",
+    "TokensConfig",
     "load_task",
     "prepare",
     "prepare_for",

@@ -34,8 +34,9 @@ from jaxlm.data.rows import (
     round_up,
 )
 from jaxlm.data.tasks import Task
+from jaxlm.models.attention import ANY
 
-Form = Literal["label_words", "continuations", "options"]
+Form = Literal["label_words", "continuations", "options", "joined"]
 Objective = Literal["classification", "completion", "generation"]
 
 
@@ -46,6 +47,8 @@ class EncodedTask(EncodedSplits):
     In the form "label_words", the model reads one row per example and compares the logits of the
     label words at one position. In "continuations", it reads the prompt once and each option after
     it. In "options", it reads one row per option. The first form that every example allows is used.
+    In "joined", which preference pairs have, one row holds the prompt and all options, which do not
+    see each other: training by gradients then keeps the activations of the prompt once.
 
     A batch is a dict of arrays, padded on the right (B examples, C options, T one of `buckets`,
     K the most tokens scored in any option of the task). `labels` and `weights` are in every form:
@@ -72,6 +75,10 @@ class EncodedTask(EncodedSplits):
     option_mask    float32 [B, C, K]     1 for tokens; all 0 for a missing option
     ============== ======= ============= ==========================================
 
+    Batches of the form "joined" have `positions`, `targets` and `target_mask` as those of "options"
+    do, `input_ids` and `attention_mask` [B, T], and for the tokens' `position_ids` and
+    `segment_ids` [B, T], see `jaxlm.models.transformer.apply`.
+
     C is the largest of the batch rounded up to a multiple of 8, but at most the largest of the
     task; in "continuations" K is one of a few lengths. With the objective "completion", training
     batches hold each prompt with its right option, as `jaxlm.train.losses.lm_objective` takes them;
@@ -88,6 +95,7 @@ class EncodedTask(EncodedSplits):
         validation: encoded examples.
         test: encoded examples.
         objective: the loss that training batches are made for.
+        joined: whether to use the form "joined".
     """
 
     labels: tuple[str, ...]
@@ -98,11 +106,14 @@ class EncodedTask(EncodedSplits):
     validation: tuple[Encoded, ...]
     test: tuple[Encoded, ...]
     objective: Objective = "classification"
+    joined: bool = False
 
     @functools.cached_property
     def form(self) -> Form:
         if self.token_ids is not None:
             return "label_words"
+        if self.joined:
+            return "joined"
         return "options" if all(each.positions for each in self._examples) else "continuations"
 
     @property
@@ -162,7 +173,7 @@ class EncodedTask(EncodedSplits):
         the rows of weight 0 that fill the last batch.
         """
         examples: tuple[Encoded, ...] = getattr(self, split)
-        lengths = [max(map(len, each.input_ids)) for each in examples]
+        lengths = [max(map(len, self._read_rows(each))) for each in examples]
         for index in eval_places(lengths, batch_size):
             batch = self.collate([examples[index[0] if i < 0 else i] for i in index])
             batch["weights"] = (index >= 0).astype(np.float32)
@@ -170,23 +181,24 @@ class EncodedTask(EncodedSplits):
 
     def collate(self, examples: Sequence[Encoded]) -> Batch:
         """Pad examples to the shortest bucket that holds them."""
-        length = bucket_of(
-            max(len(row) for each in examples for row in each.input_ids), self.buckets
-        )
+        rows = [self._read_rows(each) for each in examples]
+        length = bucket_of(max(len(row) for each in rows for row in each), self.buckets)
         batch = {
             "labels": np.asarray([each.label for each in examples], np.int32),
             "weights": np.ones(len(examples), np.float32),
         }
         targets = [each.targets for each in examples]
-        if self.form == "continuations":
-            prompts = [each.input_ids[0] for each in examples]
-            batch["prompt_ids"], batch["prompt_mask"] = pad(prompts, (length,), self.pad_id)
+        if self.form in ("continuations", "joined"):
             # Few sizes mean few compilations; a batch never exceeds the largest size of the task.
             options = min(self.num_options, round_up(max(map(len, targets))))
-            longest = max(len(row) for rows in targets for row in rows)
+            longest = max(len(row) for each in targets for row in each)
             ids, mask = pad(targets, (options, bucket_of(longest, self._option_buckets)))
+            if self.form == "joined":
+                batch |= _joined(examples, ids.shape[1:], length, self.pad_id)
+                return batch | {"targets": ids, "target_mask": mask.astype(np.float32)}
+            prompts = [each.input_ids[0] for each in examples]
+            batch["prompt_ids"], batch["prompt_mask"] = pad(prompts, (length,), self.pad_id)
             return batch | {"option_ids": ids, "option_mask": mask.astype(np.float32)}
-        rows = [each.input_ids for each in examples]
         label_words = self.form == "label_words"
         options = 1 if label_words else min(self.num_options, round_up(max(map(len, rows))))
         ids, mask = pad(rows, (options, length), self.pad_id)
@@ -204,6 +216,9 @@ class EncodedTask(EncodedSplits):
         batch["targets"], mask = pad(targets, (options, self.num_targets))
         return batch | {"target_mask": mask.astype(np.float32)}
 
+    def _read_rows(self, example: Encoded) -> tuple[Tokens, ...]:
+        return (joined_row(example),) if self.joined else example.input_ids
+
     def _train_batch(self, places: Sequence[int]) -> Batch:
         examples = [self.train[place] for place in places]
         if self.objective == "classification":
@@ -219,6 +234,30 @@ class EncodedTask(EncodedSplits):
             del batch["weights"]
             batch["index"] = np.asarray(places, np.int32)
         return batch
+
+
+def joined_row(example: Encoded) -> Tokens:
+    """Return the prompt and all options but their last tokens, which nothing reads."""
+    return (*example.input_ids[0], *(token for option in example.targets for token in option[:-1]))
+
+
+def _joined(examples: Sequence[Encoded], shape: tuple[int, int], length: int, pad_id: int) -> Batch:
+    """Return the batch of prompts with all their options, of `shape`, in rows of one length."""
+    ids, mask = pad([joined_row(each) for each in examples], (length,), pad_id)
+    position_ids, segment_ids = np.zeros((2, *ids.shape), np.int32)
+    positions = np.zeros((len(examples), *shape), np.int32)
+    for i, each in enumerate(examples):
+        start = count = len(each.input_ids[0])
+        position_ids[i, :start], segment_ids[i, :start] = np.arange(start), ANY
+        for c, option in enumerate(each.targets):
+            end = start + len(option) - 1
+            position_ids[i, start:end] = np.arange(count, count + end - start)
+            segment_ids[i, start:end] = c + 1
+            # The prompt's last token predicts the first one of every option.
+            positions[i, c, : len(option)] = [count - 1, *range(start, end)]
+            start = end
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
+    return batch | {"segment_ids": segment_ids, "positions": positions}
 
 
 def prepare(
@@ -307,7 +346,8 @@ def prepare_for(lm: Any, task: Task, *, max_length: int | None = None) -> Encode
         return encoded
     count = len(task.config.labels)
     # A classifier with another number of classes is replaced later (`jaxlm.train.load.with_head`).
-    names = lm.config.label_names if lm.config.num_labels == count else ()
+    fits = lm.config.head == "classifier" and lm.config.num_labels == count
+    names = lm.config.label_names if fits else ()
     return replace(encoded, token_ids=np.asarray(task.config.columns_of(names), np.int32))
 
 

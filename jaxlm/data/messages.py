@@ -219,10 +219,6 @@ def encode_messages(
     A row has no token in the loss if all of them were cut, or if the assistant says nothing. Skip
     such a row, since its mean loss is undefined.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(
-            "tokenizer: gives no character offsets, which messages need. Add tokenizer.json."
-        )
     rows: list[TokenRow] = []
     for start in range(0, len(conversations), _CHUNK):
         chunk = conversations[start : start + _CHUNK]
@@ -247,6 +243,10 @@ def transcripts(
     """Write conversations with a template, see `MessagesConfig`."""
     eos, write = tokenizer.eos_token, {"tulu": tulu, "plain": plain}
     one_of("template", template, ("chat", *write))
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            "tokenizer: gives no character offsets, which messages need. Add tokenizer.json."
+        )
     if template == "chat" and not getattr(tokenizer, "chat_template", None):
         raise UserError(
             "template: the tokenizer has no chat template (got chat). Choose tulu or plain."

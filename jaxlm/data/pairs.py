@@ -1,15 +1,15 @@
 """Preference pairs: a prompt with a chosen and a rejected response."""
 
 import itertools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
-
-import numpy as np
 
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
-from jaxlm.data.batching import EncodedTask
+from jaxlm.data.batching import EncodedTask, joined_row
 from jaxlm.data.encoding import Encoded, encode_responses
 from jaxlm.data.messages import Conversation, Message, MessageTemplate, messages_of, transcripts
 from jaxlm.data.prompts import Prompted
@@ -116,11 +116,12 @@ class PairsConfig(SplitsConfig):
         """Return one pair of that many tokens, half of them the prompt, in place of the data."""
         prompt, response = (0,) * (length - length // 2), (0,) * (length // 2)
         pair = Encoded(0, (prompt,), (), (response, (*response[1:], 1)))
-        return _task({"train": [pair], "validation": [], "test": [pair]}, 0, length, {})
+        return as_task({"train": [pair], "validation": [], "test": [pair]}, 0)
 
 
 def _number(record: Record, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:
         raise UserError(f"{record.where}: a score is not a number (got {show(value)}). Correct it.")
     return float(value)
 
@@ -175,9 +176,10 @@ def _text(record: Record, value: Any) -> Text:
 
 def _split(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     """Return what both begin with, and the rests; a space before the difference stays with it."""
-    both = zip(chosen, rejected, strict=False)
+    # Without the last part of the shorter one: a response may begin with the other one.
+    both = zip(chosen[:-1], rejected[:-1], strict=False)
     count = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
-    if isinstance(chosen, str) and 0 < count < max(len(chosen), len(rejected)):
+    if isinstance(chosen, str) and count:
         count -= chosen[count - 1] == " "
     return chosen[:count], chosen[count:], rejected[count:]
 
@@ -225,7 +227,7 @@ class Pairs(Splits):
                 )
         tokens = (max(map(max, (*x.input_ids, *x.targets))) for rows in kept.values() for x in rows)
         check_vocabulary(max(tokens, default=0), lm.config.vocab_size)
-        return _task(kept, lm.config.pad_id or 0, limit, dropped)
+        return as_task(kept, lm.config.pad_id or 0, dropped)
 
 
 def encode_pairs(
@@ -274,21 +276,22 @@ def _written(pairs: Sequence[Pair], tokenizer: Any, template: MessageTemplate) -
     return texts
 
 
-def _task(
+def as_task(
     splits: Mapping[str, Sequence[Encoded]],
     pad_id: int,
-    limit: int,
-    dropped: Mapping[str, Sequence[str]],
+    dropped: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> EncodedTask:
-    lengths = [len(each.input_ids[0]) for rows in splits.values() for each in rows]
+    """Return the splits of pairs as a task, whose batches hold prompt and responses in one row."""
+    lengths = [len(joined_row(each)) for rows in splits.values() for each in rows]
     return EncodedTask(
         labels=(),
         token_ids=None,
         pad_id=pad_id,
-        buckets=length_buckets(lengths, limit),
+        buckets=length_buckets(lengths),
         train=tuple(splits["train"]),
         validation=tuple(splits["validation"]),
         test=tuple(splits["test"]),
+        joined=True,
         key="pairs",
         dropped=dropped,
     )

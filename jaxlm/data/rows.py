@@ -198,10 +198,12 @@ class TokenRow:
     Attributes:
         id: name of the row, unique in its split.
         ids: tokens with special tokens.
-        loss_positions: increasing places of the tokens in the loss. Place 0 is never one of them,
-            since nothing predicts it. A row without such places has no loss.
+        loss_positions: increasing places of the tokens in the loss. Where tokens are predicted,
+            place 0 is never one of them, since nothing predicts it. A row without such places has
+            no loss.
         subtask: group of the row; empty for none.
         starts: places where its texts begin, of which a row of `pack` has several.
+        tags: the class of each token in the loss, where classes are predicted in place of tokens.
     """
 
     id: str
@@ -209,6 +211,7 @@ class TokenRow:
     loss_positions: tuple[int, ...]
     subtask: str = ""
     starts: tuple[int, ...] = field(default=(0,), kw_only=True)
+    tags: tuple[int, ...] = field(default=(), kw_only=True)
 
 
 def digest(rows: Sequence[TokenRow]) -> str:
@@ -217,7 +220,8 @@ def digest(rows: Sequence[TokenRow]) -> str:
     found = hashlib.sha256()
     for row in rows:
         packed = (row.starts,) if len(row.starts) > 1 else ()
-        found.update(repr((row.id, row.ids, row.loss_positions, *packed)).encode())
+        tags = (row.tags,) if row.tags else ()
+        found.update(repr((row.id, row.ids, row.loss_positions, *packed, *tags)).encode())
     return found.hexdigest()
 
 
@@ -250,6 +254,7 @@ def _joined(rows: Sequence[TokenRow]) -> TokenRow:
         tuple(token for row in rows for token in row.ids),
         tuple(start + place for row, start in placed for place in row.loss_positions),
         starts=tuple(starts),
+        tags=tuple(tag for row in rows for tag in row.tags),
     )
 
 
@@ -260,7 +265,7 @@ class PaddedRows:
     A batch has `input_ids` and `attention_mask` int32 [B, T], and
 
     - in the form "weights": `weights` float32 [B, T], 1 for a token in the loss, as
-      `jaxlm.train.losses.lm_objective` takes them.
+      `jaxlm.train.losses.lm_objective` takes them; rows with tags also have `tags` int32 [B, T].
     - in the form "targets": `targets` int32 [B, K], the tokens in the loss, `positions` int32
       [B, K] of the states that predict them, and `target_mask` float32 [B, K]. A model then needs
       logits at these positions only.
@@ -320,6 +325,10 @@ class PaddedRows:
             batch["weights"] = np.zeros((len(rows), length), np.float32)
             for i, row in enumerate(rows):
                 batch["weights"][i, list(row.loss_positions)] = 1
+            if any(row.tags for row in rows):
+                batch["tags"] = np.zeros_like(ids)
+                for i, row in enumerate(rows):
+                    batch["tags"][i, list(row.loss_positions)] = row.tags
             return batch
         scored = [np.array(row.loss_positions, int) for row in rows]
         batch["positions"], mask = pad([places - 1 for places in scored], (width,))
@@ -376,12 +385,14 @@ class EncodedRows(EncodedSplits):
         train, validation, test: rows with a token in the loss; a split that does not exist is
             empty.
         buckets: lengths that batches are padded to, increasing.
+        labels: names of the classes of tags; empty where tokens are predicted.
     """
 
     train: PaddedRows
     validation: PaddedRows
     test: PaddedRows
     buckets: tuple[int, ...]
+    labels: tuple[str, ...] = ()
 
     @classmethod
     def pad(
@@ -392,6 +403,7 @@ class EncodedRows(EncodedSplits):
         limit: int | None = None,
         key: str = "data",
         packing: bool = False,
+        labels: tuple[str, ...] = (),
     ) -> "EncodedRows":
         """Drop rows without a loss, and give all splits the same buckets.
 
@@ -401,6 +413,7 @@ class EncodedRows(EncodedSplits):
             limit: largest number of tokens in a row.
             key: section of the data form, for error messages.
             packing: whether to `pack` training rows to windows of `limit` tokens.
+            labels: names of the classes of tags.
 
         Raises:
             UserError: a split has rows, but none with a token in the loss.
@@ -424,7 +437,8 @@ class EncodedRows(EncodedSplits):
             for name, rows in splits.items()
         }
         train, validation, test = (padded[split] for split in SPLITS)
-        return cls(train, validation, test, buckets=buckets, dropped=dropped, key=key)
+        shared: dict[str, Any] = {"buckets": buckets, "dropped": dropped, "key": key}
+        return cls(train, validation, test, labels=labels, **shared)
 
     def sparse(self) -> "EncodedRows":
         """Return the data with training batches of the form "targets" if that makes them smaller.

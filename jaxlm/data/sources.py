@@ -34,8 +34,8 @@ class Record:
     Attributes:
         source: the source as the user named it.
         number: line of the file or row of the table, from 1; `unit` is "line" or "row".
-        class_names: by field, the names of the classes whose index it holds, if the source has such
-            names.
+        class_names: by field, the names of the classes whose index it holds, or a list of such
+            indices, if the source has names.
     """
 
     values: Mapping[str, Any]
@@ -193,10 +193,12 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str,
     """Return the class names by field, which `datasets` writes into its Parquet files."""
     try:
         features = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        # A list of classes is a feature that holds that of one.
+        kinds = {name: feature.get("feature", feature) for name, feature in features.items()}
         return {
-            name: tuple(map(str, feature["names"]))
-            for name, feature in features.items()
-            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+            name: tuple(map(str, kind["names"]))
+            for name, kind in kinds.items()
+            if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"
         }
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
@@ -239,10 +241,9 @@ def _rows(loaded: Any, source: str, where: str) -> list[Record]:
 
     if loaded.data.nbytes > room():
         raise too_large(where)
+    kinds = {name: getattr(kind, "feature", kind) for name, kind in loaded.features.items()}
     names = {
-        column: tuple(feature.names)
-        for column, feature in loaded.features.items()
-        if isinstance(feature, ClassLabel)
+        column: tuple(kind.names) for column, kind in kinds.items() if isinstance(kind, ClassLabel)
     }
     return [
         Record(values, source, number, class_names=names)

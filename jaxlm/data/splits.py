@@ -247,6 +247,8 @@ class TextsConfig(SplitsConfig):
 
     objective: ClassVar[str] = "completion"
     """Name of the objective of a run that names none."""
+    kinds: ClassVar[tuple[str, ...]] = ("decoder",)
+    """Kinds of models that can read it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -274,6 +276,11 @@ class TextsConfig(SplitsConfig):
         """Return the example in a row of a source."""
         raise NotImplementedError
 
+    def resolve(self, texts: "Texts", model: Any) -> tuple["Texts", tuple[str, ...]]:
+        """Return the texts as `tokenize` takes them for a model, and the names of their classes."""
+        del model
+        return texts, ()
+
     def tokenize(self, examples: Sequence[Any], tokenizer: Any, limit: int) -> list[TokenRow]:
         """Return the token rows of examples, of at most `limit` tokens."""
         raise NotImplementedError
@@ -300,15 +307,16 @@ class Texts(Splits):
                 has a token in the loss.
         """
         config, tokenizer = self.config, tokenizer_of(lm)
-        if lm.config.kind != "decoder":
+        if lm.config.kind not in config.kinds:
             raise UserError(
                 f"model: {config.key} needs a decoder (got one of the kind {lm.config.kind}). Give "
                 "a decoder."
             )
         limits = (lm.config.max_positions, max_length, config.max_length)
         limit = min(limit for limit in limits if limit is not None)
+        texts, labels = config.resolve(self, lm.config)
         splits: dict[str, list[TokenRow]] = {
-            split: config.tokenize(getattr(self, split), tokenizer, limit) for split in SPLITS
+            split: config.tokenize(getattr(texts, split), tokenizer, limit) for split in SPLITS
         }
         tokens = (token for rows in splits.values() for row in rows for token in row.ids)
         check_vocabulary(max(tokens, default=0), lm.config.vocab_size)
@@ -318,4 +326,5 @@ class Texts(Splits):
             limit=limit,
             key=config.key,
             packing=config.packing,
+            labels=labels,
         )

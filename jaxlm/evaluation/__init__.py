@@ -32,6 +32,7 @@ from jaxlm.evaluation.report import (
     probabilities,
     standard_error,
 )
+from jaxlm.evaluation.tagging import entities, tag_report
 
 __all__ = [
     "Completion",
@@ -43,6 +44,7 @@ __all__ = [
     "confusion_matrix",
     "domain_offsets",
     "domain_scores",
+    "entities",
     "evaluate_generation",
     "exact_match",
     "expected_calibration_error",
@@ -59,5 +61,6 @@ __all__ = [
     "standard_error",
     "stream_text",
     "subtract_domain_scores",
+    "tag_report",
     "token_f1",
 ]

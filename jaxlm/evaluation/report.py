@@ -39,7 +39,13 @@ def class_report(confusion: Int[np.ndarray, "C C"]) -> dict[str, np.ndarray]:
     examples, `recall` is $t_c$ over the `examples` of the class, and `f1` is
     $2 t_c / (\text{predicted}_c + \text{examples}_c)$. The macro F1 is the mean of `f1`.
     """
-    right, predicted, examples = np.diag(confusion), confusion.sum(axis=0), confusion.sum(axis=1)
+    return count_report(np.diag(confusion), confusion.sum(axis=0), confusion.sum(axis=1))
+
+
+def count_report(
+    right: Int[np.ndarray, " C"], predicted: Int[np.ndarray, " C"], examples: Int[np.ndarray, " C"]
+) -> dict[str, np.ndarray]:
+    """Return the columns of `class_report` for the number of true positives and both others."""
     return {
         "examples": examples,
         "predicted": predicted,

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 Kind = Literal["decoder", "encoder"]
-Head = Literal["lm", "mlm", "classifier", "none"]
+Head = Literal["lm", "mlm", "classifier", "token_classifier", "none"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 Rope = Literal["linear", "llama3", "yarn"]
 
@@ -41,7 +41,8 @@ class ModelConfig:
     Attributes:
       family: name of the module in `models/families` that reads and writes this model.
       kind: `decoder` attends causally, `encoder` in both directions.
-      head: next-token logits, masked-token logits, a classifier on one token, or no head.
+      head: next-token logits, masked-token logits, a classifier on one token or on every token, or
+        no head.
       embedding_size: width of the token embedding; projected to `hidden_size` if they differ.
       positions: absolute `learned` embeddings, or `rotary`.
       position_offset: index of the first position in the table (OPT 2, RoBERTa 2).
@@ -68,7 +69,7 @@ class ModelConfig:
       head_bias: whether the dense layer of the masked-token head has a bias.
       pooled: whether there is a pooler for the classifier to read.
       pooler: a dense layer with `tanh` or `relu`; or dense layer and norm of the masked-token head
-        (`mlm`), which the classifier then shares.
+        (`mlm`), which the classifier, or that of every token, then shares.
       pooling: what the pooler reads, the `first` token or the `mean` of all; or the `last` token,
         which the classifier of a decoder reads itself.
       num_labels: number of classes of the classifier.
@@ -146,6 +147,11 @@ class ModelConfig:
     score_gradient: bool = True
     remat: Literal["none", "layer", "dots"] = "dots"
     compute_dtype: str | None = None
+
+    @property
+    def transforms(self) -> bool:
+        """Whether the head applies dense layer and norm of the masked-token head to every token."""
+        return self.head == "mlm" or (self.head == "token_classifier" and self.pooler == "mlm")
 
     @property
     def stops(self) -> tuple[int, ...]:

@@ -84,7 +84,8 @@ def from_pretrained(
 
     Returns:
       The model. `tokenizer` is None if the folder has none. The tensors of the checkpoint decide
-      whether `config.head` of an encoder is "mlm", "classifier" or "none".
+      whether `config.head` of an encoder is "mlm", "classifier" or "none"; "token_classifier" is
+      named by `architectures` in config.json.
 
     Raises:
       UserError: the folder is missing, the architecture is unknown, a file is truncated or missing,
@@ -191,7 +192,7 @@ def shapes_from_pretrained(
     if checkpoint is not None:
         config = checkpoint.match(config)
         checkpoint.check(config)
-    elif config.kind == "encoder":
+    elif config.kind == "encoder" and config.head != "token_classifier":
         named = " ".join(read_json(place / CONFIG).get("architectures") or ())
         config = config.replace(head="mlm" if re.search("MaskedLM|PreTraining", named) else "none")
     flat: dict[str, Any] = {}
@@ -404,6 +405,7 @@ _AUTO = {
     "lm": "AutoModelForCausalLM",
     "mlm": "AutoModelForMaskedLM",
     "classifier": "AutoModelForSequenceClassification",
+    "token_classifier": "AutoModelForTokenClassification",
     "none": "AutoModel",
 }
 

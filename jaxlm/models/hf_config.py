@@ -242,6 +242,9 @@ def parse_config(hf: dict[str, Any], where: str) -> tuple[ModelConfig, ModuleTyp
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     check_sizes(config, where)
+    if any(name.endswith("ForTokenClassification") for name in hf.get("architectures") or ()):
+        count = len(hf.get("id2label") or {}) or 2  # transformers leaves out the names of two
+        config = config.replace(head="token_classifier", num_labels=count)
     return config.replace(label_names=_label_names(hf)), module
 
 

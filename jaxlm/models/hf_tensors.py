@@ -135,7 +135,7 @@ class Checkpoint:
     def match(self, config: ModelConfig) -> ModelConfig:
         """Return the configuration with the head and the tying that the tensors show."""
         config = self._match_head(config)
-        if config.head != "classifier":
+        if config.head not in ("classifier", "token_classifier"):
             untied = config.tie_embeddings and config.head != "none" and self._untied(config)
             return config.replace(
                 label_names=(), tie_embeddings=config.tie_embeddings and not untied
@@ -149,6 +149,11 @@ class Checkpoint:
         return config
 
     def _match_head(self, config: ModelConfig) -> ModelConfig:
+        if config.head == "token_classifier":
+            # Its tensors may be those of a classifier on one token, so config.json tells them.
+            if (kernel := self.find(config, "classifier.kernel")) is not None:
+                return config.replace(num_labels=self.tensors[kernel[1]].shape[0])
+            config = config.replace(head="lm" if config.kind == "decoder" else "none")
         classifier = config.replace(head="classifier", pooled=True)
         if config.kind == "decoder":
             score = self.find(config, "classifier.kernel")

@@ -67,7 +67,7 @@ def _head_shapes(config: ModelConfig) -> Shapes:
     width = config.hidden_size
     shapes: Shapes = {}
     shared = config.pooled and config.pooler == "mlm"
-    if config.head == "mlm" or shared:
+    if config.transforms or shared:
         shapes |= _linear("mlm.dense", width, width, config.head_bias) | _norm("mlm.norm", config)
     if config.head == "mlm":
         shapes["lm_head.bias"] = (config.vocab_size,)
@@ -75,8 +75,9 @@ def _head_shapes(config: ModelConfig) -> Shapes:
         shapes["lm_head.embedding"] = (config.vocab_size, config.embedding_size)
     if config.pooled and not shared:
         shapes |= _linear("pooler", width, width, True)
-    if config.head == "classifier":
-        shapes |= _linear("classifier", width, config.num_labels, config.kind == "encoder")
+    if config.head in ("classifier", "token_classifier"):
+        bias = config.kind == "encoder" or config.head == "token_classifier"
+        shapes |= _linear("classifier", width, config.num_labels, bias)
     return shapes
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -10,6 +10,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.paths import flatten
 from jaxlm.models import generation, scoring, transformer
 from jaxlm.models.config import ModelConfig
+from jaxlm.models.families import family
 from jaxlm.models.initialise import init_leaf, nest, param_shapes
 
 
@@ -57,31 +58,46 @@ class LanguageModel:
 
 
 def add_classifier(
-    lm: LanguageModel, num_labels: int, key: jax.Array, label_names: Sequence[str] = ()
+    lm: LanguageModel,
+    num_labels: int,
+    key: jax.Array,
+    label_names: Sequence[str] = (),
+    *,
+    head: Literal["classifier", "token_classifier"] = "classifier",
 ) -> LanguageModel:
-    """Replace the head of an encoder by a new classifier on the first token or `config.pooling`.
+    """Replace the head by a new classifier.
 
     Args:
       lm: an encoder, whose pooler is kept, or initialised if there is none; or a decoder that has
-        a classifier already.
+        a classifier already, or that is to have one of every token.
       num_labels: number of classes.
       key: PRNG key of the initialisation.
       label_names: names of the classes, for `config.label_names`.
+      head: a classifier on the first token or `config.pooling`, or on every token.
 
     Raises:
-      UserError: the model is a decoder, or the number of names is not `num_labels`.
+      UserError: the model cannot have this head, or the number of names is not `num_labels`.
     """
     if len(label_names) not in (0, num_labels):
         raise UserError(
             f"label_names: must be {num_labels} names (got {len(label_names)}). Correct it."
         )
     encoder = lm.config.kind == "encoder"
-    if not encoder and lm.config.head != "classifier":
+    names = {row.path for row in family(lm.config.family).names(lm.config)}
+    if head == "token_classifier" and "classifier.kernel" not in names:
+        raise UserError(
+            "model: a classifier of tokens needs an encoder or a decoder laid out like Llama (got "
+            f"{lm.config.family}). Give another model."
+        )
+    if head == "classifier" and not encoder and lm.config.head != "classifier":
         raise UserError(
             f"model: a classifier needs an encoder (got {lm.config.family}). Prompt it instead."
         )
     config = lm.config.replace(
-        head="classifier", num_labels=num_labels, label_names=tuple(label_names), pooled=encoder
+        head=head,
+        num_labels=num_labels,
+        label_names=tuple(label_names),
+        pooled=encoder and head == "classifier",
     )
     flat = {leaf.path: leaf.value for leaf in flatten(lm.params)[0]}
     dtype = flat["embed.tokens.embedding"].dtype

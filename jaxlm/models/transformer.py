@@ -319,8 +319,8 @@ def hidden(
         last entry there has the final norm.
 
     Raises:
-      UserError: the batch is longer than a table of learned positions, or `layer` or
-        concrete ids are out of range, see `check_ids`.
+      UserError: the batch is longer than a table of learned positions and has no `position_ids`, or
+        `layer` or concrete ids are out of range, see `check_ids`.
     """
     checks.integer("layer", layer, least=0, most=config.num_layers)
     check_ids("input_ids", input_ids, config.vocab_size)
@@ -329,7 +329,7 @@ def hidden(
         check_ids("position_ids", position_ids, config.max_positions)
     input_ids = jnp.asarray(input_ids)
     length = input_ids.shape[1]
-    if config.positions == "learned" and length > config.max_positions:
+    if config.positions == "learned" and position_ids is None and length > config.max_positions:
         raise UserError(
             f"input_ids: must have at most {config.max_positions} tokens a row, the positions of "
             f"the model (got {length}). Truncate them."
@@ -430,14 +430,15 @@ def apply(
 
     Returns:
       [B, T, V]; [B, V] or [B, K, V] with `positions`; C in place of V with `token_ids`. A
-      classifier returns [B, num_labels] or [B, C].
+      classifier returns [B, num_labels] or [B, C]. With a classifier of every token, V is the
+      number of its classes.
 
     Raises:
       UserError: the batch is longer than a table of learned positions, the model has no head, or
         concrete ids are out of range, see `check_ids`.
     """
-    is_classifier = config.head == "classifier"
-    check_ids("token_ids", token_ids, config.num_labels if is_classifier else config.vocab_size)
+    classes = config.num_labels if config.head in ("classifier", "token_classifier") else None
+    check_ids("token_ids", token_ids, classes or config.vocab_size)
     x = hidden(
         config,
         params,
@@ -450,9 +451,9 @@ def apply(
         tap=tap,
     )
     ctx = Context(config, view, tap)
-    if is_classifier:
-        classes = dense(params, "classifier", _pooled(params, x, attention_mask, ctx), ctx)
-        return classes if token_ids is None else classes[:, jnp.asarray(token_ids)]
+    if config.head == "classifier":
+        x = _pooled(params, x, attention_mask, ctx)
+        return _class_logits(params, x, ctx, token_ids)
     if config.head == "none":
         raise UserError(
             "head: the model has none (got 'none'). Call hidden(), or add one with add_classifier."
@@ -461,7 +462,15 @@ def apply(
         positions = jnp.asarray(positions)
         index = positions.reshape(positions.shape[0], -1, 1)
         x = jnp.take_along_axis(x, index, axis=1).reshape(*positions.shape, x.shape[-1])
+    if config.head == "token_classifier":
+        x = _transform(params, x, ctx) if config.transforms else x
+        return _class_logits(params, x, ctx, token_ids)
     return logits(config, params, x, token_ids=token_ids, view=view, tap=tap)
+
+
+def _class_logits(params, x, ctx: Context, token_ids):
+    classes = dense(params, "classifier", x, ctx)
+    return classes if token_ids is None else classes[..., jnp.asarray(token_ids)]
 
 
 def _pooled(params, x_BxTxD, attention_mask, ctx: Context):
@@ -499,12 +508,12 @@ def logits(
     tap=None,
 ) -> Float[Array, "*B V"]:
     """Return the logits of the head for hidden states; C in place of V with `token_ids`."""
-    if config.head == "classifier":
+    if config.head in ("classifier", "token_classifier"):
         raise UserError(
             "head: a classifier has no logits of tokens (got none). Give another model."
         )
     ctx = Context(config, view, tap)
-    if config.head == "mlm":
+    if config.transforms:
         x = _transform(params, x, ctx)
     if config.embedding_size != config.hidden_size:
         x = dense(params, "embed.project_out", x, ctx)

@@ -193,7 +193,7 @@ def head_selection(lm: LanguageModel) -> str:
     head = lm.config.head
     if head == "none":
         raise UserError("lm: has no head to train (got 'none'). Call add_classifier first.")
-    if head == "classifier":
+    if head in ("classifier", "token_classifier"):
         return r"^(pooler|classifier)\."
     tied = r"|embed\.tokens\." if lm.config.tie_embeddings else ""
     return rf"^(mlm\.|lm_head\.{tied})"

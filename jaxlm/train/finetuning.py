@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -26,13 +26,22 @@ from jaxlm.data import (
     Task,
     TaskConfig,
     TextConfig,
+    TokensConfig,
     task_config,
 )
 from jaxlm.evaluation.calibration import CALIBRATION_TEXTS, domain_offsets, option_offsets
 from jaxlm.evaluation.classification import Reduction
 from jaxlm.models import LanguageModel
 from jaxlm.peft import TUNINGS, Tuning
-from jaxlm.train.load import base_digest, changed, load_model, with_head, with_random_params
+from jaxlm.train.load import (
+    base_digest,
+    changed,
+    load_model,
+    tuned,
+    with_head,
+    with_random_params,
+    with_token_head,
+)
 from jaxlm.train.logging import Progress
 from jaxlm.train.losses import accumulate
 from jaxlm.train.measure import Metric, MultipleChoiceMetric
@@ -55,6 +64,7 @@ class FinetuneConfig(RunConfig):
         messages: conversations; the loss is on the assistant's turns.
         text: documents; the loss is on every token.
         pairs: prompts with a chosen and a rejected response.
+        tokens: words with tags; the loss is on the first token of each word.
         objective: one of `jaxlm.train.objectives.OBJECTIVES` by its name; null for the likelihood
             of the right answers.
         peft: what is trained in place of all parameters, one of `jaxlm.peft.TUNINGS` by its name;
@@ -79,6 +89,7 @@ class FinetuneConfig(RunConfig):
     messages: MessagesConfig | None = None
     text: TextConfig | None = None
     pairs: PairsConfig | None = None
+    tokens: TokensConfig | None = None
     objective: Objective | None = field(default=None, metadata={"registry": OBJECTIVES})
     optimizer: Optimizer = field(default=Mezo(), metadata={"registry": OPTIMIZERS})
     peft: Tuning | None = field(default=None, metadata={"registry": TUNINGS})
@@ -192,14 +203,17 @@ def finetune(
     See `jaxlm.finetune`. The folder is created only after the configuration, the data and the model
     have been checked. A run can resume on another mesh, and in another place.
     """
-    given = None
-    if config.epochs is not None:  # the folder is compared with the number of steps
+    given, config = None, with_own_classes(config)
+    # The folder is compared with the number of steps, and holds the names of the classes.
+    if config.epochs is not None or (config.tokens and config.tokens.labels is None):
         given = read_data(config, base_dir=base_dir)
         # Only to count: without weights a classifier's classes are not known.
-        config = in_steps(config, given.encode(load_model(config.model, shapes_only=True)))
+        encoded = given.encode(load_model(config.model, shapes_only=True))
+        config = with_classes(in_steps(config, encoded), encoded.labels)
 
     # A command that is typed in another directory must not read another file of the same name.
     places: dict[str, Any] = {config.form: config.data.located(base_dir)}
+    places["objective"] = config.objective and config.objective.located()
     stored = dataclasses.replace(config, model=absolute(config.model, "model"), **places)
 
     def prepare() -> tuple[dict[str, Digest], Callable[[RunFolder], dict[str, Any]]]:
@@ -210,9 +224,7 @@ def finetune(
         reference = lambda: setting.lm  # noqa: E731
         if (name := setting.objective.reference_model) is not None:
             # Loaded again for its one use, so that its memory is free during training.
-            reference = functools.partial(
-                load_model, name, param_dtype=config.param_dtype, mesh=mesh
-            )
+            reference = functools.partial(_reference, setting, name, mesh)
             digests |= base_digest(reference(), name, "objective.reference")
         for split, digest in setting.encoded.digests().items():
             name = f"{config.form}.{split}"
@@ -222,6 +234,23 @@ def finetune(
     sections = dict.fromkeys(("zero_shot", "validation", "test"), dict)
     numbers = dict.fromkeys(("forwards", "backwards", "peak_memory_bytes", "tested_step"), int)
     return finished_or_run(stored, prepare, task=str, metric=str, **sections, **numbers)
+
+
+def _reference(setting: Setting, name: str, mesh: Mesh | None) -> LanguageModel:
+    """Load the reference model, which must read the same tokens as the model."""
+    config, _, objective, data, encoded = setting
+    assert data is not None
+    try:
+        lm = load_model(name, param_dtype=config.param_dtype, mesh=mesh)
+        same = objective.batched(data.encode(lm)).digests() == encoded.digests()
+    except UserError as error:
+        raise UserError(f"objective.reference: {str(error).partition(': ')[2]}") from None
+    if not same:
+        raise UserError(
+            f"objective.reference: reads the {config.form} as other tokens than the model (got "
+            f"{name}). Give one with the same tokenizer that reads texts as long."
+        )
+    return lm.replace(config=lm.config.replace(compute_dtype=config.compute_dtype))
 
 
 def data_digests(data: Data, form: str) -> dict[str, Digest]:
@@ -254,6 +283,23 @@ def in_steps(config: FinetuneConfig, encoded: Encoded) -> FinetuneConfig:
     return dataclasses.replace(config, steps=math.ceil(rows / config.batch_size), epochs=None)
 
 
+def with_classes(config: FinetuneConfig, labels: Sequence[str]) -> FinetuneConfig:
+    """Return the configuration with the names of the classes of `tokens`, if it has none."""
+    if config.tokens is None or config.tokens.labels is not None or not labels:
+        return config
+    tokens = dataclasses.replace(config.tokens, labels=tuple(labels))
+    return dataclasses.replace(config, tokens=tokens)
+
+
+def with_own_classes(config: FinetuneConfig) -> FinetuneConfig:
+    """Return the configuration with those of the run in its folder, which needs no data then."""
+    folder = RunFolder(config.output)
+    if config.tokens is None or folder.tested_step() is None:
+        return config
+    stored = (folder.config() or {}).get("tokens")
+    return with_classes(config, stored.get("labels") or () if isinstance(stored, dict) else ())
+
+
 def build(
     config: FinetuneConfig,
     lm: LanguageModel,
@@ -279,8 +325,7 @@ def build(
     if config.param_dtype == "auto":
         dtype_name(lm.params["embed"]["tokens"]["embedding"].dtype)
     encoded = objective.batched(encoded)
-    labels = len(encoded.labels) if isinstance(encoded, EncodedTask) else 0
-    select, lm = changed(lm, lambda lm: _prepared(config, lm, labels), mesh)
+    select, lm = changed(lm, lambda lm: _prepared(config, lm, encoded.labels), mesh)
     optimizer = dataclasses.replace(config.optimizer, select=select)
     config = dataclasses.replace(config, optimizer=optimizer)
     setting = Setting(config, lm, objective, data, encoded)
@@ -290,7 +335,7 @@ def build(
 
 
 def _prepared(
-    config: FinetuneConfig, lm: LanguageModel, num_labels: int
+    config: FinetuneConfig, lm: LanguageModel, labels: tuple[str, ...]
 ) -> tuple[str | None, LanguageModel]:
     """Return the selection of trained parameters, and the model that has them."""
     choices = {"compute_dtype": config.compute_dtype, "remat": config.remat}
@@ -298,11 +343,13 @@ def _prepared(
     if config.random_init:
         lm = with_random_params(lm, seed=config.seed)
     if config.task is not None:
-        lm = with_head(lm, num_labels, seed=config.seed, names=config.task.class_names)
+        lm = with_head(lm, len(labels), seed=config.seed, names=config.task.class_names)
+    if config.tokens is not None:
+        lm = with_token_head(lm, labels, seed=config.seed)
     select = config.optimizer.select
     if config.peft is not None:
         lm = config.peft.prepare(lm, jax.random.key(config.seed))
-        select = config.peft.select(lm) if select is None else select
+        select = tuned(config.peft, lm) if select is None else select
     try:
         paths.mask(lm.params, select)
     except ValueError as error:

@@ -17,9 +17,10 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.precision import quantize
 from jaxlm.data import DATA_FORMS
 from jaxlm.data.corpus import read_tokenizer
+from jaxlm.data.tokens import matched
 from jaxlm.models import LanguageModel, add_classifier, init_params
 from jaxlm.models.hf import float_dtype, local_model, model_choices
-from jaxlm.peft import TUNINGS, Tuning, load_adapter
+from jaxlm.peft import TUNINGS, Tuning, head_selection, load_adapter
 from jaxlm.peft.adapters import adapter_base, check_base, is_adapter
 from jaxlm.sharding import abstract, place_params, placed_like
 from jaxlm.train.optimizers import OPTIMIZERS, ZerothOrder
@@ -236,7 +237,13 @@ def _placed(
 def _selected(lm: LanguageModel, folder: RunFolder, stored: Mapping[str, Any]) -> paths.Select:
     """Return the selection of the parameters that a run with a tuning trains."""
     select: str | None = stored["optimizer"].get("select")
-    return _tuning(folder, stored).select(lm) if select is None else select
+    return tuned(_tuning(folder, stored), lm) if select is None else select
+
+
+def tuned(tuning: Tuning, lm: LanguageModel) -> str:
+    """Return the selection of what a tuning trains; the head of tokens, mostly new, is in it."""
+    select = tuning.select(lm)
+    return f"{select}|{head_selection(lm)}" if lm.config.head == "token_classifier" else select
 
 
 def _tuning(folder: RunFolder, stored: Mapping[str, Any]) -> Tuning:
@@ -246,18 +253,23 @@ def _tuning(folder: RunFolder, stored: Mapping[str, Any]) -> Tuning:
         raise folder.foreign() from None
 
 
+def _texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
 def check_run(folder: RunFolder, stored: Mapping[str, Any]) -> None:
     """Refuse a `config.yaml` that is not a fine-tuning run's, or whose model leads back to it."""
     task = stored.get("task")
     texts = any(isinstance(stored.get(form), dict) for form in DATA_FORMS)
     kinds: dict[str, Any] = {"steps": int, "seed": int}
     kinds |= {"model": str | None, "bits": int | None}
-    kinds |= {"param_dtype": str, "peft": dict | None}
+    kinds |= {"param_dtype": str, "peft": dict | None, "tokens": dict | None}
     if (
         not all(isinstance(stored.get(name), kind) for name, kind in kinds.items())
         or not {"model", "bits"} <= stored.keys()
         or not (texts if task is None else isinstance(task, dict))
         or not isinstance((task or {"labels": []}).get("labels"), list)
+        or not _texts((stored.get("tokens") or {"labels": []}).get("labels"))
         or (stored.get("peft") or {"name": "lora"}).get("name") not in TUNINGS
     ):
         raise folder.foreign()
@@ -279,6 +291,9 @@ def _with_run(lm: LanguageModel, folder: RunFolder, stored: Mapping[str, Any]) -
     lm = lm.replace(config=lm.config.replace(compute_dtype=stored.get("compute_dtype")))
     if stored.get("random_init"):
         lm = with_random_params(lm, seed=stored["seed"])
+    if (tokens := stored.get("tokens")) is not None:
+        names = matched(tuple(tokens["labels"]), lm.config)
+        lm = with_token_head(lm, names, seed=stored["seed"])
     if (task := stored.get("task")) is not None:
         labels, classes = (task.get(key) for key in ("labels", "classes"))
         named = isinstance(classes, list) and len(classes) == len(labels)
@@ -322,3 +337,12 @@ def with_head(
     if head in ("lm", "mlm") or (head == "classifier" and labels == num_labels):
         return lm
     return add_classifier(lm, num_labels, jax.random.key(seed), names)
+
+
+def with_token_head(lm: LanguageModel, names: tuple[str, ...], *, seed: int) -> LanguageModel:
+    """Return the model, with a new classifier of tokens if it has none for these classes."""
+    config = lm.config
+    fits = config.head == "token_classifier" and config.num_labels == len(names)
+    if fits and config.label_names in ((), names):
+        return lm.replace(config=config.replace(label_names=names))
+    return add_classifier(lm, len(names), jax.random.key(seed), names, head="token_classifier")

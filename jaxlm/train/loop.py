@@ -312,8 +312,8 @@ class _Loop:
         if bad:
             self._stop(f"a loss of {bad['loss']} at step {bad['step']}")
         if self.progress and self.program:
-            shown = ("loss", "accuracy")
-            means = {name: float(np.mean(host[name])) for name in shown if name in host}
+            shown = [name for name in host if name == "loss" or name.endswith("accuracy")]
+            means = {name: float(np.mean(host[name])) for name in ("loss", *shown)}
             self.progress.update(first + count, means, self.program.peak_bytes)
 
     def _watch(self, first: int, lines: list[dict[str, Any]]) -> None:

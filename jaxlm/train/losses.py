@@ -87,6 +87,30 @@ def accuracy_objective(
     return loss_fn
 
 
+def tagging_objective(apply: Apply) -> LossFn:
+    r"""Cross-entropy of the classes of tokens, $-\log \mathrm{softmax}(z_t)_{y_t}$, in their mean.
+
+    Args:
+        apply: the forward pass of a model with a classifier of every token, `lm.apply`.
+
+    Returns:
+        `loss_fn(params, batch, *, key=None, view=None) -> (loss, {"tokens", "accuracy"})` on a
+        batch of the form "weights" with `tags`, see `jaxlm.data.rows.PaddedRows`.
+    """
+
+    def loss_fn(params: Params, batch: Batch, *, key: Any = None, view: Any = None) -> Any:
+        del key
+        packed = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
+        logits = apply(params, batch["input_ids"], batch["attention_mask"], view=view, **packed)
+        tags, weights = jnp.asarray(batch["tags"]), jnp.asarray(batch["weights"])
+        tokens = jnp.sum(weights)
+        hits = jnp.sum((jnp.argmax(logits, axis=-1) == tags) * weights)
+        loss = jnp.sum(-log_probs_of(logits, tags) * weights) / tokens
+        return loss, {"tokens": tokens, "accuracy": hits / tokens}
+
+    return loss_fn
+
+
 def lm_objective(log_probs: Callable[..., Any]) -> LossFn:
     r"""Cross-entropy of the next token, in nats a token.
 
@@ -125,15 +149,15 @@ def token_objective(lm: LanguageModel) -> LossFn:
             return whole(params, batch, key=key, view=view)
         mask = jnp.asarray(batch["target_mask"])
         tokens = jnp.sum(mask)
-        losses = -_target_log_probs(lm, params, batch, view=view)
+        losses = -target_log_probs(lm, params, batch, view=view)
         return jnp.sum(losses * mask) / tokens, {"tokens": tokens}
 
     return loss_fn
 
 
-def _target_log_probs(lm: LanguageModel, params: Params, batch: Batch, **options: Any) -> Array:
+def target_log_probs(lm: LanguageModel, params: Params, batch: Batch, **options: Any) -> Array:
     """Return the log-probabilities of the targets, [B, K]; the head computes no other logits."""
-    packed = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
+    packed = {key: batch[key] for key in ("segment_ids", "position_ids") if key in batch}
     x = lm.hidden(params, batch["input_ids"], batch["attention_mask"], **packed, **options)
     x = jnp.take_along_axis(x, jnp.asarray(batch["positions"])[..., None], axis=1)
     view = {"view": options["view"]} if "view" in options else {}
@@ -151,7 +175,7 @@ def row_losses(lm: LanguageModel) -> Callable[..., Array]:
     """
 
     def losses(params: Any, batch: Batch, *, tap: Any = None) -> Array:
-        scored = _target_log_probs(lm, params, batch, tap=tap)
+        scored = target_log_probs(lm, params, batch, tap=tap)
         mask = jnp.asarray(batch["target_mask"])
         return -jnp.sum(scored * mask, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
 

@@ -1,4 +1,4 @@
-"""Metrics of a run: accuracy of its choices, F1 of its answers, or the loss of its tokens."""
+"""Metrics of a run: accuracy of its choices, F1 of answers or of tags, or the loss of tokens."""
 
 import dataclasses
 import functools
@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxlm.core.checks import MOST
+from jaxlm.core.dtypes import wide
 from jaxlm.core.errors import UserError
 from jaxlm.data import EncodedTask, Example, Task, prepare_for, prompted
-from jaxlm.data.rows import EncodedRows, SplitName, fixed_buckets
+from jaxlm.data.rows import EncodedRows, PaddedRows, SplitName, fixed_buckets
 from jaxlm.evaluation import (
     GenerationResult,
     accuracy,
@@ -22,8 +23,10 @@ from jaxlm.evaluation import (
     majority_accuracy,
     option_scores,
     score_split,
+    tag_report,
 )
 from jaxlm.evaluation.classification import Reduction
+from jaxlm.evaluation.tagging import marks_entities
 from jaxlm.models import LanguageModel
 from jaxlm.train.state import Program
 from jaxlm.typing import Batch, Params
@@ -239,3 +242,58 @@ class TokenLossMetric(Metric):
                 "weights are finite, and lower optimizer.learning_rate."
             )
         return {"loss": float(totals[0] / totals[1])}
+
+
+class Tagger:
+    """The most likely class of the tokens in the loss, and its probability.
+
+    Attributes:
+        program: the compiled program.
+    """
+
+    def __init__(self, lm: LanguageModel, *, batch_size: int):
+        def best(params: Params, batch: Batch) -> tuple[Array, Array]:
+            logits = wide(lm.apply(params, batch["input_ids"], batch["attention_mask"]))
+            return jnp.argmax(logits, axis=-1), jnp.max(jax.nn.softmax(logits), axis=-1)
+
+        self.program = Program(best)
+        self._batch_size = batch_size
+
+    def __call__(self, rows: PaddedRows, params: Params) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return classes and probabilities at the `loss_positions` of each row."""
+        found = [(np.zeros(0, int), np.zeros(0))] * len(rows)
+        for batch in rows.eval_batches(self._batch_size):
+            index = batch.pop("index")
+            classes, shares = map(np.asarray, self.program(params, batch))
+            for line, place in enumerate(index.tolist()):
+                if place >= 0:
+                    at = list(rows.rows[place].loss_positions)
+                    found[place] = classes[line, at], shares[line, at]
+        for row, (_, shares) in zip(rows.rows, found, strict=True):
+            if not np.isfinite(shares).all():
+                raise UserError(
+                    f"{row.id}: its probabilities are not finite (got {shares.max()}). Check that "
+                    "the model's weights are finite, and lower optimizer.learning_rate."
+                )
+        return found
+
+
+class TaggingMetric(Metric):
+    """F1 of entities, or the macro F1 of tags that mark none, and accuracy; see `tag_report`."""
+
+    others = MappingProxyType({"accuracy": "max"})
+
+    def __init__(self, lm: LanguageModel, encoded: EncodedRows, *, batch_size: int):
+        super().__init__()
+        self._encoded, self._tagger = encoded, Tagger(lm, batch_size=batch_size)
+        self.scorer = self._tagger.program
+        self.main = "f1" if marks_entities(encoded.labels) else "macro_f1"
+
+    def __call__(self, split: SplitName, params: Params) -> dict[str, float]:
+        rows: PaddedRows = getattr(self._encoded, split)
+        self.tell(f"evaluating {split}")
+        tags = [np.array(row.tags) for row in rows.rows]
+        predicted = [classes for classes, _ in self._tagger(rows, params)]
+        report = tag_report(tags, predicted, self._encoded.labels)
+        self.majority[split] = report["majority_accuracy"]
+        return {name: report[name] for name in (self.main, "accuracy")}

@@ -1,4 +1,4 @@
-"""Predictions for rows: the class of a task, a completion, or the log-probability of a text.
+"""Predictions for rows: the class of a task, a completion, tags, or the log-probability of a text.
 
 Each function here returns a `Predictor`; `predicted` runs it over a stream of rows, chunk by chunk.
 """
@@ -16,14 +16,24 @@ from jaxtyping import Array, Float
 
 from jaxlm.core.checks import show
 from jaxlm.core.errors import UserError
-from jaxlm.data import Document, Example, Message, PaddedRows, TextConfig
+from jaxlm.data import (
+    Document,
+    Example,
+    Message,
+    PaddedRows,
+    Tagged,
+    TextConfig,
+    TokenRow,
+    TokensConfig,
+)
 from jaxlm.data.messages import messages_of
 from jaxlm.data.rows import check_vocabulary, fixed_buckets, tokenizer_of
 from jaxlm.data.sources import Record
+from jaxlm.data.tokens import encode_words
 from jaxlm.evaluation import generate_text, probabilities
 from jaxlm.models import LanguageModel
 from jaxlm.models.generation import Sampling
-from jaxlm.train.measure import CHUNK, Choices
+from jaxlm.train.measure import CHUNK, Choices, Tagger
 from jaxlm.train.state import Program
 from jaxlm.typing import Batch, Params
 
@@ -219,6 +229,43 @@ def scoring_texts(lm: LanguageModel, config: TextConfig, *, batch_size: int) -> 
             scored = np.stack(jax.device_get(program(lm.params, batch)), axis=1)
             np.add.at(sums, whose[index[real]], scored[real])
         return [[_text_fields(*pair)] for pair in sums.tolist()]
+
+    return Predictor(CHUNK * batch_size, predict)
+
+
+def class_names(lm: LanguageModel, config: TokensConfig) -> tuple[str, ...]:
+    """Return the names of the classes of a model that classifies tokens."""
+    if lm.config.head != "token_classifier":
+        raise UserError(
+            f"model: has no classifier of tokens (got the head {lm.config.head!r}). Fine-tune it "
+            "on tokens first."
+        )
+    names, count = lm.config.label_names or config.labels or (), lm.config.num_labels
+    return names if len(names) == count else tuple(f"LABEL_{i}" for i in range(count))
+
+
+def tagging(lm: LanguageModel, config: TokensConfig, *, batch_size: int) -> Predictor:
+    """Predict the tags of words; None for a word that was cut or has no token."""
+    names, tagger = class_names(lm, config), Tagger(lm, batch_size=batch_size)
+    limit = min(lm.config.max_positions, config.max_length or lm.config.max_positions)
+
+    def predict(examples: Sequence[Tagged], first: int) -> list[list[Fields]]:
+        del first
+        texts = [*encode_words([each.words for each in examples], tokenizer_of(lm), limit)]
+        read = [i for i, text in enumerate(texts) if text.places]
+        rows = [TokenRow(examples[i].id, *texts[i][:2]) for i in read]
+        check_vocabulary(max((max(row.ids) for row in rows), default=0), lm.config.vocab_size)
+        buckets = fixed_buckets(max((len(row.ids) for row in rows), default=1), limit)
+        padded = PaddedRows(rows, lm.config.pad_id or 0, buckets=buckets)
+        fields: list[Fields] = [
+            {key: [None] * len(each.words) for key in ("prediction", "probabilities")}
+            for each in examples
+        ]
+        for i, (classes, shares) in zip(read, tagger(padded, lm.params), strict=True):
+            for word, tag, share in zip(texts[i].words, classes, shares.tolist(), strict=True):
+                fields[i]["prediction"][word] = names[tag]
+                fields[i]["probabilities"][word] = share
+        return [[row] for row in fields]
 
     return Predictor(CHUNK * batch_size, predict)
 

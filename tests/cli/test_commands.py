@@ -128,7 +128,7 @@ def test_info_lists_what_a_configuration_may_name(capsys, monkeypatch):
     assert {"llama", "roberta"} <= set(names["model families"])
     assert names["optimizers"] == [*OPTIMIZERS]
     assert "classification" in names["objectives"]
-    assert names["studies"] == ["curves", "kernel", "less"]
+    assert names["studies"] == ["curves", "displacement", "kernel", "less", "one_token", "ranking"]
 
 
 def test_the_version(capsys):

@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 
 from jaxlm.artifacts.config import build
+from jaxlm.artifacts.keys import listing
 from jaxlm.cli import config as configs
 from jaxlm.core.checks import whole
 from jaxlm.core.errors import UserError
@@ -60,6 +61,9 @@ class Outer:
     chosen: Inner | Other = field(
         default=Inner(), metadata={"registry": {"inner": Inner, "other": Other}}
     )
+    several: tuple[Inner | Other, ...] = field(
+        default=(Inner(),), metadata={"registry": {"inner": Inner, "other": Other}}
+    )
     strict: Strict = Strict()
     made: Inner = field(default=Inner(), metadata={"make": lambda values: Inner(**values)})
 
@@ -106,6 +110,30 @@ def test_the_name_chooses_the_dataclass(tmp_path):
     assert load(tmp_path, "chosen: other").chosen == Other("other")
 
 
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("other", (Other("other"),)),
+        ("{rate: 2}", (Inner(rate=2.0),)),
+        ("[other]", (Other("other"),)),
+        ("[{name: other, depth: 2}, inner]", (Other("other", 2), Inner())),
+        ("[]", ()),
+    ],
+)
+def test_one_or_a_list_of_several(tmp_path, text, values):
+    for config in (load(tmp_path, f"several: {text}"), load(tmp_path, "", several=text)):
+        assert config.several == values
+        (tmp_path / "again.yaml").write_text(configs.dump(config))
+        assert configs.load(Outer, tmp_path / "again.yaml") == config
+    assert load(tmp_path, "several: {rate: 2}", several__rate="3").several == (Inner(rate=3.0),)
+
+
+def test_the_help_of_a_list_names_its_default():
+    text = listing(Outer)
+    assert "  several: inner | other = inner\n" in text
+    assert "  several.rate: float = 0.5 (inner)\n" in text
+
+
 def test_a_section_may_be_made_by_a_function(tmp_path):
     assert load(tmp_path, "made: {rate: 2}").made == Inner(rate=2.0)
 
@@ -123,6 +151,11 @@ def test_a_section_may_be_made_by_a_function(tmp_path):
         ("kind: [small]", "kind", "(got a list)"),
         ("kind: {small: 1}", "kind", "(got a section)"),
         ("chosen: third", "chosen.name", "(got 'third'). Choose one of inner, other."),
+        ("chosen: othr", "chosen.name", "(got 'othr'). Did you mean other?"),
+        ("several: third", "several.name", "(got 'third'). Choose one of inner, other."),
+        ("several: [inner, {name: other, depth: x}]", "several[1].depth", "(got 'x')"),
+        ("several: [inner, {ratio: x}]", "several[1].ratio", "Did you mean several[1].rate?"),
+        ("several: [[inner]]", "several", "must be a section (got a list)"),
         ("chosen: {name: [other]}", "chosen.name", "(got a list)"),
         ("chosen: {name: other, depth: deep}", "chosen.depth", "(got 'deep')"),
         ("flag: 1", "flag", "must be true or false (got '1')"),
@@ -180,6 +213,15 @@ def test_what_is_no_file_is_not_read(tmp_path, kind):
         path.mkdir()
     with pytest.raises(UserError, match=r"c\.yaml: (not a regular file|cannot be read)"):
         configs.load(Outer, path)
+
+
+def test_a_dataclass_that_checks_itself_is_named_by_its_place_in_a_list(tmp_path):
+    """It knows the section by its own name alone: `loss.beta`."""
+    loss = "objective: {name: preference, loss: [sft, {name: dpo, beta: 0}]}"
+    (tmp_path / "c.yaml").write_text(f"pairs: {{train: a}}\noutput: x\n{loss}")
+    with pytest.raises(UserError) as caught:
+        configs.load(FinetuneConfig, tmp_path / "c.yaml")
+    check_sentence(str(caught.value), "objective.loss[1].beta")
 
 
 def test_a_flag_is_blamed_and_not_the_file(tmp_path):

@@ -20,6 +20,7 @@ from jaxlm.data import (
     TaskConfig,
     TextConfig,
     TokenRow,
+    TokensConfig,
 )
 from jaxlm.data.rows import epoch_places, length_buckets
 
@@ -82,6 +83,15 @@ def rated_row(i: int) -> dict:
     return {"prompt": row["text"], "responses": [" good", " fun it"], "scores": [i % 3, 3]}
 
 
+def tokens_row(i: int) -> dict:
+    words = task_row(i)["text"].split()
+    return {"tokens": words, "tags": ["O"] * (len(words) - 1) + ["B-N"]}
+
+
+def tokens(**changes) -> TokensConfig:
+    return TokensConfig(labels=("O", "B-N"), **changes)
+
+
 def messages(template: str):
     def config(**changes) -> MessagesConfig:
         return MessagesConfig(template=template, **changes)
@@ -101,6 +111,7 @@ FORMS = {
     "pairs": (PairsConfig, pair_row),
     "pairs_messages": (PairsConfig, messages_pair_row),
     "pairs_rated": (PairsConfig, rated_row),
+    "tokens": (tokens, tokens_row),
 }
 
 FILES = {"train": 25, "validation": 7, "test": 11}
@@ -263,9 +274,10 @@ def test_a_form_without_training_rows(form) -> None:
     _, encoded = form(splits=("train", "test"))
     assert list(encoded.eval_batches("validation", batch_size=4)) == []
     _, encoded = form(splits=("test",))
-    with pytest.raises(UserError, match=r"^(task|messages|text|pairs)\.train: there are no "):
+    key = "(task|messages|text|pairs|tokens)"
+    with pytest.raises(UserError, match=rf"^{key}\.train: there are no "):
         encoded.streams(0, 1, batch_size=2, seeds=(0,))
-    with pytest.raises(UserError, match=r"^(task|messages|text|pairs): has no data\."):
+    with pytest.raises(UserError, match=rf"^{key}: has no data\."):
         form(splits=())
 
 
@@ -287,6 +299,24 @@ def test_what_is_in_the_loss(lm, folder) -> None:
     for name in ("messages_tulu", "messages_chat"):
         assert ["".join(row) for row in learned(name)[:2]] == ["great</s>", "bad</s>"]
     assert ["".join(row) for row in learned("text")[:2]] == ["funĠ0</s>", "funĠfunĠ1</s>"]
+
+
+def test_packed_rows_have_the_tags_of_their_words(lm, folder) -> None:
+    """Each token of a window has the tag that it has in its own row."""
+    whole, packed = (
+        tokens(train="train.jsonl", max_length=48, packing=packing)
+        .load(seed=0, base_dir=folder / "tokens")
+        .encode(lm)
+        for packing in (False, True)
+    )
+    assert packed.sizes["train"] < whole.sizes["train"]
+    tags = {row.id: row.tags for row in whole.train.rows}
+    batch = packed.train.batch(range(packed.sizes["train"]))
+    for i, row in enumerate(packed.train.rows):
+        scored = batch["weights"][i] > 0
+        wanted = [tag for name in row.id.split() for tag in tags[name]]
+        assert batch["tags"][i][scored].tolist() == wanted
+        assert not batch["tags"][i][~scored].any()
 
 
 def test_a_long_document_becomes_pieces(lm, folder) -> None:

@@ -381,6 +381,34 @@ def test_a_head_is_found_by_what_the_checkpoint_holds():
     }
 
 
+@pytest.mark.parametrize(
+    "name", ["bert-classifier", "roberta", "distilbert", "modernbert", "llama"]
+)
+def test_the_configuration_says_whether_a_classifier_is_of_every_token(name: str, tmp_path: Path):
+    """The tensors of ModernBERT are the same for both; old files of BERT hold a pooler, too."""
+    lm = jaxlm.from_pretrained(GOLDEN / name)
+    names = ("O", "B-X", "I-X")
+    new = jaxlm.models.add_classifier(lm, 3, jax.random.key(0), names, head="token_classifier")
+    jaxlm.save_pretrained(new, tmp_path)
+    assert jaxlm.from_pretrained(tmp_path).config == new.config
+    assert jaxlm.models.shapes_from_pretrained(tmp_path).config == new.config
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights")
+    assert jaxlm.models.shapes_from_pretrained(tmp_path).config.head == "token_classifier"
+    tensors = load_file(tmp_path / "weights")
+    if name == "bert-classifier":
+        pooler = load_file(GOLDEN / name / "model.safetensors")["bert.pooler.dense.weight"]
+        save_file({**tensors, "bert.pooler.dense.weight": pooler}, tmp_path / "model.safetensors")
+        assert jaxlm.from_pretrained(tmp_path).config == new.config
+    # Without a classifier the name in config.json means nothing.
+    head = ("classifier", "score", "head.")
+    rest = {key: x for key, x in tensors.items() if not key.startswith(head)}
+    save_file(rest, tmp_path / "model.safetensors")
+    if name == "llama":
+        embedding = tensors["model.embed_tokens.weight"]
+        save_file(rest | {"lm_head.weight": embedding}, tmp_path / "model.safetensors")
+    assert jaxlm.from_pretrained(tmp_path).config.head == ("lm" if name == "llama" else "none")
+
+
 def test_saving_where_nothing_can_be_written(folder: Path, tmp_path: Path):
     lm = jaxlm.from_pretrained(folder)
     (tmp_path / "file").touch()

@@ -103,6 +103,29 @@ def test_a_new_classifier_keeps_the_encoder(name: str, tmp_path: Path):
     assert jaxlm.from_pretrained(tmp_path).config == lm.config
 
 
+@pytest.mark.parametrize("name", ["bert", "bert-classifier", "roberta", "modernbert", "llama"])
+def test_a_new_classifier_of_tokens_reads_every_state(name: str):
+    """In closed form; ModernBERT's has the dense layer and norm of its masked-token head."""
+    old = load(name)
+    lm = add_classifier(old, 2, jax.random.key(0), head="token_classifier")
+    shapes = {leaf.path: leaf.value.shape for leaf in flatten(lm.params)[0]}
+    assert shapes == param_shapes(lm.config)
+    assert not any(path.startswith("pooler") for path in shapes)
+    logits = jax.jit(lm.apply)(lm.params, IDS)
+    x = jax.jit(old.hidden)(old.params, IDS)
+    if name == "modernbert":
+        ctx = layers.Context(lm.config)
+        x = layers.norm(lm.params, "mlm.norm", jax.nn.gelu(
+            layers.dense(lm.params, "mlm.dense", x, ctx), approximate=False), ctx)  # fmt: skip
+    head = lm.params["classifier"]
+    wanted = np.asarray(x) @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
+    np.testing.assert_allclose(logits, wanted, atol=1e-5)
+    some = lm.apply(lm.params, IDS, positions=np.array([[2], [0]]), token_ids=np.array([1]))
+    np.testing.assert_allclose(some[:, 0, 0], logits[[0, 1], [2, 0], 1], atol=1e-5)
+    with pytest.raises(UserError, match=r"^head: a classifier has no logits of tokens"):
+        lm.log_probs(lm.params, IDS)
+
+
 def test_the_mean_of_a_row_of_padding_alone_is_a_number():
     lm = add_classifier(load("modernbert"), 2, jax.random.key(0))
     lm = lm.replace(config=lm.config.replace(pooling="mean"))
@@ -112,6 +135,8 @@ def test_the_mean_of_a_row_of_padding_alone_is_a_number():
 def test_a_decoder_has_no_classifier_and_an_encoder_without_head_no_logits():
     with pytest.raises(UserError, match=r"^model: a classifier needs an encoder"):
         add_classifier(load("gpt2"), 2, jax.random.key(0))
+    with pytest.raises(UserError, match=r"^model: a classifier of tokens needs .*got gpt2"):
+        add_classifier(load("gpt2"), 2, jax.random.key(0), head="token_classifier")
     lm = load("bert-base")
     with pytest.raises(UserError, match=r"^head: "):
         jax.eval_shape(lm.apply, lm.params, IDS)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxlm
 from jaxlm.preference import (
     PairScores,
     ches,
@@ -13,6 +14,7 @@ from jaxlm.preference import (
     losses,
     negative_edit_distance,
 )
+from tests.helpers import reference
 from tests.helpers.sentences import refused
 
 PROMPT = 3
@@ -63,6 +65,52 @@ def test_plain_loops(side, final):
     if not final:  # the states of all tokens but the last, as the masks of a batch give them
         shorter = [x[:, :-1] for x in arguments]
         np.testing.assert_allclose(ches(*shorter), found, rtol=1e-6)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("case", ["llama", "gpt_neox", "gemma2"])
+def test_states_of_transformers(case, tmp_path):
+    """Row by row without padding there, a padded batch here; the responses differ in length."""
+    import torch
+
+    theirs = reference.make_model(case)
+    theirs.save_pretrained(tmp_path)
+    lm = jaxlm.from_pretrained(tmp_path)
+    rng = np.random.default_rng(4)
+    sides, total = ([], []), 14
+    for prompt, *lengths in ((5, 4, 2), (2, 1, 7), (6, 3, 3), (3, 8, 5)):
+        start = rng.integers(4, 37, prompt).tolist()
+        for side, n in zip(sides, lengths, strict=True):
+            side.append((start + rng.integers(4, 37, n).tolist(), prompt))
+
+    @torch.no_grad()
+    def predicting(ids, prompt):
+        states = theirs(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
+        return states.double().numpy()[prompt - 1 : -1]
+
+    rows = [[predicting(*row) for row in side] for side in sides]
+    w, l = ([states.sum(0) for states in side] for side in rows)
+    expected = [a @ b - a @ a for a, b in zip(w, l, strict=True)]
+    w, l = ([states.mean(0) for states in side] for side in rows)
+    normalized = [a @ b - a @ a for a, b in zip(w, l, strict=True)]
+    last = [a[-1] @ b[-1] for a, b in zip(*rows, strict=True)]
+    for padding in ("right", "left"):
+        arguments = []
+        for side in sides:
+            masks = np.zeros((3, len(side), total), np.int32)  # ids, attention, completion
+            for i, (ids, prompt) in enumerate(side):
+                first = 0 if padding == "right" else total - len(ids)
+                masks[0, i, first : first + len(ids)] = ids
+                masks[1, i, first : first + len(ids)] = 1
+                masks[2, i, first + prompt : first + len(ids)] = 1
+            h = jax.jit(lm.hidden)(lm.params, *masks[:2])
+            arguments += [h[:, :-1], masks[2, :, 1:]]
+        for found, wanted in (
+            (ches(*arguments), expected),
+            (ches(*arguments, length_normalize=True), normalized),
+            (last_hidden_inner_product(*arguments), last),
+        ):
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
 
 
 def test_identities():

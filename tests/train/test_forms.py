@@ -33,14 +33,21 @@ ANSWERS = {"great": "It is good.", "terrible": "It is bad."}
 def conversations(folder: Path, count: int = 48) -> None:
     numbers = np.random.default_rng(0)
     words = ["the film", "this story", "that play", "a book"]
-    rows, texts = [], []
+    rows, texts, pairs, tagged = [], [], [], []
+    names = {"great": "B-GOOD", "terrible": "B-BAD"}
     for number in range(count):
         word = ("great", "terrible")[number % 2]
         text = f"{numbers.choice(words)} was {word} {number}"
         turns = [("user", text), ("assistant", ANSWERS[word])]
         rows.append({"messages": [{"role": role, "content": said} for role, said in turns]})
         texts.append({"text": f"{text}. {ANSWERS[word]}"})
-    for name, lines in (("talk", rows), ("text", texts)):
+        other = ANSWERS["great" if word == "terrible" else "terrible"]
+        both = {"chosen": f" {ANSWERS[word]}", "rejected": f" {other}"}
+        pairs.append({"prompt": f"{text}.", **both})
+        split = text.split()
+        tagged.append({"tokens": split, "tags": [names.get(each, "O") for each in split]})
+    lists = (("talk", rows), ("text", texts), ("pairs", pairs), ("tags", tagged))
+    for name, lines in lists:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
 
 
@@ -48,6 +55,9 @@ FORMS = {
     "messages": "messages: {train: talk.jsonl, template: plain, validation: hold_out,"
     " num_validation: 8, max_length: 32}",
     "text": "text: {train: text.jsonl, validation: hold_out, num_validation: 8, max_length: 24}",
+    "pairs": "pairs: {train: pairs.jsonl, validation: hold_out, num_validation: 8}",
+    "tokens": "tokens: {train: tags.jsonl, validation: hold_out, num_validation: 8,"
+    " max_length: 32}\nmonitor: accuracy",
 }
 REST = """
 peft: {peft}
@@ -98,10 +108,13 @@ def whole(path: Path) -> Path:
 LONG = """{name: lion, learning_rate: 1.0e-3, schedule: cosine, warmup: 0.2, floor: 0.1, clip: 1.0,
  groups: [{select: lora_b, learning_rate: 3.0e-3}, {select: q_proj, weight_decay: 0.1}]}"""
 FREE = "{name: schedule_free_adamw, learning_rate: 3.0e-3}"
-USUAL = (("messages", ADAM, "lora"), ("text", ADAM, "null"), ("messages", LONG, "lora"))
+USUAL = (
+    *(("messages", ADAM, "lora"), ("text", ADAM, "null"), ("messages", LONG, "lora")),
+    ("tokens", ADAM, "lora"),
+)
 ROWS = (
     *itertools.product(FORMS, (ADAM, MEZO), ("lora", "null")),
-    USUAL[-1],
+    ("messages", LONG, "lora"),
     ("text", FREE, "null"),
 )
 
@@ -115,16 +128,19 @@ def test_a_run_measures_its_loss_and_is_planned(form, optimizer, peft, write):
     config = load(path)
     plan = dry_run(config, base_dir=path.parent, device=DEVICE)
     summary = finetune(config, base_dir=path.parent)
-    assert (summary["task"], summary["metric"]) == (form, "loss")
-    losses = [summary[name]["loss"] for name in ("zero_shot", "test")]
-    assert losses[1] == summary["validation"]["loss"] <= losses[0]
+    metric, measured, sign = ("f1", "accuracy", -1) if form == "tokens" else ("loss", "loss", 1)
+    assert (summary["task"], summary["metric"]) == (form, metric)
+    found = [summary[name][measured] for name in ("zero_shot", "validation", "test")]
+    losses = [sign * found[0], sign * found[2]]
+    assert losses[1] == sign * found[1] <= losses[0]
     if optimizer != MEZO:
         assert losses[1] < losses[0] - 0.01
     assert plan.memory[0].peak == summary["peak_memory_bytes"] or plan.memory[1].peak
     # What a checkpoint holds is what is trained, and the moments of Adam.
     stored = Checkpoints(config.output + "/checkpoints", read_only=True)
     held = stored.read(6, "params")["params"]
-    assert set(held) == ({"layers"} if peft == "lora" else {"embed", "final_norm", "layers"})
+    kept = {"layers"} if peft == "lora" else {"embed", "final_norm", "layers"}
+    assert set(held) == kept | ({"classifier"} if form == "tokens" else set())
     assert (summary["checkpoint_bytes"] < 1_000_000) == (peft == "lora")
     lm = load_model(config.output)
     assert finetune(config, base_dir=path.parent) == summary
@@ -132,7 +148,9 @@ def test_a_run_measures_its_loss_and_is_planned(form, optimizer, peft, write):
     assert adapter == (peft == "lora")
 
 
-@pytest.mark.parametrize("form", ["messages", pytest.param("text", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "form", ["messages", *(pytest.param(x, marks=pytest.mark.slow) for x in ("text", "tokens"))]
+)
 def test_epochs_in_micro_batches_are_the_steps_of_the_batch(form, write, trained):
     """40 rows in batches of 4: 3/5 of an epoch are 6 steps."""
     path = write(form)
@@ -264,12 +282,19 @@ def test_a_run_tells_which_rows_it_leaves_out(write):
 
 
 @pytest.mark.parametrize(
-    "optimizer", [ADAM, pytest.param(MEZO, marks=pytest.mark.slow)], ids=["adam", "mezo"]
+    ("form", "optimizer"),
+    [
+        ("messages", ADAM),
+        pytest.param("messages", MEZO, marks=pytest.mark.slow),
+        pytest.param("tokens", MEZO, marks=pytest.mark.slow),
+    ],
 )
-def test_a_stopped_run_resumes_bitwise(optimizer, write, trained, tmp_path_factory, monkeypatch):
-    path = write("messages", optimizer)
+def test_a_stopped_run_resumes_bitwise(
+    form, optimizer, write, trained, tmp_path_factory, monkeypatch
+):
+    path = write(form, optimizer)
     if optimizer != ADAM:
-        trained = whole(write_in(tmp_path_factory.mktemp("whole"), "messages", optimizer))
+        trained = whole(write_in(tmp_path_factory.mktemp("whole"), form, optimizer))
     save = Checkpoints.save
 
     def stopping(self, step, *rest):
@@ -321,7 +346,10 @@ def test_other_weights_below_the_adapters_are_refused(write, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "subj"}, r"^.*task: a run must have one of task, messages, text, pairs .got task and"),
+        (
+            {"task": "subj"},
+            r"^.*task: a run must have one of task, messages, text, pairs, tokens .got task and",
+        ),
         ({"objective": "classification"}, r"objective: classification reads task .got messages"),
         ({"calibrate": "true"}, r"calibrate: needs the same options in every example"),
         ({"epochs": "2"}, r"epochs: cannot be given together with steps .got 2.0 and 6.. Drop"),

@@ -103,6 +103,11 @@ SIZES = {
     "tie_embeddings": "tie_word_embeddings",
 }
 """Fields of `ModelConfig` and their usual HF keys."""
+CLASSIFIERS = {
+    "classifier": "ForSequenceClassification",
+    "token_classifier": "ForTokenClassification",
+}
+"""How HF's classes of models with a classifier end, by our head."""
 
 
 def read_fields(hf: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
@@ -121,8 +126,8 @@ def write_fields(config: ModelConfig, keys: Mapping[str, str], architecture: str
     """Return the HF keys of `read_fields`, with the HF class that opens them."""
     fields = {theirs: getattr(config, ours) for ours, theirs in keys.items()}
     fields[keys["activation"]] = write_activation(config.activation)
-    if config.head == "classifier":
-        architecture = architecture.replace("ForCausalLM", "ForSequenceClassification")
+    if config.head in CLASSIFIERS:
+        architecture = architecture.replace("ForCausalLM", CLASSIFIERS[config.head])
         names = config.label_names or [f"LABEL_{i}" for i in range(config.num_labels)]
         fields["id2label"] = dict(enumerate(names))
         fields["label2id"] = {name: i for i, name in enumerate(names)}

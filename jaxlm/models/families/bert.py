@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxlm.models.config import ModelConfig
 from jaxlm.models.families import (
+    CLASSIFIERS,
     SIZES,
     Name,
     layer_norm,
@@ -25,7 +26,7 @@ DEFAULTS = {
     "type_vocab_size": 2,
     "tie_word_embeddings": True,
 }
-_CLASSES = {"mlm": "ForMaskedLM", "classifier": "ForSequenceClassification", "none": "Model"}
+_CLASSES = {"mlm": "ForMaskedLM", "none": "Model", **CLASSIFIERS}
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:

@@ -33,8 +33,10 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def names(config: ModelConfig) -> list[Name]:
-    """Return our paths with their HF names; the classifier has its own pooler."""
-    pooler = "classifier.dense" if config.head == "classifier" else PREFIX + "pooler.dense"
+    """Return our paths with their HF names; the classifier on one token has its own pooler."""
+    pooler, classifier = PREFIX + "pooler.dense", "classifier"
+    if config.head == "classifier":
+        pooler, classifier = "classifier.dense", "classifier.out_proj"
     return [
         *bert.encoder_names(PREFIX),
         *linear("mlm.dense", "lm_head.dense"),
@@ -43,5 +45,5 @@ def names(config: ModelConfig) -> list[Name]:
         Name("lm_head.bias", "lm_head.decoder.bias"),
         Name("lm_head.bias", "lm_head.bias"),
         *linear("pooler", pooler),
-        *linear("classifier", "classifier.out_proj"),
+        *linear("classifier", classifier),
     ]

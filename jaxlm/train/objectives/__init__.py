@@ -5,13 +5,14 @@ optimizer, tuning, `dynamics` and mesh, in dry runs, and when a run resumes.
 """
 
 from jaxlm.train.objectives.base import Objective
-from jaxlm.train.objectives.likelihood import Classification, Completion
+from jaxlm.train.objectives.likelihood import Classification, Completion, TokenClassification
 from jaxlm.train.objectives.preference import Preference
 from jaxlm.train.objectives.rewards import F1, Accuracy
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "classification": Classification,
     "completion": Completion,
+    "token_classification": TokenClassification,
     "accuracy": Accuracy,
     "f1": F1,
     "preference": Preference,
@@ -25,4 +26,5 @@ __all__ = [
     "Completion",
     "Objective",
     "Preference",
+    "TokenClassification",
 ]

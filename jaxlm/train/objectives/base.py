@@ -73,9 +73,9 @@ class Objective:
     def share(batch: Batch) -> Any:
         """Return what the loss of a batch divides by; see `jaxlm.train.losses.accumulate`.
 
-        By default that is the number of targets if the batch marks them, or of examples.
+        By default that is the number of targets if the batch has weights of tokens, or of examples.
         """
-        tokens = "target_mask" in batch or jnp.ndim(batch.get("weights", ())) == 2
+        tokens = jnp.ndim(batch.get("weights", batch.get("target_mask", ()))) == 2
         return num_targets(batch) if tokens else num_examples(batch)
 
     def batched(self, encoded: Encoded) -> Encoded:
@@ -88,6 +88,10 @@ class Objective:
     def reference_model(self) -> str | None:
         """Name of the `reference` of `columns`; None for the model before its first step."""
         return None
+
+    def located(self) -> "Objective":
+        """Return the same objective with the absolute path of `reference_model`, if it is here."""
+        return self
 
     def columns(
         self, lm: LanguageModel, reference: LanguageModel, encoded: Encoded, *, batch_size: int

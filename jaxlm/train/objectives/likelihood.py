@@ -2,15 +2,19 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
 
 from jaxlm.data import EncodedTask
 from jaxlm.data.batching import Objective as Batches
 from jaxlm.data.rows import EncodedRows
+from jaxlm.evaluation.classification import Reduction
 from jaxlm.models import LanguageModel
-from jaxlm.train.losses import classification_objective, token_objective
+from jaxlm.train.losses import classification_objective, tagging_objective, token_objective
+from jaxlm.train.measure import Metric, TaggingMetric
 from jaxlm.train.objectives.base import Data, Encoded, Objective, Scoring
-from jaxlm.typing import LossFn
+from jaxlm.typing import Batch, LossFn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,3 +57,38 @@ class Completion(Objective):
     def chance(self, lm: LanguageModel, encoded: Encoded) -> float | None:
         """Return the log of the vocabulary size for rows of tokens; None for a task."""
         return None if isinstance(encoded, EncodedTask) else math.log(lm.config.vocab_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenClassification(Objective):
+    """Cross-entropy of the tags of words, at the first token of each."""
+
+    name: str = "token_classification"
+
+    forms: ClassVar[tuple[str, ...]] = ("tokens",)
+
+    def loss_fn(
+        self, lm: LanguageModel, data: Data | None, encoded: Encoded, scoring: Scoring
+    ) -> LossFn:
+        return tagging_objective(lm.apply)
+
+    @staticmethod
+    def share(batch: Batch) -> Any:
+        """See `Objective`; the first token of a row may be in the loss, too."""
+        return jnp.sum(jnp.asarray(batch["weights"]))
+
+    def metric(
+        self,
+        lm: LanguageModel,
+        data: Data | None,
+        encoded: Encoded,
+        *,
+        batch_size: int,
+        reduction: Reduction = "mean",
+    ) -> Metric:
+        assert isinstance(encoded, EncodedRows)
+        return TaggingMetric(lm, encoded, batch_size=batch_size)
+
+    def chance(self, lm: LanguageModel, encoded: Encoded) -> float | None:
+        """Return the log of the number of classes; None if there is only one."""
+        return math.log(lm.config.num_labels) if lm.config.num_labels > 1 else None

@@ -1,6 +1,7 @@
 """The objective of preference pairs, and what validation says about them."""
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -11,15 +12,19 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxlm import preference
+from jaxlm.artifacts.arrays import check_finite
+from jaxlm.artifacts.files import absolute
 from jaxlm.artifacts.processes import to_host
 from jaxlm.core.checks import real
 from jaxlm.core.errors import UserError
 from jaxlm.data import DataConfig, EncodedTask
 from jaxlm.data.encoding import Encoded as Example
+from jaxlm.data.pairs import as_task
 from jaxlm.data.rows import SPLITS, SplitName
-from jaxlm.evaluation.classification import Reduction, option_scores
+from jaxlm.evaluation.classification import Reduction
 from jaxlm.models import LanguageModel
 from jaxlm.preference import LOSSES, PairLoss, PairScores
+from jaxlm.train.losses import target_log_probs
 from jaxlm.train.measure import Metric
 from jaxlm.train.objectives.base import Columns, Data, Encoded, Objective, Scoring
 from jaxlm.train.settings import Optimizer
@@ -49,8 +54,7 @@ class Preference(Objective):
     forms: ClassVar[tuple[str, ...]] = ("pairs",)
 
     def __post_init__(self) -> None:
-        if not self.loss:
-            raise UserError("loss: is empty (got nothing). Give at least one.")
+        object.__setattr__(self, "loss", preference.terms(self.loss))
         if any(term.name == "d2o" for term in self.loss):
             raise UserError(
                 "loss: d2o needs responses that the model itself samples (got d2o). Call "
@@ -82,6 +86,10 @@ class Preference(Objective):
         """See `Objective`."""
         return self.reference
 
+    def located(self) -> "Preference":
+        """See `Objective`."""
+        return dataclasses.replace(self, reference=absolute(self.reference, "objective.reference"))
+
     @property
     def needs_reference(self) -> bool:
         """Whether a loss compares with a reference model."""
@@ -111,10 +119,8 @@ class Preference(Objective):
         """
         assert isinstance(encoded, EncodedTask)
         if self._mismatched:
-            train = encoded.train
-            other = (*train[1:], *train[:1])
-            train = tuple(map(_with_response, train, other))
-            encoded = dataclasses.replace(encoded, train=train)
+            splits = {str(split): [*_with_others(getattr(encoded, split))] for split in SPLITS}
+            encoded = as_task(splits, encoded.pad_id, encoded.dropped)
         if not self.needs_reference:
             return encoded
         empty = np.full((len(encoded.train), 2 + self._mismatched), np.nan, np.float32)
@@ -126,20 +132,22 @@ class Preference(Objective):
         """Return the log-probabilities of all responses, of the start and of the reference."""
         assert isinstance(encoded, EncodedTask)
         columns: Columns = {split: {} for split in SPLITS}
+        models = {START: lm, REFERENCE: reference}
+        scorers = {name: Program(response_scorer(model)) for name, model in models.items()}
 
-        def measure(model: LanguageModel, name: str, split: SplitName) -> None:
-            scorer = Program(response_scorer(model))
-            if encoded.sizes[split]:
-                found, _ = responses(scorer, model.params, encoded, split, batch_size)
-                columns[split][name] = found
+        def measure(name: str, split: SplitName) -> np.ndarray:
+            params = models[name].params
+            found, _ = responses(scorers[name], params, encoded, split, batch_size)
+            check_finite(found, name, split)
+            return found
 
         for split in SPLITS:
-            if split != "train":
-                measure(lm, START, split)
-            if self.needs_reference and reference is lm and split != "train":
-                columns[split][REFERENCE] = columns[split].get(START, np.zeros((0, 2), np.float32))
-            elif self.needs_reference:
-                measure(reference, REFERENCE, split)
+            own, size = columns[split], encoded.sizes[split]
+            if size and split != "train":
+                own[START] = measure(START, split)
+            if size and self.needs_reference:
+                same = reference is lm and START in own
+                own[REFERENCE] = own[START] if same else measure(REFERENCE, split)
         return columns
 
     def loss_fn(
@@ -153,8 +161,10 @@ class Preference(Objective):
             log_probs, tokens = score(params, batch, view=view)
             scores = pair_scores(log_probs, tokens, batch.get(REFERENCE), weights)
             losses = preference.loss(scores, terms)
-            ranked = preference.ranking_accuracy(scores)
-            return jnp.sum(losses * weights) / jnp.sum(weights), {"accuracy": ranked}
+            aux = {"ranking_accuracy": preference.ranking_accuracy(scores)}
+            if scores.ref_chosen is not None:
+                aux["reward_accuracy"] = preference.reward_accuracy(scores)
+            return jnp.sum(losses * weights) / jnp.sum(weights), aux
 
         return loss_fn
 
@@ -172,19 +182,28 @@ class Preference(Objective):
         return PreferenceMetric(lm, encoded, self.terms, batch_size=batch_size)
 
 
-def _with_response(example: Example, other: Example) -> Example:
-    return dataclasses.replace(example, targets=(*example.targets, other.targets[0]))
+def _with_others(examples: Sequence[Example]) -> Iterator[Example]:
+    """Add to each example the chosen response of the nearest one before it with another prompt.
+
+    Both together have no more tokens than the longest row, which the model can read.
+    """
+    longest = max((len(x.input_ids[0]) + len(y) for x in examples for y in x.targets), default=0)
+    for place, example in enumerate(examples):
+        prompt = example.input_ids[0]
+        before = (examples[place - n] for n in range(1, len(examples)))
+        other = next((x for x in before if x.input_ids[0] != prompt), examples[place - 1])
+        response = other.targets[0][: longest - len(prompt)]
+        yield dataclasses.replace(example, targets=(*example.targets, response))
 
 
 def response_scorer(lm: LanguageModel) -> Any:
     """Return `(params, batch, *, view=None) -> (log-probabilities [B, C], numbers of tokens)`."""
 
     def score(params: Params, batch: Batch, *, view: Any = None) -> tuple[Array, Array]:
-        log_probs = lm.continuation_log_probs
-        sums = option_scores(
-            lm.apply, None, params, batch, log_probs=log_probs, reduction="sum", view=view
-        )
-        return sums, jnp.sum(jnp.asarray(batch["option_mask"]), axis=-1)
+        mask = jnp.asarray(batch["target_mask"])
+        rows = {key: jnp.reshape(batch[key], (len(mask), -1)) for key in ("positions", "targets")}
+        log_probs = target_log_probs(lm, params, {**batch, **rows}, view=view).reshape(mask.shape)
+        return jnp.sum(log_probs * mask, axis=-1), jnp.sum(mask, axis=-1)
 
     return score
 
@@ -258,6 +277,9 @@ class PreferenceMetric(Metric):
         batch_size: int,
     ):
         super().__init__()
+        if not any(term.needs_reference for term in terms):
+            own = {k: v for k, v in self.others.items() if k not in ("reward_accuracy", "margin")}
+            self.others = MappingProxyType(own)
         self.scorer = Program(response_scorer(lm))
         self._encoded, self._terms, self._batch_size = encoded, terms, batch_size
 
@@ -280,7 +302,8 @@ class PreferenceMetric(Metric):
         table = preference.flip_table(before, after)
         wrong, right = np.maximum(np.asarray(table.pairs), 1)
         values = {
-            "loss": jnp.mean(preference.loss(after, self._terms)),
+            # In float64: log 2 at the start, for any number of pairs.
+            "loss": np.mean(np.asarray(preference.loss(after, self._terms)), dtype=np.float64),
             "ranking_accuracy": preference.ranking_accuracy(after),
             "ranking_accuracy_per_token": preference.ranking_accuracy(after, length_normalize=True),
             "chosen_change": moved.chosen,
