@@ -41,7 +41,8 @@ class OneTokenPair:
 
     Attributes:
         prompt: message of the user.
-        chosen, rejected: the preferred and the other answer, each of one token.
+        chosen: the preferred answer, one token.
+        rejected: the other one, one token.
     """
 
     prompt: str
