@@ -59,6 +59,7 @@ SUITE = {
     "models": Benchmark(
         (Figure("time over transformers'", "ratio", "what shape"),), needs=("torch",)
     ),
+    "dpo_step": Benchmark((Figure("time over TRL's", "ratio", "prompt"),), needs=("torch", "trl")),
     "sft_step": Benchmark((Figure("time over TRL's", "ratio", "loss_on"),), needs=("torch", "trl")),
     "ntk": Benchmark(
         (

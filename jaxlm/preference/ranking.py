@@ -88,8 +88,7 @@ def listwise_ranking_accuracy(
 def flip_threshold(scores: PairScores, beta: float | int, kind: str = "dpo") -> Float[Array, " B"]:
     r"""Return the loss at or below which a pair is ranked right.
 
-    $$\text{dpo}: -\log\sigma(\beta k), \quad k = rl - rc; \qquad
-    \text{ipo\_sum}: \big(1/(2\beta) - k\big)^2$$
+    DPO: $-\log\sigma(\beta k)$ with $k = rl - rc$. IPO of sums: $(1/(2\beta) - k)^2$.
 
     For DPO, $c \ge l$ if and only if the loss is at most the threshold. IPO's loss is large again
     where c is far above l, so only "if" holds; where $k > 1/(2\beta)$, even loss 0 means $c < l$,
