@@ -134,6 +134,7 @@ def measure(
     encoded = made_up(lm, prompt, response)
     ours = Ours(lm, encoded)
     row: dict[str, Any] = {"prompt": prompt, "response": response, "loss": ours()}
+    row |= {"trl_loss": None, "torch_threads": None}
     calls = {"jaxlm": ours}
     try:
         import torch

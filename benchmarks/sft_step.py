@@ -137,7 +137,7 @@ def measure(
     whole = encoded.batch(0, batch_size=ROWS, seed=0)
     ours = Ours(lm, encoded.sparse().batch(0, batch_size=ROWS, seed=0))
     share = float(whole["weights"].sum() / whole["attention_mask"].sum())
-    row = {"loss_on": what, "in_loss": share}
+    row: dict[str, Any] = {"loss_on": what, "in_loss": share, "torch_threads": None}
     calls = {"jaxlm": ours}
     if scratch is not None:
         try:
