@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import common
+from benchmarks import common, sft_step
 from benchmarks.sft_step import RANK, RATE, TARGETS
 from jaxlm import from_pretrained
 from jaxlm.data import EncodedTask
@@ -71,7 +71,7 @@ class Ours:
         return float(info["loss"][0])
 
 
-class Peer:
+class Peer(sft_step.Peer):
     """A step of `trl.DPOTrainer` on all pairs."""
 
     def __init__(self, lm: LanguageModel, encoded: EncodedTask, reference: Any, folder: Path):
@@ -117,14 +117,6 @@ class Peer:
                 for each, theirs in zip(encoded.train, reference, strict=True)
             ]
         )
-
-    def __call__(self) -> float:
-        trainer = self.trainer
-        trainer.model.train()
-        loss = trainer.training_step(trainer.model, dict(self.batch))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.item()
 
 
 def measure(

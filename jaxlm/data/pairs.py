@@ -84,9 +84,10 @@ class PairsConfig(SplitsConfig):
         if "responses" not in values:
             prompt, chosen, rejected = _read(record, values)
             ratings = values.get("score_chosen"), values.get("score_rejected")
-            margin = None if None in ratings else _number(record, ratings[0]) - _number(
-                record, ratings[1]
-            )  # fmt: skip
+            margin = None
+            if None not in ratings:
+                better, worse = (_number(record, rating) for rating in ratings)
+                margin = better - worse
             if margin is not None and margin < 0:
                 raise UserError(
                     f"{record.where}: the rejected response is rated higher (got {ratings[0]} and "

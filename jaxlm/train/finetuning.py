@@ -221,10 +221,9 @@ def finetune(
         lm = load_model(config.model, param_dtype=config.param_dtype, bits=config.bits, mesh=mesh)
         digests = base_digest(lm, config.model) | data_digests(data, config.form)
         setting = build(config, lm, data, mesh=mesh)
-        reference = lambda: setting.lm  # noqa: E731
+        # Loaded again for its one use, so that its memory is free during training.
+        reference = functools.partial(_reference, setting, mesh)
         if (name := setting.objective.reference_model) is not None:
-            # Loaded again for its one use, so that its memory is free during training.
-            reference = functools.partial(_reference, setting, name, mesh)
             digests |= base_digest(reference(), name, "objective.reference")
         for split, digest in setting.encoded.digests().items():
             name = f"{config.form}.{split}"
@@ -236,9 +235,12 @@ def finetune(
     return finished_or_run(stored, prepare, task=str, metric=str, **sections, **numbers)
 
 
-def _reference(setting: Setting, name: str, mesh: Mesh | None) -> LanguageModel:
-    """Load the reference model, which must read the same tokens as the model."""
-    config, _, objective, data, encoded = setting
+def _reference(setting: Setting, mesh: Mesh | None) -> LanguageModel:
+    """Return the model itself, or load the objective's, which must read the same tokens."""
+    config, lm, objective, data, encoded = setting
+    name = objective.reference_model
+    if name is None:
+        return lm
     assert data is not None
     try:
         lm = load_model(name, param_dtype=config.param_dtype, mesh=mesh)
