@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -42,7 +42,7 @@ from jaxlm.train.load import (
     with_random_params,
     with_token_head,
 )
-from jaxlm.train.logging import Progress
+from jaxlm.train.logging import Progress, shown
 from jaxlm.train.losses import accumulate
 from jaxlm.train.measure import Metric, MultipleChoiceMetric
 from jaxlm.train.objectives import OBJECTIVES, Objective
@@ -376,7 +376,7 @@ def _run(
     monitor = config.monitor or metric.main
     tested: Literal["test", "validation"] = "test" if sizes["test"] else "validation"
 
-    def measure(name: str, split: Any, params: Params) -> dict[str, float]:
+    def measure(name: str, split: Any, params: Params) -> dict[str, Any]:
         values = metric(split, params) if sizes[split] else {}
         return {f"{name}_{key}": value for key, value in values.items()}
 
@@ -401,7 +401,7 @@ def _run(
                 first |= measure("calibrated", "test", lm.params)
                 first["option_offsets"] = metric.offsets.tolist()
             folder.metrics.put_first(first)
-            progress.say(_shown(zero_shot))
+            progress.say(shown(zero_shot))
         elif isinstance(metric, MultipleChoiceMetric):
             metric.offsets = folder.option_offsets()
         validated = bool(sizes["validation"])
@@ -421,7 +421,7 @@ def _run(
             chance=objective.chance(lm, encoded),
         )
         test = measure("test", tested, trained.params)
-        progress.say(_shown(test))
+        progress.say(shown(test))
     test = {name.removeprefix("test_"): value for name, value in test.items()}
     before = {name: first.get(f"zero_shot_{name}") for name in test}
     if isinstance(metric, MultipleChoiceMetric):
@@ -456,7 +456,3 @@ def _calibration_passes(setting: Setting) -> int:
     config = setting.config
     texts = {False: 0, True: min(setting.encoded.sizes["train"], CALIBRATION_TEXTS), "sfc": 1}
     return -(-texts[config.calibrate] // config.eval_batch_size)
-
-
-def _shown(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in values.items())

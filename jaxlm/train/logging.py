@@ -14,6 +14,16 @@ from jaxlm.artifacts.files import append_jsonl, read_jsonl, report_write_errors,
 from jaxlm.artifacts.processes import is_main_process
 
 
+def numbers(values: Mapping[str, Any]) -> dict[str, int | float]:
+    """Return the numbers among the values."""
+    return {name: x for name, x in values.items() if isinstance(x, int | float)}
+
+
+def shown(values: Mapping[str, Any]) -> str:
+    """Return the numbers among the values, as a line of the log has them."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in numbers(values).items())
+
+
 class Metrics:
     """metrics.jsonl: one JSON object a line, each with its `step`.
 
@@ -48,12 +58,17 @@ class Metrics:
         """Return the metrics by name, each with a row for every measured step.
 
         `step` is [N]; the others are float64 [N], or [N, K] for K numbers a step, and NaN at the
-        steps where they were not measured.
+        steps where they were not measured. Lists of names and numbers are left out.
         """
         rows: dict[int, dict[str, Any]] = {}
         for line in self.read():
             rows.setdefault(line["step"], {}).update(line)
-        some = {name: value for row in rows.values() for name, value in row.items()}
+        some = {
+            name: value
+            for row in rows.values()
+            for name, value in row.items()
+            if np.ndim(value) < 2 and np.shape(value) != (0,)
+        }
         columns = {
             name: [row.get(name, np.full(np.shape(value), np.nan)) for row in rows.values()]
             for name, value in some.items()

@@ -16,7 +16,7 @@ from jaxlm.artifacts.stopping import Stopped, defer_signals, pending_signal
 from jaxlm.core.checks import whole
 from jaxlm.core.errors import UserError
 from jaxlm.train.checkpoint import Checkpoints
-from jaxlm.train.logging import Metrics, Progress
+from jaxlm.train.logging import Metrics, Progress, shown
 from jaxlm.train.settings import MOST_STEPS
 from jaxlm.train.state import Method, Program, TrainState, free, many_steps
 from jaxlm.typing import Batch, Params, PRNGKey
@@ -136,7 +136,7 @@ def fit(
     config: LoopConfig,
     *,
     key: PRNGKey,
-    evaluate: Callable[[Params], dict[str, float]] | None = None,
+    evaluate: Callable[[Params], dict[str, Any]] | None = None,
     monitor: str | None = None,
     mode: Literal["max", "min"] = "max",
     checkpoints: Checkpoints | None = None,
@@ -260,7 +260,7 @@ class _Loop:
     """The side effects of `fit`: metrics, evaluations, checkpoints and progress."""
 
     config: LoopConfig
-    evaluate: Callable[[Params], dict[str, float]] | None
+    evaluate: Callable[[Params], dict[str, Any]] | None
     monitor: str | None
     sign: int
     checkpoints: Checkpoints | None
@@ -376,8 +376,7 @@ class _Loop:
             if self.metrics:
                 self.metrics.append({"step": step, **values})
             if self.progress:
-                shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-                self.progress.say(f"step {step}/{config.steps}  {shown}")
+                self.progress.say(f"step {step}/{config.steps}  {shown(values)}")
             best, value = self.record.best_value, values.get(self.monitor or "")
             if value is not None and (best is None or self.sign * (value - best) > 0):
                 self.record = self.record._replace(best_step=step, best_value=value)

@@ -33,7 +33,7 @@ from jaxlm.typing import Batch, Params
 
 
 class Metric:
-    """A function `(split, params) -> {name: value}`.
+    """A function `(split, params) -> {name: value}`; a value is a number, or a list of named ones.
 
     Attributes:
         main: the value by which the best checkpoint is chosen.
@@ -56,7 +56,7 @@ class Metric:
         self.majority: dict[str, float | None] = {}
         self.tell: Callable[[str], None] = lambda line: None
 
-    def __call__(self, split: SplitName, params: Params) -> dict[str, float]:
+    def __call__(self, split: SplitName, params: Params) -> dict[str, Any]:
         raise NotImplementedError
 
     @property

@@ -134,7 +134,7 @@ def train(
     progress: Progress,
     *,
     saved: Select = None,
-    evaluate: Callable[[Params], dict[str, float]] | None = None,
+    evaluate: Callable[[Params], dict[str, Any]] | None = None,
     monitor: str | None = None,
     mode: Literal["max", "min"] = "max",
     chance: float | None = None,

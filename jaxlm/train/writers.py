@@ -9,6 +9,7 @@ from typing import Any
 from jaxlm.artifacts.files import write_atomic
 from jaxlm.artifacts.processes import is_main_process
 from jaxlm.core.errors import UserError
+from jaxlm.train.logging import numbers
 from jaxlm.train.run_folder import RunFolder
 
 Write = Callable[[Mapping[str, Any]], None]
@@ -62,8 +63,10 @@ def _tensorboard(folder: RunFolder, config: Mapping[str, Any], first: int) -> It
     with needed("tensorboard")(path, purge_step=first, filename_suffix=suffix) as writer:
 
         def write(line: Mapping[str, Any]) -> None:
-            for name, value in _numbers(line).items():
-                writer.add_scalar(name, value, line["step"])
+            values = numbers(line)
+            step = values.pop("step")
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
 
         yield write
 
@@ -86,13 +89,4 @@ def _wandb(folder: RunFolder, config: Mapping[str, Any], first: int) -> Iterator
         ) from error
     with run:
         run.define_metric("*", step_metric="step")
-        yield lambda line: run.log({"step": line["step"], **_numbers(line)})
-
-
-def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a line of metrics, without its step and its lists."""
-    return {
-        name: value
-        for name, value in line.items()
-        if isinstance(value, int | float) and name != "step"
-    }
+        yield lambda line: run.log(numbers(line))

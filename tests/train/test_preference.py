@@ -25,8 +25,10 @@ from jaxlm.train import finetuning
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.finetuning import FinetuneConfig, finetune
 from jaxlm.train.load import load_model
+from jaxlm.train.logging import numbers
 from jaxlm.train.objectives import Preference
-from jaxlm.train.objectives.preference import REFERENCE, START
+from jaxlm.train.objectives.preference import PROBE, REFERENCE, START
+from jaxlm.train.run_folder import RunFolder
 from tests.helpers.sentences import refused
 from tests.helpers.tiny import make_model, make_tokenizer, read_lines, sentences, write_jsonl
 
@@ -196,9 +198,32 @@ def test_metrics_by_brute_force(path, loss):
     }
     if loss != "simpo":
         expected |= {"reward_accuracy": np.mean(d > 0), "margin": d.mean()}
-    assert found.keys() == expected.keys() == metric.modes.keys()
+    assert found.keys() - {"gained"} == expected.keys() == metric.modes.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    prompts = [jnp.array(x.input_ids) for x in encoded.test[:PROBE]]
+    models = (lm.params, params)
+    start, end = (sum(next_token(lm, x, ids) for ids in prompts) / len(prompts) for x in models)
+    best = np.argsort(start - end)[:5]
+    assert [token for token, _ in found["gained"]] == [lm.tokenizer.decode([i]) for i in best]
+    gains = [gain for _, gain in found["gained"]]
+    np.testing.assert_allclose(gains, (end - start)[best], rtol=1e-4, atol=1e-7)
+    assert metric("test", lm.params)["gained"] == []  # at the start, nothing gained
+
+
+def test_metrics_name_the_tokens_that_gained_most(trained):
+    last = [row for row in lines(trained) if "validation_gained" in row][-1]
+    gains = [gain for _, gain in last["validation_gained"]]
+    assert len(gains) == 5
+    assert gains == sorted(gains, reverse=True)
+    arrays = RunFolder(trained.parent / "run").metrics.arrays()
+    assert "validation_gained" not in arrays
+    assert arrays["validation_loss"][-1] == last["validation_loss"]
+
+
+def next_token(lm, params, ids):
+    """Probabilities of the token after a prompt, [V]."""
+    return np.asarray(jax.nn.softmax(lm.apply(params, ids)[0, -1]))
 
 
 def test_kto_compares_with_responses_to_other_prompts(path):
@@ -393,7 +418,7 @@ def test_a_mesh_has_the_curves_of_one_device(path, tmp_path, model, loss):
     run(other, mesh=make_mesh(data=2, fsdp=2, model=2), objective__loss=loss)
     for new, old in zip(lines(other), lines(path), strict=True):
         assert new.keys() == old.keys()
-        for name, value in old.items():
+        for name, value in numbers(old).items():
             np.testing.assert_allclose(new[name], value, rtol=2e-4, atol=2e-5, err_msg=name)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -16,11 +17,12 @@ from jaxlm.artifacts.arrays import check_finite
 from jaxlm.artifacts.files import absolute
 from jaxlm.artifacts.processes import to_host
 from jaxlm.core.checks import real
+from jaxlm.core.dtypes import wide
 from jaxlm.core.errors import UserError
 from jaxlm.data import DataConfig, EncodedTask
 from jaxlm.data.encoding import Encoded as Example
 from jaxlm.data.pairs import as_task
-from jaxlm.data.rows import SPLITS, SplitName
+from jaxlm.data.rows import SPLITS, SplitName, tokenizer_of
 from jaxlm.evaluation.classification import Reduction
 from jaxlm.models import LanguageModel
 from jaxlm.preference import LOSSES, PairLoss, PairScores
@@ -31,7 +33,9 @@ from jaxlm.train.settings import Optimizer
 from jaxlm.train.state import Program
 from jaxlm.typing import Batch, LossFn, Params
 
-REFERENCE, START = "reference_log_probs", "start_log_probs"
+REFERENCE, START, NEXT = "reference_log_probs", "start_log_probs", "start_next_token"
+PROBE, GAINERS = 16, 5
+"""Pairs of a split whose next token is compared with that of the start; tokens that are named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +133,12 @@ class Preference(Objective):
     def columns(
         self, lm: LanguageModel, reference: LanguageModel, encoded: Encoded, *, batch_size: int
     ) -> Columns:
-        """Return the log-probabilities of all responses, of the start and of the reference."""
+        """Return what the start and the reference say about all responses, and the next token."""
         assert isinstance(encoded, EncodedTask)
         columns: Columns = {split: {} for split in SPLITS}
         models = {START: lm, REFERENCE: reference}
         scorers = {name: Program(response_scorer(model)) for name, model in models.items()}
+        predict = Program(predictor(lm))
 
         def measure(name: str, split: SplitName) -> np.ndarray:
             params = models[name].params
@@ -145,6 +150,7 @@ class Preference(Objective):
             own, size = columns[split], encoded.sizes[split]
             if size and split != "train":
                 own[START] = measure(START, split)
+                own[NEXT] = next_token(predict, lm.params, encoded, split, batch_size)
             if size and self.needs_reference:
                 same = reference is lm and START in own
                 own[REFERENCE] = own[START] if same else measure(REFERENCE, split)
@@ -248,6 +254,30 @@ def responses(
     return log_probs, tokens
 
 
+def predictor(lm: LanguageModel) -> Any:
+    """Return `(params, batch) -> [B, V]`, the probabilities of the token after the prompt."""
+
+    def predict(params: Params, batch: Batch) -> Array:
+        last = jnp.asarray(batch["positions"])[:, 0, 0]
+        packed = {key: batch[key] for key in ("segment_ids", "position_ids")}
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        return jax.nn.softmax(wide(lm.apply(params, ids, mask, positions=last, **packed)))
+
+    return predict
+
+
+def next_token(
+    predict: Any, params: Params, encoded: EncodedTask, split: SplitName, batch_size: int
+) -> Float[np.ndarray, " V"]:
+    """Return the probabilities of the token after the prompt, in their mean over `PROBE` pairs."""
+    probe = dataclasses.replace(encoded, **{split: getattr(encoded, split)[:PROBE]})
+    total: Any = 0.0
+    for batch in probe.eval_batches(split, batch_size=batch_size):
+        index = batch.pop("index")
+        total += to_host(predict(params, batch))[index >= 0].sum(axis=0, dtype=np.float64)
+    return (total / probe.sizes[split]).astype(np.float32)
+
+
 class PreferenceMetric(Metric):
     """The loss of pairs, how they are ranked, and what training did to them since it began.
 
@@ -255,7 +285,8 @@ class PreferenceMetric(Metric):
     reward_accuracy, margin: share of pairs with a positive margin of log-ratios, and its mean.
     chosen_change, rejected_change: mean changes of c and l in nats; displaced: share of pairs whose
     c fell. corrected: share of the pairs that began with c < l and no longer have it; spoiled: of
-    those that began right and no longer are.
+    those that began right and no longer are. gained: the tokens whose probability after the prompt
+    rose most, and by how much, in the mean over the first `PROBE` pairs.
     """
 
     main = "loss"
@@ -280,10 +311,11 @@ class PreferenceMetric(Metric):
         if not any(term.needs_reference for term in terms):
             own = {k: v for k, v in self.others.items() if k not in ("reward_accuracy", "margin")}
             self.others = MappingProxyType(own)
-        self.scorer = Program(response_scorer(lm))
+        self.scorer, self._predict = Program(response_scorer(lm)), Program(predictor(lm))
+        self._decode = tokenizer_of(lm).decode
         self._encoded, self._terms, self._batch_size = encoded, terms, batch_size
 
-    def __call__(self, split: SplitName, params: Params) -> dict[str, float]:
+    def __call__(self, split: SplitName, params: Params) -> dict[str, Any]:
         self.tell(f"evaluating {split}")
         found = responses(self.scorer, params, self._encoded, split, self._batch_size)
         if not np.isfinite(found[0]).all():
@@ -295,7 +327,13 @@ class PreferenceMetric(Metric):
         reference, ones = columns.get(REFERENCE), np.ones(len(found[0]))
         after = pair_scores(*found, reference, ones)
         before = pair_scores(columns[START], found[1], reference, ones)
-        return {key: float(value) for key, value in self._values(before, after).items()}
+        values = {key: float(value) for key, value in self._values(before, after).items()}
+        end = next_token(self._predict, params, self._encoded, split, self._batch_size)
+        return {**values, "gained": self._gained(end - columns[NEXT])}
+
+    def _gained(self, change: Float[np.ndarray, " V"]) -> list[tuple[str, float]]:
+        places = np.argsort(-change, kind="stable")[:GAINERS]
+        return [(self._decode([int(i)]), float(change[i])) for i in places if change[i] > 0]
 
     def _values(self, before: PairScores, after: PairScores) -> dict[str, Any]:
         moved = preference.displacement(before, after, self._terms)
