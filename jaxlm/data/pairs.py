@@ -26,7 +26,7 @@ class Pair:
 
     Attributes:
         prompt: what both responses answer.
-        chosen, rejected: the better and the worse response; of messages, one of the assistant.
+        chosen, rejected: the better and the worse response; if messages, one of the assistant.
         id: source and number of the row.
         margin: rating of the chosen response minus that of the rejected one; 0 for a tie, None
             without ratings.
@@ -53,10 +53,11 @@ class Pair:
 class PairsConfig(SplitsConfig):
     """The section `pairs` of a configuration: preferences to learn.
 
-    A row has `prompt`, `chosen` and `rejected`, texts or lists of messages {role, content}. Without
-    `prompt`, it is what both responses begin with. `score_chosen` and `score_rejected` are ratings.
-    Or it has `prompt`, `responses` and `scores`, lists of the same length: every two responses of
-    different scores are a pair. Pairs with equal responses or ratings are left out.
+    A row has `prompt`, `chosen` and `rejected`, texts or lists of messages {role, content}. If it
+    has no `prompt`, the common beginning of both responses is the prompt. `score_chosen` and
+    `score_rejected` are ratings. Or it has `prompt`, `responses` and `scores`, the latter two of
+    the same length: each two responses with different scores make a pair. Pairs with equal
+    responses or ratings are left out.
 
     Attributes:
         template: how messages are written, see `jaxlm.data.MessagesConfig`.
@@ -223,8 +224,9 @@ class Pairs(Splits):
             dropped[split] = tuple(p.id for p, use in zip(pairs, good, strict=True) if not use)
             if pairs and not kept[split]:
                 raise UserError(
-                    f"pairs.{split}: no pair has two different responses within max_length (got "
-                    f"{len(pairs)} pairs). Raise pairs.max_length, or give others."
+                    f"pairs.{split}: no pair has two different responses within max_length, and "
+                    f"ratings that differ (got {len(pairs)} pairs). Raise pairs.max_length, or "
+                    "give others."
                 )
         tokens = (max(map(max, (*x.input_ids, *x.targets))) for rows in kept.values() for x in rows)
         check_vocabulary(max(tokens, default=0), lm.config.vocab_size)

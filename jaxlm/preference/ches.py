@@ -34,7 +34,7 @@ def ches(
     \mathrm{lnCHES} = \frac{\langle S_w, S_l\rangle}{n_w n_l} - \frac{\|S_w\|^2}{n_w^2}.$$
 
     The higher it is, the more the probability of the chosen response is expected to fall. Pairs
-    that differ in the last scored token only have CHES 0, about the highest that data reach.
+    that differ in the last scored token alone have CHES 0, near the top of most data sets.
 
     Args:
         h_w: hidden states of prompt and chosen response, in any dtype.
@@ -103,7 +103,8 @@ def negative_edit_distance(
 
     def distance(a: Sequence[int], b: Sequence[int]) -> float:
         if not len(a) or not len(b):
-            raise UserError("chosen: a response is empty (got []). Leave the pair out.")
+            name = "rejected" if len(a) else "chosen"
+            raise UserError(f"{name}: a response is empty (got []). Leave the pair out.")
         steps, ids = np.arange(len(b) + 1), np.asarray(b)
         row = steps
         for i, token in enumerate(a):

@@ -232,8 +232,8 @@ def dpop(scores: PairScores, *, beta: Number = 0.1, penalty: Number = 50.0) -> V
 def cream(scores: PairScores, *, beta: Number = 0.1, consistency: Number = 0.9) -> Values:
     r"""CREAM, $C\,\ell(\beta d) + (1-C)\,\ell(-\beta d)$ (arXiv:2410.12735).
 
-    C is $(\tau + 1)/2$ of Kendall's τ between the rankings of two models, as the mean over prompts
-    or, in this function, [B].
+    $C = (\tau + 1)/2$, where τ is Kendall's rank correlation between two models: its mean over
+    prompts or, in this function, one value for each pair, [B].
     """
     return _smoothed(beta * scores.margin, 1 - consistency)
 
@@ -272,8 +272,8 @@ def kto(
 ) -> Values:
     r"""KTO, $\frac12(w_d\,\sigma(\beta(z - s_w)) + w_u\,\sigma(\beta(s_l - z)))$.
 
-    z is the mean log-ratio of responses to other prompts of the batch, at least 0, without a
-    gradient. It takes forward passes of its own, and so comes with the scores.
+    z is the mean log-ratio of responses to other prompts, at least 0, without a gradient. It comes
+    with the scores, since it needs forward passes of its own.
     Reference: arXiv:2402.01306.
     """
     z = lax.stop_gradient(relu(scores.need("z").z))
@@ -353,7 +353,7 @@ def f_divergence(
     reverse_kl: s; forward_kl: $1 - e^{-s}$; js: $\log 2 + \log\sigma(s)$; alpha:
     $(e^{(\alpha - 1)s} - 1)/(\alpha - 1)$, with s as the limit at α = 1. Exponents end at 80.
 
-    Reference: arXiv:2309.16240; constants as in TRL 1.16, where they change the losses per token.
+    Reference: arXiv:2309.16240, with the constants of TRL 1.16, which matter to losses per token.
     """
     one_of("kind", kind, get_args(Divergence))
     power = {"forward_kl": -1.0, "alpha": alpha - 1}.get(kind, 0.0)
@@ -421,7 +421,7 @@ BOUNDS: dict[str, dict[str, float]] = {
 }
 """Of options, or of the option of one loss; the others are at least 0."""
 MEANINGS = {
-    "beta": "strength of the log-ratios; a smaller one lets the model move further.",
+    "beta": "β of the equation. With a smaller one, the optimum is further from the reference.",
     "label_smoothing": "share of pairs whose labels are assumed to be flipped.",
     "tau": "temperature of the mixture of the two losses.",
     "gamma": "margin that is asked for; of dpo_gamma, the part of the reference that counts.",
@@ -474,7 +474,7 @@ class PairLoss:
         return type(self).function(self.transformed(scores), **values)
 
     def transformed(self, scores: PairScores) -> PairScores:
-        """Return the scores of which the function is taken."""
+        """Return the scores that the function receives."""
         return scores
 
 
@@ -571,7 +571,7 @@ def terms(losses: LossSpec, **shared: Any) -> tuple[PairLoss, ...]:
 
     Args:
         losses: a name, or several with their options.
-        shared: options for each loss that has them, unless it is given its own.
+        shared: options for each loss that has them, in place of its own; None keeps these.
 
     Raises:
         UserError: a name or an option is unknown, or its value out of range.
@@ -579,8 +579,10 @@ def terms(losses: LossSpec, **shared: Any) -> tuple[PairLoss, ...]:
     >>> [(term.name, term.weight) for term in terms([("dpo", 0.8), {"name": "sft"}])]
     [('dpo', 0.8), ('sft', 1.0)]
     """
+    shared = {option: value for option, value in shared.items() if value is not None}
     if isinstance(losses, PairLoss):
-        return (losses,)
+        own = {option: value for option, value in shared.items() if hasattr(losses, option)}
+        return (dataclasses.replace(losses, **own),)
     if isinstance(losses, str):
         losses = {"name": losses}
     elif isinstance(losses, tuple) and len(losses) == 2 and isinstance(losses[1], int | float):
@@ -596,8 +598,8 @@ def terms(losses: LossSpec, **shared: Any) -> tuple[PairLoss, ...]:
     for option in losses:
         if option not in known:
             raise _refuse("loss", option, f"not an option of {name}", known)
-    options = {option: value for option, value in shared.items() if option in known}
-    return (LOSSES[name](**options | dict(losses)),)
+    own = {option: value for option, value in shared.items() if option in known}
+    return (LOSSES[name](**dict(losses) | own),)
 
 
 def loss(
@@ -613,7 +615,8 @@ def loss(
     Args:
         scores: log-probabilities of the responses, see `PairScores`.
         losses: a name, or a list of names with weights, see `LossSpec`.
-        beta, label_smoothing, f_divergence: for every loss that has the option; None for its own.
+        beta, label_smoothing, f_divergence: for every loss that has the option, in place of its
+            own; None keeps these.
 
     Returns:
         [B], in at least float32. `sft`, and with it `cpo`, is a mean over the tokens of this batch:
@@ -627,10 +630,9 @@ def loss(
     True
     """
     shared = {"beta": beta, "label_smoothing": label_smoothing, "f_divergence": f_divergence}
-    shared = {option: value for option, value in shared.items() if value is not None}
     found = terms(losses, **shared)
     for option, value in shared.items():
-        if not any(hasattr(term, option) for term in found):
+        if value is not None and not any(hasattr(term, option) for term in found):
             taking = [name for name, kind in LOSSES.items() if hasattr(kind, option)]
             raise UserError(
                 f"{option}: {found[0].name} has no such option (got {show(value)}). Leave it out, "

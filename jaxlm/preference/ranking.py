@@ -5,7 +5,8 @@ log-ratios to the reference, $s_w > s_l$. A model may have one without the other
 
 References: Chen et al., "Preference Learning Algorithms Do Not Learn Preference Rankings",
 arXiv:2405.19534; Razin et al., arXiv:2410.08847 (displacement). The authors' code of the former
-divides log-probabilities where its paper takes the ratio of probabilities; this is the paper.
+divides log-probabilities where the paper has a ratio of probabilities; this module follows the
+paper.
 """
 
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ def idealized_ranking_accuracy(
 def listwise_ranking_accuracy(
     log_probs: Float[Array, "B K"], ratings: Num[ArrayLike, "B K"], *, band: float | int = 0.0
 ) -> Float[Array, ""]:
-    """Return the share of rated pairs, among K responses to each prompt, that a model ranks right.
+    """Return the ranking accuracy over all rated pairs among K responses to each prompt.
 
     Args:
         log_probs: of the responses, as sums or as means over tokens.
@@ -86,7 +87,7 @@ def listwise_ranking_accuracy(
 
 
 def flip_threshold(scores: PairScores, beta: float | int, kind: str = "dpo") -> Float[Array, " B"]:
-    r"""Return the loss at or below which a pair is ranked right.
+    r"""Return the loss at or below which a pair is ranked correctly.
 
     DPO: $-\log\sigma(\beta k)$ with $k = rl - rc$. IPO of sums: $(1/(2\beta) - k)^2$.
 
@@ -97,7 +98,7 @@ def flip_threshold(scores: PairScores, beta: float | int, kind: str = "dpo") -> 
     Args:
         scores: only those of the reference are needed, and lengths for dpo_norm and ipo.
         beta: β, or τ of IPO.
-        kind: the loss; dpo_norm and ipo are about the order by mean log-probabilities.
+        kind: the loss; for dpo_norm and ipo, ranking compares mean log-probabilities.
     """
     one_of("kind", kind, ("dpo", "dpo_norm", "ipo", "ipo_sum"))
     chosen, rejected = scores.need("ref_chosen", "ref_rejected")[2:4]
@@ -111,7 +112,7 @@ def flip_threshold(scores: PairScores, beta: float | int, kind: str = "dpo") -> 
 
 
 class FlipTable(NamedTuple):
-    """Pairs grouped by where they began: their number, and how many are ranked right afterwards."""
+    """For each group of pairs, their number, and how many are ranked correctly afterwards."""
 
     pairs: Int[Array, " G"]
     right: Int[Array, " G"]
@@ -120,14 +121,14 @@ class FlipTable(NamedTuple):
 def flip_table(
     before: PairScores, after: PairScores, edges: Sequence[float | int] = (0.0,)
 ) -> FlipTable:
-    """Count the pairs that training ranks right, by the margin c - l before it.
+    """Count the pairs that are ranked correctly after training, by c - l before it.
 
-    Group g has `edges[g - 1] <= c - l < edges[g]`. With the default, group 0 began wrong, so its
-    `right` have flipped, and group 1 began right.
+    Group g has `edges[g - 1] <= c - l < edges[g]`. With the default, group 0 has the pairs that
+    were ranked wrong, of which `right` have been corrected, and group 1 the others.
 
     Args:
-        before, after: of the policy at two steps.
-        edges: [G - 1], increasing margins in nats.
+        before, after: scores of the policy at two steps.
+        edges: [G - 1], increasing values of c - l in nats.
     """
     margin = before.chosen - before.rejected
     group = jnp.searchsorted(jnp.asarray(edges), jnp.asarray(margin), side="right")
@@ -143,7 +144,8 @@ class Displacement(NamedTuple):
     Attributes:
         fraction: share of pairs whose chosen response became less likely.
         chosen, rejected: mean changes of c and l, in nats.
-        loss: change of the mean loss; below 0 with `chosen` below 0 is likelihood displacement.
+        loss: change of the mean loss. Likelihood displacement means that `loss` and `chosen` are
+            both below 0.
     """
 
     fraction: Float[Array, ""]

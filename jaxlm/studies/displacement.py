@@ -63,12 +63,12 @@ class DisplacementConfig(GridConfig):
     those with the lowest scores, which a variant trains on by `pairs.train: kept.jsonl`.
 
     Attributes:
-        sft: keys that differ from `run` in training on the chosen responses, which comes first;
-            null for none.
+        sft: changes of `run` for a first stage of supervised fine-tuning on the chosen responses;
+            null skips it.
         quantiles: of the pairs' CHES, from 0 to 1; there is a run for each.
         pairs_per_quantile: pairs around a quantile; its run is trained and measured on these.
-        variants: name to the keys that differ from `run`, in runs on all pairs of the seed; they
-            are measured on the validation pairs, or without these on all pairs of the seed.
+        variants: names of further runs on all pairs of the seed, each with its changes of `run`;
+            they are measured on the validation pairs, or without these on all pairs of the seed.
         score: the score by which pairs are kept.
         keep: share of the pairs that is kept.
         figure: whether to draw the runs of the quantiles.
@@ -258,7 +258,7 @@ def around(quantile: float, values: Float[np.ndarray, " N"], count: int) -> np.n
     """
     if len(values) < count:
         raise UserError(
-            f"pairs_per_quantile: must be at most {len(values)}, the pairs (got {count}). Lower it."
+            f"pairs_per_quantile: there are only {len(values)} pairs (got {count}). Lower it."
         )
     first = round(quantile * (len(values) - count))
     return np.sort(np.argsort(values, kind="stable")[first : first + count])
@@ -326,7 +326,7 @@ def markdown(config: DisplacementConfig, table: Mapping[str, Any]) -> str:
         "change of chosen",
         "of rejected",
         "displaced %",
-        "ranked right %",
+        "ranked correctly %",
     )
     parts = []
     if table["quantiles"]:
@@ -345,22 +345,22 @@ def markdown(config: DisplacementConfig, table: Mapping[str, Any]) -> str:
 
 def draw_training(groups: Sequence[Group], path: Path) -> Path:
     """Draw the change of both log-probabilities over the runs of the lowest and highest CHES."""
-    axes = new_axes((5.2, 3.4))
+    both = new_axes((7.6, 3.2), columns=2)  # the rejected responses fall a hundred times as far
     groups = sorted((g for g in groups if g.quantile is not None), key=lambda g: g.quantile or 0.0)
     for color, group in zip(("C0", "C3"), (groups[0], groups[-1]), strict=True):
         runs = [RunFolder(each.output).metrics.arrays() for each in group.runs]
-        for style, side in (("-", "chosen"), ("--", "rejected")):
+        for axes, side in zip(both, ("chosen", "rejected"), strict=True):
             name = f"validation_{side}_change"
             curves = [(x["step"], x[name]) for x in runs if name in x]
             for i, (steps, values) in enumerate(curves):
                 known = np.isfinite(values)
-                label = f"{side}, CHES quantile {group.quantile:g}" if i == 0 else None
+                label = f"CHES quantile {group.quantile:g}" if i == 0 else None
                 points = (np.append(0, steps[known]), np.append(0, values[known]))
-                axes.plot(*points, style, color=color, label=label, alpha=0.8)
-    axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set(xlabel="step", ylabel="change of log-probability (nats)")
-    axes.legend(frameon=False, fontsize="small")
-    return save_figure(axes, path)
+                axes.plot(*points, color=color, label=label, alpha=0.8)
+            axes.axhline(0, color="grey", linewidth=0.8)
+            axes.set(xlabel="step", ylabel=f"change of {side} (nats)")
+    both[0].legend(frameon=False, fontsize="small")
+    return save_figure(both[0], path)
 
 
 def draw_quantiles(

@@ -12,13 +12,13 @@ from jaxlm.artifacts.processes import is_main_process
 from jaxlm.core.errors import UserError
 
 
-def new_axes(size: tuple[float, float]) -> Any:
-    """Return the axes of a new figure of `size` inches."""
+def new_axes(size: tuple[float, float], columns: int = 1) -> Any:
+    """Return the axes of a new figure of `size` inches; an array of them for several columns."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("plots: need matplotlib. pip install 'jaxlm[plots]'.") from None
-    return Figure(figsize=size, layout="constrained").subplots()
+    return Figure(figsize=size, layout="constrained").subplots(ncols=columns)
 
 
 def save_figure(axes: Any, path: Path) -> Path:

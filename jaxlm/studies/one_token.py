@@ -1,8 +1,8 @@
 """Where the probability goes when a model is trained on a single pair of one-token answers.
 
 Every pair is trained on alone, from the same model. The two answers are predicted by the same
-hidden state, so their CHES is 0 and orders nothing: what counts is how alike the rows of the two
-tokens in the output embedding are, and which other rows they point to.
+hidden state, so their CHES is 0 for every pair. By the paper (arXiv:2410.08847), the change then
+depends on the rows of the tokens in the output embedding; this study does not measure these.
 """
 
 import time
@@ -61,7 +61,8 @@ class OneTokenConfig:
         beta: of the loss; null for its own.
         optimizer: one of `jaxlm.train.optimizers.OPTIMIZERS`, by its name.
         steps: number of steps for each pair.
-        sft_steps: steps on the chosen answer alone that come first.
+        sft_steps: steps on the chosen answer alone that come first; the reference is the model
+            after these.
         top: number of tokens to list that gained most probability.
         output: folder of the study.
     """
@@ -99,7 +100,7 @@ class Trace(NamedTuple):
             step and at the end.
         gain: what each token of the vocabulary gained in probability.
         cosine: of the gradients, before the first step, of the chosen token's log-probability and
-            of its difference to the rejected one's. Below 0, the first small step of gradient
+            of its difference to the rejected one's. Below 0, a small first step of plain gradient
             descent makes the chosen token less likely.
     """
 
@@ -179,7 +180,7 @@ def traced(
         return optax.tree.vdot(chosen, margin) / optax.tree.norm(chosen) / optax.tree.norm(margin)
 
     predict = jax.jit(next_token)
-    loss = preference.terms(config.loss, **({} if config.beta is None else {"beta": config.beta}))
+    loss = preference.terms(config.loss, beta=config.beta)
     stages = stage(preference.terms("sft"), config.sft_steps), stage(loss, config.steps)
     began, traces = time.perf_counter(), []
     for number, (ids, answers) in enumerate(encoded, start=1):

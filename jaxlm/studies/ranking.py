@@ -1,7 +1,7 @@
 """How well a model ranks preference pairs, how well it could, and which pairs training corrects.
 
 Each seed is one run on pairs. Its ranking accuracy over training is compared with that of the
-optimum of the loss, and its pairs are grouped by how far the reference ranks them right or wrong.
+optimum of the loss. Its pairs are grouped by c - l under the reference, before training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,9 +38,9 @@ class RankingConfig(GridConfig):
     """The configuration of the study. It adds to the keys of `GridConfig`.
 
     Attributes:
-        betas: for the idealised ranking accuracy.
-        rate: share of people who prefer the chosen response; 1 where the data have no ties.
-        groups: groups of equally many pairs, by the margin of the reference.
+        betas: for the idealized ranking accuracy.
+        rate: assumed share of people who prefer the chosen response, clipped to [0.001, 0.999].
+        groups: number of groups of equally many pairs, by c - l under the reference.
         figure: whether to draw the accuracy and the flips.
     """
 
@@ -56,7 +56,7 @@ class RankingConfig(GridConfig):
         if not isinstance(self.run.get("pairs"), Mapping):
             raise UserError("run.pairs: is missing (got nothing). Give preference pairs.")
         if not self.run["pairs"].get("validation"):
-            raise UserError("run.pairs.validation: is missing (got nothing). Give other pairs.")
+            raise UserError("run.pairs.validation: is missing (got nothing). Give hold_out.")
         distinct("betas", self.betas)
         for beta in self.betas:
             real("betas", beta, above=0)
@@ -134,7 +134,7 @@ def split_numbers(config: RankingConfig, after: PairScores, term: Any) -> dict[s
     margins = np.asarray(before.chosen - before.rejected, np.float64)
     if len(margins) < config.groups:
         raise UserError(
-            f"groups: must be at most {len(margins)}, the pairs (got {config.groups}). Lower it."
+            f"groups: there are only {len(margins)} pairs (got {config.groups}). Lower it."
         )
     flips = preference.flip_table(before, after)
     wrong, right = np.maximum(np.asarray(flips.pairs), 1)  # 0 of no pair
@@ -164,7 +164,13 @@ def split_numbers(config: RankingConfig, after: PairScores, term: Any) -> dict[s
 
 def markdown(config: RankingConfig, table: Mapping[str, Any]) -> str:
     """Return the tables of the study: of the accuracies, and of the groups of training pairs."""
-    names = ("reference", "trained", "reward_accuracy", "corrected", "spoiled")
+    names = {
+        "reference": "ranked correctly before, %",
+        "trained": "after, %",
+        "reward_accuracy": "reward accuracy after, %",
+        "corrected": "corrected, % of the pairs ranked wrong",
+        "spoiled": "spoiled, % of the pairs ranked correctly",
+    }
     rows = [
         (
             split,
@@ -173,8 +179,8 @@ def markdown(config: RankingConfig, table: Mapping[str, Any]) -> str:
         )
         for split in MEASURED
     ]
-    ideal = (f"ideal, beta {beta:g}" for beta in config.betas)
-    header = ("% of pairs", *(name.replace("_", " ") for name in names), *ideal)
+    ideal = (f"ideal at beta {beta:g}, %" for beta in config.betas)
+    header = ("pairs", *names.values(), *ideal)
     flips = [
         (
             shown(row["margin"], digits=1),
@@ -186,10 +192,10 @@ def markdown(config: RankingConfig, table: Mapping[str, Any]) -> str:
         for row in table["train"]["groups"]
     ]
     margins = (
-        "margin of the reference (nats)",
-        "ranked right before, %",
+        "c - l under the reference (nats)",
+        "ranked correctly before, %",
         "after, %",
-        "flips at loss",
+        "mean threshold of the loss",
         "loss after",
     )
     return f"{aligned(header, rows)}\n\n{aligned(margins, flips)}\n"
@@ -205,20 +211,20 @@ def draw_accuracy(runs: Sequence[FinetuneConfig], ideal: float, path: Path) -> P
             known = np.isfinite(values)
             label = kind.replace("_", " ") if i == 0 else None
             axes.plot(metrics["step"][known], values[known], color=color, label=label)
-    axes.axhline(ideal, color="grey", linestyle="--", label="idealised, beta of the run")
+    axes.axhline(ideal, color="grey", linestyle="--", label="idealized, beta of the run")
     axes.set(xlabel="step", ylabel="share of validation pairs", ylim=(0, 1.03))
     axes.legend(frameon=False, fontsize="small")
     return save_figure(axes, path)
 
 
 def draw_flips(groups: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Draw how many pairs are ranked right before and after, against the reference's margin."""
+    """Draw the share of pairs ranked correctly before and after, against c - l before."""
     axes = new_axes((4.4, 3.2))
     margins = [row["margin"]["mean"] for row in groups]
     for name, label in (("began_right", "before"), ("right", "after")):
         axes.plot(margins, [row[name]["mean"] for row in groups], "o-", label=label)
     axes.set(
-        xlabel="margin of the reference (nats)", ylabel="ranked right (training pairs)",
+        xlabel="c - l under the reference (nats)", ylabel="ranked correctly (training pairs)",
         ylim=(-0.03, 1.03),
     )  # fmt: skip
     axes.legend(frameon=False)

@@ -275,8 +275,10 @@ def test_a_mixture_is_a_weighted_sum():
     mpo = [("dpo", 0.8), ("bco_pair", 0.2), {"name": "sft"}]
     expected = 0.8 * 0.741799 + 0.2 * 1.437761 + NLL
     np.testing.assert_allclose(preference.loss(SCORES, mpo).mean(), expected, rtol=2e-6)
-    smaller = preference.loss(SCORES, [*mpo[:1], {"name": "hinge", "beta": 1.0}], beta=0.01)
-    expected = 0.8 * preference.loss(SCORES, beta=0.01) + preference.loss(SCORES, "hinge", beta=1.0)
+    both = [*mpo[:1], {"name": "hinge", "beta": 1.0}, LOSSES["hinge"](beta=1.0)]
+    smaller = preference.loss(SCORES, both, beta=0.01)  # in place of their own
+    expected = 0.8 * preference.loss(SCORES, beta=0.01)
+    expected += 2 * preference.loss(SCORES, "hinge", beta=0.01)
     np.testing.assert_allclose(smaller, expected, rtol=1e-6)
     assert preference.terms(LOSSES["ipo"]()) == preference.terms(["ipo"])
 

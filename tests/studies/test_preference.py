@@ -201,9 +201,9 @@ def test_one_token(tmp_path, capsys):
                 PairScores(*np.zeros((6, 3))),
                 *preference.terms("dpo"),
             ),
-            "groups: must be at most 3",
+            "groups: there are only 3 pairs",
         ),
-        (lambda: around(0.5, np.zeros(3), 4), "pairs_per_quantile: must be at most 3"),
+        (lambda: around(0.5, np.zeros(3), 4), "pairs_per_quantile: there are only 3 pairs"),
     ],
 )
 def test_a_mistake_is_named(make, message):

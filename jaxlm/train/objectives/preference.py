@@ -45,7 +45,7 @@ class Preference(Objective):
     Attributes:
         loss: one of `jaxlm.preference.LOSSES` by its name, with its options; or a list of them,
             whose sum by `weight` is minimized.
-        beta: `beta` of every loss that has one; null for their own.
+        beta: `beta` of every loss that has one, in place of its own; null keeps these.
         reference: model of the reference log-probabilities; null for the one that training begins
             with. They are computed once, before the first step.
     """
@@ -78,12 +78,7 @@ class Preference(Objective):
     @property
     def terms(self) -> tuple[PairLoss, ...]:
         """The losses, with `beta`."""
-        return tuple(
-            dataclasses.replace(term, beta=self.beta)  # type: ignore[call-arg]
-            if self.beta is not None and hasattr(term, "beta")
-            else term
-            for term in self.loss
-        )
+        return preference.terms(self.loss, beta=self.beta)
 
     @property
     def reference_model(self) -> str | None:
@@ -117,9 +112,9 @@ class Preference(Objective):
             )
 
     def batched(self, encoded: Encoded) -> Encoded:
-        """Return the pairs with the third response that `kto` needs, and room for the columns.
+        """Return the pairs with the third response that `kto` needs, and a reference of NaN.
 
-        The columns are NaN, so that a loss without those of `columns` is, too.
+        `columns` puts numbers in its place; where it was not called, the loss is NaN.
         """
         assert isinstance(encoded, EncodedTask)
         if self._mismatched:
@@ -133,7 +128,7 @@ class Preference(Objective):
     def columns(
         self, lm: LanguageModel, reference: LanguageModel, encoded: Encoded, *, batch_size: int
     ) -> Columns:
-        """Return what the start and the reference say about all responses, and the next token."""
+        """Return the log-probabilities of all responses under both models, and the next token's."""
         assert isinstance(encoded, EncodedTask)
         columns: Columns = {split: {} for split in SPLITS}
         models = {START: lm, REFERENCE: reference}
@@ -284,8 +279,8 @@ class PreferenceMetric(Metric):
     ranking_accuracy: share of pairs with c >= l, `..._per_token` by means over tokens.
     reward_accuracy, margin: share of pairs with a positive margin of log-ratios, and its mean.
     chosen_change, rejected_change: mean changes of c and l in nats; displaced: share of pairs whose
-    c fell. corrected: share of the pairs that began with c < l and no longer have it; spoiled: of
-    those that began right and no longer are. gained: the tokens whose probability after the prompt
+    c fell. corrected: of the pairs with c < l at the start, the share with c >= l now; spoiled: of
+    the others, the share with c < l now. gained: the tokens whose probability after the prompt
     rose most, and by how much, in the mean over the first `PROBE` pairs.
     """
 
@@ -340,7 +335,7 @@ class PreferenceMetric(Metric):
         table = preference.flip_table(before, after)
         wrong, right = np.maximum(np.asarray(table.pairs), 1)
         values = {
-            # In float64: log 2 at the start, for any number of pairs.
+            # In float64, so that the mean of equal losses is exactly log 2 at the start.
             "loss": np.mean(np.asarray(preference.loss(after, self._terms)), dtype=np.float64),
             "ranking_accuracy": preference.ranking_accuracy(after),
             "ranking_accuracy_per_token": preference.ranking_accuracy(after, length_normalize=True),
