@@ -154,7 +154,7 @@ def test_edit_distance():
     pairs = [[rng.integers(0, 3, rng.integers(1, 6)).tolist() for _ in "ab"] for _ in range(40)]
     expected = [-slow_distance(a, b) / max(len(a), len(b)) for a, b in pairs]
     np.testing.assert_allclose(negative_edit_distance(*zip(*pairs, strict=True)), expected)
-    with refused("chosen", "is empty"):
+    with refused("rejected", "is empty"):
         negative_edit_distance([[1]], [[]])
 
 
