@@ -40,9 +40,9 @@ STEPS, PAIRS = (8, 64) if QUICK else (60, 300)
 # %% [markdown]
 # ## Losses are functions of numbers
 #
-# `c` and `l` are the log-probabilities of the chosen and the rejected response, `ref_chosen` and
-# `ref_rejected` those of the reference model. Where training begins, both models are the same, and
-# DPO is log 2 whatever the pair.
+# `chosen` and `rejected` are the log-probabilities of the two responses, c and l in the equations;
+# `ref_chosen` and `ref_rejected` are those of the reference model. When training begins, both
+# models are the same, and DPO is log 2 for every pair.
 
 # %%
 begin = preference.PairScores(
@@ -52,13 +52,13 @@ begin = preference.PairScores(
     ref_rejected=jnp.array([-15.0, -14.0]),
 )
 print("DPO:", preference.loss(begin, "dpo"), " log 2:", np.log(2.0))
-print("ranked right:", float(preference.ranking_accuracy(begin)))
+print("ranking accuracy:", float(preference.ranking_accuracy(begin)))
 print("losses:", ", ".join(preference.LOSSES))
 
 # %% [markdown]
-# The first pair is ranked right and the second is not, with the same loss. The reference ranks the
-# second one wrong by k = 6 nats, and training ranks it right if and only if its loss falls to
-# $-\log\sigma(\beta k)$ or below.
+# The first pair is ranked correctly and the second is not, with the same loss. For the second one,
+# the rejected response is likelier by k = 6 nats. The trained model ranks it correctly if and only
+# if its loss is at most $-\log\sigma(\beta k)$.
 
 # %%
 preference.flip_threshold(begin, beta=0.1)
@@ -66,8 +66,8 @@ preference.flip_threshold(begin, beta=0.1)
 # %% [markdown]
 # ## Pairs
 #
-# Sentences about films, of which the task `subj` says whether they judge or tell a story. The right
-# word is the chosen response. Both words are one token, so length does not tell them apart.
+# The task `subj` labels sentences about films as review or story. The right label is the chosen
+# response. Both labels are one token, so length does not tell them apart.
 
 # %%
 task = load_task(shipped_task("subj"), seed=0)
@@ -86,7 +86,7 @@ rows[0]
 # %% [markdown]
 # ## Train, and watch both
 #
-# Every evaluation of a run on `pairs` measures what became of the held-out pairs since it began.
+# Every evaluation of a run on `pairs` measures how the held-out pairs have changed since the start.
 
 # %%
 pairs = {"train": "pairs.jsonl", "validation": "hold_out", "num_validation": PAIRS // 4}
@@ -121,12 +121,12 @@ for axes in (left, right):
 figure.tight_layout()
 
 # %% [markdown]
-# Reward accuracy, the share of pairs whose *margin* grew, is what most trainers log. It rises at
-# once. Ranking accuracy, the share of pairs whose chosen response is the likelier one, follows
-# late. Displaced pairs are those whose chosen response has become less likely than at the start:
-# there are some in every evaluation, although the mean rises.
+# Reward accuracy, which most trainers log, is the share of pairs for which c - l grew. Ranking
+# accuracy is the share of pairs whose chosen response is the likelier one. Displaced pairs are
+# those whose chosen response is less likely than at the start. Compare how early the first two
+# rise, and look for displaced pairs where the mean of the chosen response rises.
 #
-# The same run without gradients is `optimizer={"name": "mezo", "learning_rate": 2e-4}`.
+# To train without gradients, use `optimizer={"name": "mezo", "learning_rate": 2e-4}`.
 
 # %% [markdown]
 # ## Which pairs are at risk

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 import jaxlm
 from jaxlm.models.families import MODULES
+from jaxlm.preference import LOSSES
 from jaxlm.studies.grid import per_seed
 from jaxlm.train.optimizers import OPTIMIZERS, ZerothOrder
 from tests import pages
@@ -219,3 +220,17 @@ def test_no_figure_is_of_a_version_that_is_refused():
     for path in pages.pages():
         for version in re.findall(r"\bjax (\d+\.\d+\.\d+)", path.read_text()):
             assert version in jax_versions, f"{path.name}: figures of jax {version}"
+
+
+def test_the_page_of_pairs_lists_every_loss_by_what_it_needs():
+    text = (DOCS / "preference.md").read_text()
+    rows = re.findall(r"^\| ([^|]*) \| (`[a-z_]+`(?:, `[a-z_]+`)*) \|$", text, re.M)
+    found = {what: re.findall(r"`([a-z_]+)`", losses) for what, losses in rows}
+    assert sorted(name for names in found.values() for name in names) == sorted(LOSSES)
+    for what, losses in found.items():
+        for name in losses:
+            assert LOSSES[name].needs_reference == (what != "no reference")
+            assert LOSSES[name].needs_whole_batch == what.startswith("the batch in one part")
+    first = found["c, l, rc, rl"]
+    diverging = [name for name in LOSSES if hasattr(LOSSES[name], "f_divergence")]
+    assert sorted([*first[:7], "ipo", "dpo_norm"]) == sorted(diverging)
