@@ -224,8 +224,8 @@ def test_no_figure_is_of_a_version_that_is_refused():
 
 def test_the_page_of_pairs_lists_every_loss_by_what_it_needs():
     text = (DOCS / "preference.md").read_text()
-    rows = re.findall(r"^\| ([^|]*) \| (`[a-z_]+`(?:, `[a-z_]+`)*) \|$", text, re.M)
-    found = {what: re.findall(r"`([a-z_]+)`", losses) for what, losses in rows}
+    rows = re.findall(r"^\| ([^|]*) \| (`[a-z0-9_]+`(?:, `[a-z0-9_]+`)*) \|$", text, re.M)
+    found = {what: re.findall(r"`([a-z0-9_]+)`", losses) for what, losses in rows}
     assert sorted(name for names in found.values() for name in names) == sorted(LOSSES)
     for what, losses in found.items():
         for name in losses:
