@@ -29,7 +29,7 @@ FLOORS = (
     {"sharding"},
     {"models"},
     {"peft"},
-    {"zo", "kernels", "influence", "dynamics", "preference"},
+    {"zo", "kernels", "influence", "dynamics", "preference", "topics", "unlearning"},
     {"data"},
     {"evaluation"},
     {"train"},

@@ -1,0 +1,1 @@
+"""Unlearning: losses that forget part of the data, attacks, and unlearning without gradients."""
