@@ -12,10 +12,7 @@ name, as dataclasses of their options that check themselves; `loss` computes one
 Defaults are those of the papers, or of the authors' code where a paper has several.
 """
 
-import dataclasses
-import difflib
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
@@ -25,9 +22,11 @@ from jax.nn import log_sigmoid, relu, sigmoid, softplus
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Num
 
-from jaxlm.core.checks import in_float32, one_of, real, show
+from jaxlm.core.checks import one_of, show
 from jaxlm.core.dtypes import wide
 from jaxlm.core.errors import UserError
+from jaxlm.core.terms import Term, TermSpec, configuration
+from jaxlm.core.terms import terms as core_terms
 
 Values: TypeAlias = Float[Array, " B"]
 Number: TypeAlias = float | int | Array
@@ -411,15 +410,14 @@ def ld_log_probs(
     return jnp.sum(jnp.where(scored, log_probs, 0) * jnp.where(tail, alpha, 1.0), axis=1)
 
 
-SECTION = "loss."
 BOUNDS: dict[str, dict[str, float]] = {
     "beta": {"above": 0.0},
     "label_smoothing": {"least": 0.0, "below": 0.5},
     "exo_pair.label_smoothing": {"least": 1e-3, "below": 0.5},  # log(0) otherwise
     "tau": {"above": 0.0},
     "consistency": {"least": 0.0, "most": 1.0},
+    "f_alpha": {},
 }
-"""Of options, or of the option of one loss; the others are at least 0."""
 MEANINGS = {
     "beta": "β of the equation. With a smaller one, the optimum is further from the reference.",
     "label_smoothing": "share of pairs whose labels are assumed to be flipped.",
@@ -438,40 +436,18 @@ MEANINGS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairLoss:
-    """A loss with its options, called with scores.
+class PairLoss(Term):
+    """A loss of pairs with its options, called with scores; see `Term`."""
 
-    Attributes:
-        name: key in `LOSSES`.
-        weight: factor in a sum of losses.
-    """
-
-    name: str
-    weight: float = 1.0
-
-    function: ClassVar[Callable[..., Any]]
+    bounds = BOUNDS
     needs_reference: ClassVar[bool] = True
     needs_whole_batch: ClassVar[bool] = False
     """Whether parts of the batch, as in gradient accumulation, would make another loss."""
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, key = getattr(self, field.name), SECTION + field.name
-            choices = get_args(field.type)
-            if choices:
-                one_of(key, value, choices)
-            elif field.name != "name":
-                free = {} if field.name in ("weight", "f_alpha") else {"least": 0.0}
-                bounds = BOUNDS.get(field.name, free)
-                real(key, value, **BOUNDS.get(f"{self.name}.{field.name}", bounds))
-                in_float32(key, value)
-
     def __call__(self, scores: PairScores) -> Values:
         """Return the loss of each pair, [B], without the weight."""
-        options = inspect.signature(type(self).function).parameters.keys() - {"scores"}
         scores = PairScores(*(x if x is None else wide(jnp.asarray(x)) for x in scores))
-        values = {name: getattr(self, name) for name in options}
-        return type(self).function(self.transformed(scores), **values)
+        return type(self).function(self.transformed(scores), **self.options)
 
     def transformed(self, scores: PairScores) -> PairScores:
         """Return the scores that the function receives."""
@@ -495,116 +471,63 @@ class DivergenceLoss(PairLoss):
         return f_divergence(scores, self.f_divergence, self.f_alpha)
 
 
-def configuration(
+def _row(
     function: Callable[..., Any],
     base: type[PairLoss] = PairLoss,
     *,
     reference: bool = True,
     whole_batch: bool = False,
 ) -> type[Any]:
-    """Derive the dataclass of a loss from its function: keywords become fields of the same name."""
-    options = list(inspect.signature(function).parameters.values())[1:]
-    fields: list[Any] = [("name", str, function.__name__)]
-    fields += [(x.name, Variant if x.name == "variant" else float, x.default) for x in options]
-    lines = [f"{option.name}: {MEANINGS[option.name]}" for option in options]
-    first = inspect.cleandoc(function.__doc__ or "").partition("\n")[0]
-    return dataclasses.make_dataclass(
-        function.__name__.title().replace("_", ""),
-        [(name, kind, dataclasses.field(default=default)) for name, kind, default in fields],
-        bases=(base,),
-        namespace={
-            "__doc__": "\n".join([first, "", "Attributes:", *lines]),
-            "__module__": __name__,
-            "function": staticmethod(function),
-            "needs_reference": reference,
-            "needs_whole_batch": whole_batch,
-        },
-        frozen=True,
-        kw_only=True,
+    return configuration(
+        function, base, MEANINGS, needs_reference=reference, needs_whole_batch=whole_batch
     )
 
 
 LOSSES: dict[str, type[Any]] = {
-    "dpo": configuration(dpo, DivergenceLoss),
-    "cdpo": configuration(cdpo, DivergenceLoss),
-    "robust": configuration(robust, DivergenceLoss),
-    "hinge": configuration(hinge, DivergenceLoss),
-    "ipo": configuration(ipo, DivergenceLoss),
-    "ipo_sum": configuration(ipo_sum, DivergenceLoss),
-    "exo_pair": configuration(exo_pair, DivergenceLoss),
-    "discopop": configuration(discopop, DivergenceLoss),
-    "dpo_norm": configuration(dpo_norm, DivergenceLoss),
-    "cream": configuration(cream),
-    "flex_dpo": configuration(flex_dpo),
-    "nca_pair": configuration(nca_pair),
-    "bco_pair": configuration(bco_pair),
-    "sppo_hard": configuration(sppo_hard),
-    "apo_zero": configuration(apo_zero),
-    "apo_down": configuration(apo_down),
-    "dpo_gamma": configuration(dpo_gamma),
-    "dpop": configuration(dpop),
-    "d2o": configuration(d2o),
-    "irpo": configuration(irpo),
-    "rpo": configuration(rpo),
-    "aot": configuration(aot, whole_batch=True),
-    "aot_unpaired": configuration(aot_unpaired, whole_batch=True),
-    "kto": configuration(kto, whole_batch=True),
-    "simpo": configuration(simpo, reference=False),
-    "cpo": configuration(cpo, reference=False),
-    "orpo": configuration(orpo, reference=False),
-    "sft": configuration(sft, reference=False),
+    "dpo": _row(dpo, DivergenceLoss),
+    "cdpo": _row(cdpo, DivergenceLoss),
+    "robust": _row(robust, DivergenceLoss),
+    "hinge": _row(hinge, DivergenceLoss),
+    "ipo": _row(ipo, DivergenceLoss),
+    "ipo_sum": _row(ipo_sum, DivergenceLoss),
+    "exo_pair": _row(exo_pair, DivergenceLoss),
+    "discopop": _row(discopop, DivergenceLoss),
+    "dpo_norm": _row(dpo_norm, DivergenceLoss),
+    "cream": _row(cream),
+    "flex_dpo": _row(flex_dpo),
+    "nca_pair": _row(nca_pair),
+    "bco_pair": _row(bco_pair),
+    "sppo_hard": _row(sppo_hard),
+    "apo_zero": _row(apo_zero),
+    "apo_down": _row(apo_down),
+    "dpo_gamma": _row(dpo_gamma),
+    "dpop": _row(dpop),
+    "d2o": _row(d2o),
+    "irpo": _row(irpo),
+    "rpo": _row(rpo),
+    "aot": _row(aot, whole_batch=True),
+    "aot_unpaired": _row(aot_unpaired, whole_batch=True),
+    "kto": _row(kto, whole_batch=True),
+    "simpo": _row(simpo, reference=False),
+    "cpo": _row(cpo, reference=False),
+    "orpo": _row(orpo, reference=False),
+    "sft": _row(sft, reference=False),
 }
 """Name to a dataclass, a `PairLoss`; a new loss is a function above and a line here."""
 
-LossSpec: TypeAlias = str | PairLoss | Mapping[str, Any] | Sequence[Any]
-"""A name, a loss, `{name: dpo, weight: 0.8, beta: 0.1}`, `("dpo", 0.8)`, or a list of these."""
 
-
-def _refuse(key: str, value: Any, what: str, choices: Sequence[str]) -> UserError:
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(choices)}."
-    return UserError(f"{key}: {what} (got {show(value)}). {hint}")
-
-
-def terms(losses: LossSpec, **shared: Any) -> tuple[PairLoss, ...]:
-    """Return the losses of a specification, see `LossSpec`.
-
-    Args:
-        losses: a name, or several with their options.
-        shared: options for each loss that has them, in place of its own; None keeps these.
-
-    Raises:
-        UserError: a name or an option is unknown, or its value out of range.
+def terms(losses: TermSpec, **shared: Any) -> tuple[PairLoss, ...]:
+    """Return the losses of a specification, see `jaxlm.core.terms.terms`.
 
     >>> [(term.name, term.weight) for term in terms([("dpo", 0.8), {"name": "sft"}])]
     [('dpo', 0.8), ('sft', 1.0)]
     """
-    shared = {option: value for option, value in shared.items() if value is not None}
-    if isinstance(losses, PairLoss):
-        own = {option: value for option, value in shared.items() if hasattr(losses, option)}
-        return (dataclasses.replace(losses, **own),)
-    if isinstance(losses, str):
-        losses = {"name": losses}
-    elif isinstance(losses, tuple) and len(losses) == 2 and isinstance(losses[1], int | float):
-        losses = {"name": losses[0], "weight": losses[1]}
-    if not isinstance(losses, Mapping):
-        if not losses or not isinstance(losses, list | tuple):
-            raise UserError(f"loss: must name a loss (got {show(losses)}). Give one, or a list.")
-        return tuple(term for each in losses for term in terms(each, **shared))
-    name = losses.get("name", "dpo")
-    if not isinstance(name, str) or name not in LOSSES:
-        raise _refuse("loss", name, "not known", [*LOSSES])
-    known = [field.name for field in dataclasses.fields(LOSSES[name])]
-    for option in losses:
-        if option not in known:
-            raise _refuse("loss", option, f"not an option of {name}", known)
-    own = {option: value for option, value in shared.items() if option in known}
-    return (LOSSES[name](**dict(losses) | own),)
+    return core_terms(losses, LOSSES, **shared)
 
 
 def loss(
     scores: PairScores,
-    losses: LossSpec = "dpo",
+    losses: TermSpec = "dpo",
     *,
     beta: float | int | None = None,
     label_smoothing: float | int | None = None,
@@ -614,7 +537,7 @@ def loss(
 
     Args:
         scores: log-probabilities of the responses, see `PairScores`.
-        losses: a name, or a list of names with weights, see `LossSpec`.
+        losses: a name, or a list of names with weights, see `TermSpec`.
         beta, label_smoothing, f_divergence: for every loss that has the option, in place of its
             own; None keeps these.
 

@@ -19,7 +19,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Num
 
 from jaxlm.core.checks import one_of
-from jaxlm.preference.losses import LossSpec, PairScores, loss
+from jaxlm.core.terms import TermSpec
+from jaxlm.preference.losses import PairScores, loss
 
 
 def ranking_accuracy(
@@ -154,7 +155,7 @@ class Displacement(NamedTuple):
     loss: Float[Array, ""]
 
 
-def displacement(before: PairScores, after: PairScores, losses: LossSpec = "dpo") -> Displacement:
+def displacement(before: PairScores, after: PairScores, losses: TermSpec = "dpo") -> Displacement:
     """Compare the scores of one set of pairs at two steps of training, by a loss as in `loss`."""
     return Displacement(
         fraction=before.mean(after.chosen < before.chosen),
