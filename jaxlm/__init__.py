@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         sharding,
         studies,
         train,
+        unlearning,
         zo,
     )
     from jaxlm.cli.evaluate import evaluate
@@ -69,6 +70,7 @@ __all__ = [
     "studies",
     "study",
     "train",
+    "unlearning",
     "zo",
 ]
 
