@@ -1,7 +1,8 @@
-"""From text to batches: the data forms `task`, `messages`, `text`, `pairs` and `tokens`."""
+"""From text to batches: the data forms, see `DATA_FORMS`."""
 
 from jaxlm.data.batching import EncodedTask, prepare, prepare_for
 from jaxlm.data.encoding import Encoded
+from jaxlm.data.forget import ForgetConfig, Forgetting
 from jaxlm.data.messages import Conversation, Message, MessagesConfig
 from jaxlm.data.pairs import Pair, Pairs, PairsConfig
 from jaxlm.data.prompts import Prompted, prompted, with_demonstrations, without_examples
@@ -22,7 +23,7 @@ from jaxlm.data.templates import Template
 from jaxlm.data.text import Document, TextConfig
 from jaxlm.data.tokens import Tagged, TokensConfig
 
-DataConfig = TaskConfig | MessagesConfig | TextConfig | PairsConfig | TokensConfig
+DataConfig = TaskConfig | MessagesConfig | TextConfig | PairsConfig | TokensConfig | ForgetConfig
 """Configuration of a data form. `config.load(seed=0).encode(lm)` makes its batches."""
 
 DATA_FORMS: dict[str, type[DataConfig]] = {
@@ -31,6 +32,7 @@ DATA_FORMS: dict[str, type[DataConfig]] = {
     "text": TextConfig,
     "pairs": PairsConfig,
     "tokens": TokensConfig,
+    "forget": ForgetConfig,
 }
 """The data forms by their keys in a configuration."""
 
@@ -43,6 +45,8 @@ __all__ = [
     "EncodedRows",
     "EncodedTask",
     "Example",
+    "ForgetConfig",
+    "Forgetting",
     "Message",
     "MessagesConfig",
     "PaddedRows",

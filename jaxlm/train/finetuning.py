@@ -21,6 +21,7 @@ from jaxlm.data import (
     DATA_FORMS,
     DataConfig,
     EncodedTask,
+    ForgetConfig,
     MessagesConfig,
     PairsConfig,
     Task,
@@ -65,6 +66,7 @@ class FinetuneConfig(RunConfig):
         text: documents; the loss is on every token.
         pairs: prompts with a chosen and a rejected response.
         tokens: words with tags; the loss is on the first token of each word.
+        forget: rows to forget, and rows to keep.
         objective: one of `jaxlm.train.objectives.OBJECTIVES` by its name; null for the likelihood
             of the right answers.
         peft: what is trained in place of all parameters, one of `jaxlm.peft.TUNINGS` by its name;
@@ -90,6 +92,7 @@ class FinetuneConfig(RunConfig):
     text: TextConfig | None = None
     pairs: PairsConfig | None = None
     tokens: TokensConfig | None = None
+    forget: ForgetConfig | None = None
     objective: Objective | None = field(default=None, metadata={"registry": OBJECTIVES})
     optimizer: Optimizer = field(default=Mezo(), metadata={"registry": OPTIMIZERS})
     peft: Tuning | None = field(default=None, metadata={"registry": TUNINGS})
@@ -373,7 +376,8 @@ def _run(
     assert data is not None
     assert config.steps is not None
     metric, sizes = setting.metric(), encoded.sizes
-    monitor = config.monitor or metric.main
+    best = metric.keeps_best or config.patience is not None
+    monitor = config.monitor or (metric.main if best else None)
     tested: Literal["test", "validation"] = "test" if sizes["test"] else "validation"
 
     def measure(name: str, split: Any, params: Params) -> dict[str, Any]:
@@ -416,8 +420,8 @@ def _run(
             progress,
             saved=config.optimizer.select if config.peft else None,
             evaluate=functools.partial(measure, "validation", "validation") if validated else None,
-            monitor=f"validation_{monitor}" if validated else None,
-            mode=metric.modes[monitor],
+            monitor=f"validation_{monitor}" if validated and monitor else None,
+            mode=metric.modes[monitor or metric.main],
             chance=objective.chance(lm, encoded),
         )
         test = measure("test", tested, trained.params)
@@ -431,7 +435,7 @@ def _run(
         "task": getattr(data.config, "name", config.form),
         "metric": metric.main,
         "zero_shot": before,
-        "validation": {monitor: trained.best_value},
+        "validation": {monitor: trained.best_value} if monitor else {},
         "test": test,
         "majority_accuracy": metric.majority.get("test"),
         "test_rows_in_training": repeated,

@@ -39,6 +39,8 @@ class Metric:
         main: the value by which the best checkpoint is chosen.
         mode: whether that is the highest or the lowest value.
         others: other values that the key `monitor` may name, with their modes.
+        keeps_best: whether the best checkpoint is the result where nothing is monitored by name;
+            otherwise that is the last one.
         offsets: [C], subtracted from the scores of options; None subtracts nothing.
         scorer: the compiled program, `(params, batch) -> ...`, if there is one.
         majority: for each split measured so far, the accuracy of its most frequent class; None
@@ -49,6 +51,7 @@ class Metric:
     main: str
     mode: Literal["max", "min"] = "max"
     others: Mapping[str, Literal["max", "min"]] = MappingProxyType({})
+    keeps_best: bool = True
     scorer: Program
 
     def __init__(self) -> None:
@@ -218,7 +221,7 @@ class TokenLossMetric(Metric):
     """Mean cross-entropy of the tokens in the loss, in nats a token."""
 
     main = "loss"
-    mode = "min"
+    mode: Literal["max", "min"] = "min"
 
     def __init__(self, lm: LanguageModel, encoded: EncodedRows, *, batch_size: int):
         def total(params: Params, batch: Batch) -> tuple[Array, Array]:
@@ -231,17 +234,21 @@ class TokenLossMetric(Metric):
         self._encoded, self._batch_size = encoded, batch_size
 
     def __call__(self, split: SplitName, params: Params) -> dict[str, float]:
+        return {"loss": self.mean(split, getattr(self._encoded, split), params)}
+
+    def mean(self, name: str, rows: PaddedRows, params: Params) -> float:
+        """Return the loss of rows, whose name is for messages."""
         totals = np.zeros(2)
-        for batch in self._encoded.eval_batches(split, batch_size=self._batch_size):
-            self.tell(f"evaluating {split}")
+        for batch in rows.eval_batches(self._batch_size):
+            self.tell(f"evaluating {name}")
             del batch["index"]
             totals += np.asarray(jax.device_get(self.scorer(params, batch)), np.float64)
         if not np.isfinite(totals[0]):
             raise UserError(
-                f"{split}: the loss is not finite (got {totals[0]}). Check that the model's "
+                f"{name}: the loss is not finite (got {totals[0]}). Check that the model's "
                 "weights are finite, and lower optimizer.learning_rate."
             )
-        return {"loss": float(totals[0] / totals[1])}
+        return float(totals[0] / totals[1])
 
 
 class Tagger:

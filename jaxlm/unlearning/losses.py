@@ -381,8 +381,8 @@ def _row(
 
 
 FORGET: dict[str, type[Any]] = {
-    "ga": _row(ga),
     "npo": _row(npo, reference=("log_probs",)),
+    "ga": _row(ga),
     "simnpo": _row(simnpo),
     "dpo_idk": _row(dpo_idk, "log_probs", "alternative", reference=("log_probs", "alternative")),
     "wga": _row(wga),

@@ -8,6 +8,7 @@ from jaxlm.train.objectives.base import Objective
 from jaxlm.train.objectives.likelihood import Classification, Completion, TokenClassification
 from jaxlm.train.objectives.preference import Preference
 from jaxlm.train.objectives.rewards import F1, Accuracy
+from jaxlm.train.objectives.unlearning import Unlearn
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "classification": Classification,
@@ -16,6 +17,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "accuracy": Accuracy,
     "f1": F1,
     "preference": Preference,
+    "unlearn": Unlearn,
 }
 
 __all__ = [
@@ -27,4 +29,5 @@ __all__ = [
     "Objective",
     "Preference",
     "TokenClassification",
+    "Unlearn",
 ]
