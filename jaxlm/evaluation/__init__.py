@@ -32,12 +32,28 @@ from jaxlm.evaluation.report import (
     probabilities,
     standard_error,
 )
+from jaxlm.evaluation.rouge import RougeL, rouge_l
 from jaxlm.evaluation.tagging import entities, tag_report
+from jaxlm.evaluation.unlearning import (
+    TextScores,
+    UnlearningData,
+    attacks,
+    gradient_norms,
+    halves,
+    knowledge,
+    text_scores,
+    unlearning_report,
+    verbatim,
+)
 
 __all__ = [
     "Completion",
     "GenerationResult",
+    "RougeL",
+    "TextScores",
+    "UnlearningData",
     "accuracy",
+    "attacks",
     "calibrate",
     "calibration_offsets",
     "class_report",
@@ -49,7 +65,10 @@ __all__ = [
     "exact_match",
     "expected_calibration_error",
     "generate_text",
+    "gradient_norms",
+    "halves",
     "is_right",
+    "knowledge",
     "majority_accuracy",
     "normalise_answer",
     "option_offsets",
@@ -57,10 +76,14 @@ __all__ = [
     "paired_standard_error",
     "probabilities",
     "right_options",
+    "rouge_l",
     "score_split",
     "standard_error",
     "stream_text",
     "subtract_domain_scores",
     "tag_report",
+    "text_scores",
     "token_f1",
+    "unlearning_report",
+    "verbatim",
 ]

@@ -34,6 +34,10 @@ STUDIES = {
         "jaxlm.studies.less",
         "which training data help a target task, by gradients and by other scores",
     ),
+    "muse": Study(
+        "jaxlm.studies.muse",
+        "how well methods of unlearning forget, beside a model that never knew, and at what cost",
+    ),
     "one_token": Study(
         "jaxlm.studies.one_token",
         "where the probability goes when a model learns to prefer one token to another",
