@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         preference,
         sharding,
         studies,
+        topics,
         train,
         zo,
     )
@@ -68,6 +69,7 @@ __all__ = [
     "sharding",
     "studies",
     "study",
+    "topics",
     "train",
     "zo",
 ]
