@@ -85,6 +85,14 @@ SUITE = {
             Figure("with answers balanced", "balanced", "attribution"),
         )
     ),
+    "topics": Benchmark(
+        (
+            Figure(
+                "times as fast as retraining", "times", "words documents forgotten which", "random"
+            ),
+            Figure("distance from it", "unlearned", "words documents forgotten which"),
+        )
+    ),
     "dynamics": Benchmark(
         (
             Figure("time over ours", "over_jaxlm", "implementation", "numpy|torch"),
