@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import numpy as np
 import scipy  # loads its submodules on first use
 from jax.sharding import Mesh
@@ -40,7 +39,7 @@ from jaxlm.studies.grid import (
     section_of,
     with_keys,
 )
-from jaxlm.studies.tables import aligned, percent, shown, spread
+from jaxlm.studies.tables import aligned, percent, shown, spreads
 from jaxlm.train.finetuning import FinetuneConfig, finetune
 from jaxlm.train.load import load_model
 from jaxlm.train.objectives.preference import response_scorer, responses
@@ -165,8 +164,7 @@ def run(
         pairs = data.load(seed=seed, base_dir=Path(where).parent)
         mine = [group._replace(runs=(group.runs[i],)) for group in groups]
         found.append(_one_seed(config, mine, pairs, folder / f"seed-{seed}", mesh, say))
-    # A run that diverged has None for every value.
-    table = jax.tree.map(lambda *x: spread(x), *found, is_leaf=lambda x: x is None)
+    table = spreads(found)  # a run that diverged has None for every value
     figures: tuple[Path, ...] = ()
     if config.figure and config.quantiles:
         figures = (

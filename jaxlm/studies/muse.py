@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -37,7 +36,7 @@ from jaxlm.studies.grid import (
     section_of,
     with_keys,
 )
-from jaxlm.studies.tables import aligned, shown, spread
+from jaxlm.studies.tables import aligned, shown, spreads
 from jaxlm.train.finetuning import FinetuneConfig, finetune
 from jaxlm.train.load import load_model
 from jaxlm.typing import Params
@@ -203,8 +202,7 @@ def run(
     """Train, unlearn and measure; see `jaxlm.studies.study`."""
     plan(config, where)
     found = [_one_seed(config, where, seed, mesh, say) for seed in config.seeds]
-    table = jax.tree.map(lambda *x: spread(x), *[each["rows"] for each in found])
-    requests = jax.tree.map(lambda *x: spread(x), *[each["requests"] for each in found])
+    table, requests = (spreads([each[key] for each in found]) for key in ("rows", "requests"))
     curves = [each["curves"] for each in found]
     figures: tuple[Path, ...] = ()
     if config.figure and config.methods:
@@ -237,7 +235,7 @@ def _one_seed(
         return load_model(each.output, mesh=mesh)
 
     target, retrain = trained("target"), trained("retrain")
-    measure = Measure(_encoded(config, folder, target), config.max_new_tokens)
+    measure = Measure(_encoded(config, where, folder, target), config.max_new_tokens)
     measure = measure._replace(retrain=_kept(folder / "retrain.json", lambda: measure(retrain)))
     assert measure.retrain is not None
     first = load_model(_training(config, where, seed, "target").model, mesh=mesh)
@@ -314,12 +312,12 @@ def _stages(
             return
 
 
-def _encoded(config: MuseConfig, folder: Path, lm: LanguageModel) -> UnlearningData:
+def _encoded(config: MuseConfig, where: str, folder: Path, lm: LanguageModel) -> UnlearningData:
     """Return the rows of the report, texts and questions apart."""
 
     def read(name: str, question: bool) -> PaddedRows | None:
-        given = ForgetConfig(train=str(folder / f"{name}.jsonl"), **_shared(config))
-        encoded = given.load(seed=0).encode(lm)
+        keys = {"train": str(folder / f"{name}.jsonl"), **_shared(config)}
+        encoded = build(ForgetConfig, keys, where).load(seed=0).encode(lm)
         assert isinstance(encoded, ForgetRows)
         rows = [row for row in encoded.train.rows if (row.subtask == QUESTION) == question]
         return PaddedRows(rows, encoded.train.pad_id) if rows else None

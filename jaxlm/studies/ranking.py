@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,7 +20,7 @@ from jaxlm.data.rows import SplitName
 from jaxlm.preference import PairScores
 from jaxlm.studies.figures import new_axes, save_figure
 from jaxlm.studies.grid import GridConfig, Result, Say, listing, outcomes, per_seed
-from jaxlm.studies.tables import aligned, percent, shown, spread
+from jaxlm.studies.tables import aligned, percent, shown, spreads
 from jaxlm.train.finetuning import FinetuneConfig, finetune
 from jaxlm.train.load import load_model
 from jaxlm.train.objectives.preference import REFERENCE, pair_scores, response_scorer, responses
@@ -100,7 +99,7 @@ def run(
             "run.optimizer.learning_rate, and remove the folder."
         )
     numbers = [_numbers(config, each, here, mesh) for each in runs]
-    table = jax.tree.map(lambda *values: spread(values), *numbers)
+    table = spreads(numbers)
     figures: tuple[Path, ...] = ()
     if config.figure:
         ideal = table["validation"]["ideal"]["mean"]

@@ -39,6 +39,20 @@ def spread(values: Sequence[float | None]) -> dict[str, Any]:
     return {"mean": mean(known), "std": std, "by_seed": list(values)}
 
 
+def spreads(values: Sequence[Any]) -> Any:
+    """Return `spread` of every number of nested dicts and lists that are alike, in their order.
+
+    >>> spreads([{"b": 0.5, "a": [1.0]}, {"b": 0.5, "a": [1.0]}])["b"]
+    {'mean': 0.5, 'std': 0.0, 'by_seed': [0.5, 0.5]}
+    """
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {key: spreads([value[key] for value in values]) for key in first}
+    if isinstance(first, list):
+        return [spreads(each) for each in zip(*values, strict=True)]
+    return spread(values)
+
+
 def shown(
     spread: Mapping[str, Any] | None, *, scale: float | int = 1, digits: int = 3, missing: str = ""
 ) -> str:
