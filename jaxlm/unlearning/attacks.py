@@ -68,7 +68,7 @@ def min_k(
 
 
 def zlib_ratio(losses: Float[np.ndarray, " N"], texts: Sequence[str]) -> Float[np.ndarray, " N"]:
-    """Return the losses over the bytes of the compressed texts (Carlini et al., 2012.07805)."""
+    """Return losses over the bytes of the compressed texts, an attack of Carlini et al. (2021)."""
     return np.asarray(losses) / [len(zlib.compress(text.encode())) for text in texts]
 
 

@@ -40,7 +40,7 @@ def test_every_entry_is_whole():
 
 ROOMS = (
     *("zo", "zo.rules", "zo.factored", "kernels", "kernels.behaviour", "kernels.solve.lssvm"),
-    *("kernels.solve.ridge", "influence", "dynamics", "peft", "topics"),
+    *("kernels.solve.ridge", "influence", "dynamics", "peft", "topics", "unlearning"),
 )
 
 
