@@ -33,7 +33,7 @@ from jaxlm.train.logging import Metrics
 FREE = ("output", "log_to")
 """Keys that change nothing in the results of a run."""
 NAMES = (
-    *("model", "tokenizer", "corpus.path", "objective.reference"),
+    *("model", "tokenizer", "corpus.path", "objective.reference", "forget.retain"),
     *(f"{form}.{split}" for form in DATA_FORMS for split in SPLITS),
 )
 """Keys that say where a run finds what it reads. Its digests must stay, so these may change."""

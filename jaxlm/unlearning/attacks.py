@@ -61,7 +61,7 @@ def min_k(
     values = np.asarray(log_probs, np.float64)
     if plus_plus is not None:
         mean, std = (np.asarray(x, np.float64) for x in plus_plus)
-        values = (values - mean) / std
+        values = np.divide(values - mean, std, out=np.zeros_like(values), where=scored)
     ranked = np.sort(np.where(scored, values, np.inf), axis=1)
     lowest = np.arange(ranked.shape[1]) < counts[:, None]
     return -np.where(lowest, ranked, 0).sum(axis=1) / counts

@@ -246,6 +246,15 @@ def test_a_stopped_run_resumes_bitwise(path, trained, monkeypatch):
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_run_goes_on_by_the_same_names_but_not_with_other_rows(path):
+    run(path, steps="1")
+    assert run(path, steps="2")["steps"] == 2
+    rows = read_lines(path.parent / "retain.jsonl")
+    write_jsonl(path.parent / "retain.jsonl", rows[1:])
+    with refused("forget.retain", "has changed since the run"):
+        run(path, steps="3")
+
+
 @pytest.mark.slow
 @pytest.mark.multidevice
 @pytest.mark.parametrize("loss", ["npo", "undial"])
