@@ -3,8 +3,8 @@
     python scripts/prepare_facts.py --out build/facts [--forget 100] [--retain 200] [--seed 0]
 
 `forget.jsonl` and `retain.jsonl` have a text and four questions with answers for each person,
-`holdout.jsonl` has those of as many people as are forgotten, for a model to have never seen. A row
-is ``{"prompt", "completion", "subtask"}``; the subtask is text or question.
+`holdout.jsonl` has as many other people as are forgotten, on whom no model is trained. A row is
+``{"prompt", "completion", "subtask"}``; the subtask is text or question.
 """
 
 import argparse

@@ -33,7 +33,7 @@ class Term:
     section: ClassVar[str] = "loss"
     """Key of the losses of the registry, for error messages."""
     bounds: ClassVar[Mapping[str, Mapping[str, float]]] = {}
-    """Of options, or of the option of one loss, `NAME.OPTION`; the others are at least 0."""
+    """Bounds by `OPTION` or, for one loss, `NAME.OPTION`; other options are at least 0."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -108,8 +108,8 @@ def terms(losses: TermSpec, registry: Mapping[str, type[Any]], **shared: Any) ->
 
     Args:
         losses: a name, or several with their options.
-        registry: the losses by their names; the first is meant where no name is given.
-        shared: options for each loss that has them, in place of its own; None keeps these.
+        registry: the losses by their names; the first is the default.
+        shared: options that replace those of every loss that has them; None replaces nothing.
 
     Raises:
         UserError: a name or an option is unknown, or its value out of range.

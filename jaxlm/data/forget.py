@@ -15,8 +15,8 @@ from jaxlm.data.sources import Record, absolute, read_rows
 from jaxlm.data.splits import Texts, draw_split
 from jaxlm.data.text import Document, encode_documents
 
-STREAM = 2**32
-"""Added to the seed of retained rows: seeds of runs are smaller, so their order is another one."""
+STREAM = 2**64
+"""Added to the seed of retained rows, so that their order is not that of the rows to forget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class ForgetConfig(MessagesConfig):
     `train` are the rows to forget: documents with the field `text`, conversations as in
     `MessagesConfig`, or rows with `question` and `answer`. Of conversations the assistant's turns
     are in the loss. `validation` and `test` are other rows, which show what the model can do; by
-    default they are the retained ones.
+    default they are the retained ones, or without these the rows to forget.
 
     Attributes:
         retain: rows to keep, see `train`; a step reads as many of them as it forgets. None for
@@ -82,8 +82,8 @@ class ForgetConfig(MessagesConfig):
         return Forgetting(
             self,
             loaded.train,
-            loaded.validation or retain,
-            loaded.test or loaded.validation or retain,
+            loaded.validation or retain or loaded.train,
+            loaded.test or loaded.validation or retain or loaded.train,
             retain,
         )
 
@@ -165,9 +165,9 @@ class Forgetting(Texts):
 class ForgetRows(EncodedRows):
     """The token rows to forget, `train`, and others; batches have the form "targets".
 
-    A training batch also has the keys of a batch of `retain`, with the prefix `retain_`, and of
-    `alternative`, with that prefix; and for each of the three `per_target` [B], see
-    `jaxlm.unlearning.TokenScores`.
+    A training batch also has the keys of a batch of `retain`, if that has the form "targets", with
+    the prefix `retain_`; those of `alternative`, with that prefix; and for each of the three
+    `per_target` [B], see `jaxlm.unlearning.TokenScores`.
 
     Attributes:
         retain: rows to keep; None for none.
@@ -180,7 +180,7 @@ class ForgetRows(EncodedRows):
     def streams(self, step: int, count: int, *, batch_size: int, seeds: Sequence[int]) -> Batch:
         """Return training batches of `count` steps, leaves [count, seeds, B, ...]."""
         batch = super().streams(step, count, batch_size=batch_size, seeds=seeds)
-        if self.retain is not None:
+        if self.retain is not None and self.retain.form == "targets":
             kept = stack_steps(
                 self.retain.batch,
                 len(self.retain),

@@ -30,7 +30,7 @@ from jaxlm.unlearning import (
     exact_memorization,
     extraction_strength,
     min_k,
-    privleak,
+    relative_auc,
 )
 
 STOPS = ("\n\n", "\nQuestion", "Question:")
@@ -255,9 +255,10 @@ def unlearning_report(
 ) -> dict[str, float]:
     r"""Return MUSE's criteria, and measures of memorisation, of one model.
 
-    verbmem, knowmem_forget, utility: in per cent, see `verbatim`; utility is of the questions about
-    what is to be kept. auc_...: see `attacks`; privleak: of Min-K %, see `jaxlm.unlearning`; both
-    forgotten and held-out texts should be 100 or more. extraction_strength, exact_memorization: of
+    verbmem, knowmem_forget, utility: in per cent, see `verbatim`; the first of the second halves of
+    texts, the others of answers, utility of those about what is to be kept. auc_...: see `attacks`;
+    privleak: of Min-K %, see `jaxlm.unlearning`, if `retrain_auc` is given; both forgotten and
+    held-out texts should be 100 or more. extraction_strength, exact_memorization: of
     the texts to forget, in per cent. forget_loss, holdout_loss, retain_loss: means over the texts
     of their mean loss.
 
@@ -265,8 +266,7 @@ def unlearning_report(
         lm: a decoder with its tokenizer.
         data: the rows.
         params: parameters in place of `lm.params`.
-        retrain_auc: `auc_min_k` of a model that was never trained on the texts to forget; None for
-            this model's own, so that its PrivLeak is 0.
+        retrain_auc: `auc_min_k` of a model that was never trained on the texts to forget.
         k: share of Min-K %.
         max_new_tokens: most tokens of a continuation or an answer.
         batch_size: rows in a batch.
@@ -291,9 +291,8 @@ def unlearning_report(
     )
     areas = attacks(forget, holdout, k=k)
     report |= {f"auc_{name}": value for name, value in areas.items()}
-    known, unknown = (min_k(scores.log_probs, scores.mask, k) for scores in (forget, holdout))
-    base = areas["min_k"] if retrain_auc is None else retrain_auc
-    report["privleak"] = privleak(known, unknown, base)
+    if retrain_auc is not None:
+        report["privleak"] = relative_auc(areas["min_k"], retrain_auc)
     measures = {
         "extraction_strength": extraction_strength(forget.right, forget.mask),
         "exact_memorization": exact_memorization(forget.right, forget.mask),

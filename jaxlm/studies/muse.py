@@ -3,11 +3,14 @@
 For each seed a target model is trained on the rows to forget and to keep, and a retrained model on
 the latter alone. Each method starts from the target and is measured after every `eval_every` steps,
 until it knows no more about the forgotten rows than the retrained model does: the rule by which
-MUSE (arXiv:2407.06460) compares methods at the same amount of forgetting.
+MUSE (arXiv:2407.06460) compares methods at the same amount of forgetting. Methods that keep rows
+read the first half of those; utility is measured on the second half.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -39,9 +42,9 @@ from jaxlm.studies.grid import (
 from jaxlm.studies.tables import aligned, shown, spreads
 from jaxlm.train.finetuning import FinetuneConfig, finetune
 from jaxlm.train.load import load_model
-from jaxlm.typing import Params
-from jaxlm.unlearning import task_vector
+from jaxlm.unlearning import relative_auc, task_vector
 
+Report = dict[str, float]
 SOURCES = ("forget", "retain", "holdout")
 COLUMNS = {
     "verbmem": "VerbMem",
@@ -64,14 +67,13 @@ class MuseConfig(GridConfig):
     Attributes:
         run: keys of the runs that train the target and the retrained model, without data.
         data: the files `forget`, `retain` and `holdout`, rows of conversations whose `subtask` is
-            text or question; and other keys of the section `forget` of a run.
+            text or question; and the keys of the section `messages` that all runs share.
         unlearn: changes of `run` for the methods. `steps` are the most that one takes, `eval_every`
             those between two measurements. The schedule must be constant.
         methods: names of the methods, each with its changes of these keys.
         alphas: lengths of the task vectors to try, in increasing order; empty for none.
-        requests: methods that are also measured on more and on successive requests.
-        folds: number of parts of the rows to forget, by people or works in their order.
-        shares: shares of them to forget at once.
+        requests: methods that are also measured on `shares` of the rows to forget, from the target,
+            and on `folds` parts of them in their order, one request after the other.
         max_new_tokens: most tokens of a continuation or an answer.
         figure: whether to draw forgetting against utility.
     """
@@ -158,13 +160,19 @@ def _unlearning(
     place, folder = f"{where}: method {name}", _folder(config, seed)
     changes = section_of(config.methods[name], place)
     no_seed_or_output(changes, f"methods.{name}")
-    rows = {"train": f"{forget}.jsonl", "retain": "retain.jsonl", **_shared(config)}
+    rows = {"train": f"{forget}.jsonl", "retain": "kept.jsonl", **_shared(config)}
     keys = {**config.run, "forget": rows, "output": config.output}
     each = build(FinetuneConfig, with_keys(keys, {**config.unlearn, **changes}, place), place)
-    if getattr(each.optimizer, "schedule", "constant") != "constant":
+    schedule = getattr(each.optimizer, "schedule", "constant")
+    if schedule != "constant":
         raise UserError(
             f"{place}: optimizer.schedule: must be constant, since steps are added until the model "
-            "has forgotten (got another). Leave it out."
+            f"has forgotten (got {schedule}). Leave it out."
+        )
+    if each.steps is None or each.eval_every > each.steps:
+        raise UserError(
+            f"{place}: eval_every: must be at most steps, {each.steps} (got {each.eval_every}). "
+            "Lower it."
         )
     path = folder / "methods" / folder_name(output or name, "methods")
     start = folder / "target" if model is None else model
@@ -172,28 +180,48 @@ def _unlearning(
 
 
 class Measure(NamedTuple):
-    """Measures models by the rows of one seed."""
+    """Measures models by one set of rows; reports are kept on disk.
+
+    Attributes:
+        data: the rows.
+        max_new_tokens: most tokens of a continuation or an answer.
+        folder: folder of the reports.
+        retrain: report of the retrained model; None until it is measured.
+    """
 
     data: UnlearningData
     max_new_tokens: int
-    retrain: dict[str, float] | None = None
+    folder: Path
+    retrain: Report | None = None
 
-    def __call__(self, lm: LanguageModel, params: Params | None = None) -> dict[str, float]:
-        """Return the report of a model, beside the retrained one if that is known."""
-        area = None if self.retrain is None else self.retrain["auc_min_k"]
-        return unlearning_report(
-            lm,
-            self.data,
-            params=params,
-            retrain_auc=area,
-            max_new_tokens=self.max_new_tokens,
-        )
+    def __call__(
+        self, name: str, model: Callable[[], LanguageModel | None], **extra: float
+    ) -> Report:
+        """Return the report of a model by its name, or make it; empty if there is no model."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            report: Report = {}
+            if (lm := model()) is not None:
+                report = extra | unlearning_report(
+                    lm,
+                    self.data,
+                    retrain_auc=None if self.retrain is None else self.retrain["auc_min_k"],
+                    max_new_tokens=self.max_new_tokens,
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, report)
+        return read_json(path)
 
-    def has_forgotten(self, report: Mapping[str, float]) -> bool:
+    def has_forgotten(self, report: Report) -> bool:
         """Return whether a model knows no more than the retrained one."""
         assert self.retrain is not None
-        key = "knowmem_forget" if "knowmem_forget" in report else "verbmem"
+        key = knowledge_of(report)
         return report[key] <= self.retrain[key]
+
+
+def knowledge_of(report: Mapping[str, Any]) -> str:
+    """Return the measure of what a model knows: of questions or, without these, of texts."""
+    return "knowmem_forget" if report.get("knowmem_forget") is not None else "verbmem"
 
 
 def run(
@@ -222,8 +250,10 @@ def _one_seed(
     for name in SOURCES:
         records = ForgetConfig(train=config.data[name]).records(base)["train"]
         rows[name] = [dict(record.values) for record in records]
+    half = len(rows["retain"]) // 2
     rows |= {"target": rows["forget"] + rows["retain"], "reinforced": rows["forget"]}
-    rows["retrain"] = rows["retain"]
+    rows |= {"retrain": rows["retain"], "kept": rows["retain"][:half]}
+    rows["utility"] = rows["retain"][half:]
     for name, each in rows.items():
         write_jsonl(folder / f"{name}.jsonl", each)
 
@@ -235,47 +265,47 @@ def _one_seed(
         return load_model(each.output, mesh=mesh)
 
     target, retrain = trained("target"), trained("retrain")
-    measure = Measure(_encoded(config, where, folder, target), config.max_new_tokens)
-    measure = measure._replace(retrain=_kept(folder / "retrain.json", lambda: measure(retrain)))
+
+    def measuring(forget: str) -> Measure:
+        data = _encoded(config, where, folder, target, forget)
+        reports = folder / f"reports-{config.max_new_tokens}" / forget
+        measure = Measure(data, config.max_new_tokens, reports)
+        return measure._replace(retrain=measure("retrained", lambda: retrain))
+
+    measure = measuring("forget")
     assert measure.retrain is not None
-    first = load_model(_training(config, where, seed, "target").model, mesh=mesh)
+    own = measure.retrain["auc_min_k"]
+    before = _training(config, where, seed, "target").model
     reports = {
-        "before training": _kept(folder / "before.json", lambda: measure(first)),
-        "target": _kept(folder / "target.json", lambda: measure(target)),
-        "retrained": measure.retrain,
+        "before training": measure("before", lambda: load_model(before, mesh=mesh)),
+        "target": measure("target", lambda: target),
+        "retrained": measure.retrain | {"privleak": relative_auc(own, own)},
     }
-    curves: dict[str, list[dict[str, float]]] = {}
+    curves: dict[str, list[Report]] = {}
     for name in config.methods:
         say(f"seed {seed}: {name}")
-        run = _unlearning(config, where, seed, name)
-        curves[name] = [reports["target"] | {"step": 0.0}, *_stages(run, folder, measure, mesh)]
-        reports[name] = curves[name][-1]
+        method = _unlearning(config, where, seed, name)
+        stages = list(_stages(method, folder, measure, mesh))
+        curves[name] = [reports["target"] | {"step": 0.0}, *stages]
+        reports[name] = stages[-1] if stages else {}  # it diverged
     if config.alphas:
         say(f"seed {seed}: task vectors")
         reinforced = trained("reinforced", folder / "target")
-
-        def moved(alpha: float) -> dict[str, float]:
-            params = task_vector(target.params, target.params, reinforced.params, alpha)
-            return measure(target, params) | {"step": alpha}
-
         curves["task vector"] = [reports["target"] | {"step": 0.0}]
         for alpha in config.alphas:
-            path = folder / f"task-vector-{alpha:g}.json"
-            curves["task vector"].append(_kept(path, lambda alpha=alpha: moved(alpha)))
-            if measure.has_forgotten(curves["task vector"][-1]):
+            params = task_vector(target.params, target.params, reinforced.params, alpha)
+            moved = functools.partial(target.replace, params=params)
+            found = measure(f"task-vector-{alpha:g}", moved, step=alpha)
+            curves["task vector"].append(found)
+            if measure.has_forgotten(found):
                 break
         reports["task vector"] = curves["task vector"][-1]
-    requests = {
-        name: _requests(config, where, seed, name, measure, mesh, say) for name in config.requests
-    }
+    requests = {}
+    for name in config.requests:
+        say(f"seed {seed}: requests by {name}")
+        options = (config, where, seed, name, rows["forget"], measuring, mesh)
+        requests[name] = _requests(*options)
     return {"rows": _numbers(reports), "requests": requests, "curves": curves}
-
-
-def _kept(path: Path, make: Any) -> dict[str, float]:
-    """Return a report that is on disk, or make and write it."""
-    if not path.exists():
-        write_json(path, make())
-    return read_json(path)
 
 
 def _numbers(reports: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
@@ -287,7 +317,7 @@ def _numbers(reports: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, 
 
 def _stages(
     each: FinetuneConfig, folder: Path, measure: Measure, mesh: Mesh | None
-) -> Iterator[dict[str, float]]:
+) -> Iterator[Report]:
     """Yield the report after every `eval_every` steps, up to the first that has forgotten.
 
     Each stage is the same run with more steps, which resumes where the one before ended.
@@ -296,23 +326,21 @@ def _stages(
     for steps in range(each.eval_every, each.steps + 1, each.eval_every):
         stage = dataclasses.replace(each, steps=steps)
 
-        def report(stage: FinetuneConfig = stage) -> dict[str, float]:
-            result = outcome(stage, lambda: finetune(stage, base_dir=folder, mesh=mesh))
-            if result.summary is None:
-                return {}
-            return measure(load_model(stage.output, mesh=mesh)) | {"step": float(stage.steps or 0)}
+        def trained(stage: FinetuneConfig = stage) -> LanguageModel | None:
+            done = outcome(stage, lambda: finetune(stage, base_dir=folder, mesh=mesh))
+            return load_model(stage.output, mesh=mesh) if done.summary else None
 
-        path = Path(each.output).with_name(f"{Path(each.output).name}-{steps}.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = _kept(path, report)
-        if not found:  # it diverged
+        found = measure(f"{Path(each.output).name}-{steps}", trained, step=float(steps))
+        if not found:
             return
         yield found
         if measure.has_forgotten(found):
             return
 
 
-def _encoded(config: MuseConfig, where: str, folder: Path, lm: LanguageModel) -> UnlearningData:
+def _encoded(
+    config: MuseConfig, where: str, folder: Path, lm: LanguageModel, forget: str
+) -> UnlearningData:
     """Return the rows of the report, texts and questions apart."""
 
     def read(name: str, question: bool) -> PaddedRows | None:
@@ -323,14 +351,12 @@ def _encoded(config: MuseConfig, where: str, folder: Path, lm: LanguageModel) ->
         return PaddedRows(rows, encoded.train.pad_id) if rows else None
 
     texts = []
-    for name in SOURCES:
+    for name in (forget, "holdout", "utility"):
         rows = read(name, question=False)
         if rows is None:
-            raise UserError(f"data.{name}: has no texts, only questions (got {name}). Add some.")
+            raise UserError(f"data: {name} has no texts, only questions (got none). Add some.")
         texts.append(rows)
-    forget, retain, holdout = texts
-    asked = (read(name, question=True) for name in ("forget", "retain"))
-    return UnlearningData(forget, holdout, retain, *asked)
+    return UnlearningData(*texts, *(read(name, question=True) for name in (forget, "utility")))
 
 
 def _requests(
@@ -338,34 +364,35 @@ def _requests(
     where: str,
     seed: int,
     name: str,
-    measure: Measure,
+    rows: Sequence[Any],
+    measuring: Callable[[str], Measure],
     mesh: Mesh | None,
-    say: Say,
 ) -> dict[str, dict[str, float | None]]:
-    """Return the reports after forgetting shares of the rows at once, and parts one by one."""
-    folder = _folder(config, seed)
-    rows = ForgetConfig(train=str(folder / "forget.jsonl")).records()["train"]
-    values = [dict(record.values) for record in rows]
-    found = {}
+    """Return the reports after forgetting shares of the rows at once, and parts one by one.
 
-    def forgotten(title: str, part: Sequence[Any], model: Path | None) -> Path:
-        path = folder / f"{title.replace(' ', '-')}.jsonl"
-        write_jsonl(path, part)
-        say(f"seed {seed}: {name}, {title}")
+    Reports are of all rows that have been asked for so far.
+    """
+    folder, found = _folder(config, seed), {}
+
+    def forgotten(title: str, part: range, so_far: range, model: Path | None) -> Path:
+        label = title.replace(" ", "-")
+        for stem, places in ((label, part), (f"{label}-so-far", so_far)):
+            write_jsonl(folder / f"{stem}.jsonl", [rows[i] for i in places])
         output = f"{name} {title}"
-        each = _unlearning(config, where, seed, name, forget=path.stem, model=model, output=output)
-        steps = round((each.steps or 0) * len(part) / len(values))
-        each = dataclasses.replace(each, steps=max(each.eval_every, steps))
-        finetune(each, base_dir=folder, mesh=mesh)
-        path = Path(each.output).with_suffix(".json")
-        found[title] = _kept(path, lambda: measure(load_model(each.output, mesh=mesh)))
+        each = _unlearning(config, where, seed, name, forget=label, model=model, output=output)
+        stages = list(_stages(each, folder, measuring(f"{label}-so-far"), mesh))
+        found[title] = stages[-1] if stages else {}
         return Path(each.output)
 
     for share in config.shares:
-        forgotten(f"share {share:g}", values[: round(share * len(values))], None)
-    model = None
-    for number, part in enumerate(np.array_split(np.arange(len(values)), config.folds), start=1):
-        model = forgotten(f"request {number}", [values[i] for i in part], model)
+        part = range(round(share * len(rows)))
+        forgotten(f"share {share:g}", part, part, None)
+    model, ends = None, np.linspace(0, len(rows), config.folds + 1).astype(int).tolist()
+    for number, (start, end) in enumerate(itertools.pairwise(ends), start=1):
+        if model is None or found[f"request {number - 1}"]:
+            model = forgotten(f"request {number}", range(start, end), range(end), model)
+        else:  # the one before diverged
+            found[f"request {number}"] = {}
     return {
         title: {key: report.get(key) for key in REQUEST_COLUMNS} for title, report in found.items()
     }
@@ -375,7 +402,9 @@ def markdown(table: Mapping[str, Any], requests: Mapping[str, Any]) -> str:
     """Return the table of methods, and that of requests."""
 
     def cells(row: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
-        return tuple(shown(row[key], digits=DIGITS.get(key, 1)) for key in keys)
+        diverged = row["verbmem"]["mean"] is None
+        missing = "diverged" if diverged else ""
+        return tuple(shown(row[key], digits=DIGITS.get(key, 1), missing=missing) for key in keys)
 
     rows = [
         (name, shown(row["step"], digits=0), *cells(row, tuple(COLUMNS)))
@@ -401,15 +430,19 @@ def draw(
 ) -> Path:
     """Draw what models know of what they keep against what they know of what they forget."""
     axes = new_axes((6.4, 4.2))
+    first = {key: value["mean"] for key, value in table["target"].items()}
+    asked = knowledge_of(first) == "knowmem_forget"
+    keys = ("knowmem_forget", "utility") if asked else ("verbmem", "holdout_loss")
     for i, name in enumerate(curves[0]):
         for seed, each in enumerate(curves):
-            x, y = ([stage[key] for stage in each[name]] for key in ("knowmem_forget", "utility"))
+            x, y = ([stage[key] for stage in each[name]] for key in keys)
             label = name if seed == 0 else None
             axes.plot(x, y, "o-", color=f"C{i % 10}", markersize=3, alpha=0.7, label=label)
     for name, marker in (("target", "s"), ("retrained", "*")):
-        x, y = (table[name][key]["mean"] for key in ("knowmem_forget", "utility"))
+        x, y = (table[name][key]["mean"] for key in keys)
         axes.plot(x, y, marker, color="black", markersize=10, label=name)
-    axes.set(xlabel="KnowMem of the forgotten (ROUGE-L, %)", ylabel="KnowMem of the kept (%)")
+    names = [COLUMNS[key] for key in keys]
+    axes.set(xlabel=f"{names[0]} (%)" if asked else f"{names[0]}, forget (%)", ylabel=names[1])
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
     return save_figure(axes, path)
 

@@ -334,8 +334,14 @@ def build(
     optimizer = dataclasses.replace(config.optimizer, select=select)
     config = dataclasses.replace(config, optimizer=optimizer)
     setting = Setting(config, lm, objective, data, encoded)
-    if config.monitor is not None:
-        one_of("monitor", config.monitor, setting.metric().modes)
+    if config.monitor is not None or config.patience is not None:
+        metric = setting.metric()
+        one_of("monitor", config.monitor, metric.modes)
+        if config.monitor is None and not metric.keeps_best:
+            raise UserError(
+                f"patience: needs a value to watch (got no monitor). Give one of "
+                f"{', '.join(metric.modes)}."
+            )
     return setting
 
 
@@ -376,8 +382,7 @@ def _run(
     assert data is not None
     assert config.steps is not None
     metric, sizes = setting.metric(), encoded.sizes
-    best = metric.keeps_best or config.patience is not None
-    monitor = config.monitor or (metric.main if best else None)
+    monitor = config.monitor or (metric.main if metric.keeps_best else None)
     tested: Literal["test", "validation"] = "test" if sizes["test"] else "validation"
 
     def measure(name: str, split: Any, params: Params) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from jaxlm.unlearning.attacks import (
     min_k,
     model_utility,
     privleak,
+    relative_auc,
     truth_ratio,
     zlib_ratio,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "min_k",
     "model_utility",
     "privleak",
+    "relative_auc",
     "retain_loss",
     "task_vector",
     "truth_ratio",

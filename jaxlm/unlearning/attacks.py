@@ -1,8 +1,8 @@
 r"""How well a model still knows texts: membership inference, memorisation, and TOFU's measures.
 
-All are functions of numbers on the host. A statistic of a text is small where the model knows it;
-from those of forgotten and of held-out texts, which are alike but were never trained on,
-`auc` makes one number, and `privleak` compares it with that of a retrained model.
+All are functions of numbers on the host. A statistic is small where the model knows the text. `auc`
+compares it between forgotten texts and held-out texts, which are of the same kind but were never
+trained on; `privleak` compares that area with the one of a retrained model.
 
 References: MUSE, arXiv:2407.06460; TOFU, arXiv:2401.06121; open-unlearning, arXiv:2506.12618.
 """
@@ -19,7 +19,7 @@ from jaxlm.core.checks import one_of, real
 from jaxlm.core.errors import UserError
 
 LEAST_AUC = 0.05
-"""Smallest AUC of a retrained model; `privleak` divides by it."""
+"""Smallest AUC of a retrained model that is accepted, since `relative_auc` divides by it."""
 
 
 def min_k(
@@ -55,8 +55,8 @@ def min_k(
     counts = np.floor(k * scored.sum(axis=1) + 1e-9).astype(int)
     if short := int((counts == 0).sum()):
         raise UserError(
-            f"k: is less than a token of {short} of {len(counts)} texts (got {k}). Raise it, or "
-            "leave out the texts of few tokens."
+            f"k: this share is less than one token in {short} of {len(counts)} texts (got {k}). "
+            "Raise it, or leave these out."
         )
     values = np.asarray(log_probs, np.float64)
     if plus_plus is not None:
@@ -108,8 +108,13 @@ def privleak(
     Raises:
         UserError: $A_r$ is below 0.05, where the ratio says nothing.
     """
+    return relative_auc(auc(forget, holdout), retrain_auc)
+
+
+def relative_auc(area: float, retrain_auc: float) -> float:
+    r"""Return $100\,(A - A_r)/A_r$, see `privleak`."""
     real("retrain_auc", retrain_auc, least=LEAST_AUC, most=1)
-    return 100 * (auc(forget, holdout) - retrain_auc) / retrain_auc
+    return 100 * (area - retrain_auc) / retrain_auc
 
 
 def exact_memorization(
@@ -133,29 +138,35 @@ def extraction_strength(
     return (from_here & scored).sum(axis=1) / np.maximum(scored.sum(axis=1), 1)
 
 
-Aggregate: TypeAlias = Literal["forget", "retain", "share"]
+Aggregate: TypeAlias = Literal["raw", "forget", "retain", "share"]
 
 
 def truth_ratio(
-    wrong_loss: Num[np.ndarray, " N"], true_loss: Num[np.ndarray, " N"], kind: Aggregate = "forget"
+    wrong_loss: Num[np.ndarray, " N"], true_loss: Num[np.ndarray, " N"], kind: Aggregate = "raw"
 ) -> Float[np.ndarray, " N"]:
     r"""Return TOFU's truth ratio $t = e^{-L_{wrong}} / e^{-L_{true}}$ of losses a token.
 
     Args:
-        wrong_loss: mean loss of the wrong answers to each question.
+        wrong_loss: mean loss of the wrong answers to each question, so that their probability is a
+            geometric mean, as in the authors' code.
         true_loss: loss of the right answer.
-        kind: "forget" for $\min(t, 1/t)$, "retain" for $\max(0, 1 - t)$, or "share" for the
-            probability of the right answer over both.
+        kind: "raw" for t; "forget" for $\min(t, 1/t)$, "retain" for $\max(0, 1 - t)$, or "share"
+            for the probability of the right answer over both.
     """
     one_of("kind", kind, get_args(Aggregate))
     log_t = np.asarray(true_loss, np.float64) - np.asarray(wrong_loss)
+    if kind == "raw":
+        return np.exp(log_t)
     if kind == "forget":
         return np.exp(-np.abs(log_t))
     return np.maximum(0, -np.expm1(log_t)) if kind == "retain" else scipy.special.expit(-log_t)
 
 
 def forget_quality(truth_ratios: Num[np.ndarray, " N"], retrained: Num[np.ndarray, " M"]) -> float:
-    """Return the p-value of the two-sample Kolmogorov-Smirnov test against a retrained model."""
+    """Return TOFU's p-value that raw truth ratios are those of a retrained model.
+
+    It is that of the two-sample Kolmogorov-Smirnov test.
+    """
     return float(scipy.stats.ks_2samp(truth_ratios, retrained).pvalue)
 
 

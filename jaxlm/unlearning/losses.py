@@ -41,8 +41,8 @@ class TokenScores(NamedTuple):
         logits: [B, T, V], at the states that predict the targets.
         states: [B, T, D], hidden states there, after one of the layers.
         alternative: the same for another answer to each prompt, such as a refusal.
-        per_target: [B], the number of rows over that of targets, of the whole batch if these are a
-            part of it; None for those of these rows.
+        per_target: [B], rows divided by targets, counted over the whole batch; None to count these
+            rows.
     """
 
     log_probs: Any = None
@@ -75,7 +75,7 @@ class TokenScores(NamedTuple):
         sums = jnp.sum(jnp.where(mask, values, 0), axis=1)
         if self.per_target is not None:
             return sums * self.per_target
-        return sums * jnp.sum(jnp.any(mask, axis=1)) / jnp.maximum(jnp.sum(mask), 1)
+        return sums * len(mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def _frozen(reference: TokenScores | None, name: str) -> Any:
@@ -124,7 +124,10 @@ def simnpo(
     beta: Number = 4.5,
     delta: Number = 0.0,
 ) -> Values:
-    r"""SimNPO, $\frac2\beta\,\varsigma(\beta(\ell/n + \delta))$ (arXiv:2410.07163)."""
+    r"""SimNPO, $\frac2\beta\,\varsigma(\beta(\ell/n + \delta))$ (arXiv:2410.07163).
+
+    The paper's margin γ is βδ.
+    """
     return 2 / beta * softplus(beta * (policy.sums / policy.counts + delta))
 
 
@@ -208,9 +211,9 @@ def pdu(
 ) -> Values:
     r"""PDU's flat logits, $\langle(\max_v z_{tv} - \mathrm{mean}_v z_{tv})^2\rangle$.
 
-    The primal-dual method updates the weight α of the retained rows by `dual_step`.
-    released: at the places of the targets themselves, one later than those that predict them; for
-    the last target, give one place more. Reference: arXiv:2506.05314.
+    The primal-dual method updates the weight α of the retained rows by `dual_step`; a run keeps it
+    fixed. released: the logits one place late, as in the authors' code; give one place more after
+    the last target. Reference: arXiv:2506.05314.
     """
     logits = policy.need("logits")
     squares = (jnp.max(logits, axis=-1) - jnp.mean(logits, axis=-1)) ** 2
@@ -234,13 +237,14 @@ def rmu(
     reference: TokenScores | None = None,
     *,
     coefficient: Number = 20.0,
-    layer: int = 7,
+    layer: int = 8,
     seed: int = 0,
 ) -> Values:
     r"""RMU: pull the states h of a layer to a random direction u.
 
-    $\frac1n \sum_t \frac1D \|h_t - c u\|^2$ with `control_vector`. The term of the retained rows is
-    `hidden`. Reference: arXiv:2403.03218; its direction, too, has positive entries alone.
+    $\frac1n \sum_t \frac1D \|h_t - c u\|^2$ with `control_vector`, after 8 layers by default: what
+    the authors' code calls layer 7. The term of the retained rows is `hidden`. As in that code, all
+    entries of the direction are positive. Reference: arXiv:2403.03218.
     """
     states = policy.need("states")
     u = control_vector(states.shape[-1], seed)[None, None]
@@ -265,8 +269,8 @@ def flat(
     $P = \frac1n\sum_t e^{\ell_t}$, of the answer to forget and of the `alternative`.
     kl: $e^{P_f - 1} - P_r$; tv: $(\tanh P_f - \tanh P_r)/2$; js: $\log(1 + e^{-P_r}) + P_f +
     \log(1 + e^{-P_f}) - 2\log 2$; pearson: $P_f + P_f^2/4 - P_r$. Reference: arXiv:2410.11143.
-    Its code averages over padding, too, and has three more divergences, which move both the wrong
-    way.
+    Its code averages over padding, too, and has three more divergences, whose gradients move both
+    probabilities the wrong way.
     """
     other = policy.need("alternative")
     p_f = _row_means(policy, jnp.exp(policy.need("log_probs")))
@@ -300,7 +304,7 @@ def kl(
     return policy.share(jnp.sum(jnp.exp(log_q) * (log_q - jax.nn.log_softmax(logits)), axis=-1))
 
 
-def hidden(policy: TokenScores, reference: TokenScores | None = None, *, layer: int = 7) -> Values:
+def hidden(policy: TokenScores, reference: TokenScores | None = None, *, layer: int = 8) -> Values:
     r"""RMU's distance from the reference's states, $\frac1n\sum_t \frac1D\|h_t - \bar h_t\|^2$."""
     difference = policy.need("states") - _frozen(reference, "states")
     return _row_means(policy, jnp.mean(difference**2, axis=-1))
@@ -315,7 +319,7 @@ MEANINGS = {
     "layer": "number of layers before the states.",
     "seed": "of the direction.",
     "divergence": "kl, tv, js or pearson.",
-    "variant": "paper, or the released code of its authors.",
+    "variant": "paper, or released: for npo and kl the code of MUSE, for pdu that of its authors.",
 }
 
 
@@ -341,14 +345,6 @@ class TokenLoss(Term):
     def layer_of_states(self) -> int | None:
         """The layer whose states it reads; None if it reads none."""
         return getattr(self, "layer", None)
-
-    @property
-    def reads(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """`fields` and `reference_fields` of the variant."""
-        released = getattr(self, "variant", "paper") == "released"
-        if released and self.name == "npo":
-            return ("logits",), ("logits",)
-        return self.fields, self.reference_fields
 
 
 class RetainLoss(TokenLoss):

@@ -156,7 +156,9 @@ def test_questions_come_after_solved_ones(lm, monkeypatch):
 def test_the_report(lm):
     data = UnlearningData(rows(0), rows(1), rows(2), rows(3), rows(4))
     found = unlearning_report(lm, data, max_new_tokens=4)
-    assert found["privleak"] == 0  # beside itself
+    assert "privleak" not in found
+    own = unlearning_report(lm, data, max_new_tokens=4, retrain_auc=found["auc_min_k"])
+    assert own["privleak"] == 0
     other = unlearning_report(lm, data, max_new_tokens=4, retrain_auc=0.5)
     np.testing.assert_allclose(other["privleak"], 200 * (found["auc_min_k"] - 0.5))
     forget = text_scores(lm, data.forget)

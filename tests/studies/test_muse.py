@@ -57,7 +57,7 @@ def path(tmp_path):
         "alphas": [0.5, 1],
         "requests": ["ascent"],
         "folds": 2,
-        "shares": [0.5],
+        "shares": [0.25, 0.5],
         "max_new_tokens": 6,
         "output": str(tmp_path / "out"),
     }
@@ -75,6 +75,8 @@ def test_methods_are_measured_until_they_know_no_more_than_the_retrained_model(p
     shown = capsys.readouterr().out
     seed = path.parent / "out" / "seed-0"
     assert read_lines(seed / "target.jsonl") == facts(0, 20)
+    assert read_lines(seed / "kept.jsonl") == facts(8, 14)
+    assert read_lines(seed / "utility.jsonl") == facts(14, 20)
     assert read_lines(seed / "retrain.jsonl") == facts(8, 20)
     table = json.loads((path.parent / "out" / "table.json").read_text())
     rows = table["rows"]
@@ -91,15 +93,20 @@ def test_methods_are_measured_until_they_know_no_more_than_the_retrained_model(p
         assert rows[name]["knowmem_forget"]["mean"] == known[-1]
         assert known[-1] <= bar or curves[name][-1]["step"] == (1 if "task" in name else 4)
     assert len(curves["too fast"]) == 1  # it diverged before the first measurement
+    assert rows["too fast"]["verbmem"]["mean"] is None
+    assert "diverged" in shown
     # A stage is the run itself after as many steps: measured again, the last one is the same.
     last = curves["ascent"][-1]
     run = RunFolder(seed / "methods" / "ascent")
     assert run.tested_step()[0] == last["step"]
     forget = read_lines(seed / "forget.jsonl")
     assert read_lines(seed / "request-1.jsonl") + read_lines(seed / "request-2.jsonl") == forget
+    assert read_lines(seed / "request-2-so-far.jsonl") == forget
+    assert read_lines(seed / "share-0.25-so-far.jsonl") == forget[:4]
     second = RunFolder(next((seed / "methods").glob("ascent_request_2-*/")))
     assert second.config()["model"] == str(next((seed / "methods").glob("ascent_request_1-*/")))
-    assert set(table["requests"]["ascent"]) == {"share 0.5", "request 1", "request 2"}
+    requests = table["requests"]["ascent"]
+    assert [*requests] == ["share 0.25", "share 0.5", "request 1", "request 2"]
     assert "PrivLeak" in shown
     assert (path.parent / "out" / "forgetting.png").exists()
     assert main(["study", str(path)]) == 0  # what has ended is not done again
@@ -108,7 +115,7 @@ def test_methods_are_measured_until_they_know_no_more_than_the_retrained_model(p
 
 
 def test_without_questions_texts_decide():
-    measure = Measure(None, 4, {"verbmem": 20.0, "auc_min_k": 0.5})
+    measure = Measure(None, 4, None, {"verbmem": 20.0, "auc_min_k": 0.5})
     assert measure.has_forgotten({"verbmem": 20.0})
     assert not measure.has_forgotten({"verbmem": 20.1})
 
@@ -153,8 +160,13 @@ def test_a_schedule_that_ends_is_refused(path, capsys):
     assert "schedule: must be constant" in capsys.readouterr().err
 
 
+def test_a_method_that_is_never_measured_is_refused(path, capsys):
+    assert main(["study", str(path), "--dry-run", "--unlearn.eval_every=5"]) == 2
+    assert "eval_every: must be at most steps, 4 (got 5)" in capsys.readouterr().err
+
+
 def test_texts_are_needed(path, capsys):
     rows = [row for row in facts(20, 28) if row["subtask"] == "question"]
     write_jsonl(path.parent / "holdout.jsonl", rows)
     assert main(["study", str(path)]) == 2
-    assert "data.holdout: has no texts" in capsys.readouterr().err
+    assert "data: holdout has no texts" in capsys.readouterr().err

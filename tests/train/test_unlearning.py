@@ -125,7 +125,7 @@ FAST = [
     ("flat", "null"),
 ]
 SLOW = [
-    ("[{name: npo, variant: released, weight: .5}, {name: ga, weight: 2}]", "[nll, kl]"),
+    ("[{name: npo, beta: .2, weight: .5}, {name: ga, weight: 2}]", "[nll, kl]"),
     *((name, "nll") for name in FORGET if name not in ("npo", "undial", "rmu", "flat")),
 ]
 
@@ -153,12 +153,6 @@ def test_the_loss_and_its_gradient_are_those_of_whole_rows(path, loss, retain):
         for terms, prefix in ((objective.loss, ""), (objective.kept, "retain_")):
             for term in terms:
                 scores = both(prefix, term.layer_of_states)
-                if getattr(term, "variant", "paper") == "released":
-                    places = batch[f"{prefix}positions"][..., None]
-                    scores = [
-                        x._replace(logits=jnp.take_along_axis(x.logits, places, axis=1))
-                        for x in scores
-                    ]
                 total += term.weight * jnp.mean(term(*scores))
         return total
 
@@ -314,8 +308,15 @@ def test_a_run_is_planned(path, loss):
 
 def test_without_rows_to_keep(path):
     config = {"forget__retain": "null", "objective__retain": "null", "objective__loss": "ga"}
+    config["forget__validation"] = "null"
     summary = run(path, steps="1", **config)
     assert summary["test"].keys() == {"forget_loss", "loss"}
+    (path.parent / "run").rename(path.parent / "first")
+    config = {"objective__retain": "null", "objective__loss": "ga", "monitor": "retain_loss"}
+    summary = run(path, steps="1", **config)
+    assert summary["test"].keys() == {"forget_loss", "loss", "retain_loss"}
+    batch = built(path, **config).encoded.batch(0, batch_size=2, seed=0)
+    assert not any(key.startswith("retain_") for key in batch)
 
 
 @pytest.mark.parametrize(
@@ -325,8 +326,10 @@ def test_without_rows_to_keep(path):
         ({"objective.loss": "npoo"}, "objective.loss.name", "Did you mean npo?"),
         ({"objective.retain": "kll"}, "objective.retain.name", "Did you mean kl?"),
         ({"objective.loss": "{beta: 0}"}, "objective.loss.beta", "above 0"),
-        ({"objective.loss": "ceu", "accumulate": "2"}, "accumulate", "ceu is a mean over all"),
+        ({"objective.loss": "ceu", "accumulate": "2"}, "accumulate", "ceu needs the whole batch"),
         ({"objective.loss": "{name: pdu, variant: released}"}, "objective.loss.variant", "pdu"),
+        ({"objective.retain": "{name: kl, variant: released}"}, "objective.retain.variant", "kl"),
+        ({"patience": "2"}, "patience", "needs a value to watch"),
         ({"objective": "completion"}, "objective", "reads task or messages or text (got forget)"),
         ({"forget.retain": "forget.jsonl"}, "forget.retain", "8 of its rows are to be forgotten"),
         ({"forget.refusals": "[]"}, "forget.refusals", "empty"),
@@ -341,9 +344,9 @@ def test_what_does_not_go_together(path, changes, key, part):
 
 
 def test_a_layer_that_the_model_does_not_have(path):
-    with refused("objective.layer", "at most 2, the layers of the model (got 7)"):
+    with refused("objective.loss.layer", "at most 2, the layers of the model (got 8)"):
         run(path, objective__loss="rmu")
-    with refused("objective.layer", "must be the same"):
+    with refused("objective.loss.layer", "must be the same"):
         run(path, objective__loss="[{name: rmu, layer: 1}, {name: rmu, layer: 2}]")
 
 

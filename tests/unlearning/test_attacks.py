@@ -127,9 +127,11 @@ def test_extraction_by_brute_force():
 
 def test_truth_ratio_quality_and_utility():
     one = np.array([2.0]), np.array([1.2])
-    values = [unlearning.truth_ratio(*one, kind)[0] for kind in ("forget", "retain", "share")]
+    kinds = ("raw", "forget", "retain", "share")
+    values = [unlearning.truth_ratio(*one, kind)[0] for kind in kinds]
     t = np.exp(-2.0) / np.exp(-1.2)
-    np.testing.assert_allclose(values, [0.449329, 0.550671, 1 / (1 + t)], atol=1e-6)
+    np.testing.assert_allclose(values, [t, 0.449329, 0.550671, 1 / (1 + t)], atol=1e-6)
+    assert unlearning.truth_ratio(*one[::-1], "forget") == values[1]  # min(t, 1/t)
     assert unlearning.truth_ratio(*one[::-1], "retain") == 0
     first, second = np.array([0.1, 0.4, 0.5, 0.9]), np.array([0.2, 0.6, 0.7, 0.8])
     np.testing.assert_allclose(unlearning.forget_quality(first, second), 0.771429, atol=1e-6)
@@ -147,7 +149,7 @@ def test_zlib():
 @pytest.mark.parametrize(
     ("make", "key", "part"),
     [
-        (lambda: unlearning.min_k(LOG_PROBS, MASK, 0.05), "k", "less than a token of 1 of 1"),
+        (lambda: unlearning.min_k(LOG_PROBS, MASK, 0.05), "k", "less than one token in 1 of 1"),
         (lambda: unlearning.min_k(LOG_PROBS, MASK, 0.0), "k", "above 0"),
         (lambda: unlearning.auc(np.zeros(0), np.zeros(2)), "forget", "empty"),
         (lambda: unlearning.auc(np.zeros(2), np.array([np.nan])), "holdout", "not finite"),

@@ -222,7 +222,6 @@ def test_whos_harry_potter_lowers_what_the_reinforced_model_raises():
 def test_options_are_those_of_the_functions():
     assert FORGET["npo"]().options == {"beta": 0.1, "variant": "paper"}
     assert FORGET["rmu"](layer=3).layer_of_states == 3
-    assert FORGET["npo"](variant="released").reads == (("logits",), ("logits",))
     assert {term().section for term in RETAIN.values()} == {"retain"}
     mixed = forget_loss([("ga", 0.5), {"name": "wga", "weight": 2}], POLICY)
     np.testing.assert_allclose(mixed, 0.5 * losses.ga(POLICY) + 2 * losses.wga(POLICY), rtol=1e-6)

@@ -59,10 +59,11 @@ class Unlearn(Objective):
         if self.retain is not None:
             object.__setattr__(self, "retain", terms(self.retain, RETAIN))
         for term in (*self.loss, *self.kept):
-            if getattr(term, "variant", "paper") == "released" and term.name == "pdu":
+            if getattr(term, "variant", "paper") == "released":
                 raise UserError(
-                    "loss.variant: pdu as released reads a place that nothing else needs (got "
-                    "released). Call jaxlm.unlearning.forget_loss with it, or choose paper."
+                    f"{term.section}.variant: {term.name} as released reads whole rows, with what "
+                    "is not in the loss (got released). Call the function with these, or choose "
+                    "paper."
                 )
 
     @property
@@ -82,24 +83,23 @@ class Unlearn(Objective):
             )
         if accumulate > 1 and any(term.name == "ceu" for term in self.loss):
             raise UserError(
-                f"accumulate: ceu is a mean over all rows of a batch (got {accumulate}). Leave it "
-                "out."
+                f"accumulate: ceu needs the whole batch at once (got {accumulate}). Set it to 1."
             )
 
     @staticmethod
     def share(batch: Batch) -> Any:
-        """See `Objective`; a row is a part, whatever its number of targets."""
+        """See `Objective`; every row counts the same, however many targets it has."""
         return num_examples(batch)
 
     def batched(self, encoded: Encoded) -> Encoded:
-        """Return the rows whose batches have targets, and of the refusals only if a loss has them.
+        """Return rows with batches of targets, and refusals only if a loss needs them.
 
-        Their reference is NaN, so that a loss without that of `columns` is, too.
+        The reference is NaN until `columns` fills it, so that a missing one shows.
         """
         assert isinstance(encoded, ForgetRows)
-        refusal = any("alternative" in term.reads[0] for term in self.loss)
+        refusal = any("alternative" in term.fields for term in self.loss)
         if refusal and encoded.alternative is None:
-            needing = next(x.name for x in self.loss if "alternative" in x.reads[0])
+            needing = next(x.name for x in self.loss if "alternative" in x.fields)
             raise UserError(
                 f"objective.loss: {needing} puts refusals in place of answers (got documents). "
                 "Give questions with answers, or choose another loss."
@@ -111,7 +111,7 @@ class Unlearn(Objective):
         found = dataclasses.replace(
             encoded,
             train=sparse(encoded.train),
-            retain=sparse(encoded.retain) if self.kept else None,
+            retain=sparse(encoded.retain) if self.kept else encoded.retain,
             alternative=sparse(encoded.alternative) if refusal else None,
         )
         if not self._needs_sums:
@@ -121,11 +121,12 @@ class Unlearn(Objective):
 
     @property
     def _needs_sums(self) -> bool:
-        return any("log_probs" in term.reads[1] for term in self.loss)
+        return any("log_probs" in term.reference_fields for term in self.loss)
 
     @property
     def _needs_copy(self) -> bool:
-        return any({"logits", "states"} & {*term.reads[1]} for term in (*self.loss, *self.kept))
+        terms = (*self.loss, *self.kept)
+        return any({"logits", "states"} & {*term.reference_fields} for term in terms)
 
     def columns(
         self, lm: LanguageModel, reference: LanguageModel, encoded: Encoded, *, batch_size: int
@@ -152,8 +153,8 @@ class Unlearn(Objective):
         self, lm: LanguageModel, data: Data | None, encoded: Encoded, scoring: Scoring
     ) -> LossFn:
         forget, retain = (Reader(lm, group) for group in (self.loss, self.kept))
-        # Training overwrites the parameters. In a dry run there are none to copy; the model itself
-        # takes as long.
+        # Training overwrites the parameters. A dry run has their shapes alone; there the model
+        # itself stands for the copy, since it takes as long.
         shapes = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(lm.params))
         copied = self._needs_copy and not shapes
         frozen = jax.tree.map(jnp.copy, lm.params) if copied else None
@@ -195,19 +196,19 @@ class Reader:
     def __init__(self, lm: LanguageModel, group: Sequence[TokenLoss]):
         self.terms = tuple(group)
         self._lm = lm
-        self._fields = {name for term in group for name in term.reads[0]}
-        self._reference_fields = {name for term in group for name in term.reads[1]}
+        self._fields = {name for term in group for name in term.fields}
+        self._reference_fields = {name for term in group for name in term.reference_fields}
         layers = {term.layer_of_states for term in group} - {None}
         if len(layers) > 1:
             raise UserError(
-                f"objective.layer: must be the same in all losses of the same rows (got {layers}). "
-                "Correct it."
+                f"objective.{group[0].section}.layer: must be the same in all losses (got "
+                f"{layers}). Correct it."
             )
         self._layer = next(iter(layers), None)
         if self._layer is not None and self._layer > lm.config.num_layers:
             raise UserError(
-                f"objective.layer: must be at most {lm.config.num_layers}, the layers of the model "
-                f"(got {self._layer}). Lower it."
+                f"objective.{group[0].section}.layer: must be at most {lm.config.num_layers}, the "
+                f"layers of the model (got {self._layer}). Lower it."
             )
 
     def scores(self, params: Params, batch: Batch, prefix: str, *, view: Any = None) -> TokenScores:
