@@ -161,7 +161,8 @@ def _unlearning(
     changes = section_of(config.methods[name], place)
     no_seed_or_output(changes, f"methods.{name}")
     rows = {"train": f"{forget}.jsonl", "retain": "kept.jsonl", **_shared(config)}
-    keys = {**config.run, "forget": rows, "output": config.output}
+    run = {key: value for key, value in config.run.items() if key not in ("steps", "epochs")}
+    keys = {**run, "forget": rows, "output": config.output}
     each = build(FinetuneConfig, with_keys(keys, {**config.unlearn, **changes}, place), place)
     schedule = getattr(each.optimizer, "schedule", "constant")
     if schedule != "constant":
