@@ -130,17 +130,27 @@ for name, lm in models.items():
 # Look for the price: how much lower is *utility* than that of the target, and is *privleak* nearer
 # to 0, or already beyond it?
 #
-# ## Without training
+# ## By subtraction
 #
-# A task vector subtracts what fine-tuning added. With all of it, the model is the one before.
+# A task vector needs no loss of its own: a model that is trained further on the people to forget
+# says what to subtract.
 
 # %%
-start = jaxlm.from_pretrained()
-half = unlearning.task_vector(models["target"].params, start.params, models["target"].params, 0.5)
-report = unlearning_report(
-    models["target"], data, params=half, retrain_auc=base["auc_min_k"], max_new_tokens=40
-)
-print({key: round(report[key], 1) for key in shown})
+reinforced = jaxlm.finetune(
+    model="runs/target",
+    messages={"train": "forget.jsonl", "packing": True, **form},
+    optimizer={"name": "adam", "learning_rate": 1e-3},
+    steps=UNLEARN,
+    batch_size=8,
+    output="runs/reinforced",
+).model
+target = jaxlm.from_pretrained("runs/target")
+for alpha in (1, 4):
+    moved = unlearning.task_vector(target.params, target.params, reinforced.params, alpha)
+    report = unlearning_report(
+        target, data, params=moved, retrain_auc=base["auc_min_k"], max_new_tokens=40
+    )
+    print(f"alpha {alpha}", "  ".join(f"{key} {report[key]:6.1f}" for key in shown))
 
 # %% [markdown]
 # ## Further
