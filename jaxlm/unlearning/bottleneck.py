@@ -15,6 +15,7 @@ no code. The training of keys by batches, the replacement of dead keys and the o
 papers leave open or do otherwise, are choices of this module.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ class Bottleneck(NamedTuple):
     disabled: Bool[Array, "C M"]
 
 
+@functools.partial(jax.jit, static_argnames=("books", "pairs", "size", "passes", "batch_size"))
 def init(
     key: Array,
     features: Float[Array, "N D"],
@@ -86,13 +88,15 @@ def init(
 
     def fit_keys(book: Any) -> Float[Array, "M d"]:
         key, projection = book
-        return _cluster(key, _project(features, projection), first, batches, decay)
+        points = jnp.matmul(features, projection, precision="highest")
+        return _cluster(key, points, first, batches, decay)
 
     fitted = jax.lax.map(fit_keys, (jax.random.split(keys[3], books), projections))
     values = jnp.zeros((books, pairs, 0), features.dtype)
     return Bottleneck(projections, fitted, values, jnp.zeros((books, pairs), bool))
 
 
+@jax.jit
 def lookup(
     state: Bottleneck, features: Float[Array, "N D"], disabled: Bool[Array, "C M"] | None = None
 ) -> Int[Array, "N C"]:
@@ -101,13 +105,14 @@ def lookup(
     Args:
         state: the bottleneck.
         features: of the examples.
-        disabled: pairs to pass over, usually `state.disabled`: the nearest of the others is
-            selected, or pair 0 if there are none. By default all are selected from.
+        disabled: pairs to pass over, usually `state.disabled`. The nearest of the others is
+            selected, or pair 0 in a codebook without others.
     """
 
     def select(book: Any) -> Int[Array, " N"]:
         projection, keys, disabled = book
-        return _nearest(_project(wide(features), projection), keys, disabled)
+        points = jnp.matmul(wide(features), projection, precision="highest")
+        return _nearest(points, keys, disabled)
 
     # One codebook at a time, since the distances of all may not fit into the memory.
     return jax.lax.map(select, (state.projections, state.keys, disabled)).T
@@ -142,6 +147,7 @@ class Fit(NamedTuple):
     accuracy: Float[Array, " steps"] | None
 
 
+@functools.partial(jax.jit, static_argnames=("apply", "optimizer", "steps", "batch_size"))
 def fit(
     apply: Callable[[Any, Any], Float[Array, "B K"]],
     params: Any,
@@ -150,23 +156,22 @@ def fit(
     optimizer: optax.GradientTransformation,
     *,
     steps: int,
-    batch_size: int,
+    batch_size: int = 256,
     key: Array,
     watched: tuple[Any, Any] | None = None,
 ) -> Fit:
     """Minimize the softmax cross-entropy of `apply(params, inputs)`.
 
-    Batches are drawn with replacement, by the key alone. `watched` are inputs and labels whose
-    accuracy is returned.
+    Batches are drawn with replacement. `watched` are inputs and labels whose accuracy is returned.
     """
 
     def loss_fn(params: Any, rows: Any) -> Any:
         scores = apply(params, inputs[rows])
         return optax.softmax_cross_entropy_with_integer_labels(scores, labels[rows]).mean()
 
-    def step(carry: Any, key: Array) -> Any:
+    def step(carry: Any, number: Array) -> Any:
         params, state = carry
-        rows = jax.random.randint(key, (batch_size,), 0, len(labels))
+        rows = jax.random.randint(jax.random.fold_in(key, number), (batch_size,), 0, len(labels))
         loss, grads = jax.value_and_grad(loss_fn)(params, rows)
         updates, state = optimizer.update(grads, state, params)
         params, right = optax.apply_updates(params, updates), None
@@ -175,8 +180,8 @@ def fit(
         return (params, state), (loss, right)
 
     carry = params, optimizer.init(params)
-    (params, _), (losses, right) = jax.lax.scan(step, carry, jax.random.split(key, steps))
-    return Fit(params, losses, right)
+    (params, _), (losses, accuracy) = jax.lax.scan(step, carry, jnp.arange(steps))
+    return Fit(params, losses, accuracy)
 
 
 def train(
@@ -190,7 +195,7 @@ def train(
     batch_size: int = 256,
     key: Array,
 ) -> tuple[Bottleneck, Float[Array, " steps"]]:
-    """Train the values of the enabled pairs, from 0 or from those of an earlier training.
+    """Train the values, from 0 or from those of an earlier training.
 
     Args:
         state: the bottleneck.
@@ -205,26 +210,22 @@ def train(
     Returns:
         The new state, and the loss before each step.
     """
-    if state.values.shape[2] not in (0, classes):
+    values = state.values
+    if values.shape[2] not in (0, classes):
         raise UserError(
-            f"classes: the values have {state.values.shape[2]} (got {classes}). Train a new state."
+            f"classes: the values have {values.shape[2]} (got {classes}). Train a new state."
         )
-    shape = (*state.keys.shape[:2], classes)
-    values = state.values if state.values.shape[2] else jnp.zeros(shape, state.keys.dtype)
-    enabled = ~state.disabled[..., None]  # pair 0 of a codebook without enabled ones is selected
-    trained = fit(
-        lambda values, indices: read(values * enabled, indices),
-        values,
-        lookup(state, features, state.disabled),
-        labels,
-        optimizer,
-        steps=steps,
-        batch_size=batch_size,
-        key=key,
-    )
-    return state._replace(values=trained.params * enabled), trained.losses
+    if not values.shape[2]:
+        values = jnp.zeros((*values.shape[:2], classes), values.dtype)
+    indices = lookup(state, features, state.disabled)
+    options = {"steps": steps, "batch_size": batch_size, "key": key}
+    trained = fit(read, values, indices, labels, optimizer, **options)
+    # Pair 0 of a codebook without enabled ones is read, and may have learned.
+    values = jnp.where(state.disabled[..., None], 0, trained.params)
+    return state._replace(values=values), trained.losses
 
 
+@jax.jit
 def forget_by_activations(
     state: Bottleneck, features: Float[Array, "N D"], count: int | Int[ArrayLike, ""]
 ) -> Bottleneck:
@@ -237,11 +238,12 @@ def forget_by_activations(
     """
     hits = _hits(state, features, jnp.ones(len(features), bool))
     order = jnp.argsort(-hits.ravel())
-    # A rank instead of `order[:count]`, so that the count need not be known when this is compiled.
+    # A rank, not `order[:count]`: the count need not be known when this is compiled.
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
     return _disable(state, (rank < count).reshape(hits.shape) & (hits > 0))
 
 
+@jax.jit
 def forget_by_examples(
     state: Bottleneck, features: Float[Array, "N D"], count: int | Int[ArrayLike, ""], key: Array
 ) -> Bottleneck:
@@ -271,10 +273,6 @@ def _disable(state: Bottleneck, pairs: Bool[Array, "C M"]) -> Bottleneck:
     # Values are erased, since those of a pair that is only disabled could be enabled again.
     values = jnp.where(pairs[..., None], 0, state.values)
     return state._replace(values=values, disabled=state.disabled | pairs)
-
-
-def _project(features: Float[Array, "N D"], projection: Float[Array, "D d"]) -> Float[Array, "N d"]:
-    return jnp.matmul(features, projection, precision="highest")
 
 
 def _nearest(

@@ -63,7 +63,7 @@ def test_the_pairs_that_are_selected_most_often_are_disabled(small):
     state, x, _ = small
     indices = by_hand(state, x[:20], np.zeros((4, 6), bool))
     hits = np.array([np.bincount(column, minlength=6) for column in indices.T])
-    forget = jax.jit(bottleneck.forget_by_activations)  # the count need not be known
+    forget = bottleneck.forget_by_activations
     left = forget(state, x[:20], 7)
     assert left.disabled.sum() == 7
     assert hits[left.disabled].min() >= hits[~left.disabled].max()
@@ -87,16 +87,32 @@ def test_the_pairs_of_some_examples_are_disabled(small):
 
 def test_training_leaves_keys_and_disabled_pairs_alone(small):
     state, x, labels = small
-    options = {"classes": 3, "steps": 5, "batch_size": 40, "key": jax.random.key(4)}
-    empty = state._replace(disabled=state.disabled.at[0].set(True))  # a codebook without pairs
-    empty = empty._replace(values=empty.values.at[0].set(0))
-    trained, _ = bottleneck.train(empty, x, labels, optax.adam(0.1), **options)
-    assert (trained.values[1:] != empty.values[1:]).any()
-    assert not trained.values[0].any()
+    left = bottleneck.forget_by_activations(state, x[:20], 9)
+    options = {"classes": 3, "batch_size": 40, "key": jax.random.key(4)}
+    trained, losses = bottleneck.train(left, x, labels, optax.sgd(1.0), steps=40, **options)
+    assert losses[-10:].mean() < losses[:10].mean()
     np.testing.assert_array_equal(trained.keys, state.keys)
-    again, _ = jax.jit(bottleneck.train, static_argnums=3, static_argnames=("classes", "steps",
-        "batch_size"))(empty, x, labels, optax.adam(0.1), **options)  # fmt: skip
-    np.testing.assert_allclose(again.values, trained.values, rtol=1e-4, atol=1e-6)
+    assert not trained.values[left.disabled].any()
+    # The steps of a shorter training are the first of a longer one.
+    _, fewer = bottleneck.train(left, x, labels, optax.sgd(1.0), steps=3, **options)
+    np.testing.assert_allclose(fewer, losses[:3], rtol=1e-6)
+
+
+def test_fit_takes_the_steps_of_gradient_descent():
+    """Of one example, every batch of which has the gradient p - y."""
+    options = {"steps": 4, "batch_size": 2, "key": jax.random.key(0)}
+    watched = jnp.ones((1, 1)), jnp.array([2])
+    found = bottleneck.fit(
+        jnp.multiply, jnp.zeros((1, 3)), *watched, optax.sgd(0.5), watched=watched, **options
+    )
+    logits, losses = np.zeros(3), []
+    for _ in range(4):
+        p = np.exp(logits) / np.exp(logits).sum()
+        losses.append(-np.log(p[2]))
+        logits -= 0.5 * (p - np.eye(3)[2])
+    np.testing.assert_allclose(found.params[0], logits, rtol=1e-5)
+    np.testing.assert_allclose(found.losses, losses, rtol=1e-5)
+    np.testing.assert_array_equal(found.accuracy, np.ones(4))
 
 
 def test_keys_are_as_close_to_the_points_as_those_of_k_means():
@@ -130,19 +146,18 @@ def test_gaussian_classes_are_forgotten():
 
     before, others = map(float, accuracies(state))
     assert min(before, others) > 0.99
-    by_activations = jax.jit(bottleneck.forget_by_activations)
-    curve = []
+    curve, forget = [], x[labels == 0]
     for count in (100, 200, 400, 800):
-        left, kept = map(float, accuracies(by_activations(state, x[labels == 0], count)))
+        less = bottleneck.forget_by_activations(state, forget, count)
+        left, kept = map(float, accuracies(less))
         print(f"N_a {count}: forgotten {left:.3f}, others {kept:.3f}")
         curve.append(left)
         assert kept >= others - 0.02
     assert before > curve[0] > curve[1] > curve[2]
     assert max(curve[2:]) <= 0.01
-    by_examples = jax.jit(bottleneck.forget_by_examples)
     curve = []
     for count in (1, 5, 20, 100):
-        less = by_examples(state, x[labels == 0], count, jax.random.key(5))
+        less = bottleneck.forget_by_examples(state, forget, count, jax.random.key(5))
         left, kept = map(float, accuracies(less))
         print(f"N_e {count}: {less.disabled.sum()} pairs, forgotten {left:.3f}, others {kept:.3f}")
         curve.append(left)
