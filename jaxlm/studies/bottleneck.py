@@ -44,6 +44,8 @@ FORGOTTEN = 0.01
 """Largest accuracy on a class that counts as forgotten."""
 LOST = 0.02
 """Largest loss of accuracy on the other classes that counts as kept."""
+RELEARNED = 0.9
+"""Share of its earlier accuracy at which a class counts as learned again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,16 +268,16 @@ def methods(
     models = {"bottleneck": of(state)}
     for count in config.examples:
         left = bottleneck.forget_by_examples(state, forget, count, key)
-        models[f"pairs of {count} examples"] = of(left, count, count * lookup)
+        models[f"by examples: {count}"] = of(left, count, count * lookup)
     tried: list[Model] = []
     for count in config.activations:
         left = bottleneck.forget_by_activations(state, forget, count)
         tried.append(of(left, config.train, config.train * lookup))
-        models[f"{count} pairs"] = tried[-1]
+        models[f"by activations: {count}"] = tried[-1]
     learned = [float((each.scores(forget).argmax(axis=1) == label).mean()) for each in tried]
     fewest = next((i for i, x in enumerate(learned) if x <= FORGOTTEN), len(tried) - 1)
     products = (2 + fewest) * config.train * lookup  # hits, and predictions for each number
-    models["fewest pairs that forget"] = tried[fewest]._replace(products=products)
+    models["by activations: fewest"] = tried[fewest]._replace(products=products)
     without = state._replace(values=state.values.at[..., label].set(0))
     models["bottleneck, logit removed"] = of(without, removed=True)
     retrained = fit_bottleneck(config, others, data.train_labels[~own], key)
@@ -334,8 +336,8 @@ def measured(
                 model.optimizer, steps=config.steps, key=key,
                 watched=(model.inputs(data.test[own]), label),
             ).accuracy  # fmt: skip
-            known = row["forgotten"] >= before["forgotten"]
-            row["relearned"] = 0 if known else steps_until(again >= before["forgotten"])
+            goal = RELEARNED * before["forgotten"]
+            row["relearned"] = 0 if row["forgotten"] >= goal else steps_until(again >= goal)
             row |= {"encoded": model.encoded, "products": model.products}
     return table
 
@@ -368,8 +370,9 @@ def markdown(table: dict[str, dict[str, list[list[float]]]]) -> str:
 def draw_activations(config: BottleneckConfig, table: Any, path: Path) -> Path:
     """Draw the accuracies against the number of disabled pairs; dots are seeds."""
     axes = new_axes((5.2, 3.4))
-    names = ("bottleneck", *(f"{count} pairs" for count in config.activations))
-    for i, (name, label) in enumerate((("forgotten", "forgotten class"), ("others", "others"))):
+    names = ("bottleneck", *(f"by activations: {n}" for n in config.activations))
+    kinds = {"forgotten": "forgotten class", "others": "other classes"}
+    for i, (name, label) in enumerate(kinds.items()):
         seeds = np.array([np.mean(table[method][name], axis=1) for method in names])
         axes.plot((0, *config.activations), seeds.mean(axis=1), color=f"C{i}", label=label)
         axes.plot((0, *config.activations), seeds, ".", color=f"C{i}")

@@ -54,15 +54,15 @@ def test_every_class_is_forgotten_in_turn(path, capsys):
         assert mean(method, "both") == 1
         assert mean(method, "relearned") > 0
     assert mean("bottleneck, retrained", "forgotten") == 0
-    assert mean("20 pairs", "forgotten") < mean("3 pairs", "forgotten")
+    assert mean("by activations: 20", "forgotten") < mean("by activations: 3", "forgotten")
     assert mean("linear head, gradient ascent", "forgotten") < 0.1
     # Without values all logits are equal, and the first class is the answer.
     for method in ("bottleneck, untrained values", "linear head, untrained"):
         assert found[method]["forgotten"] == [[1, 0, 0]] * 2
     # A piece is projected to 4 numbers in 4 codebooks and compared with 8 keys.
     lookup = 4 * 4 * (16 + 8)
-    assert mean("3 pairs", "products") == 30 * lookup
-    assert mean("pairs of 2 examples", "products") == 2 * lookup
+    assert mean("by activations: 3", "products") == 30 * lookup
+    assert mean("by examples: 2", "products") == 2 * lookup
     assert mean("bottleneck, retrained", "encoded") == 60
 
 
