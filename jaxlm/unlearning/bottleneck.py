@@ -10,9 +10,9 @@ The encoder is not changed: whoever reads the features still finds the class the
 Shapes: N examples, D features, C codebooks, M pairs in each, d numbers in a key, K classes.
 
 References: Träuble et al., "Discrete Key-Value Bottleneck", arXiv:2207.11240; Shah et al.,
-"Unlearning via Sparse Representations", arXiv:2311.15268. The authors of the latter have published
-no code. The training of keys by batches, the replacement of dead keys and the optimizer, which the
-papers leave open or do otherwise, are choices of this module.
+"Unlearning via Sparse Representations", arXiv:2311.15268, of which we know no public code. The
+batches that the keys are fitted to, the threshold for dead keys, the optimizer and the erasing of
+values are choices of this module.
 """
 
 import functools
