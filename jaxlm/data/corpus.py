@@ -149,7 +149,7 @@ def _batches(path: Path) -> Iterator[list[list[str]]]:
     """Yield lists of documents to tokenize at once, small enough for the memory."""
     batch: list[list[str]] = []
     size = 0
-    for document in _documents(path):
+    for document in documents(path):
         batch.append(document)
         size += sum(map(len, document))
         if len(batch) == DOCUMENTS_AT_ONCE or size >= CHARACTERS_AT_ONCE:
@@ -159,7 +159,7 @@ def _batches(path: Path) -> Iterator[list[list[str]]]:
         yield batch
 
 
-def _documents(path: Path) -> Iterator[list[str]]:
+def documents(path: Path) -> Iterator[list[str]]:
     """Yield the lines of each document, without empty ones."""
     for number, record in files.json_objects(files.lines(path, str(path)), str(path)):
         text = record.get("text")

@@ -21,6 +21,10 @@ class Study(NamedTuple):
 
 
 STUDIES = {
+    "bottleneck": Study(
+        "jaxlm.studies.bottleneck",
+        "whether a key-value bottleneck forgets a class of text, next to simpler methods",
+    ),
     "curves": Study(
         "jaxlm.studies.curves",
         "how pretraining runs that differ in a few keys differ in their curves",

@@ -1,5 +1,6 @@
 """Unlearning: losses that forget a part of the data, attacks, and unlearning without gradients."""
 
+from jaxlm.unlearning import bottleneck
 from jaxlm.unlearning.attacks import (
     auc,
     exact_memorization,
@@ -31,6 +32,7 @@ __all__ = [
     "TokenLoss",
     "TokenScores",
     "auc",
+    "bottleneck",
     "control_vector",
     "dual_step",
     "exact_memorization",

@@ -128,7 +128,9 @@ def test_info_lists_what_a_configuration_may_name(capsys, monkeypatch):
     assert {"llama", "roberta"} <= set(names["model families"])
     assert names["optimizers"] == [*OPTIMIZERS]
     assert "classification" in names["objectives"]
-    assert names["studies"] == ["curves", "displacement", "kernel", "less", "one_token", "ranking"]
+    assert names["studies"] == [
+        "bottleneck", "curves", "displacement", "kernel", "less", "one_token", "ranking",
+    ]  # fmt: skip
 
 
 def test_the_version(capsys):

@@ -23,7 +23,7 @@ def bomb(monkeypatch):
 def both_readers(path: Path):
     yield lambda: read_rows(str(path), key="train")
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        yield lambda: list(corpus._documents(path))
+        yield lambda: list(corpus.documents(path))
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "socket", "folder"])
@@ -69,7 +69,7 @@ def test_files_larger_than_their_share_of_the_memory_are_refused(tmp_path, monke
     for name in ("a.jsonl", "a.jsonl.gz"):
         with pytest.raises(UserError, match=f"{name}: has more than 1 MiB, 1/16 of the memory"):
             read_rows(str(tmp_path / name), key="train")
-    assert sum(1 for _ in corpus._documents(tmp_path / "a.jsonl.gz")) == 300
+    assert sum(1 for _ in corpus.documents(tmp_path / "a.jsonl.gz")) == 300
 
 
 def test_a_parquet_file_that_unpacks_to_more_than_its_share_is_refused(tmp_path, monkeypatch):
