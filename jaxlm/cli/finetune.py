@@ -171,7 +171,9 @@ def show(summary: dict[str, Any], output: str) -> None:
         rows[f"zero-shot, {key.replace('_', ' ')}"] = shown("zero_shot", key)
     watched = next(iter(summary["validation"]), metric)  # by the key monitor, perhaps another one
     said = name if watched == metric else watched.replace("_", " ")
-    rows |= {f"validation {said}": shown("validation", watched), f"test {name}": shown("test")}
+    if summary["validation"]:  # otherwise no checkpoint is the best
+        rows[f"validation {said}"] = shown("validation", watched)
+    rows[f"test {name}"] = shown("test")
     for key in others:
         rows[f"test {key.replace('_', ' ')}"] = shown("test", key)
     if (majority := summary.get("majority_accuracy")) is not None:
