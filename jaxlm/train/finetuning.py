@@ -334,14 +334,13 @@ def build(
     optimizer = dataclasses.replace(config.optimizer, select=select)
     config = dataclasses.replace(config, optimizer=optimizer)
     setting = Setting(config, lm, objective, data, encoded)
-    if config.monitor is not None or config.patience is not None:
-        metric = setting.metric()
-        one_of("monitor", config.monitor, metric.modes)
-        if config.monitor is None and not metric.keeps_best:
-            raise UserError(
-                f"patience: needs a value to watch (got no monitor). Give one of "
-                f"{', '.join(metric.modes)}."
-            )
+    if config.monitor is not None:
+        one_of("monitor", config.monitor, setting.metric().modes)
+    elif config.patience is not None and not (metric := setting.metric()).keeps_best:
+        raise UserError(
+            f"patience: needs a value to watch (got no monitor). Give one of "
+            f"{', '.join(metric.modes)}."
+        )
     return setting
 
 
