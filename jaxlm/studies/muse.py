@@ -438,7 +438,8 @@ def draw(
         for seed, each in enumerate(curves):
             x, y = ([stage[key] for stage in each[name]] for key in keys)
             label = name if seed == 0 else None
-            axes.plot(x, y, "o-", color=f"C{i % 10}", markersize=3, alpha=0.7, label=label)
+            style = "o-" if i < 10 else "o--"  # there are ten colors
+            axes.plot(x, y, style, color=f"C{i % 10}", markersize=3, alpha=0.7, label=label)
     for name, marker in (("target", "s"), ("retrained", "*")):
         x, y = (table[name][key]["mean"] for key in keys)
         axes.plot(x, y, marker, color="black", markersize=10, label=name)
