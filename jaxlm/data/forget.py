@@ -25,8 +25,8 @@ class ForgetConfig(MessagesConfig):
 
     `train` are the rows to forget: documents with the field `text`, conversations as in
     `MessagesConfig`, or rows with `question` and `answer`. Of conversations the assistant's turns
-    are in the loss. `validation` and `test` are other rows, which show what the model can do; by
-    default they are the retained ones, or without these the rows to forget.
+    are in the loss. `validation` and `test` are other rows, which show what the model can do;
+    without the former a run measures the retained ones, or without these the rows to forget.
 
     Attributes:
         retain: rows to keep, see `train`; a step reads as many of them as it forgets. None for
@@ -79,13 +79,7 @@ class ForgetConfig(MessagesConfig):
                 f"forget.retain: {len(both)} of its rows are to be forgotten, too (got {both[0]} "
                 "first). Leave them out."
             )
-        return Forgetting(
-            self,
-            loaded.train,
-            loaded.validation or retain or loaded.train,
-            loaded.test or loaded.validation or retain or loaded.train,
-            retain,
-        )
+        return Forgetting(self, loaded.train, loaded.validation, loaded.test, retain)
 
     def parse(self, record: Record) -> Any:
         """Return the document or the conversation in a row."""
@@ -204,7 +198,15 @@ class ForgetRows(EncodedRows):
         other = self.alternative.batch(places)
         return batch | {f"alternative_{key}": value for key, value in other.items()}
 
+    @property
+    def spare(self) -> PaddedRows:
+        """The rows to measure where no others are given."""
+        return self.train if self.retain is None else self.retain
+
     def digests(self) -> dict[str, str]:
-        """Return `digest` of each split that exists, and of the rows to keep."""
+        """Return `digest` of each split that is given, and of the rows to keep."""
         kept = {} if self.retain is None else {"retain": digest(self.retain.rows)}
-        return super().digests() | kept
+        found = super().digests()
+        if self.validation.rows is self.spare.rows:
+            del found["validation"]
+        return found | kept

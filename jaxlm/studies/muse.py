@@ -72,8 +72,9 @@ class MuseConfig(GridConfig):
             those between two measurements. The schedule must be constant.
         methods: names of the methods, each with its changes of these keys.
         alphas: lengths of the task vectors to try, in increasing order; empty for none.
-        requests: methods that are also measured on `shares` of the rows to forget, from the target,
-            and on `folds` parts of them in their order, one request after the other.
+        requests: methods that are also measured on larger and on successive requests.
+        folds: parts of the rows to forget, in their order, that are requested one after the other.
+        shares: shares of the rows to forget that are requested at once, each from the target.
         max_new_tokens: most tokens of a continuation or an answer.
         figure: whether to draw forgetting against utility.
     """

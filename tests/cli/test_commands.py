@@ -129,7 +129,7 @@ def test_info_lists_what_a_configuration_may_name(capsys, monkeypatch):
     assert names["optimizers"] == [*OPTIMIZERS]
     assert "classification" in names["objectives"]
     assert names["studies"] == [
-        "bottleneck", "curves", "displacement", "kernel", "less", "one_token", "ranking",
+        "bottleneck", "curves", "displacement", "kernel", "less", "muse", "one_token", "ranking",
     ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import pytest
 from jaxlm.core.errors import UserError
 from jaxlm.data import (
     DATA_FORMS,
+    ForgetConfig,
     MessagesConfig,
     PaddedRows,
     PairsConfig,
@@ -92,6 +93,15 @@ def tokens(**changes) -> TokensConfig:
     return TokensConfig(labels=("O", "B-N"), **changes)
 
 
+def question_row(i: int) -> dict:
+    row = task_row(i)
+    return {"question": row["text"], "answer": f" {WORDS[i % 2]}"}
+
+
+def forget(**changes) -> ForgetConfig:
+    return ForgetConfig(template="plain", **changes)
+
+
 def messages(template: str):
     def config(**changes) -> MessagesConfig:
         return MessagesConfig(template=template, **changes)
@@ -112,6 +122,8 @@ FORMS = {
     "pairs_messages": (PairsConfig, messages_pair_row),
     "pairs_rated": (PairsConfig, rated_row),
     "tokens": (tokens, tokens_row),
+    "forget": (forget, question_row),
+    "forget_text": (ForgetConfig, task_row),
 }
 
 FILES = {"train": 25, "validation": 7, "test": 11}
@@ -274,7 +286,7 @@ def test_a_form_without_training_rows(form) -> None:
     _, encoded = form(splits=("train", "test"))
     assert list(encoded.eval_batches("validation", batch_size=4)) == []
     _, encoded = form(splits=("test",))
-    key = "(task|messages|text|pairs|tokens)"
+    key = "(task|messages|text|pairs|tokens|forget)"
     with pytest.raises(UserError, match=rf"^{key}\.train: there are no "):
         encoded.streams(0, 1, batch_size=2, seeds=(0,))
     with pytest.raises(UserError, match=rf"^{key}: has no data\."):

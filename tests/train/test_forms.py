@@ -348,7 +348,7 @@ def test_other_weights_below_the_adapters_are_refused(write, tmp_path):
     [
         (
             {"task": "subj"},
-            r"^.*task: a run must have one of task, messages, text, pairs, tokens .got task and",
+            r"^.*task: a run must have one of task, messages, text, pairs, tokens, forget ",
         ),
         ({"objective": "classification"}, r"objective: classification reads task .got messages"),
         ({"calibrate": "true"}, r"calibrate: needs the same options in every example"),

@@ -111,6 +111,7 @@ class Unlearn(Objective):
         found = dataclasses.replace(
             encoded,
             train=sparse(encoded.train),
+            validation=encoded.validation if len(encoded.validation) else encoded.spare,
             retain=sparse(encoded.retain) if self.kept else encoded.retain,
             alternative=sparse(encoded.alternative) if refusal else None,
         )
