@@ -202,7 +202,7 @@ def recover(
 ) -> Recovered:
     r"""Return the topics of given anchor words: the row of a word is a mixture of theirs.
 
-    $$C_i = \arg\min_{c \ge 0,\ \sum_k c_k = 1} \|\bar Q_i - c^\top \bar Q_S\|^2
+    $$C_i = \operatorname{argmin}_{c \ge 0,\ \sum_k c_k = 1} \|\bar Q_i - c^\top \bar Q_S\|^2
     = c^\top G c - 2 c^\top b_i + \mathrm{const}, \qquad
     A_{ik} \propto p_i C_{ik}, \qquad R = A^+ Q A^{+\top}$$
 

@@ -60,7 +60,7 @@ def unlearn(
     r"""Remove documents from a topic model; the cost depends on these documents and not on m.
 
     $$Q_F = \frac{m Q - \sum_{d \in F} q_d}{m - m_F}, \qquad
-    C_i = \arg\min_{c \ge 0,\ \sum_k c_k = 1} c^\top G_F c - 2 c^\top b_{F,i}$$
+    C_i = \operatorname{argmin}_{c \ge 0,\ \sum_k c_k = 1} c^\top G_F c - 2 c^\top b_{F,i}$$
 
     The co-occurrence is exact. The weights with the old anchors are minimized from where they were,
     so they are those of retraining while anchors are stable. The paper takes a Newton step, to
