@@ -34,7 +34,7 @@ from jaxlm.data.facts import people
 from jaxlm.evaluation import UnlearningData, unlearning_report
 
 QUICK = os.environ.get("JAXLM_QUICK") == "1"
-COUNT, STEPS, UNLEARN = (8, 10, 4) if QUICK else (30, 250, 30)
+COUNT, STEPS, UNLEARN = (6, 6, 4) if QUICK else (30, 250, 30)
 
 # %% [markdown]
 # ## People
