@@ -98,8 +98,10 @@ class RunFolder:
             return
         if not self._begun():
             return
+        # Epochs are compared as the steps that they are, once the data are read.
+        counted = () if getattr(config, "epochs", None) is None else ("epochs", "steps")
         for key, old, new in differences(stored, to_dict(config)):
-            if key in FREE or key in NAMES:
+            if key in FREE or key in NAMES or key in counted:
                 continue
             why = self._why_fixed(stored, config) if key == "steps" else None
             if key != "steps" or why is not None:

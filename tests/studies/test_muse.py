@@ -40,7 +40,7 @@ def path(tmp_path):
         "run": {
             "model": str(model),
             "optimizer": {"name": "adam", "learning_rate": 0.01},
-            "steps": 60,
+            "epochs": 40,
             "batch_size": 8,
         },
         "unlearn": {
