@@ -315,7 +315,11 @@ def test_without_rows_to_keep(path):
     config = {"objective__retain": "null", "objective__loss": "ga", "monitor": "retain_loss"}
     summary = run(path, steps="1", **config)
     assert summary["test"].keys() == {"forget_loss", "loss", "retain_loss"}
-    batch = built(path, **config).encoded.batch(0, batch_size=2, seed=0)
+    config["forget__validation"] = "null"  # the rows to keep are measured once, for both names
+    setting = built(path, **config)
+    losses = setting.metric()("validation", setting.lm.params)
+    assert losses["loss"] == losses["retain_loss"] != losses["forget_loss"]
+    batch = setting.encoded.batch(0, batch_size=2, seed=0)
     assert not any(key.startswith("retain_") for key in batch)
 
 
